@@ -1,0 +1,1 @@
+"""The pipeline's steps: thin doors to the stages of the library."""

@@ -1,0 +1,56 @@
+"""Evaluation: how many tokens the draft saves, and that it changes none."""
+
+from kfp import dsl
+from kfp.dsl import HTML, Metrics, Output
+
+from kfp_pipeline.components.images import STAGE_IMAGE
+
+
+@dsl.component(base_image=STAGE_IMAGE, install_kfp_package=False)
+def evaluate_draft_model(
+    model_uri: str,
+    dataset_uri: str,
+    draft_uri: str,
+    report: Output[HTML],
+    metrics: Output[Metrics],
+    seed: int = 0,
+    num_speculative_tokens: int = 3,
+    evaluation_conversations: int = 40,
+    evaluation_max_new_tokens: int = 128,
+) -> None:
+    """Decodes validation prompts with and without the draft, and adds report and model card to it.
+
+    Args:
+        model_uri: URI of the imported target.
+        dataset_uri: URI of the data set.
+        draft_uri: URI of the trained draft.
+        report: the report, one HTML page.
+        metrics: acceptance length, trained and untrained, and tokens that were compared.
+        seed: Same seed, data and world size: same losses.
+        num_speculative_tokens: Tokens the draft proposes per step of the target. Unit: tokens. Allowed:
+            1..16.
+        evaluation_conversations: Validation conversations that the evaluation decodes; 0: all. Unit:
+            conversations. Allowed: >= 0.
+        evaluation_max_new_tokens: Longest reply that the evaluation decodes. Unit: tokens. Allowed: >= 1.
+    """
+    outside = ("model_uri", "dataset_uri", "draft_uri", "report", "metrics")
+    given = {name: value for name, value in locals().items() if name not in (*outside, "outside")}
+    import shutil
+
+    from draft_model.doors import component
+    from draft_model.evaluation import EvaluateConfig, run
+    from draft_model.parameters import validate
+
+    with component("evaluate") as work:
+        parameters = validate(given, ["evaluate"])
+        config = EvaluateConfig(
+            model=model_uri, dataset=dataset_uri, final=draft_uri, work=work, parameters=parameters
+        )
+        result = run(config)
+        shutil.copyfile(result.report, report.path)
+        if result.measured:
+            metrics.log_metric("acceptance_length", result.acceptance_length)
+            metrics.log_metric("untrained_acceptance_length", result.untrained_acceptance_length)
+            metrics.log_metric("compared_tokens", result.compared_tokens)
+            for place, share in enumerate(result.acceptance_by_position, start=1):
+                metrics.log_metric(f"acceptance_at_position_{place}", share)

@@ -1,0 +1,139 @@
+"""First step: everything that can be known to be wrong, before any heavy step starts."""
+
+from kfp import dsl
+from kfp.dsl import Markdown, Output
+
+from kfp_pipeline.components.images import STAGE_IMAGE
+
+
+@dsl.component(base_image=STAGE_IMAGE, install_kfp_package=False)
+def preflight(
+    summary: Output[Markdown],
+    instance_type_model_import: str = "Standard_d12_v2",
+    instance_type_draft_model_training: str = "Standard_nc24rs_v3",
+    num_nodes_draft_model_training: int = 1,
+    number_of_gpu_to_use_draft_model_training: int = 1,
+    huggingface_id: str = "",
+    pytorch_model_path: str = "",
+    mlflow_model_path: str = "",
+    dataset_train_split: str = "",
+    dataset_validation_split: str = "",
+    draft_model_config: str = "",
+    num_epochs: int = 2,
+    training_batch_size: int = 2,
+    learning_rate: float = 0.0001,
+    max_length: int = 2048,
+    warmup_ratio: float = 0.015,
+    max_grad_norm: float = 0.5,
+    ttt_length: int = 7,
+    chat_template: str = "llama3",
+    attention_backend: str = "flex_attention",
+    tp_size: int = 1,
+    dp_size: int = 1,
+    draft_global_batch_size: int = 8,
+    draft_micro_batch_size: int = 1,
+    draft_accumulation_steps: int = 1,
+    log_steps: int = 50,
+    eval_interval: int = 1,
+    save_interval: int = 1,
+    seed: int = 0,
+    total_steps: int = 0,
+    dist_timeout: int = 20,
+    resume: str = "false",
+    resume_from_checkpoint: str = "",
+    build_dataset_num_proc: int = 96,
+    compute_model_import: str = "serverless",
+    compute_draft_model_training: str = "serverless",
+    storage_uri: str = "",
+    max_rejected_fraction: float = 0.01,
+    compute_dtype: str = "bfloat16",
+    training_backend: str = "auto",
+    num_speculative_tokens: int = 3,
+    evaluation_conversations: int = 40,
+    evaluation_max_new_tokens: int = 128,
+) -> None:
+    """Validates the run's parameters and looks for the inputs that they name; reports all problems at once.
+
+    Args:
+        summary: the run in a table.
+        instance_type_model_import: Instance type of the import step when its compute is `serverless`.
+        instance_type_draft_model_training: Instance type of the training job's pods when its compute is
+            `serverless`.
+        num_nodes_draft_model_training: Nodes (pods) of the training job. Allowed: >= 1.
+        number_of_gpu_to_use_draft_model_training: GPUs, and so processes, per node; on a machine without
+            GPUs: processes on its CPU. Allowed: >= 1.
+        huggingface_id: Target model: a text-generation model of the Hugging Face Hub, `org/name` or
+            `org/name@revision`.
+        pytorch_model_path: Target model: a Transformers folder (config, weights, tokenizer), or a folder with
+            one below it. Allowed: no `\` and no `'`.
+        mlflow_model_path: Target model: an MLflow model of the `transformers` flavour. Allowed: no `\` and no
+            `'`.
+        dataset_train_split: Training conversations, JSONL.
+        dataset_validation_split: Validation conversations, JSONL; not given: no validation, no evaluation.
+        draft_model_config: Draft configuration, JSON; what it leaves out is generated from the target's.
+        num_epochs: Passes over the training conversations. Allowed: >= 1.
+        training_batch_size: Per process and forward pass through the target; changes speed and memory, not
+            results. Unit: conversations. Allowed: >= 1.
+        learning_rate: Peak learning rate. Allowed: > 0.
+        max_length: Longer conversations are cut at the end, and counted in the report. Unit: tokens. Allowed:
+            >= 16.
+        warmup_ratio: Warm-up's share of the total steps. Allowed: 0..1.
+        max_grad_norm: Gradients are clipped to this global norm. Allowed: > 0.
+        ttt_length: Training-time-test unroll: draft steps that are trained through. Unit: steps. Allowed: >=
+            1.
+        chat_template: Whose turn markers the target's chat template writes; says which tokens are the
+            assistant's. Allowed: llama3, qwen, gpt-oss, deepseek-r1-distill.
+        attention_backend: Attention of the draft; on CPU flex_attention runs as sdpa (same values). Allowed:
+            flex_attention, sdpa.
+        tp_size: Tensor parallelism of the target model. Allowed: >= 1.
+        dp_size: Data parallelism; 1: derived from nodes, GPUs and tp_size. Allowed: >= 1.
+        draft_global_batch_size: Conversations per optimizer step, over all processes. Unit: conversations.
+            Allowed: >= 1.
+        draft_micro_batch_size: Conversations per process in one forward pass of the draft. Unit:
+            conversations. Allowed: >= 1.
+        draft_accumulation_steps: Forward passes per optimizer step; 1: derived from the other batch
+            parameters. Allowed: >= 1.
+        log_steps: Steps between two log lines. Unit: steps. Allowed: >= 1.
+        eval_interval: Epochs between two validations. Unit: epochs. Allowed: >= 1.
+        save_interval: Epochs between two checkpoints; the last is always saved. Unit: epochs. Allowed: >= 1.
+        seed: Same seed, data and world size: same losses.
+        total_steps: Training stops there, and the schedule decays over it; 0: what num_epochs comes to. Unit:
+            steps. Allowed: >= 1, or 0 for not given.
+        dist_timeout: Time-out of collective communication. Unit: minutes. Allowed: >= 1.
+        resume: Continue from the last complete checkpoint of this output. Allowed: true, false.
+        resume_from_checkpoint: With resume=true and no checkpoint in the output: resume from here. With
+            resume=false: start from its weights.
+        build_dataset_num_proc: Processes that build the data set; lowered to the cores there are. Allowed: >=
+            1.
+        compute_model_import: `serverless` uses the instance type; any other name is a named compute. Allowed:
+            no `\` and no `'`.
+        compute_draft_model_training: `serverless` uses the instance type; any other name is a named compute.
+            Allowed: no `\` and no `'`.
+        storage_uri: Folder (s3:// or a path) under which the stages of this run write; not given: KFP's
+            pipeline root.
+        max_rejected_fraction: More unusable lines than this share of a data file stop the run. Allowed: 0..1.
+        compute_dtype: Type that training computes in; master weights and reductions are float32 always.
+            Allowed: bfloat16, float32.
+        training_backend: What runs the training job; `local` is torchrun beside the coordinating step.
+            Allowed: auto, local.
+        num_speculative_tokens: Tokens the draft proposes per step of the target. Unit: tokens. Allowed:
+            1..16.
+        evaluation_conversations: Validation conversations that the evaluation decodes; 0: all. Unit:
+            conversations. Allowed: >= 0.
+        evaluation_max_new_tokens: Longest reply that the evaluation decodes. Unit: tokens. Allowed: >= 1.
+    """
+    from pathlib import Path
+
+    given = {name: value for name, value in locals().items() if name not in ("summary", "Path")}
+    from draft_model.doors import component
+    from draft_model.errors import DraftModelError
+    from draft_model.preflight import check
+
+    with component("preflight"):
+        try:
+            parameters = check(given)
+        except DraftModelError as error:
+            Path(summary.path).write_text("\n".join(f"- {problem}" for problem in error.problems), encoding="utf-8")
+            raise
+        rows = [f"| {name} | {value} |" for name, value in parameters.model_dump().items()]
+        Path(summary.path).write_text("\n".join(["| parameter | value |", "|---|---|", *rows]), encoding="utf-8")

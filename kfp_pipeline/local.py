@@ -1,0 +1,125 @@
+"""The local run: the compiled pipeline on this machine, its artifacts in an embedded object store.
+
+kfp.local executes the very file that a cluster runs, step by step, as subprocesses of this Python. It never touches
+object storage by itself, so the steps get an s3:// URI of the embedded store as `storage_uri`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from draft_model import storage
+from draft_model.doors import ERROR_FILE, WORK_FOLDER, raise_on_sigterm
+from draft_model.errors import DraftModelError
+from draft_model.parameters import Parameters
+from draft_model.preflight import check
+from draft_model.storage.embedded import EmbeddedStore
+from kfp_pipeline.compile import COMPILED
+
+STOP_SECONDS = 70  # longer than a training job needs to finish its step and save
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """What a local run leaves.
+
+    Attributes:
+        final: local folder of the draft that is ready to serve, with its report.
+        store: folder of the embedded store's data; None where the run wrote to a store of the user's.
+    """
+
+    final: Path
+    store: Path | None
+
+
+def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
+    """Runs the compiled pipeline here.
+
+    Args:
+        values: parameters by name. Without storage_uri the stages write to an embedded store in the folder.
+        folder: everything the run leaves on this machine; a second run may use it again.
+
+    Raises:
+        DraftModelError: for what the user can put right, with all problems of the first step that found any.
+    """
+    parameters = check(values)
+    folder.mkdir(parents=True, exist_ok=True)
+    raise_on_sigterm()
+    error = folder / "error.json"
+    error.unlink(missing_ok=True)
+    work = folder / "work"
+    work.mkdir(exist_ok=True)
+    os.environ.update({ERROR_FILE: str(error.resolve()), WORK_FOLDER: str(work.resolve())})
+    try:
+        with _store(parameters, folder) as (uri, data), _no_orphans():
+            try:
+                _execute({**values, "storage_uri": uri}, folder)
+            except RuntimeError as failure:
+                if error.exists():
+                    raise DraftModelError(json.loads(error.read_text(encoding="utf-8"))) from failure
+                raise DraftModelError(f"the local run failed: {failure}; the step's own messages are above") from failure
+            final = storage.fetch(storage.join(uri, "output_model_path", "final"), folder / "output" / "final")
+            return LocalRun(final, data)
+    finally:
+        del os.environ[ERROR_FILE], os.environ[WORK_FOLDER]
+
+
+@contextmanager
+def _store(parameters: Parameters, folder: Path) -> Iterator[tuple[str, Path | None]]:
+    """URI that the stages write under: the user's, or a bucket of an embedded store that ends with the run."""
+    if parameters.storage_uri:
+        yield parameters.storage_uri, None
+        return
+    with EmbeddedStore(folder / "store") as store:
+        before = {name: os.environ.get(name) for name in store.environment}
+        os.environ.update(store.environment)
+        try:
+            yield f"s3://{store.bucket}/pipeline_draft_model", folder / "store"
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _execute(values: Mapping[str, Any], folder: Path) -> None:
+    from kfp import components, local
+
+    warnings.filterwarnings("ignore", module="kfp")
+    root = str((folder / "kfp").resolve())
+    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=root, raise_on_error=True)
+    components.load_component_from_file(str(COMPILED))(**values)
+
+
+@contextmanager
+def _no_orphans() -> Iterator[None]:
+    """Ends the steps that still run when the run ends early, before the store goes."""
+    import psutil
+
+    me = psutil.Process()
+    before = set(me.children())
+    try:
+        yield
+    finally:
+        steps = [child for started in set(me.children()) - before for child in (started, *started.children(recursive=True))]
+        for process in steps:
+            with _gone():
+                process.terminate()
+        for process in psutil.wait_procs(steps, timeout=STOP_SECONDS)[1]:
+            with _gone():
+                process.kill()
+
+
+@contextmanager
+def _gone() -> Iterator[None]:
+    import psutil
+
+    try:
+        yield
+    except psutil.NoSuchProcess:
+        return

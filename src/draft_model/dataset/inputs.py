@@ -1,0 +1,200 @@
+"""What the stage reads, checked all at once: the target's tokenizer, the JSONL files, the draft's size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from draft_model import storage
+from draft_model.dataset.templates import TEMPLATES
+from draft_model.errors import DraftModelError
+from draft_model.parameters import Parameters
+
+FORMAT = 1
+"""Raised whenever this package would make something else of the same inputs."""
+
+SplitName = Literal["train", "validation"]
+_SPLITS: tuple[SplitName, ...] = ("train", "validation")
+_DEFAULT_DRAFT_VOCABULARY = 32_000
+_TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
+
+T = TypeVar("T")
+Given = ParamSpec("Given")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The imported model, as far as tokens go.
+
+    Attributes:
+        folder: local folder with tokenizer files and config.json.
+        hashes: sha256 of each of these files, by name.
+        vocab_size: V, rows of the target's embedding.
+    """
+
+    folder: Path
+    hashes: dict[str, str]
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """One JSONL file.
+
+    Attributes:
+        split: which split it is.
+        name: the parameter and what was given, for messages.
+        path: the local file.
+        size: bytes.
+        sha256: hash of the file as it is, compressed or not.
+    """
+
+    split: SplitName
+    name: str
+    path: Path
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that the stage reads.
+
+    Attributes:
+        model: the target's tokenizer and vocabulary size.
+        sources: the training split, and the validation split where one is given.
+        draft_vocab_size: D, at most V.
+        fingerprint: sha256 of all that shapes the data set.
+    """
+
+    model: Model
+    sources: tuple[Source, ...]
+    draft_vocab_size: int
+    fingerprint: str
+
+
+def read_inputs(parameters: Parameters, model: str, work: Path) -> Inputs:
+    """Fetches and checks the inputs.
+
+    Args:
+        parameters: the run's.
+        model: URI of the imported model's folder.
+        work: local folder for what has to be downloaded.
+
+    Raises:
+        DraftModelError: with all that is missing, unreadable or does not fit.
+    """
+    problems: list[str] = []
+    target = _attempt(problems, _fetch_model, model, work / "model")
+    wanted = _attempt(problems, _draft_vocab_size, parameters.draft_model_config, work)
+    sources = []
+    for split in _SPLITS:
+        parameter = f"dataset_{split}_split"
+        if given := getattr(parameters, parameter):
+            sources.append(_attempt(problems, _source, split, parameter, given, work / split))
+    if not parameters.dataset_train_split:
+        problems.append(
+            "dataset_train_split: not given; give the path or URI of a JSONL file of conversations"
+        )
+    if target and wanted and wanted > target.vocab_size:
+        problems.append(
+            f"draft_model_config: its draft_vocab_size is {wanted}; allowed: at most the target's vocabulary "
+            f"of {target.vocab_size}"
+        )
+    if problems or target is None:
+        raise DraftModelError(problems)
+    files = tuple(source for source in sources if source)
+    size = wanted or min(_DEFAULT_DRAFT_VOCABULARY, target.vocab_size)
+    return Inputs(target, files, size, _fingerprint(parameters, target, files, size))
+
+
+def _attempt(
+    problems: list[str], step: Callable[Given, T], *given: Given.args, **named: Given.kwargs
+) -> T | None:
+    """Runs a step; a user's mistake in it joins the problems, so that all are told at once."""
+    try:
+        return step(*given, **named)
+    except DraftModelError as error:
+        problems.extend(error.problems)
+        return None
+
+
+def _is_wanted(name: str) -> bool:
+    return name == "config.json" or name.startswith(_TOKENIZER_FILES)
+
+
+def _fetch_model(uri: str, into: Path) -> Model:
+    manifest = storage.read_manifest(uri, stage="import")
+    folder = storage.fetch(uri, into, only=_is_wanted)
+    hashes = {file.path: file.sha256 for file in manifest.files if _is_wanted(file.path)}
+    config = _json(folder / "config.json", f"model: config.json of {uri}")
+    text_config = config.get("text_config")
+    vocab_size = config.get("vocab_size") or (
+        text_config.get("vocab_size") if isinstance(text_config, dict) else None
+    )
+    if not isinstance(vocab_size, int):
+        raise DraftModelError(
+            f"model: config.json of {uri} has no vocab_size; import a text-generation model"
+        )
+    return Model(folder, hashes, vocab_size)
+
+
+def _draft_vocab_size(given: str, work: Path) -> int | None:
+    if not given:
+        return None
+    name = f"draft_model_config: {given}"
+    try:
+        path = storage.fetch_file(given, work / "draft_model_config")
+    except DraftModelError as error:
+        raise DraftModelError([f"draft_model_config: {problem}" for problem in error.problems]) from error
+    size = _json(path, name).get("draft_vocab_size")
+    if size is None:
+        return None
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise DraftModelError(f"{name}: its draft_vocab_size is {size!r}; allowed: an integer >= 1")
+    return size
+
+
+def _json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise DraftModelError(f"{name}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DraftModelError(f"{name}: holds a JSON {type(content).__name__}; it must be an object")
+    return content
+
+
+def _source(split: SplitName, parameter: str, given: str, into: Path) -> Source:
+    try:
+        path = storage.fetch_file(given, into)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return Source(split, f"{parameter}: {given}", path, path.stat().st_size, digest)
+    except DraftModelError as error:
+        raise DraftModelError([f"{parameter}: {problem}" for problem in error.problems]) from error
+    except OSError as error:
+        raise DraftModelError(
+            f"{parameter}: {given}: cannot be read ({error}); give a readable .jsonl or .jsonl.gz file"
+        ) from error
+
+
+def _fingerprint(
+    parameters: Parameters, model: Model, sources: tuple[Source, ...], draft_vocab_size: int
+) -> str:
+    template = TEMPLATES[parameters.chat_template]
+    shaping = {
+        "format": FORMAT,
+        "tokenizer": model.hashes,
+        "vocab_size": model.vocab_size,
+        "draft_vocab_size": draft_vocab_size,
+        "sources": {source.split: source.sha256 for source in sources},
+        "chat_template": [template.name, template.turn.pattern, template.control, template.jinja],
+        "max_length": parameters.max_length,
+        "max_rejected_fraction": parameters.max_rejected_fraction,
+    }
+    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()

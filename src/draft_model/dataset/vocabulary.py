@@ -1,0 +1,101 @@
+"""The draft vocabulary: the tokens that answers are made of, most of them in a fraction of the rows.
+
+The draft's lm_head has a row for each of the D target tokens that were supervised most often. `t2d` says
+which target tokens those are; `d2t` leads back, as an OFFSET: target id = draft id + d2t[draft id].
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FILE = "vocabulary.safetensors"
+
+
+def choose(counts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """Picks the draft vocabulary.
+
+    Args:
+        counts: how often each target token is supervised, int64 [V].
+        size: D, at most V.
+
+    Returns:
+        Target ids, int64 [D], ascending: the most frequent ones, of equally frequent ones the lower ids; so
+        never seen tokens fill up what is left in ascending order.
+    """
+    return np.sort(_by_frequency(counts)[:size])
+
+
+def coverage(counts: NDArray[np.int64], ids: NDArray[np.int64]) -> float:
+    """The share of supervised tokens that lies in the vocabulary.
+
+    Args:
+        counts: how often each target token is supervised, int64 [V].
+        ids: the vocabulary's target ids, int64 [D].
+    """
+    return round(float(counts[ids].sum() / max(1, counts.sum())), 6)
+
+
+def coverage_by_size(
+    train: NDArray[np.int64], validation: NDArray[np.int64] | None
+) -> list[dict[str, int | float | None]]:
+    """What other sizes of the draft vocabulary would cover, chosen from the training split as `choose` does.
+
+    Args:
+        train: how often each target token is supervised in training, int64 [V].
+        validation: the same in validation, where there is any.
+
+    Returns:
+        One record per size: powers of two from 1,024, and V.
+    """
+    order = _by_frequency(train)
+    sizes = [size for size in (1 << power for power in range(10, 31)) if size < len(train)] + [len(train)]
+    return [
+        {
+            "size": size,
+            "train": coverage(train, order[:size]),
+            "validation": None if validation is None else coverage(validation, order[:size]),
+        }
+        for size in sizes
+    ]
+
+
+def save_vocabulary(ids: NDArray[np.int64], vocab_size: int, path: Path) -> None:
+    """Writes `t2d` bool [V] and `d2t` int64 [D].
+
+    Args:
+        ids: the vocabulary's target ids, int64 [D], ascending.
+        vocab_size: V.
+        path: the file to write.
+    """
+    from safetensors.numpy import save_file
+
+    t2d = np.zeros(vocab_size, np.bool_)
+    t2d[ids] = True
+    save_file({"t2d": t2d, "d2t": ids - np.arange(len(ids))}, path)
+
+
+def load_vocabulary(path: Path) -> tuple[Tensor, Tensor]:
+    """Reads the vocabulary back.
+
+    Args:
+        path: the file, or the data set's folder.
+
+    Returns:
+        t2d, bool [V]: whether a target token is in the draft vocabulary; d2t, int64 [D]: target id - draft
+        id.
+    """
+    from safetensors.torch import load_file
+
+    tensors = load_file(path / FILE if path.is_dir() else path)
+    return tensors["t2d"], tensors["d2t"]
+
+
+def _by_frequency(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.argsort(-counts, kind="stable").astype(np.int64)

@@ -1,0 +1,94 @@
+"""What every door does alike (command line, KFP component, job pod): logs, and how a run ends."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from draft_model.errors import DraftModelError
+
+USER_ERROR = 2
+TERMINATED = 128 + signal.SIGTERM
+
+ERROR_FILE = "DRAFT_MODEL_ERROR_FILE"
+"""Environment variable: where a process of a job leaves its problems for the one that started it."""
+
+
+WORK_FOLDER = "DRAFT_MODEL_WORK"
+"""Environment variable: where the KFP components put their scratch folders."""
+
+
+def set_up_logging() -> None:
+    """Our own log lines to standard error, with the time; other libraries from warnings on."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("draft_model").setLevel(logging.INFO)
+
+
+def raise_on_sigterm() -> None:
+    """Turns SIGTERM into SystemExit, so that `finally` blocks end what was started."""
+
+    def terminate(*_: object) -> None:
+        raise SystemExit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, terminate)
+
+
+def report(error: DraftModelError) -> None:
+    """Tells the user's mistake: to the process that started this one where it asked for it, and to standard error."""
+    if path := os.environ.get(ERROR_FILE):
+        Path(path).write_text(json.dumps(error.problems), encoding="utf-8")
+    else:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Runs a door's work and says how it ended.
+
+    Args:
+        work: what the door is for.
+
+    Returns:
+        0; 2 for a user's mistake, told without a traceback; 130 after Ctrl-C; 1 for a fault of ours, with its
+        traceback. SystemExit passes through.
+    """
+    set_up_logging()
+    try:
+        work()
+    except DraftModelError as error:
+        report(error)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+@contextmanager
+def component(stage: str) -> Iterator[Path]:
+    """The door of a KFP component: logs, a scratch folder, and an end without a traceback for a user's mistake.
+
+    Args:
+        stage: names the scratch folder.
+
+    Yields:
+        A scratch folder below DRAFT_MODEL_WORK (default: the machine's temporary folder), removed at the end.
+    """
+    set_up_logging()
+    raise_on_sigterm()
+    with TemporaryDirectory(prefix=f"{stage}-", dir=os.environ.get(WORK_FOLDER)) as folder:
+        try:
+            yield Path(folder)
+        except DraftModelError as error:
+            report(error)
+            raise SystemExit(USER_ERROR) from None

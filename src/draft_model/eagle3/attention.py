@@ -1,0 +1,200 @@
+r"""Attention of the unroll: one causal flash attention plus a diagonal, merged exactly.
+
+At unroll step i the query at position t sees the step-0 keys of j <= t and, for m = 1..i, only the step-m key at t
+itself. The dense mask of that is T x (i+1)T, nearly all of it empty. Write the scores of the two parts as
+a_j = s q.k_j (causal, step 0) and b_m = s q.k_m (the diagonal), s the scale. Then
+
+    A = logsumexp_j a_j     o_A = sum_j exp(a_j - A) v_j          (what a flash kernel returns)
+    L = logsumexp(A, b_1, ..., b_i)
+    o = exp(A - L) o_A + sum_m exp(b_m - L) v_m                   (the dense masked attention, exactly)
+
+Backward, with do the gradient of o and D = do.o: every probability of the dense softmax is p = exp(score - L), and
+the gradient of its score is p (do.v - D). A flash backward kernel computes just that from (q, k, v, o, logsumexp),
+so calling it with the MERGED o and L gives the step-0 part's exact dq, dk, dv; the diagonal part is elementwise:
+dv_m = p_m do,  db_m = p_m (do.v_m - D),  dq += s db_m k_m,  dk_m = s db_m q. No mask and no growing cache exist.
+
+Sequences are padded on the right, so the causal mask alone keeps every real query from every padding key.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which positions of a padded batch have a query: N of the B x S.
+
+    Attributes:
+        index: flat positions b * S + t, ascending, int64 [N].
+        batch: B.
+        length: S.
+    """
+
+    index: Tensor
+    batch: int
+    length: int
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """Puts rows [N, heads, d] at their positions: [B, heads, S, d], zero elsewhere."""
+        dense = rows.new_zeros(self.batch * self.length, *rows.shape[1:])
+        dense[self.index] = rows
+        return dense.view(self.batch, self.length, *rows.shape[1:]).transpose(1, 2)
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """Takes the rows [N, heads, ...] out of [B, heads, S, ...]."""
+        return dense.transpose(1, 2).reshape(self.batch * self.length, *_head_shape(dense))[self.index]
+
+
+def _head_shape(dense: Tensor) -> tuple[int, ...]:
+    return (dense.shape[1], *dense.shape[3:])
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+    """Flash attention of [B, heads, S, d] with its log-sum-exp [B, heads, S], and what its backward needs."""
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        return out, lse, ()
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
+    return out, lse, tuple(rest[:6])
+
+
+def _causal_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type == "cpu":
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return cast("tuple[Tensor, Tensor, Tensor]", backward(grad, q, k, v, out, lse, 0.0, True))
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    cum_q, cum_k, max_q, max_k, seed, offset = extra
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset
+    )
+    return dq, *(x.unflatten(1, (kv_heads, group)).sum(2) for x in (dk, dv))
+
+
+def _grouped(q: Tensor, kv_heads: int) -> Tensor:
+    """Splits query heads [N, heads, d] into groups that share a key head: [N, kv_heads, group, d], float32."""
+    return q.unflatten(1, (kv_heads, q.shape[1] // kv_heads)).float()
+
+
+class _MergedAttention(torch.autograd.Function):
+    """Queries [N, heads, d] over step-0 keys [B, kv_heads, S, d] and i diagonal keys [N, kv_heads, d] each."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Rows, q: Tensor, k0: Tensor, v0: Tensor, *diagonal: Tensor) -> Tensor:
+        dense_q = rows.scatter(q)
+        dense_out, dense_lse, extra = _causal(dense_q, k0, v0)
+        steps = len(diagonal) // 2
+        merged, lse = dense_out, dense_lse
+        if steps:
+            k, v = torch.stack(diagonal[:steps], 2).float(), torch.stack(diagonal[steps:], 2).float()  # [N, kv, i, d]
+            grouped = _grouped(q, k.shape[1])
+            causal_lse = rows.gather(dense_lse).view(grouped.shape[:-1])  # [N, kv, group]
+            scores = torch.einsum("nhgd,nhid->nhgi", grouped, k) * q.shape[-1] ** -0.5
+            total = torch.logsumexp(torch.cat((causal_lse.unsqueeze(-1), scores), -1), -1)
+            out = _grouped(rows.gather(dense_out), k.shape[1]) * (causal_lse - total).exp().unsqueeze(-1)
+            out += torch.einsum("nhgi,nhid->nhgd", (scores - total.unsqueeze(-1)).exp(), v)
+            merged = rows.scatter(out.flatten(1, 2).to(q.dtype))
+            # Contiguous: CUDA's flash backward takes no strides of the log-sum-exp.
+            lse = rows.scatter(total.flatten(1).unsqueeze(-1)).squeeze(-1).contiguous()
+        ctx.rows, ctx.steps, ctx.extra = rows, steps, extra
+        ctx.save_for_backward(q, k0, v0, merged, lse, *diagonal)
+        return rows.gather(merged)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k0, v0, merged, lse, *diagonal = ctx.saved_tensors
+        rows, steps = ctx.rows, ctx.steps
+        dense = _causal_backward(rows.scatter(grad), rows.scatter(q), k0, v0, merged, lse, ctx.extra)
+        dq, dk0, dv0 = rows.gather(dense[0]), dense[1], dense[2]
+        if not steps:
+            return None, dq, dk0, dv0
+        scale = q.shape[-1] ** -0.5
+        k, v = torch.stack(diagonal[:steps], 2).float(), torch.stack(diagonal[steps:], 2).float()
+        kv_heads = k.shape[1]
+        grouped, dout = _grouped(q, kv_heads), _grouped(grad, kv_heads)
+        total = rows.gather(lse).view(grouped.shape[:-1]).unsqueeze(-1)
+        delta = (dout * _grouped(rows.gather(merged), kv_heads)).sum(-1, keepdim=True)
+        p = (torch.einsum("nhgd,nhid->nhgi", grouped, k) * scale - total).exp()
+        dscores = p * (torch.einsum("nhgd,nhid->nhgi", dout, v) - delta) * scale
+        dq = dq + torch.einsum("nhgi,nhid->nhgd", dscores, k).flatten(1, 2).to(q.dtype)
+        dk = torch.einsum("nhgi,nhgd->nhid", dscores, grouped).to(q.dtype)
+        dv = torch.einsum("nhgi,nhgd->nhid", p, dout).to(q.dtype)
+        return None, dq, dk0, dv0, *dk.unbind(2), *dv.unbind(2)
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex_attention(rows: Rows, q: Tensor, k0: Tensor, v0: Tensor, *diagonal: Tensor) -> Tensor:
+    """The same value by PyTorch's FlexAttention, which returns a differentiable log-sum-exp; needs a GPU."""
+    dense_out, dense_lse = _compiled_flex()(
+        rows.scatter(q), k0, v0, block_mask=_block_mask(rows.length, q.device), enable_gqa=True, return_lse=True
+    )
+    steps = len(diagonal) // 2
+    if not steps:
+        return rows.gather(dense_out)
+    k, v = torch.stack(diagonal[:steps], 2).float(), torch.stack(diagonal[steps:], 2).float()
+    grouped = _grouped(q, k.shape[1])
+    lse = rows.gather(dense_lse).view(grouped.shape[:-1]).unsqueeze(-1)
+    scores = torch.einsum("nhgd,nhid->nhgi", grouped, k) * q.shape[-1] ** -0.5
+    weights = functional.softmax(torch.cat((lse, scores), -1), -1)
+    values = torch.cat((_grouped(rows.gather(dense_out), k.shape[1]).unsqueeze(-2), _expand(v, grouped)), -2)
+    return torch.einsum("nhgi,nhgid->nhgd", weights, values).flatten(1, 2).to(q.dtype)
+
+
+def _expand(v: Tensor, grouped: Tensor) -> Tensor:
+    return v.unsqueeze(2).expand(-1, -1, grouped.shape[2], -1, -1)
+
+
+@functools.lru_cache(maxsize=16)
+def _block_mask(length: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=str(device))
+
+
+def choose_backend(name: str, device: torch.device) -> str:
+    """The attention that can run there: flex_attention has no backward on CPU, so it becomes sdpa, said once."""
+    if name == "flex_attention" and device.type == "cpu":
+        logger.info("attention_backend: flex_attention has no backward on CPU; sdpa computes the same values")
+        return "sdpa"
+    return name
+
+
+def unroll_attention(
+    backend: str, rows: Rows, q: Tensor, k0: Tensor, v0: Tensor, keys: list[Tensor], values: list[Tensor]
+) -> Tensor:
+    """Attention of one unroll step over the step-0 keys (causal) and the later steps' keys (diagonal).
+
+    Args:
+        backend: `sdpa` or `flex_attention`, of `choose_backend`.
+        rows: the N positions that have a query.
+        q: [N, heads, d], rotated.
+        k0: step-0 keys of every position, [B, kv_heads, S, d], rotated; heads is a multiple of kv_heads.
+        v0: step-0 values, [B, kv_heads, S, d].
+        keys: for m = 1..i the step-m keys [N, kv_heads, d], rotated.
+        values: likewise.
+
+    Returns:
+        [N, heads, d].
+    """
+    run = _flex_attention if backend == "flex_attention" else _MergedAttention.apply
+    return cast(Tensor, run(rows, q, k0, v0, *keys, *values))

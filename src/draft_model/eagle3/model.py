@@ -1,0 +1,201 @@
+"""The draft: one Llama-like decoder layer that reads the target's features and the next token's embedding.
+
+    h = fc(features)                     at the first step; later the layer's own output
+    x = cat(input_layernorm(e), hidden_norm(h))
+    h = h + attention(x);  h = h + SwiGLU(post_attention_layernorm(h));  logits = lm_head(norm(h))
+
+Parameters carry the names of the checkpoint that engines load. `Weights` is the same model as the maths uses it: cast
+once per pass, and with q, k, v cut into the half that multiplies the embedding and the half that multiplies h. The
+embedding's half depends on the token alone, so the unroll computes it once and shifts it, and each later step costs
+half the projection.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from draft_model.eagle3.config import DraftConfig
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The draft's weights in the compute type. H: hidden, Q: heads * head_dim, K: kv_heads * head_dim, I: SwiGLU.
+
+    Attributes:
+        fc: [H, 3H].
+        embedding_qkv: the embedding's half of the q, k and v projections, [Q + 2K, H].
+        hidden_qkv: the other half, [Q + 2K, H].
+        out: [H, Q].
+        gate_up: [2I, H].
+        down: [H, I].
+        input_layernorm: [H], of the embedding.
+        hidden_norm: [H], of h.
+        post_attention_layernorm: [H].
+        norm: [H], before the head.
+    """
+
+    config: DraftConfig
+    fc: Tensor
+    embedding_qkv: Tensor
+    hidden_qkv: Tensor
+    out: Tensor
+    gate_up: Tensor
+    down: Tensor
+    input_layernorm: Tensor
+    hidden_norm: Tensor
+    post_attention_layernorm: Tensor
+    norm: Tensor
+
+    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm over the last dimension."""
+        return functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+
+    def project_embedding(self, embedding: Tensor) -> Tensor:
+        """The token's part of q, k and v: [..., H] -> [..., Q + 2K]."""
+        return functional.linear(self.rms_norm(embedding, self.input_layernorm), self.embedding_qkv)
+
+    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[N, Q + 2K] -> q [N, heads, d], k and v [N, kv_heads, d], not yet rotated."""
+        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
+        rows = qkv.unflatten(-1, (heads + 2 * kv_heads, self.config.head_dim))
+        q, k, v = rows.split((heads, kv_heads, kv_heads), -2)
+        return q, k, v
+
+    def finish_layer(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the layer after attention: h [N, H] and [N, heads, d] -> the next h [N, H]."""
+        hidden = hidden + functional.linear(attended.flatten(-2), self.out)
+        normed = self.rms_norm(hidden, self.post_attention_layernorm)
+        gate, up = functional.linear(normed, self.gate_up).chunk(2, -1)
+        return hidden + functional.linear(functional.silu(gate) * up, self.down)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+        self.q_proj = nn.Linear(2 * config.hidden_size, query, bias=False)
+        self.k_proj = nn.Linear(2 * config.hidden_size, key, bias=False)
+        self.v_proj = nn.Linear(2 * config.hidden_size, key, bias=False)
+        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
+
+
+class _SwiGLU(nn.Module):
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+
+class _Layer(nn.Module):
+    def __init__(self, config: DraftConfig) -> None:
+        super().__init__()
+        self.self_attn = _Attention(config)
+        self.mlp = _SwiGLU(config)
+        self.hidden_norm = nn.RMSNorm(config.hidden_size)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size)
+
+
+class Eagle3Draft(nn.Module):
+    """The draft's float32 parameters and its vocabulary.
+
+    Args:
+        config: the draft's shape.
+        t2d: which target tokens the draft knows, bool [V].
+        d2t: target_id - draft_id of each draft token, int64 [D].
+    """
+
+    t2d: Tensor
+    d2t: Tensor
+
+    def __init__(self, config: DraftConfig, t2d: Tensor, d2t: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.fc = nn.Linear(3 * config.hidden_size, config.hidden_size, bias=False)
+        self.midlayer = _Layer(config)
+        self.norm = nn.RMSNorm(config.hidden_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        self.register_buffer("t2d", t2d)
+        self.register_buffer("d2t", d2t)
+
+    @property
+    def target_ids(self) -> Tensor:
+        """The target's token id of each draft token, int64 [D]."""
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    def initialise(self, seed: int, lm_head: Tensor, norm: Tensor) -> None:
+        """Random matrices, and a head and a final norm that start as the target's: short runs profit from it.
+
+        Args:
+            seed: of the random matrices.
+            lm_head: the target's head, [V, H].
+            norm: the target's final norm, [H].
+        """
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.dim() == 2:
+                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
+                else:
+                    parameter.fill_(1.0)
+            self.lm_head.weight.copy_(lm_head[self.target_ids.to(lm_head.device)])
+            self.norm.weight.copy_(norm)
+
+    def weights(self, dtype: torch.dtype) -> Weights:
+        """The weights in the compute type; gradients flow back to the float32 parameters."""
+        attention, mlp, hidden = self.midlayer.self_attn, self.midlayer.mlp, self.config.hidden_size
+        qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).to(dtype)
+        return Weights(
+            config=self.config,
+            fc=self.fc.weight.to(dtype),
+            embedding_qkv=qkv[:, :hidden],
+            hidden_qkv=qkv[:, hidden:],
+            out=attention.o_proj.weight.to(dtype),
+            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).to(dtype),
+            down=mlp.down_proj.weight.to(dtype),
+            input_layernorm=self.midlayer.input_layernorm.weight.to(dtype),
+            hidden_norm=self.midlayer.hidden_norm.weight.to(dtype),
+            post_attention_layernorm=self.midlayer.post_attention_layernorm.weight.to(dtype),
+            norm=self.norm.weight.to(dtype),
+        )
+
+
+class Rotary:
+    """Rotary position embedding with the target's settings (linear, dynamic, llama3, yarn: transformers' own).
+
+    Args:
+        config: the draft's shape, with rope_parameters.
+    """
+
+    def __init__(self, config: DraftConfig, device: torch.device) -> None:
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        llama: Any = LlamaConfig(
+            # The table needs head_dim alone, but the class refuses a hidden size that is no multiple of the heads.
+            hidden_size=config.num_attention_heads * config.head_dim,
+            num_attention_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=dict(config.rope_parameters),
+        )
+        self._embedding = LlamaRotaryEmbedding(llama).to(device)
+        self._device = device
+
+    def table(self, positions: int, dtype: torch.dtype) -> Tensor:
+        """Cosines and sines of positions 0..P-1, [2, P, d]."""
+        probe = torch.empty(0, device=self._device, dtype=torch.float32)
+        cos, sin = self._embedding(probe, torch.arange(positions, device=self._device).unsqueeze(0))
+        return torch.stack((cos[0], sin[0])).to(dtype)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotates heads [N, heads, d] by the rows' cosines and sines [2, N, d]."""
+    first, second = x.chunk(2, -1)
+    return x * table[0].unsqueeze(1) + torch.cat((-second, first), -1) * table[1].unsqueeze(1)

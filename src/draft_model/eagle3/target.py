@@ -1,0 +1,121 @@
+"""The frozen target: features, final hidden states and the head that teaches, without logits at every position."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from draft_model.eagle3.batch import Batch
+from draft_model.errors import DraftModelError
+
+logger = logging.getLogger(__name__)
+
+
+class Target:
+    """A causal language model of transformers, frozen.
+
+    Args:
+        model: the model, in the compute type.
+        aux_layers: features are taken after so many layers.
+    """
+
+    def __init__(self, model: Any, aux_layers: tuple[int, int, int]) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.decoder = model.get_decoder()
+        self.config = model.config.get_text_config()
+        self.aux_layers = aux_layers
+        self.device = next(model.parameters()).device
+        self._taken: dict[int, Tensor] = {}
+        for layer in aux_layers:
+            self.decoder.layers[layer - 1].register_forward_hook(self._take(layer))
+
+    def _take(self, layer: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            self._taken[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    @property
+    def embedding(self) -> Tensor:
+        """The input embeddings, [V, H]."""
+        return self.model.get_input_embeddings().weight  # type: ignore[no-any-return]
+
+    @property
+    def head(self) -> Tensor:
+        """The output head, [V, H]."""
+        return self.model.get_output_embeddings().weight  # type: ignore[no-any-return]
+
+    @property
+    def norm(self) -> Tensor:
+        """What the final norm multiplies by, [H]: its weight, or 1 + weight in Gemma."""
+        weight: Tensor = self.decoder.norm.weight
+        # Ones pass the norm unchanged but for its epsilon, so what comes out tells the two apart.
+        return weight + (self.decoder.norm(torch.ones_like(weight)) - weight).round()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The head: [..., H] -> [..., V]."""
+        logits = functional.linear(hidden, self.head)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def features(self) -> Tensor:
+        """The features of the last forward pass, [B, T, 3H]."""
+        return torch.cat([self._taken[layer] for layer in self.aux_layers], -1)
+
+    @torch.no_grad()
+    def states(self, batch: Batch) -> list[Tensor]:
+        """Runs the decoder over whole conversations.
+
+        Under causal attention no real token sees the padding on the right, so there is no mask.
+
+        Args:
+            batch: B conversations.
+
+        Returns:
+            Per conversation the features and the hidden states after the final norm, [T_b, 3H + H].
+        """
+        final = self.decoder(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        states = torch.cat((self.features(), final), -1)
+        return [states[row, :length] for row, length in enumerate(batch.lengths.tolist())]
+
+
+def load_target(folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Target:
+    """Loads an imported model.
+
+    Args:
+        folder: a Transformers folder: config.json and safetensors.
+        aux_layers: of the draft's configuration.
+        dtype: compute type.
+        device: where it runs.
+
+    Raises:
+        DraftModelError: when transformers cannot load it, or it has not the structure that EAGLE-3 needs.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise DraftModelError(f"the target model in {folder} cannot be loaded: {error}") from error
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None or not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
+        raise DraftModelError(
+            f"the target model ({type(model).__name__}) has no decoder layers that features could be taken from; "
+            "allowed: a decoder-only text-generation model of Llama's structure"
+        )
+    if not 1 <= min(aux_layers) <= max(aux_layers) < len(decoder.layers):
+        raise DraftModelError(
+            f"draft_model_config: `eagle_aux_hidden_state_layer_ids` is {list(aux_layers)}; the target model has "
+            f"{len(decoder.layers)} layers, allowed: 1 to {len(decoder.layers) - 1}"
+        )
+    return Target(model.to(device), aux_layers)

@@ -1,0 +1,371 @@
+"""The pipeline's contract, once: names, types, defaults, allowed values, units and help.
+
+Everything that shows or checks a parameter derives from the class `Parameters`: the options of `draft-model`, the
+inputs of the KFP pipeline with their drop-downs, the validation and the table in the README. Names, types,
+defaults and allowed values of the 35 contract parameters never change; parameters of our own come after them, each
+with a default that keeps the contract's behaviour. "Not given" is the empty string, or 0 for `total_steps`, because
+the KFP run form refuses a parameter without a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from draft_model.errors import DraftModelError
+
+Stage = Literal["import", "dataset", "train", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+def _no_quoting(value: str) -> str:
+    if bad := sorted({character for character in value if character in "\\'"}):
+        raise ValueError(f"has the character {' and '.join(bad)}, which a path or name here may not have")
+    return value
+
+
+NoQuoting = Annotated[str, AfterValidator(_no_quoting)]
+
+
+def _field(default: Any, help: str, *stages: Stage, unit: str = "", kind: str = "", **limits: float) -> Any:
+    extra = {"stages": stages, "unit": unit, "kind": kind}
+    return Field(default, description=help, json_schema_extra=extra, allow_inf_nan=False, **limits)  # type: ignore[call-overload]
+
+
+def _text(default: Any, help: str, *stages: Stage, kind: str = "") -> Any:
+    return Field(default, description=help, json_schema_extra={"stages": stages, "unit": "", "kind": kind})
+
+
+class Parameters(BaseModel):
+    """One run's parameters. The first 35 fields are the contract, in its order; the rest are additions of ours."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    instance_type_model_import: str = _text(
+        "Standard_d12_v2", "Instance type of the import step when its compute is `serverless`.", "import"
+    )
+    instance_type_draft_model_training: str = _text(
+        "Standard_nc24rs_v3", "Instance type of the training job's pods when its compute is `serverless`.", "train"
+    )
+    num_nodes_draft_model_training: int = _field(1, "Nodes (pods) of the training job.", "train", ge=1)
+    number_of_gpu_to_use_draft_model_training: int = _field(
+        1, "GPUs, and so processes, per node; on a machine without GPUs: processes on its CPU.", "train", ge=1
+    )
+    huggingface_id: str = _text(
+        "", "Target model: a text-generation model of the Hugging Face Hub, `org/name` or `org/name@revision`.", "import"
+    )
+    pytorch_model_path: NoQuoting = _text(
+        "",
+        "Target model: a Transformers folder (config, weights, tokenizer), or a folder with one below it.",
+        "import",
+        kind="custom_model",
+    )
+    mlflow_model_path: NoQuoting = _text(
+        "", "Target model: an MLflow model of the `transformers` flavour.", "import", kind="mlflow_model"
+    )
+    dataset_train_split: str = _text("", "Training conversations, JSONL.", "dataset", kind="uri_file")
+    dataset_validation_split: str = _text(
+        "", "Validation conversations, JSONL; not given: no validation, no evaluation.", "dataset", kind="uri_file"
+    )
+    draft_model_config: str = _text(
+        "",
+        "Draft configuration, JSON; what it leaves out is generated from the target's.",
+        "dataset",
+        "train",
+        kind="uri_file",
+    )
+    num_epochs: int = _field(2, "Passes over the training conversations.", "train", ge=1)
+    training_batch_size: int = _field(
+        2, "Per process and forward pass through the target; changes speed and memory, not results.",
+        "train", unit="conversations", ge=1,
+    )  # fmt: skip
+    learning_rate: float = _field(0.0001, "Peak learning rate.", "train", gt=0)
+    max_length: int = _field(
+        2048, "Longer conversations are cut at the end, and counted in the report.", "dataset", unit="tokens", ge=16
+    )
+    warmup_ratio: float = _field(0.015, "Warm-up's share of the total steps.", "train", ge=0, le=1)
+    max_grad_norm: float = _field(0.5, "Gradients are clipped to this global norm.", "train", gt=0)
+    ttt_length: int = _field(
+        7, "Training-time-test unroll: draft steps that are trained through.", "train", unit="steps", ge=1
+    )
+    chat_template: Literal["llama3", "qwen", "gpt-oss", "deepseek-r1-distill"] = _text(
+        "llama3", "Whose turn markers the target's chat template writes; says which tokens are the assistant's.", "dataset"
+    )
+    attention_backend: Literal["flex_attention", "sdpa"] = _text(
+        "flex_attention", "Attention of the draft; on CPU flex_attention runs as sdpa (same values).", "train"
+    )
+    tp_size: int = _field(1, "Tensor parallelism of the target model.", "train", ge=1)
+    dp_size: int = _field(1, "Data parallelism; 1: derived from nodes, GPUs and tp_size.", "train", ge=1)
+    draft_global_batch_size: int = _field(
+        8, "Conversations per optimizer step, over all processes.", "train", unit="conversations", ge=1
+    )
+    draft_micro_batch_size: int = _field(
+        1, "Conversations per process in one forward pass of the draft.", "train", unit="conversations", ge=1
+    )
+    draft_accumulation_steps: int = _field(
+        1, "Forward passes per optimizer step; 1: derived from the other batch parameters.", "train", ge=1
+    )
+    log_steps: int = _field(50, "Steps between two log lines.", "train", unit="steps", ge=1)
+    eval_interval: int = _field(1, "Epochs between two validations.", "train", unit="epochs", ge=1)
+    save_interval: int = _field(1, "Epochs between two checkpoints; the last is always saved.", "train", unit="epochs", ge=1)
+    seed: int = _field(0, "Same seed, data and world size: same losses.", "train", "evaluate")
+    total_steps: int = _field(
+        0, "Training stops there, and the schedule decays over it; 0: what num_epochs comes to.",
+        "train", unit="steps", ge=0,
+    )  # fmt: skip
+    dist_timeout: int = _field(20, "Time-out of collective communication.", "train", unit="minutes", ge=1)
+    resume: Literal["true", "false"] = _text(
+        "false", "Continue from the last complete checkpoint of this output.", "train"
+    )
+    resume_from_checkpoint: str = _text(
+        "",
+        "With resume=true and no checkpoint in the output: resume from here. With resume=false: start from its weights.",
+        "train",
+        kind="uri_folder",
+    )
+    build_dataset_num_proc: int = _field(
+        96, "Processes that build the data set; lowered to the cores there are.", "dataset", ge=1
+    )
+    compute_model_import: NoQuoting = _text(
+        "serverless", "`serverless` uses the instance type; any other name is a named compute.", "import"
+    )
+    compute_draft_model_training: NoQuoting = _text(
+        "serverless", "`serverless` uses the instance type; any other name is a named compute.", "train"
+    )
+
+    # Additions of ours.
+    storage_uri: str = _text(
+        "", "Folder (s3:// or a path) under which the stages of this run write; not given: KFP's pipeline root.", kind="uri_folder"
+    )
+    max_rejected_fraction: float = _field(
+        0.01, "More unusable lines than this share of a data file stop the run.", "dataset", ge=0, le=1
+    )
+    compute_dtype: Literal["bfloat16", "float32"] = _text(
+        "bfloat16", "Type that training computes in; master weights and reductions are float32 always.", "train"
+    )
+    training_backend: Literal["auto", "local"] = _text(
+        "auto", "What runs the training job; `local` is torchrun beside the coordinating step.", "train"
+    )
+    num_speculative_tokens: int = _field(
+        3, "Tokens the draft proposes per step of the target.", "train", "evaluate", unit="tokens", ge=1, le=16
+    )
+    evaluation_conversations: int = _field(
+        40, "Validation conversations that the evaluation decodes; 0: all.", "evaluate", unit="conversations", ge=0
+    )
+    evaluation_max_new_tokens: int = _field(
+        128, "Longest reply that the evaluation decodes.", "evaluate", unit="tokens", ge=1
+    )
+
+    def of_stage(self, stage: Stage) -> dict[str, Any]:
+        """The values of the parameters that one stage reads, by name."""
+        return {parameter.name: getattr(self, parameter.name) for parameter in parameters_of(stage)}
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the training job, over all nodes."""
+        return self.num_nodes_draft_model_training * self.number_of_gpu_to_use_draft_model_training
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per process and optimizer step."""
+        return self.draft_global_batch_size // (self.world_size * self.draft_micro_batch_size)
+
+
+CONTRACT_SIZE = 35
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What is known of one parameter, for whoever draws a form, an option or a table.
+
+    Attributes:
+        name: the parameter's name, everywhere.
+        type: `str`, `int` or `float`.
+        kind: the hosted contract's name of the type (`uri_file`, `custom_model`, ...), else the plain one.
+        default: value when not given.
+        choices: the only allowed words; empty where any value of the type is allowed.
+        allowed: the allowed values in words; empty where there is no limit.
+        unit: what an integer counts.
+        help: one sentence.
+        stages: the stages that read it.
+        addition: whether it is ours, beyond the contract.
+    """
+
+    name: str
+    type: type
+    kind: str
+    default: Any
+    choices: tuple[str, ...]
+    allowed: str
+    unit: str
+    help: str
+    stages: tuple[Stage, ...]
+    addition: bool
+
+
+def _record(index: int, name: str) -> Parameter:
+    field = Parameters.model_fields[name]
+    extra: dict[str, Any] = dict(field.json_schema_extra)  # type: ignore[arg-type]
+    annotation = field.annotation
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    python_type: type = str if choices or annotation not in (int, float) else annotation  # type: ignore[assignment]
+    limits = {key: getattr(limit, key) for limit in field.metadata for key in ("ge", "gt", "le") if hasattr(limit, key)}
+    if choices:
+        allowed = ", ".join(choices)
+    elif "ge" in limits and "le" in limits:
+        allowed = f"{limits['ge']}..{limits['le']}"
+    elif name == "total_steps":
+        allowed = ">= 1, or 0 for not given"
+    elif limits:
+        allowed = " ".join(f"{'>=' if key == 'ge' else '>'} {limit}" for key, limit in limits.items())
+    elif any(isinstance(item, AfterValidator) for item in field.metadata):
+        allowed = "no `\\` and no `'`"
+    else:
+        allowed = ""
+    kind = extra["kind"] or {str: "string", int: "integer", float: "number"}[python_type]
+    return Parameter(
+        name, python_type, kind, field.default, choices, allowed, extra["unit"], field.description or "",
+        tuple(extra["stages"]), index >= CONTRACT_SIZE,
+    )  # fmt: skip
+
+
+PARAMETERS: tuple[Parameter, ...] = tuple(_record(i, name) for i, name in enumerate(Parameters.model_fields))
+
+
+def parameters_of(stage: Stage) -> tuple[Parameter, ...]:
+    """The parameters that one stage reads, in the contract's order."""
+    return tuple(parameter for parameter in PARAMETERS if stage in parameter.stages)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A condition over several parameters; it is checked where each of them is valid by itself."""
+
+    names: tuple[str, ...]
+    stage: Stage
+    check: Callable[[Parameters], str | None]
+
+
+def _one_model_source(p: Parameters) -> str | None:
+    given = {name: getattr(p, name) for name in MODEL_SOURCES if getattr(p, name)}
+    if len(given) == 1:
+        return None
+    found = ", ".join(f"{name}={value!r}" for name, value in given.items()) or "none of them"
+    return f"{', '.join(MODEL_SOURCES)}: exactly one must be given; given: {found}"
+
+
+def _hub_id_shape(p: Parameters) -> str | None:
+    name = p.huggingface_id.partition("@")[0]
+    if not p.huggingface_id or (name.count("/") == 1 and all(name.split("/")) and " " not in p.huggingface_id):
+        return None
+    return f"huggingface_id: given {p.huggingface_id!r}; allowed: `org/name` or `org/name@revision`"
+
+
+def _training_data_given(p: Parameters) -> str | None:
+    if p.dataset_train_split:
+        return None
+    return "dataset_train_split: not given; give the path or URI of a JSONL file of conversations"
+
+
+def _tensor_parallelism(p: Parameters) -> str | None:
+    if p.tp_size == 1:
+        return None
+    return f"tp_size: given {p.tp_size}; this version does not shard the target model: use 1"
+
+
+def _world_size(p: Parameters) -> str | None:
+    if p.dp_size == 1 or p.dp_size * p.tp_size == p.world_size:
+        return None
+    fits = p.world_size // p.tp_size
+    return (
+        f"dp_size: given {p.dp_size}; num_nodes_draft_model_training x number_of_gpu_to_use_draft_model_training = "
+        f"{p.world_size} must equal tp_size x dp_size = {p.tp_size * p.dp_size}: use {fits}, or leave it at 1 to derive it"
+    )
+
+
+def _batch_arithmetic(p: Parameters) -> str | None:
+    per_pass = p.world_size * p.draft_micro_batch_size
+    given, rest = divmod(p.draft_global_batch_size, per_pass)
+    below, above = given * per_pass, (given + 1) * per_pass
+    if rest:
+        nearest = f"{below} or {above}" if below else f"{above}"
+        return (
+            f"draft_global_batch_size: given {p.draft_global_batch_size}; it must be a multiple of processes x "
+            f"draft_micro_batch_size = {p.world_size} x {p.draft_micro_batch_size} = {per_pass}: the nearest is {nearest}"
+        )
+    if p.draft_accumulation_steps not in (1, given):
+        return (
+            f"draft_accumulation_steps: given {p.draft_accumulation_steps}; draft_global_batch_size / (processes x "
+            f"draft_micro_batch_size) = {p.draft_global_batch_size} / ({p.world_size} x {p.draft_micro_batch_size}) = "
+            f"{given}: use {given}, leave it at 1 to derive it, or set draft_global_batch_size to "
+            f"{p.draft_accumulation_steps * per_pass}"
+        )
+    return None
+
+
+MODEL_SOURCES = ("huggingface_id", "pytorch_model_path", "mlflow_model_path")
+_RULES = (
+    _Rule(MODEL_SOURCES, "import", _one_model_source),
+    _Rule(("huggingface_id",), "import", _hub_id_shape),
+    _Rule(("dataset_train_split",), "dataset", _training_data_given),
+    _Rule(("tp_size",), "train", _tensor_parallelism),
+    _Rule(("num_nodes_draft_model_training", "number_of_gpu_to_use_draft_model_training", "tp_size", "dp_size"),
+          "train", _world_size),
+    _Rule(("num_nodes_draft_model_training", "number_of_gpu_to_use_draft_model_training", "draft_global_batch_size",
+           "draft_micro_batch_size", "draft_accumulation_steps"), "train", _batch_arithmetic),
+)  # fmt: skip
+
+
+def _sentence(name: str, error: Mapping[str, Any]) -> str:
+    known = {parameter.name: parameter for parameter in PARAMETERS}
+    if name not in known:
+        import difflib
+
+        near = difflib.get_close_matches(name, known, n=1)
+        return f"{name}: no such parameter" + (f"; did you mean {near[0]}?" if near else "")
+    parameter = known[name]
+    if error["type"] == "value_error":
+        return f"{name}: given {error['input']!r}; it {error['msg'].removeprefix('Value error, ')}"
+    wanted = {"string": "a string", "integer": "an integer", "number": "a number"}.get(parameter.kind, "a string")
+    allowed = parameter.allowed if parameter.choices else f"{wanted} {parameter.allowed}".strip()
+    return f"{name}: given {error['input']!r}; allowed: {allowed}"
+
+
+def problems_with(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> list[str]:
+    """All that is wrong with the values, a sentence each; empty where they can be used.
+
+    Args:
+        values: parameters by name; strings are converted as a command line needs it.
+        stages: the stages that will run; rules over parameters of other stages are left out.
+    """
+    values = dict(values)
+    problems: list[str] = []
+    bad: set[str] = set()
+    try:
+        parameters = Parameters.model_validate(values)
+    except ValidationError as caught:
+        for error in caught.errors():
+            name = str(error["loc"][0])
+            if name not in bad:
+                problems.append(_sentence(name, error))
+            bad.add(name)
+        parameters = Parameters.model_validate({name: v for name, v in values.items() if name not in bad})
+    wanted = set(stages)
+    for rule in _RULES:
+        if rule.stage in wanted and not bad.intersection(rule.names) and (problem := rule.check(parameters)):
+            problems.append(problem)
+    return problems
+
+
+def validate(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parameters:
+    """Turns values by name into `Parameters`.
+
+    Raises:
+        DraftModelError: with every problem there is, not only the first.
+    """
+    if problems := problems_with(values, stages):
+        raise DraftModelError(problems)
+    return Parameters.model_validate(dict(values))

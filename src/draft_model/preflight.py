@@ -1,0 +1,51 @@
+"""What can be known to be wrong before any heavy step starts: parameters, and inputs that are not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from draft_model import storage
+from draft_model.errors import DraftModelError
+from draft_model.parameters import STAGES, Parameters, Stage, problems_with
+
+_FILES = ("dataset_train_split", "dataset_validation_split", "draft_model_config")
+_FOLDERS = ("pytorch_model_path", "mlflow_model_path", "resume_from_checkpoint")
+_MARKERS = {"mlflow_model_path": "MLmodel", "resume_from_checkpoint": "config.json"}
+
+
+def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parameters:
+    """Validates parameters and looks for every input that they name.
+
+    Args:
+        values: parameters by name; those left out have their defaults.
+        stages: the stages that will run.
+
+    Raises:
+        DraftModelError: with all problems at once.
+    """
+    problems = problems_with(values, stages)
+    bad = {problem.partition(":")[0] for problem in problems}
+    for name in (*_FILES, *_FOLDERS):
+        uri = values.get(name)
+        if isinstance(uri, str) and uri and name not in bad:
+            problems += _missing(name, uri)
+    if problems:
+        raise DraftModelError(problems)
+    return Parameters.model_validate(dict(values))
+
+
+def _missing(name: str, uri: str) -> list[str]:
+    if uri.startswith(("models:/", "runs:/")):
+        return []
+    try:
+        if name == "pytorch_model_path":
+            # In object storage the model may lie one level below, which the import finds by listing.
+            if storage.is_remote(uri) or Path(uri.removeprefix("file://")).is_dir():
+                return []
+            return [f"{name}: given {uri!r}, but there is no such folder"]
+        wanted = storage.join(uri, _MARKERS[name]) if name in _MARKERS else uri
+        return [] if storage.exists(wanted) else [f"{name}: given {uri!r}, but there is no {wanted}"]
+    except DraftModelError as error:
+        return [f"{name}: {problem}" for problem in error.problems]

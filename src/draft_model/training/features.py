@@ -1,0 +1,73 @@
+"""The frozen target's states, computed in the first epoch and kept on disk for the later ones where there is room.
+
+A token's states are 4H numbers (three feature layers and the final one). On a CPU the target's forward pass is half of
+a step, so a second epoch from kept states takes about half the time; on a GPU computing them anew outruns a disk.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+DISK_SHARE = 0.5  # of the free disk that kept states may take
+
+
+class StateStore:
+    """States by conversation.
+
+    Args:
+        folder: where the file goes.
+        lengths: tokens of each conversation, int64 [C].
+        width: numbers per token, 4H.
+        dtype: of the states.
+        epochs: how often each conversation is needed; 1 keeps nothing.
+        device: of the target.
+    """
+
+    def __init__(
+        self, folder: Path, lengths: NDArray[np.int64], width: int, dtype: torch.dtype, epochs: int, device: torch.device
+    ) -> None:
+        self._starts = np.concatenate(([0], np.cumsum(lengths)))
+        self._have = np.zeros(len(lengths), dtype=bool)
+        self._kept: Tensor | None = None
+        self.device = device
+        size = int(self._starts[-1]) * width * dtype.itemsize
+        if epochs < 2 or device.type != "cpu":
+            return
+        if size > DISK_SHARE * shutil.disk_usage(folder).free:
+            logger.info("target states of %.1f GB do not fit on disk: every epoch computes them anew", size / 1e9)
+            return
+        logger.info("target states are kept for the later epochs: %.1f GB in %s", size / 1e9, folder)
+        path = folder / "target_states.bin"
+        with path.open("wb") as file:
+            file.truncate(size)
+        shape = (int(self._starts[-1]), width)
+        self._kept = torch.from_file(str(path), shared=True, size=shape[0] * width, dtype=dtype).view(shape)
+
+    def get(self, conversations: NDArray[np.int64], compute: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
+        """States of some conversations, from disk where they are kept.
+
+        Args:
+            conversations: indices.
+            compute: gives the states of those that are missing.
+
+        Returns:
+            [T_b, 4H] of each.
+        """
+        missing = [int(index) for index in conversations if not self._have[index]]
+        found = dict(zip(missing, compute(missing), strict=True)) if missing else {}
+        if self._kept is None:
+            return [found[int(index)] for index in conversations]
+        for index, states in found.items():
+            self._kept[self._starts[index] : self._starts[index + 1]] = states
+            self._have[index] = True
+        return [self._kept[self._starts[index] : self._starts[index + 1]] for index in conversations]

@@ -1,0 +1,66 @@
+"""Which conversations each optimizer step sees: a plan from the seed alone, so any step can be found again.
+
+Every epoch is a seeded permutation, cut into global batches of like length (padding is work that teaches nothing) and
+shuffled once more. Conversations too few for a last batch open the next epoch; the plan knows nothing of ranks, so it
+is the same for every world size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+POOL_BATCHES = 16  # like lengths are sought among so many batches; more would pad less and mix less
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step's conversations.
+
+    Attributes:
+        epoch: counted from 0.
+        last_of_epoch: whether the epoch ends with it.
+        conversations: indices into the training split, longest first.
+    """
+
+    epoch: int
+    last_of_epoch: bool
+    conversations: NDArray[np.int64]
+
+
+def epoch_steps(conversations: int, global_batch: int, epoch: int) -> int:
+    """Steps of one epoch, counted from 0: those that its conversations and the carried ones fill."""
+    return conversations * (epoch + 1) // global_batch - conversations * epoch // global_batch
+
+
+def total_steps(conversations: int, global_batch: int, epochs: int) -> int:
+    """Steps of a number of epochs; at most the last global_batch - 1 conversations fill none."""
+    return conversations * epochs // global_batch
+
+
+def plan_steps(lengths: NDArray[np.int64], global_batch: int, seed: int) -> Iterator[Step]:
+    """All steps, epoch after epoch, without end.
+
+    Args:
+        lengths: tokens of each conversation.
+        global_batch: conversations per optimizer step; at most len(lengths), so that every epoch has a step.
+        seed: of the order.
+    """
+    carried = np.empty(0, dtype=np.int64)
+    epoch = 0
+    while True:
+        random = np.random.default_rng((seed, epoch))
+        stream = np.concatenate((carried, random.permutation(len(lengths))))
+        whole = len(stream) // global_batch * global_batch
+        carried = stream[whole:]
+        batches = [
+            batch
+            for pool in np.array_split(stream[:whole], range(global_batch * POOL_BATCHES, whole, global_batch * POOL_BATCHES))
+            for batch in pool[np.argsort(-lengths[pool], kind="stable")].reshape(-1, global_batch)
+        ]
+        for place, batch in enumerate(random.permutation(len(batches))):
+            yield Step(epoch, place == len(batches) - 1, batches[batch])
+        epoch += 1

@@ -1,0 +1,78 @@
+"""What a person sees of a training: a bar with tokens per second and the time left, and a line per log window."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+from draft_model.eagle3.objective import StepSums
+
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 15.0  # between two states of the bar where it goes to a log and not to a terminal
+
+
+class Progress:
+    """The bar of one training; silent on every rank but the first.
+
+    Args:
+        tokens: that will go through the draft.
+        speaks: whether this rank shows anything.
+    """
+
+    def __init__(self, tokens: int, speaks: bool) -> None:
+        self._speaks = speaks
+        self._bar = tqdm(
+            total=tokens,
+            unit="token",
+            unit_scale=True,
+            desc="training",
+            disable=not speaks,
+            mininterval=0.5 if sys.stderr.isatty() else LOG_SECONDS,
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self, tokens: int, where: str, window: StepSums) -> None:
+        """Moves the bar on.
+
+        Args:
+            tokens: that were trained on.
+            where: which step this was.
+            window: sums since the last log line.
+        """
+        loss = float(window.loss[0] / window.supervised[0].clamp(min=1))
+        self._bar.set_postfix_str(f"{where}, loss {loss:.2f}", refresh=False)
+        self._bar.update(tokens)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Writes the line of one log window."""
+        if self._speaks:
+            logger.info(
+                "step %d, epoch %d: loss %s, acceptance by position %s, acceptance length %.2f (simulated), "
+                "learning rate %.1e, gradient norm %.1f, %.0f tokens/s",
+                record["step"], record["epoch"], _numbers(record["loss"]),
+                _numbers(record["conditional_acceptance"]), record["acceptance_length"],
+                record["learning_rate"], record["grad_norm"], record["tokens_per_second"],
+            )  # fmt: skip
+
+    def log_validation(self, record: dict[str, Any]) -> None:
+        """Writes the line of one validation."""
+        if self._speaks:
+            logger.info(
+                "validation after step %d: loss %s, acceptance by position %s, acceptance length %.2f (simulated)",
+                record["step"], _numbers(record["loss"]), _numbers(record["conditional_acceptance"]),
+                record["acceptance_length"],
+            )  # fmt: skip
+
+
+def _numbers(values: list[float]) -> str:
+    return " ".join(f"{value:.2f}" for value in values)

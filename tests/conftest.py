@@ -1,0 +1,18 @@
+"""Fixtures that tests of several packages share."""
+
+import hypothesis
+import pytest
+
+from draft_model.storage.embedded import EmbeddedStore
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory):
+    """A real S3 store on 127.0.0.1; the environment's AWS variables lead to it."""
+    with EmbeddedStore(tmp_path_factory.mktemp("store")) as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        yield store

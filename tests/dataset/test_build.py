@@ -1,0 +1,335 @@
+"""From JSONL to a published folder: counts add up, faults are told, same inputs give the same bytes."""
+
+import gzip
+import json
+import os
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from draft_model import storage
+from draft_model.dataset import DatasetConfig, Split, encode, load_vocabulary, run
+from draft_model.dataset.encode import load_tokenizer
+from draft_model.errors import DraftModelError
+from draft_model.parameters import Parameters
+
+
+def row(question, *answers, **more):
+    messages = [{"role": "user", "content": question}]
+    for answer in answers:
+        messages += [
+            {"role": "assistant", "content": answer, **more},
+            {"role": "user", "content": "and then?"},
+        ]
+    return {"conversations": messages[:-1]}
+
+
+def some_rows(count, seed=0):
+    draw = random.Random(seed)
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "what", "is", "it", "answer"]
+
+    def text():
+        return " ".join(draw.choices(words, k=draw.randint(1, 30)))
+
+    return [row(text(), *(text() for _ in range(draw.randint(1, 3)))) for _ in range(count)]
+
+
+def write(path, rows):
+    lines = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in rows]
+    content = b"\n".join(lines) + b"\n"
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return str(path)
+
+
+@pytest.fixture
+def build(tmp_path, models):
+    """Runs the stage; parameters by name, `model` by kind, `out` for another output."""
+
+    def build(model="qwen2", out="out", **parameters):
+        values = {"chat_template": "qwen", "build_dataset_num_proc": 1, **parameters}
+        output = str(tmp_path / out)
+        return run(DatasetConfig(str(models[model]), output, Parameters(**values), tmp_path / f"work-{out}"))
+
+    return build
+
+
+def files(folder):
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def report(tmp_path, out="out"):
+    return json.loads((tmp_path / out / "report.json").read_text())
+
+
+def test_counts_of_result_report_manifest_and_shards_agree(tmp_path, build, models):
+    train = [*some_rows(120), b"not json", {"messages": []}, row("?", "the answer " * 200), b"", b"\xff"]
+    validation = some_rows(30, seed=1)
+    result = build(
+        dataset_train_split=write(tmp_path / "train.jsonl", train),
+        dataset_validation_split=write(tmp_path / "validation.jsonl.gz", validation),
+        max_length=128, max_rejected_fraction=0.05,
+    )  # fmt: skip
+    folder = tmp_path / "out"
+    assert (result.train.rows_in, result.train.rows_kept, result.train.rows_rejected) == (124, 121, 3)
+    assert (result.validation.rows_in, result.validation.rows_rejected) == (30, 0)
+    rejected = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
+    assert [(record["split"], record["line"], record["reason"]) for record in rejected] == [
+        ("train", 121, "not JSON"), ("train", 122, "empty"), ("train", 125, "not UTF-8"),
+    ]  # fmt: skip
+    manifest = storage.read_manifest(str(folder), stage="dataset")
+    told = report(tmp_path)
+    counts = Counter()
+    for name, summary in (("train", result.train), ("validation", result.validation)):
+        split = Split(folder / name)
+        rows = [split[index] for index in range(len(split))]
+        assert summary.rows_kept == len(rows)
+        assert summary.tokens == sum(len(row.input_ids) for row in rows) == split.lengths.sum()
+        assert summary.supervised_tokens == sum(row.loss_mask.sum() for row in rows)
+        assert summary.rows_truncated == told["splits"][name]["rows_truncated"]
+        assert sum(bin["rows"] for bin in told["splits"][name]["length_histogram"]) == len(rows)
+        assert told["splits"][name]["length_quantiles"]["p100"] == split.lengths.max() <= 128
+        assert manifest.properties["splits"][name]["tokens"] == summary.tokens
+        if name == "train":
+            assert summary.rows_truncated >= 1
+            for row_ in rows:
+                counts.update(row_.input_ids[row_.loss_mask].tolist())
+    assert told["splits"]["train"]["rejected_reasons"] == {"empty": 1, "not JSON": 1, "not UTF-8": 1}
+    assert told["splits"]["train"]["distinct_supervised_tokens"] == len(counts)
+    tokenizer = load_tokenizer(models["qwen2"])
+    first = Split(folder / "train")[0]
+    assert "".join(text for text, _ in told["sample"]) == tokenizer.decode(first.input_ids)
+    shown = "".join(text for text, supervised in told["sample"] if supervised)
+    assert shown == tokenizer.decode(first.input_ids[first.loss_mask])
+
+
+def test_without_validation_there_is_none(tmp_path, build):
+    result = build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(5)))
+    assert result.validation is None
+    assert not (tmp_path / "out" / "validation").exists()
+    assert list(report(tmp_path)["splits"]) == ["train"]
+
+
+def test_the_draft_vocabulary_is_that_of_the_training_answers(tmp_path, build, models):
+    config = tmp_path / "draft.json"
+    train = write(tmp_path / "train.jsonl", some_rows(60))
+    validation = write(tmp_path / "validation.jsonl", [row("?", "the zebra! 你好")])
+    vocab_size = json.loads((models["qwen2"] / "config.json").read_text())["vocab_size"]
+    for size in (5, 40, 300, vocab_size):
+        config.write_text(json.dumps({"draft_vocab_size": size}))
+        result = build(
+            dataset_train_split=train, dataset_validation_split=validation, draft_model_config=str(config),
+            out=f"out-{size}",
+        )  # fmt: skip
+        folder = tmp_path / f"out-{size}"
+        t2d, d2t = load_vocabulary(folder)
+        split = Split(folder / "train")
+        supervised = np.concatenate([split[i].input_ids[split[i].loss_mask] for i in range(len(split))])
+        counts = Counter(supervised.tolist())
+        ranked = sorted(range(vocab_size), key=lambda token: (-counts[token], token))[:size]
+        assert [index + offset for index, offset in enumerate(d2t.tolist())] == sorted(ranked)
+        assert t2d.shape == (vocab_size,)
+        assert t2d.sum() == result.draft_vocab_size == size
+        covered = sum(counts[token] for token in ranked) / len(supervised)
+        assert result.train.coverage == pytest.approx(covered, abs=1e-6)
+        assert result.validation.coverage <= 1
+    assert result.validation.coverage == 1
+
+
+def test_without_a_size_the_draft_vocabulary_is_never_larger_than_the_targets(tmp_path, build):
+    result = build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(3)))
+    assert result.draft_vocab_size == result.vocab_size < 32_000
+
+
+def test_cut_answers_have_no_supervised_end(tmp_path, build, models):
+    end = load_tokenizer(models["qwen2"]).convert_tokens_to_ids("<|im_end|>")
+    rows = [
+        row("?", "the answer", finish="length"),
+        row("?", "the answer", finish="stop"),
+        row("?", "the answer"),
+    ]
+    build(dataset_train_split=write(tmp_path / "train.jsonl", rows))
+    split = Split(tmp_path / "out" / "train")
+    assert [end in split[i].input_ids[split[i].loss_mask] for i in range(3)] == [False, True, True]
+    assert len({split[i].input_ids.tobytes() for i in range(3)}) == 1
+
+
+def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path, build, monkeypatch):
+    monkeypatch.setattr(encode, "BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(encode, "_cores", lambda: 2)
+    data = [*some_rows(1500), b"no"]
+    given = {
+        "dataset_train_split": write(tmp_path / "train.jsonl", data),
+        "max_length": 150,
+        "max_rejected_fraction": 0.1,
+    }
+    for out, processes in (("one", 1), ("again", 1), ("two", 2)):
+        result = build(out=out, build_dataset_num_proc=processes, **given)
+        assert not result.reused
+    one = files(tmp_path / "one")
+    assert set(one) == {
+        "manifest.json",
+        "rejected.jsonl",
+        "report.json",
+        "vocabulary.safetensors",
+        "train/part-00000.parquet",
+    }
+    assert one == files(tmp_path / "again") == files(tmp_path / "two")
+
+
+def test_processes_are_lowered_to_the_cores_and_said_once(tmp_path, build, monkeypatch, caplog):
+    monkeypatch.setattr(encode, "_cores", lambda: 1)
+    caplog.set_level("INFO")
+    build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(3)), build_dataset_num_proc=96)
+    said = [
+        record.getMessage() for record in caplog.records if "build_dataset_num_proc" in record.getMessage()
+    ]
+    assert len(said) == 1
+    assert "96 lowered to 1 (1 cores" in said[0]
+
+
+def test_what_is_built_is_not_built_again_until_something_that_shapes_it_changes(tmp_path, build):
+    path = tmp_path / "train.jsonl"
+    given = {"dataset_train_split": write(path, some_rows(20))}
+    first = build(**given)
+    shard = tmp_path / "out" / "train" / "part-00000.parquet"
+    written = shard.stat().st_mtime_ns
+    again = build(**given, learning_rate=0.5, build_dataset_num_proc=2)
+    assert (again.reused, shard.stat().st_mtime_ns) == (True, written)
+    assert (again.train, again.fingerprint) == (first.train, first.fingerprint)
+    config = tmp_path / "draft.json"
+    config.write_text('{"draft_vocab_size": 30}')
+    seen = {first.fingerprint}
+    validation = {"dataset_validation_split": write(tmp_path / "validation.jsonl", some_rows(3, seed=2))}
+    for changed in ({"max_length": 500}, {"model": "qwen3"}, {"draft_model_config": str(config)}, validation):
+        result = build(**given, **changed)
+        assert not result.reused
+        seen.add(result.fingerprint)
+    write(path, some_rows(21))
+    seen.add(build(**given).fingerprint)
+    assert len(seen) == 6
+    assert not (tmp_path / "out" / "validation").exists() or len(Split(tmp_path / "out" / "train")) == 21
+
+
+def test_too_many_faulty_lines_stop_the_stage_with_the_first_ten_of_both_splits(tmp_path, build):
+    bad = [b"bad"] * 12
+    train = write(tmp_path / "train.jsonl", some_rows(88) + bad)
+    validation = write(
+        tmp_path / "validation.jsonl", [{"messages": [{"role": "user", "content": "a"}]}, *some_rows(9)]
+    )
+    with pytest.raises(DraftModelError) as caught:
+        build(dataset_train_split=train, dataset_validation_split=validation, max_rejected_fraction=0.05)
+    first, second = caught.value.problems
+    assert first.startswith(f"dataset_train_split: {train}: 12 of 100 lines cannot be used (12.0%")
+    assert "max_rejected_fraction allows 5.0%" in first
+    assert "line 89: not JSON" in first
+    assert "line 98:" in first
+    assert "line 99:" not in first
+    assert second.startswith(f"dataset_validation_split: {validation}: 1 of 10 lines")
+    assert "line 1: no assistant turn" in second
+    assert not storage.exists(str(tmp_path / "out"))
+    assert build(
+        dataset_train_split=train, dataset_validation_split=validation, max_rejected_fraction=0.12
+    ).train.rows_rejected == 12  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [[b""], [b"\xef\xbb\xbf  ", b"\r"]])
+def test_a_file_without_rows_is_refused_by_name(tmp_path, build, content):
+    with pytest.raises(DraftModelError, match=r"dataset_train_split: .*train\.jsonl: has no rows"):
+        build(dataset_train_split=write(tmp_path / "train.jsonl", content))
+
+
+def test_a_file_without_a_usable_row_is_refused_even_if_all_may_be_rejected(tmp_path, build):
+    with pytest.raises(
+        DraftModelError, match=r"dataset_train_split: .* 2 of 2 lines .* one row must be left"
+    ):
+        build(dataset_train_split=write(tmp_path / "train.jsonl", [b"a", b"b"]), max_rejected_fraction=1)
+
+
+def test_all_unusable_inputs_are_told_at_once(tmp_path, build):
+    config = tmp_path / "draft.json"
+    config.write_text('{"draft_vocab_size": 1000000}')
+    with pytest.raises(DraftModelError) as caught:
+        build(
+            dataset_train_split=str(tmp_path / "absent.jsonl"), dataset_validation_split=str(tmp_path),
+            draft_model_config=str(config),
+        )  # fmt: skip
+    told = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 3
+    assert "dataset_train_split" in told
+    assert "absent.jsonl" in told
+    assert "dataset_validation_split" in told
+    assert "draft_model_config: its draft_vocab_size is 1000000; allowed: at most" in told
+
+
+@pytest.mark.parametrize("size", [0, -1, "many", True, 1.5])
+def test_a_draft_vocabulary_size_that_is_none_is_refused(tmp_path, build, size):
+    config = tmp_path / "draft.json"
+    config.write_text(json.dumps({"draft_vocab_size": size}))
+    with pytest.raises(DraftModelError, match=r"draft_model_config: .* allowed: an integer >= 1"):
+        build(
+            dataset_train_split=write(tmp_path / "train.jsonl", some_rows(2)), draft_model_config=str(config)
+        )
+
+
+def test_a_model_folder_of_another_stage_or_without_a_tokenizer_is_refused(tmp_path, build, models):
+    train = write(tmp_path / "train.jsonl", some_rows(2))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(
+        '{"model_type": "llama", "text_config": {"vocab_size": 9}}'
+    )
+    models = {**models, "bare": tmp_path / "model"}
+    storage.publish(models["bare"], str(models["bare"]), stage="train", properties={})
+    config = DatasetConfig(
+        str(models["bare"]), str(tmp_path / "out"), Parameters(dataset_train_split=train), tmp_path / "w"
+    )
+    with pytest.raises(DraftModelError, match="output of the train stage"):
+        run(config)
+    storage.publish(models["bare"], str(models["bare"]), stage="import", properties={})
+    with pytest.raises(DraftModelError, match="model: its tokenizer"):
+        run(config)
+
+
+def test_a_chat_template_that_does_not_fit_is_refused_before_any_row_is_read(tmp_path, build):
+    with pytest.raises(DraftModelError, match=r"chat_template: given 'llama3'.*use qwen"):
+        build(dataset_train_split=write(tmp_path / "train.jsonl", [b"bad"]), chat_template="llama3")
+
+
+class Deadly:
+    """Kills the process that it is sent to."""
+
+    def __reduce__(self):
+        return os._exit, (9,)
+
+
+def test_a_process_that_dies_is_told_and_what_to_do(models):
+    encoder = encode.Encoder(encode.EncoderSettings(models["qwen2"], "qwen", 100, 600))
+    told = pytest.raises(DraftModelError, match=r"build_dataset_num_proc: .* memory")
+    with encode.Encoders(encoder, 2) as encoders, told:
+        list(encoders.map([[Deadly()]] * 20))
+
+
+def test_everything_may_lie_in_an_object_store(tmp_path, models, object_store):
+    root = f"s3://{object_store.bucket}/dataset-test"
+    storage.publish(models["llama3"], f"{root}/model", stage="import", properties={})
+    for split, rows in (("train", some_rows(40)), ("validation", some_rows(9, seed=1))):
+        storage.write_bytes(f"{root}/{split}.jsonl", (tmp_path / write(tmp_path / split, rows)).read_bytes())
+    storage.write_bytes(f"{root}/draft.json", b'{"draft_vocab_size": 64}')
+    alias = root.replace("s3://", "minio://")
+    parameters = Parameters(
+        dataset_train_split=f"{root}/train.jsonl", dataset_validation_split=f"{alias}/validation.jsonl",
+        draft_model_config=f"{root}/draft.json", chat_template="llama3", build_dataset_num_proc=1,
+    )  # fmt: skip
+    results = [
+        run(DatasetConfig(f"{alias}/model", f"{root}/out", parameters, tmp_path / f"work-{attempt}"))
+        for attempt in range(2)
+    ]
+    assert [result.reused for result in results] == [False, True]
+    assert results[0].train == results[1].train
+    folder = storage.fetch(f"{root}/out", tmp_path / "fetched")
+    assert len(Split(folder / "train")) == results[0].train.rows_kept == 40
+    assert len(Split(folder / "validation")) == 9
+    assert load_vocabulary(folder)[1].shape == (64,)

@@ -1,0 +1,183 @@
+"""Small random training steps, computed by the code under test and by the naive reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draft_model.eagle3.batch import Batch, collate
+from draft_model.eagle3.config import DraftConfig
+from draft_model.eagle3.model import Eagle3Draft
+from draft_model.eagle3.objective import StepSums
+from draft_model.eagle3.step import Objective
+
+from . import reference
+
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, THETA, EPS = 20, 28, 4, 2, 6, 50.0, 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A draft, a batch and what a target said about it.
+
+    Attributes:
+        draft: random float32 weights, large enough that every part of the layer matters.
+        batch: B conversations.
+        states: per conversation the target's features and final hidden states, [T_b, 4H].
+        embedding: the target's, [V, H].
+        head: the target's, [V, H].
+    """
+
+    draft: Eagle3Draft
+    batch: Batch
+    states: list[Tensor]
+    embedding: Tensor
+    head: Tensor
+
+    def objective(
+        self, steps: int, backend: str = "sdpa", dtype: torch.dtype = torch.float32
+    ) -> Callable[[Batch, list[Tensor]], tuple[Tensor, StepSums]]:
+        """The code under test, taught by this case's states instead of a model's."""
+        target: Any = SimpleNamespace(
+            embedding=self.embedding.to(dtype),
+            logits=lambda hidden: hidden @ self.head.to(dtype).T,
+            device=self.batch.tokens.device,
+        )
+        return Objective(self.draft, target, steps, backend, dtype, self.batch.tokens.shape[1])
+
+    def ours(
+        self, steps: int, backend: str = "sdpa", dtype: torch.dtype = torch.float32, divisor: int = 1
+    ) -> Outcome:
+        """What it makes of the batch: loss, sums and the gradient of every parameter."""
+        self.draft.zero_grad()
+        objective = self.objective(steps, backend, dtype)
+        loss, sums = objective(self.batch, [states.to(dtype) for states in self.states])
+        (loss / divisor).backward()
+        gradients = {name: weight.grad.clone() for name, weight in self.draft.named_parameters()}
+        return Outcome(loss.detach(), sums, gradients)
+
+    def theirs(self, steps: int) -> tuple[reference.Sums, dict[str, Tensor]]:
+        """The same by the reference, in float64."""
+        weights = {name: w.detach().double().requires_grad_() for name, w in self.draft.named_parameters()}
+        config = self.draft.config
+        conversations = [
+            reference.Conversation(
+                tokens=self.batch.tokens[row, :length],
+                features=self.states[row][:, : -config.hidden_size].double(),
+                target_logits=self.states[row][:, -config.hidden_size :].double() @ self.head.double().T,
+                predicted=self.batch.predicted[row, :length],
+            )
+            for row, length in enumerate(self.batch.lengths.tolist())
+        ]
+        shape = reference.Geometry(
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.rms_norm_eps,
+            config.rope_parameters["rope_theta"],
+        )
+        sums = reference.training_step(
+            weights, shape, conversations, self.embedding.double(), self.draft.target_ids, steps
+        )
+        gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        if sums.total.requires_grad:
+            found = torch.autograd.grad(sums.total, list(weights.values()), allow_unused=True)
+            gradients |= {name: g for name, g in zip(weights, found, strict=True) if g is not None}
+        return sums, gradients
+
+    def only(self, rows: Sequence[int]) -> Case:
+        """The same with some of the conversations."""
+        batch = self.batch
+        index = torch.tensor(rows)
+        width = int(batch.lengths[index].max())
+        kept = Batch(batch.tokens[index, :width], batch.lengths[index], batch.predicted[index, :width])
+        return replace(self, batch=kept, states=[self.states[row] for row in rows])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Un-normalised loss, sums and gradients by checkpoint name."""
+
+    loss: Tensor
+    sums: StepSums
+    gradients: dict[str, Tensor]
+
+
+def small_config(vocab: int, draft_vocab: int, **changes: object) -> DraftConfig:
+    """A draft whose head_dim is not hidden / heads."""
+    config = DraftConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        rms_norm_eps=EPS,
+        vocab_size=vocab,
+        draft_vocab_size=draft_vocab,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        aux_layers=(2, 4, 5),
+        target_model_type="llama",
+    )
+    return replace(config, **changes)
+
+
+def random_draft(config: DraftConfig, generator: torch.Generator) -> Eagle3Draft:
+    """Random weights of unit gain over a random, sorted part of the vocabulary."""
+    vocab, known = config.vocab_size, config.draft_vocab_size
+    ids = torch.randperm(vocab, generator=generator)[:known].sort().values
+    t2d = torch.zeros(vocab, dtype=torch.bool)
+    t2d[ids] = True
+    draft = Eagle3Draft(config, t2d, ids - torch.arange(known))
+    with torch.no_grad():
+        for weight in draft.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_(noise / weight.shape[1] ** 0.5 if weight.dim() == 2 else 1 + 0.3 * noise)
+    return draft
+
+
+def random_case(
+    seed: int,
+    lengths: Sequence[int],
+    *,
+    vocab: int = 37,
+    draft_vocab: int = 23,
+    learnt: float | Callable[[int], Tensor] = 0.6,
+    **changes: object,
+) -> Case:
+    """A random step.
+
+    Args:
+        seed: of everything.
+        lengths: tokens of each conversation.
+        vocab: V.
+        draft_vocab: D.
+        learnt: the loss mask of a conversation of so many tokens, or the share of tokens in it.
+        changes: settings of the draft.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    draft = random_draft(small_config(vocab, draft_vocab, **changes), generator)
+    hidden = draft.config.hidden_size
+
+    def mask(length: int) -> Tensor:
+        return learnt(length) if callable(learnt) else torch.rand(length, generator=generator) < learnt
+
+    tokens = [torch.randint(vocab, (length,), generator=generator) for length in lengths]
+    return Case(
+        draft=draft,
+        batch=collate([(ids, mask(len(ids))) for ids in tokens]),
+        states=[torch.randn(length, 4 * hidden, generator=generator) for length in lengths],
+        embedding=torch.randn(vocab, hidden, generator=generator),
+        head=torch.randn(vocab, hidden, generator=generator) / hidden**0.5,
+    )
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm of the truth; 0 where both are zero."""
+    difference = float((value.double() - truth.double()).norm())
+    return difference / float(truth.double().norm()) if difference else 0.0

@@ -1,0 +1,195 @@
+"""The merged attention equals the dense masked one, in value and in every gradient."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from draft_model.eagle3 import attention
+from draft_model.eagle3.attention import Rows, choose_backend, unroll_attention
+
+from . import reference
+
+@dataclass
+class Inputs:
+    """One step's queries and keys; every position past a conversation's end holds junk.
+
+    Attributes:
+        lengths: positions of each conversation.
+        rows: which of them have a query.
+        tensors: q, k0, v0, then the later steps' keys, then their values.
+        weight: what the output is multiplied by before it is summed, so that gradients differ everywhere.
+    """
+
+    lengths: list[int]
+    rows: Rows
+    tensors: list[Tensor]
+    weight: Tensor
+
+    def run(self, backend: str) -> list[Tensor]:
+        """Output and the gradient of each tensor."""
+        leaves = [tensor.clone().requires_grad_() for tensor in self.tensors]
+        diagonal = leaves[3:]
+        later = len(diagonal) // 2
+        out = unroll_attention(backend, self.rows, *leaves[:3], diagonal[:later], diagonal[later:])
+        return [out.detach(), *torch.autograd.grad(out, leaves, self.weight.to(out))]
+
+    def dense(self) -> list[Tensor]:
+        """The same by the reference, conversation by conversation, in float64."""
+        leaves = [tensor.double().cpu().requires_grad_() for tensor in self.tensors]
+        q, k0, v0, *diagonal = leaves
+        later = len(diagonal) // 2
+        out = torch.zeros_like(q)
+        index = self.rows.index.cpu()
+        for row, length in enumerate(self.lengths):
+            mine = (index // self.rows.length == row).nonzero()[:, 0]
+            time = index[mine] % self.rows.length
+
+            def place(x: Tensor, mine: Tensor = mine, time: Tensor = time, length: int = length) -> Tensor:
+                return torch.zeros(length, *x.shape[1:], dtype=x.dtype).index_put((time,), x[mine])
+
+            keys = [k0[row, :, :length].transpose(0, 1), *map(place, diagonal[:later])]
+            values = [v0[row, :, :length].transpose(0, 1), *map(place, diagonal[later:])]
+            out = out.index_put((mine,), reference.dense_attention(place(q), keys, values)[time])
+        return [out.detach(), *torch.autograd.grad(out, leaves, self.weight.double().cpu())]
+
+
+def random_inputs(
+    seed: int,
+    lengths: list[int],
+    later: int,
+    *,
+    heads: tuple[int, int] = (4, 2),
+    size: int = 8,
+    share: float = 0.7,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Inputs:
+    """Random queries at a random share of the positions, and `later` diagonal keys each."""
+    generator = torch.Generator().manual_seed(seed)
+    span, (query_heads, kv_heads) = max(lengths), heads
+    active = torch.rand(len(lengths), span, generator=generator) < share
+    active &= torch.arange(span) < torch.tensor(lengths).unsqueeze(1)
+    index = active.flatten().nonzero()[:, 0]
+    count = len(index)
+    shapes = [
+        (count, query_heads, size),
+        *[(len(lengths), kv_heads, span, size)] * 2,
+        *[(count, kv_heads, size)] * (2 * later),
+    ]
+    tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+    weight = torch.randn(count, query_heads, size, generator=generator)
+    return Inputs(lengths, Rows(index.to(device), len(lengths), span), tensors, weight.to(device))
+
+
+def assert_same(found: list[Tensor], truth: list[Tensor], tolerance: float) -> None:
+    """Out and the gradients of q, k0, v0 and the diagonal, relative to the norm of each.
+
+    Where terms cancel (a score's gradient is p (do.v - do.o)) the rest has the rounding of the terms: a tenth
+    of the tolerance of the largest norm is free.
+    """
+    scale = max(float(tensor.norm()) for tensor in truth)
+    for number, (value, expected) in enumerate(zip(found, truth, strict=True)):
+        error = float((value.double().cpu() - expected).norm())
+        assert error <= tolerance * float(expected.norm()) + 0.1 * tolerance * scale, number
+
+
+def assert_close(found: list[Tensor], truth: list[Tensor], tolerance: float) -> None:
+    """Out, and all gradients as one vector, relative to their norms: in bfloat16 small ones cancel."""
+    for part in (slice(0, 1), slice(1, None)):
+        value = torch.cat([tensor.flatten().double().cpu() for tensor in found[part]])
+        expected = torch.cat([tensor.flatten() for tensor in truth[part]])
+        assert float((value - expected).norm()) <= tolerance * float(expected.norm())
+
+
+shapes = given(
+    seed=st.integers(0, 2**31),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    later=st.integers(0, 6),
+    heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (4, 1), (6, 2)]),
+    size=st.sampled_from([2, 6, 8, 16, 24]),
+    share=st.sampled_from([0.0, 0.2, 0.7, 1.0]),
+)
+
+
+@shapes
+@settings(max_examples=100, deadline=None)
+def test_float32_equals_the_dense_mask(seed, lengths, later, heads, size, share):
+    inputs = random_inputs(seed, lengths, later, heads=heads, size=size, share=share)
+    assert_same(inputs.run("sdpa"), inputs.dense(), 1e-5)
+
+
+@shapes
+@settings(max_examples=100, deadline=None)
+def test_bfloat16_is_close_to_the_dense_mask(seed, lengths, later, heads, size, share):
+    inputs = random_inputs(seed, lengths, later, heads=heads, size=size, share=share, dtype=torch.bfloat16)
+    assert_close(inputs.run("sdpa"), inputs.dense(), 1e-2)
+
+
+@pytest.mark.parametrize("length", [129, 600])  # over the CPU kernel's block edges
+def test_long_conversations(length):
+    inputs = random_inputs(0, [length, 65], 3, heads=(2, 1), share=0.5)
+    assert_same(inputs.run("sdpa"), inputs.dense(), 1e-5)
+
+
+def test_large_scores_do_not_overflow():
+    inputs = random_inputs(0, [12, 7], 4)
+    inputs.tensors[0] *= 30
+    assert_same(inputs.run("sdpa"), inputs.dense(), 1e-4)  # scores of hundreds: their rounding shows
+
+
+def test_no_query_sees_padding():
+    inputs = random_inputs(3, [9, 4], 3, share=1.0)
+    first = inputs.run("sdpa")
+    for tensor in inputs.tensors[1:3]:
+        tensor[1, :, 4:] = 1e4
+    second = inputs.run("sdpa")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not second[2][1, :, 4:].any()
+    assert not second[3][1, :, 4:].any()
+
+
+def test_flex_attention_on_cpu_becomes_sdpa_with_one_line(caplog):
+    with caplog.at_level(logging.INFO):
+        assert choose_backend("flex_attention", torch.device("cpu")) == "sdpa"
+    assert len(caplog.records) == 1
+    assert "flex_attention" in caplog.text
+    assert "sdpa" in caplog.text
+
+
+def test_other_choices_stand_and_say_nothing(caplog):
+    with caplog.at_level(logging.INFO):
+        assert choose_backend("sdpa", torch.device("cpu")) == "sdpa"
+        assert choose_backend("sdpa", torch.device("cuda")) == "sdpa"
+        assert choose_backend("flex_attention", torch.device("cuda")) == "flex_attention"
+    assert not caplog.records
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(("later", "heads"), [(0, (4, 2)), (3, (4, 2)), (6, (4, 4))])
+def test_flex_attention_has_the_same_values_on_cpu(monkeypatch, later, heads):
+    """Only its backward, and its compiled kernel, need a GPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    inputs = random_inputs(5, [20, 11], later, heads=heads, size=16)
+    q, k0, v0, *diagonal = inputs.tensors
+    with torch.no_grad():
+        out = unroll_attention("flex_attention", inputs.rows, q, k0, v0, diagonal[:later], diagonal[later:])
+    assert_same([out], inputs.dense()[:1], 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
+@pytest.mark.parametrize(("later", "heads"), [(0, (8, 2)), (3, (8, 2)), (6, (4, 4))])
+@pytest.mark.parametrize("lengths", [[300, 65], [128, 128]])
+def test_both_backends_on_a_gpu(backend, later, heads, lengths):
+    inputs = random_inputs(7, lengths, later, heads=heads, size=64, dtype=torch.bfloat16, device="cuda")
+    assert_close(inputs.run(backend), inputs.dense(), 1e-2)

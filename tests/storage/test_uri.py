@@ -1,0 +1,95 @@
+"""A URI means one place, and a name inside a folder can lead nowhere else."""
+
+import ntpath
+import posixpath
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from draft_model.errors import DraftModelError
+from draft_model.storage import is_remote, join
+from draft_model.storage.uri import ObjectAddress, name_problem, parse
+
+TRICKY = st.text(alphabet=st.sampled_from("ab.:/\\\0~ é\udc80C"), max_size=12)
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("data/train.jsonl", Path("data/train.jsonl")),
+        ("../up", Path("../up")),
+        ("~/models", Path.home() / "models"),
+        ("file:///data/a%20b", Path("/data/a b")),
+        ("file://localhost/data", Path("/data")),
+        ("s3://bucket/a/b", ObjectAddress("bucket", "a/b")),
+        ("s3://bucket/a/b/", ObjectAddress("bucket", "a/b")),
+        ("s3://bucket", ObjectAddress("bucket", "")),
+        ("minio://bucket/a/b", ObjectAddress("bucket", "a/b")),
+        ("S3://bucket/a", ObjectAddress("bucket", "a")),
+    ],
+)
+def test_a_uri_is_taken_apart(uri, expected):
+    assert parse(uri) == expected
+    assert is_remote(uri) == isinstance(expected, ObjectAddress)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "", "https://host/file", "gs://bucket/key", "file://host/data", "file://", "s3://", "s3:///key",
+        "s3://bucket/a/../b", "s3://bucket/../b", "s3://bucket//a", "s3://bucket/a\\b", "s3://bucket/C:/a",
+        "s3://bucket/a\0b", "data\0", "minio://bucket/./a",
+    ],
+)  # fmt: skip
+def test_what_is_no_place_is_refused_with_the_uri_in_the_sentence(uri):
+    with pytest.raises(DraftModelError) as refused:
+        parse(uri)
+    assert repr(uri) in str(refused.value)
+
+
+def test_a_query_says_where_the_endpoint_belongs():
+    with pytest.raises(DraftModelError, match="AWS_ENDPOINT_URL"):
+        parse("minio://bucket/root?endpoint=minio:9000&disableSSL=true")
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts", "expected"),
+    [
+        ("s3://bucket", ["a", "b/c"], "s3://bucket/a/b/c"),
+        ("s3://bucket/run/", ["a"], "s3://bucket/run/a"),
+        ("minio://bucket/run", ["a"], "minio://bucket/run/a"),
+        ("/data", ["a"], "/data/a"),
+        ("/", ["a"], "/a"),
+        ("data", ["a"], "data/a"),
+        ("data", [], "data"),
+    ],
+)
+def test_join_names_what_is_inside(uri, parts, expected):
+    assert join(uri, *parts) == expected
+
+
+def test_join_quotes_in_a_file_uri():
+    assert parse(join("file:///data", "50% of it/a b")) == Path("/data/50% of it/a b")
+
+
+@pytest.mark.parametrize(
+    "part", ["..", "../a", "a/../../b", "/etc/passwd", "a//b", "C:\\x", "c:x", "", "a\0"]
+)
+def test_join_leads_nowhere_else(part):
+    with pytest.raises(DraftModelError):
+        join("s3://bucket/run", part)
+
+
+@given(TRICKY)
+def test_an_allowed_name_stays_below_its_folder_on_every_system(name):
+    if name_problem(name) is None:
+        assert posixpath.normpath(posixpath.join("/top", name)).startswith("/top/")
+        assert ntpath.normpath(ntpath.join("C:\\top", name)).startswith("C:\\top\\")
+        assert parse(f"s3://bucket/{name}") == ObjectAddress("bucket", name) or "?" in name
+
+
+@given(st.lists(st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9_. =-]*", fullmatch=True), min_size=1, max_size=4))
+def test_an_ordinary_name_is_allowed(segments):
+    assert name_problem("/".join(segments)) is None
