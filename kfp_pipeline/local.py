@@ -6,14 +6,16 @@ object storage by itself, so the steps get an s3:// URI of the embedded store as
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from draft_model import storage
 from draft_model.doors import ERROR_FILE, WORK_FOLDER, raise_on_sigterm
@@ -60,7 +62,7 @@ def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
     try:
         with _store(parameters, folder) as (uri, data), _no_orphans():
             try:
-                _execute({**values, "storage_uri": uri}, folder)
+                _execute({**parameters.model_dump(), "storage_uri": uri}, folder)
             except RuntimeError as failure:
                 if error.exists():
                     raise DraftModelError(json.loads(error.read_text(encoding="utf-8"))) from failure
@@ -93,7 +95,31 @@ def _execute(values: Mapping[str, Any], folder: Path) -> None:
     warnings.filterwarnings("ignore", module="kfp")
     root = str((folder / "kfp").resolve())
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=root, raise_on_error=True)
-    components.load_component_from_file(str(COMPILED))(**values)
+    with (folder / "run.log").open("w", encoding="utf-8") as log, redirect_stdout(_Screen(log)):
+        components.load_component_from_file(str(COMPILED))(**values)
+
+
+class _Screen(io.TextIOBase):
+    """Standard output of the steps: all of it to a file, and to the screen without the executor's own chatter."""
+
+    def __init__(self, log: TextIO) -> None:
+        self._log, self._screen = log, sys.stdout
+        self._dump, self._open = False, False
+
+    def write(self, text: str) -> int:
+        self._log.write(text)
+        executor = text.lstrip().startswith("[KFP Executor")
+        if executor or self._dump:
+            # The executor prints its input as indented JSON after a line of its own.
+            self._dump = "Got executor_input" in text or (self._dump and text.rstrip() != "}" and not executor)
+        elif text.strip() or self._open:
+            self._screen.write(text)
+            self._open = not text.endswith("\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._log.flush()
+        self._screen.flush()
 
 
 @contextmanager

@@ -28,7 +28,8 @@ WORK_FOLDER = "DRAFT_MODEL_WORK"
 
 def set_up_logging() -> None:
     """Our own log lines to standard error, with the time; other libraries from warnings on."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    form = {"format": "%(asctime)s %(message)s", "datefmt": "%H:%M:%S"}
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True, **form)  # KFP's executor logs at INFO
     logging.getLogger("draft_model").setLevel(logging.INFO)
 
 

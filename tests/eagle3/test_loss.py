@@ -34,9 +34,9 @@ def assert_equals_reference(case: Case, steps: int) -> StepSums:
 
 
 def assert_same_gradients(found, truth, tolerance: float) -> None:
-    """Relative to each parameter's norm; a part that is zero in truth may have the rounding of the others."""
+    """Relative to each parameter's norm; where little is left of q - p, whose terms are about 1, their rounding is."""
     assert found.keys() == truth.keys()
-    scale = max(float(gradient.norm()) for gradient in truth.values())
+    scale = max(1.0, *(float(gradient.norm()) for gradient in truth.values()))
     for name, gradient in truth.items():
         error = float((found[name].double() - gradient.double()).norm())
         assert error <= tolerance * float(gradient.norm()) + 0.1 * tolerance * scale, name
@@ -257,7 +257,7 @@ def test_an_evaluation_gives_the_same_sums():
 
 
 # 3 steps of 2,048 positions by 32,000 tokens: 786 MB of float32 logits, were they held.
-STEPS, POSITIONS, VOCAB = 3, 2048, 32_000
+STEPS, SHORT, LONG, VOCAB = 3, 512, 2048, 32_000
 
 
 def print_peak_growth() -> None:
@@ -269,7 +269,7 @@ def print_peak_growth() -> None:
 
     torch.set_num_threads(1)
     short, long = (
-        random_case(0, [length + 2], vocab=VOCAB, draft_vocab=VOCAB, learnt=1.0) for length in (512, POSITIONS)
+        random_case(0, [length + 2], vocab=VOCAB, draft_vocab=VOCAB, learnt=1.0) for length in (SHORT, LONG)
     )
     short.draft.lm_head.weight.sum().backward()  # starts what autograd needs
     start = peak()
@@ -285,6 +285,6 @@ def test_logits_of_all_positions_are_never_held():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     first, more = map(int, result.stdout.split())
-    full = STEPS * POSITIONS * VOCAB * 4
-    assert first < full  # two chunks
-    assert more < 0.1 * full  # and no more for four times the positions
+    row = STEPS * VOCAB * 4
+    assert first < LONG * row
+    assert more < 0.3 * (LONG - SHORT) * row

@@ -69,6 +69,14 @@ class DatasetResult:
     train: SplitSummary
     validation: SplitSummary | None
 
+    def metrics(self) -> dict[str, float]:
+        """What the KFP UI shows and compares between runs."""
+        metrics: dict[str, float] = {"draft_vocab_size": self.draft_vocab_size}
+        for split, counts in (("train", self.train), ("validation", self.validation)):
+            if counts is not None:
+                metrics |= {f"{split}_{name}": value for name, value in asdict(counts).items()}
+        return metrics
+
 
 def run(config: DatasetConfig) -> DatasetResult:
     """Builds and publishes the data set, or finds it built.
@@ -206,6 +214,8 @@ def _describe(
         "max_length": parameters.max_length,
         "splits": splits,
         "fingerprint": inputs.fingerprint,
+        # The number of processes shapes nothing, and the same data has the same bytes whatever it was.
+        "parameters": {k: v for k, v in parameters.of_stage("dataset").items() if k != "build_dataset_num_proc"},
     }
     assert train.first_row is not None
     report = properties | {

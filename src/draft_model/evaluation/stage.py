@@ -168,6 +168,7 @@ def _evaluate(
             "differences": compared.differences,
         },
         "sample": _sample(model, prompts, replies["trained"]),
+        "prompt_tokens": prompts,
     }
 
 

@@ -223,6 +223,8 @@ def _record(training: Training, target: Target, config: TrainConfig, dataset: Pa
         "draft_parameters": _size(training.draft),
         "target": {
             "source": source["source"],
+            "revision": source["revision"],
+            "licence": source["licence"],
             "architecture": source["architecture"],
             "parameters": source["parameter_count"],
             "hidden_size": target.config.hidden_size,

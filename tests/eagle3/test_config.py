@@ -1,0 +1,314 @@
+"""The draft takes the target's geometry; what a user overrides fits or is refused, all of it at once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from draft_model.eagle3.config import DraftConfig, choose_aux_layers, draft_config_for, with_overrides
+from draft_model.errors import DraftModelError
+
+from .families import FAMILIES, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, LAYERS, POSITIONS, ROPES, VOCAB, config_json
+
+LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
+
+LLAMA = {  # as the Hub has it: the style before transformers 5
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 32,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+
+
+@pytest.fixture
+def default() -> DraftConfig:
+    return draft_config_for(LLAMA)
+
+
+def problems(default: DraftConfig, given: dict) -> list[str]:
+    with pytest.raises(DraftModelError) as caught:
+        with_overrides(default, given)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_geometry_is_the_targets(family, tmp_path):
+    target = config_json(tmp_path, family)
+    config = draft_config_for(target)
+    explicit = FAMILIES[family][1]
+    assert config.hidden_size == HIDDEN
+    assert config.intermediate_size == INTERMEDIATE
+    assert config.num_attention_heads == HEADS
+    assert config.num_key_value_heads == KV_HEADS
+    assert config.head_dim == explicit.get("head_dim", HIDDEN // HEADS)
+    assert config.rms_norm_eps == explicit.get("rms_norm_eps", target["rms_norm_eps"])
+    assert config.vocab_size == config.draft_vocab_size == VOCAB
+    assert config.max_position_embeddings == POSITIONS
+    assert config.aux_layers == (2, LAYERS // 2, LAYERS - 3)
+    assert config.target_model_type == family
+    assert explicit.get("rope_parameters", {}).items() <= config.rope_parameters.items()
+
+
+def test_gemmas_full_attention_gives_the_rope(tmp_path):
+    ropes = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    }
+    config = draft_config_for(config_json(tmp_path, "gemma3_text", rope_parameters=ropes))
+    assert config.rope_parameters == ropes["full_attention"]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_is_copied_in_todays_style(kind, family, tmp_path):
+    rope = {**ROPES[kind], "rope_theta": 123.0}
+    config = draft_config_for(config_json(tmp_path, family, rope_parameters=rope))
+    assert config.rope_parameters == rope
+
+
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_is_copied_in_the_hubs_older_styles(kind, key):
+    rope = {key if name == "rope_type" else name: value for name, value in ROPES[kind].items()}
+    config = draft_config_for({**LLAMA, "rope_theta": 123.0, "rope_scaling": rope})
+    assert config.rope_parameters == {**ROPES[kind], "rope_theta": 123.0}
+
+
+def test_rope_without_any_setting_is_llamas_first():
+    target = {key: value for key, value in LLAMA.items() if not key.startswith("rope")}
+    for given in (target, {**target, "rope_scaling": None}):
+        assert draft_config_for(given).rope_parameters == {"rope_type": "default", "rope_theta": 10_000.0}
+
+
+def test_the_text_part_of_a_multimodal_target_counts():
+    target = {"model_type": "gemma3", "vision_config": {"hidden_size": 7}, "text_config": LLAMA}
+    assert draft_config_for(target) == draft_config_for(LLAMA)
+
+
+def test_the_draft_vocabulary_is_32000_or_the_targets():
+    assert draft_config_for(LLAMA).draft_vocab_size == 32_000
+    assert draft_config_for({**LLAMA, "vocab_size": 1000}).draft_vocab_size == 1000
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"), [(7, (2, 3, 4)), (8, (2, 4, 5)), (28, (2, 14, 25)), (32, (2, 16, 29)), (36, (2, 18, 33))]
+)
+def test_features_come_after_layers_2_half_and_all_but_3(layers, expected):
+    assert choose_aux_layers(layers) == expected
+
+
+@pytest.mark.parametrize("layers", [4, 5, 6])
+def test_shallow_targets_give_three_different_layers(layers):
+    low, middle, high = choose_aux_layers(layers)
+    assert 1 <= low < middle < high < layers
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_targets_that_are_too_shallow_are_refused(layers):
+    with pytest.raises(DraftModelError, match=f"{layers} layers.*at least 4"):
+        draft_config_for({**LLAMA, "num_hidden_layers": layers})
+
+
+def test_a_target_of_another_structure_is_refused_by_what_it_lacks():
+    gpt2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}
+    with pytest.raises(DraftModelError, match="gpt2.*hidden_size.*num_hidden_layers"):
+        draft_config_for(gpt2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_json_comes_back_the_same(family, tmp_path):
+    config = draft_config_for(config_json(tmp_path, family))
+    assert DraftConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert with_overrides(config, config.to_json()) == config
+
+
+def nulls(value) -> int:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(nulls, value)) if isinstance(value, list) else value is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_json_says_what_engines_read(family, tmp_path):
+    target = config_json(tmp_path, family)
+    config = draft_config_for(target)
+    written = config.to_json()
+    assert not nulls(written)
+    assert written["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert written["model_type"] == "llama"
+    assert written["num_hidden_layers"] == 1
+    assert written["tie_word_embeddings"] is written["attention_bias"] is False
+    assert written["vocab_size"] == VOCAB
+    assert written["draft_vocab_size"] == VOCAB
+    assert written["head_dim"] == config.head_dim
+    assert written["max_position_embeddings"] == POSITIONS
+    vllm, sglang = written[LAYER_IDS], written["eagle_config"][LAYER_IDS]
+    assert vllm == [2, 4, 5]
+    assert sglang == ([2, 4, 5] if family == "gpt_oss" else [1, 3, 4])
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_is_written_in_both_styles(kind):
+    rope = {**ROPES[kind], "rope_theta": 123.0}
+    written = replace(draft_config_for(LLAMA), rope_parameters=rope).to_json()
+    assert written["rope_parameters"] == rope
+    assert written["rope_theta"] == 123.0
+    if kind == "default":
+        assert "rope_scaling" not in written
+    else:
+        assert written["rope_scaling"] == ROPES[kind]
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_transformers_reads_config_json(kind, tmp_path):
+    from transformers import AutoConfig
+
+    rope = {**ROPES[kind], "rope_theta": 123.0}
+    config = replace(draft_config_for(LLAMA), rope_parameters=rope)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_json()))
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert rope.items() <= read.rope_parameters.items()
+    assert (read.head_dim, read.num_key_value_heads, read.draft_vocab_size) == (128, 8, 32_000)
+
+
+def test_a_partial_configuration_changes_what_it_names(default):
+    given = {"draft_vocab_size": 8000, "intermediate_size": 1024, LAYER_IDS: [3, 10, 30]}
+    expected = replace(default, draft_vocab_size=8000, intermediate_size=1024, aux_layers=(3, 10, 30))
+    assert with_overrides(default, given) == expected
+    assert with_overrides(default, {}) == default
+
+
+def test_a_whole_configuration_of_another_trainer(default):
+    given = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 2048,
+        "max_window_layers": 32,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 1,
+        "num_key_value_heads": 8,
+        "pad_token_id": None,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.28.1",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 128256,
+        "draft_vocab_size": 32000,
+    }
+    theta = default.rope_parameters["rope_theta"]
+    expected = {"rope_type": "default", "rope_theta": theta}
+    assert with_overrides(default, given) == replace(
+        default, max_position_embeddings=2048, rope_parameters=expected
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"rope_theta": 7.0}, {**ROPES["llama3"], "original_max_position_embeddings": 8192, "rope_theta": 7.0}),
+        ({"rope_scaling": None}, {"rope_type": "default", "rope_theta": 5e5}),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {**ROPES["linear"], "factor": 2.0, "rope_theta": 5e5}),
+        ({"rope_scaling": ROPES["yarn"], "rope_theta": 7.0}, {**ROPES["yarn"], "rope_theta": 7.0}),
+        ({"rope_parameters": ROPES["linear"]}, {**ROPES["linear"], "rope_theta": 5e5}),
+        ({"rope_parameters": {**ROPES["linear"], "rope_theta": 7.0}}, {**ROPES["linear"], "rope_theta": 7.0}),
+    ],
+)
+def test_rope_is_overridden_in_any_style(default, given, expected):
+    assert with_overrides(default, given).rope_parameters == expected
+
+
+def test_layers_may_stand_in_sglangs_place(default):
+    nested = {"eagle_config": {"use_aux_hidden_state": True, LAYER_IDS: [1, 15, 28]}}
+    assert with_overrides(default, nested).aux_layers == (2, 16, 29)
+    gpt_oss = replace(default, target_model_type="gpt_oss")
+    assert with_overrides(gpt_oss, nested).aux_layers == (1, 15, 28)
+    assert with_overrides(default, {**nested, LAYER_IDS: [2, 16, 29]}).aux_layers == (2, 16, 29)
+
+
+MISFITS = [
+    ({"hidden_size": 2048}, "hidden_size", "4096"),
+    ({"target_hidden_size": 2048}, "target_hidden_size", "4096"),
+    ({"vocab_size": 32000}, "vocab_size", "128256"),
+    ({"draft_vocab_size": 128257}, "draft_vocab_size", "128256"),
+    ({"draft_vocab_size": 0}, "draft_vocab_size", ">= 1"),
+    ({"intermediate_size": "big"}, "intermediate_size", "'big'"),
+    ({"head_dim": 12.5}, "head_dim", "12.5"),
+    ({"head_dim": 15}, "head_dim", "even"),
+    ({"max_position_embeddings": -1}, "max_position_embeddings", ">= 1"),
+    ({"num_key_value_heads": 5}, "num_attention_heads", "multiple"),
+    ({"num_attention_heads": 24}, "num_attention_heads", "4096"),
+    ({"num_attention_heads": True}, "num_attention_heads", "whole number"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps", "> 0"),
+    ({"num_hidden_layers": 2}, "num_hidden_layers", "allowed: 1"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings", "False"),
+    ({"attention_bias": True}, "attention_bias", "False"),
+    ({"hidden_act": "gelu"}, "hidden_act", "silu"),
+    ({"architectures": ["LlamaForCausalLM"]}, "architectures", "LlamaForCausalLMEagle3"),
+    ({"model_type": "qwen2"}, "model_type", "llama"),
+    ({"rope_scaling": "linear"}, "rope_scaling", "object"),
+    ({"rope_parameters": {"rope_type": "spiral"}}, "rope_parameters", "llama3, yarn"),
+    ({"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}}, "rope_theta", "give one"),
+    ({LAYER_IDS: [2, 2, 5]}, LAYER_IDS, "ascending"),
+    ({LAYER_IDS: [2, 16]}, LAYER_IDS, "three"),
+    ({LAYER_IDS: ["a", 1, 2]}, LAYER_IDS, "'a'"),
+    ({LAYER_IDS: 5}, LAYER_IDS, "three"),
+    ({LAYER_IDS: [0, 1, 2]}, LAYER_IDS, "lowest is 1"),
+    ({LAYER_IDS: [2, 16, 29], "eagle_config": {LAYER_IDS: [2, 16, 29]}}, LAYER_IDS, "give one"),
+    ({"use_sliding_window": True}, "use_sliding_window", "not a setting"),
+    ({"hidden_siez": 4096}, "hidden_siez", "not a setting"),
+]
+
+
+@pytest.mark.parametrize(("given", "name", "hint"), MISFITS)
+def test_a_misfit_is_refused_by_name(default, given, name, hint):
+    (problem,) = problems(default, given)
+    assert problem.startswith("draft_model_config: ")
+    assert f"`{name}`" in problem
+    assert hint in problem
+
+
+def test_all_misfits_are_told_at_once(default):
+    given = {
+        "hidden_size": 1,
+        "vocab_size": 2,
+        "num_hidden_layers": 3,
+        "draft_vocab_size": -4,
+        "rms_norm_eps": "small",
+        "rope_scaling": 5,
+        LAYER_IDS: [6],
+        "what": 7,
+    }
+    found = problems(default, given)
+    assert len(found) == len(given)
+    for key in given:
+        assert sum(f"`{key}`" in problem for problem in found) == 1
