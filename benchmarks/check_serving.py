@@ -73,7 +73,9 @@ def first_difference(left: list[int], right: list[int]) -> int | None:
     """Where two token lists first differ; None where they are equal."""
     if left == right:
         return None
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
 
 
 def main(run: Path, target: Path) -> int:
@@ -90,7 +92,9 @@ def main(run: Path, target: Path) -> int:
     tokens = sum(len(output) for output in alone["outputs"])
     shares = ", ".join(f"{count / helped['num_drafts']:.3f}" for count in helped["per_position"])
     print(f"\n{len(alone['outputs'])} prompts, {tokens} tokens, greedy, float32")
-    print(f"outputs with and without the draft: {'equal' if not different else f'different (prompt, token): {different}'}")
+    print(
+        f"outputs with and without the draft: {'equal' if not different else f'different (prompt, token): {different}'}"
+    )
     print(f"{'':24}{'vLLM':>28}{'our evaluation':>28}")
     print(f"{'drafts':24}{helped['num_drafts']:>28.0f}{ours['rounds']:>28}")
     print(f"{'accepted tokens':24}{helped['num_accepted_tokens']:>28.0f}{ours['accepted']:>28}")

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
+import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,12 +21,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from draft_model import storage
-from draft_model.doors import ERROR_FILE, WORK_FOLDER, raise_on_sigterm
+from draft_model.doors import ERROR_FILE, TERMINATED, WORK_FOLDER, raise_on_sigterm
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.preflight import check
 from draft_model.storage.embedded import EmbeddedStore
 from kfp_pipeline.compile import COMPILED
+
+logger = logging.getLogger(__name__)
 
 STOP_SECONDS = 70  # longer than a training job needs to finish its step and save
 
@@ -52,6 +57,10 @@ def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
         DraftModelError: for what the user can put right, with all problems of the first step that found any.
     """
     parameters = check(values)
+    logger.info(
+        "compute_model_import, compute_draft_model_training and the instance types choose nodes of a cluster: on this "
+        "machine they are checked and not used"
+    )
     folder.mkdir(parents=True, exist_ok=True)
     raise_on_sigterm()
     error = folder / "error.json"
@@ -66,7 +75,10 @@ def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
             except RuntimeError as failure:
                 if error.exists():
                     raise DraftModelError(json.loads(error.read_text(encoding="utf-8"))) from failure
-                raise DraftModelError(f"the local run failed: {failure}; the step's own messages are above") from failure
+                raise DraftModelError(
+                    f"the local run failed: {failure}; the step's own messages are above"
+                ) from failure
+            shutil.rmtree(folder / "output", ignore_errors=True)  # what an earlier run left is not this one's
             final = storage.fetch(storage.join(uri, "output_model_path", "final"), folder / "output" / "final")
             return LocalRun(final, data)
     finally:
@@ -124,21 +136,38 @@ class _Screen(io.TextIOBase):
 
 @contextmanager
 def _no_orphans() -> Iterator[None]:
-    """Ends the steps that still run when the run ends early, before the store goes."""
+    """Ends the steps that still run when the run ends early, before the store goes.
+
+    A signal ends them from its handler: kfp lets no exception through before the step has ended by itself, and
+    meanwhile nobody reads what the step prints.
+    """
     import psutil
 
     me = psutil.Process()
     before = set(me.children())
-    try:
-        yield
-    finally:
-        steps = [child for started in set(me.children()) - before for child in (started, *started.children(recursive=True))]
+
+    def end_steps() -> None:
+        steps = [
+            child for started in set(me.children()) - before for child in (started, *started.children(recursive=True))
+        ]
         for process in steps:
             with _gone():
                 process.terminate()
         for process in psutil.wait_procs(steps, timeout=STOP_SECONDS)[1]:
             with _gone():
                 process.kill()
+
+    def stop(number: int, _: object) -> None:
+        end_steps()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)
+
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        end_steps()
 
 
 @contextmanager

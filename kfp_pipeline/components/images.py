@@ -2,4 +2,4 @@
 
 VERSION = "0.0.1"
 REGISTRY = "ghcr.io/pipeline-draft-model"
-STAGE_IMAGE = f"{REGISTRY}/python-stage:{VERSION}"
+STAGE_IMAGE = f"{REGISTRY}/stage:{VERSION}"

@@ -133,7 +133,11 @@ def preflight(
         try:
             parameters = check(given)
         except DraftModelError as error:
-            Path(summary.path).write_text("\n".join(f"- {problem}" for problem in error.problems), encoding="utf-8")
+            Path(summary.path).write_text(
+                "\n".join(f"- {problem}" for problem in error.problems), encoding="utf-8"
+            )
             raise
         rows = [f"| {name} | {value} |" for name, value in parameters.model_dump().items()]
-        Path(summary.path).write_text("\n".join(["| parameter | value |", "|---|---|", *rows]), encoding="utf-8")
+        Path(summary.path).write_text(
+            "\n".join(["| parameter | value |", "|---|---|", *rows]), encoding="utf-8"
+        )

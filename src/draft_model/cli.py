@@ -65,7 +65,9 @@ def _options_of(stage: Stage) -> Callable[[Any], Any]:
     return add
 
 
-_WORK = click.option("--work", type=click.Path(path_type=Path), help="Scratch folder; a temporary one if not given.")
+_WORK = click.option(
+    "--work", type=click.Path(path_type=Path), help="Scratch folder; a temporary one if not given."
+)
 
 
 def _uri(name: str, help: str) -> Callable[[Any], Any]:
@@ -165,7 +167,9 @@ def evaluate_command(model: str, dataset: str, draft: str, work: Path | None, **
 
 @cli.command("run")
 @click.option("--params", type=click.Path(path_type=Path), help="YAML or JSON file with parameters by name.")
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="One parameter; wins over the file.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="One parameter; wins over the file."
+)
 @click.option(
     "--folder", type=click.Path(path_type=Path), default=Path("runs/local"), help="Where the run's files go."
 )
@@ -202,16 +206,21 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 def _from_settings(settings: tuple[str, ...]) -> dict[str, str]:
     if bad := [setting for setting in settings if "=" not in setting]:
         raise DraftModelError([f"--set: given {setting!r}; allowed: NAME=VALUE" for setting in bad])
-    return {name.strip().replace("-", "_"): value for name, _, value in (setting.partition("=") for setting in settings)}
+    return {
+        name.strip().replace("-", "_"): value
+        for name, _, value in (setting.partition("=") for setting in settings)
+    }
 
 
 @cli.command("compile")
-@click.option("--output", type=click.Path(path_type=Path), help="File to write.  [default: the committed one]")
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="File to write.  [default: the committed ones]"
+)
 def compile_command(output: Path | None) -> None:
     """Write the pipeline's file, which the KFP UI and the kfp client upload."""
-    from kfp_pipeline.compile import COMPILED, write_compiled
+    from kfp_pipeline.compile import write_compiled
 
-    click.echo(write_compiled(output or COMPILED))
+    click.echo("\n".join(map(str, write_compiled(output))))
 
 
 @cli.command("parameters")
@@ -234,4 +243,14 @@ def parameter_table() -> str:
 
 def main() -> None:
     """The command line's door: 0, or 2 for a user's mistake, without a traceback."""
-    sys.exit(exit_code(lambda: cli.main(standalone_mode=True)))
+    sys.exit(exit_code(_command_line))
+
+
+def _command_line() -> None:
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort as error:  # what click makes of Ctrl-C
+        raise KeyboardInterrupt from error

@@ -27,10 +27,17 @@ WORK_FOLDER = "DRAFT_MODEL_WORK"
 
 
 def set_up_logging() -> None:
-    """Our own log lines to standard error, with the time; other libraries from warnings on."""
-    form = {"format": "%(asctime)s %(message)s", "datefmt": "%H:%M:%S"}
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True, **form)  # KFP's executor logs at INFO
-    logging.getLogger("draft_model").setLevel(logging.INFO)
+    """Our own log lines to standard error, with the time; other libraries' from warnings on."""
+    # By force, because KFP's executor has set up its own, which shows every library at INFO.
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+    for ours in ("draft_model", "kfp_pipeline"):
+        logging.getLogger(ours).setLevel(logging.INFO)
 
 
 def raise_on_sigterm() -> None:
@@ -45,7 +52,10 @@ def raise_on_sigterm() -> None:
 def report(error: DraftModelError) -> None:
     """Tells the user's mistake: to the process that started this one where it asked for it, and to standard error."""
     if path := os.environ.get(ERROR_FILE):
-        Path(path).write_text(json.dumps(error.problems), encoding="utf-8")
+        # Several processes may fail at once, and the first end makes torchrun stop the others.
+        own = Path(f"{path}.{os.getpid()}")
+        own.write_text(json.dumps(error.problems), encoding="utf-8")
+        own.replace(path)
     else:
         print(f"error: {error}", file=sys.stderr)
 

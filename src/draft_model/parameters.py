@@ -31,12 +31,12 @@ NoQuoting = Annotated[str, AfterValidator(_no_quoting)]
 
 
 def _field(default: Any, help: str, *stages: Stage, unit: str = "", kind: str = "", **limits: float) -> Any:
-    extra = {"stages": stages, "unit": unit, "kind": kind}
+    extra: dict[str, Any] = {"stages": stages, "unit": unit, "kind": kind}
     return Field(default, description=help, json_schema_extra=extra, allow_inf_nan=False, **limits)  # type: ignore[call-overload]
 
 
 def _text(default: Any, help: str, *stages: Stage, kind: str = "") -> Any:
-    return Field(default, description=help, json_schema_extra={"stages": stages, "unit": "", "kind": kind})
+    return Field(default, description=help, json_schema_extra={"stages": list(stages), "unit": "", "kind": kind})
 
 
 class Parameters(BaseModel):
@@ -48,14 +48,18 @@ class Parameters(BaseModel):
         "Standard_d12_v2", "Instance type of the import step when its compute is `serverless`.", "import"
     )
     instance_type_draft_model_training: str = _text(
-        "Standard_nc24rs_v3", "Instance type of the training job's pods when its compute is `serverless`.", "train"
+        "Standard_nc24rs_v3",
+        "Instance type of the training job's pods when its compute is `serverless`.",
+        "train",
     )
     num_nodes_draft_model_training: int = _field(1, "Nodes (pods) of the training job.", "train", ge=1)
     number_of_gpu_to_use_draft_model_training: int = _field(
         1, "GPUs, and so processes, per node; on a machine without GPUs: processes on its CPU.", "train", ge=1
     )
     huggingface_id: str = _text(
-        "", "Target model: a text-generation model of the Hugging Face Hub, `org/name` or `org/name@revision`.", "import"
+        "",
+        "Target model: a text-generation model of the Hugging Face Hub, `org/name` or `org/name@revision`.",
+        "import",
     )
     pytorch_model_path: NoQuoting = _text(
         "",
@@ -68,7 +72,10 @@ class Parameters(BaseModel):
     )
     dataset_train_split: str = _text("", "Training conversations, JSONL.", "dataset", kind="uri_file")
     dataset_validation_split: str = _text(
-        "", "Validation conversations, JSONL; not given: no validation, no evaluation.", "dataset", kind="uri_file"
+        "",
+        "Validation conversations, JSONL; not given: no validation, no evaluation.",
+        "dataset",
+        kind="uri_file",
     )
     draft_model_config: str = _text(
         "",
@@ -84,7 +91,11 @@ class Parameters(BaseModel):
     )  # fmt: skip
     learning_rate: float = _field(0.0001, "Peak learning rate.", "train", gt=0)
     max_length: int = _field(
-        2048, "Longer conversations are cut at the end, and counted in the report.", "dataset", unit="tokens", ge=16
+        2048,
+        "Longer conversations are cut at the end, and counted in the report.",
+        "dataset",
+        unit="tokens",
+        ge=16,
     )
     warmup_ratio: float = _field(0.015, "Warm-up's share of the total steps.", "train", ge=0, le=1)
     max_grad_norm: float = _field(0.5, "Gradients are clipped to this global norm.", "train", gt=0)
@@ -92,7 +103,9 @@ class Parameters(BaseModel):
         7, "Training-time-test unroll: draft steps that are trained through.", "train", unit="steps", ge=1
     )
     chat_template: Literal["llama3", "qwen", "gpt-oss", "deepseek-r1-distill"] = _text(
-        "llama3", "Whose turn markers the target's chat template writes; says which tokens are the assistant's.", "dataset"
+        "llama3",
+        "Whose turn markers the target's chat template writes; says which tokens are the assistant's.",
+        "dataset",
     )
     attention_backend: Literal["flex_attention", "sdpa"] = _text(
         "flex_attention", "Attention of the draft; on CPU flex_attention runs as sdpa (same values).", "train"
@@ -110,7 +123,9 @@ class Parameters(BaseModel):
     )
     log_steps: int = _field(50, "Steps between two log lines.", "train", unit="steps", ge=1)
     eval_interval: int = _field(1, "Epochs between two validations.", "train", unit="epochs", ge=1)
-    save_interval: int = _field(1, "Epochs between two checkpoints; the last is always saved.", "train", unit="epochs", ge=1)
+    save_interval: int = _field(
+        1, "Epochs between two checkpoints; the last is always saved.", "train", unit="epochs", ge=1
+    )
     seed: int = _field(0, "Same seed, data and world size: same losses.", "train", "evaluate")
     total_steps: int = _field(
         0, "Training stops there, and the schedule decays over it; 0: what num_epochs comes to.",
@@ -138,22 +153,36 @@ class Parameters(BaseModel):
 
     # Additions of ours.
     storage_uri: str = _text(
-        "", "Folder (s3:// or a path) under which the stages of this run write; not given: KFP's pipeline root.", kind="uri_folder"
+        "",
+        "Folder (s3:// or a path) under which the stages of this run write; not given: KFP's pipeline root.",
+        kind="uri_folder",
     )
     max_rejected_fraction: float = _field(
         0.01, "More unusable lines than this share of a data file stop the run.", "dataset", ge=0, le=1
     )
     compute_dtype: Literal["bfloat16", "float32"] = _text(
-        "bfloat16", "Type that training computes in; master weights and reductions are float32 always.", "train"
+        "bfloat16",
+        "Type that training computes in; master weights and reductions are float32 always.",
+        "train",
     )
     training_backend: Literal["auto", "local"] = _text(
         "auto", "What runs the training job; `local` is torchrun beside the coordinating step.", "train"
     )
     num_speculative_tokens: int = _field(
-        3, "Tokens the draft proposes per step of the target.", "train", "evaluate", unit="tokens", ge=1, le=16
+        3,
+        "Tokens the draft proposes per step of the target.",
+        "train",
+        "evaluate",
+        unit="tokens",
+        ge=1,
+        le=16,
     )
     evaluation_conversations: int = _field(
-        40, "Validation conversations that the evaluation decodes; 0: all.", "evaluate", unit="conversations", ge=0
+        40,
+        "Validation conversations that the evaluation decodes; 0: all.",
+        "evaluate",
+        unit="conversations",
+        ge=0,
     )
     evaluation_max_new_tokens: int = _field(
         128, "Longest reply that the evaluation decodes.", "evaluate", unit="tokens", ge=1
@@ -212,7 +241,12 @@ def _record(index: int, name: str) -> Parameter:
     annotation = field.annotation
     choices = get_args(annotation) if get_origin(annotation) is Literal else ()
     python_type: type = str if choices or annotation not in (int, float) else annotation  # type: ignore[assignment]
-    limits = {key: getattr(limit, key) for limit in field.metadata for key in ("ge", "gt", "le") if hasattr(limit, key)}
+    limits = {
+        key: getattr(limit, key)
+        for limit in field.metadata
+        for key in ("ge", "gt", "le")
+        if hasattr(limit, key)
+    }
     if choices:
         allowed = ", ".join(choices)
     elif "ge" in limits and "le" in limits:
@@ -259,7 +293,9 @@ def _one_model_source(p: Parameters) -> str | None:
 
 def _hub_id_shape(p: Parameters) -> str | None:
     name = p.huggingface_id.partition("@")[0]
-    if not p.huggingface_id or (name.count("/") == 1 and all(name.split("/")) and " " not in p.huggingface_id):
+    if not p.huggingface_id or (
+        name.count("/") == 1 and all(name.split("/")) and " " not in p.huggingface_id
+    ):
         return None
     return f"huggingface_id: given {p.huggingface_id!r}; allowed: `org/name` or `org/name@revision`"
 
@@ -329,7 +365,9 @@ def _sentence(name: str, error: Mapping[str, Any]) -> str:
     parameter = known[name]
     if error["type"] == "value_error":
         return f"{name}: given {error['input']!r}; it {error['msg'].removeprefix('Value error, ')}"
-    wanted = {"string": "a string", "integer": "an integer", "number": "a number"}.get(parameter.kind, "a string")
+    wanted = {"string": "a string", "integer": "an integer", "number": "a number"}.get(
+        parameter.kind, "a string"
+    )
     allowed = parameter.allowed if parameter.choices else f"{wanted} {parameter.allowed}".strip()
     return f"{name}: given {error['input']!r}; allowed: {allowed}"
 

@@ -32,7 +32,11 @@ def print_summary(final: Path, folder: Path) -> None:
     speculative = json.dumps({"method": "eagle3", "model": str(final), "num_speculative_tokens": proposals})
     console.print("\n[bold]Next[/bold]")
     console.print(f"  open the report     {final / 'report.html'}", soft_wrap=True, highlight=False)
-    console.print(f"  serve it in vLLM    vllm serve {target} --speculative-config '{speculative}'", soft_wrap=True, highlight=False)
+    console.print(
+        f"  serve it in vLLM    vllm serve {target} --speculative-config '{speculative}'",
+        soft_wrap=True,
+        highlight=False,
+    )
     console.print(
         f"  serve it in SGLang  python -m sglang.launch_server --model-path {target} --speculative-algorithm EAGLE3 "
         f"--speculative-draft-model-path {final} --speculative-num-steps {proposals} --speculative-eagle-topk 1 "
@@ -40,14 +44,19 @@ def print_summary(final: Path, folder: Path) -> None:
         soft_wrap=True, highlight=False,
     )  # fmt: skip
     console.print(
-        "  run on a cluster    upload kfp_pipeline/compiled/pipeline_draft_model.yaml in the KFP UI", soft_wrap=True, highlight=False
+        "  run on a cluster    upload kfp_pipeline/compiled/pipeline_draft_model.yaml in the KFP UI",
+        soft_wrap=True,
+        highlight=False,
     )
 
 
 def _rows(training: dict[str, Any], evaluation: dict[str, Any] | None) -> list[tuple[str, str]]:
     rows = [
         ("target", f"{training['target']['source']} ({training['target']['architecture']})"),
-        ("draft", f"{training['draft_parameters'] / 1e6:.1f} M parameters, vocabulary {training['draft']['draft_vocab_size']:,}"),
+        (
+            "draft",
+            f"{training['draft_parameters'] / 1e6:.1f} M parameters, vocabulary {training['draft']['draft_vocab_size']:,}",
+        ),
         (
             "training",
             f"{training['steps']} steps, {training['tokens']:,} tokens in {training['seconds']:.0f} s "

@@ -41,10 +41,16 @@ ROPES: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaConfig", {"rms_norm_eps": 1e-5, "rope_parameters": {**ROPES["llama3"], "rope_theta": 5e5}}),
+    "llama": (
+        "LlamaConfig",
+        {"rms_norm_eps": 1e-5, "rope_parameters": {**ROPES["llama3"], "rope_theta": 5e5}},
+    ),
     "mistral": ("MistralConfig", {"rms_norm_eps": 1e-4, "head_dim": 16, "sliding_window": 7}),
     "qwen2": ("Qwen2Config", {"rope_parameters": {**ROPES["yarn"], "rope_theta": 1e6}}),
-    "qwen3": ("Qwen3Config", {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3": (
+        "Qwen3Config",
+        {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
     "gpt_oss": (
         "GptOssConfig",
         {

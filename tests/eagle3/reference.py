@@ -1,8 +1,9 @@
-"""EAGLE-3's training step, naive: a conversation, step and position at a time, dense masks, float64, autograd.
+"""EAGLE-3's training step, naive: one conversation, step and position at a time, dense masks, float64.
 
-Written from the description of the method, not from the code it checks, and sharing nothing with it. At step i
-the position t reads x[t+1+i], sits at rotary position t+i, is taught by the target at t+1+i and speaks of
-x[t+2+i]; so a conversation of T tokens has T-2-i positions at step i. Weights come under their checkpoint names.
+Written from the description of the method, not from the code it checks, and sharing nothing with it. At step
+i the position t reads x[t+1+i], sits at rotary position t+i, is taught by the target at t+1+i and speaks of
+x[t+2+i]; so a conversation of T tokens has T-2-i positions at step i. Weights come under their checkpoint
+names, gradients from autograd.
 """
 
 from __future__ import annotations
@@ -156,7 +157,9 @@ def training_step(
     sums = Sums(steps)
     known = target_ids.tolist()
     for conversation in conversations:
-        candidate: dict[tuple[int, int], bool] = {}  # (position, step): is the draft's top token the target's?
+        candidate: dict[
+            tuple[int, int], bool
+        ] = {}  # (position, step): is the draft's top token the target's?
         for step, output in enumerate(layer_outputs(weights, shape, conversation, embedding, steps)):
             logits = rms_norm(output, weights["norm.weight"], shape.eps) @ weights["lm_head.weight"].T
             for t, row in enumerate(logits):

@@ -16,6 +16,7 @@ from draft_model.eagle3.attention import Rows, choose_backend, unroll_attention
 
 from . import reference
 
+
 @dataclass
 class Inputs:
     """One step's queries and keys; every position past a conversation's end holds junk.

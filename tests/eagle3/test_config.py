@@ -10,7 +10,18 @@ import pytest
 from draft_model.eagle3.config import DraftConfig, choose_aux_layers, draft_config_for, with_overrides
 from draft_model.errors import DraftModelError
 
-from .families import FAMILIES, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, LAYERS, POSITIONS, ROPES, VOCAB, config_json
+from .families import (
+    FAMILIES,
+    HEADS,
+    HIDDEN,
+    INTERMEDIATE,
+    KV_HEADS,
+    LAYERS,
+    POSITIONS,
+    ROPES,
+    VOCAB,
+    config_json,
+)
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
@@ -107,7 +118,8 @@ def test_the_draft_vocabulary_is_32000_or_the_targets():
 
 
 @pytest.mark.parametrize(
-    ("layers", "expected"), [(7, (2, 3, 4)), (8, (2, 4, 5)), (28, (2, 14, 25)), (32, (2, 16, 29)), (36, (2, 18, 33))]
+    ("layers", "expected"),
+    [(7, (2, 3, 4)), (8, (2, 4, 5)), (28, (2, 14, 25)), (32, (2, 16, 29)), (36, (2, 18, 33))],
 )
 def test_features_come_after_layers_2_half_and_all_but_3(layers, expected):
     assert choose_aux_layers(layers) == expected
@@ -127,7 +139,7 @@ def test_targets_that_are_too_shallow_are_refused(layers):
 
 def test_a_target_of_another_structure_is_refused_by_what_it_lacks():
     gpt2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}
-    with pytest.raises(DraftModelError, match="gpt2.*hidden_size.*num_hidden_layers"):
+    with pytest.raises(DraftModelError, match=r"gpt2.*hidden_size.*num_hidden_layers"):
         draft_config_for(gpt2)
 
 
@@ -235,9 +247,15 @@ def test_a_whole_configuration_of_another_trainer(default):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"rope_theta": 7.0}, {**ROPES["llama3"], "original_max_position_embeddings": 8192, "rope_theta": 7.0}),
+        (
+            {"rope_theta": 7.0},
+            {**ROPES["llama3"], "original_max_position_embeddings": 8192, "rope_theta": 7.0},
+        ),
         ({"rope_scaling": None}, {"rope_type": "default", "rope_theta": 5e5}),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {**ROPES["linear"], "factor": 2.0, "rope_theta": 5e5}),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            {**ROPES["linear"], "factor": 2.0, "rope_theta": 5e5},
+        ),
         ({"rope_scaling": ROPES["yarn"], "rope_theta": 7.0}, {**ROPES["yarn"], "rope_theta": 7.0}),
         ({"rope_parameters": ROPES["linear"]}, {**ROPES["linear"], "rope_theta": 5e5}),
         ({"rope_parameters": {**ROPES["linear"], "rope_theta": 7.0}}, {**ROPES["linear"], "rope_theta": 7.0}),

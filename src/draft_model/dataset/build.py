@@ -215,7 +215,9 @@ def _describe(
         "splits": splits,
         "fingerprint": inputs.fingerprint,
         # The number of processes shapes nothing, and the same data has the same bytes whatever it was.
-        "parameters": {k: v for k, v in parameters.of_stage("dataset").items() if k != "build_dataset_num_proc"},
+        "parameters": {
+            k: v for k, v in parameters.of_stage("dataset").items() if k != "build_dataset_num_proc"
+        },
     }
     assert train.first_row is not None
     report = properties | {

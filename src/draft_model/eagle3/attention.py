@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -87,7 +88,14 @@ def _causal_backward(
 
 def _grouped(q: Tensor, kv_heads: int) -> Tensor:
     """Splits query heads [N, heads, d] into groups that share a key head: [N, kv_heads, group, d], float32."""
-    return q.unflatten(1, (kv_heads, q.shape[1] // kv_heads)).float()
+    grouped: Tensor = q.unflatten(1, (kv_heads, q.shape[1] // kv_heads)).float()
+    return grouped
+
+
+def _diagonal(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values of i steps, [N, kv_heads, d] each, stacked: float32 [N, kv_heads, i, d]."""
+    steps = len(tensors) // 2
+    return torch.stack(list(tensors[:steps]), 2).float(), torch.stack(list(tensors[steps:]), 2).float()
 
 
 class _MergedAttention(torch.autograd.Function):
@@ -100,7 +108,7 @@ class _MergedAttention(torch.autograd.Function):
         steps = len(diagonal) // 2
         merged, lse = dense_out, dense_lse
         if steps:
-            k, v = torch.stack(diagonal[:steps], 2).float(), torch.stack(diagonal[steps:], 2).float()  # [N, kv, i, d]
+            k, v = _diagonal(diagonal)
             grouped = _grouped(q, k.shape[1])
             causal_lse = rows.gather(dense_lse).view(grouped.shape[:-1])  # [N, kv, group]
             scores = torch.einsum("nhgd,nhid->nhgi", grouped, k) * q.shape[-1] ** -0.5
@@ -115,7 +123,7 @@ class _MergedAttention(torch.autograd.Function):
         return rows.gather(merged)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k0, v0, merged, lse, *diagonal = ctx.saved_tensors
         rows, steps = ctx.rows, ctx.steps
         dense = _causal_backward(rows.scatter(grad), rows.scatter(q), k0, v0, merged, lse, ctx.extra)
@@ -123,7 +131,7 @@ class _MergedAttention(torch.autograd.Function):
         if not steps:
             return None, dq, dk0, dv0
         scale = q.shape[-1] ** -0.5
-        k, v = torch.stack(diagonal[:steps], 2).float(), torch.stack(diagonal[steps:], 2).float()
+        k, v = _diagonal(diagonal)
         kv_heads = k.shape[1]
         grouped, dout = _grouped(q, kv_heads), _grouped(grad, kv_heads)
         total = rows.gather(lse).view(grouped.shape[:-1]).unsqueeze(-1)
@@ -146,12 +154,17 @@ def _compiled_flex() -> Any:
 def _flex_attention(rows: Rows, q: Tensor, k0: Tensor, v0: Tensor, *diagonal: Tensor) -> Tensor:
     """The same value by PyTorch's FlexAttention, which returns a differentiable log-sum-exp; needs a GPU."""
     dense_out, dense_lse = _compiled_flex()(
-        rows.scatter(q), k0, v0, block_mask=_block_mask(rows.length, q.device), enable_gqa=True, return_lse=True
+        rows.scatter(q),
+        k0,
+        v0,
+        block_mask=_block_mask(rows.length, q.device),
+        enable_gqa=True,
+        return_lse=True,
     )
     steps = len(diagonal) // 2
     if not steps:
         return rows.gather(dense_out)
-    k, v = torch.stack(diagonal[:steps], 2).float(), torch.stack(diagonal[steps:], 2).float()
+    k, v = _diagonal(diagonal)
     grouped = _grouped(q, k.shape[1])
     lse = rows.gather(dense_lse).view(grouped.shape[:-1]).unsqueeze(-1)
     scores = torch.einsum("nhgd,nhid->nhgi", grouped, k) * q.shape[-1] ** -0.5

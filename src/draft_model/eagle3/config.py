@@ -24,9 +24,23 @@ _FIXED: dict[str, Any] = {
 }
 # Settings that engines and other trainers write and that shape nothing here.
 _IGNORED = frozenset(
-    "_name_or_path attention_dropout bos_token_id dtype eagle_config eos_token_id initializer_range "
-    "max_window_layers pad_token_id pretraining_tp rope_scaling rope_theta torch_dtype transformers_version "
-    "use_cache".split()
+    [
+        "_name_or_path",
+        "attention_dropout",
+        "bos_token_id",
+        "dtype",
+        "eagle_config",
+        "eos_token_id",
+        "initializer_range",
+        "max_window_layers",
+        "pad_token_id",
+        "pretraining_tp",
+        "rope_scaling",
+        "rope_theta",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    ]
 )
 _SIZES = (
     "intermediate_size",
@@ -184,13 +198,11 @@ def _size_problems(default: DraftConfig, given: Mapping[str, Any]) -> list[str]:
             given.get(key, getattr(default, key)) for key in ("num_attention_heads", "num_key_value_heads")
         )
         if heads % kv_heads:
-            problems.append(
-                f"`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}"
-            )
+            problems.append(f"`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}")
         if "num_attention_heads" in given and default.hidden_size % heads:
             problems.append(
-                f"`num_attention_heads` is {heads}; engines load a Llama configuration, whose hidden size (the "
-                f"target's, {default.hidden_size}) is a multiple of it"
+                f"`num_attention_heads` is {heads}; engines load a Llama configuration, whose hidden size "
+                f"(the target's, {default.hidden_size}) is a multiple of it"
             )
     if "head_dim" not in bad and given.get("head_dim", 2) % 2:
         problems.append(f"`head_dim` is {given['head_dim']}; rotary embedding needs an even one")
@@ -215,9 +227,7 @@ def _rope_problems(given: Mapping[str, Any]) -> list[str]:
     if not problems and "rope_theta" in given:
         theta = given.get("rope_parameters", {}).get("rope_theta", given["rope_theta"])
         if theta != given["rope_theta"]:
-            problems.append(
-                f"`rope_theta` is {given['rope_theta']!r}, but `rope_parameters` says {theta!r}: give one"
-            )
+            problems.append(f"`rope_theta` is {given['rope_theta']!r}, but `rope_parameters` says {theta!r}: give one")
     return problems
 
 
@@ -233,8 +243,8 @@ def _layers_of(default: DraftConfig, given: Mapping[str, Any]) -> tuple[Any, lis
         wanted[-1] = [layer + default.sglang_shift for layer in nested]
     if len(wanted) == 2 and list(wanted[0]) != wanted[1]:
         return None, [
-            f"`{_LAYERS}` is {wanted[0]!r}, but the one in `eagle_config` means {wanted[1]!r} (SGLang counts from "
-            f"{default.sglang_shift} less): give one"
+            f"`{_LAYERS}` is {wanted[0]!r}, but the one in `eagle_config` means {wanted[1]!r} (SGLang counts "
+            f"from {default.sglang_shift} less): give one"
         ]
     layers = tuple(wanted[0]) if wanted else default.aux_layers
     if layers[0] < 1:
@@ -269,8 +279,8 @@ def with_overrides(default: DraftConfig, given: Mapping[str, Any]) -> DraftConfi
 
     Args:
         default: of `draft_config_for`.
-        given: the JSON object of the parameter draft_model_config; what is null counts as not given, except that
-            `rope_scaling: null` means none.
+        given: the JSON object of the parameter draft_model_config; what is null counts as not given, except
+            that `rope_scaling: null` means none.
 
     Raises:
         DraftModelError: with everything in it that does not fit the target or the one architecture.

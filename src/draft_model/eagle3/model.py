@@ -130,7 +130,10 @@ class Eagle3Draft(nn.Module):
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
     def initialise(self, seed: int, lm_head: Tensor, norm: Tensor) -> None:
-        """Random matrices, and a head and a final norm that start as the target's: short runs profit from it.
+        """Random matrices, but for three parts that start from the target, which short runs profit from.
+
+        Head and final norm are the target's, and `fc` passes the highest of the three features through, so that the
+        residual stream starts in the space that the head reads.
 
         Args:
             seed: of the random matrices.
@@ -144,6 +147,7 @@ class Eagle3Draft(nn.Module):
                     parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
                 else:
                     parameter.fill_(1.0)
+            self.fc.weight[:, -self.config.hidden_size :].diagonal().add_(1.0)
             self.lm_head.weight.copy_(lm_head[self.target_ids.to(lm_head.device)])
             self.norm.weight.copy_(norm)
 
@@ -178,7 +182,7 @@ class Rotary:
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
         llama: Any = LlamaConfig(
-            # The table needs head_dim alone, but the class refuses a hidden size that is no multiple of the heads.
+            # The table needs head_dim alone, but the class wants a hidden size that the heads divide.
             hidden_size=config.num_attention_heads * config.head_dim,
             num_attention_heads=config.num_attention_heads,
             head_dim=config.head_dim,

@@ -27,7 +27,13 @@ class Objective:
     """
 
     def __init__(
-        self, draft: Eagle3Draft, target: Target, steps: int, attention_backend: str, dtype: torch.dtype, max_length: int
+        self,
+        draft: Eagle3Draft,
+        target: Target,
+        steps: int,
+        attention_backend: str,
+        dtype: torch.dtype,
+        max_length: int,
     ) -> None:
         self.draft, self.target, self.steps, self.dtype = draft, target, steps, dtype
         self.backend = choose_backend(attention_backend, target.device)

@@ -55,7 +55,8 @@ class Target:
         """What the final norm multiplies by, [H]: its weight, or 1 + weight in Gemma."""
         weight: Tensor = self.decoder.norm.weight
         # Ones pass the norm unchanged but for its epsilon, so what comes out tells the two apart.
-        return weight + (self.decoder.norm(torch.ones_like(weight)) - weight).round()
+        passed: Tensor = self.decoder.norm(torch.ones_like(weight))
+        return weight + (passed - weight).round()
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., H] -> [..., V]."""
@@ -102,9 +103,7 @@ def load_target(folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dty
 
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise DraftModelError(f"the target model in {folder} cannot be loaded: {error}") from error
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None

@@ -14,9 +14,7 @@ from draft_model.eagle3.batch import Plan
 from draft_model.eagle3.model import Weights, rotate
 
 
-def unroll(
-    weights: Weights, rotary: Tensor, embeddings: Tensor, features: Tensor, plan: Plan, backend: str
-) -> Tensor:
+def unroll(weights: Weights, rotary: Tensor, embeddings: Tensor, features: Tensor, plan: Plan, backend: str) -> Tensor:
     """Runs all steps.
 
     Args:

@@ -22,7 +22,14 @@ def command(world: int) -> list[str]:
     module = ["-m", "draft_model.training"]
     if world == 1:
         return [sys.executable, *module]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}", *module]
+    return [
+        sys.executable,
+        "-m",
+        "draft_model.jobs.torchrun",
+        "--standalone",
+        f"--nproc-per-node={world}",
+        *module,
+    ]
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -42,10 +49,8 @@ def run(config: TrainConfig) -> TrainResult:
     error.unlink(missing_ok=True)
     result.unlink(missing_ok=True)
     logger.info(
-        "training job: %d process(es) on this machine (%d node(s) x %d); compute_draft_model_training=%s and "
-        "instance_type_draft_model_training=%s choose nodes of a cluster and are not used here",
+        "training job: %d process(es) on this machine (%d node(s) x %d)",
         p.world_size, p.num_nodes_draft_model_training, p.number_of_gpu_to_use_draft_model_training,
-        p.compute_draft_model_training, p.instance_type_draft_model_training,
     )  # fmt: skip
     environment = {
         **os.environ,

@@ -41,7 +41,7 @@ def check_model(folder: Path, name: str) -> ModelFacts:
     problems: list[str] = []
     config: dict[str, Any] = {}
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = _json_object(folder / "config.json")
         draft_config_for(config)
     except (OSError, ValueError) as error:
         problems.append(f"its config.json cannot be read: {error}")
@@ -49,12 +49,20 @@ def check_model(folder: Path, name: str) -> ModelFacts:
         problems += error.problems
     architecture = "" if problems else _architecture(folder, config, problems)
     weights = _weights(folder, problems)
+    count = sum(_count(path, problems) for path in weights if path.suffix == ".safetensors" and path.exists())
     if not any((folder / file).exists() or (folder.parent / "components/tokenizer" / file).exists()
                or (folder.parent / "tokenizer" / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):  # fmt: skip
         problems.append("it has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
     if problems:
         raise DraftModelError([f"target model {name}: {problem}" for problem in problems])
-    return ModelFacts(architecture, sum(_count(path) for path in weights if path.suffix == ".safetensors"), weights)
+    return ModelFacts(architecture, count, weights)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    return content
 
 
 def _architecture(folder: Path, config: dict[str, Any], problems: list[str]) -> str:
@@ -67,13 +75,13 @@ def _architecture(folder: Path, config: dict[str, Any], problems: list[str]) -> 
             model = AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
         decoder = model.get_decoder()
         structured = len(decoder.layers) and decoder.norm is not None
-    except (ValueError, KeyError, AttributeError, OSError) as error:
+    except Exception as error:  # a configuration may make transformers raise anything
         if "auto_map" in config:
             problems.append("it needs code from its repository (trust_remote_code), which is never run here")
         else:
             problems.append(
                 f"model_type {config.get('model_type')!r} is no decoder for text generation that transformers loads with "
-                f"layers and a final norm: {str(error).splitlines()[0]}"
+                f"layers and a final norm: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
             )
         return ""
     if not structured:
@@ -85,9 +93,18 @@ def _weights(folder: Path, problems: list[str]) -> list[Path]:
     """The index and the files that it names, else the safetensors that lie there."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        names = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            names = set(_json_object(indices[0])["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            problems.append(f"its {indices[0].name} cannot be read: {error}")
+            return []
+        problems += [
+            f"{indices[0].name} names {name}, which is not beside it" for name in names if "/" in name
+        ]
         files = [folder / name for name in sorted(names) if "/" not in name]
-        problems += [f"{path.name} is missing, which {indices[0].name} names" for path in files if not path.exists()]
+        problems += [
+            f"{path.name} is missing, which {indices[0].name} names" for path in files if not path.exists()
+        ]
         return [indices[0], *files]
     files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
     if not files:
@@ -97,7 +114,7 @@ def _weights(folder: Path, problems: list[str]) -> list[Path]:
     return files
 
 
-def _count(path: Path) -> int:
+def _count(path: Path, problems: list[str]) -> int:
     """Weights in one file, from its header alone."""
     from safetensors import SafetensorError, safe_open
 
@@ -111,4 +128,5 @@ def _count(path: Path) -> int:
                 total += size
             return total
     except (SafetensorError, OSError) as error:
-        raise DraftModelError(f"target model: {path.name} is damaged or cut short: {error}") from error
+        problems.append(f"{path.name} is damaged or cut short: {error}")
+        return 0

@@ -57,7 +57,9 @@ def resolve(parameters: Parameters, work: Path) -> Source:
 def _from_folder(uri: str, work: Path) -> Source:
     root = _tree("pytorch_model_path", uri, work)
     if (root / "MLmodel").exists():
-        raise DraftModelError(f"pytorch_model_path: {uri} is an MLflow model (it has an MLmodel file): use mlflow_model_path")
+        raise DraftModelError(
+            f"pytorch_model_path: {uri} is an MLflow model (it has an MLmodel file): use mlflow_model_path"
+        )
     folder = _transformers_folder(root)
     if folder is None:
         places = ", ".join(f"`{place}/`" for place in _BELOW[1:])
@@ -84,11 +86,15 @@ def _from_mlflow(uri: str, work: Path) -> Source:
         raise DraftModelError(
             f"mlflow_model_path: {uri} has no MLmodel file; for a plain Transformers folder use pytorch_model_path"
         )
-    flavours = yaml.safe_load((root / "MLmodel").read_text(encoding="utf-8")).get("flavors", {})
-    if "transformers" not in flavours:
+    try:
+        flavours = yaml.safe_load((root / "MLmodel").read_text(encoding="utf-8"))["flavors"]
+        names = ", ".join(sorted(flavours)) or "none"
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise DraftModelError(
-            f"mlflow_model_path: {uri} has the flavours {', '.join(sorted(flavours)) or 'none'}; allowed: transformers"
-        )
+            f"mlflow_model_path: {uri} has an MLmodel file that cannot be read: {error}"
+        ) from error
+    if "transformers" not in flavours:
+        raise DraftModelError(f"mlflow_model_path: {uri} has the flavours {names}; allowed: transformers")
     folder = _transformers_folder(root)
     if folder is None:
         raise DraftModelError(f"mlflow_model_path: {uri} holds no model with a config.json below its MLmodel")
@@ -98,14 +104,14 @@ def _from_mlflow(uri: str, work: Path) -> Source:
 
 def _from_hub(name: str, work: Path) -> Source:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
 
     repository, _, revision = name.partition("@")
     try:
         info = HfApi().model_info(repository, revision=revision or None)
         commit = str(info.sha)
         snapshot_download(repository, revision=commit, local_dir=work, allow_patterns=_HUB_FILES)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DraftModelError(
             f"huggingface_id: {name} cannot be downloaded: {reason}; check the name and revision, the network or "
@@ -128,7 +134,9 @@ def _transformers_folder(root: Path) -> Path | None:
 def _licence(folder: Path) -> str:
     """The licence in the YAML header of a model card."""
     card = folder / "README.md"
-    if not card.exists() or not (text := card.read_text(encoding="utf-8", errors="replace")).startswith("---"):
+    if not card.exists() or not (text := card.read_text(encoding="utf-8", errors="replace")).startswith(
+        "---"
+    ):
         return ""
     try:
         header = yaml.safe_load(text.split("---", 2)[1])

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 INDEX = "checkpoints.json"
 STAGE = "checkpoint"
 _STATE = "training_state"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_OPTIMIZER = ("exp_avg", "exp_avg_sq", "step")  # AdamW's own names; a step without supervised tokens counts for none
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Position:
         seed: of the data order.
         global_batch: conversations per step.
         dataset: fingerprint of the data set.
-        history: the log so far, for the report: `log` and `validation`.
+        history: measured so far, a `History` as JSON.
     """
 
     step: int
@@ -52,7 +52,7 @@ class Position:
     seed: int
     global_batch: int
     dataset: str
-    history: dict[str, list[dict[str, Any]]]
+    history: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,30 +75,32 @@ class Loaded:
 
 
 def optimizer_tensors(draft: Eagle3Draft, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Float32 weights and both moments of every parameter, by name."""
+    """Float32 weights, both moments and the updates so far of every parameter, by name."""
     tensors = {}
     for name, parameter in draft.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach()
-        for moment in _MOMENTS:
-            tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = value
     return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
 
-def restore(draft: Eagle3Draft, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], step: int, uri: str) -> None:
+def restore(draft: Eagle3Draft, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], uri: str) -> None:
     """Puts a saved state back, to the bit.
 
     Args:
         draft: of the same shape.
         optimizer: AdamW over its parameters, fresh.
         state: of `optimizer_tensors`.
-        step: optimizer steps done.
         uri: what an error names.
     """
     weights = {name.removeprefix("weight."): tensor for name, tensor in state.items() if name.startswith("weight.")}
     load_weights(draft, weights, uri)
     for name, parameter in draft.named_parameters():
-        moments = {moment: state[f"{moment}.{name}"].to(parameter.device).clone() for moment in _MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
+        optimizer.state[parameter] = {
+            key: state[f"{key}.{name}"].to(parameter.device, copy=True)
+            for key in _OPTIMIZER
+            if f"{key}.{name}" in state
+        }
 
 
 class Checkpoints:
@@ -179,6 +181,7 @@ def read_checkpoint(uri: str, work: Path) -> Loaded:
     Raises:
         DraftModelError: when it is missing, damaged or no draft.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     shutil.rmtree(work, ignore_errors=True)
@@ -191,6 +194,6 @@ def read_checkpoint(uri: str, work: Path) -> Loaded:
             return Loaded(uri, config, tensors, None, None)
         state = load_file(folder / _STATE / "state.safetensors")
         position = Position(**json.loads((folder / _STATE / "position.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise DraftModelError(f"{uri} is no checkpoint of a draft that can be read: {error}") from error
     return Loaded(uri, config, tensors, state, position)

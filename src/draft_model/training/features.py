@@ -2,13 +2,16 @@
 
 A token's states are 4H numbers (three feature layers and the final one). On a CPU the target's forward pass is half of
 a step, so a second epoch from kept states takes about half the time; on a GPU computing them anew outruns a disk.
+
+The last bits of a state depend on what else is in the target's batch. So the plan alone says which conversations go
+through the target together, and a training that is resumed computes the very states that it would have kept.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,20 +34,31 @@ class StateStore:
         dtype: of the states.
         epochs: how often each conversation is needed; 1 keeps nothing.
         device: of the target.
+        groups: for each conversation those that go through the target with it, itself included.
     """
 
     def __init__(
-        self, folder: Path, lengths: NDArray[np.int64], width: int, dtype: torch.dtype, epochs: int, device: torch.device
+        self,
+        folder: Path,
+        lengths: NDArray[np.int64],
+        width: int,
+        dtype: torch.dtype,
+        epochs: int,
+        device: torch.device,
+        groups: Mapping[int, tuple[int, ...]],
     ) -> None:
         self._starts = np.concatenate(([0], np.cumsum(lengths)))
         self._have = np.zeros(len(lengths), dtype=bool)
         self._kept: Tensor | None = None
         self.device = device
+        self._groups = groups
         size = int(self._starts[-1]) * width * dtype.itemsize
         if epochs < 2 or device.type != "cpu":
             return
         if size > DISK_SHARE * shutil.disk_usage(folder).free:
-            logger.info("target states of %.1f GB do not fit on disk: every epoch computes them anew", size / 1e9)
+            logger.info(
+                "target states of %.1f GB do not fit on disk: every epoch computes them anew", size / 1e9
+            )
             return
         logger.info("target states are kept for the later epochs: %.1f GB in %s", size / 1e9, folder)
         path = folder / "target_states.bin"
@@ -53,7 +67,9 @@ class StateStore:
         shape = (int(self._starts[-1]), width)
         self._kept = torch.from_file(str(path), shared=True, size=shape[0] * width, dtype=dtype).view(shape)
 
-    def get(self, conversations: NDArray[np.int64], compute: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
+    def get(
+        self, conversations: NDArray[np.int64], compute: Callable[[list[int]], list[Tensor]]
+    ) -> list[Tensor]:
         """States of some conversations, from disk where they are kept.
 
         Args:
@@ -63,11 +79,11 @@ class StateStore:
         Returns:
             [T_b, 4H] of each.
         """
-        missing = [int(index) for index in conversations if not self._have[index]]
-        found = dict(zip(missing, compute(missing), strict=True)) if missing else {}
         if self._kept is None:
-            return [found[int(index)] for index in conversations]
-        for index, states in found.items():
-            self._kept[self._starts[index] : self._starts[index + 1]] = states
-            self._have[index] = True
+            return compute(conversations.tolist())
+        missing = [index for index in conversations.tolist() if not self._have[index]]
+        for group in dict.fromkeys(self._groups[index] for index in missing):
+            for index, states in zip(group, compute(list(group)), strict=True):
+                self._kept[self._starts[index] : self._starts[index + 1]] = states
+                self._have[index] = True
         return [self._kept[self._starts[index] : self._starts[index + 1]] for index in conversations]

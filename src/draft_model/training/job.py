@@ -33,7 +33,7 @@ from draft_model.model_import import is_weight
 from draft_model.training.checkpoint import Checkpoints, Loaded, read_checkpoint
 from draft_model.training.config import TrainConfig, TrainResult
 from draft_model.training.ranks import Ranks, start_ranks
-from draft_model.training.trainer import Training, check_position, planned_steps, train
+from draft_model.training.trainer import Interrupted, Training, check_position, planned_steps, train
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +132,7 @@ def _prepare(
     t2d, d2t = vocabulary.load_vocabulary(dataset / vocabulary.FILE)
     if resumed is not None:
         # The checkpoint's shape and vocabulary win: its head's rows mean them.
-        default = draft_config_for(json.loads((model / "config.json").read_text(encoding="utf-8")))
-        shape = with_overrides(default, resumed.config)
+        shape = _checkpoint_shape(resumed, model)
         t2d, d2t = vocabulary_of(resumed.tensors, shape)
     elif shape.draft_vocab_size != len(d2t):
         raise DraftModelError(
@@ -157,7 +156,17 @@ def _prepare(
     longest = int(max(train_split.lengths.max(), validation.lengths.max() if validation is not None else 0))
     objective = Objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest)
     training = Training(
-        p, ranks, target, draft, optimizer, objective, train_split, validation, total, work, properties["fingerprint"]
+        p,
+        ranks,
+        target,
+        draft,
+        optimizer,
+        objective,
+        train_split,
+        validation,
+        total,
+        work,
+        properties["fingerprint"],
     )
     if resumed is not None and p.resume == "true":
         if problems := check_position(resumed, training.position(0)):
@@ -167,6 +176,15 @@ def _prepare(
         load_weights(draft, resumed.tensors, resumed.uri)
         logger.info("the draft starts from the weights of %s", resumed.uri)
     return training
+
+
+def _checkpoint_shape(resumed: Loaded, model: Path) -> DraftConfig:
+    default = draft_config_for(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    try:
+        return with_overrides(default, resumed.config)
+    except DraftModelError as error:
+        said = [problem.removeprefix("draft_model_config: ") for problem in error.problems]
+        raise DraftModelError([f"resume_from_checkpoint: {resumed.uri}: {problem}" for problem in said]) from error
 
 
 def _check_disk(training: Training, work: Path) -> None:
@@ -255,11 +273,14 @@ def _complete(folder: Path, training: Training, model: Path, dataset: Path, conf
 
 def main() -> int:
     """The job pod's door: `torchrun -m draft_model.training`, the configuration in DRAFT_MODEL_JOB."""
-    from draft_model.doors import exit_code
+    from draft_model.doors import TERMINATED, exit_code
 
     def work() -> None:
         config = TrainConfig.from_json(os.environ["DRAFT_MODEL_JOB"])
-        result = run(config)
+        try:
+            result = run(config)
+        except Interrupted:
+            raise SystemExit(TERMINATED) from None
         if int(os.environ.get("RANK", "0")) == 0:
             (config.work / "result.json").write_text(json.dumps(result.to_json()), encoding="utf-8")
 

@@ -58,7 +58,9 @@ def plan_steps(lengths: NDArray[np.int64], global_batch: int, seed: int) -> Iter
         carried = stream[whole:]
         batches = [
             batch
-            for pool in np.array_split(stream[:whole], range(global_batch * POOL_BATCHES, whole, global_batch * POOL_BATCHES))
+            for pool in np.array_split(
+                stream[:whole], range(global_batch * POOL_BATCHES, whole, global_batch * POOL_BATCHES)
+            )
             for batch in pool[np.argsort(-lengths[pool], kind="stable")].reshape(-1, global_batch)
         ]
         for place, batch in enumerate(random.permutation(len(batches))):

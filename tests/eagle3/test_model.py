@@ -1,0 +1,151 @@
+"""Rotary tables and names: the draft is the layer that engines run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from draft_model.eagle3.config import draft_config_for
+from draft_model.eagle3.export import load_draft, save_draft
+from draft_model.eagle3.model import Eagle3Draft, Rotary, rotate
+from draft_model.errors import DraftModelError
+
+from . import reference
+from .case import random_draft, small_config
+from .families import FAMILIES, ROPES, config_json, target_config
+
+CPU = torch.device("cpu")
+MIDLAYER = {
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+    "hidden_norm",
+    "input_layernorm",
+    "post_attention_layernorm",
+}
+NAMES = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"} | {
+    f"midlayer.{x}.weight" for x in MIDLAYER
+}
+
+
+def heads(count: int, number: int, size: int) -> torch.Tensor:
+    return torch.randn(count, number, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("positions", [50, 256, 400])  # within the original range, all, and past it
+@pytest.mark.parametrize("kind", ROPES)
+def test_rotation_equals_transformers_llama(kind, positions):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+    rope = {**ROPES[kind], "rope_theta": 500.0}
+    shape = {
+        "max_position_embeddings": 256,
+        "head_dim": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    table = Rotary(small_config(9, 9, rope_parameters=rope, **shape), CPU).table(positions, torch.float32)
+    q, k = heads(positions, 4, 8), heads(positions, 2, 8)
+    embedding = LlamaRotaryEmbedding(LlamaConfig(hidden_size=32, rope_parameters=rope, **shape))
+    cos, sin = embedding(q, torch.arange(positions).unsqueeze(0))
+    expected = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
+    for ours, theirs in zip((rotate(q, table), rotate(k, table)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs[0].transpose(0, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("kind", "stretch"), [("default", 1.0), ("linear", 4.0)])
+def test_rotation_equals_the_formula(kind, stretch):
+    config = small_config(9, 9, rope_parameters={**ROPES[kind], "rope_theta": 500.0})
+    x = heads(30, 4, config.head_dim)
+    expected = reference.rope(x.double(), [t / stretch for t in range(30)], 500.0)
+    ours = rotate(x, Rotary(config, CPU).table(30, torch.float32))
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_drafts_rotary_table_is_the_targets(family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    config = draft_config_for(config_json(tmp_path, family))
+    embedding = AutoModelForCausalLM.from_config(target_config(family)).get_decoder().rotary_emb
+    extra = ("full_attention",) if family == "gemma3_text" else ()
+    cos, sin = (x[0] for x in embedding(torch.zeros(1), torch.arange(40).unsqueeze(0), *extra))
+    if family == "gpt_oss":  # keeps one half of two that are equal
+        cos, sin = (torch.cat((x, x), -1) for x in (cos, sin))
+    torch.testing.assert_close(Rotary(config, CPU).table(40, torch.float32), torch.stack((cos, sin)))
+
+
+def test_heads_that_do_not_divide_the_hidden_size_have_a_table():
+    config = small_config(9, 9, num_attention_heads=6, num_key_value_heads=3)
+    assert Rotary(config, CPU).table(5, torch.float32).shape == (2, 5, config.head_dim)
+
+
+def random_model() -> Eagle3Draft:
+    return random_draft(small_config(37, 23), torch.Generator().manual_seed(0))
+
+
+def test_parameters_and_vocabulary_carry_the_names_of_the_checkpoint():
+    assert random_model().state_dict().keys() == NAMES
+
+
+def test_offsets_lead_to_the_targets_ids():
+    draft = random_model()
+    assert draft.target_ids.tolist() == draft.t2d.nonzero()[:, 0].tolist()
+
+
+def test_a_new_draft_starts_from_the_targets_head_and_norm():
+    first, second, other = random_model(), random_model(), random_model()
+    head, norm = torch.randn(37, 20), torch.randn(20)
+    for draft, seed in ((first, 3), (second, 3), (other, 4)):
+        draft.initialise(seed, head, norm)
+    for draft in (first, other):
+        assert torch.equal(draft.lm_head.weight, head[draft.target_ids])
+        assert torch.equal(draft.norm.weight, norm)
+        assert draft.midlayer.input_layernorm.weight.eq(1).all()
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.fc.weight, other.fc.weight)
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    draft = random_model()
+    save_draft(tmp_path, draft, torch.float32)
+    assert load_file(tmp_path / "model.safetensors").keys() == NAMES
+    again = load_draft(tmp_path)
+    assert again.config == draft.config
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in draft.state_dict().items())
+
+
+def test_types_of_what_is_served(tmp_path):
+    save_draft(tmp_path, random_model())
+    kinds = {name: tensor.dtype for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert (kinds.pop("t2d"), kinds.pop("d2t")) == (torch.bool, torch.int64)
+    assert set(kinds.values()) == {torch.bfloat16}
+
+
+def test_a_draft_of_all_tokens_is_saved_without_a_vocabulary(tmp_path):
+    draft = random_draft(small_config(37, 37), torch.Generator().manual_seed(0))
+    save_draft(tmp_path, draft, torch.float32)
+    assert load_file(tmp_path / "model.safetensors").keys() == NAMES - {"t2d", "d2t"}
+    assert load_draft(tmp_path).target_ids.tolist() == list(range(37))
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    draft = random_model()
+    save_draft(tmp_path, draft)
+    config = replace(draft.config, intermediate_size=30).to_json()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DraftModelError, match=r"gate_proj.*\(28, 20\), not \(30, 20\)"):
+        load_draft(tmp_path)
+    del config["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DraftModelError, match="head_dim"):
+        load_draft(tmp_path)

@@ -1,0 +1,151 @@
+"""The target's features, final states and logits are transformers' own, for every family, padded or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from draft_model.eagle3.batch import Batch, collate
+from draft_model.eagle3.config import DraftConfig, choose_aux_layers, draft_config_for
+from draft_model.eagle3.model import Eagle3Draft
+from draft_model.eagle3.step import Objective
+from draft_model.eagle3.target import Target, load_target
+from draft_model.errors import DraftModelError
+
+from .families import FAMILIES, HIDDEN, LAYERS, VOCAB, save_target
+
+LENGTHS = (19, 11, 5)  # longer than the families' sliding windows, and not
+
+
+class Family:
+    """A saved target, loaded by the code under test, and transformers' own model of the same folder."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        from transformers import AutoModelForCausalLM
+
+        save_target(folder, name)
+        self.folder = folder
+        self.config: DraftConfig = draft_config_for(json.loads((folder / "config.json").read_text()))
+        self.target: Target = load_target(folder, self.config.aux_layers, torch.float32, torch.device("cpu"))
+        self.plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(1)
+        self.tokens = [torch.randint(3, VOCAB, (length,), generator=generator) for length in LENGTHS]
+
+    def batch(self) -> Batch:
+        return collate([(ids, torch.ones(len(ids), dtype=torch.bool)) for ids in self.tokens])
+
+    @torch.no_grad()
+    def outputs(self, tokens: torch.Tensor) -> Any:
+        return self.plain(tokens.unsqueeze(0), output_hidden_states=True, use_cache=False)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory) -> Family:
+    return Family(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def test_features_are_the_residual_streams_after_the_chosen_layers(family):
+    states = family.target.states(family.batch())
+    assert family.target.aux_layers == (2, LAYERS // 2, LAYERS - 3)
+    for tokens, state in zip(family.tokens, states, strict=True):
+        assert state.shape == (len(tokens), 4 * HIDDEN)
+        hidden = family.outputs(tokens).hidden_states
+        expected = torch.cat([hidden[layer][0] for layer in (2, 4, 5)], -1)
+        torch.testing.assert_close(state[:, : 3 * HIDDEN], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_last_states_are_normed_and_give_the_models_logits(family):
+    for tokens, state in zip(family.tokens, family.target.states(family.batch()), strict=True):
+        outputs = family.outputs(tokens)
+        final = state[:, 3 * HIDDEN :]
+        torch.testing.assert_close(final, outputs.hidden_states[-1][0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(family.target.logits(final), outputs.logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_right_padding_changes_no_real_position(family):
+    batch = family.batch()
+    junk = batch.tokens.clone()
+    for row, length in enumerate(LENGTHS):
+        junk[row, length:] = 33
+    plain = family.target.states(batch)
+    padded = family.target.states(Batch(junk, batch.lengths, batch.predicted))
+    for row, tokens in enumerate(family.tokens):
+        alone = family.target.states(collate([(tokens, torch.ones(len(tokens), dtype=torch.bool))]))
+        torch.testing.assert_close(plain[row], alone[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(padded[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_final_norm_is_what_the_draft_can_start_from(family):
+    """A draft multiplies by its norm's weight; Gemma by 1 + weight."""
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(2))
+    ours = torch.nn.functional.rms_norm(x, (HIDDEN,), family.target.norm, family.config.rms_norm_eps)
+    torch.testing.assert_close(ours, family.target.decoder.norm(x))
+
+
+def test_a_draft_trains_against_it(family):
+    known = 24
+    t2d = torch.arange(VOCAB) < known
+    config = DraftConfig(**{**vars(family.config), "draft_vocab_size": known})
+    draft = Eagle3Draft(config, t2d, torch.zeros(known, dtype=torch.int64))
+    draft.initialise(0, family.target.head, family.target.norm)
+    objective = Objective(draft, family.target, 3, "sdpa", torch.float32, max(LENGTHS))
+    batch = family.batch()
+    losses = []
+    for _ in range(6):
+        loss, sums = objective(batch, family.target.states(batch))
+        draft.zero_grad()
+        (loss / sums.supervised.sum()).backward()
+        with torch.no_grad():
+            for weight in draft.parameters():
+                weight -= 0.3 * weight.grad / weight.grad.norm()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert not any(weight.requires_grad for weight in family.target.model.parameters())
+
+
+@pytest.mark.parametrize("layers", [4, 5, 6])
+def test_shallow_targets(layers, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from .families import target_config
+
+    AutoModelForCausalLM.from_config(target_config("llama", num_hidden_layers=layers)).save_pretrained(
+        tmp_path
+    )
+    target = load_target(tmp_path, choose_aux_layers(layers), torch.float32, torch.device("cpu"))
+    tokens = torch.arange(3, 12)
+    (state,) = target.states(collate([(tokens, tokens > 0)]))
+    low, middle, high = state[:, : 3 * HIDDEN].split(HIDDEN, -1)
+    assert not torch.equal(low, middle)
+    assert not torch.equal(middle, high)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    save_target(folder, "llama")
+    return folder
+
+
+@pytest.mark.parametrize("layers", [(2, 4, LAYERS), (0, 2, 4), (2, 4, 99)])
+def test_layers_that_the_target_has_not_are_refused(layers, llama):
+    with pytest.raises(DraftModelError, match=f"8 layers, allowed: 1 to {LAYERS - 1}"):
+        load_target(llama, layers, torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("broken", ["absent", "no config", "torn weights"])
+def test_a_folder_that_cannot_be_loaded_is_a_users_mistake(broken, tmp_path):
+    folder = tmp_path / "model"
+    if broken != "absent":
+        save_target(folder, "llama")
+    if broken == "no config":
+        (folder / "config.json").unlink()
+    if broken == "torn weights":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:3000])
+    with pytest.raises(DraftModelError, match="cannot be loaded"):
+        load_target(folder, (2, 4, 5), torch.float32, torch.device("cpu"))

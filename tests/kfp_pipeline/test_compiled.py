@@ -1,0 +1,173 @@
+"""The committed pipeline is what the sources compile to, and keeps the contract that its callers rely on."""
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from contract import CONTRACT
+from kfp import components
+
+from draft_model.parameters import PARAMETERS, STAGES, parameters_of
+from kfp_pipeline import pipeline
+from kfp_pipeline.compile import COMPILED, MANIFEST, compile_manifests, compile_pipeline
+from kfp_pipeline.components.images import STAGE_IMAGE
+
+ROOT = Path(__file__).parents[2]
+STEPS = {
+    "import": pipeline.import_model,
+    "dataset": pipeline.build_dataset,
+    "train": pipeline.train_draft_model,
+    "evaluate": pipeline.evaluate_draft_model,
+}
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return yaml.safe_load(COMPILED.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def inputs(spec):
+    return spec["root"]["inputDefinitions"]["parameters"]
+
+
+@pytest.fixture(scope="module")
+def tasks(spec):
+    return spec["root"]["dag"]["tasks"]
+
+
+def test_the_committed_files_are_up_to_date():
+    assert COMPILED.read_text(encoding="utf-8") == compile_pipeline(), "run `draft-model compile`"
+    assert MANIFEST.read_text(encoding="utf-8") == compile_manifests(), "run `draft-model compile`"
+
+
+def test_compiling_gives_the_same_bytes_in_another_process_and_folder(tmp_path):
+    code = "import sys; from kfp_pipeline.compile import compile_pipeline; sys.stdout.write(compile_pipeline())"
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo", "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == compile_pipeline()
+
+
+def test_the_kubernetes_resources_hold_the_same_pipeline_under_a_name_that_changes_with_it(spec):
+    documents = {document["kind"]: document for document in yaml.safe_load_all(MANIFEST.read_text(encoding="utf-8"))}
+    assert documents.keys() == {"Pipeline", "PipelineVersion"}
+    version = documents["PipelineVersion"]
+    assert version["spec"]["pipelineSpec"] == spec
+    assert version["spec"]["pipelineName"] == documents["Pipeline"]["metadata"]["name"] == "pipeline-draft-model"
+    assert re.fullmatch(r"pipeline-draft-model-[0-9a-f]{12}", version["metadata"]["name"])
+
+
+def test_the_shared_contract_check_passes():
+    check = Path(os.environ.get("DRAFT_MODEL_CONTRACT", ROOT.parent / "shared/checks/contract"))
+    if not check.exists():
+        pytest.skip(f"{check} is not on this machine; DRAFT_MODEL_CONTRACT may name it")
+    done = subprocess.run([sys.executable, check, COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_inputs_are_the_contracts(spec, inputs):
+    kinds = {str: "STRING", int: "NUMBER_INTEGER", float: "NUMBER_DOUBLE"}
+    expected = {name: (kinds[kind], default) for name, kind, default, _ in CONTRACT}
+    assert {name: (inputs[name]["parameterType"], inputs[name]["defaultValue"]) for name in expected} == expected
+    words = {name: list(allowed) for name, _, _, allowed in CONTRACT if isinstance(allowed, tuple)}
+    assert {name: inputs[name]["literals"] for name in expected if "literals" in inputs[name]} == words
+    assert spec["pipelineInfo"]["name"] == "pipeline-draft-model"
+
+
+def test_every_input_has_a_default_that_fits_it_and_additions_are_inputs_too(inputs):
+    assert inputs.keys() == {parameter.name for parameter in PARAMETERS}
+    assert {name for name, found in inputs.items() if "defaultValue" not in found} == set()
+    assert {p.name: inputs[p.name].get("literals") for p in PARAMETERS if p.choices} == {
+        p.name: list(p.choices) for p in PARAMETERS if p.choices
+    }
+
+
+def test_the_output_is_a_folder_of_checkpoints(spec):
+    outputs = spec["root"]["outputDefinitions"]["artifacts"]
+    assert outputs.keys() == {"output_model_path"}
+    assert outputs["output_model_path"]["artifactType"]["schemaTitle"] == "system.Model"
+
+
+def test_the_description_has_a_line_for_every_parameter(spec):
+    description = spec["pipelineInfo"]["description"]
+    assert all(re.search(rf"^{p.name}.*: {re.escape(p.help)}", description, re.MULTILINE) for p in PARAMETERS)
+
+
+def signature(step):
+    return [(p.name, p.annotation, p.default) for p in inspect.signature(step.python_func).parameters.values()]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_component_takes_what_its_stage_reads(stage):
+    expected = [(p.name, p.type, p.default) for p in parameters_of(stage)]
+    assert [found for found in signature(STEPS[stage]) if found[0] in {name for name, *_ in expected}] == expected
+    rest = {name for name, *_ in signature(STEPS[stage])} - {name for name, *_ in expected}
+    assert rest & {p.name for p in PARAMETERS} <= {"storage_uri"}
+
+
+def test_preflight_takes_all_parameters():
+    expected = [(p.name, p.type, p.default) for p in PARAMETERS]
+    assert [found for found in signature(pipeline.preflight) if found[0] != "summary"] == expected
+
+
+@pytest.mark.parametrize("step", [pipeline.preflight, *STEPS.values()], ids=lambda step: step.name)
+def test_a_component_documents_each_parameter_as_the_contract_does(step):
+    documented = " ".join(inspect.getdoc(step.python_func).split())
+    for parameter in (p for p in PARAMETERS if p.name in inspect.signature(step.python_func).parameters):
+        if parameter.name == "storage_uri" and step is not pipeline.preflight:
+            continue  # told from the step's side there
+        unit = f" Unit: {parameter.unit}." if parameter.unit else ""
+        allowed = f" Allowed: {parameter.allowed}." if parameter.allowed else ""
+        assert f"{parameter.name}: {parameter.help}{unit}{allowed}" in documented
+
+
+def test_steps_get_the_pipelines_inputs_under_their_own_names(tasks):
+    for task in tasks.values():
+        for name, source in task["inputs"]["parameters"].items():
+            if "componentInputParameter" in source:
+                assert source["componentInputParameter"] == name
+
+
+def test_what_depends_on_the_moment_is_never_cached_and_what_does_not_is(tasks):
+    cached = {name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")}
+    assert cached == {"import-model", "build-dataset"}
+
+
+def test_preflight_comes_before_everything_and_data_goes_one_way(tasks):
+    def before(name):
+        direct = set(tasks[name].get("dependentTasks", ()))
+        return direct.union(*map(before, direct)) if direct else direct
+
+    order = ["preflight", "import-model", "build-dataset", "train-draft-model", "evaluate-draft-model"]
+    assert {name: before(name) for name in order} == {name: set(order[:place]) for place, name in enumerate(order)}
+
+
+def test_steps_run_in_the_one_image_and_install_nothing(spec):
+    containers = [executor["container"] for executor in spec["deploymentSpec"]["executors"].values()]
+    assert {container["image"] for container in containers} == {STAGE_IMAGE}
+    assert not any("pip install" in part for container in containers for part in container["command"])
+
+
+def test_nothing_secret_and_nothing_of_this_machine_is_in_the_files():
+    secret = re.compile(
+        r"A[KS]IA[0-9A-Z]{16}|hf_\w{16}|-----BEGIN|(?:password|api_?key|access_?key)\w*\s*[:=]\s*\S", re.I
+    )
+    for file in (COMPILED, MANIFEST):
+        text = file.read_text(encoding="utf-8")
+        assert secret.findall(text) == []
+        assert not any(place in text for place in (str(ROOT), "/tmp/", str(Path.home()) + "/"))
+
+
+def test_kfp_loads_the_committed_file():
+    loaded = components.load_component_from_file(str(COMPILED))
+    assert loaded.name == "pipeline-draft-model"
+    assert loaded.component_spec.inputs.keys() == {parameter.name for parameter in PARAMETERS}
+    assert loaded.component_spec.outputs.keys() == {"output_model_path"}

@@ -1,0 +1,227 @@
+"""The compiled pipeline as it is, on a tiny target, through S3 and back; and what is left when a run ends early.
+
+The runs that end early go on beside one another: most of their time is the import of libraries.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import psutil
+import pytest
+import tiny
+from safetensors.torch import load_file
+
+from draft_model import storage
+from draft_model.storage.embedded import EmbeddedStore
+from draft_model.summary import print_summary
+from kfp_pipeline.local import run_local
+
+PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"
+ENDLESS = {"num_epochs": 100_000}
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory):
+    """Parameters of a run that takes as little as a real one can."""
+    data = tmp_path_factory.mktemp("data")
+    return {
+        "pytorch_model_path": str(tiny.write_target(data / "target")),
+        "dataset_train_split": str(tiny.write_jsonl(data / "train.jsonl", tiny.conversations(24))),
+        "dataset_validation_split": str(tiny.write_jsonl(data / "validation.jsonl", tiny.conversations(6, seed=1))),
+        "chat_template": "qwen",
+        "max_length": 64,
+        "ttt_length": 2,
+        "compute_dtype": "float32",
+        "num_epochs": 2,
+        "evaluation_conversations": 2,
+        "evaluation_max_new_tokens": 8,
+    }
+
+
+@pytest.fixture(scope="module")
+def early(values, tmp_path_factory):
+    """Three runs by the command line, each in a process group of its own: two that never end, one of bad data."""
+    root = tmp_path_factory.mktemp("early")
+    bad = root / "bad.jsonl"
+    bad.write_text("no JSON\n" * 20)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(root)}
+
+    def start(name, changes):
+        settings = [f"--set={key}={value}" for key, value in {**values, **changes}.items()]
+        return subprocess.Popen(
+            [PROGRAM, "run", "--folder", root / name, *settings], env=environment, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        )  # fmt: skip
+
+    runs = {"ctrl-c": ENDLESS, "terminated": ENDLESS, "bad": {"dataset_train_split": bad}}
+    runs = {name: (root / name, start(name, changes)) for name, changes in runs.items()}
+    yield runs
+    for folder, process in runs.values():
+        for left in (process, *processes_of(folder)):
+            left.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def processes_of(folder):
+    """All processes that have the folder in their command line or environment, whoever their parent is now."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(str(folder) in text for text in (*process.cmdline(), *process.environ().values())):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def trained_an_epoch(process):
+    """Reads what the run prints until training has saved a checkpoint."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if "checkpoint epoch_1" in line:
+            return
+    pytest.fail(f"the run ended before it trained:\n{''.join(seen[-60:])}")
+
+
+@pytest.fixture(scope="module")
+def interrupted(early):
+    """What Ctrl-C leaves of a run: its folder, commands before, exit code, what it printed last, processes after."""
+    folder, process = early["ctrl-c"]
+    trained_an_epoch(process)
+    before = [" ".join(left.cmdline()) for left in processes_of(folder)]
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate()
+    return folder, before, process.returncode, printed, processes_of(folder)
+
+
+def test_ctrl_c_while_training_ends_everything(interrupted):
+    folder, before, code, printed, after = interrupted
+    assert any("draft_model.training" in command for command in before)
+    assert any("weed" in command for command in before)
+    assert code == 130
+    assert printed.splitlines()[-1] == "interrupted"
+    assert after == []
+    assert list((folder / "work").iterdir()) == []
+
+
+def test_sigterm_to_the_command_alone_while_training_ends_everything(early):
+    folder, process = early["terminated"]
+    trained_an_epoch(process)
+    process.terminate()
+    printed, _ = process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in printed
+    assert processes_of(folder) == []
+    assert list((folder / "work").iterdir()) == []
+
+
+def test_bad_data_ends_the_run_with_the_stages_own_sentence(early):
+    folder, process = early["bad"]
+    printed, _ = process.communicate()
+    assert process.returncode == 2
+    last = printed.splitlines()[-1]
+    assert last.startswith("error: dataset_train_split: ")
+    assert "20 of 20 lines cannot be used" in last
+    assert "line 1: not JSON" in last
+    assert "Traceback" not in printed
+    assert processes_of(folder) == []
+    assert "build-dataset" in (folder / "run.log").read_text()
+    assert not (folder / "output").exists()
+
+
+@pytest.fixture(scope="module")
+def whole(interrupted, values):
+    """A run in the folder that an interrupted one used before, with what that one might have left."""
+    folder = interrupted[0]
+    (folder / "output/final").mkdir(parents=True)
+    (folder / "output/final/evaluation.json").write_text("of another run")
+    (folder / "output/final/stale.txt").touch()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    environment = dict(os.environ)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        run = run_local(values, folder)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert dict(os.environ) == environment
+    return folder, run
+
+
+@pytest.fixture(scope="module")
+def stored(whole):
+    """The run's store, started again: URI of the pipeline's folder."""
+    folder, run = whole
+    assert run.store == folder / "store"
+    with EmbeddedStore(run.store) as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        yield f"s3://{store.bucket}/pipeline_draft_model"
+
+
+def test_the_final_draft_is_whole_and_loads(whole, values):
+    final = whole[1].final
+    assert final == whole[0] / "output/final"
+    assert {path.name for path in final.iterdir()} == {
+        "config.json", "model.safetensors", "training.json", "evaluation.json", "report.html", "README.md",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+    }  # fmt: skip
+    config = json.loads((final / "config.json").read_text())
+    weights = load_file(final / "model.safetensors")
+    assert len(weights["d2t"]) == config["draft_vocab_size"] == len(weights["lm_head.weight"])
+    assert len(weights["t2d"]) == config["vocab_size"]
+    assert any(name.startswith("midlayer.") for name in weights)
+
+
+def test_the_records_say_what_was_run(whole, values):
+    final = whole[1].final
+    training = json.loads((final / "training.json").read_text())
+    evaluation = json.loads((final / "evaluation.json").read_text())
+    assert (training["steps"], training["epochs"]) == (6, 2.0)  # 24 conversations, 8 in a step
+    assert training["target"]["source"] == values["pytorch_model_path"]
+    assert evaluation["lossless"]["identical"]
+    assert evaluation["prompts"] == 2
+    assert "<html" in (final / "report.html").read_text().lower()
+
+
+def test_everything_went_through_the_store(stored, whole):
+    stages = {"model": "import", "dataset": "dataset", "output_model_path/epoch_1": "checkpoint",
+              "output_model_path/epoch_2": "checkpoint", "output_model_path/final": "train"}  # fmt: skip
+    for name, stage in stages.items():
+        assert storage.read_manifest(f"{stored}/{name}", stage=stage).files
+    final = storage.read_manifest(f"{stored}/output_model_path/final")
+    assert {file.path: file.size for file in final.files} == {
+        path.name: path.stat().st_size for path in whole[1].final.iterdir()
+    }
+    assert storage.read_bytes(f"{stored}/output_model_path/final/model.safetensors") == (
+        (whole[1].final / "model.safetensors").read_bytes()
+    )
+
+
+def test_no_process_and_no_scratch_folder_is_left(whole):
+    folder = whole[0]
+    assert [left for left in processes_of(folder) if left.pid != os.getpid()] == []
+    assert list((folder / "work").iterdir()) == []
+
+
+def test_the_log_is_kept_without_keys(whole):
+    log = (whole[0] / "run.log").read_text()
+    for step in ("preflight", "import-model", "build-dataset", "train-draft-model", "evaluate-draft-model"):
+        assert step in log
+    keys = json.loads((whole[0] / "store/keys.json").read_text())
+    assert keys["secret_key"] not in log
+
+
+def test_the_summary_shows_the_result_and_what_to_type_next(whole, values, capsys):
+    final = whole[1].final
+    print_summary(final, whole[0])
+    printed = capsys.readouterr().out
+    reached = json.loads((final / "evaluation.json").read_text())["trained"]["acceptance_length"]
+    assert f"{reached:.2f} tokens per step" in printed
+    assert f"vllm serve {values['pytorch_model_path']} --speculative-config " in printed
+    assert str(final / "report.html") in printed

@@ -1,0 +1,192 @@
+"""The command line as a user meets it: help, refusals, exit codes, and the four stages in a row."""
+
+import json
+import os
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from click.testing import CliRunner
+from contract import CONTRACT
+
+from draft_model import storage
+from draft_model.cli import cli, parameter_table
+from draft_model.parameters import PARAMETERS, STAGES, parameters_of
+
+torch.set_num_threads(1)
+PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"
+
+
+def draft_model(*arguments, **environment):
+    return subprocess.run(
+        [PROGRAM, *map(str, arguments)], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def refused(*arguments):
+    """Standard error of a command that a user's mistake ended."""
+    done = draft_model(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def shown(*arguments):
+    done = draft_model(*arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_help_and_version_name_the_commands():
+    for flag in ("--help", "-h"):
+        assert all(f"\n  {name} " in shown(flag) for name in (*STAGES, "run", "compile", "parameters"))
+    assert "0.0.1" in shown("--version")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_help_of_a_stage_has_every_parameter_with_default_and_what_is_allowed(stage):
+    help = " ".join(shown(stage, "--help").split())
+    for parameter in parameters_of(stage):
+        assert f"--{parameter.name} " in help
+        assert parameter.default == "" or f"[default: {parameter.default}]" in help
+        assert all(word in help for word in parameter.choices)
+    assert "--output" in help or stage == "evaluate"
+
+
+def test_dashes_and_underscores_are_the_same(tmp_path):
+    target = ["--output", tmp_path / "out"]
+    for option in ("--huggingface-id", "--huggingface_id"):
+        assert refused("import", option, "gpt2", *target) == (
+            "error: huggingface_id: given 'gpt2'; allowed: `org/name` or `org/name@revision`\n"
+        )
+    error = refused("run", "--set", "num-epochs=0")
+    assert "num_epochs: given '0'; allowed: an integer >= 1" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["import", "--hugingface_id", "a/b"], "--huggingface_id"),
+        (["train", "--learning-rat", "1"], "--learning_rate"),
+        (["trian"], "train"),
+    ],
+)
+def test_a_mistyped_option_or_command_gets_the_nearest(arguments, near):
+    error = refused(*arguments)
+    assert near in error
+    assert "--help" in error
+
+
+def test_a_missing_uri_is_named():
+    assert "--output" in refused("import", "--huggingface_id", "a/b")
+
+
+def test_all_problems_at_once_on_the_command_line(tmp_path):
+    error = refused(
+        "train", "--model", "m", "--dataset", "d", "--output", tmp_path / "out",
+        "--num_epochs", "none", "--learning_rate", "-1", "--resume", "yes", "--resume_from_checkpoint", tmp_path / "c",
+    )  # fmt: skip
+    assert error.startswith("error: 4 problems:\n")
+    for name in ("num_epochs", "learning_rate", "resume", "resume_from_checkpoint"):
+        assert f"  - {name}: given " in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_whose_input_is_not_whole_says_so(tmp_path):
+    data = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.conversations(2))
+    error = refused("dataset", "--model", tmp_path, "--output", tmp_path / "out", "--dataset_train_split", data)
+    assert error.startswith(f"error: {tmp_path} has no manifest.json")
+
+
+def test_parameters_come_from_a_file_and_settings_win_over_it(tmp_path):
+    params = tmp_path / "run.yaml"
+    params.write_text("resume: true\nlearning_rate: 1e-3\nnum_epochs: 0\nmax_length: 3\ndataset_train_split: /none\n")
+    error = refused("run", "--params", params, "--set", "num_epochs=1", "--folder", tmp_path / "run")
+    named = {line.removeprefix("  - ").partition(":")[0] for line in error.splitlines()[1:]}
+    # A YAML truth value is the contract's word; 1e-3, which YAML takes for text, is a number here.
+    assert named == {
+        "max_length",
+        "dataset_train_split",
+        "huggingface_id, pytorch_model_path, mlflow_model_path",
+    }
+    assert not (tmp_path / "run").exists()
+
+
+def test_json_is_a_params_file_too_and_unknown_names_are_refused(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"num_epoch": 1, "resume": False}))
+    error = refused("run", "--params", tmp_path / "run.json")
+    assert "num_epoch: no such parameter; did you mean num_epochs?" in error
+    assert "resume" not in error
+
+
+@pytest.mark.parametrize("content", [None, b"- a\n- b\n", b"", b"a: [\n", b"\xff\xfe\x00"])
+def test_a_params_file_that_holds_no_parameters(tmp_path, content):
+    file = tmp_path / "run.yaml"
+    if content is not None:
+        file.write_bytes(content)
+    assert refused("run", "--params", file).startswith(f"error: --params: {file} ")
+
+
+def test_every_setting_without_a_value_is_told():
+    error = refused("run", "--set", "num_epochs", "--set", "a=1", "--set", "resume true")
+    assert "--set: given 'num_epochs'; allowed: NAME=VALUE" in error
+    assert "--set: given 'resume true'; allowed: NAME=VALUE" in error
+
+
+def test_a_setting_may_hold_an_equals_sign():
+    error = refused("run", "--set", "dataset_train_split=/none/a=b", "--set", "huggingface_id=a/b")
+    assert "'/none/a=b'" in error
+
+
+def test_the_table_has_all_parameters_in_order_and_marks_the_additions():
+    table = shown("parameters")
+    assert table == parameter_table() + "\n"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert [row[0].removesuffix(" (addition)") for row in rows] == [p.name for p in PARAMETERS]
+    assert [row[0].endswith("(addition)") for row in rows] == [False] * 35 + [True] * (len(PARAMETERS) - 35)
+    defaults = ["-" if default == "" or name == "total_steps" else f"`{default}`" for name, _, default, _ in CONTRACT]
+    assert [row[2] for row in rows[:35]] == defaults
+
+
+def test_the_readme_has_the_same_table():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert parameter_table() in readme, "run `draft-model parameters` and put its output into README.md"
+
+
+def test_the_four_stages_in_a_row(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for the training job's process
+    train = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.conversations(16))
+    validation = tiny.write_jsonl(tmp_path / "validation.jsonl", tiny.conversations(4, seed=1))
+    target = tiny.write_target(tmp_path / "target")
+
+    def run(*arguments):
+        done = CliRunner().invoke(cli, [str(argument) for argument in arguments], catch_exceptions=False)
+        assert done.exit_code == 0
+        return done.stdout.splitlines()[-1]
+
+    model = run("import", "--pytorch-model-path", target, "--output", tmp_path / "model")
+    dataset = run(
+        "dataset", "--model", model, "--output", tmp_path / "dataset", "--chat-template", "qwen",
+        "--dataset-train-split", train, "--dataset-validation-split", validation, "--max-length", 64,
+    )  # fmt: skip
+    draft = run(
+        "train", "--model", model, "--dataset", dataset, "--output", tmp_path / "output", "--num_epochs", 1,
+        "--compute_dtype", "float32", "--log_steps", 1, "--work", tmp_path / "work",
+    )  # fmt: skip
+    said = run(
+        "evaluate", "--model", model, "--dataset", dataset, "--draft", draft, "--num_speculative_tokens", 2,
+        "--evaluation_conversations", 2, "--evaluation_max_new_tokens", 8,
+    )  # fmt: skip
+    assert [model, dataset, draft] == [str(tmp_path / name) for name in ("model", "dataset", "output/final")]
+    stages = {uri: storage.read_manifest(uri).stage for uri in (model, dataset, draft, f"{tmp_path}/output/epoch_1")}
+    assert list(stages.values()) == ["import", "dataset", "train", "train"]
+    evaluation = json.loads((tmp_path / "output/final/evaluation.json").read_text())
+    assert evaluation["lossless"]["identical"]
+    assert evaluation["prompts"] == 2
+    assert said.startswith(f"acceptance length {evaluation['trained']['acceptance_length']:.2f} ")
+    training = json.loads((tmp_path / "output/final/training.json").read_text())
+    assert training["steps"] == 2
+    storage.fetch(draft, tmp_path)  # every file is as the manifest says

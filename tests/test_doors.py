@@ -1,0 +1,96 @@
+"""How a process ends: a sentence and 2 for a user's mistake, a traceback and 1 for ours, nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from draft_model.doors import ERROR_FILE, WORK_FOLDER
+
+DOOR = "import os, signal, sys\nfrom draft_model.doors import *\nfrom draft_model.errors import DraftModelError\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs Python code in a process of its own that keeps its scratch folders below tmp_path/work."""
+    (tmp_path / "work").mkdir()
+
+    def run(code, **environment):
+        environment = {**os.environ, WORK_FOLDER: str(tmp_path / "work"), **environment}
+        return subprocess.run([sys.executable, "-c", DOOR + code], env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def through_exit_code(body):
+    return f"def work():\n    {body}\nsys.exit(exit_code(work))"
+
+
+def test_a_users_mistake_is_told_without_a_traceback(run):
+    done = run(through_exit_code("raise DraftModelError(['one: bad', 'two: worse'])"))
+    assert done.returncode == 2
+    assert done.stderr == "error: 2 problems:\n  - one: bad\n  - two: worse\n"
+
+
+def test_a_single_mistake_is_a_single_line(run):
+    assert run(through_exit_code("raise DraftModelError('one: bad')")).stderr == "error: one: bad\n"
+
+
+def test_a_mistake_that_another_one_caused_still_has_no_traceback(run):
+    body = "try: int('x')\n    except ValueError as error: raise DraftModelError('one: bad') from error"
+    assert run(through_exit_code(body)).stderr == "error: one: bad\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(run):
+    done = run(through_exit_code("1 / 0"))
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_ctrl_c(run):
+    done = run(through_exit_code("os.kill(os.getpid(), signal.SIGINT)"))
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_success_is_zero_and_another_exit_passes_through(run):
+    assert run(through_exit_code("pass")).returncode == 0
+    assert run(through_exit_code("sys.exit(7)")).returncode == 7
+
+
+def test_our_log_lines_are_seen_and_other_libraries_only_warn(run):
+    done = run(
+        through_exit_code(
+            "import logging; logging.getLogger('draft_model.x').info('ours');"
+            "logging.getLogger('other').info('theirs'); logging.getLogger('other').warning('a warning')"
+        )
+    )
+    assert [line.partition(" ")[2] for line in done.stderr.splitlines()] == ["ours", "a warning"]
+
+
+def test_the_process_that_asked_for_it_gets_the_problems_as_a_list(run, tmp_path):
+    file = tmp_path / "error.json"
+    done = run(through_exit_code("raise DraftModelError(['one: ü', 'two'])"), **{ERROR_FILE: str(file)})
+    assert (done.returncode, done.stderr) == (2, "")
+    assert json.loads(file.read_text()) == ["one: ü", "two"]
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("pass", 0),
+        ("raise DraftModelError('one: bad')", 2),
+        ("1 / 0", 1),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 128 + signal.SIGTERM),
+    ],
+)
+def test_a_component_ends_as_its_body_does_and_leaves_no_scratch_folder(run, tmp_path, body, code):
+    done = run(f"with component('train') as folder:\n    (folder / 'large').touch(); print(folder)\n    {body}")
+    assert done.returncode == code
+    assert done.stdout.startswith(f"{tmp_path}/work/train-")
+    assert ("Traceback" in done.stderr) == (code == 1)
+    assert ("error: one: bad" in done.stderr) == (code == 2)
+    assert list((tmp_path / "work").iterdir()) == []

@@ -1,0 +1,86 @@
+"""The plan of steps: fair, without loss, from the seed alone."""
+
+from collections import Counter
+from itertools import islice, pairwise, takewhile
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from draft_model.training.order import epoch_steps, plan_steps, total_steps
+
+
+def lengths_of(count):
+    return np.random.default_rng(count).integers(5, 500, count)
+
+
+def as_lists(steps):
+    return [(step.epoch, step.last_of_epoch, step.conversations.tolist()) for step in steps]
+
+
+sizes = st.integers(1, 60)
+batches = st.integers(1, 24)  # larger than the data set too
+seeds = st.integers(0, 2**31)
+
+
+@given(sizes, batches, st.integers(1, 5), seeds)
+def test_after_any_number_of_epochs_every_conversation_was_seen_equally_often(count, batch, epochs, seed):
+    steps = list(islice(plan_steps(lengths_of(count), batch, seed), total_steps(count, batch, epochs)))
+    assert all(len(step.conversations) == batch for step in steps)
+    visits = Counter({index: 0 for index in range(count)})
+    visits.update(index for step in steps for index in step.conversations.tolist())
+    assert set(visits) == set(range(count))
+    left_over = count * epochs - visits.total()
+    assert 0 <= left_over < batch
+    assert max(visits.values()) - min(visits.values()) <= 1
+    assert max(visits.values()) <= epochs
+
+
+@given(st.integers(1, 60), st.integers(1, 24), st.integers(1, 5), seeds)
+def test_the_counts_that_are_announced_are_those_of_the_plan(count, batch, epochs, seed):
+    planned = takewhile(lambda step: step.epoch < epochs, plan_steps(lengths_of(count), batch, seed))
+    by_epoch = Counter(step.epoch for step in planned)
+    assert [by_epoch[epoch] for epoch in range(epochs)] == [epoch_steps(count, batch, epoch) for epoch in range(epochs)]
+    assert sum(by_epoch.values()) == total_steps(count, batch, epochs)
+
+
+@given(sizes, batches, seeds)
+def test_an_epoch_ends_with_its_last_step_and_with_no_other(count, batch, seed):
+    steps = list(islice(plan_steps(lengths_of(count), batch, seed), 30))
+    for step, following in pairwise(steps):
+        assert step.last_of_epoch == (following.epoch > step.epoch)
+
+
+@given(sizes, batches, seeds)
+def test_a_step_has_its_longest_conversation_first(count, batch, seed):
+    lengths = lengths_of(count)
+    for step in islice(plan_steps(lengths, batch, seed), 10):
+        assert (np.diff(lengths[step.conversations]) <= 0).all()
+
+
+@given(st.integers(20, 60), st.integers(1, 10), seeds)
+def test_the_seed_alone_decides_the_order(count, batch, seed):
+    plan = lambda seed: as_lists(islice(plan_steps(lengths_of(count), batch, seed), 20))  # noqa: E731
+    assert plan(seed) == plan(seed)
+    assert plan(seed) != plan(seed + 1)
+
+
+def test_epochs_are_shuffled_anew_and_carry_the_rest_over():
+    steps = list(islice(plan_steps(lengths_of(10), 4, 0), 5))
+    assert [step.epoch for step in steps] == [0, 0, 1, 1, 1]
+    first, second = ({int(i) for step in steps if step.epoch == e for i in step.conversations} for e in (0, 1))
+    assert second == set(range(10))  # ten of its own and the two that were left
+    assert len(first) == 8
+    assert Counter(int(i) for step in steps for i in step.conversations) == Counter(list(range(10)) * 2)
+
+
+def test_conversations_of_like_length_share_a_step():
+    lengths = np.random.default_rng(0).permutation(np.repeat([10, 20, 40, 80], 16))
+    steps = takewhile(lambda step: step.epoch == 0, plan_steps(lengths, 4, 0))
+    assert all(len(set(lengths[step.conversations])) == 1 for step in steps)
+
+
+def test_fewer_conversations_than_a_step_takes_fill_one_over_several_epochs():
+    steps = list(islice(plan_steps(lengths_of(3), 8, 0), 3))
+    assert [step.epoch for step in steps] == [2, 5, 7]
+    assert Counter(int(i) for step in steps for i in step.conversations) == {0: 8, 1: 8, 2: 8}

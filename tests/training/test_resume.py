@@ -1,0 +1,236 @@
+"""Going on from a checkpoint: to the bit, from the newest whole one, and only where that means something."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from draft_model import doors, storage
+from draft_model.errors import DraftModelError
+from draft_model.training import job
+from draft_model.training.trainer import Interrupted
+from training.case import Trainer, when_logged
+
+
+class Crash(Exception):
+    """The process dies here."""
+
+
+def crash():
+    raise Crash
+
+
+terminate = partial(os.kill, os.getpid(), signal.SIGTERM)
+
+
+def interrupted_at(train, step, **settings):
+    """A training that was asked to stop while its step was under way; gives its output."""
+    config = train.config(**settings)
+    with when_logged(f"step {step}, ", terminate), pytest.raises(Interrupted):
+        job.run(config)
+    return config.output
+
+
+def position(checkpoint):
+    return json.loads(storage.read_bytes(f"{checkpoint}/training_state/position.json"))
+
+
+def cut(path, size=-10):
+    """Damages a file: its last bytes are lost."""
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.fixture(scope="session")
+def plain_bfloat16(inputs, tmp_path_factory):
+    return Trainer(inputs, tmp_path_factory.mktemp("plain"))(compute_dtype="bfloat16")
+
+
+@pytest.fixture
+def two_epochs(plain, tmp_path):
+    """A copy of the undisturbed training's output as it was after two epochs."""
+    output = shutil.copytree(plain.output, tmp_path / "two_epochs")
+    for name in ("epoch_3", "epoch_4", "final"):
+        shutil.rmtree(output / name)
+    (output / "checkpoints.json").write_text('["epoch_1", "epoch_2"]')
+    return output
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 12])
+def test_sigterm_saves_the_step_and_resuming_repeats_the_rest_to_the_bit(train, plain, step):
+    output = interrupted_at(train, step)
+    newest = json.loads(storage.read_bytes(f"{output}/checkpoints.json"))
+    assert position(f"{output}/{newest[-1]}")["step"] == step
+    assert not storage.exists(f"{output}/final")
+    resumed = train(output, resume="true")
+    assert resumed.losses == plain.losses
+    assert resumed.validations == plain.validations
+    assert resumed.read("final/model.safetensors") == plain.read("final/model.safetensors")
+    assert resumed.record["tokens"] == plain.record["tokens"]
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_resuming_is_exact_in_bfloat16_too(train, plain_bfloat16, step):
+    resumed = train(interrupted_at(train, step, compute_dtype="bfloat16"), resume="true", compute_dtype="bfloat16")
+    assert resumed.losses == plain_bfloat16.losses
+    assert resumed.read("final/model.safetensors") == plain_bfloat16.read("final/model.safetensors")
+
+
+@pytest.mark.parametrize("step", [4, 7])
+def test_resuming_is_exact_however_the_target_is_batched(train, step):
+    settings = {"training_batch_size": 4, "draft_micro_batch_size": 4}
+    undisturbed = train(**settings)
+    resumed = train(interrupted_at(train, step, **settings), resume="true", **settings)
+    assert resumed.losses == undisturbed.losses
+
+
+def test_a_training_that_is_interrupted_again_and_again_ends_as_one_that_was_not(train, plain):
+    output = interrupted_at(train, 2)
+    for step in (4, 9):
+        interrupted_at(train, step, output=output, resume="true")
+    resumed = train(output, resume="true")
+    assert resumed.losses == plain.losses
+    assert resumed.checkpoints == ["step_2", "epoch_1", "step_4", "epoch_2", "epoch_3", "epoch_4"]
+
+
+def test_steps_that_taught_nothing_are_not_counted_as_updates(train):
+    undisturbed = train(num_epochs=8)
+    assert 0.0 in [undisturbed.losses[step][0] for step in range(1, 20)]  # nothing in the draft's vocabulary
+    resumed = train(interrupted_at(train, 19, num_epochs=8), resume="true", num_epochs=8)
+    assert resumed.losses == undisturbed.losses
+
+
+def test_log_windows_survive_an_interruption(train):
+    undisturbed = train(log_steps=5)
+    output = str(train.folder / "interrupted")
+    config = train.config(output, log_steps=5)
+    with when_logged("checkpoint epoch_1", terminate), pytest.raises(Interrupted):
+        job.run(config)
+    assert train(output, log_steps=5, resume="true").losses == undisturbed.losses
+
+
+def test_a_crash_costs_what_came_after_the_last_checkpoint_and_no_more(train, plain):
+    config = train.config()
+    with when_logged("step 8, ", crash), pytest.raises(Crash):
+        job.run(config)
+    assert plain.checkpoints[:2] == json.loads(storage.read_bytes(f"{config.output}/checkpoints.json"))
+    assert train(config.output, resume="true").losses == plain.losses
+
+
+def test_a_door_that_is_asked_to_stop_exits_with_143(train, monkeypatch):
+    monkeypatch.setattr(doors, "set_up_logging", lambda: None)  # it would take pytest's own handlers away
+    config = train.config()
+    monkeypatch.setenv("DRAFT_MODEL_JOB", config.to_json())
+    with when_logged("step 2, ", terminate), pytest.raises(SystemExit) as ended:
+        job.main()
+    assert ended.value.code == 143
+    assert position(f"{config.output}/step_2")["step"] == 2
+
+
+def test_an_interruption_in_the_last_step_is_none(train):
+    config = train.config()
+    with when_logged("step 13, ", terminate):
+        assert job.run(config).steps == 13
+
+
+def test_resuming_what_is_finished_changes_nothing(train, plain):
+    finished = shutil.copytree(plain.output, train.folder / "finished")
+    again = train(str(finished), resume="true")
+    assert again.losses == plain.losses
+    assert again.read("final/model.safetensors") == plain.read("final/model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["training_state/state.safetensors", "model.safetensors", "manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(train, two_epochs, plain, caplog, name):
+    cut(two_epochs / "epoch_2" / name)
+    resumed = train(str(two_epochs), resume="true")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert any("epoch_2 is passed over" in warning for warning in warnings)
+    assert "resumed from" in caplog.text
+    assert "at step 3 of 13" in caplog.text
+    assert resumed.losses == plain.losses
+    assert resumed.checkpoints[-3:] == ["epoch_2", "epoch_3", "epoch_4"]
+
+
+def test_a_half_written_checkpoint_is_none(train, two_epochs, plain, caplog):
+    (two_epochs / "epoch_2/manifest.json").unlink()
+    (two_epochs / "epoch_2/model.safetensors").unlink()
+    assert train(str(two_epochs), resume="true").losses == plain.losses
+    assert "at step 3 of 13" in caplog.text
+
+
+def test_nothing_to_resume_from_is_told(train, two_epochs):
+    with pytest.raises(DraftModelError, match=r"resume: given 'true'.*no whole checkpoint.*resume=false"):
+        train(resume="true")
+    for name in ("epoch_1", "epoch_2"):
+        cut(two_epochs / name / "model.safetensors")
+    with pytest.raises(DraftModelError, match="no whole checkpoint"):
+        train(str(two_epochs), resume="true")
+
+
+def test_an_empty_output_goes_on_from_the_checkpoint_that_is_named(train, two_epochs, plain):
+    resumed = train(resume="true", resume_from_checkpoint=str(two_epochs / "epoch_2"))
+    assert resumed.losses == plain.losses
+    assert resumed.checkpoints == ["epoch_3", "epoch_4"]
+
+
+def test_the_outputs_own_checkpoint_comes_before_the_one_that_is_named(train, two_epochs, plain, caplog):
+    elsewhere = str(Path(plain.output) / "epoch_1")
+    train(str(two_epochs), resume="true", resume_from_checkpoint=elsewhere)
+    assert "at step 6 of 13" in caplog.text
+
+
+def test_a_draft_without_training_state_cannot_be_resumed(train, plain):
+    with pytest.raises(DraftModelError, match=r"resume_from_checkpoint: .*without training state.*resume=false"):
+        train(resume="true", resume_from_checkpoint=plain.result.final)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"seed": 3}, "resume: seed is 3 now and was 0"),
+        ({"draft_global_batch_size": 8}, "resume: draft_global_batch_size is 8 now and was 4"),
+    ],
+)
+def test_a_position_that_would_mean_something_else_is_refused(train, two_epochs, settings, named):
+    with pytest.raises(DraftModelError, match=named) as caught:
+        train(str(two_epochs), resume="true", **settings)
+    assert "resume=false with resume_from_checkpoint" in str(caught.value)
+    assert json.loads((two_epochs / "checkpoints.json").read_text()) == ["epoch_1", "epoch_2"]
+
+
+def test_all_that_differs_is_named_at_once(train, inputs, two_epochs):
+    with pytest.raises(DraftModelError) as caught:
+        train(str(two_epochs), resume="true", dataset=inputs.other, seed=3)
+    assert [problem.split(" is ")[0] for problem in caught.value.problems] == ["resume: seed", "resume: the data set"]
+
+
+def test_a_fresh_training_forgets_the_checkpoints_of_the_one_before(train, plain, tmp_path):
+    output = str(shutil.copytree(plain.output, tmp_path / "used"))
+    fresh = train(output, num_epochs=1, seed=5)
+    assert fresh.checkpoints == ["epoch_1"]
+    assert not storage.exists(f"{output}/epoch_4")
+    assert list(fresh.losses) == [1, 2, 3]
+    resumed = train(output, num_epochs=2, seed=5, resume="true")
+    assert list(resumed.losses) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_fresh_training_that_dies_early_leaves_nothing_of_the_one_before(train, plain, tmp_path):
+    output = str(shutil.copytree(plain.output, tmp_path / "used"))
+    with when_logged("step 1, ", crash), pytest.raises(Crash):
+        train(output)
+    with pytest.raises(DraftModelError, match="no whole checkpoint"):
+        train(output, resume="true")
+    assert not storage.exists(f"{output}/final")
+
+
+def test_an_output_in_object_storage_is_resumed_to_the_bit(train, plain, object_store):
+    output = f"s3://{object_store.bucket}/interrupted"
+    interrupted_at(train, 5, output=output)
+    resumed = train(output, resume="true")
+    assert resumed.checkpoints == ["epoch_1", "step_5", "epoch_2", "epoch_3", "epoch_4"]
+    assert resumed.losses == plain.losses

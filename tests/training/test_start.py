@@ -1,0 +1,126 @@
+"""resume=false with resume_from_checkpoint: an earlier draft's weights and vocabulary, and nothing else of it."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from draft_model.dataset import load_vocabulary
+from draft_model.errors import DraftModelError
+from draft_model.training.schedule import learning_rate
+from training.case import QUICK
+
+
+@pytest.fixture
+def served(plain, tmp_path):
+    """The undisturbed training's draft as somebody else has it: weights and configuration, no manifest."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes(plain.read(f"final/{name}"))
+    return folder
+
+
+def test_weights_are_taken_and_optimizer_and_schedule_are_new(train, plain, caplog):
+    started = train(resume_from_checkpoint=plain.result.final)
+    assert f"the draft starts from the weights of {plain.result.final}" in caplog.text
+    log = started.record["log"]
+    assert [record["step"] for record in log] == list(range(1, 14))
+    assert [record["learning_rate"] for record in log] == pytest.approx(
+        [learning_rate(step, 13, QUICK["learning_rate"], QUICK["warmup_ratio"]) for step in range(13)]
+    )
+    # The first epoch sees the conversations of the other's first epoch, and knows them already.
+    known, unknown = (np.mean([trained.losses[step][0] for step in (1, 2, 3)]) for trained in (started, plain))
+    assert known < unknown - 0.03
+
+
+def test_a_checkpoint_gives_no_more_than_its_served_weights(train, plain, served):
+    from_checkpoint = train(resume_from_checkpoint=f"{plain.output}/epoch_4")
+    assert from_checkpoint.losses == train(resume_from_checkpoint=str(served)).losses
+    assert from_checkpoint.checkpoints == ["epoch_1", "epoch_2", "epoch_3", "epoch_4"]
+
+
+def test_the_checkpoints_vocabulary_wins_over_the_data_sets(train, plain, inputs):
+    ours, others = load_file(f"{plain.result.final}/model.safetensors"), load_vocabulary(Path(inputs.other))
+    assert not torch.equal(ours["t2d"], others[0])
+    started = train(dataset=inputs.other, resume_from_checkpoint=plain.result.final)
+    for name in ("final", *started.checkpoints):
+        tensors = load_file(f"{started.output}/{name}/model.safetensors")
+        assert torch.equal(tensors["t2d"], ours["t2d"])
+        assert torch.equal(tensors["d2t"], ours["d2t"])
+
+
+def test_an_output_may_start_from_a_draft_of_its_own(train, plain, tmp_path):
+    output = str(shutil.copytree(plain.output, tmp_path / "used"))
+    started = train(output, num_epochs=1, resume_from_checkpoint=f"{output}/epoch_4")
+    assert started.losses[1] == train(num_epochs=1, resume_from_checkpoint=f"{plain.output}/epoch_4").losses[1]
+    assert started.checkpoints == ["epoch_1"]
+
+
+class Trap:
+    """Unpickling it leaves a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["model.bin", "pytorch_model.bin", "model.safetensors"])
+def test_a_pickle_is_not_opened(train, served, tmp_path, name):
+    (served / "model.safetensors").unlink()
+    (served / name).write_bytes(pickle.dumps({"fc.weight": Trap(tmp_path / "sprung")}))
+    with pytest.raises(DraftModelError, match="is no checkpoint of a draft that can be read"):
+        train(resume_from_checkpoint=str(served))
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_pickle_beside_the_training_state_is_not_opened(train, plain, tmp_path):
+    checkpoint = shutil.copytree(f"{plain.output}/epoch_2", tmp_path / "checkpoint")
+    (checkpoint / "manifest.json").unlink()
+    for name in ("state.bin", "optimizer.pt", "model.bin"):
+        (checkpoint / "training_state" / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    assert train(resume="true", resume_from_checkpoint=str(checkpoint)).losses == plain.losses
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_folder_that_is_not_there_is_told(train, tmp_path):
+    with pytest.raises(DraftModelError, match="nowhere"):
+        train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_a_damaged_checkpoint_that_was_named_is_refused(train, plain, tmp_path):
+    checkpoint = shutil.copytree(f"{plain.output}/epoch_2", tmp_path / "checkpoint")
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(DraftModelError, match=r"model\.safetensors"):
+        train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda tensors: tensors.pop("fc.weight"), "fc.weight is missing"),
+        (lambda tensors: tensors.update({"norm.weight": torch.ones(31)}), r"norm\.weight: \(31,\), not \(32,\)"),
+    ],
+)
+def test_weights_of_another_shape_are_refused_by_name(train, served, change, named):
+    tensors = load_file(served / "model.safetensors")
+    change(tensors)
+    save_file(tensors, served / "model.safetensors")
+    with pytest.raises(DraftModelError, match=named):
+        train(resume_from_checkpoint=str(served))
+
+
+def test_a_draft_of_another_target_is_refused_as_such(train, served):
+    config = json.loads((served / "config.json").read_text())
+    (served / "config.json").write_text(json.dumps(config | {"hidden_size": 64, "target_hidden_size": 64}))
+    with pytest.raises(DraftModelError, match=r"resume_from_checkpoint: .*`hidden_size` is 64; the target has 32"):
+        train(resume_from_checkpoint=str(served))
