@@ -73,9 +73,7 @@ def first_difference(left: list[int], right: list[int]) -> int | None:
     """Where two token lists first differ; None where they are equal."""
     if left == right:
         return None
-    return next(
-        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
-    )
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
 
 
 def main(run: Path, target: Path) -> int:

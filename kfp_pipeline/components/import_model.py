@@ -19,16 +19,15 @@ def import_model(
     """Imports the target model from the Hub, from a Transformers folder or from MLflow.
 
     Args:
-        model: the imported folder, for lineage; its files go to its URI directly and never through this pod's disk twice.
+        model: the imported folder, for lineage; its files go to its URI directly and never through KFP's launcher.
         instance_type_model_import: Instance type of the import step when its compute is `serverless`.
         huggingface_id: Target model: a text-generation model of the Hugging Face Hub, `org/name` or
             `org/name@revision`.
         pytorch_model_path: Target model: a Transformers folder (config, weights, tokenizer), or a folder with
-            one below it. Allowed: no `\` and no `'`.
-        mlflow_model_path: Target model: an MLflow model of the `transformers` flavour. Allowed: no `\` and no
-            `'`.
+            one below it. Allowed: no backslash, no single quote.
+        mlflow_model_path: Target model: an MLflow model of the `transformers` flavour. Allowed: no backslash, no single quote.
         compute_model_import: `serverless` uses the instance type; any other name is a named compute. Allowed:
-            no `\` and no `'`.
+            no backslash, no single quote.
         storage_uri: folder of the run; not given: the pipeline root.
 
     Returns:

@@ -65,9 +65,8 @@ def preflight(
         huggingface_id: Target model: a text-generation model of the Hugging Face Hub, `org/name` or
             `org/name@revision`.
         pytorch_model_path: Target model: a Transformers folder (config, weights, tokenizer), or a folder with
-            one below it. Allowed: no `\` and no `'`.
-        mlflow_model_path: Target model: an MLflow model of the `transformers` flavour. Allowed: no `\` and no
-            `'`.
+            one below it. Allowed: no backslash, no single quote.
+        mlflow_model_path: Target model: an MLflow model of the `transformers` flavour. Allowed: no backslash, no single quote.
         dataset_train_split: Training conversations, JSONL.
         dataset_validation_split: Validation conversations, JSONL; not given: no validation, no evaluation.
         draft_model_config: Draft configuration, JSON; what it leaves out is generated from the target's.
@@ -106,9 +105,9 @@ def preflight(
         build_dataset_num_proc: Processes that build the data set; lowered to the cores there are. Allowed: >=
             1.
         compute_model_import: `serverless` uses the instance type; any other name is a named compute. Allowed:
-            no `\` and no `'`.
+            no backslash, no single quote.
         compute_draft_model_training: `serverless` uses the instance type; any other name is a named compute.
-            Allowed: no `\` and no `'`.
+            Allowed: no backslash, no single quote.
         storage_uri: Folder (s3:// or a path) under which the stages of this run write; not given: KFP's
             pipeline root.
         max_rejected_fraction: More unusable lines than this share of a data file stop the run. Allowed: 0..1.
@@ -133,11 +132,7 @@ def preflight(
         try:
             parameters = check(given)
         except DraftModelError as error:
-            Path(summary.path).write_text(
-                "\n".join(f"- {problem}" for problem in error.problems), encoding="utf-8"
-            )
+            Path(summary.path).write_text("\n".join(f"- {problem}" for problem in error.problems), encoding="utf-8")
             raise
         rows = [f"| {name} | {value} |" for name, value in parameters.model_dump().items()]
-        Path(summary.path).write_text(
-            "\n".join(["| parameter | value |", "|---|---|", *rows]), encoding="utf-8"
-        )
+        Path(summary.path).write_text("\n".join(["| parameter | value |", "|---|---|", *rows]), encoding="utf-8")

@@ -84,7 +84,7 @@ def train_draft_model(
         resume_from_checkpoint: With resume=true and no checkpoint in the output: resume from here. With
             resume=false: start from its weights.
         compute_draft_model_training: `serverless` uses the instance type; any other name is a named compute.
-            Allowed: no `\` and no `'`.
+            Allowed: no backslash, no single quote.
         compute_dtype: Type that training computes in; master weights and reductions are float32 always.
             Allowed: bfloat16, float32.
         training_backend: What runs the training job; `local` is torchrun beside the coordinating step.

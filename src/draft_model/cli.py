@@ -65,9 +65,7 @@ def _options_of(stage: Stage) -> Callable[[Any], Any]:
     return add
 
 
-_WORK = click.option(
-    "--work", type=click.Path(path_type=Path), help="Scratch folder; a temporary one if not given."
-)
+_WORK = click.option("--work", type=click.Path(path_type=Path), help="Scratch folder; a temporary one if not given.")
 
 
 def _uri(name: str, help: str) -> Callable[[Any], Any]:
@@ -167,12 +165,8 @@ def evaluate_command(model: str, dataset: str, draft: str, work: Path | None, **
 
 @cli.command("run")
 @click.option("--params", type=click.Path(path_type=Path), help="YAML or JSON file with parameters by name.")
-@click.option(
-    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="One parameter; wins over the file."
-)
-@click.option(
-    "--folder", type=click.Path(path_type=Path), default=Path("runs/local"), help="Where the run's files go."
-)
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="One parameter; wins over the file.")
+@click.option("--folder", type=click.Path(path_type=Path), default=Path("runs/local"), help="Where the run's files go.")
 def run_command(params: Path | None, settings: tuple[str, ...], folder: Path) -> None:
     """Run the whole compiled pipeline on this machine, with an embedded object store.
 
@@ -207,15 +201,12 @@ def _from_settings(settings: tuple[str, ...]) -> dict[str, str]:
     if bad := [setting for setting in settings if "=" not in setting]:
         raise DraftModelError([f"--set: given {setting!r}; allowed: NAME=VALUE" for setting in bad])
     return {
-        name.strip().replace("-", "_"): value
-        for name, _, value in (setting.partition("=") for setting in settings)
+        name.strip().replace("-", "_"): value for name, _, value in (setting.partition("=") for setting in settings)
     }
 
 
 @cli.command("compile")
-@click.option(
-    "--output", type=click.Path(path_type=Path), help="File to write.  [default: the committed ones]"
-)
+@click.option("--output", type=click.Path(path_type=Path), help="File to write.  [default: the committed ones]")
 def compile_command(output: Path | None) -> None:
     """Write the pipeline's file, which the KFP UI and the kfp client upload."""
     from kfp_pipeline.compile import write_compiled

@@ -23,6 +23,4 @@ class DraftModelError(Exception):
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return self.problems[0]
-        return "\n".join(
-            [f"{len(self.problems)} problems:", *(f"  - {problem}" for problem in self.problems)]
-        )
+        return "\n".join([f"{len(self.problems)} problems:", *(f"  - {problem}" for problem in self.problems)])

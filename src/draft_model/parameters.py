@@ -241,12 +241,7 @@ def _record(index: int, name: str) -> Parameter:
     annotation = field.annotation
     choices = get_args(annotation) if get_origin(annotation) is Literal else ()
     python_type: type = str if choices or annotation not in (int, float) else annotation  # type: ignore[assignment]
-    limits = {
-        key: getattr(limit, key)
-        for limit in field.metadata
-        for key in ("ge", "gt", "le")
-        if hasattr(limit, key)
-    }
+    limits = {key: getattr(limit, key) for limit in field.metadata for key in ("ge", "gt", "le") if hasattr(limit, key)}
     if choices:
         allowed = ", ".join(choices)
     elif "ge" in limits and "le" in limits:
@@ -256,7 +251,7 @@ def _record(index: int, name: str) -> Parameter:
     elif limits:
         allowed = " ".join(f"{'>=' if key == 'ge' else '>'} {limit}" for key, limit in limits.items())
     elif any(isinstance(item, AfterValidator) for item in field.metadata):
-        allowed = "no `\\` and no `'`"
+        allowed = "no backslash, no single quote"
     else:
         allowed = ""
     kind = extra["kind"] or {str: "string", int: "integer", float: "number"}[python_type]
@@ -293,9 +288,7 @@ def _one_model_source(p: Parameters) -> str | None:
 
 def _hub_id_shape(p: Parameters) -> str | None:
     name = p.huggingface_id.partition("@")[0]
-    if not p.huggingface_id or (
-        name.count("/") == 1 and all(name.split("/")) and " " not in p.huggingface_id
-    ):
+    if not p.huggingface_id or (name.count("/") == 1 and all(name.split("/")) and " " not in p.huggingface_id):
         return None
     return f"huggingface_id: given {p.huggingface_id!r}; allowed: `org/name` or `org/name@revision`"
 
@@ -365,9 +358,7 @@ def _sentence(name: str, error: Mapping[str, Any]) -> str:
     parameter = known[name]
     if error["type"] == "value_error":
         return f"{name}: given {error['input']!r}; it {error['msg'].removeprefix('Value error, ')}"
-    wanted = {"string": "a string", "integer": "an integer", "number": "a number"}.get(
-        parameter.kind, "a string"
-    )
+    wanted = {"string": "a string", "integer": "an integer", "number": "a number"}.get(parameter.kind, "a string")
     allowed = parameter.allowed if parameter.choices else f"{wanted} {parameter.allowed}".strip()
     return f"{name}: given {error['input']!r}; allowed: {allowed}"
 

@@ -43,9 +43,7 @@ def _missing(name: str, uri: str) -> list[str]:
         if name == "pytorch_model_path":
             # In object storage the model may lie one level below, which the import finds by listing.
             if not storage.is_remote(uri):
-                storage.fetch_tree(
-                    uri, Path()
-                )  # says that there is no such folder; a local one stays where it is
+                storage.fetch_tree(uri, Path())  # says that there is no such folder; a local one stays where it is
             return []
         wanted = storage.join(uri, _MARKERS[name]) if name in _MARKERS else uri
         return [] if storage.exists(wanted) else [f"{name}: given {uri!r}, but there is no {wanted}"]

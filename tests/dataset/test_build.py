@@ -56,9 +56,7 @@ def build(tmp_path, models):
 
 
 def files(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def report(tmp_path, out="out"):
@@ -184,9 +182,7 @@ def test_processes_are_lowered_to_the_cores_and_said_once(tmp_path, build, monke
     monkeypatch.setattr(encode, "_cores", lambda: 1)
     caplog.set_level("INFO")
     build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(3)), build_dataset_num_proc=96)
-    said = [
-        record.getMessage() for record in caplog.records if "build_dataset_num_proc" in record.getMessage()
-    ]
+    said = [record.getMessage() for record in caplog.records if "build_dataset_num_proc" in record.getMessage()]
     assert len(said) == 1
     assert "96 lowered to 1 (1 cores" in said[0]
 
@@ -217,9 +213,7 @@ def test_what_is_built_is_not_built_again_until_something_that_shapes_it_changes
 def test_too_many_faulty_lines_stop_the_stage_with_the_first_ten_of_both_splits(tmp_path, build):
     bad = [b"bad"] * 12
     train = write(tmp_path / "train.jsonl", some_rows(88) + bad)
-    validation = write(
-        tmp_path / "validation.jsonl", [{"messages": [{"role": "user", "content": "a"}]}, *some_rows(9)]
-    )
+    validation = write(tmp_path / "validation.jsonl", [{"messages": [{"role": "user", "content": "a"}]}, *some_rows(9)])
     with pytest.raises(DraftModelError) as caught:
         build(dataset_train_split=train, dataset_validation_split=validation, max_rejected_fraction=0.05)
     first, second = caught.value.problems
@@ -243,9 +237,7 @@ def test_a_file_without_rows_is_refused_by_name(tmp_path, build, content):
 
 
 def test_a_file_without_a_usable_row_is_refused_even_if_all_may_be_rejected(tmp_path, build):
-    with pytest.raises(
-        DraftModelError, match=r"dataset_train_split: .* 2 of 2 lines .* one row must be left"
-    ):
+    with pytest.raises(DraftModelError, match=r"dataset_train_split: .* 2 of 2 lines .* one row must be left"):
         build(dataset_train_split=write(tmp_path / "train.jsonl", [b"a", b"b"]), max_rejected_fraction=1)
 
 
@@ -270,17 +262,13 @@ def test_a_draft_vocabulary_size_that_is_none_is_refused(tmp_path, build, size):
     config = tmp_path / "draft.json"
     config.write_text(json.dumps({"draft_vocab_size": size}))
     with pytest.raises(DraftModelError, match=r"draft_model_config: .* allowed: an integer >= 1"):
-        build(
-            dataset_train_split=write(tmp_path / "train.jsonl", some_rows(2)), draft_model_config=str(config)
-        )
+        build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(2)), draft_model_config=str(config))
 
 
 def test_a_model_folder_of_another_stage_or_without_a_tokenizer_is_refused(tmp_path, build, models):
     train = write(tmp_path / "train.jsonl", some_rows(2))
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(
-        '{"model_type": "llama", "text_config": {"vocab_size": 9}}'
-    )
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "text_config": {"vocab_size": 9}}')
     models = {**models, "bare": tmp_path / "model"}
     storage.publish(models["bare"], str(models["bare"]), stage="train", properties={})
     config = DatasetConfig(

@@ -41,9 +41,7 @@ def encoders(models):
 
 
 def line(turns, **more):
-    messages = [
-        {"role": role, "content": text, **({"finish": "length"} if cut else {})} for role, text, cut in turns
-    ]
+    messages = [{"role": role, "content": text, **({"finish": "length"} if cut else {})} for role, text, cut in turns]
     return json.dumps({"conversations": messages, **more}).encode()
 
 
@@ -69,9 +67,7 @@ def expected_runs(kind, turns):
 
 words = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
-    st.sampled_from(
-        ["\n", "\n\n", " ", "   ", "\t", "the answer", "<", "|>", "im_start", "👍🏽", "e\u0301", "\u200b"]
-    ),
+    st.sampled_from(["\n", "\n\n", " ", "   ", "\t", "the answer", "<", "|>", "im_start", "👍🏽", "e\u0301", "\u200b"]),
 )
 control = [token for template in TEMPLATES.values() for token in template.control]
 texts = (
@@ -105,9 +101,7 @@ def test_supervised_tokens_are_the_answers_and_their_ends(encoders, kind, turns)
     found, whole = supervised_runs(encoder, encoded)
     assert found == expected
     messages = [{"role": role, "content": text} for role, text, _ in turns]
-    assert whole == encoder.tokenizer.apply_chat_template(
-        messages, tokenize=False, chat_template=encoder.jinja
-    )
+    assert whole == encoder.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=encoder.jinja)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama3", "deepseek", "gpt-oss"])
@@ -152,9 +146,7 @@ def test_reasoning_that_the_template_keeps_is_supervised_and_its_scaffold_is_not
 )
 def test_the_date_that_a_template_writes_is_always_the_same(encoders, kind, date):
     encoder = encoders[kind]
-    _, whole = supervised_runs(
-        encoder, encoder.encode([(1, line([("user", "?", False), ("assistant", "!", False)]))])
-    )
+    _, whole = supervised_runs(encoder, encoder.encode([(1, line([("user", "?", False), ("assistant", "!", False)]))]))
     assert date in whole
 
 
@@ -247,8 +239,6 @@ def test_a_template_of_none_of_the_four_kinds_is_refused_with_what_it_writes(enc
 
     tokenizer = load_tokenizer(models["qwen2"])
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
-    with pytest.raises(
-        DraftModelError, match=r"none of llama3, qwen, gpt-oss, deepseek-r1-distill"
-    ) as caught:
+    with pytest.raises(DraftModelError, match=r"none of llama3, qwen, gpt-oss, deepseek-r1-distill") as caught:
         check_fit(tokenizer, TEMPLATES["qwen"])
     assert "[assistant] probing answer" in str(caught.value)

@@ -97,8 +97,7 @@ json_values = st.recursive(
 
 
 @given(
-    json_values.map(lambda value: {"messages": value} if isinstance(value, list) else value).map(as_line)
-    | st.binary()
+    json_values.map(lambda value: {"messages": value} if isinstance(value, list) else value).map(as_line) | st.binary()
 )
 def test_no_line_does_worse_than_be_refused(line):
     try:
@@ -121,9 +120,7 @@ def test_bom_crlf_and_blank_lines_are_fine_and_lines_keep_their_numbers(tmp_path
 def test_damaged_gzip_names_the_parameter_and_what_to_give(tmp_path):
     path = tmp_path / "data.jsonl.gz"
     path.write_bytes(gzip.compress(b'{"a": 1}\n' * 10_000)[:-9])
-    with pytest.raises(
-        DraftModelError, match=r"dataset_train_split: here: is damaged gzip data .*\.jsonl\.gz"
-    ):
+    with pytest.raises(DraftModelError, match=r"dataset_train_split: here: is damaged gzip data .*\.jsonl\.gz"):
         list(numbered_lines(path, "dataset_train_split: here"))
 
 

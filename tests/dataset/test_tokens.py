@@ -25,9 +25,7 @@ def write(folder, portions):
 
 @settings(max_examples=30)
 @given(
-    portions=st.lists(st.lists(st.integers(1, 5), max_size=200), min_size=1, max_size=5).filter(
-        lambda p: any(p)
-    ),
+    portions=st.lists(st.lists(st.integers(1, 5), max_size=200), min_size=1, max_size=5).filter(lambda p: any(p)),
     order=st.randoms(use_true_random=False),
 )
 def test_rows_come_back_in_any_order(tmp_path_factory, portions, order):

@@ -50,9 +50,7 @@ class Case:
         )
         return Objective(self.draft, target, steps, backend, dtype, self.batch.tokens.shape[1])
 
-    def ours(
-        self, steps: int, backend: str = "sdpa", dtype: torch.dtype = torch.float32, divisor: int = 1
-    ) -> Outcome:
+    def ours(self, steps: int, backend: str = "sdpa", dtype: torch.dtype = torch.float32, divisor: int = 1) -> Outcome:
         """What it makes of the batch: loss, sums and the gradient of every parameter."""
         self.draft.zero_grad()
         objective = self.objective(steps, backend, dtype)

@@ -157,9 +157,7 @@ def training_step(
     sums = Sums(steps)
     known = target_ids.tolist()
     for conversation in conversations:
-        candidate: dict[
-            tuple[int, int], bool
-        ] = {}  # (position, step): is the draft's top token the target's?
+        candidate: dict[tuple[int, int], bool] = {}  # (position, step): is the draft's top token the target's?
         for step, output in enumerate(layer_outputs(weights, shape, conversation, embedding, steps)):
             logits = rms_norm(output, weights["norm.weight"], shape.eps) @ weights["lm_head.weight"].T
             for t, row in enumerate(logits):

@@ -239,9 +239,7 @@ def test_a_whole_configuration_of_another_trainer(default):
     }
     theta = default.rope_parameters["rope_theta"]
     expected = {"rope_type": "default", "rope_theta": theta}
-    assert with_overrides(default, given) == replace(
-        default, max_position_embeddings=2048, rope_parameters=expected
-    )
+    assert with_overrides(default, given) == replace(default, max_position_embeddings=2048, rope_parameters=expected)
 
 
 @pytest.mark.parametrize(

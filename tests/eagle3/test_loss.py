@@ -147,9 +147,7 @@ def learnable(masks: list[torch.Tensor], steps: int, shift: int) -> list[int]:
 @pytest.mark.parametrize(("shift", "behind"), [(2, 0), (0, 2)])
 def test_the_convention_of_supervision_is_an_argument(shift, behind):
     """`collate` learns x[t+2+i] where the mask holds that very token; another takes the one at t+i."""
-    masks = [
-        torch.rand(length, generator=torch.Generator().manual_seed(length)) < 0.5 for length in (11, 16, 5)
-    ]
+    masks = [torch.rand(length, generator=torch.Generator().manual_seed(length)) < 0.5 for length in (11, 16, 5)]
     case = random_case(0, [11, 16, 5], draft_vocab=37, learnt=lambda length: masks[[11, 16, 5].index(length)])
     predicted = torch.zeros_like(case.batch.predicted)
     predicted[:, behind:] = case.batch.predicted[:, : predicted.shape[1] - behind]
@@ -239,9 +237,7 @@ def test_bfloat16_is_close():
     ours = case.ours(7, dtype=torch.bfloat16)
     sums, gradients = case.theirs(7)
     assert float(ours.loss) == pytest.approx(float(sums.total.detach()), rel=1e-2)
-    flat, truth = (
-        torch.cat([g.flatten().double() for g in given.values()]) for given in (ours.gradients, gradients)
-    )
+    flat, truth = (torch.cat([g.flatten().double() for g in given.values()]) for given in (ours.gradients, gradients))
     assert relative_error(flat, truth) < 3e-2
     assert all(gradient.dtype == torch.float32 for gradient in ours.gradients.values())
 
@@ -273,9 +269,7 @@ def print_peak_growth() -> None:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
     torch.set_num_threads(1)
-    short, long = (
-        random_case(0, [length + 2], vocab=VOCAB, draft_vocab=VOCAB, learnt=1.0) for length in (SHORT, LONG)
-    )
+    short, long = (random_case(0, [length + 2], vocab=VOCAB, draft_vocab=VOCAB, learnt=1.0) for length in (SHORT, LONG))
     short.draft.lm_head.weight.sum().backward()  # starts what autograd needs
     start = peak()
     short.ours(STEPS)

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import llama
 
 from draft_model.eagle3.config import draft_config_for
 from draft_model.eagle3.export import load_draft, save_draft
 from draft_model.eagle3.model import Eagle3Draft, Rotary, rotate
+from draft_model.eagle3.target import Target
 from draft_model.errors import DraftModelError
 
 from . import reference
@@ -31,9 +33,7 @@ MIDLAYER = {
     "input_layernorm",
     "post_attention_layernorm",
 }
-NAMES = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"} | {
-    f"midlayer.{x}.weight" for x in MIDLAYER
-}
+NAMES = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"} | {f"midlayer.{x}.weight" for x in MIDLAYER}
 
 
 def heads(count: int, number: int, size: int) -> torch.Tensor:
@@ -102,17 +102,40 @@ def test_offsets_lead_to_the_targets_ids():
     assert draft.target_ids.tolist() == draft.t2d.nonzero()[:, 0].tolist()
 
 
-def test_a_new_draft_starts_from_the_targets_head_and_norm():
-    first, second, other = random_model(), random_model(), random_model()
-    head, norm = torch.randn(37, 20), torch.randn(20)
-    for draft, seed in ((first, 3), (second, 3), (other, 4)):
-        draft.initialise(seed, head, norm)
+def new_draft(target: Target, seed: int, **changes) -> Eagle3Draft:
+    config = draft_config_for({**target.config.to_dict(), **changes})
+    known = torch.arange(target.config.vocab_size) % 2 == 0
+    ids = known.nonzero()[:, 0]
+    config = replace(config, draft_vocab_size=len(ids))
+    draft = Eagle3Draft(config, known, ids - torch.arange(len(ids)))
+    draft.initialise(seed, target)
+    return draft
+
+
+def test_a_new_draft_starts_from_what_the_target_knows():
+    target = Target(llama(), (1, 3, 5))
+    layer = target.decoder.layers[-1]
+    with torch.no_grad():
+        layer.input_layernorm.weight.uniform_(0.5, 2.0)
+    first, again, other = new_draft(target, 3), new_draft(target, 3), new_draft(target, 4)
     for draft in (first, other):
-        assert torch.equal(draft.lm_head.weight, head[draft.target_ids])
-        assert torch.equal(draft.norm.weight, norm)
-        assert draft.midlayer.input_layernorm.weight.eq(1).all()
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+        assert torch.equal(draft.lm_head.weight, target.head[draft.target_ids])
+        assert torch.equal(draft.norm.weight, target.norm)
+        hidden = draft.config.hidden_size
+        assert torch.equal(draft.midlayer.self_attn.k_proj.weight[:, hidden:], layer.self_attn.k_proj.weight)
+        assert torch.equal(draft.midlayer.self_attn.o_proj.weight, layer.self_attn.o_proj.weight)
+        assert torch.equal(draft.midlayer.mlp.down_proj.weight, layer.mlp.down_proj.weight)
+        assert torch.equal(draft.midlayer.hidden_norm.weight, layer.input_layernorm.weight)
+        assert draft.midlayer.input_layernorm.weight.eq(1).all()  # of the embedding, which the layer does not know
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert not torch.equal(first.fc.weight, other.fc.weight)
+
+
+def test_a_draft_of_another_shape_keeps_its_random_layer():
+    target = Target(llama(), (1, 3, 5))
+    first, other = (new_draft(target, seed, intermediate_size=40) for seed in (0, 1))
+    assert not torch.equal(first.midlayer.mlp.up_proj.weight, other.midlayer.mlp.up_proj.weight)
+    assert torch.equal(first.midlayer.self_attn.o_proj.weight, other.midlayer.self_attn.o_proj.weight)
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path):

@@ -91,7 +91,7 @@ def test_a_draft_trains_against_it(family):
     t2d = torch.arange(VOCAB) < known
     config = DraftConfig(**{**vars(family.config), "draft_vocab_size": known})
     draft = Eagle3Draft(config, t2d, torch.zeros(known, dtype=torch.int64))
-    draft.initialise(0, family.target.head, family.target.norm)
+    draft.initialise(0, family.target)
     objective = Objective(draft, family.target, 3, "sdpa", torch.float32, max(LENGTHS))
     batch = family.batch()
     losses = []
@@ -113,9 +113,7 @@ def test_shallow_targets(layers, tmp_path):
 
     from .families import target_config
 
-    AutoModelForCausalLM.from_config(target_config("llama", num_hidden_layers=layers)).save_pretrained(
-        tmp_path
-    )
+    AutoModelForCausalLM.from_config(target_config("llama", num_hidden_layers=layers)).save_pretrained(tmp_path)
     target = load_target(tmp_path, choose_aux_layers(layers), torch.float32, torch.device("cpu"))
     tokens = torch.arange(3, 12)
     (state,) = target.states(collate([(tokens, tokens > 0)]))

@@ -72,9 +72,7 @@ def make_training() -> Json:
 
 
 def make_evaluation() -> Json:
-    reply = (
-        "A rain|bow| ap|pears| when| sun|light| meets| drops| of| water|.\n\n| Each| drop| bends| the| light"
-    )
+    reply = "A rain|bow| ap|pears| when| sun|light| meets| drops| of| water|.\n\n| Each| drop| bends| the| light"
     reply += "| and| splits| it| into| its| colours|,| from| red| to| violet|.<end>"
     tokens = reply.replace("<end>", "|<end>").split("|")
     return {

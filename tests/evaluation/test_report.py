@@ -91,9 +91,7 @@ class Page(HTMLParser):
 
 
 def _nothing_unknown(page: str) -> None:
-    assert not re.search(
-        r"\b(nan|none|null|inf)\b", Page(page).text.replace("default-src 'none'", ""), re.IGNORECASE
-    )
+    assert not re.search(r"\b(nan|none|null|inf)\b", Page(page).text.replace("default-src 'none'", ""), re.IGNORECASE)
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -112,9 +110,7 @@ def test_the_report_is_one_small_file_that_asks_nothing_of_the_network(report, t
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"script", "img", "iframe", "object", "embed", "base", "form", "video", "audio"}
     outward = {"src", "href", "xlink:href", "srcset", "data", "action"}
-    references = [
-        value for _, attributes in page.elements for name, value in attributes.items() if name in outward
-    ]
+    references = [value for _, attributes in page.elements for name, value in attributes.items() if name in outward]
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids)), "no id is there twice"
     assert {value for value in references if value != "data:,"} <= {f"#{name}" for name in ids}
@@ -180,9 +176,7 @@ def test_the_charts_name_the_numbers_that_were_drawn(training, evaluation):
     assert "%" not in labels["Acceptance length"]
     assert "2.0" in labels["Acceptance length"]
     bars = plots.acceptance_charts(evaluation["trained"], evaluation["untrained"], None)[0]
-    assert all(
-        f"{100 * share:.0f} %" in Page(str(bars.svg)).text for share in (0.5412, 0.2613, 0.1112, 0.0264)
-    )
+    assert all(f"{100 * share:.0f} %" in Page(str(bars.svg)).text for share in (0.5412, 0.2613, 0.1112, 0.0264))
 
 
 def test_supervised_and_drafted_tokens_are_the_coloured_ones(report, training, evaluation, dataset):
@@ -231,10 +225,7 @@ def test_without_validation_data_nothing_is_claimed(report, card, training):
 
 def test_validation_without_decoding_is_simulated_only(report, training, dataset):
     text = Page(report(training, None, dataset)).text
-    assert (
-        f"Simulated on the validation conversations: {training['validation'][-1]['acceptance_length']:.2f}"
-        in text
-    )
+    assert f"Simulated on the validation conversations: {training['validation'][-1]['acceptance_length']:.2f}" in text
     assert "The draft was not decoded with" in text
 
 
@@ -373,8 +364,6 @@ def test_a_target_that_is_no_hub_model_is_left_to_the_reader(card, training, eva
     training["target"]["source"] = "s3://models/my target"
     markdown = card(training, evaluation, dataset)
     assert "base_model" not in _header(markdown)
-    assert (
-        "`TARGET` is the path of the target model, which was imported from s3://models/my target." in markdown
-    )
+    assert "`TARGET` is the path of the target model, which was imported from s3://models/my target." in markdown
     vllm, _ = _commands(markdown)
     assert vllm[:4] == ["vllm", "serve", "TARGET", "--speculative-config"]

@@ -26,7 +26,7 @@ def pair(vocabulary: int, known: int, seed: int = 0, **changes):
     config = type(config)(**{**vars(config), "draft_vocab_size": known})
     target = Target(model, config.aux_layers)
     draft = Eagle3Draft(config, t2d, ids - torch.arange(known))
-    draft.initialise(seed, target.head, target.norm)
+    draft.initialise(seed, target)
     return target, draft
 
 
@@ -59,7 +59,7 @@ def test_a_sliding_window_target_decodes_its_own_tokens_one_prompt_at_a_time():
     shape = draft_config_for(config.to_dict())
     target = Target(model, shape.aux_layers)
     draft = Eagle3Draft(shape, torch.ones(12, dtype=torch.bool), torch.zeros(12, dtype=torch.int64))
-    draft.initialise(0, target.head, target.norm)
+    draft.initialise(0, target)
     expected = greedy_replies(target, PROMPTS, 20, ())
     assert [r.tokens for r in SpeculativeDecoder(target, draft, 2, ()).decode(PROMPTS, 20)] == expected
 

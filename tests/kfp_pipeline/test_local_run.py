@@ -22,16 +22,19 @@ from kfp_pipeline.local import run_local
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"
 ENDLESS = {"num_epochs": 100_000}
+pytestmark = pytest.mark.timeout(900)  # libraries load slowly where others use the processor
 
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory):
     """Parameters of a run that takes as little as a real one can."""
     data = tmp_path_factory.mktemp("data")
+    (data / "draft.json").write_text('{"draft_vocab_size": 200}')
     return {
         "pytorch_model_path": str(tiny.write_target(data / "target")),
         "dataset_train_split": str(tiny.write_jsonl(data / "train.jsonl", tiny.conversations(24))),
         "dataset_validation_split": str(tiny.write_jsonl(data / "validation.jsonl", tiny.conversations(6, seed=1))),
+        "draft_model_config": str(data / "draft.json"),
         "chat_template": "qwen",
         "max_length": 64,
         "ttt_length": 2,
@@ -173,7 +176,7 @@ def test_the_final_draft_is_whole_and_loads(whole, values):
     }  # fmt: skip
     config = json.loads((final / "config.json").read_text())
     weights = load_file(final / "model.safetensors")
-    assert len(weights["d2t"]) == config["draft_vocab_size"] == len(weights["lm_head.weight"])
+    assert len(weights["d2t"]) == config["draft_vocab_size"] == len(weights["lm_head.weight"]) == 200
     assert len(weights["t2d"]) == config["vocab_size"]
     assert any(name.startswith("midlayer.") for name in weights)
 

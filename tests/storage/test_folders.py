@@ -55,9 +55,7 @@ def test_what_is_published_can_be_fetched(place, source, tmp_path):
     published = storage.publish(source, place, stage="dataset", properties={"rows": 3, "names": ["é"]})
     assert content(storage.fetch(place, tmp_path / "into")) == FILES
     assert storage.read_manifest(place, stage="dataset") == published
-    assert {file.path: file.size for file in published.files} == {
-        name: len(data) for name, data in FILES.items()
-    }
+    assert {file.path: file.size for file in published.files} == {name: len(data) for name, data in FILES.items()}
     assert published.properties == {"rows": 3, "names": ["é"]}
     assert storage.exists(place)
 
@@ -150,9 +148,7 @@ def test_a_second_publication_removes_what_the_first_one_listed(place, source, t
 def test_extend_adds_and_replaces_files_and_properties(place, source, tmp_path):
     storage.publish(source, place, stage="train", properties={"steps": 1, "loss": 2.5})
     new = make(tmp_path / "new", {"c": b"checkpoint", "d": b"[]"})
-    extended = storage.extend(
-        place, {"checkpoints/2/c": new / "c", "config.json": new / "d"}, properties={"steps": 2}
-    )
+    extended = storage.extend(place, {"checkpoints/2/c": new / "c", "config.json": new / "d"}, properties={"steps": 2})
     assert extended == storage.read_manifest(place, stage="train")
     assert extended.properties == {"steps": 2, "loss": 2.5}
     expected = FILES | {"checkpoints/2/c": b"checkpoint", "config.json": b"[]"}

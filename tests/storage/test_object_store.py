@@ -133,9 +133,7 @@ def test_a_download_larger_than_the_disk_is_refused(prefix, source, tmp_path):
     storage.publish(source, prefix, stage="dataset", properties={})
     manifest = storage.read_bytes(join(prefix, "manifest.json"))
     size = str((source / "a").stat().st_size).encode()
-    storage.write_bytes(
-        join(prefix, "manifest.json"), manifest.replace(b'"size": ' + size, b'"size": 1' + b"0" * 18)
-    )
+    storage.write_bytes(join(prefix, "manifest.json"), manifest.replace(b'"size": ' + size, b'"size": 1' + b"0" * 18))
     with pytest.raises(DraftModelError, match="are needed and"):
         storage.fetch(prefix, tmp_path / "into")
 
@@ -167,9 +165,7 @@ def chain(error):
 
 
 @pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
-def test_wrong_keys_are_said_to_be_wrong_and_never_shown(
-    prefix, source, tmp_path, monkeypatch, object_store, name
-):
+def test_wrong_keys_are_said_to_be_wrong_and_never_shown(prefix, source, tmp_path, monkeypatch, object_store, name):
     monkeypatch.setenv(name, "this-is-not-the-key")
     for error in refusals(prefix, source, tmp_path / "into"):
         assert "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in str(error)

@@ -74,9 +74,7 @@ def test_join_quotes_in_a_file_uri():
     assert parse(join("file:///data", "50% of it/a b")) == Path("/data/50% of it/a b")
 
 
-@pytest.mark.parametrize(
-    "part", ["..", "../a", "a/../../b", "/etc/passwd", "a//b", "C:\\x", "c:x", "", "a\0"]
-)
+@pytest.mark.parametrize("part", ["..", "../a", "a/../../b", "/etc/passwd", "a//b", "C:\\x", "c:x", "", "a\0"])
 def test_join_leads_nowhere_else(part):
     with pytest.raises(DraftModelError):
         join("s3://bucket/run", part)

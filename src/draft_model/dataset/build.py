@@ -117,9 +117,7 @@ def _built_before(output: str, fingerprint: str) -> Mapping[str, Any] | None:
 
 def _encoder(parameters: Parameters, inputs: Inputs) -> Encoder:
     encoder = Encoder(
-        EncoderSettings(
-            inputs.model.folder, parameters.chat_template, parameters.max_length, inputs.model.vocab_size
-        )
+        EncoderSettings(inputs.model.folder, parameters.chat_template, parameters.max_length, inputs.model.vocab_size)
     )
     check_fit(encoder.tokenizer, encoder.template)
     return encoder
@@ -180,9 +178,7 @@ def _judge(tally: Tally, source: Source, allowed: float) -> None:
     """Refuses a split that is empty or has too many unusable lines."""
     lines = tally.kept + tally.rejected
     if not lines:
-        raise DraftModelError(
-            f"{source.name}: has no rows; give a JSONL file with a conversation in each line"
-        )
+        raise DraftModelError(f"{source.name}: has no rows; give a JSONL file with a conversation in each line")
     if tally.kept and tally.rejected <= allowed * lines:
         return
     raise DraftModelError(
@@ -204,8 +200,7 @@ def _describe(
     ids = vocabulary.choose(train.supervised, inputs.draft_vocab_size)
     vocabulary.save_vocabulary(ids, inputs.model.vocab_size, folder / vocabulary.FILE)
     splits = {
-        split: asdict(tally.summary(vocabulary.coverage(tally.supervised, ids)))
-        for split, tally in tallies.items()
+        split: asdict(tally.summary(vocabulary.coverage(tally.supervised, ids))) for split, tally in tallies.items()
     }
     properties = {
         "vocab_size": inputs.model.vocab_size,
@@ -215,9 +210,7 @@ def _describe(
         "splits": splits,
         "fingerprint": inputs.fingerprint,
         # The number of processes shapes nothing, and the same data has the same bytes whatever it was.
-        "parameters": {
-            k: v for k, v in parameters.of_stage("dataset").items() if k != "build_dataset_num_proc"
-        },
+        "parameters": {k: v for k, v in parameters.of_stage("dataset").items() if k != "build_dataset_num_proc"},
     }
     assert train.first_row is not None
     report = properties | {

@@ -97,9 +97,7 @@ def read_inputs(parameters: Parameters, model: str, work: Path) -> Inputs:
         if given := getattr(parameters, parameter):
             sources.append(_attempt(problems, _source, split, parameter, given, work / split))
     if not parameters.dataset_train_split:
-        problems.append(
-            "dataset_train_split: not given; give the path or URI of a JSONL file of conversations"
-        )
+        problems.append("dataset_train_split: not given; give the path or URI of a JSONL file of conversations")
     if target and wanted and wanted > target.vocab_size:
         problems.append(
             f"draft_model_config: its draft_vocab_size is {wanted}; allowed: at most the target's vocabulary "
@@ -112,9 +110,7 @@ def read_inputs(parameters: Parameters, model: str, work: Path) -> Inputs:
     return Inputs(target, files, size, _fingerprint(parameters, target, files, size))
 
 
-def _attempt(
-    problems: list[str], step: Callable[Given, T], *given: Given.args, **named: Given.kwargs
-) -> T | None:
+def _attempt(problems: list[str], step: Callable[Given, T], *given: Given.args, **named: Given.kwargs) -> T | None:
     """Runs a step; a user's mistake in it joins the problems, so that all are told at once."""
     try:
         return step(*given, **named)
@@ -133,13 +129,9 @@ def _fetch_model(uri: str, into: Path) -> Model:
     hashes = {file.path: file.sha256 for file in manifest.files if _is_wanted(file.path)}
     config = _json(folder / "config.json", f"model: config.json of {uri}")
     text_config = config.get("text_config")
-    vocab_size = config.get("vocab_size") or (
-        text_config.get("vocab_size") if isinstance(text_config, dict) else None
-    )
+    vocab_size = config.get("vocab_size") or (text_config.get("vocab_size") if isinstance(text_config, dict) else None)
     if not isinstance(vocab_size, int):
-        raise DraftModelError(
-            f"model: config.json of {uri} has no vocab_size; import a text-generation model"
-        )
+        raise DraftModelError(f"model: config.json of {uri} has no vocab_size; import a text-generation model")
     return Model(folder, hashes, vocab_size)
 
 
@@ -183,9 +175,7 @@ def _source(split: SplitName, parameter: str, given: str, into: Path) -> Source:
         ) from error
 
 
-def _fingerprint(
-    parameters: Parameters, model: Model, sources: tuple[Source, ...], draft_vocab_size: int
-) -> str:
+def _fingerprint(parameters: Parameters, model: Model, sources: tuple[Source, ...], draft_vocab_size: int) -> str:
     template = TEMPLATES[parameters.chat_template]
     shaping = {
         "format": FORMAT,

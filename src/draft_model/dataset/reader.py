@@ -43,9 +43,7 @@ class Rejected(Exception):
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason = reason
-        self.detail = detail.encode(
-            "utf-8", "backslashreplace"
-        ).decode()  # what the line holds need not be Unicode
+        self.detail = detail.encode("utf-8", "backslashreplace").decode()  # what the line holds need not be Unicode
         super().__init__(f"{reason}: {self.detail}")
 
 
@@ -85,13 +83,9 @@ def numbered_lines(path: Path, name: str) -> Iterator[Line]:
                     yield number, content
     except (OSError, EOFError, zlib.error) as error:
         damaged = (
-            "is damaged gzip data"
-            if isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error))
-            else "cannot be read"
+            "is damaged gzip data" if isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error)) else "cannot be read"
         )
-        raise DraftModelError(
-            f"{name}: {damaged} ({error}); give a readable .jsonl or .jsonl.gz file"
-        ) from error
+        raise DraftModelError(f"{name}: {damaged} ({error}); give a readable .jsonl or .jsonl.gz file") from error
 
 
 def chunks(lines: Iterable[Line]) -> Iterator[list[Line]]:
@@ -141,9 +135,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise Rejected(
-            "not UTF-8", f"byte {error.start + 1} of the line is 0x{line[error.start]:02x}"
-        ) from None
+        raise Rejected("not UTF-8", f"byte {error.start + 1} of the line is 0x{line[error.start]:02x}") from None
     except (ValueError, RecursionError) as error:
         raise Rejected("not JSON", str(error)) from None
     if not isinstance(row, dict):
@@ -158,9 +150,7 @@ def _turn(message: Any, where: str) -> Turn:
         raise Rejected("not supported", f"{where} has `{unread[0]}`")
     given = message.get("role") or message.get("from")
     if not isinstance(given, str):
-        raise Rejected(
-            "wrong shape", f"{where} has no `role` (or `from`) that is a string; it has {_names(message)}"
-        )
+        raise Rejected("wrong shape", f"{where} has no `role` (or `from`) that is a string; it has {_names(message)}")
     if given not in _ROLES:
         raise Rejected("unknown role", f"{where} has the role {given[:40]!r}; allowed: {', '.join(_ROLES)}")
     content = _text(message["content"] if message.get("content") is not None else message.get("value"), where)
@@ -169,9 +159,7 @@ def _turn(message: Any, where: str) -> Turn:
     try:
         content.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise Rejected(
-            "not Unicode", f"{where} has half of a surrogate pair at character {error.start + 1}"
-        ) from None
+        raise Rejected("not Unicode", f"{where} has half of a surrogate pair at character {error.start + 1}") from None
     return Turn(_ROLES[given], content, cut=message.get("finish") == "length")
 
 
@@ -182,12 +170,8 @@ def _text(content: Any, where: str) -> str:
         parts = [part if isinstance(part, dict) else {} for part in content]
         if all(part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts):
             return "".join(part["text"] for part in parts)
-        raise Rejected(
-            "wrong shape", f'{where} has a content part that is not {{"type": "text", "text": ...}}'
-        )
-    raise Rejected(
-        "wrong shape", f"{where} has no `content` (or `value`) that is a string or a list of text parts"
-    )
+        raise Rejected("wrong shape", f'{where} has a content part that is not {{"type": "text", "text": ...}}')
+    raise Rejected("wrong shape", f"{where} has no `content` (or `value`) that is a string or a list of text parts")
 
 
 def _names(row: dict[str, Any]) -> str:

@@ -101,9 +101,7 @@ class Tally:
     def details(self) -> dict[str, Any]:
         """What the report adds to the summary."""
         ends = np.cumsum(self.lengths)
-        quantiles = {
-            f"p{q}": int(np.searchsorted(ends, np.ceil(ends[-1] * q / 100))) for q in (50, 90, 99, 100)
-        }
+        quantiles = {f"p{q}": int(np.searchsorted(ends, np.ceil(ends[-1] * q / 100))) for q in (50, 90, 99, 100)}
         width = -(-(len(self.lengths) - 1) // _BINS)
         bins = np.bincount(np.maximum(0, np.arange(len(self.lengths)) - 1) // width, weights=self.lengths)
         return {

@@ -17,11 +17,7 @@ from draft_model.dataset.reader import Rejected, Turn
 from draft_model.errors import DraftModelError
 
 # A template that writes today's date would make another data set each day.
-_ONE_DATE = (
-    "{% macro strftime_now(format) %}"
-    "{{ {'%d %b %Y': '26 Jul 2024'}.get(format, '2024-07-26') }}"
-    "{% endmacro +%}"
-)
+_ONE_DATE = "{% macro strftime_now(format) %}{{ {'%d %b %Y': '26 Jul 2024'}.get(format, '2024-07-26') }}{% endmacro +%}"
 
 
 @dataclass(frozen=True)
@@ -225,6 +221,5 @@ def _absent(tokenizer: Any, template: Template, text: str | None = None) -> list
     return [
         token
         for token in template.control
-        if (text is None or token in text)
-        and len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1
+        if (text is None or token in text) and len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1
     ]

@@ -97,9 +97,7 @@ class ShardWriter:
             self._file, self._in_file = None, 0
             self._shards += 1
         if self._file is None:
-            self._file = pq.ParquetWriter(
-                _shard(self._folder, self._shards), group.schema, compression="zstd"
-            )
+            self._file = pq.ParquetWriter(_shard(self._folder, self._shards), group.schema, compression="zstd")
         self._file.write_table(group)
         self._in_file += group.num_rows
 
@@ -144,6 +142,4 @@ class Split:
             self._held = ((shard, group), table.combine_chunks())
         columns = self._held[1]
         ids, mask = columns["input_ids"][row].values, columns["loss_mask"][row].values
-        return Conversation(
-            ids.to_numpy().astype(np.int32), mask.to_numpy(zero_copy_only=False).astype(np.bool_)
-        )
+        return Conversation(ids.to_numpy().astype(np.int32), mask.to_numpy(zero_copy_only=False).astype(np.bool_))

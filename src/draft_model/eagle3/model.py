@@ -13,13 +13,19 @@ half the projection.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from draft_model.eagle3.config import DraftConfig
+
+if TYPE_CHECKING:
+    from draft_model.eagle3.target import Target
+
+
+_READS_BOTH = frozenset(f"self_attn.{name}_proj.weight" for name in "qkv")
 
 
 @dataclass(frozen=True)
@@ -129,27 +135,34 @@ class Eagle3Draft(nn.Module):
         """The target's token id of each draft token, int64 [D]."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def initialise(self, seed: int, lm_head: Tensor, norm: Tensor) -> None:
-        """Random matrices, but for three parts that start from the target, which short runs profit from.
+    def initialise(self, seed: int, target: Target) -> None:
+        """Random matrices, and over them what the target already knows, which short runs profit from most.
 
-        Head and final norm are the target's, and `fc` passes the highest of the three features through, so that the
-        residual stream starts in the space that the head reads.
+        Head and final norm are the target's. `fc` passes the highest of the three features through, so that the
+        residual stream starts in the space that the head reads. The layer starts as the target's last one wherever
+        the shapes are alike; the embedding's half of q, k and v, which no target has, starts random.
 
         Args:
             seed: of the random matrices.
-            lm_head: the target's head, [V, H].
-            norm: the target's final norm, [H].
+            target: frozen; it may be in any type.
         """
         generator = torch.Generator().manual_seed(seed)
+        hidden = self.config.hidden_size
         with torch.no_grad():
             for parameter in self.parameters():
                 if parameter.dim() == 2:
                     parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
                 else:
                     parameter.fill_(1.0)
-            self.fc.weight[:, -self.config.hidden_size :].diagonal().add_(1.0)
-            self.lm_head.weight.copy_(lm_head[self.target_ids.to(lm_head.device)])
-            self.norm.weight.copy_(norm)
+            self.fc.weight.mul_(0.5)[:, -hidden:].diagonal().add_(1.0)
+            self.lm_head.weight.copy_(target.head[self.target_ids.to(target.head.device)])
+            self.norm.weight.copy_(target.norm)
+            known = target.last_layer
+            for name, parameter in self.midlayer.named_parameters():
+                part = parameter[:, hidden:] if name in _READS_BOTH else parameter
+                source = known.get("input_layernorm.weight" if name == "hidden_norm.weight" else name)
+                if source is not None and source.shape == part.shape and name != "input_layernorm.weight":
+                    part.copy_(source)
 
     def weights(self, dtype: torch.dtype) -> Weights:
         """The weights in the compute type; gradients flow back to the float32 parameters."""

@@ -53,10 +53,15 @@ class Target:
     @property
     def norm(self) -> Tensor:
         """What the final norm multiplies by, [H]: its weight, or 1 + weight in Gemma."""
-        weight: Tensor = self.decoder.norm.weight
-        # Ones pass the norm unchanged but for its epsilon, so what comes out tells the two apart.
-        passed: Tensor = self.decoder.norm(torch.ones_like(weight))
-        return weight + (passed - weight).round()
+        return _multiplier(self.decoder.norm)
+
+    @property
+    def last_layer(self) -> dict[str, Tensor]:
+        """The last decoder layer's weights by name, such as `mlp.down_proj.weight`; norms as what they multiply by."""
+        layer = self.decoder.layers[-1]
+        norms = {name: module for name, module in layer.named_children() if name.endswith("layernorm")}
+        weights: dict[str, Tensor] = dict(layer.named_parameters())
+        return weights | {f"{name}.weight": _multiplier(module) for name, module in norms.items()}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., H] -> [..., V]."""
@@ -83,6 +88,13 @@ class Target:
         final = self.decoder(input_ids=batch.tokens, use_cache=False).last_hidden_state
         states = torch.cat((self.features(), final), -1)
         return [states[row, :length] for row, length in enumerate(batch.lengths.tolist())]
+
+
+def _multiplier(norm: Any) -> Tensor:
+    weight: Tensor = norm.weight
+    # Ones pass a norm unchanged but for its epsilon, so what comes out tells weight from 1 + weight.
+    passed: Tensor = norm(torch.ones_like(weight))
+    return weight + (passed - weight).round()
 
 
 def load_target(folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Target:

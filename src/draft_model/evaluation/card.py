@@ -36,11 +36,7 @@ def write_card(
         name: the model's, its title.
     """
     hub_id, revision = hub_source(training)
-    drafted = (
-        evaluation["num_speculative_tokens"]
-        if evaluation
-        else training["parameters"]["num_speculative_tokens"]
-    )
+    drafted = evaluation["num_speculative_tokens"] if evaluation else training["parameters"]["num_speculative_tokens"]
     card_environment = environment()
     card_environment.filters["plain"] = plain
     text = card_environment.get_template("model_card.md.j2").render(

@@ -32,9 +32,7 @@ def choose_prompts(split: Split, limit: int, longest: int) -> list[list[int]]:
     for index in range(min(len(split), limit or len(split))):
         row = split[index]
         starts = [
-            place
-            for place in range(1, len(row.loss_mask))
-            if row.loss_mask[place] and not row.loss_mask[place - 1]
+            place for place in range(1, len(row.loss_mask)) if row.loss_mask[place] and not row.loss_mask[place - 1]
         ]
         if starts and 2 <= starts[-1] <= longest:
             prompts.append(row.input_ids[: starts[-1]].tolist())

@@ -138,9 +138,7 @@ def _length_chart(log: Sequence[Entry], validation: Sequence[Entry], measured: f
     )
 
 
-def acceptance_charts(
-    trained: Entry, untrained: Entry, simulated: Sequence[float] | None
-) -> tuple[Chart, Chart]:
+def acceptance_charts(trained: Entry, untrained: Entry, simulated: Sequence[float] | None) -> tuple[Chart, Chart]:
     """Bars of acceptance by draft position, before and after training.
 
     Args:
@@ -152,9 +150,7 @@ def acceptance_charts(
         The cumulative and the conditional chart.
     """
     keys = (Key("trained", "trained", "bar"), Key("untrained", "untrained", "bar"))
-    cumulative = _bars(
-        "bars-cumulative", trained["acceptance_by_position"], untrained["acceptance_by_position"], None
-    )
+    cumulative = _bars("bars-cumulative", trained["acceptance_by_position"], untrained["acceptance_by_position"], None)
     name = "conditional_acceptance_by_position"
     conditional = _bars("bars-conditional", trained[name], untrained[name], simulated)
     return (
@@ -193,9 +189,7 @@ def length_chart(histogram: Sequence[Entry], max_length: int) -> Chart:
         axes.set_ylabel("conversations")
         axes.yaxis.set_major_locator(_ticks(integer=True))
 
-    return Chart(
-        "Lengths of the training conversations", f"Cut at {max_length:,} tokens.", _svg("lengths", paint)
-    )
+    return Chart("Lengths of the training conversations", f"Cut at {max_length:,} tokens.", _svg("lengths", paint))
 
 
 def coverage_chart(by_size: Sequence[Entry], chosen: int) -> Chart:
@@ -301,16 +295,12 @@ def _steps(
     return _svg(name, paint)
 
 
-def _bars(
-    name: str, trained: Sequence[float], untrained: Sequence[float], simulated: Sequence[float] | None
-) -> Markup:
+def _bars(name: str, trained: Sequence[float], untrained: Sequence[float], simulated: Sequence[float] | None) -> Markup:
     def paint(axes: Any) -> None:
         positions = range(1, len(trained) + 1)
         for offset, series, values in ((-0.2, "trained", trained), (0.2, "untrained", untrained)):
             heights = [_mean([value]) if value is not None else math.nan for value in values]
-            bars = axes.bar(
-                [p + offset for p in positions], heights, 0.36, color=_STAND_IN[series], linewidth=0
-            )
+            bars = axes.bar([p + offset for p in positions], heights, 0.36, color=_STAND_IN[series], linewidth=0)
             if len(trained) <= 5:
                 labels = ["" if math.isnan(height) else f"{100 * height:.0f} %" for height in heights]
                 axes.bar_label(bars, labels, padding=2)
@@ -348,9 +338,7 @@ def _svg(name: str, paint: Callable[[Any], None]) -> Markup:
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     # The groups' ids say nothing and would meet those of the next chart; what is referred to has a hashed id.
     text = re.sub(r' id="[a-zA-Z0-9.]+_\d+"', "", text)
-    text = re.sub(
-        r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1
-    )
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1)
     text = re.sub(r" font-family: [^;]*;", "", text)
     text = re.sub(r"\s+", " ", text)
     # Coordinates to a hundredth of a point; the numbers between the tags are labels.

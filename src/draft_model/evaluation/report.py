@@ -63,9 +63,7 @@ def write_report(path: Path, training: Json, evaluation: Json | None, dataset: J
             )
             if evaluation
             else (),
-            length_chart=plots.length_chart(
-                dataset["splits"]["train"]["length_histogram"], dataset["max_length"]
-            ),
+            length_chart=plots.length_chart(dataset["splits"]["train"]["length_histogram"], dataset["max_length"]),
             coverage_chart=plots.coverage_chart(dataset["coverage_by_size"], dataset["draft_vocab_size"]),
             conversation=_joined(_excerpt(dataset["sample"])),
             prompt=evaluation["sample"]["prompt"][-_MAX_SHOWN_CHARACTERS:] if evaluation else "",
@@ -260,9 +258,7 @@ def _training_findings(training: Json, evaluation: Json | None) -> Iterable[Find
             "dataset_validation_split.",
         )
     elif not evaluation:
-        yield Finding(
-            "The draft was not decoded with", "Acceptance lengths below are simulated, not measured."
-        )
+        yield Finding("The draft was not decoded with", "Acceptance lengths below are simulated, not measured.")
 
 
 def _data_findings(dataset: Json) -> Iterable[Finding]:

@@ -80,12 +80,8 @@ class _DraftCache:
         v = v.transpose(1, 2)
         self.keys = k if self.keys is None else torch.cat((self.keys, k), 2)
         self.values = v if self.values is None else torch.cat((self.values, v), 2)
-        causal = torch.ones(width, visible.shape[1], dtype=torch.bool, device=q.device).tril(
-            visible.shape[1] - width
-        )
-        own = torch.eye(width, visible.shape[1], dtype=torch.bool, device=q.device).roll(
-            visible.shape[1] - width, 1
-        )
+        causal = torch.ones(width, visible.shape[1], dtype=torch.bool, device=q.device).tril(visible.shape[1] - width)
+        own = torch.eye(width, visible.shape[1], dtype=torch.bool, device=q.device).roll(visible.shape[1] - width, 1)
         mask = (visible.unsqueeze(1) & causal) | own  # a masked row sees itself, so that no softmax is empty
         attended = functional.scaled_dot_product_attention(
             q, self.keys, self.values, attn_mask=mask.unsqueeze(1), enable_gqa=True
@@ -142,9 +138,7 @@ class SpeculativeDecoder:
 class _Batch:
     """The rows still being decoded. `last` is each row's newest token, which the target has not read yet."""
 
-    def __init__(
-        self, decoder: SpeculativeDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int
-    ) -> None:
+    def __init__(self, decoder: SpeculativeDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         from transformers import DynamicCache
 
         self.decoder, self.target, self.proposals = decoder, decoder.target, decoder.proposals
@@ -193,9 +187,7 @@ class _Batch:
         tokens = torch.cat((self.last.unsqueeze(1), self.proposed), 1)  # [B, K + 1]
         positions = self.lengths.unsqueeze(1) + torch.arange(self.proposals + 1, device=tokens.device)
         old = self.columns.visible
-        final, features = self._read(
-            tokens, positions, torch.cat((old, torch.ones_like(tokens, dtype=torch.bool)), 1)
-        )
+        final, features = self._read(tokens, positions, torch.cat((old, torch.ones_like(tokens, dtype=torch.bool)), 1))
         chosen = self.target.logits(final).argmax(-1)  # [B, K + 1]
         accepted = (self.proposed == chosen[:, :-1]).long().cumprod(1).sum(1)  # [B]
         kept = torch.arange(self.proposals + 1, device=tokens.device) <= accepted.unsqueeze(1)
@@ -208,19 +200,13 @@ class _Batch:
         ends = accepted.unsqueeze(1)
         self.last = chosen.gather(1, ends)[:, 0]
         self.lengths = self.lengths + accepted + 1
-        self._propose(
-            features[:, :width], chosen[:, :width], positions[:, :width], self.columns.visible, ends
-        )
+        self._propose(features[:, :width], chosen[:, :width], positions[:, :width], self.columns.visible, ends)
         self._drop_finished()
 
-    def _propose(
-        self, features: Tensor, tokens: Tensor, positions: Tensor, visible: Tensor, ends: Tensor
-    ) -> None:
+    def _propose(self, features: Tensor, tokens: Tensor, positions: Tensor, visible: Tensor, ends: Tensor) -> None:
         """The draft reads the new columns, then goes on from each row's last one on its own output."""
         columns = visible.shape[1]
-        hidden = self.draft.step(
-            functional.linear(features, self.draft.weights.fc), tokens, positions, visible
-        )
+        hidden = self.draft.step(functional.linear(features, self.draft.weights.fc), tokens, positions, visible)
         rows = torch.arange(len(ends), device=ends.device).unsqueeze(1)
         hidden, positions = hidden[rows, ends], positions.gather(1, ends)  # [B, 1, H], [B, 1]
         proposed = [self.draft.propose(hidden[:, 0])]
@@ -242,9 +228,7 @@ class _Batch:
                     reply.drafted.append(place < kept)
 
     def _finished(self, reply: Reply) -> bool:
-        return len(reply.tokens) >= self.limit or (
-            bool(reply.tokens) and reply.tokens[-1] in self.decoder.end
-        )
+        return len(reply.tokens) >= self.limit or (bool(reply.tokens) and reply.tokens[-1] in self.decoder.end)
 
     def _drop_finished(self) -> None:
         going = [place for place, row in enumerate(self.rows) if not self._finished(self.replies[row])]
@@ -282,12 +266,8 @@ def greedy_replies(
     from transformers import GenerationConfig
 
     width = max(len(prompt) for prompt in prompts)
-    tokens = torch.tensor(
-        [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=target.device
-    )
-    mask = torch.tensor(
-        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=target.device
-    )
+    tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=target.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=target.device)
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(end_tokens) or None, pad_token_id=0
     )

@@ -83,9 +83,7 @@ def run(config: EvaluateConfig) -> EvaluateResult:
     if (dataset / "validation").is_dir():
         evaluation = _evaluate(config, model, dataset, final, training)
     else:
-        logger.info(
-            "dataset_validation_split was not given: nothing is measured, the report shows the training alone"
-        )
+        logger.info("dataset_validation_split was not given: nothing is measured, the report shows the training alone")
     report = config.work / "report.html"
     write_report(report, training, evaluation, data)
     write_card(config.work / "README.md", training, evaluation, data, name=Path(config.final).parent.name)
@@ -134,16 +132,14 @@ def _evaluate(
     trained = load_draft(final).to(device)
     target = load_target(model, trained.config.aux_layers, torch.float32, device)
     end_tokens = _end_tokens(target.model)
-    longest = (
-        trained.config.max_position_embeddings - p.evaluation_max_new_tokens - p.num_speculative_tokens - 1
-    )
+    longest = trained.config.max_position_embeddings - p.evaluation_max_new_tokens - p.num_speculative_tokens - 1
     prompts = measure.choose_prompts(Split(dataset / "validation"), p.evaluation_conversations, longest)
     if not prompts:
         raise DraftModelError(
             f"dataset_validation_split: none of its conversations has a prompt of 2 to {longest} tokens to decode from"
         )
     untrained = Eagle3Draft(trained.config, trained.t2d, trained.d2t).to(device)
-    untrained.initialise(p.seed, target.head, target.norm)
+    untrained.initialise(p.seed, target)
     expected = measure.reference(target, prompts, p.evaluation_max_new_tokens, end_tokens)
     replies, compared = {}, measure.Comparison(0, [], [])
     for what, draft in (("trained", trained), ("untrained", untrained)):

@@ -98,13 +98,9 @@ def _weights(folder: Path, problems: list[str]) -> list[Path]:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             problems.append(f"its {indices[0].name} cannot be read: {error}")
             return []
-        problems += [
-            f"{indices[0].name} names {name}, which is not beside it" for name in names if "/" in name
-        ]
+        problems += [f"{indices[0].name} names {name}, which is not beside it" for name in names if "/" in name]
         files = [folder / name for name in sorted(names) if "/" not in name]
-        problems += [
-            f"{path.name} is missing, which {indices[0].name} names" for path in files if not path.exists()
-        ]
+        problems += [f"{path.name} is missing, which {indices[0].name} names" for path in files if not path.exists()]
         return [indices[0], *files]
     files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("consolidated"))
     if not files:

@@ -90,9 +90,7 @@ def _from_mlflow(uri: str, work: Path) -> Source:
         flavours = yaml.safe_load((root / "MLmodel").read_text(encoding="utf-8"))["flavors"]
         names = ", ".join(sorted(flavours)) or "none"
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise DraftModelError(
-            f"mlflow_model_path: {uri} has an MLmodel file that cannot be read: {error}"
-        ) from error
+        raise DraftModelError(f"mlflow_model_path: {uri} has an MLmodel file that cannot be read: {error}") from error
     if "transformers" not in flavours:
         raise DraftModelError(f"mlflow_model_path: {uri} has the flavours {names}; allowed: transformers")
     folder = _transformers_folder(root)
@@ -134,9 +132,7 @@ def _transformers_folder(root: Path) -> Path | None:
 def _licence(folder: Path) -> str:
     """The licence in the YAML header of a model card."""
     card = folder / "README.md"
-    if not card.exists() or not (text := card.read_text(encoding="utf-8", errors="replace")).startswith(
-        "---"
-    ):
+    if not card.exists() or not (text := card.read_text(encoding="utf-8", errors="replace")).startswith("---"):
         return ""
     try:
         header = yaml.safe_load(text.split("---", 2)[1])

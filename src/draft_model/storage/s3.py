@@ -47,16 +47,12 @@ REQUESTS_AT_ONCE = 16
 _HASH = "sha256"
 """Name of the metadata that says an object's SHA-256."""
 
-_CHECK_KEYS = (
-    "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN where the keys are temporary)"
-)
+_CHECK_KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN where the keys are temporary)"
 _NO_KEYS = (
     "there are no credentials for the object store; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give "
     "this machine or pod a role"
 )
-_DENIED = (
-    f"access denied; {_CHECK_KEYS}, and that they may list (s3:ListBucket), read, write and delete there"
-)
+_DENIED = f"access denied; {_CHECK_KEYS}, and that they may list (s3:ListBucket), read, write and delete there"
 _REGION = "the bucket is in another region; set AWS_DEFAULT_REGION to that"
 _SENTENCES = {
     "NoSuchBucket": "there is no such bucket; create it or correct its name",

@@ -71,9 +71,7 @@ def _object_address(uri: str, rest: str) -> ObjectAddress:
     if not bucket:
         raise DraftModelError(f"given {uri!r}, which names no bucket; {_ALLOWED}")
     if key and (problem := name_problem(key)):
-        raise DraftModelError(
-            f"given {uri!r}, whose key {problem}; use a key of plain segments: s3://bucket/a/b"
-        )
+        raise DraftModelError(f"given {uri!r}, whose key {problem}; use a key of plain segments: s3://bucket/a/b")
     return ObjectAddress(bucket, key)
 
 

@@ -56,9 +56,7 @@ class StateStore:
         if epochs < 2 or device.type != "cpu":
             return
         if size > DISK_SHARE * shutil.disk_usage(folder).free:
-            logger.info(
-                "target states of %.1f GB do not fit on disk: every epoch computes them anew", size / 1e9
-            )
+            logger.info("target states of %.1f GB do not fit on disk: every epoch computes them anew", size / 1e9)
             return
         logger.info("target states are kept for the later epochs: %.1f GB in %s", size / 1e9, folder)
         path = folder / "target_states.bin"
@@ -67,9 +65,7 @@ class StateStore:
         shape = (int(self._starts[-1]), width)
         self._kept = torch.from_file(str(path), shared=True, size=shape[0] * width, dtype=dtype).view(shape)
 
-    def get(
-        self, conversations: NDArray[np.int64], compute: Callable[[list[int]], list[Tensor]]
-    ) -> list[Tensor]:
+    def get(self, conversations: NDArray[np.int64], compute: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
         """States of some conversations, from disk where they are kept.
 
         Args:

@@ -141,7 +141,7 @@ def _prepare(
         )
     target = load_target(model, shape.aux_layers, dtype, ranks.device)
     draft = Eagle3Draft(shape, t2d, d2t).to(ranks.device)
-    draft.initialise(p.seed, target.head, target.norm)
+    draft.initialise(p.seed, target)
     optimizer = torch.optim.AdamW(
         draft.parameters(), lr=p.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
     )

@@ -169,9 +169,7 @@ def train(training: Training, checkpoints: Checkpoints, complete: Any) -> None:
             if (last or stopping or (ended_epoch and ended_epoch % p.save_interval == 0)) and ranks.first:
                 training.history.window = window.to_json()
                 name = f"epoch_{step.epoch + 1}" if last or ended_epoch else f"step_{training.done}"
-                checkpoints.save(
-                    name, training.draft, training.optimizer, training.position(step.epoch + 1), complete
-                )
+                checkpoints.save(name, training.draft, training.optimizer, training.position(step.epoch + 1), complete)
             if stopping and not last:
                 raise Interrupted
 
@@ -217,9 +215,7 @@ def _target_batches(training: Training, plan: list[Step]) -> dict[int, tuple[int
 
 def _conversations(split: Split, indices: NDArray[np.int64] | list[int], device: torch.device) -> Batch:
     rows = (split[int(index)] for index in indices)
-    return collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows]).to(
-        device
-    )
+    return collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows]).to(device)
 
 
 def _target_states(training: Training, split: Split, indices: list[int]) -> list[Tensor]:
@@ -227,15 +223,11 @@ def _target_states(training: Training, split: Split, indices: list[int]) -> list
     size = training.parameters.training_batch_size
     states: list[Tensor] = []
     for start in range(0, len(indices), size):
-        states += training.target.states(
-            _conversations(split, indices[start : start + size], training.target.device)
-        )
+        states += training.target.states(_conversations(split, indices[start : start + size], training.target.device))
     return states
 
 
-def _micro_batches(
-    training: Training, split: Split, indices: NDArray[np.int64]
-) -> Iterator[tuple[Batch, slice]]:
+def _micro_batches(training: Training, split: Split, indices: NDArray[np.int64]) -> Iterator[tuple[Batch, slice]]:
     size = training.parameters.draft_micro_batch_size
     for start in range(0, len(indices), size):
         part = slice(start, start + size)
