@@ -20,7 +20,7 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 demo: $(READY) ## Train a draft for a real model here, end to end, and measure it (about ten minutes)
-	@$(BIN)/python examples/smollm2/prepare_target.py demo/target
+	@$(BIN)/python examples/smollm2/prepare_target.py demo/SmolLM2-135M-Instruct
 	@$(BIN)/draft-model run --params examples/smollm2/run.yaml --folder demo/run
 
 test: $(READY) ## Run the tests
@@ -35,7 +35,7 @@ format: $(READY) ## Format the sources
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-compile: $(READY) ## Write the compiled pipeline and the README's table of parameters
+compile: $(READY) ## Write the compiled pipeline and its Kubernetes resources
 	@$(BIN)/draft-model compile
 
 lock: ## Write requirements.lock from the newest versions that pyproject.toml admits
@@ -55,7 +55,7 @@ $(SERVING)/.ready:
 
 check-serving: $(SERVING)/.ready ## Serve the demo's draft in vLLM and compare its counters with ours (run `make demo` first)
 	@test -f demo/run/output/final/evaluation.json || { echo "run 'make demo' first"; exit 2; }
-	@$(SERVING)/bin/python benchmarks/check_serving.py demo/run demo/target
+	@$(SERVING)/bin/python benchmarks/check_serving.py demo/run demo/SmolLM2-135M-Instruct
 
 clean: ## Remove what the demo and the tests left
 	@rm -rf demo runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

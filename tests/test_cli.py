@@ -182,7 +182,7 @@ def test_the_four_stages_in_a_row(tmp_path, monkeypatch):
     )  # fmt: skip
     assert [model, dataset, draft] == [str(tmp_path / name) for name in ("model", "dataset", "output/final")]
     stages = {uri: storage.read_manifest(uri).stage for uri in (model, dataset, draft, f"{tmp_path}/output/epoch_1")}
-    assert list(stages.values()) == ["import", "dataset", "train", "train"]
+    assert list(stages.values()) == ["import", "dataset", "train", "checkpoint"]
     evaluation = json.loads((tmp_path / "output/final/evaluation.json").read_text())
     assert evaluation["lossless"]["identical"]
     assert evaluation["prompts"] == 2

@@ -25,7 +25,8 @@ def import_model(
             `org/name@revision`.
         pytorch_model_path: Target model: a Transformers folder (config, weights, tokenizer), or a folder with
             one below it. Allowed: no backslash, no single quote.
-        mlflow_model_path: Target model: an MLflow model of the `transformers` flavour. Allowed: no backslash, no single quote.
+        mlflow_model_path: Target model: an MLflow model of the `transformers` flavour. Allowed: no backslash,
+            no single quote.
         compute_model_import: `serverless` uses the instance type; any other name is a named compute. Allowed:
             no backslash, no single quote.
         storage_uri: folder of the run; not given: the pipeline root.

@@ -66,7 +66,8 @@ def preflight(
             `org/name@revision`.
         pytorch_model_path: Target model: a Transformers folder (config, weights, tokenizer), or a folder with
             one below it. Allowed: no backslash, no single quote.
-        mlflow_model_path: Target model: an MLflow model of the `transformers` flavour. Allowed: no backslash, no single quote.
+        mlflow_model_path: Target model: an MLflow model of the `transformers` flavour. Allowed: no backslash,
+            no single quote.
         dataset_train_split: Training conversations, JSONL.
         dataset_validation_split: Validation conversations, JSONL; not given: no validation, no evaluation.
         draft_model_config: Draft configuration, JSON; what it leaves out is generated from the target's.

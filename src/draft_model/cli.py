@@ -224,7 +224,7 @@ def parameter_table() -> str:
     """All parameters as a Markdown table, the contract's first."""
     rows = ["| parameter | type | default | allowed | meaning |", "|---|---|---|---|---|"]
     for p in PARAMETERS:
-        default = f"`{p.default}`" if p.default != "" and not (p.name == "total_steps") else "-"
+        default = f"`{p.default}`" if p.default != "" and p.name != "total_steps" else "-"
         allowed = ", ".join(f"`{choice}`" for choice in p.choices) or p.allowed
         unit = f", {p.unit}" if p.unit else ""
         name = f"{p.name} (addition)" if p.addition else p.name

@@ -137,7 +137,8 @@ class Parameters(BaseModel):
     )
     resume_from_checkpoint: str = _text(
         "",
-        "With resume=true and no checkpoint in the output: resume from here. With resume=false: start from its weights.",
+        "With resume=true and no checkpoint in the output: resume from here. With resume=false: start from its "
+        "weights.",
         "train",
         kind="uri_folder",
     )
@@ -311,7 +312,8 @@ def _world_size(p: Parameters) -> str | None:
     fits = p.world_size // p.tp_size
     return (
         f"dp_size: given {p.dp_size}; num_nodes_draft_model_training x number_of_gpu_to_use_draft_model_training = "
-        f"{p.world_size} must equal tp_size x dp_size = {p.tp_size * p.dp_size}: use {fits}, or leave it at 1 to derive it"
+        f"{p.world_size} must equal tp_size x dp_size = {p.tp_size * p.dp_size}: use {fits}, or "
+        "leave it at 1 to derive it"
     )
 
 
@@ -323,7 +325,8 @@ def _batch_arithmetic(p: Parameters) -> str | None:
         nearest = f"{below} or {above}" if below else f"{above}"
         return (
             f"draft_global_batch_size: given {p.draft_global_batch_size}; it must be a multiple of processes x "
-            f"draft_micro_batch_size = {p.world_size} x {p.draft_micro_batch_size} = {per_pass}: the nearest is {nearest}"
+            f"draft_micro_batch_size = {p.world_size} x {p.draft_micro_batch_size} = {per_pass}: the nearest "
+            f"is {nearest}"
         )
     if p.draft_accumulation_steps not in (1, given):
         return (

@@ -55,7 +55,8 @@ def _rows(training: dict[str, Any], evaluation: dict[str, Any] | None) -> list[t
         ("target", f"{training['target']['source']} ({training['target']['architecture']})"),
         (
             "draft",
-            f"{training['draft_parameters'] / 1e6:.1f} M parameters, vocabulary {training['draft']['draft_vocab_size']:,}",
+            f"{training['draft_parameters'] / 1e6:.1f} M parameters, "
+            f"vocabulary {training['draft']['draft_vocab_size']:,}",
         ),
         (
             "training",

@@ -138,8 +138,8 @@ def choose_aux_layers(layers: int) -> tuple[int, int, int]:
     """
     if layers < MIN_TARGET_LAYERS:
         raise DraftModelError(
-            f"the target model has {layers} layers; EAGLE-3 takes features after three different layers below the last: "
-            f"use a target of at least {MIN_TARGET_LAYERS} layers"
+            f"the target model has {layers} layers; EAGLE-3 takes features after three different layers "
+            f"below the last: use a target of at least {MIN_TARGET_LAYERS} layers"
         )
     return (2, layers // 2, layers - 3) if layers >= 7 else (1, layers // 2, layers - 1)
 

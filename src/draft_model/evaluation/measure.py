@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from tqdm import tqdm
@@ -106,9 +107,7 @@ def acceptance(replies: Sequence[Reply], proposals: int) -> dict[str, Any]:
         "accepted": sum(accepted),
         "tokens": sum(len(reply.tokens) for reply in replies),
         "acceptance_by_position": [count / rounds for count in reached[1:]],
-        "conditional_acceptance_by_position": [
-            now / max(1, before) for before, now in zip(reached, reached[1:], strict=False)
-        ],
+        "conditional_acceptance_by_position": [now / max(1, before) for before, now in pairwise(reached)],
     }
 
 

@@ -86,7 +86,7 @@ def run(config: EvaluateConfig) -> EvaluateResult:
         logger.info("dataset_validation_split was not given: nothing is measured, the report shows the training alone")
     report = config.work / "report.html"
     write_report(report, training, evaluation, data)
-    write_card(config.work / "README.md", training, evaluation, data, name=Path(config.final).parent.name)
+    write_card(config.work / "README.md", training, evaluation, data, name=_name(training))
     added = {"report.html": report, "README.md": config.work / "README.md"}
     if evaluation is not None:
         added["evaluation.json"] = config.work / "evaluation.json"
@@ -104,6 +104,12 @@ def run(config: EvaluateConfig) -> EvaluateResult:
         acceptance_by_position=evaluation["trained"]["acceptance_by_position"],
         compared_tokens=evaluation["lossless"]["compared_tokens"],
     )
+
+
+def _name(training: Mapping[str, Any]) -> str:
+    """What the model card calls the draft: its target's last name, without a revision."""
+    source: str = training["target"]["source"]
+    return f"{source.rstrip('/').rsplit('/', 1)[-1].partition('@')[0]}-eagle3"
 
 
 def _all_parameters(config: EvaluateConfig, trained: Mapping[str, Any]) -> dict[str, Any]:

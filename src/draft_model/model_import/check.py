@@ -10,6 +10,8 @@ from typing import Any
 from draft_model.eagle3.config import draft_config_for
 from draft_model.errors import DraftModelError
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -50,12 +52,16 @@ def check_model(folder: Path, name: str) -> ModelFacts:
     architecture = "" if problems else _architecture(folder, config, problems)
     weights = _weights(folder, problems)
     count = sum(_count(path, problems) for path in weights if path.suffix == ".safetensors" and path.exists())
-    if not any((folder / file).exists() or (folder.parent / "components/tokenizer" / file).exists()
-               or (folder.parent / "tokenizer" / file).exists() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):  # fmt: skip
+    if not any((place / file).exists() for place in _tokenizer_places(folder) for file in _TOKENIZERS):
         problems.append("it has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
     if problems:
         raise DraftModelError([f"target model {name}: {problem}" for problem in problems])
     return ModelFacts(architecture, count, weights)
+
+
+def _tokenizer_places(folder: Path) -> list[Path]:
+    """The model's folder, and where MLflow's layouts keep the tokenizer beside it."""
+    return [folder, folder.parent / "components" / "tokenizer", folder.parent / "tokenizer"]
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -80,8 +86,8 @@ def _architecture(folder: Path, config: dict[str, Any], problems: list[str]) -> 
             problems.append("it needs code from its repository (trust_remote_code), which is never run here")
         else:
             problems.append(
-                f"model_type {config.get('model_type')!r} is no decoder for text generation that transformers loads with "
-                f"layers and a final norm: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+                f"model_type {config.get('model_type')!r} is no decoder for text generation that transformers loads "
+                f"with layers and a final norm: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
             )
         return ""
     if not structured:

@@ -202,8 +202,8 @@ def _announce(training: Training) -> None:
     p, world = training.parameters, training.ranks.world
     tokens = training.train.lengths.mean() * p.draft_global_batch_size
     logger.info(
-        "%d process(es) on %s: tensor parallel %d, data parallel %d; %d conversations per step = %d processes x micro-batch "
-        "%d x accumulation %d, about %d tokens",
+        "%d process(es) on %s: tensor parallel %d, data parallel %d; %d conversations per step = %d processes x "
+        "micro-batch %d x accumulation %d, about %d tokens",
         world, _hardware(training.ranks), p.tp_size, world // p.tp_size, p.draft_global_batch_size, world,
         p.draft_micro_batch_size, p.accumulation_steps, tokens,
     )  # fmt: skip

@@ -325,8 +325,8 @@ def check_position(loaded: Loaded, current: Position) -> list[str]:
     then = replace(loaded.position, step=0, epoch=0, history={})
     named = {"seed": "seed", "global_batch": "draft_global_batch_size", "dataset": "the data set"}
     return [
-        f"resume: {words} is {getattr(current, key)!r} now and was {getattr(then, key)!r} in {loaded.uri}; the position in "
-        "the data would mean nothing: use the same, or resume=false with resume_from_checkpoint"
+        f"resume: {words} is {getattr(current, key)!r} now and was {getattr(then, key)!r} in {loaded.uri}; the "
+        "position in the data would mean nothing: use the same, or resume=false with resume_from_checkpoint"
         for key, words in named.items()
         if getattr(current, key) != getattr(then, key)
     ]
