@@ -47,7 +47,6 @@ def preflight(
     storage_uri: str = "",
     max_rejected_fraction: float = 0.01,
     compute_dtype: str = "bfloat16",
-    training_backend: str = "auto",
     num_speculative_tokens: int = 3,
     evaluation_conversations: int = 40,
     evaluation_max_new_tokens: int = 128,
@@ -114,8 +113,6 @@ def preflight(
         max_rejected_fraction: More unusable lines than this share of a data file stop the run. Allowed: 0..1.
         compute_dtype: Type that training computes in; master weights and reductions are float32 always.
             Allowed: bfloat16, float32.
-        training_backend: What runs the training job; `local` is torchrun beside the coordinating step.
-            Allowed: auto, local.
         num_speculative_tokens: Tokens the draft proposes per step of the target. Unit: tokens. Allowed:
             1..16.
         evaluation_conversations: Validation conversations that the evaluation decodes; 0: all. Unit:

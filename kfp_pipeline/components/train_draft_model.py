@@ -38,7 +38,6 @@ def train_draft_model(
     resume_from_checkpoint: str = "",
     compute_draft_model_training: str = "serverless",
     compute_dtype: str = "bfloat16",
-    training_backend: str = "auto",
     num_speculative_tokens: int = 3,
     storage_uri: str = "",
 ) -> str:
@@ -87,8 +86,6 @@ def train_draft_model(
             Allowed: no backslash, no single quote.
         compute_dtype: Type that training computes in; master weights and reductions are float32 always.
             Allowed: bfloat16, float32.
-        training_backend: What runs the training job; `local` is torchrun beside the coordinating step.
-            Allowed: auto, local.
         num_speculative_tokens: Tokens the draft proposes per step of the target. Unit: tokens. Allowed:
             1..16.
         storage_uri: folder of the run; not given: the pipeline root.

@@ -166,9 +166,6 @@ class Parameters(BaseModel):
         "Type that training computes in; master weights and reductions are float32 always.",
         "train",
     )
-    training_backend: Literal["auto", "local"] = _text(
-        "auto", "What runs the training job; `local` is torchrun beside the coordinating step.", "train"
-    )
     num_speculative_tokens: int = _field(
         3,
         "Tokens the draft proposes per step of the target.",

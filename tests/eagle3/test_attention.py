@@ -13,8 +13,11 @@ from torch import Tensor
 
 from draft_model.eagle3 import attention
 from draft_model.eagle3.attention import Rows, choose_backend, unroll_attention
+from draft_model.errors import DraftModelError
 
 from . import reference
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @dataclass
@@ -158,7 +161,7 @@ def test_no_query_sees_padding():
 
 def test_flex_attention_on_cpu_becomes_sdpa_with_one_line(caplog):
     with caplog.at_level(logging.INFO):
-        assert choose_backend("flex_attention", torch.device("cpu")) == "sdpa"
+        assert choose_backend("flex_attention", CPU, torch.float32) == "sdpa"
     assert len(caplog.records) == 1
     assert "flex_attention" in caplog.text
     assert "sdpa" in caplog.text
@@ -166,10 +169,15 @@ def test_flex_attention_on_cpu_becomes_sdpa_with_one_line(caplog):
 
 def test_other_choices_stand_and_say_nothing(caplog):
     with caplog.at_level(logging.INFO):
-        assert choose_backend("sdpa", torch.device("cpu")) == "sdpa"
-        assert choose_backend("sdpa", torch.device("cuda")) == "sdpa"
-        assert choose_backend("flex_attention", torch.device("cuda")) == "flex_attention"
+        assert choose_backend("sdpa", CPU, torch.float32) == "sdpa"
+        assert choose_backend("sdpa", GPU, torch.bfloat16) == "sdpa"
+        assert choose_backend("flex_attention", GPU, torch.float32) == "flex_attention"
     assert not caplog.records
+
+
+def test_float32_on_a_gpu_is_sent_to_the_backend_that_takes_it():
+    with pytest.raises(DraftModelError, match=r"attention_backend: given 'sdpa'.*attention_backend=flex_attention"):
+        choose_backend("sdpa", GPU, torch.float32)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -36,7 +36,7 @@ class Objective:
         max_length: int,
     ) -> None:
         self.draft, self.target, self.steps, self.dtype = draft, target, steps, dtype
-        self.backend = choose_backend(attention_backend, target.device)
+        self.backend = choose_backend(attention_backend, target.device, dtype)
         self.rotary = Rotary(draft.config, target.device).table(max_length + steps, dtype)
         self.target_ids = draft.target_ids
         self.draft_ids = torch.full((draft.config.vocab_size,), -1, device=target.device)

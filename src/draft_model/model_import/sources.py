@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def _from_folder(uri: str, work: Path) -> Source:
 
 def _from_mlflow(uri: str, work: Path) -> Source:
     if uri.startswith(("models:/", "runs:/")):
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
         from mlflow.artifacts import download_artifacts
         from mlflow.exceptions import MlflowException
 
