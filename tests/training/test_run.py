@@ -50,10 +50,11 @@ def test_a_draft_learns_a_small_data_set_by_heart(train, whole_vocabulary):
         log_steps=3, save_interval=40,
     )  # fmt: skip
     first, last = trained.record["log"][0], trained.record["log"][-1]  # an epoch each
-    assert all(after < before - 0.1 for before, after in zip(first["loss"], last["loss"], strict=True))
-    assert max(first["agreement"]) < 0.2
+    # The tiny target is so unsure that its entropy, which no draft gets below, is nearly all of the loss.
+    assert all(after < before - 0.01 for before, after in zip(first["loss"], last["loss"], strict=True))
+    assert all(after > before + 0.2 for before, after in zip(first["agreement"], last["agreement"], strict=True))
     assert min(last["agreement"]) > 0.55
-    assert first["acceptance_length"] < 1.5 < 2.0 < last["acceptance_length"]
+    assert last["acceptance_length"] > max(2.0, first["acceptance_length"] + 0.5)
     assert trained.result.loss == last["loss"][0]
 
 
