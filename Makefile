@@ -24,7 +24,7 @@ demo: $(READY) ## Train a draft for a real model here, end to end, and measure i
 	@$(BIN)/draft-model run --params examples/smollm2/run.yaml --folder demo/run
 
 test: $(READY) ## Run the tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(READY) ## Check style and types
 	@$(BIN)/ruff check .

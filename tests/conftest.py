@@ -1,10 +1,13 @@
 """Fixtures that tests of several packages share."""
 
+import os
+
 import hypothesis
 import pytest
 
 from draft_model.storage.embedded import EmbeddedStore
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors lose by threads, most where others want the cores
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
 

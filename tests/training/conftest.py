@@ -9,14 +9,6 @@ import torch
 from training.case import Trainer, make_inputs
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def _process_as_before():
     handler, level = signal.getsignal(signal.SIGTERM), logging.getLogger("draft_model").level
