@@ -1,5 +1,9 @@
-"""The container images of the steps, named once."""
+"""The container image of the steps, named once.
 
-VERSION = "0.0.1"
-REGISTRY = "ghcr.io/pipeline-draft-model"
-STAGE_IMAGE = f"{REGISTRY}/stage:{VERSION}"
+DRAFT_MODEL_IMAGE (`draft-model compile --image`) names the one that a cluster can pull; the default belongs to no
+registry, so that nothing is ever pulled from a stranger.
+"""
+
+import os
+
+STAGE_IMAGE = os.environ.get("DRAFT_MODEL_IMAGE", "localhost/pipeline-draft-model/stage:0.0.1")

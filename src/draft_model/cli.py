@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -207,8 +208,17 @@ def _from_settings(settings: tuple[str, ...]) -> dict[str, str]:
 
 @cli.command("compile")
 @click.option("--output", type=click.Path(path_type=Path), help="File to write.  [default: the committed ones]")
-def compile_command(output: Path | None) -> None:
-    """Write the pipeline's file, which the KFP UI and the kfp client upload."""
+@click.option("--image", help="Image of the steps, by tag or digest, where your cluster pulls it; needs --output.")
+def compile_command(output: Path | None, image: str | None) -> None:
+    """Write the pipeline's file, which the KFP UI and the kfp client upload.
+
+    \b
+    draft-model compile --image registry.example/stage:0.0.1 --output pipeline.yaml
+    """  # noqa: D301
+    if image and output is None:
+        raise DraftModelError("--image: given without --output; the committed files name no registry's image")
+    if image:
+        os.environ["DRAFT_MODEL_IMAGE"] = image  # read when the components are imported
     from kfp_pipeline.compile import write_compiled
 
     click.echo("\n".join(map(str, write_compiled(output))))

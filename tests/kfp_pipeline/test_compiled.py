@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,19 @@ def test_kfp_loads_the_committed_file():
     assert loaded.name == "pipeline-draft-model"
     assert loaded.component_spec.inputs.keys() == {parameter.name for parameter in PARAMETERS}
     assert loaded.component_spec.outputs.keys() == {"output_model_path"}
+
+
+def test_the_image_of_all_steps_can_be_named(tmp_path):
+    program = Path(sysconfig.get_path("scripts")) / "draft-model"
+    output, image = tmp_path / "pipeline.yaml", "registry.example/team/stage@sha256:" + "0" * 64
+    subprocess.run([program, "compile", "--image", image, "--output", output], check=True)
+    spec = yaml.safe_load(output.read_text())
+    executors = spec["deploymentSpec"]["executors"].values()
+    assert {executor["container"]["image"] for executor in executors} == {image}
+
+
+def test_the_committed_files_keep_their_image():
+    program = Path(sysconfig.get_path("scripts")) / "draft-model"
+    refused = subprocess.run([program, "compile", "--image", "x"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "--output" in refused.stderr
