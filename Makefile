@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 SERVING := .venv-serving
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format compile lock check-serving clean
+.PHONY: help demo test lint format compile lock check-serving bench bench-peers clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -56,6 +56,26 @@ $(SERVING)/.ready:
 check-serving: $(SERVING)/.ready ## Serve the demo's draft in vLLM and compare its counters with ours (run `make demo` first)
 	@test -f demo/run/output/final/evaluation.json || { echo "run 'make demo' first"; exit 2; }
 	@$(SERVING)/bin/python benchmarks/check_serving.py demo/run demo/SmolLM2-135M-Instruct
+
+.venv-specforge/.ready:
+	@echo "setting up .venv-specforge (once, about two minutes)"
+	@$(PYTHON) -m venv .venv-specforge
+	@.venv-specforge/bin/pip install --quiet torch==2.13.0 transformers==5.19.0
+	@.venv-specforge/bin/pip install --quiet --no-deps specforge==0.2.0
+	@touch $@
+
+.venv-speculators/.ready:
+	@echo "setting up .venv-speculators (once, about two minutes)"
+	@$(PYTHON) -m venv .venv-speculators
+	@.venv-speculators/bin/pip install --quiet torch==2.13.0
+	@.venv-speculators/bin/pip install --quiet transformers==5.19.0 'datasets<=5.1.0' aiohttp hs-connectors httpx loguru openai protobuf psutil pydantic-settings
+	@.venv-speculators/bin/pip install --quiet --no-deps speculators==0.9.0
+	@touch $@
+
+bench-peers: .venv-specforge/.ready .venv-speculators/.ready ## Install the trainers that the benchmark compares with
+
+bench: $(READY) bench-peers ## Time the training step beside the peers' (about half an hour)
+	@$(BIN)/python benchmarks/training_step.py
 
 clean: ## Remove what the demo and the tests left
 	@rm -rf demo runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

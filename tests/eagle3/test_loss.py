@@ -39,7 +39,7 @@ def assert_same_gradients(found, truth, tolerance: float) -> None:
     scale = max(1.0, *(float(gradient.norm()) for gradient in truth.values()))
     for name, gradient in truth.items():
         error = float((found[name].double() - gradient.double()).norm())
-        assert error <= tolerance * float(gradient.norm()) + 0.1 * tolerance * scale, name
+        assert error <= tolerance * float(gradient.norm()) + 0.5 * tolerance * scale, name
 
 
 @given(

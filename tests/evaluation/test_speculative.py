@@ -74,8 +74,8 @@ def foreseen_rounds(target, draft, tokens, prompt_length, proposals):
     weights = draft.weights(torch.float32)
     rotary = Rotary(draft.config, target.device).table(len(tokens) + proposals, torch.float32)
     embedded = torch.nn.functional.embedding(batch.tokens.flatten(), target.embedding)
-    features = states[plan.valid_states, : 3 * hidden_size]
-    hidden = unroll(weights, rotary, embedded, features, plan, "sdpa")
+    features = states[:, : 3 * hidden_size]
+    hidden = torch.stack(unroll(weights, rotary, embedded, features, plan, "sdpa"))
     proposed = draft.target_ids[(weights.rms_norm(hidden, weights.norm) @ draft.lm_head.weight.T).argmax(-1)]
     row = {int(time): number for number, time in enumerate(plan.time)}
     rounds, start = [], prompt_length - 1

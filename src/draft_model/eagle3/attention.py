@@ -105,30 +105,31 @@ class _MergedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Rows, q: Tensor, k0: Tensor, v0: Tensor, *diagonal: Tensor) -> Tensor:
-        dense_q = rows.scatter(q)
-        dense_out, dense_lse, extra = _causal(dense_q, k0, v0)
+        dense_out, dense_lse, extra = _causal(rows.scatter(q), k0, v0)
         steps = len(diagonal) // 2
-        merged, lse = dense_out, dense_lse
+        out, lse = rows.gather(dense_out), rows.gather(dense_lse)  # [N, heads, d], [N, heads]
         if steps:
             k, v = _diagonal(diagonal)
             grouped = _grouped(q, k.shape[1])
-            causal_lse = rows.gather(dense_lse).view(grouped.shape[:-1])  # [N, kv, group]
+            causal_lse = lse.view(grouped.shape[:-1])  # [N, kv, group]
             scores = torch.einsum("nhgd,nhid->nhgi", grouped, k) * q.shape[-1] ** -0.5
             total = torch.logsumexp(torch.cat((causal_lse.unsqueeze(-1), scores), -1), -1)
-            out = _grouped(rows.gather(dense_out), k.shape[1]) * (causal_lse - total).exp().unsqueeze(-1)
-            out += torch.einsum("nhgi,nhid->nhgd", (scores - total.unsqueeze(-1)).exp(), v)
-            merged = rows.scatter(out.flatten(1, 2).to(q.dtype))
-            # Contiguous: CUDA's flash backward takes no strides of the log-sum-exp.
-            lse = rows.scatter(total.flatten(1).unsqueeze(-1)).squeeze(-1).contiguous()
+            merged = _grouped(out, k.shape[1]) * (causal_lse - total).exp().unsqueeze(-1)
+            merged += torch.einsum("nhgi,nhid->nhgd", (scores - total.unsqueeze(-1)).exp(), v)
+            out, lse = merged.flatten(1, 2).to(q.dtype), total.flatten(1)
         ctx.rows, ctx.steps, ctx.extra = rows, steps, extra
-        ctx.save_for_backward(q, k0, v0, merged, lse, *diagonal)
-        return rows.gather(merged)
+        ctx.save_for_backward(q, k0, v0, out, lse, *diagonal)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k0, v0, merged, lse, *diagonal = ctx.saved_tensors
         rows, steps = ctx.rows, ctx.steps
-        dense = _causal_backward(rows.scatter(grad), rows.scatter(q), k0, v0, merged, lse, ctx.extra)
+        # Contiguous: CUDA's flash backward takes no strides of the log-sum-exp.
+        dense_lse = rows.scatter(lse.unsqueeze(-1)).squeeze(-1).contiguous()
+        dense = _causal_backward(
+            rows.scatter(grad), rows.scatter(q), k0, v0, rows.scatter(merged), dense_lse, ctx.extra
+        )  # fmt: skip
         dq, dk0, dv0 = rows.gather(dense[0]), dense[1], dense[2]
         if not steps:
             return None, dq, dk0, dv0
@@ -136,8 +137,8 @@ class _MergedAttention(torch.autograd.Function):
         k, v = _diagonal(diagonal)
         kv_heads = k.shape[1]
         grouped, dout = _grouped(q, kv_heads), _grouped(grad, kv_heads)
-        total = rows.gather(lse).view(grouped.shape[:-1]).unsqueeze(-1)
-        delta = (dout * _grouped(rows.gather(merged), kv_heads)).sum(-1, keepdim=True)
+        total = lse.view(grouped.shape[:-1]).unsqueeze(-1)
+        delta = (dout * _grouped(merged, kv_heads)).sum(-1, keepdim=True)
         p = (torch.einsum("nhgd,nhid->nhgi", grouped, k) * scale - total).exp()
         dscores = p * (torch.einsum("nhgd,nhid->nhgi", dout, v) - delta) * scale
         dq = dq + torch.einsum("nhgi,nhid->nhgd", dscores, k).flatten(1, 2).to(q.dtype)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from draft_model.eagle3.config import DraftConfig
+from draft_model.eagle3.layer import normed_linear, residual_swiglu
 
 if TYPE_CHECKING:
     from draft_model.eagle3.target import Target
@@ -62,8 +63,12 @@ class Weights:
         return functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
 
     def project_embedding(self, embedding: Tensor) -> Tensor:
-        """The token's part of q, k and v: [..., H] -> [..., Q + 2K]."""
-        return functional.linear(self.rms_norm(embedding, self.input_layernorm), self.embedding_qkv)
+        """The token's part of q, k and v: [N, H] -> [N, Q + 2K]."""
+        return normed_linear(embedding, self.input_layernorm, self.embedding_qkv, self.config.rms_norm_eps)
+
+    def project_hidden(self, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The hidden state's part of q, k and v, or of the rows of those asked for: [N, H] -> [N, Q + 2K]."""
+        return normed_linear(hidden, self.hidden_norm, self.hidden_qkv[rows], self.config.rms_norm_eps)
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[N, Q + 2K] -> q [N, heads, d], k and v [N, kv_heads, d], not yet rotated."""
@@ -75,9 +80,7 @@ class Weights:
     def finish_layer(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The rest of the layer after attention: h [N, H] and [N, heads, d] -> the next h [N, H]."""
         hidden = hidden + functional.linear(attended.flatten(-2), self.out)
-        normed = self.rms_norm(hidden, self.post_attention_layernorm)
-        gate, up = functional.linear(normed, self.gate_up).chunk(2, -1)
-        return hidden + functional.linear(functional.silu(gate) * up, self.down)
+        return residual_swiglu(hidden, self.post_attention_layernorm, self.gate_up, self.down, self.config.rms_norm_eps)
 
 
 class _Attention(nn.Module):

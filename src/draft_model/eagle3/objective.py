@@ -1,11 +1,17 @@
-"""What training minimises: soft cross-entropy of each step's draft to the target, and how often they agree.
+r"""What training minimises: soft cross-entropy of each step's draft to the target, and how often they agree.
 
-    total = sum_i 0.8^i sum_p -sum_v p(v) log q_i(v)     over supervised teacher positions p, v in the draft vocabulary
+    total = sum_i 0.8^i sum_t l_i(t)          l = -sum_v p(v) log q(v)          v in the draft vocabulary
 
-where p is the target's softmax restricted to the draft vocabulary and q_i the draft's at step i. No step reads logits,
-so all steps' heads run here, teacher position by teacher position in chunks: one target head, one softmax p shared by
-all steps, one draft head over steps x chunk rows. Logits of the whole batch never exist, and the gradients leave the
-chunk as soon as they are known: d total / d logits_i = 0.8^i (q_i - p).
+with p the target's softmax over the draft vocabulary at a teacher position, z = W u the draft's logits there after the
+final norm, u = RMSNorm(h), and q = softmax(z). As log q(v) = z(v) - logsumexp(z) and p sums to 1,
+
+    l = logsumexp(z) - p.z          dl/dz = q - p          dl/dW = (q - p) u^T          dl/du = W^T (q - p)
+
+so loss and gradients need z, p and q of one position at a time, and nothing of them has to be kept: the heads of all
+steps run here after the unroll, a chunk of teacher positions at a time, each with one target head and one softmax p
+for all steps, and their gradients leave as soon as they are known. Logits of the whole batch never exist. The backward
+pass only multiplies by the gradient of the total. max_v z(v) = logsumexp(z) + log max_v q(v) gives l without a second
+pass, and sum_v min(p, q) = 1 - |q - p|_1 / 2 the probability that sampling accepts.
 
 The sums stay sums. Whoever called divides by the supervised tokens of the GLOBAL batch, so that splitting a batch over
 ranks or micro-batches changes nothing.
@@ -13,18 +19,18 @@ ranks or micro-batches changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from draft_model.eagle3.batch import Plan
+from draft_model.eagle3.layer import inverse_rms, norm_backward, normed
 
 STEP_DECAY = 0.8
-CHUNK_ROWS = 512  # steps x teacher positions in one draft head; 512 x 32,000 float32 logits are 64 MB
+CHUNK_ROWS = {"cpu": 512, "cuda": 4096}  # teacher positions in one head; 512 x 32,000 float32 logits are 64 MB
 
 TeacherHead = Callable[[Tensor], Tensor]
 """From target hidden states [C, H] to logits [C, V]."""
@@ -97,30 +103,101 @@ class StepSums:
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """The target's side of the loss.
+
+    Attributes:
+        states: the target's final hidden states at the plan's teacher positions, [M, H].
+        head: the target's head.
+        target_ids: target id of each draft token, int64 [D].
+        draft_ids: draft id of each target token, -1 where it has none, int64 [V].
+        eps: of the norm before the draft's head.
+    """
+
+    states: Tensor
+    head: TeacherHead
+    target_ids: Tensor
+    draft_ids: Tensor
+    eps: float
+
+
+class _Scratch:
+    """Matrices of a chunk, made once: fresh ones of this size would cost a page fault per 4 KB.
+
+    Args:
+        rows: teacher positions in a chunk.
+        vocab: D.
+        like: in the compute type, where the matrices live.
+    """
+
+    def __init__(self, rows: int, vocab: int, like: Tensor) -> None:
+        self._p, self._q, self._z = (like.new_empty(rows, vocab, dtype=torch.float32) for _ in range(3))
+        self._typed = self._z if like.dtype == torch.float32 else like.new_empty(rows, vocab)
+
+    def teacher(self, logits: Tensor, target_ids: Tensor, known: Tensor) -> Tensor:
+        """Softmax over the draft vocabulary of the rows `known` of the target's logits, float32 [C, D]."""
+        chosen = torch.index_select(logits, 1, target_ids, out=self._typed[: len(logits)])
+        if len(known) < len(chosen):
+            chosen = chosen[known]
+        return torch.softmax(chosen, -1, dtype=torch.float32, out=self._p[: len(known)])
+
+    def student(self, unit: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of normed outputs [C, H] and their softmax, float32 [C, D] each."""
+        rows = len(unit)
+        z = torch.mm(unit, weight.T, out=self._typed[:rows])
+        if z.dtype != torch.float32:
+            z = self._z[:rows].copy_(z)
+        return z, torch.softmax(z, -1, out=self._q[:rows])
+
+
+@dataclass(frozen=True)
 class _Heads:
     """What every chunk of teacher positions needs; the tensors that gradients and sums are gathered in.
 
     Attributes:
-        hidden: normed draft outputs, [steps, N, H].
+        teacher: the target's side.
+        outputs: the layer's output of each step, [N, H] each.
+        norm: weight of the norm before the head, [H].
         weight: the draft's head in the compute type, [D, H].
-        target_ids: target id of each draft token, [D].
-        draft_ids: draft id of each target token, -1 where it has none, [V].
         sums: loss, supervised, agree, overlap, float64 [4, steps].
         agree: whether step and teacher agreed, bool [steps, M].
-        grad_hidden: [steps, N, H]; None in an evaluation.
-        grad_head: float32 [D, H]; None likewise.
+        grads: gradients of the outputs, [N, H] each; empty in an evaluation.
+        grad_norm: float32 [H].
+        grad_head: float32 [D, H].
+        scratch: what every chunk writes anew.
     """
 
-    hidden: Tensor
+    teacher: Teacher
+    outputs: Sequence[Tensor]
+    norm: Tensor
     weight: Tensor
-    target_ids: Tensor
-    draft_ids: Tensor
     sums: Tensor
     agree: Tensor
-    grad_hidden: Tensor | None
-    grad_head: Tensor | None
+    grads: list[Tensor]
+    grad_norm: Tensor
+    grad_head: Tensor
+    scratch: _Scratch
 
-    def chunk(self, start: int, logits: Tensor, students: Tensor) -> None:
+    @classmethod
+    def over(
+        cls, teacher: Teacher, students: Tensor, norm: Tensor, head: Tensor, outputs: Sequence[Tensor], learning: bool
+    ) -> _Heads:
+        """All sums and gradients at zero."""
+        steps, teachers = students.shape
+        return cls(
+            teacher,
+            outputs,
+            norm,
+            head.to(norm.dtype),
+            sums=torch.zeros(4, steps, device=head.device, dtype=torch.float64),
+            agree=torch.zeros(steps, teachers, dtype=torch.bool, device=head.device),
+            grads=[torch.zeros_like(output) for output in outputs] if learning else [],
+            grad_norm=torch.zeros_like(norm, dtype=torch.float32),
+            grad_head=torch.zeros_like(head if learning else norm, dtype=torch.float32),
+            scratch=_Scratch(min(CHUNK_ROWS[head.device.type], teachers), len(head), norm),
+        )
+
+    def teach(self, start: int, logits: Tensor, students: Tensor) -> None:
         """Adds the losses of all steps at C teacher positions, and their gradients.
 
         Args:
@@ -128,39 +205,56 @@ class _Heads:
             logits: the target's, [C, V].
             students: row that learns from each position at each step, -1 for none, [steps, C].
         """
-        steps = len(students)
-        top = self.draft_ids[logits.max(-1).indices]  # max is several times as fast as argmax in bfloat16
+        top = self.teacher.draft_ids[logits.max(-1).indices]  # max is several times as fast as argmax in bfloat16
         known = (top >= 0).nonzero()[:, 0]
         if not len(known):
             return
-        p = functional.softmax(logits.index_select(1, self.target_ids)[known], -1, dtype=torch.float32)  # [C, D]
-        rows, place = students[:, known], torch.arange(steps, device=known.device).unsqueeze(1)
+        p = self.scratch.teacher(logits, self.teacher.target_ids, known)  # [C, D]
+        for step, rows in enumerate(students[:, known]):
+            self._learn(step, rows, p, top[known], start + known)
+
+    def _learn(self, step: int, rows: Tensor, p: Tensor, top: Tensor, teachers: Tensor) -> None:
+        """One step's loss against the softmax p [C, D] of C teachers."""
         present = rows >= 0
         rows = rows.clamp(min=0)
-        x = self.hidden[place, rows].flatten(0, 1)  # [steps * C, H]
-        z = (x @ self.weight.T).float().view(steps, len(known), -1)
-        highest, favourite = z.max(-1)
-        q = functional.softmax(z, -1)
+        x = self.outputs[step].index_select(0, rows)  # [C, H]
+        scale = inverse_rms(x, self.teacher.eps)
+        unit = normed(x, self.norm, scale)
+        z, q = self.scratch.student(unit, self.weight)  # [C, D]
+        highest, favourite = q.max(-1)
         # -log q of the favourite is logsumexp(z) - max(z), and p sums to 1, so the cross-entropy needs no log q.
-        normaliser = highest - q.gather(-1, favourite.unsqueeze(-1)).squeeze(-1).log()
-        losses = (normaliser - torch.einsum("cv,scv->sc", p, z)) * present
-        agrees = (favourite == top[known]) & present
+        normaliser = z.gather(-1, favourite.unsqueeze(-1)).squeeze(-1) - highest.log()
+        cross = torch.bmm(p.unsqueeze(1), z.unsqueeze(2)).flatten()
+        losses = (normaliser - cross) * present
+        agrees = (favourite == top) & present
         difference = q.sub_(p)
         overlap = (1.0 - 0.5 * torch.linalg.vector_norm(difference, 1, dim=-1)) * present  # sum min(p, q)
-        self.agree[:, start + known] = agrees
-        self.sums.add_(torch.stack([part.sum(1, dtype=torch.float64) for part in (losses, present, agrees, overlap)]))
-        if self.grad_hidden is None or self.grad_head is None:
+        self.agree[step, teachers] = agrees
+        self.sums[:, step] += torch.stack(
+            [part.sum(dtype=torch.float64) for part in (losses, present, agrees, overlap)]
+        )
+        if not self.grads:
             return
-        scale = (present * _decay(steps, z.device).unsqueeze(1)).flatten().unsqueeze(1).to(x.dtype)  # [steps * C, 1]
-        grad_logits = difference.flatten(0, 1).to(x.dtype)
-        grad_x = (grad_logits @ self.weight).mul_(scale)
+        decay = (present * STEP_DECAY**step).unsqueeze(1)  # [C, 1]
+        grad_logits = difference.to(unit.dtype)
+        grad_unit = (grad_logits @ self.weight) * decay.to(unit.dtype)
+        grad_x, grad_norm = norm_backward(grad_unit, x, self.norm, scale)
         # A row learns once per step, so no two of these writes meet, but rows that are absent share row 0.
-        self.grad_hidden.index_put_((place.expand_as(rows), rows), grad_x.view(*rows.shape, -1), accumulate=True)
-        self.grad_head.add_(grad_logits.T @ (x * scale))
+        self.grads[step].index_add_(0, rows, grad_x)
+        self.grad_norm.add_(grad_norm)
+        add_product(self.grad_head, grad_logits.T, unit.mul_(decay))
 
 
-def _decay(steps: int, device: torch.device) -> Tensor:
-    return STEP_DECAY ** torch.arange(steps, device=device, dtype=torch.float32)
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left @ right to a float32 total, without another matrix of its size where the types allow it."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+def _decays(steps: int, device: torch.device) -> Tensor:
+    return STEP_DECAY ** torch.arange(steps, device=device, dtype=torch.float64)
 
 
 class _FusedHeads(torch.autograd.Function):
@@ -169,54 +263,40 @@ class _FusedHeads(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        teacher: Tensor,
-        teacher_head: TeacherHead,
-        target_ids: Tensor,
-        draft_ids: Tensor,
+        teacher: Teacher,
         students: Tensor,
         outcome: dict[str, Tensor],
+        norm: Tensor,
+        head: Tensor,
+        *outputs: Tensor,
     ) -> Tensor:
-        steps, teachers = students.shape
-        learning = hidden.requires_grad or head.requires_grad
-        sums = torch.zeros(4, steps, device=hidden.device, dtype=torch.float64)
-        agree = torch.zeros(steps, teachers, dtype=torch.bool, device=hidden.device)
-        grads = (torch.zeros_like(hidden), torch.zeros_like(head)) if learning else (None, None)
-        heads = _Heads(hidden, head.to(hidden.dtype), target_ids, draft_ids, sums, agree, *grads)
-        size = max(1, CHUNK_ROWS // steps)
-        for start in range(0, teachers, size):
+        learning = any(tensor.requires_grad for tensor in (norm, head, *outputs))
+        heads = _Heads.over(teacher, students, norm, head, outputs, learning)
+        size = CHUNK_ROWS[head.device.type]
+        for start in range(0, students.shape[1], size):
             chunk = slice(start, start + size)
-            heads.chunk(start, teacher_head(teacher[chunk]), students[:, chunk])
-        outcome["sums"], outcome["agree"] = sums, agree
+            heads.teach(start, teacher.head(teacher.states[chunk]), students[:, chunk])
+        outcome["sums"], outcome["agree"] = heads.sums, heads.agree
         if learning:
-            ctx.save_for_backward(*grads)
-        return (sums[0] * _decay(steps, hidden.device)).sum().float()
+            ctx.save_for_backward(heads.grad_norm.to(norm.dtype), heads.grad_head, *heads.grads)
+        return (heads.sums[0] * _decays(len(outputs), head.device)).sum().float()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), grad_head * grad, None, None, None, None, None, None
+        # In place: autograd refuses a second backward pass, for which they would be wrong.
+        return None, None, None, *(saved.mul_(grad) for saved in ctx.saved_tensors)
 
 
 def distillation_loss(
-    hidden: Tensor,
-    head: Tensor,
-    teacher: Tensor,
-    teacher_head: TeacherHead,
-    target_ids: Tensor,
-    draft_ids: Tensor,
-    plan: Plan,
+    outputs: Sequence[Tensor], norm: Tensor, head: Tensor, teacher: Teacher, plan: Plan
 ) -> tuple[Tensor, StepSums]:
     """The weighted sum of the losses of all steps, and the sums that metrics are made of.
 
     Args:
-        hidden: normed draft outputs, [steps, N, H], in the compute type.
+        outputs: the layer's output of each step, before the final norm, [N, H] each, in the compute type.
+        norm: that norm's weight, in the compute type, [H].
         head: the draft's lm_head, float32 [D, H].
-        teacher: the target's final hidden states at the plan's teacher positions, [M, H].
-        teacher_head: the target's head.
-        target_ids: target id of each draft token, int64 [D].
-        draft_ids: draft id of each target token, -1 where it has none, int64 [V].
+        teacher: the target's side.
         plan: positions, of `plan_unroll`.
 
     Returns:
@@ -224,11 +304,9 @@ def distillation_loss(
         supervised tokens), and the sums per step.
     """
     if not torch.is_grad_enabled():
-        head = head.detach()  # a parameter asks for its gradient even in an evaluation
+        norm, head = norm.detach(), head.detach()  # a parameter asks for its gradient even in an evaluation
     outcome: dict[str, Tensor] = {}
-    loss: Tensor = _FusedHeads.apply(  # type: ignore[no-untyped-call]
-        hidden, head, teacher, teacher_head, target_ids, draft_ids, plan.students, outcome
-    )
+    loss: Tensor = _FusedHeads.apply(teacher, plan.students, outcome, norm, head, *outputs)  # type: ignore[no-untyped-call]
     loss_sum, supervised, agree, overlap = outcome["sums"].cpu()
     return loss, StepSums(loss_sum, supervised, agree, overlap, *_chains(plan, outcome["agree"]))
 
@@ -260,7 +338,6 @@ def _rounds(plan: Plan, starts: Tensor, agreed: Tensor) -> tuple[Tensor, Tensor]
     Returns:
         Rounds and kept proposals, float64 [steps] each.
     """
-    found = torch.zeros(2, plan.steps, dtype=torch.float64)
     positions = plan.rows.index[starts].tolist()
     # A reply's rows are neighbours; its first token is the target's own, so no round starts before the second row.
     replies: list[list[int]] = []
@@ -269,12 +346,13 @@ def _rounds(plan: Plan, starts: Tensor, agreed: Tensor) -> tuple[Tensor, Tensor]
             replies[-1].append(length)
         else:
             replies.append([])
+    rounds, kept = [0] * plan.steps, [0] * plan.steps
     for proposals in range(1, plan.steps + 1):
         for reply in replies:
             place = 0
             while place < len(reply):
-                kept = min(reply[place], proposals)
-                found[0, proposals - 1] += 1
-                found[1, proposals - 1] += kept
-                place += kept + 1
-    return found[0], found[1]
+                accepted = min(reply[place], proposals)
+                rounds[proposals - 1] += 1
+                kept[proposals - 1] += accepted
+                place += accepted + 1
+    return torch.tensor(rounds, dtype=torch.float64), torch.tensor(kept, dtype=torch.float64)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from draft_model.eagle3.attention import choose_backend
 from draft_model.eagle3.batch import Batch, plan_unroll
 from draft_model.eagle3.model import Eagle3Draft, Rotary
-from draft_model.eagle3.objective import StepSums, distillation_loss
+from draft_model.eagle3.objective import StepSums, Teacher, distillation_loss
 from draft_model.eagle3.target import Target
 from draft_model.eagle3.unroll import unroll
 
@@ -57,13 +57,12 @@ class Objective:
         features, final = rows.split((3 * self.draft.config.hidden_size, self.draft.config.hidden_size), -1)
         weights = self.draft.weights(self.dtype)
         embeddings = functional.embedding(batch.tokens.flatten(), self.target.embedding)
-        hidden = unroll(weights, self.rotary, embeddings, features[plan.valid_states], plan, self.backend)
-        return distillation_loss(
-            weights.rms_norm(hidden, weights.norm),
-            self.draft.lm_head.weight,
+        outputs = unroll(weights, self.rotary, embeddings, features, plan, self.backend)
+        teacher = Teacher(
             final[plan.teacher_states],
             self.target.logits,
             self.target_ids,
             self.draft_ids,
-            plan,
+            self.draft.config.rms_norm_eps,
         )
+        return distillation_loss(outputs, weights.norm, self.draft.lm_head.weight, teacher, plan)

@@ -14,31 +14,32 @@ from draft_model.eagle3.batch import Plan
 from draft_model.eagle3.model import Weights, rotate
 
 
-def unroll(weights: Weights, rotary: Tensor, embeddings: Tensor, features: Tensor, plan: Plan, backend: str) -> Tensor:
+def unroll(
+    weights: Weights, rotary: Tensor, embeddings: Tensor, features: Tensor, plan: Plan, backend: str
+) -> list[Tensor]:
     """Runs all steps.
 
     Args:
         weights: the draft in the compute type.
         rotary: cosines and sines [2, >= S + steps, d] of `Rotary.table`.
         embeddings: the target's embeddings of the batch's tokens, flat [B * T, H].
-        features: the target's features at the `plan.valid` positions, [P, 3H].
+        features: the target's features of the conversations' tokens without padding, [sum of T_b, 3H].
         plan: positions, of `plan_unroll`.
         backend: of `choose_backend`.
 
     Returns:
-        The layer's output of each step at the plan's rows, before the final norm, [steps, N, H].
+        The layer's output of each step at the plan's rows, before the final norm, [N, H] each.
     """
     token_part = weights.project_embedding(embeddings)  # [B * T, Q + 2K]
     rows, query_size = plan.rows, weights.out.shape[1]
-    spans = (rows.batch, rows.length)
-    hidden = torch.nn.functional.linear(features, weights.fc)  # [P, H]
-    normed = weights.rms_norm(hidden, weights.hidden_norm)
-    w_query, w_key_value = weights.hidden_qkv[:query_size], weights.hidden_qkv[query_size:]
-    kv = torch.nn.functional.linear(normed, w_key_value) + token_part[plan.valid_tokens, query_size:]
+    queries, keys_values = slice(query_size), slice(query_size, None)
+    hidden = torch.nn.functional.linear(features, weights.fc)[plan.valid_states]  # [P, H]
+    kv = weights.project_hidden(hidden, keys_values) + token_part[plan.valid_tokens, keys_values]
     k, v = kv.unflatten(-1, (2, -1, weights.config.head_dim)).unbind(1)  # [P, kv_heads, d]
+    spans = (rows.batch, rows.length)
     k0, v0 = (_scatter(x, plan.valid, spans) for x in (rotate(k, rotary[:, plan.valid % rows.length]), v))
     hidden = hidden[plan.rows_in_valid]
-    q = torch.nn.functional.linear(normed[plan.rows_in_valid], w_query) + token_part[plan.row_tokens[0], :query_size]
+    q = weights.project_hidden(hidden, queries) + token_part[plan.row_tokens[0], queries]
     q = q.unflatten(-1, (-1, weights.config.head_dim))
 
     keys: list[Tensor] = []
@@ -47,15 +48,13 @@ def unroll(weights: Weights, rotary: Tensor, embeddings: Tensor, features: Tenso
     for step in range(plan.steps):
         table = rotary[:, plan.time + step]
         if step:
-            normed = weights.rms_norm(hidden, weights.hidden_norm)
-            qkv = torch.nn.functional.linear(normed, weights.hidden_qkv) + token_part[plan.row_tokens[step]]
-            q, k, v = weights.split_heads(qkv)
+            q, k, v = weights.split_heads(weights.project_hidden(hidden) + token_part[plan.row_tokens[step]])
             keys.append(rotate(k, table))
-            values.append(v)
+            values.append(v.contiguous())  # a view would keep q and k as well
         attended = unroll_attention(backend, rows, rotate(q, table), k0, v0, keys, values)
         hidden = weights.finish_layer(hidden, attended)
         outputs.append(hidden)
-    return torch.stack(outputs)
+    return outputs
 
 
 def _scatter(rows: Tensor, index: Tensor, spans: tuple[int, int]) -> Tensor:

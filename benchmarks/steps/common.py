@@ -1,0 +1,192 @@
+"""What the timed trainers share: the shapes, a random target with one batch, and the loop that obeys the benchmark.
+
+Every trainer gets the very same target, tokens, loss mask and draft vocabulary. A random target's favourite tokens lie
+anywhere in its vocabulary, so the draft vocabulary is made of its favourites on this batch first, as a real one covers
+what the target says: every supervised position then costs its full work.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TARGET_LAYERS = 8
+AUX_LAYERS = (2, 4, 5)
+TTT_LENGTH = 7
+LEARNING_RATE = 1e-4
+MAX_GRAD_NORM = 0.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row of the benchmark; H, I, V, D as in docs/architecture.md."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    draft_vocab: int
+    batch: int
+    tokens: int
+    target_layers: int = TARGET_LAYERS
+
+    def llama(self) -> Any:
+        """The target's configuration."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            vocab_size=self.vocab,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.target_layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            head_dim=self.hidden // self.heads,
+            max_position_embeddings=self.tokens + 64,
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("small", 256, 768, 4, 2, 2_048, 1_024, 2, 512),
+        Shape("medium", 512, 1_536, 8, 2, 32_000, 8_000, 2, 1_024),
+        Shape("long", 512, 1_536, 8, 2, 32_000, 8_000, 1, 4_096),
+        Shape("wide", 512, 1_536, 8, 2, 32_000, 32_000, 1, 4_096),
+        Shape("gpu-2x2048", 4_096, 14_336, 32, 8, 128_256, 32_000, 2, 2_048),
+        Shape("gpu-1x8192", 4_096, 14_336, 32, 8, 128_256, 32_000, 1, 8_192),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A random target and one batch.
+
+    Attributes:
+        shape: of both.
+        model: the target, frozen.
+        tokens: int64 [B, T].
+        loss_mask: bool [B, T], True on the assistant's tokens: all after the prompt.
+        t2d: bool [V].
+        d2t: offsets, int64 [D].
+        device: of all of these.
+        dtype: of the target.
+    """
+
+    shape: Shape
+    model: Any
+    tokens: Tensor
+    loss_mask: Tensor
+    t2d: Tensor
+    d2t: Tensor
+    device: torch.device
+    dtype: torch.dtype
+
+
+def make_batch(shape: Shape, supervised: float) -> tuple[Tensor, Tensor]:
+    """Random tokens int64 [B, T] and the loss mask bool [B, T]; see `make_scene`."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(shape.vocab, (shape.batch, shape.tokens), generator=generator)
+    loss_mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    loss_mask[:, round(shape.tokens * (1.0 - supervised)) :] = True
+    return tokens, loss_mask
+
+
+def make_scene(shape: Shape, supervised: float, device: torch.device, dtype: torch.dtype) -> Scene:
+    """Makes target and batch, the same for every trainer.
+
+    Args:
+        shape: of both.
+        supervised: share of each conversation that is the assistant's; the prompt stands before it.
+        device: where they are made.
+        dtype: of the target.
+    """
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    with device:
+        model = LlamaForCausalLM(shape.llama()).to(dtype).eval().requires_grad_(False)
+    tokens, loss_mask = (tensor.to(device) for tensor in make_batch(shape, supervised))
+    t2d = torch.zeros(shape.vocab, dtype=torch.bool, device=device)
+    with torch.no_grad():
+        states = model.model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        for rows in states.split(512):
+            t2d[model.lm_head(rows).argmax(-1)] = True
+    room = shape.draft_vocab - int(t2d.sum())
+    t2d[(~t2d).nonzero()[:, 0][: max(room, 0)]] = True
+    ids = t2d.nonzero()[:, 0][: shape.draft_vocab]
+    t2d = torch.zeros_like(t2d)
+    t2d[ids] = True
+    return Scene(shape, model, tokens, loss_mask, t2d, ids - torch.arange(len(ids), device=device), device, dtype)
+
+
+class Features:
+    """The target's forward pass as the peers get it here: hooks for the three features, no logits."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self._taken = model, {}
+        for layer in AUX_LAYERS:
+            model.model.layers[layer - 1].register_forward_hook(self._take(layer))
+
+    def _take(self, layer: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            self._taken[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [B, T, 3H] and the states after the final norm [B, T, H]."""
+        final = self.model.model(tokens, use_cache=False).last_hidden_state
+        return torch.cat([self._taken[layer] for layer in AUX_LAYERS], -1), final
+
+
+def now(device: torch.device) -> float:
+    """Seconds, after all work of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Peak of this process in bytes: resident memory, or the GPU's where there is one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def serve(build: Callable[[Scene, str], Callable[[], float]]) -> None:
+    """Obeys the benchmark: one line of settings, then a step for every further line; answers in JSON lines.
+
+    Args:
+        build: makes the trainer of a scene and an attention backend; what it returns does one whole step, from the
+            target's forward pass to the changed weights, and gives the loss.
+    """
+    settings = json.loads(sys.stdin.readline())
+    torch.set_num_threads(settings["threads"])
+    device = torch.device(settings["device"])
+    shape = replace(SHAPES[settings["shape"]], **settings["changes"])
+    scene = make_scene(shape, settings["supervised"], device, getattr(torch, settings["dtype"]))
+    step = build(scene, settings["attention"])
+    print(json.dumps({"ready": True}), flush=True)
+    for _ in sys.stdin:
+        started = now(device)
+        loss = step()
+        seconds = now(device) - started
+        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak_memory(device)}), flush=True)

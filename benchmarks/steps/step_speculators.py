@@ -1,0 +1,79 @@
+"""One training step of vLLM speculators: its draft model with its losses and AdamW, on the scene of the benchmark.
+
+Conversations are packed into one row with document ids, as its data loader does.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from common import AUX_LAYERS, LEARNING_RATE, MAX_GRAD_NORM, TTT_LENGTH, Features, Scene, serve
+
+
+def build(scene: Scene, attention: str) -> Callable[[], float]:
+    """Its model on a folder that holds the target's embedding, norm and head, which is all it reads of it."""
+    from speculators.losses import resolve_loss_config
+    from speculators.models.eagle3.core import Eagle3DraftModel
+
+    target, config = scene.model, scene.shape.llama()
+    folder = tempfile.TemporaryDirectory()
+    target.config.save_pretrained(folder.name)
+    tensors = {
+        "model.embed_tokens.weight": target.model.embed_tokens.weight,
+        "model.norm.weight": target.model.norm.weight,
+        "lm_head.weight": target.lm_head.weight,
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder.name) / "model.safetensors")
+    config.num_hidden_layers = 1
+    draft = Eagle3DraftModel.from_training_args(
+        config,
+        t2d=scene.t2d.cpu(),
+        d2t=scene.d2t.cpu(),
+        draft_vocab_size=scene.shape.draft_vocab,
+        norm_before_residual=False,
+        ttt_steps=TTT_LENGTH,
+        verifier_name_or_path=folder.name,
+        draft_attn_impl=attention,
+        target_layer_ids=list(AUX_LAYERS),
+    ).to(scene.device, scene.dtype)
+    # It norms the states itself, so that the target's forward pass stops before the final norm.
+    target.model.norm = torch.nn.Identity()
+    implementation = "fused" if scene.device.type == "cuda" else "eager"
+    losses = resolve_loss_config("kl_div", implementation)
+    trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
+    features = Features(target)
+    tokens, loss_mask = scene.tokens.flatten().unsqueeze(0), scene.loss_mask.flatten().unsqueeze(0)
+    batch, length = scene.tokens.shape
+    documents = torch.arange(batch, device=scene.device).repeat_interleave(length).unsqueeze(0)
+    positions = 1 + torch.arange(length, device=scene.device).repeat(batch).unsqueeze(0)
+
+    def step() -> float:
+        hidden, final = features(scene.tokens)
+        _, loss, _ = draft(
+            hidden_states=hidden.flatten(0, 1).unsqueeze(0),
+            input_ids=tokens,
+            document_ids=documents,
+            loss_mask=loss_mask,
+            position_ids=positions,
+            verifier_last_hidden_states=final.flatten(0, 1).unsqueeze(0),
+            ttt_steps=TTT_LENGTH,
+            ttt_step_loss_decay=0.8,
+            loss_config=losses,
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+if __name__ == "__main__":
+    serve(build)
