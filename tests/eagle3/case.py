@@ -177,5 +177,5 @@ def random_case(
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """Norm of the difference over the norm of the truth; 0 where both are zero."""
-    difference = float((value.double() - truth.double()).norm())
+    difference = float((value.detach().double() - truth.detach().double()).norm())
     return difference / float(truth.double().norm()) if difference else 0.0

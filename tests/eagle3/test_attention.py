@@ -74,12 +74,15 @@ def random_inputs(
     share: float = 0.7,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    first: int = 0,
 ) -> Inputs:
-    """Random queries at a random share of the positions, and `later` diagonal keys each."""
+    """Random queries at a random share of the positions from `first` on, and `later` diagonal keys each."""
     generator = torch.Generator().manual_seed(seed)
     span, (query_heads, kv_heads) = max(lengths), heads
     active = torch.rand(len(lengths), span, generator=generator) < share
     active &= torch.arange(span) < torch.tensor(lengths).unsqueeze(1)
+    first = min(first, span - 1)
+    active[:, :first] = False
     index = active.flatten().nonzero()[:, 0]
     count = len(index)
     shapes = [
@@ -89,7 +92,7 @@ def random_inputs(
     ]
     tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     weight = torch.randn(count, query_heads, size, generator=generator)
-    return Inputs(lengths, Rows(index.to(device), len(lengths), span), tensors, weight.to(device))
+    return Inputs(lengths, Rows(index.to(device), len(lengths), span, first), tensors, weight.to(device))
 
 
 def assert_same(found: list[Tensor], truth: list[Tensor], tolerance: float) -> None:
@@ -119,26 +122,28 @@ shapes = given(
     heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (4, 1), (6, 2)]),
     size=st.sampled_from([2, 6, 8, 16, 24]),
     share=st.sampled_from([0.0, 0.2, 0.7, 1.0]),
+    first=st.sampled_from([0, 0, 1, 7, 30]),
 )
 
 
 @shapes
 @settings(max_examples=100, deadline=None)
-def test_float32_equals_the_dense_mask(seed, lengths, later, heads, size, share):
-    inputs = random_inputs(seed, lengths, later, heads=heads, size=size, share=share)
+def test_float32_equals_the_dense_mask(seed, lengths, later, heads, size, share, first):
+    inputs = random_inputs(seed, lengths, later, heads=heads, size=size, share=share, first=first)
     assert_same(inputs.run("sdpa"), inputs.dense(), 1e-5)
 
 
 @shapes
 @settings(max_examples=100, deadline=None)
-def test_bfloat16_is_close_to_the_dense_mask(seed, lengths, later, heads, size, share):
-    inputs = random_inputs(seed, lengths, later, heads=heads, size=size, share=share, dtype=torch.bfloat16)
+def test_bfloat16_is_close_to_the_dense_mask(seed, lengths, later, heads, size, share, first):
+    inputs = random_inputs(seed, lengths, later, heads=heads, size=size, share=share, first=first, dtype=torch.bfloat16)
     assert_close(inputs.run("sdpa"), inputs.dense(), 1e-2)
 
 
 @pytest.mark.parametrize("length", [129, 600])  # over the CPU kernel's block edges
-def test_long_conversations(length):
-    inputs = random_inputs(0, [length, 65], 3, heads=(2, 1), share=0.5)
+@pytest.mark.parametrize("first", [0, 64, 100])
+def test_long_conversations(length, first):
+    inputs = random_inputs(0, [length, 65], 3, heads=(2, 1), share=0.5, first=first)
     assert_same(inputs.run("sdpa"), inputs.dense(), 1e-5)
 
 
@@ -157,6 +162,17 @@ def test_no_query_sees_padding():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not second[2][1, :, 4:].any()
     assert not second[3][1, :, 4:].any()
+
+
+def test_the_window_begins_at_the_block_of_the_first_query():
+    index = torch.tensor([70, 200 + 130])
+    rows = Rows.of(index, batch=2, length=200)
+    assert (rows.first, rows.window) == (64, 136)
+    values = torch.randn(2, 3, 4)
+    dense = rows.scatter(values)
+    assert torch.equal(dense[0, :, 70 - 64], values[0])
+    assert torch.equal(dense[1, :, 130 - 64], values[1])
+    assert torch.equal(rows.gather(dense), values)
 
 
 def test_flex_attention_on_cpu_becomes_sdpa_with_one_line(caplog):
@@ -182,12 +198,13 @@ def test_float32_on_a_gpu_is_sent_to_the_backend_that_takes_it():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize(("later", "heads"), [(0, (4, 2)), (3, (4, 2)), (6, (4, 4))])
-def test_flex_attention_has_the_same_values_on_cpu(monkeypatch, later, heads):
+@pytest.mark.parametrize("first", [0, 5])
+def test_flex_attention_has_the_same_values_on_cpu(monkeypatch, later, heads, first):
     """Only its backward, and its compiled kernel, need a GPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
     monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
-    inputs = random_inputs(5, [20, 11], later, heads=heads, size=16)
+    inputs = random_inputs(5, [20, 11], later, heads=heads, size=16, first=first)
     q, k0, v0, *diagonal = inputs.tensors
     with torch.no_grad():
         out = unroll_attention("flex_attention", inputs.rows, q, k0, v0, diagonal[:later], diagonal[later:])
@@ -199,6 +216,7 @@ def test_flex_attention_has_the_same_values_on_cpu(monkeypatch, later, heads):
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
 @pytest.mark.parametrize(("later", "heads"), [(0, (8, 2)), (3, (8, 2)), (6, (4, 4))])
 @pytest.mark.parametrize("lengths", [[300, 65], [128, 128]])
-def test_both_backends_on_a_gpu(backend, later, heads, lengths):
-    inputs = random_inputs(7, lengths, later, heads=heads, size=64, dtype=torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("first", [0, 64])
+def test_both_backends_on_a_gpu(backend, later, heads, lengths, first):
+    inputs = random_inputs(7, lengths, later, heads=heads, size=64, dtype=torch.bfloat16, device="cuda", first=first)
     assert_close(inputs.run(backend), inputs.dense(), 1e-2)

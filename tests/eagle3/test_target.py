@@ -16,7 +16,7 @@ from draft_model.eagle3.step import Objective
 from draft_model.eagle3.target import Target, load_target
 from draft_model.errors import DraftModelError
 
-from .families import FAMILIES, HIDDEN, LAYERS, VOCAB, save_target
+from .families import FAMILIES, HIDDEN, LAYERS, SHAPE, VOCAB, save_target
 
 LENGTHS = (19, 11, 5)  # longer than the families' sliding windows, and not
 
@@ -147,3 +147,28 @@ def test_a_folder_that_cannot_be_loaded_is_a_users_mistake(broken, tmp_path):
         weights.write_bytes(weights.read_bytes()[:3000])
     with pytest.raises(DraftModelError, match="cannot be loaded"):
         load_target(folder, (2, 4, 5), torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("GraniteConfig", {"logits_scaling": 5.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}),
+        ("CohereConfig", {"logit_scale": 0.25}),
+        ("Gemma2Config", {"head_dim": 16, "final_logit_softcapping": 0.5}),
+    ],
+)
+def test_logits_that_are_scaled_or_capped(name, settings, tmp_path):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**SHAPE, **settings))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    model.save_pretrained(tmp_path)
+    target = load_target(tmp_path, (2, 4, 5), torch.float32, torch.device("cpu"))
+    tokens = torch.arange(3, 20)
+    (state,) = target.states(collate([(tokens, tokens > 0)]))
+    with torch.no_grad():
+        expected = model.eval()(tokens.unsqueeze(0)).logits[0]
+    torch.testing.assert_close(target.logits(state[:, 3 * HIDDEN :]), expected, rtol=1e-4, atol=1e-5)
+    plain = torch.nn.functional.linear(state[:, 3 * HIDDEN :], target.head)
+    assert not torch.allclose(plain, expected, rtol=1e-2, atol=1e-3)

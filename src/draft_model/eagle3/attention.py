@@ -13,6 +13,7 @@ the gradient of its score is p (do.v - D). A flash backward kernel computes just
 so calling it with the MERGED o and L gives the step-0 part's exact dq, dk, dv; the diagonal part is elementwise:
 dv_m = p_m do,  db_m = p_m (do.v_m - D),  dq += s db_m k_m,  dk_m = s db_m q. No mask and no growing cache exist.
 
+The same merge joins a full attention over the prompts that come before every query with a causal one over the rest.
 Sequences are padded on the right, so the causal mask alone keeps every real query from every padding key.
 """
 
@@ -32,6 +33,9 @@ from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)
 
+BLOCK = 64  # queries that flash kernels take at once
+FLEX_BLOCK = 128
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -41,49 +45,107 @@ class Rows:
         index: flat positions b * S + t, ascending, int64 [N].
         batch: B.
         length: S.
+        first: no conversation has a query before this t; W = S - first positions are attended from.
     """
 
     index: Tensor
     batch: int
     length: int
+    first: int = 0
+
+    @classmethod
+    def of(cls, index: Tensor, batch: int, length: int) -> Rows:
+        """The rows with the shortest window, in whole blocks of the kernels."""
+        first = int((index % length).min()) if len(index) else 0
+        return cls(index, batch, length, first - first % BLOCK)
+
+    @property
+    def window(self) -> int:
+        """W."""
+        return self.length - self.first
+
+    @functools.cached_property
+    def _place(self) -> Tensor:
+        """Where the rows stand in the flat B x W."""
+        return self.index - (self.index.div(self.length, rounding_mode="floor") + 1) * self.first
 
     def scatter(self, rows: Tensor) -> Tensor:
-        """Puts rows [N, heads, d] at their positions: [B, heads, S, d], zero elsewhere."""
-        dense = rows.new_zeros(self.batch * self.length, *rows.shape[1:])
-        dense[self.index] = rows
-        return dense.view(self.batch, self.length, *rows.shape[1:]).transpose(1, 2)
+        """Puts rows [N, heads, d] at their positions: [B, heads, W, d], zero elsewhere."""
+        dense = rows.new_zeros(self.batch * self.window, *rows.shape[1:])
+        dense[self._place] = rows
+        return dense.view(self.batch, self.window, *rows.shape[1:]).transpose(1, 2)
 
     def gather(self, dense: Tensor) -> Tensor:
-        """Takes the rows [N, heads, ...] out of [B, heads, S, ...]."""
-        return dense.transpose(1, 2).reshape(self.batch * self.length, *_head_shape(dense))[self.index]
+        """Takes the rows [N, heads, ...] out of [B, heads, W, ...]."""
+        return dense.transpose(1, 2).reshape(self.batch * self.window, *_head_shape(dense))[self._place]
 
 
 def _head_shape(dense: Tensor) -> tuple[int, ...]:
     return (dense.shape[1], *dense.shape[3:])
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """Flash attention of [B, heads, S, d] with its log-sum-exp [B, heads, S], and what its backward needs."""
+@dataclass(frozen=True)
+class _Part:
+    """One flash attention, as its backward needs it.
+
+    Attributes:
+        keys: which of the S step-0 keys it reads.
+        causal: whether query w sees the first w of them only.
+        extra: of the CUDA kernel.
+    """
+
+    keys: slice
+    causal: bool
+    extra: tuple[Any, ...]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, keys: slice, causal: bool) -> tuple[Tensor, Tensor, _Part]:
+    """Flash attention [B, heads, W, d] over some of the keys, and its log-sum-exp [B, heads, W]."""
+    k, v = k[:, :, keys], v[:, :, keys]
     if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
-        return out, lse, ()
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        return out, lse, _Part(keys, causal, ())
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True)
-    return out, lse, tuple(rest[:6])
+    out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+    return out, lse, _Part(keys, causal, tuple(rest[:6]))
+
+
+def _causal(rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[_Part, ...]]:
+    """Causal attention of a window of queries [B, heads, W, d], its log-sum-exp, and the parts it was made of.
+
+    Before the window lie prompts, whose keys every query sees: a full attention over these and a causal one over the
+    window's own keys, merged like the diagonal.
+    """
+    out, lse, tail = _flash(q, k, v, slice(rows.first, None), causal=True)
+    if not rows.first:
+        return out, lse, (tail,)
+    before, before_lse, head = _flash(q, k, v, slice(rows.first), causal=False)
+    total = torch.logaddexp(lse, before_lse)
+    weight, before_weight = ((part - total).exp().unsqueeze(-1) for part in (lse, before_lse))
+    return (out * weight + before * before_weight).to(q.dtype), total, (head, tail)
 
 
 def _causal_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, extra: tuple[Any, ...]
+    parts: tuple[_Part, ...], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; `out` and `lse` are those of the whole, merged attention."""
+    found = [_part_backward(part, grad, q, k[:, :, part.keys], v[:, :, part.keys], out, lse) for part in parts]
+    dq, dk, dv = zip(*found, strict=True)
+    return sum(dq[1:], dq[0]), torch.cat(dk, 2), torch.cat(dv, 2)
+
+
+def _part_backward(
+    part: _Part, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     if q.device.type == "cpu":
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return cast("tuple[Tensor, Tensor, Tensor]", backward(grad, q, k, v, out, lse, 0.0, True))
+        return cast("tuple[Tensor, Tensor, Tensor]", backward(grad, q, k, v, out, lse, 0.0, part.causal))
     kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    cum_q, cum_k, max_q, max_k, seed, offset = extra
+    cum_q, cum_k, max_q, max_k, seed, offset = part.extra
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, True, seed, offset
+        grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, part.causal, seed, offset
     )
     return dq, *(x.unflatten(1, (kv_heads, group)).sum(2) for x in (dk, dv))
 
@@ -105,7 +167,7 @@ class _MergedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Rows, q: Tensor, k0: Tensor, v0: Tensor, *diagonal: Tensor) -> Tensor:
-        dense_out, dense_lse, extra = _causal(rows.scatter(q), k0, v0)
+        dense_out, dense_lse, parts = _causal(rows, rows.scatter(q), k0, v0)
         steps = len(diagonal) // 2
         out, lse = rows.gather(dense_out), rows.gather(dense_lse)  # [N, heads, d], [N, heads]
         if steps:
@@ -117,7 +179,7 @@ class _MergedAttention(torch.autograd.Function):
             merged = _grouped(out, k.shape[1]) * (causal_lse - total).exp().unsqueeze(-1)
             merged += torch.einsum("nhgi,nhid->nhgd", (scores - total.unsqueeze(-1)).exp(), v)
             out, lse = merged.flatten(1, 2).to(q.dtype), total.flatten(1)
-        ctx.rows, ctx.steps, ctx.extra = rows, steps, extra
+        ctx.rows, ctx.steps, ctx.parts = rows, steps, parts
         ctx.save_for_backward(q, k0, v0, out, lse, *diagonal)
         return out
 
@@ -128,7 +190,7 @@ class _MergedAttention(torch.autograd.Function):
         # Contiguous: CUDA's flash backward takes no strides of the log-sum-exp.
         dense_lse = rows.scatter(lse.unsqueeze(-1)).squeeze(-1).contiguous()
         dense = _causal_backward(
-            rows.scatter(grad), rows.scatter(q), k0, v0, rows.scatter(merged), dense_lse, ctx.extra
+            ctx.parts, rows.scatter(grad), rows.scatter(q), k0, v0, rows.scatter(merged), dense_lse
         )  # fmt: skip
         dq, dk0, dv0 = rows.gather(dense[0]), dense[1], dense[2]
         if not steps:
@@ -151,19 +213,18 @@ class _MergedAttention(torch.autograd.Function):
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)
 
 
 def _flex_attention(rows: Rows, q: Tensor, k0: Tensor, v0: Tensor, *diagonal: Tensor) -> Tensor:
     """The same value by PyTorch's FlexAttention, which returns a differentiable log-sum-exp; needs a GPU."""
-    dense_out, dense_lse = _compiled_flex()(
-        rows.scatter(q),
-        k0,
-        v0,
-        block_mask=_block_mask(rows.length, q.device),
-        enable_gqa=True,
-        return_lse=True,
-    )
+    # Whole blocks, lest every length be a kernel of its own; only padded queries see padded keys.
+    queries, keys, values = (
+        functional.pad(x, (0, 0, 0, -x.shape[2] % FLEX_BLOCK)) for x in (rows.scatter(q), k0, v0)
+    )  # fmt: skip
+    mask = _block_mask(queries.shape[2], keys.shape[2], rows.first, q.device)
+    dense_out, dense_lse = _compiled_flex()(queries, keys, values, block_mask=mask, enable_gqa=True, return_lse=True)
+    dense_out, dense_lse = dense_out[:, :, : rows.window], dense_lse[:, :, : rows.window]
     steps = len(diagonal) // 2
     if not steps:
         return rows.gather(dense_out)
@@ -180,11 +241,11 @@ def _expand(v: Tensor, grouped: Tensor) -> Tensor:
     return v.unsqueeze(2).expand(-1, -1, grouped.shape[2], -1, -1)
 
 
-@functools.lru_cache(maxsize=16)
-def _block_mask(length: int, device: torch.device) -> Any:
+@functools.lru_cache(maxsize=64)
+def _block_mask(queries: int, keys: int, first: int, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    return create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length, device=str(device))
+    return create_block_mask(lambda b, h, q, k: q + first >= k, None, None, queries, keys, device=str(device))
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:

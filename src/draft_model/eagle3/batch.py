@@ -120,7 +120,7 @@ def plan_unroll(batch: Batch, steps: int) -> Plan:
         steps=steps,
         valid=flat_valid,
         valid_tokens=valid_batch * width + valid_time + 1,
-        rows=Rows(flat_rows, size, span),
+        rows=Rows.of(flat_rows, size, span),
         rows_in_valid=torch.searchsorted(flat_valid, flat_rows),
         time=row_time,
         row_tokens=row_batch * width + (row_time + ahead).clamp(max=width - 1),
