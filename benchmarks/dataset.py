@@ -4,12 +4,13 @@
     python benchmarks/dataset.py MODEL --peers PYTHON       # ... beside SpecForge and speculators, installed there
     python benchmarks/dataset.py MODEL --memory             # peak memory at 10,000 and 1,000,000 conversations
 
-Each contender reads the same JSONL and leaves a data set that a trainer can read, in a process of its own that is bound to
-as many cores as it has processes. Rounds are interleaved; the table gives medians. The clock runs from the call to the
-end of the preparation, worker processes included, without the import of libraries.
+Each contender reads the same JSONL and leaves a data set that a trainer can read, in a process of its own that is
+bound to as many cores as it has processes. Rounds are interleaved; the table gives medians. The clock runs from the
+call to the end of the preparation, worker processes included, without the import of libraries; CPU seconds of all its
+processes are what a busy machine disturbs less.
 
-The conversations are those of examples/smollm2 with 3 % of the words replaced by new ones, because a corpus of this size
-has too few different words, and typographic apostrophes in every tenth message.
+The conversations are those of examples/smollm2 with 3 % of the words replaced by new ones, because a corpus of this
+size has too few different words, and typographic apostrophes in every tenth message.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import gzip
 import json
 import os
 import random
+import resource
 import statistics
 import string
 import subprocess
@@ -166,13 +168,20 @@ def measure(name: str, model: Path, data: Path, processes: int) -> None:
 
     for module in ("transformers", "datasets", PREPARE.get(name, "draft_model.dataset.encode")):
         importlib.import_module(module)
+    importlib.import_module("transformers").AutoTokenizer.from_pretrained(model)  # imports more when it is used
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:processes]))
     peak = _PeakMemory()
     with tempfile.TemporaryDirectory() as work:
         start = time.perf_counter()
+        before = _cpu_seconds()
         rows, tokens = CONTENDERS[name](model, data, Path(work), processes)
-        seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "rows": rows, "tokens": tokens, "peak": peak.stop()}))
+        seconds, cpu = time.perf_counter() - start, _cpu_seconds() - before
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "rows": rows, "tokens": tokens, "peak": peak.stop()}))
+
+
+def _cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 class _PeakMemory:
@@ -241,19 +250,22 @@ def compare_speed(model: Path, rows: int, rounds: int, peers: str | None) -> Non
                     else:
                         names.remove(name)
     print(
-        f"| {rows} conversations | processes | rows/s | tokens/s | tokens/s a core | MB | rows kept |\n|---|---|---|---|---|---|---|"
+        f"| {rows} conversations | processes | rows/s | tokens/s | tokens per CPU second | MB | rows kept |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for (name, processes), found in sorted(runs.items(), key=lambda run: run[0][1]):
         seconds = statistics.median(run["seconds"] for run in found)
+        cpu = statistics.median(run["cpu"] for run in found)
         tokens = found[0]["tokens"] / seconds
+        per_cpu = found[0]["tokens"] / cpu
         print(
-            f"| {name} | {processes} | {found[0]['rows'] / seconds:,.0f} | {tokens:,.0f} | {tokens / processes:,.0f} | "
+            f"| {name} | {processes} | {found[0]['rows'] / seconds:,.0f} | {tokens:,.0f} | {per_cpu:,.0f} | "
             f"{max(run['peak'] for run in found) / 1e6:,.0f} | {found[0]['rows']:,} |"
         )
 
 
 def compare_memory(model: Path, sizes: list[int]) -> None:
-    """Prints peak memory by size, on short conversations."""
+    """Prints peak memory by size, on short conversations and one process, which is what a small input gets."""
     from draft_model import storage
 
     print("| conversations | seconds | peak MB |\n|---|---|---|")
@@ -262,7 +274,7 @@ def compare_memory(model: Path, sizes: list[int]) -> None:
         storage.publish(_tokenizer_of(model, Path(folder, "files")), str(imported), stage="import", properties={})
         for size in sizes:
             generate(data, size, words=12)
-            if found := run_apart("ours", sys.executable, imported, data, 2):
+            if found := run_apart("ours", sys.executable, imported, data, 1):
                 print(f"| {size:,} | {found['seconds']:.0f} | {found['peak'] / 1e6:,.0f} |", flush=True)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 from collections import Counter
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from draft_model import storage
 from draft_model.dataset import DatasetConfig, Split, encode, load_vocabulary, run
 from draft_model.dataset.encode import load_tokenizer
+from draft_model.dataset.words import WordTokenizer
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 
@@ -75,9 +77,11 @@ def test_counts_of_result_report_manifest_and_shards_agree(tmp_path, build, mode
     assert (result.train.rows_in, result.train.rows_kept, result.train.rows_rejected) == (124, 121, 3)
     assert (result.validation.rows_in, result.validation.rows_rejected) == (30, 0)
     rejected = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
-    assert [(record["split"], record["line"], record["reason"]) for record in rejected] == [
-        ("train", 121, "not JSON"), ("train", 122, "empty"), ("train", 125, "not UTF-8"),
-    ]  # fmt: skip
+    assert [tuple(record[name] for name in ("split", "file", "line", "reason")) for record in rejected] == [
+        ("train", "train.jsonl", 121, "not JSON"),
+        ("train", "train.jsonl", 122, "empty"),
+        ("train", "train.jsonl", 125, "not UTF-8"),
+    ]
     manifest = storage.read_manifest(str(folder), stage="dataset")
     told = report(tmp_path)
     counts = Counter()
@@ -89,6 +93,7 @@ def test_counts_of_result_report_manifest_and_shards_agree(tmp_path, build, mode
         assert summary.supervised_tokens == sum(row.loss_mask.sum() for row in rows)
         assert summary.rows_truncated == told["splits"][name]["rows_truncated"]
         assert sum(bin["rows"] for bin in told["splits"][name]["length_histogram"]) == len(rows)
+        assert sum(told["splits"][name]["assistant_turns"].values()) == len(rows)
         assert told["splits"][name]["length_quantiles"]["p100"] == split.lengths.max() <= 128
         assert manifest.properties["splits"][name]["tokens"] == summary.tokens
         if name == "train":
@@ -99,8 +104,9 @@ def test_counts_of_result_report_manifest_and_shards_agree(tmp_path, build, mode
     assert told["splits"]["train"]["distinct_supervised_tokens"] == len(counts)
     tokenizer = load_tokenizer(models["qwen2"])
     first = Split(folder / "train")[0]
-    assert "".join(text for text, _ in told["sample"]) == tokenizer.decode(first.input_ids)
-    shown = "".join(text for text, supervised in told["sample"] if supervised)
+    assert len(told["samples"]) == 3
+    assert "".join(text for text, _ in told["samples"][0]) == tokenizer.decode(first.input_ids)
+    shown = "".join(text for text, supervised in told["samples"][0] if supervised)
     assert shown == tokenizer.decode(first.input_ids[first.loss_mask])
 
 
@@ -168,12 +174,15 @@ def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path
         result = build(out=out, build_dataset_num_proc=processes, **given)
         assert not result.reused
     one = files(tmp_path / "one")
+    (shard,) = (name for name in one if name.endswith(".parquet"))
     assert set(one) == {
         "manifest.json",
         "rejected.jsonl",
         "report.json",
+        "report.html",
         "vocabulary.safetensors",
-        "train/part-00000.parquet",
+        "train/shards.json",
+        shard,
     }
     assert one == files(tmp_path / "again") == files(tmp_path / "two")
 
@@ -191,7 +200,7 @@ def test_what_is_built_is_not_built_again_until_something_that_shapes_it_changes
     path = tmp_path / "train.jsonl"
     given = {"dataset_train_split": write(path, some_rows(20))}
     first = build(**given)
-    shard = tmp_path / "out" / "train" / "part-00000.parquet"
+    (shard,) = (tmp_path / "out" / "train").glob("*.parquet")
     written = shard.stat().st_mtime_ns
     again = build(**given, learning_rate=0.5, build_dataset_num_proc=2)
     assert (again.reused, shard.stat().st_mtime_ns) == (True, written)
@@ -246,7 +255,7 @@ def test_all_unusable_inputs_are_told_at_once(tmp_path, build):
     config.write_text('{"draft_vocab_size": 1000000}')
     with pytest.raises(DraftModelError) as caught:
         build(
-            dataset_train_split=str(tmp_path / "absent.jsonl"), dataset_validation_split=str(tmp_path),
+            dataset_train_split=str(tmp_path / "absent.jsonl"), dataset_validation_split=str(tmp_path / "*.jsonl"),
             draft_model_config=str(config),
         )  # fmt: skip
     told = "\n".join(caught.value.problems)
@@ -297,7 +306,7 @@ def test_a_process_that_dies_is_told_and_what_to_do(models):
     encoder = encode.Encoder(encode.EncoderSettings(models["qwen2"], "qwen", 100, 600))
     told = pytest.raises(DraftModelError, match=r"build_dataset_num_proc: .* memory")
     with encode.Encoders(encoder, 2) as encoders, told:
-        list(encoders.map([[Deadly()]] * 20))
+        list(encoders.map([(None, [Deadly()])] * 20))
 
 
 def test_everything_may_lie_in_an_object_store(tmp_path, models, object_store):
@@ -321,3 +330,85 @@ def test_everything_may_lie_in_an_object_store(tmp_path, models, object_store):
     assert len(Split(folder / "train")) == results[0].train.rows_kept == 40
     assert len(Split(folder / "validation")) == 9
     assert load_vocabulary(folder)[1].shape == (64,)
+
+
+HOSTILE = "<script>alert(1)</script> &amp; \"quote\" '</mark>' <img src=x onerror=y>"
+
+
+def test_the_report_shows_three_conversations_coloured_and_runs_no_markup_of_the_data(tmp_path, build):
+    rows = [row(f"{HOSTILE} {n}", f"answer {n} {HOSTILE}") for n in range(5)]
+    name = "<b>x</b>.jsonl"
+    bad = json.dumps({"messages": [{"role": HOSTILE, "content": "a"}]}).encode()
+    build(dataset_train_split=write(tmp_path / name.replace("/", ""), [*rows, bad]), max_rejected_fraction=0.5)
+    page = (tmp_path / "out" / "report.html").read_text()
+    seen = Page()
+    seen.feed(page)
+    assert seen.tags <= {
+        "html", "head", "meta", "link", "title", "style", "body", "h1", "h2", "h3", "p", "table", "tr", "th", "td", "i",
+        "pre", "mark",
+    }  # fmt: skip
+    assert len(seen.pre) == 3
+    for number, (whole, marked) in enumerate(zip(seen.pre, seen.marked, strict=True)):
+        assert marked == f"answer {number} {HOSTILE}<|im_end|>"
+        assert f"{HOSTILE} {number}<|im_end|>" in whole
+    text = " ".join(seen.text.split())
+    for told in ("rows in 6", "kept 5", "rejected 1", "unknown role", "1 5", "100.00 %", "<b>x<b>.jsonl"):
+        assert told in text
+
+
+class Page(HTMLParser):
+    """What a browser sees: tags, text, and the three conversations."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text, self.pre, self.marked, self.open = set(), "", [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+        if tag == "pre":
+            self.pre.append("")
+            self.marked.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += f"{data} "  # cells stand apart
+        if "pre" in self.open:
+            self.pre[-1] += data
+            self.marked[-1] += data if "mark" in self.open else ""
+
+
+def test_a_line_of_many_megabytes_is_cut_without_tokenising_it_all(tmp_path, build, models, monkeypatch):
+    asked = []
+    own = WordTokenizer.encode
+
+    def counting(self, texts):
+        asked.append(sum(map(len, texts)))
+        return own(self, texts)
+
+    monkeypatch.setattr(WordTokenizer, "encode", counting)
+    answer = "the quick brown fox " * 500_000
+    data = write(tmp_path / "train.jsonl", [row("?", answer), row("a", "b")])
+    result = build(dataset_train_split=data, max_length=64)
+    assert (result.train.rows_kept, result.train.rows_truncated) == (2, 1)
+    assert sum(asked) < 100_000
+    tokenizer = load_tokenizer(models["qwen2"])
+    prompt = "<|im_start|>system\nYou are Qwen, a helpful assistant.<|im_end|>\n<|im_start|>user\n?<|im_end|>\n"
+    text = f"{prompt}<|im_start|>assistant\n{answer[:4000]}"
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert Split(tmp_path / "out" / "train")[0].input_ids.tolist() == whole[:64]
+
+
+def test_where_tokens_are_long_more_of_the_text_is_looked_at(tmp_path, build):
+    answer = " ".join(["quick brown"] * 3000)
+    lengths = set()
+    for limit, cut in ((2000, 1), (20_000, 0)):
+        data = write(tmp_path / "a.jsonl", [row("?", answer)])
+        result = build(dataset_train_split=data, max_length=limit, out=str(limit))
+        assert result.train.rows_truncated == cut
+        lengths.add(result.train.tokens)
+    assert 2000 in lengths
+    assert max(lengths) > 2000

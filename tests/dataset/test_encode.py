@@ -26,7 +26,7 @@ WRITES = {  # what the kinds' templates make of an answer's text
     "qwen3": str,
     "llama3": str.strip,
     "deepseek": lambda text: text.split("</think>")[-1],
-    "gpt-oss": str,
+    "gpt-oss": lambda text: "<|channel|>final<|message|>" + text,
 }
 
 
@@ -93,7 +93,8 @@ def conversations(draw):
 def test_supervised_tokens_are_the_answers_and_their_ends(encoders, kind, turns):
     encoder = encoders[kind]
     encoded = encoder.encode([(1, line(turns))])
-    expected = expected_runs({"qwen-bare": "qwen2"}.get(kind, kind.removesuffix("-bare")), turns)
+    written = {"qwen-bare": "qwen2", "smol-bare": "qwen2"}.get(kind, kind.removesuffix("-bare"))
+    expected = expected_runs(written, turns)
     if not expected:
         assert [reason for _, reason, _ in encoded.rejected] == ["nothing supervised"]
         return
@@ -101,7 +102,9 @@ def test_supervised_tokens_are_the_answers_and_their_ends(encoders, kind, turns)
     found, whole = supervised_runs(encoder, encoded)
     assert found == expected
     messages = [{"role": role, "content": text} for role, text, _ in turns]
-    assert whole == encoder.tokenizer.apply_chat_template(messages, tokenize=False, chat_template=encoder.jinja)
+    assert whole == encoder.tokenizer.apply_chat_template(
+        messages, tokenize=False, chat_template=encoder.renderer.jinja
+    )
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "llama3", "deepseek", "gpt-oss"])
@@ -109,19 +112,19 @@ def test_tokens_are_what_the_tokenizer_makes_of_the_conversation(encoders, kind)
     encoder = encoders[kind]
     turns = [("user", "what is it?", False), ("assistant", "the answer", False)] * 2
     messages = [{"role": role, "content": text} for role, text, _ in turns]
-    expected = encoder.tokenizer.apply_chat_template(messages, chat_template=encoder.jinja)["input_ids"]
+    expected = encoder.tokenizer.apply_chat_template(messages, chat_template=encoder.renderer.jinja)["input_ids"]
     assert encoder.encode([(1, line(turns))]).ids.tolist() == expected
 
 
 def test_a_token_never_spans_header_and_answer(encoders):
     encoder = encoders["qwen2"]
     joined = encoder.tokenizer.tokenize("<|im_start|>assistant\n\n\nthe answer")
-    assert "ĊĊ" in joined, "else this test shows nothing"
+    assert "ĊĊĊ" in joined, "else this test shows nothing"
     encoded = encoder.encode([(1, line([("user", "?", False), ("assistant", "\n\nthe answer", False)]))])
     assert supervised_runs(encoder, encoded)[0] == ["\n\nthe answer<|im_end|>"]
     first = int(np.flatnonzero(encoded.mask)[0])
     prompt = encoder.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "?"}], add_generation_prompt=True, chat_template=encoder.jinja
+        [{"role": "user", "content": "?"}], add_generation_prompt=True, chat_template=encoder.renderer.jinja
     )["input_ids"]
     assert encoded.ids[:first].tolist() == prompt, "the draft is trained on the prompts that it will serve"
 
@@ -192,7 +195,7 @@ def test_messages_with_control_tokens_are_refused(encoders, kind, token, speaker
 
 def test_a_template_that_hides_or_refuses_turns_is_noticed(models):
     encoder = Encoder(EncoderSettings(models["qwen2"], "qwen", 100, 600))
-    encoder.jinja = (
+    encoder.renderer.jinja = (
         "{% for m in messages %}"
         "{% if m.role == 'system' %}{{ raise_exception('no system role here') }}{% endif %}"
         "{% if m.role != 'assistant' or loop.last %}"

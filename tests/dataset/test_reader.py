@@ -1,42 +1,74 @@
 """Lines of every dialect are read alike; what cannot be used is refused with a reason and a place."""
 
-import gzip
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draft_model.dataset.reader import Rejected, Turn, chunks, numbered_lines, parse
-from draft_model.errors import DraftModelError
+from draft_model.dataset.reader import Rejected, chunks, parse
 
-TURNS = [Turn("system", "be short"), Turn("user", "hi"), Turn("assistant", "hello")]
+TURNS = [("system", "be short"), ("user", "hi"), ("assistant", "hello")]
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
 
 
 def as_line(row) -> bytes:
     return json.dumps(row).encode()
 
 
+SHAREGPT = {"user": "human", "assistant": "gpt"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+
+
 @pytest.mark.parametrize(
     "row",
     [
-        {"conversations": [{"role": turn.role, "content": turn.content} for turn in TURNS]},
-        {"id": 7, "messages": [{"role": turn.role, "content": turn.content, "weight": 1} for turn in TURNS]},
-        {"conversations": [
-            {"from": {"user": "human", "assistant": "gpt"}.get(turn.role, turn.role), "value": turn.content}
-            for turn in TURNS
-        ]},
-        {"conversations": [{"from": turn.role, "value": turn.content} for turn in TURNS]},
+        {"conversations": MESSAGES},
+        {"id": 7, "messages": [message | {"weight": 1} for message in MESSAGES]},
+        {"conversations": [{"from": SHAREGPT.get(role, role), "value": text} for role, text in TURNS]},
+        {"conversations": [{"from": role, "value": text} for role, text in TURNS]},
+        {"conversations": [{"role": role.replace("system", "developer"), "content": text} for role, text in TURNS]},
+        {"system": "be short", "conversations": MESSAGES[1:]},
         {"conversations": None, "tools": [], "messages": [
-            {"role": turn.role, "content": [
-                {"type": "text", "text": turn.content[:1]}, {"type": "text", "text": turn.content[1:]}
-            ]}
-            for turn in TURNS
+            {"role": role, "content": [{"type": "text", "text": text[:1]}, {"type": "text", "text": text[1:]}]}
+            for role, text in TURNS
         ]},
     ],
 )  # fmt: skip
 def test_dialects_are_read_alike(row):
-    assert parse(as_line(row)) == TURNS
+    read = parse(as_line(row))
+    assert (read.messages, read.cut, read.tools) == (MESSAGES, (False,), None)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        {"tool_calls": [CALL]},
+        {"tool_calls": json.dumps([CALL])},
+        {"tool_calls": [{"function": {"name": "f", "arguments": '{"a": 1}'}}]},
+        {"tool_calls": {"name": "f", "arguments": {"a": 1}}, "content": ""},
+        {"role": None, "from": "function_call", "value": '{"name": "f", "arguments": {"a": 1}}'},
+    ],
+)
+@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'])
+def test_tools_and_their_calls_are_read_from_objects_and_from_json_text(calls, tools):
+    messages = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", **calls},
+        {"role": "tool", "content": "7", "tool_call_id": "x", "name": "f"},
+        {"from": "observation", "value": ""},
+        {"role": "assistant", "content": "it is 7", "reasoning": "so"},
+    ]
+    read = parse(as_line({"messages": messages, "tools": tools, "enable_thinking": True}))
+    assert read.messages == [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "tool_calls": [CALL], "content": None},
+        {"role": "tool", "content": "7", "tool_call_id": "x", "name": "f"},
+        {"role": "tool", "content": ""},
+        {"role": "assistant", "content": "it is 7", "reasoning_content": "so"},
+    ]
+    assert read.tools == [{"name": "f"}]
+    assert read.columns == {"enable_thinking": True}
 
 
 def test_finish_length_says_that_an_answer_was_cut():
@@ -45,7 +77,11 @@ def test_finish_length_says_that_an_answer_was_cut():
         {"role": "assistant", "content": "b", "finish": "length"},
         {"role": "assistant", "content": "c", "finish": "stop"},
     ]
-    assert [turn.cut for turn in parse(as_line({"messages": messages}))][1:] == [True, False]
+    assert parse(as_line({"messages": messages})).cut == (True, False)
+    plain = [{"role": message["role"], "content": message["content"]} for message in messages]
+    assert parse(as_line({"messages": plain, "finish": ["length", "stop"]})).cut == (True, False)
+    with pytest.raises(Rejected, match="1 entries for 2 assistant turns"):
+        parse(as_line({"messages": plain, "finish": ["length"]}))
 
 
 def messages(*pairs, **more):
@@ -72,9 +108,13 @@ def messages(*pairs, **more):
         (messages(("user", "a"), ("assistant", "")), "empty", "message 2 (assistant)"),
         (messages(("system", "a"), ("user", "b")), "no assistant turn", "system, user"),
         (messages(("user", "\ud83d"), ("assistant", "b")), "not Unicode", "message 1"),
-        (messages(("assistant", "b"), reasoning_content="so"), "not supported", "`reasoning_content`"),
-        (messages(("assistant", "b"), tool_calls=[{}]), "not supported", "`tool_calls`"),
-        (as_line({"messages": [], "tools": [{"type": "function"}]}), "not supported", "`tools`"),
+        (messages(("assistant", "b"), reasoning_content=3), "wrong shape", "message 1"),
+        (messages(("assistant", "b"), tool_calls=[{}]), "wrong shape", "message 1 has a tool call without the name"),
+        (messages(("assistant", "b"), tool_calls="{"), "wrong shape", "message 1: its tool calls are no JSON"),
+        (messages(("assistant", "b"), tool_calls=[{"name": "f", "arguments": "{"}]), "wrong shape", "arguments of f"),
+        (as_line({"messages": [{"role": "assistant", "content": "a"}], "tools": "x"}), "wrong shape", "`tools`"),
+        (as_line({"messages": [{"role": "assistant", "content": "a"}], "tools": [1]}), "wrong shape", "`tools`"),
+        (as_line({"text": " "}), "empty", "`text`"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_with_a_reason(line, reason, detail):
@@ -89,7 +129,7 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.floats(allow_nan=False) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3)
     | st.dictionaries(
-        st.sampled_from(["messages", "role", "from", "content", "value", "type", "text", "finish", "tools"]),
+        st.sampled_from("messages role from content value type text finish tools tool_calls".split()),  # noqa: SIM905
         inner | st.sampled_from(["user", "assistant", "text"]), max_size=4,
     ),
     max_leaves=20,
@@ -101,27 +141,11 @@ json_values = st.recursive(
 )
 def test_no_line_does_worse_than_be_refused(line):
     try:
-        turns = parse(line)
+        row = parse(line)
     except Rejected as refusal:
         refusal.detail.encode("utf-8")  # it can be written to rejected.jsonl
     else:
-        assert any(turn.role == "assistant" for turn in turns)
-
-
-@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
-def test_bom_crlf_and_blank_lines_are_fine_and_lines_keep_their_numbers(tmp_path, name):
-    content = b'\xef\xbb\xbf{"a": 1}\r\n\r\n   \n{"a": 2}\r\n{"a": 3}'
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    lines = [(number, json.loads(line)["a"]) for number, line in numbered_lines(path, name)]
-    assert lines == [(1, 1), (4, 2), (5, 3)]
-
-
-def test_damaged_gzip_names_the_parameter_and_what_to_give(tmp_path):
-    path = tmp_path / "data.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"a": 1}\n' * 10_000)[:-9])
-    with pytest.raises(DraftModelError, match=r"dataset_train_split: here: is damaged gzip data .*\.jsonl\.gz"):
-        list(numbered_lines(path, "dataset_train_split: here"))
+        assert row.answers or row.text
 
 
 @given(st.lists(st.sampled_from([1, 10, 3 << 20]), max_size=600))

@@ -1,26 +1,34 @@
 """Shards give back what was written, at random, however the rows arrived."""
 
 import json
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draft_model.dataset import tokens
 from draft_model.dataset.encode import Encoded
-from draft_model.dataset.tokens import ShardWriter, Split
+from draft_model.dataset.tokens import INDEX, Shard, ShardWriter, Split, write_index
 
 
-def write(folder, portions):
+def write(folder, portions, rows_a_shard=None):
     """Writes rows of these lengths; the ids count on, so they tell where each token belongs."""
-    token, line = 0, 1
-    with ShardWriter(folder) as writer:
+    token, line, shards, writer = 0, 1, [], None
+    folder.mkdir()
+    with ExitStack() as files:
         for lengths in portions:
+            if writer is None or (rows_a_shard and writer.rows >= rows_a_shard):
+                name, before = f"part-{len(shards)}.parquet", line - 1
+                writer = files.enter_context(ShardWriter(folder / name))
+                shards.append((name, writer, before))
             ids = np.arange(token, token + sum(lengths), dtype=np.int32)
-            numbers = np.arange(line, line + len(lengths))
-            writer.add(Encoded(ids, ids % 3 == 0, np.array(lengths, np.int64), numbers))
+            numbers = np.arange(line, line + len(lengths)) - before
+            turns = np.ones(len(lengths), np.int64)
+            writer.add(Encoded(ids, ids % 3 == 0, np.array(lengths, np.int64), numbers, turns))
             token, line = token + len(ids), line + len(lengths)
+    write_index([Shard(name, writer.rows, "a.jsonl", before) for name, writer, before in shards if writer.rows],
+                folder / INDEX)  # fmt: skip
 
 
 @settings(max_examples=30)
@@ -30,11 +38,8 @@ def write(folder, portions):
 )
 def test_rows_come_back_in_any_order(tmp_path_factory, portions, order):
     folder = tmp_path_factory.mktemp("split")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "SHARD_ROWS", 128)
-        write(folder / "a", portions)
-        lengths = [length for portion in portions for length in portion]
-        write(folder / "b", [lengths])
+    write(folder / "a", portions, 100)
+    lengths = [length for portion in portions for length in portion]
     split = Split(folder / "a")
     assert len(split) == len(lengths)
     assert split.lengths.tolist() == lengths
@@ -45,33 +50,34 @@ def test_rows_come_back_in_any_order(tmp_path_factory, portions, order):
         assert row.loss_mask.dtype == np.bool_
         assert row.input_ids.tolist() == list(range(first[index], first[index] + lengths[index]))
         assert row.loss_mask.tolist() == (row.input_ids % 3 == 0).tolist()
+        assert split.origin(index) == ("a.jsonl", index + 1)
     assert split[-1].input_ids.tolist() == split[len(split) - 1].input_ids.tolist()
+    assert split.line(-1) == len(split)
     with pytest.raises(IndexError):
         split[len(split)]
-    files = {path.name: path.read_bytes() for path in (folder / "a").iterdir()}
-    assert files == {path.name: path.read_bytes() for path in (folder / "b").iterdir()}
-    assert len(files) == -(-len(lengths) // 128)
 
 
-def test_later_shards_of_an_earlier_data_set_are_not_read_and_missing_ones_are_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "SHARD_ROWS", 64)
-    write(tmp_path / "old", [[1] * 200])
-    write(tmp_path / "new", [[2] * 128])
-    for path in (tmp_path / "new").iterdir():
-        path.rename(tmp_path / "old" / path.name)
-    split = Split(tmp_path / "old")
-    assert split.lengths.tolist() == [2] * 128
-    (tmp_path / "old" / "part-00001.parquet").unlink()
-    (tmp_path / "old" / "part-00002.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match=r"part-00001\.parquet"):
-        Split(tmp_path / "old")
+def test_a_shard_depends_on_its_rows_and_not_on_their_portions(tmp_path):
+    lengths = [1 + n % 7 for n in range(300)]
+    write(tmp_path / "a", [lengths])
+    write(tmp_path / "b", [lengths[:1], lengths[1:180], [], lengths[180:]])
+    assert (tmp_path / "a" / "part-0.parquet").read_bytes() == (tmp_path / "b" / "part-0.parquet").read_bytes()
+
+
+def test_shards_that_the_index_does_not_name_are_not_read_and_missing_ones_are_noticed(tmp_path):
+    write(tmp_path / "split", [[1] * 100] * 2, 100)
+    (tmp_path / "split" / "part-9.parquet").write_bytes(b"of an earlier build")
+    assert len(Split(tmp_path / "split")) == 200
+    (tmp_path / "split" / "part-1.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match=r"part-1\.parquet"):
+        Split(tmp_path / "split")
 
 
 def test_the_datasets_library_reads_the_shards(tmp_path):
     from datasets import Dataset
 
     write(tmp_path / "train", [[3, 1, 2]])
-    paths = [str(path) for path in (tmp_path / "train").iterdir()]
+    paths = [str(path) for path in (tmp_path / "train").glob("*.parquet")]
     read = Dataset.from_parquet(paths, cache_dir=str(tmp_path / "cache"))
     assert read["input_ids"][:] == [[0, 1, 2], [3], [4, 5]]
     assert read["loss_mask"][:] == [[True, False, False], [True], [False, False]]

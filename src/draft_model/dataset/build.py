@@ -1,31 +1,30 @@
-"""Builds the data set: `run` reads each split once, in order, and publishes shards, vocabulary and report.
+"""Builds the data set: `run` encodes what is not encoded yet, piece by piece, and makes the folder whole.
 
-Nothing is dropped in silence (rows in = kept + rejected, and cut ones are counted), memory does not grow with
-the input, and the same inputs give the same bytes on any number of processes. The fingerprint in the manifest
+Nothing is dropped in silence (rows in = kept + rejected, and cut ones are counted), memory does not grow with the
+input, and the same inputs give the same bytes on any number of processes and pods. The fingerprint in the manifest
 covers all that shapes the result: where it matches, there is nothing to do.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from draft_model import storage
-from draft_model.dataset import vocabulary
-from draft_model.dataset.encode import Encoded, Encoder, Encoders, EncoderSettings, usable_processes
-from draft_model.dataset.inputs import Inputs, Source, SplitName, read_inputs
-from draft_model.dataset.reader import chunks, numbered_lines
-from draft_model.dataset.report import SplitSummary, Tally, sample
+from draft_model.dataset import part
+from draft_model.dataset.encode import Encoder, EncoderSettings
+from draft_model.dataset.inputs import Inputs, read_inputs
+from draft_model.dataset.merge import merge
+from draft_model.dataset.tally import SplitSummary
 from draft_model.dataset.templates import check_fit
-from draft_model.dataset.tokens import ShardWriter
-from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
+from draft_model.tracking import tracked
 
 log = logging.getLogger(__name__)
 
@@ -78,8 +77,9 @@ class DatasetResult:
         return metrics
 
 
+@tracked("dataset", "dataset")
 def run(config: DatasetConfig) -> DatasetResult:
-    """Builds and publishes the data set, or finds it built.
+    """Builds and publishes the data set, or finds it built; pieces that are whole already are used.
 
     Args:
         config: inputs and output.
@@ -95,17 +95,45 @@ def run(config: DatasetConfig) -> DatasetResult:
     if properties := _built_before(config.output, inputs.fingerprint):
         log.info("%s is already built from the same inputs; nothing to do", config.output)
         return _result(config.output, properties, reused=True)
-    encoder = _encoder(config.parameters, inputs)
-    folder = config.work / "dataset.building"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    tallies = _encode_splits(config.parameters, encoder, inputs.sources, folder)
-    properties = _describe(config.parameters, encoder, inputs, tallies, folder)
-    storage.publish(folder, config.output, stage="dataset", properties=properties)
-    shutil.rmtree(folder)
+    encoder = _encode(config, inputs, 0, 1)
+    properties = merge(config.parameters, inputs, encoder, config.output, config.work)
     result = _result(config.output, properties, reused=False)
     _log_counts(result)
     return result
+
+
+def run_part(config: DatasetConfig, number: int, parts: int) -> None:
+    """Builds one of several parts of the data set; `run` makes it whole when all are there.
+
+    Args:
+        config: inputs and output, the same for all parts.
+        number: which part, from 0.
+        parts: how many parts there are.
+
+    Raises:
+        DraftModelError: an input is missing or unreadable, or the inputs do not fit each other.
+    """
+    inputs = read_inputs(config.parameters, config.model, config.work)
+    if _built_before(config.output, inputs.fingerprint):
+        log.info("%s is already built from the same inputs; nothing to do", config.output)
+        return
+    _encode(config, inputs, number, parts)
+
+
+def place(parameters: Parameters, model: str, data_version: str, storage_uri: str) -> str:
+    """Where the pods of a pipeline build one data set together.
+
+    Args:
+        parameters: the run's.
+        model: URI of the imported model's folder.
+        data_version: changes with the content of the data files.
+        storage_uri: folder of the run; where there is none, it is beside the model, by what shapes the data set.
+    """
+    if storage_uri:
+        return storage.join(storage_uri, "dataset")
+    shaping = [data_version, parameters.of_stage("dataset")]
+    key = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+    return f"{model.rstrip('/')}-datasets/{key[:16]}"
 
 
 def _built_before(output: str, fingerprint: str) -> Mapping[str, Any] | None:
@@ -115,115 +143,18 @@ def _built_before(output: str, fingerprint: str) -> Mapping[str, Any] | None:
     return properties if properties.get("fingerprint") == fingerprint else None
 
 
-def _encoder(parameters: Parameters, inputs: Inputs) -> Encoder:
+def _encode(config: DatasetConfig, inputs: Inputs, number: int, parts: int) -> Encoder:
+    given = config.parameters
     encoder = Encoder(
-        EncoderSettings(inputs.model.folder, parameters.chat_template, parameters.max_length, inputs.model.vocab_size)
+        EncoderSettings(inputs.model.folder, given.chat_template, given.max_length, inputs.model.vocab_size)
     )
     check_fit(encoder.tokenizer, encoder.template)
+    folder = config.work / f"dataset.building-{number}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    part.encode(encoder, inputs, config.output, folder, given.build_dataset_num_proc, number, parts)
+    shutil.rmtree(folder)
     return encoder
-
-
-def _encode_splits(
-    parameters: Parameters, encoder: Encoder, sources: tuple[Source, ...], folder: Path
-) -> dict[SplitName, Tally]:
-    """Writes the shards of all splits and rejected.jsonl.
-
-    Raises:
-        DraftModelError: with what is wrong with either split.
-    """
-    processes = usable_processes(parameters.build_dataset_num_proc, sum(source.size for source in sources))
-    tallies: dict[SplitName, Tally] = {}
-    problems: list[str] = []
-    with (
-        Encoders(encoder, processes) as encoders,
-        (folder / "rejected.jsonl").open("w", encoding="utf-8") as rejected,
-    ):
-        for source in sources:
-            try:
-                tally = _encode_split(encoders, source, folder / source.split, rejected)
-                _judge(tally, source, parameters.max_rejected_fraction)
-                tallies[source.split] = tally
-            except DraftModelError as error:
-                problems += error.problems
-    if problems:
-        raise DraftModelError(problems)
-    return tallies
-
-
-def _encode_split(encoders: Encoders, source: Source, folder: Path, rejected: TextIO) -> Tally:
-    tally = Tally.empty(encoders.settings.vocab_size, encoders.settings.max_length)
-    encoded = encoders.map(chunks(numbered_lines(source.path, source.name)))
-    with ShardWriter(folder) as writer:
-        for rows in _with_progress(encoded, source.split):
-            tally.add(rows)
-            writer.add(rows)
-            for number, reason, detail in rows.rejected:
-                record = {"split": source.split, "line": number, "reason": reason, "detail": detail}
-                rejected.write(json.dumps(record) + "\n")
-    return tally
-
-
-def _with_progress(encoded: Iterator[Encoded], split: SplitName) -> Iterator[Encoded]:
-    from tqdm import tqdm
-
-    # In a log file every refresh is a line.
-    interval = 0.1 if sys.stderr.isatty() else 10
-    with tqdm(desc=f"dataset {split}", unit=" rows", unit_scale=True, mininterval=interval) as bar:
-        for rows in encoded:
-            yield rows
-            bar.update(len(rows.lengths) + len(rows.rejected))
-
-
-def _judge(tally: Tally, source: Source, allowed: float) -> None:
-    """Refuses a split that is empty or has too many unusable lines."""
-    lines = tally.kept + tally.rejected
-    if not lines:
-        raise DraftModelError(f"{source.name}: has no rows; give a JSONL file with a conversation in each line")
-    if tally.kept and tally.rejected <= allowed * lines:
-        return
-    raise DraftModelError(
-        f"{source.name}: {tally.rejected} of {lines} lines cannot be used ({tally.rejected / lines:.1%}; "
-        f"max_rejected_fraction allows {allowed:.1%}{'' if tally.kept else ', but one row must be left'}); "
-        f"correct them, or raise max_rejected_fraction; the first are: {'; '.join(tally.first_rejected)}"
-    )
-
-
-def _describe(
-    parameters: Parameters, encoder: Encoder, inputs: Inputs, tallies: Mapping[SplitName, Tally], folder: Path
-) -> dict[str, Any]:
-    """Writes vocabulary and report.
-
-    Returns:
-        The manifest's properties.
-    """
-    train, validation = tallies["train"], tallies.get("validation")
-    ids = vocabulary.choose(train.supervised, inputs.draft_vocab_size)
-    vocabulary.save_vocabulary(ids, inputs.model.vocab_size, folder / vocabulary.FILE)
-    splits = {
-        split: asdict(tally.summary(vocabulary.coverage(tally.supervised, ids))) for split, tally in tallies.items()
-    }
-    properties = {
-        "vocab_size": inputs.model.vocab_size,
-        "draft_vocab_size": len(ids),
-        "chat_template": parameters.chat_template,
-        "max_length": parameters.max_length,
-        "splits": splits,
-        "fingerprint": inputs.fingerprint,
-        # The number of processes shapes nothing, and the same data has the same bytes whatever it was.
-        "parameters": {k: v for k, v in parameters.of_stage("dataset").items() if k != "build_dataset_num_proc"},
-    }
-    assert train.first_row is not None
-    report = properties | {
-        "sources": {source.split: source.sha256 for source in inputs.sources},
-        "splits": {split: counts | tallies[split].details() for split, counts in splits.items()},
-        "coverage_by_size": vocabulary.coverage_by_size(
-            train.supervised, None if validation is None else validation.supervised
-        ),
-        "sample": sample(encoder.tokenizer, *train.first_row),
-    }
-    text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    return properties
 
 
 def _result(uri: str, properties: Mapping[str, Any], *, reused: bool) -> DatasetResult:

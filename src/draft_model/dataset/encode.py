@@ -1,9 +1,8 @@
 """Conversations become token ids and loss masks, on as many processes as there are cores.
 
-The rendered text is tokenised once, as an engine does, and the characters of the assistant's turns are mapped
-to tokens by offsets. Where one token would span a turn's border (a header's newline and the answer's first
-one), that conversation is tokenised piece by piece instead: a prompt ends with its header, so that is where
-generation begins.
+A conversation is tokenised in pieces, prompt and answer by turns: a prompt ends with its header, so no token may span
+that border (a header's newline and the answer's first one would), and the mask needs no offsets. Every other border is
+at a control token, where a tokenizer cuts anyway.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import itertools
 import logging
 import multiprocessing
 import os
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -19,16 +19,18 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from draft_model.dataset.reader import Line, Rejected, Turn, parse
-from draft_model.dataset.templates import TEMPLATES, Span, render, template_text
+from draft_model.dataset.reader import Line, Rejected, Row, parse
+from draft_model.dataset.templates import TEMPLATES, Renderer, Span
+from draft_model.dataset.words import WordTokenizer
 from draft_model.errors import DraftModelError
 
 log = logging.getLogger(__name__)
+Tag = TypeVar("Tag")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Encoded:
         mask: whether each token is supervised, bool [tokens].
         lengths: tokens of each row, int64 [rows].
         numbers: each row's line number, int64 [rows].
+        turns: assistant turns of each row, int64 [rows].
         truncated: rows that were longer than max_length.
         rejected: line number, reason and detail of each unusable line, in order.
     """
@@ -65,6 +68,7 @@ class Encoded:
     mask: NDArray[np.bool_]
     lengths: NDArray[np.int64]
     numbers: NDArray[np.int64]
+    turns: NDArray[np.int64]
     truncated: int = 0
     rejected: list[tuple[int, str, str]] = field(default_factory=list)
 
@@ -84,11 +88,8 @@ def load_tokenizer(folder: Path) -> Any:
         raise DraftModelError(f"model: its tokenizer cannot be loaded from {folder}: {error}") from error
     if not tokenizer.is_fast:
         raise DraftModelError(
-            f"model: its tokenizer in {folder} has no fast form, which maps tokens to characters; "
-            "save the model with a tokenizer.json"
+            f"model: its tokenizer in {folder} has no fast form; save the model with a tokenizer.json"
         )
-    # With no special tokens to add, all that a post-processor does is to trim white space off the offsets.
-    tokenizer.backend_tokenizer.post_processor = None
     tokenizer.model_max_length = 1 << 60  # what is too long is cut and counted here, not warned about
     return tokenizer
 
@@ -104,77 +105,57 @@ class Encoder:
         self.settings = settings
         self.tokenizer = load_tokenizer(settings.tokenizer)
         self.template = TEMPLATES[settings.chat_template]
-        self.jinja = template_text(self.tokenizer, self.template)
+        self.renderer = Renderer(self.tokenizer, self.template)
+        self._words = WordTokenizer(self.tokenizer.backend_tokenizer)
 
     def encode(self, lines: Sequence[Line]) -> Encoded:
         """Encodes one chunk; a line that cannot be used is put aside with its reason."""
         rejected: list[tuple[int, str, str]] = []
-        rendered: list[tuple[int, str, list[tuple[int, int]]]] = []
+        rendered: list[_Rendered] = []
         for number, line in lines:
             try:
-                rendered.append((number, *self._render(parse(line))))
+                rendered.append(self._render(number, parse(line)))
             except Rejected as refusal:
                 rejected.append((number, refusal.reason, refusal.detail))
-        kept: list[tuple[int, NDArray[np.int32], NDArray[np.bool_]]] = []
+        kept: list[tuple[_Rendered, NDArray[np.int32], NDArray[np.bool_]]] = []
         truncated = 0
-        for (number, _, _), (ids, mask) in zip(rendered, self._tokenise(rendered), strict=True):
+        for row, (ids, mask, is_cut) in zip(rendered, self._tokenise(rendered), strict=True):
             try:
                 self._check(ids, mask)
             except Rejected as refusal:
-                rejected.append((number, refusal.reason, refusal.detail))
+                rejected.append((row.number, refusal.reason, refusal.detail))
                 continue
-            truncated += len(ids) > self.settings.max_length
-            kept.append((number, ids[: self.settings.max_length], mask[: self.settings.max_length]))
+            truncated += is_cut
+            kept.append((row, ids, mask))
         return Encoded(
             ids=np.concatenate([ids for _, ids, _ in kept] or [np.zeros(0, np.int32)]),
             mask=np.concatenate([mask for _, _, mask in kept] or [np.zeros(0, np.bool_)]),
             lengths=np.array([len(ids) for _, ids, _ in kept], np.int64),
-            numbers=np.array([number for number, _, _ in kept], np.int64),
+            numbers=np.array([row.number for row, _, _ in kept], np.int64),
+            turns=np.array([len(row.borders) // 2 for row, _, _ in kept], np.int64),
             truncated=truncated,
             rejected=sorted(rejected),
         )
 
-    def _render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation's text, and the supervised stretches of it in characters."""
-        self.template.refuse_control_tokens(turns)
-        text = render(self.tokenizer, self.jinja, turns)
-        answers = [turn for turn in turns if turn.role == "assistant"]
-        spans = self.template.spans(text)
-        if len(spans) != len(answers):
-            raise Rejected(
-                "assistant turns not found",
-                f"{len(answers)} assistant turns given, {len(spans)} in what the chat template makes of them",
-            )
-        return text, [_supervised(span, turn) for span, turn in zip(spans, answers, strict=True)]
+    def _render(self, number: int, row: Row) -> _Rendered:
+        text, spans = self.renderer.render(row)
+        cut = itertools.chain(row.cut, itertools.repeat(False))
+        borders = [border for span, is_cut in zip(spans, cut, strict=False) for border in _supervised(span, is_cut)]
+        return _Rendered(number, text, borders)
 
-    def _tokenise(
-        self, rendered: Sequence[tuple[int, str, list[tuple[int, int]]]]
-    ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-        if not rendered:
-            return
-        batch = self.tokenizer(
-            [text for _, text, _ in rendered],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )
-        for (_, text, stretches), ids, offsets in zip(
-            rendered, batch["input_ids"], batch["offset_mapping"], strict=True
-        ):
-            mask = _mask(np.array(offsets, np.int64).reshape(-1, 2), np.array(stretches, np.int64))
-            yield self._by_pieces(text, stretches) if mask is None else (np.array(ids, np.int32), mask)
-
-    def _by_pieces(
-        self, text: str, stretches: Sequence[tuple[int, int]]
-    ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        borders = [0, *(border for stretch in stretches for border in stretch), len(text)]
-        pieces = [text[start:end] for start, end in itertools.pairwise(borders)]
-        encoded = self.tokenizer(pieces, add_special_tokens=False)["input_ids"]
-        ids = np.concatenate([np.array(piece, np.int32) for piece in encoded])
-        # Pieces alternate, and the first is before any answer.
-        mask = np.repeat(np.arange(len(pieces)) % 2 == 1, [len(piece) for piece in encoded])
-        return ids, mask
+    def _tokenise(self, rendered: Sequence[_Rendered]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], bool]]:
+        """Ids and mask of each conversation, no longer than max_length, and whether it was longer."""
+        length = self.settings.max_length
+        limit = _CHARACTERS_PER_TOKEN * length
+        pieces = [row.pieces(limit) for row in rendered]
+        encoded = iter(self._words.encode([piece for row in pieces for piece in row]))
+        for row, its_pieces in zip(rendered, pieces, strict=True):
+            ids = [next(encoded) for _ in its_pieces]
+            longer = limit
+            while sum(map(len, ids)) < length and longer < len(row.text):  # few tokens of many characters
+                longer *= 4
+                ids = self._words.encode(row.pieces(longer))
+            yield *_joined(ids, length), sum(map(len, ids)) > length or row.end(longer) < len(row.text)
 
     def _check(self, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> None:
         if len(ids) and ids.max() >= self.settings.vocab_size:
@@ -182,33 +163,54 @@ class Encoder:
                 "token outside the vocabulary",
                 f"token id {ids.max()}; the target's embedding has {self.settings.vocab_size} rows",
             )
-        if not mask[: self.settings.max_length].any():
+        if not mask.any():
             raise Rejected(
                 "nothing supervised",
-                f"no token of an assistant turn among the first {self.settings.max_length} of {len(ids)}, "
-                "which is what max_length keeps",
+                f"no token of an assistant turn among the first {len(ids)}; max_length keeps "
+                f"{self.settings.max_length}",
             )
 
 
-def _supervised(span: Span, turn: Turn) -> tuple[int, int]:
-    return span.start, span.end if turn.cut else span.close
+# Of a conversation that is longer, the rest is not tokenised to be thrown away.
+_CHARACTERS_PER_TOKEN = 8
+_BEFORE_SPACE = re.compile(r"(?<=\S) ")
 
 
-def _mask(offsets: NDArray[np.int64], stretches: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-    """Which tokens lie in one of the stretches; None where a token lies across the border of one.
+@dataclass(frozen=True)
+class _Rendered:
+    """A conversation's text; `borders` are where supervision begins and ends, in characters, by turns."""
 
-    Args:
-        offsets: first and one past the last character of each token, int64 [tokens, 2].
-        stretches: the same of each supervised stretch, in order, int64 [stretches, 2].
-    """
-    starts, ends = offsets[:, 0], offsets[:, 1]
-    borders = stretches.reshape(-1)
-    before = np.searchsorted(starts, borders) - 1  # the last token that starts before each border
-    if (ends[before[before >= 0]] > borders[before >= 0]).any():
-        return None
-    # An odd number of borders at or before a token's first character: it is inside.
-    inside: NDArray[np.bool_] = np.searchsorted(borders, starts, side="right") % 2 == 1
-    return inside
+    number: int
+    text: str
+    borders: list[int]
+
+    def end(self, limit: int) -> int:
+        """Where to stop so that about `limit` characters are left: before a space, for no token spans that border."""
+        if len(self.text) <= limit:
+            return len(self.text)
+        found = _BEFORE_SPACE.search(self.text, limit)
+        return found.start() if found else len(self.text)
+
+    def pieces(self, limit: int) -> list[str]:
+        """The text in pieces, which alternate; the first is before any answer."""
+        end = self.end(limit)
+        borders = [0, *(border for border in self.borders if border < end), end]
+        return [self.text[start:stop] for start, stop in itertools.pairwise(borders)]
+
+
+def _supervised(span: Span, is_cut: bool) -> tuple[int, int]:
+    return span.start, span.end if is_cut else span.close
+
+
+def _joined(pieces: Sequence[Sequence[int]], length: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """The first tokens of alternating pieces, and which of them are supervised."""
+    sizes = [len(piece) for piece in pieces]
+    ids = np.fromiter(
+        itertools.islice(itertools.chain.from_iterable(pieces), length), np.int32, min(sum(sizes), length)
+    )
+    supervised = np.arange(len(pieces)) % 2 == 1
+    mask: NDArray[np.bool_] = np.repeat(supervised, sizes)[:length]
+    return ids, mask
 
 
 _worker: Encoder | None = None
@@ -252,23 +254,28 @@ class Encoders:
     def __exit__(self, *_: object) -> None:
         self._exit.close()
 
-    def map(self, chunks: Iterable[Sequence[Line]]) -> Iterator[Encoded]:
-        """Encodes the chunks, ahead by a few at most, so that memory does not grow with the file.
+    def map(self, chunks: Iterable[tuple[Tag, Sequence[Line]]]) -> Iterator[tuple[Tag, Encoded]]:
+        """Encodes the chunks in order, ahead by a few at most, so that memory does not grow with the file.
+
+        Args:
+            chunks: each with whatever is to come back beside its result.
 
         Raises:
             DraftModelError: a process died, as it does where memory is short.
         """
         if self._pool is None:
-            yield from map(self._encoder.encode, chunks)
+            yield from ((tag, self._encoder.encode(lines)) for tag, lines in chunks)
             return
-        pending: deque[Future[Encoded]] = deque()
+        pending: deque[tuple[Tag, Future[Encoded]]] = deque()
         try:
-            for chunk in chunks:
-                pending.append(self._pool.submit(_encode_in_worker, chunk))
+            for tag, lines in chunks:
+                pending.append((tag, self._pool.submit(_encode_in_worker, lines)))
                 if len(pending) > 2 * self._processes:
-                    yield pending.popleft().result()
+                    tag, encoded = pending.popleft()
+                    yield tag, encoded.result()
             while pending:
-                yield pending.popleft().result()
+                tag, encoded = pending.popleft()
+                yield tag, encoded.result()
         except BrokenProcessPool as error:
             raise DraftModelError(
                 f"build_dataset_num_proc: one of {self._processes} processes died, most likely for lack of "

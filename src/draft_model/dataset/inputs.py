@@ -1,20 +1,23 @@
-"""What the stage reads, checked all at once: the target's tokenizer, the JSONL files, the draft's size."""
+"""What the stage reads, checked all at once: the target's tokenizer, the files of conversations, the draft's size."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from draft_model import storage
+from draft_model.dataset.files import File, find
+from draft_model.dataset.pieces import Source
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever this package would make something else of the same inputs."""
 
 SplitName = Literal["train", "validation"]
@@ -42,38 +45,21 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Source:
-    """One JSONL file.
-
-    Attributes:
-        split: which split it is.
-        name: the parameter and what was given, for messages.
-        path: the local file.
-        size: bytes.
-        sha256: hash of the file as it is, compressed or not.
-    """
-
-    split: SplitName
-    name: str
-    path: Path
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Inputs:
     """All that the stage reads.
 
     Attributes:
         model: the target's tokenizer and vocabulary size.
-        sources: the training split, and the validation split where one is given.
+        sources: the files of the training split, then of the validation split where one is given.
         draft_vocab_size: D, at most V.
+        max_length: tokens that are kept of a conversation.
         fingerprint: sha256 of all that shapes the data set.
     """
 
     model: Model
     sources: tuple[Source, ...]
     draft_vocab_size: int
+    max_length: int
     fingerprint: str
 
 
@@ -91,11 +77,11 @@ def read_inputs(parameters: Parameters, model: str, work: Path) -> Inputs:
     problems: list[str] = []
     target = _attempt(problems, _fetch_model, model, work / "model")
     wanted = _attempt(problems, _draft_vocab_size, parameters.draft_model_config, work)
-    sources = []
+    sources: list[tuple[SplitName, str, list[tuple[File, str]] | None]] = []
     for split in _SPLITS:
         parameter = f"dataset_{split}_split"
         if given := getattr(parameters, parameter):
-            sources.append(_attempt(problems, _source, split, parameter, given, work / split))
+            sources.append((split, parameter, _attempt(problems, _files, parameter, given)))
     if not parameters.dataset_train_split:
         problems.append("dataset_train_split: not given; give the path or URI of a JSONL file of conversations")
     if target and wanted and wanted > target.vocab_size:
@@ -105,9 +91,27 @@ def read_inputs(parameters: Parameters, model: str, work: Path) -> Inputs:
         )
     if problems or target is None:
         raise DraftModelError(problems)
-    files = tuple(source for source in sources if source)
+    settings = _settings(parameters, target)
+    files = tuple(
+        Source(split, place, f"{parameter}: {file.uri}", file, _hash(settings, identity))
+        for split, parameter, found in sources
+        for place, (file, identity) in enumerate(found or ())
+    )
     size = wanted or min(_DEFAULT_DRAFT_VOCABULARY, target.vocab_size)
-    return Inputs(target, files, size, _fingerprint(parameters, target, files, size))
+    names = [(source.split, source.file.name, source.identity) for source in files]
+    return Inputs(target, files, size, parameters.max_length, _hash(names, size, parameters.max_rejected_fraction))
+
+
+def data_version(parameters: Parameters) -> str:
+    """Changes with the content of the files that the stage reads, whatever they are called.
+
+    Raises:
+        DraftModelError: one of them is missing or cannot be read.
+    """
+    given = [(f"dataset_{split}_split", getattr(parameters, f"dataset_{split}_split")) for split in _SPLITS]
+    found = [[(file.name, identity) for file, identity in _files(*split)] for split in given if split[1]]
+    config = parameters.draft_model_config
+    return _hash(found, hashlib.sha256(storage.read_bytes(config)).hexdigest() if config else None)
 
 
 def _attempt(problems: list[str], step: Callable[Given, T], *given: Given.args, **named: Given.kwargs) -> T | None:
@@ -161,30 +165,27 @@ def _json(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _source(split: SplitName, parameter: str, given: str, into: Path) -> Source:
+def _files(parameter: str, given: str) -> list[tuple[File, str]]:
     try:
-        path = storage.fetch_file(given, into)
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Source(split, f"{parameter}: {given}", path, path.stat().st_size, digest)
+        return [(file, file.identity()) for file in find(given)]
     except DraftModelError as error:
         raise DraftModelError([f"{parameter}: {problem}" for problem in error.problems]) from error
     except OSError as error:
-        raise DraftModelError(
-            f"{parameter}: {given}: cannot be read ({error}); give a readable .jsonl or .jsonl.gz file"
-        ) from error
+        raise DraftModelError(f"{parameter}: {given}: cannot be read ({error}); give readable files") from error
 
 
-def _fingerprint(parameters: Parameters, model: Model, sources: tuple[Source, ...], draft_vocab_size: int) -> str:
+def _settings(parameters: Parameters, model: Model) -> dict[str, Any]:
+    """All that shapes what becomes of a line, and the versions of what makes it."""
     template = TEMPLATES[parameters.chat_template]
-    shaping = {
+    return {
         "format": FORMAT,
+        "tokenizers": version("tokenizers"),
         "tokenizer": model.hashes,
         "vocab_size": model.vocab_size,
-        "draft_vocab_size": draft_vocab_size,
-        "sources": {source.split: source.sha256 for source in sources},
-        "chat_template": [template.name, template.turn.pattern, template.control, template.jinja],
+        "chat_template": asdict(template),
         "max_length": parameters.max_length,
-        "max_rejected_fraction": parameters.max_rejected_fraction,
     }
-    return hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+
+
+def _hash(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

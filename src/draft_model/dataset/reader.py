@@ -1,32 +1,28 @@
 """JSONL lines become conversations of one shape, or a reason why not.
 
-Three dialects are read: `conversations` or `messages` of role/content, and ShareGPT's from/value. Whatever
-would be trained on wrongly if it were passed over (tools, reasoning beside the content) is refused by name,
-never dropped.
+Dialects that are read: `conversations` or `messages` of role/content, ShareGPT's from/value, and `text` that a chat
+template rendered before. Messages come out as chat templates take them, tools, tool calls and reasoning included.
+Whatever would be trained on wrongly if it were passed over is refused by name, never dropped.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
-from draft_model.errors import DraftModelError
-
-Role = Literal["system", "user", "assistant"]
 Line = tuple[int, bytes]
-"""1-based number in the file, and the content."""
+"""1-based number, and the content."""
+Message = dict[str, Any]
 
-_ROLES: dict[str, Role] = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"
+_ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "function_call": "assistant", "tool": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
-_NOT_RENDERED = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
-_GZIP = b"\x1f\x8b"
-_BOM = b"\xef\xbb\xbf"
+_MESSAGES = ("conversations", "messages")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_READ_COLUMNS = {*_MESSAGES, "text", "tools", "system", "finish"}
 
 # A chunk is what one worker is handed at a time. It depends on the file alone, so the result does too.
 _CHUNK_LINES = 256
@@ -48,44 +44,29 @@ class Rejected(Exception):
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One message.
+class Row:
+    """One conversation.
 
     Attributes:
-        role: who speaks.
-        content: the text, never blank.
-        cut: the text stops where generation was cut off (`"finish": "length"`): the speaker did not end the
-            turn.
+        messages: role (system, user, assistant, tool) and content; an assistant's may have `tool_calls` and
+            `reasoning_content`, a tool's `name` and `tool_call_id`.
+        cut: of each assistant turn, whether generation was cut off there (`"finish": "length"`): the speaker did
+            not end the turn. Of `text`, of its turns as far as there are entries.
+        tools: functions that the assistant may call.
+        columns: the row's other columns, which a chat template may want.
+        text: in place of messages, what a chat template made of them.
     """
 
-    role: Role
-    content: str
-    cut: bool = False
+    messages: list[Message] = field(default_factory=list)
+    cut: tuple[bool, ...] = ()
+    tools: list[dict[str, Any]] | None = None
+    columns: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
 
-
-def numbered_lines(path: Path, name: str) -> Iterator[Line]:
-    """The non-blank lines of a JSONL file, plain or gzip, one at a time.
-
-    Args:
-        path: the file; gzip is told by its first bytes, not by its name.
-        name: what to call the file in an error: the parameter and what was given.
-
-    Raises:
-        DraftModelError: the file cannot be read, or its gzip data is damaged.
-    """
-    try:
-        with path.open("rb") as file:
-            zipped = file.read(2) == _GZIP
-        with gzip.open(path, "rb") if zipped else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                content = line.removeprefix(_BOM) if number == 1 else line
-                if content.strip():
-                    yield number, content
-    except (OSError, EOFError, zlib.error) as error:
-        damaged = (
-            "is damaged gzip data" if isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error)) else "cannot be read"
-        )
-        raise DraftModelError(f"{name}: {damaged} ({error}); give a readable .jsonl or .jsonl.gz file") from error
+    @property
+    def answers(self) -> int:
+        """Assistant turns."""
+        return sum(message["role"] == "assistant" for message in self.messages)
 
 
 def chunks(lines: Iterable[Line]) -> Iterator[list[Line]]:
@@ -102,33 +83,40 @@ def chunks(lines: Iterable[Line]) -> Iterator[list[Line]]:
         yield chunk
 
 
-def parse(line: bytes) -> list[Turn]:
+def parse(line: bytes) -> Row:
     """Reads one line.
 
     Args:
         line: one JSON object, UTF-8.
 
     Returns:
-        The turns in order, at least one of them the assistant's.
+        The conversation, with at least one turn of the assistant's, or text that a template rendered before.
 
     Raises:
         Rejected: the line is not a conversation that can be used.
     """
     row = _json_object(line)
-    if row.get("tools"):
-        raise Rejected("not supported", "the row has `tools`")
-    messages = row.get("conversations")
-    if messages is None:
-        messages = row.get("messages")
+    messages = next((row[name] for name in _MESSAGES if row.get(name) is not None), None)
+    if messages is None and isinstance(row.get("text"), str):
+        return Row(text=_unicode(_filled(row["text"], "`text`"), "`text`"), cut=_cuts(row, []))
     if not isinstance(messages, list):
         found = "of another type" if messages is not None else f"absent; the row has {_names(row)}"
         raise Rejected("wrong shape", f"`conversations` or `messages` must be a list; it is {found}")
     if not messages:
         raise Rejected("empty", "the list of messages is empty")
-    turns = [_turn(message, f"message {number}") for number, message in enumerate(messages, start=1)]
-    if not any(turn.role == "assistant" for turn in turns):
-        raise Rejected("no assistant turn", f"the roles are {', '.join(turn.role for turn in turns)}"[:200])
-    return turns
+    turns = [_message(message, f"message {number}") for number, message in enumerate(messages, start=1)]
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": _unicode(system, "`system`")})
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise Rejected("no assistant turn", f"the roles are {', '.join(turn['role'] for turn in turns)}"[:200])
+    own = [message for message, turn in zip(messages, turns[-len(messages) :], strict=True) if _is_answer(turn)]
+    columns = {name: value for name, value in row.items() if name not in _READ_COLUMNS}
+    return Row(messages=turns, cut=_cuts(row, own), tools=_tools(row.get("tools")), columns=columns)
+
+
+def _is_answer(turn: Message) -> bool:
+    return bool(turn["role"] == "assistant")
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
@@ -143,24 +131,77 @@ def _json_object(line: bytes) -> dict[str, Any]:
     return row
 
 
-def _turn(message: Any, where: str) -> Turn:
+def _cuts(row: dict[str, Any], answers: list[dict[str, Any]]) -> tuple[bool, ...]:
+    """Whether each answer was cut off: `finish` of the message, or of the row, a list with an entry for each answer."""
+    finish = row.get("finish")
+    if not isinstance(finish, list):
+        return tuple(answer.get("finish") == "length" for answer in answers) if answers else (finish == "length",)
+    if answers and len(finish) != len(answers):
+        raise Rejected("wrong shape", f"`finish` has {len(finish)} entries for {len(answers)} assistant turns")
+    return tuple(entry == "length" for entry in finish)
+
+
+def _tools(given: Any) -> list[dict[str, Any]] | None:
+    if not given:
+        return None
+    tools = _from_json(given, "`tools`") if isinstance(given, str) else given
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Rejected("wrong shape", "`tools` must be a list of objects, or that as a JSON string")
+    return tools or None
+
+
+def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
         raise Rejected("wrong shape", f"{where} is not an object")
-    if unread := [key for key in _NOT_RENDERED if message.get(key)]:
-        raise Rejected("not supported", f"{where} has `{unread[0]}`")
     given = message.get("role") or message.get("from")
     if not isinstance(given, str):
         raise Rejected("wrong shape", f"{where} has no `role` (or `from`) that is a string; it has {_names(message)}")
     if given not in _ROLES:
         raise Rejected("unknown role", f"{where} has the role {given[:40]!r}; allowed: {', '.join(_ROLES)}")
-    content = _text(message["content"] if message.get("content") is not None else message.get("value"), where)
-    if not content.strip():
-        raise Rejected("empty", f"{where} ({given}) has no text")
+    turn: Message = {"role": _ROLES[given]}
+    text = message["content"] if message.get("content") is not None else message.get("value")
+    if given == "function_call":
+        turn["tool_calls"], text = _tool_calls(text, where), None
+    elif turn["role"] == "assistant":
+        if calls := message.get("tool_calls"):
+            turn["tool_calls"] = _tool_calls(calls, where)
+        if reasoning := next((message[name] for name in _REASONING if message.get(name)), None):
+            turn["reasoning_content"] = _unicode(_text(reasoning, where), where)
+    elif turn["role"] == "tool":
+        turn |= {name: message[name] for name in ("name", "tool_call_id") if isinstance(message.get(name), str)}
+    may_be_empty = turn.keys() & {"tool_calls", "reasoning_content"} or turn["role"] == "tool"
+    if not text and may_be_empty:
+        turn["content"] = None if "tool_calls" in turn else ""
+    else:
+        turn["content"] = _unicode(_filled(_text(text, where), f"{where} ({given})"), where)
+    return turn
+
+
+def _tool_calls(given: Any, where: str) -> list[dict[str, Any]]:
+    """The calls as chat templates want them: a list of functions, their arguments an object."""
+    calls = _from_json(given, f"{where}: its tool calls") if isinstance(given, str) else given
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list):
+        raise Rejected("wrong shape", f"{where} has tool calls that are not a list")
+    return [_tool_call(call, where) for call in calls]
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise Rejected("wrong shape", f"{where} has a tool call without the name of its function")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _from_json(arguments or "{}", f"{where}: the arguments of {function['name'][:40]}")
+    made = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return {"id": call["id"], **made} if isinstance(call.get("id"), str) else made
+
+
+def _from_json(text: str, what: str) -> Any:
     try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Rejected("not Unicode", f"{where} has half of a surrogate pair at character {error.start + 1}") from None
-    return Turn(_ROLES[given], content, cut=message.get("finish") == "length")
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Rejected("wrong shape", f"{what} are no JSON ({error})") from None
 
 
 def _text(content: Any, where: str) -> str:
@@ -172,6 +213,23 @@ def _text(content: Any, where: str) -> str:
             return "".join(part["text"] for part in parts)
         raise Rejected("wrong shape", f'{where} has a content part that is not {{"type": "text", "text": ...}}')
     raise Rejected("wrong shape", f"{where} has no `content` (or `value`) that is a string or a list of text parts")
+
+
+def _filled(text: str, what: str) -> str:
+    if not text.strip():
+        raise Rejected("empty", f"{what} has no text")
+    return text
+
+
+def _unicode(text: str, where: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise Rejected(
+                "not Unicode", f"{where} has half of a surrogate pair at character {error.start + 1}"
+            ) from None
+    return text
 
 
 def _names(row: dict[str, Any]) -> str:

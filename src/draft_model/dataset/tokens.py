@@ -1,12 +1,15 @@
 """Tokenised conversations on disk: Parquet shards, written in order and read at random.
 
-A row is one conversation. Row groups are small, so that reading one conversation decodes a few dozen and no
-more: a data set of any size costs a reader the memory of one group and 8 bytes a row.
+A row is one conversation. Row groups are small, so that reading one conversation decodes a few dozen and no more: a
+data set of any size costs a reader the memory of one group and 8 bytes a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,13 +19,9 @@ from numpy.typing import NDArray
 
 from draft_model.dataset.encode import Encoded
 
-SHARD_ROWS = 10_240
 GROUP_ROWS = 64
-_LAST = {b"last": b"true"}
-
-
-def _shard(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:05d}.parquet"
+INDEX = "shards.json"
+_OPEN_SHARDS = 64
 
 
 @dataclass(frozen=True)
@@ -38,23 +37,38 @@ class Conversation:
     loss_mask: NDArray[np.bool_]
 
 
-class ShardWriter:
-    """Writes `part-00000.parquet`, `part-00001.parquet`, ... of exactly SHARD_ROWS rows but for the last.
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file of a split.
 
-    Rows arrive in any portions; files depend on the rows alone. The last file says that it is: a folder may
-    still hold later shards of an earlier, longer data set. A context manager.
-
-    Args:
-        folder: where the shards go; it is made.
+    Attributes:
+        name: in the split's folder.
+        rows: conversations.
+        file: the input file that they come from.
+        lines_before: lines of that file before those that the shard's column `line` counts.
     """
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        self._folder = folder
+    name: str
+    rows: int
+    file: str
+    lines_before: int
+
+
+class ShardWriter:
+    """Writes one shard; the file depends on the rows alone, which arrive in any portions. A context manager.
+
+    Args:
+        path: the file; it is made with the first rows.
+
+    Attributes:
+        rows: conversations that were added.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.rows = 0
+        self._path = path
         self._waiting: Any = None
         self._file: Any = None
-        self._in_file = 0
-        self._shards = 0
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -63,8 +77,6 @@ class ShardWriter:
         if kind is None and self._waiting is not None and self._waiting.num_rows:
             self._write(self._waiting)
         if self._file is not None:
-            if kind is None:
-                self._file.add_key_value_metadata(_LAST)
             self._file.close()
 
     def add(self, rows: Encoded) -> None:
@@ -73,6 +85,7 @@ class ShardWriter:
 
         if not len(rows.lengths):
             return
+        self.rows += len(rows.lengths)
         offsets = pa.array(np.concatenate([[0], np.cumsum(rows.lengths)]), pa.int32())
         table = pa.table(
             {
@@ -92,14 +105,16 @@ class ShardWriter:
     def _write(self, group: Any) -> None:
         import pyarrow.parquet as pq
 
-        if self._in_file == SHARD_ROWS:
-            self._file.close()
-            self._file, self._in_file = None, 0
-            self._shards += 1
         if self._file is None:
-            self._file = pq.ParquetWriter(_shard(self._folder, self._shards), group.schema, compression="zstd")
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = pq.ParquetWriter(self._path, group.schema, compression="zstd")
         self._file.write_table(group)
-        self._in_file += group.num_rows
+
+
+def write_index(shards: Sequence[Shard], path: Path) -> None:
+    """Writes which shards a split has, in order; a folder may hold others, of an earlier build."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([asdict(shard) for shard in shards], indent=1) + "\n", encoding="utf-8")
 
 
 class Split:
@@ -115,12 +130,14 @@ class Split:
     def __init__(self, folder: Path) -> None:
         import pyarrow.parquet as pq
 
-        self._files = [pq.ParquetFile(_shard(folder, 0), memory_map=True)]
-        while not _LAST.items() <= self._files[-1].metadata.metadata.items():
-            self._files.append(pq.ParquetFile(_shard(folder, len(self._files)), memory_map=True))
-        columns = [file.read(columns=["length"])["length"].to_numpy() for file in self._files]
-        self._lengths = np.concatenate(columns).astype(np.int64)
-        self._first = np.cumsum([0, *(len(column) for column in columns)])
+        self._folder = folder
+        self._shards = [Shard(**shard) for shard in json.loads((folder / INDEX).read_text(encoding="utf-8"))]
+        columns = [
+            pq.read_table(folder / shard.name, columns=["length"])["length"].to_numpy() for shard in self._shards
+        ]
+        self._lengths = np.concatenate(columns or [np.zeros(0, np.int32)]).astype(np.int64)
+        self._first = np.cumsum([0, *(shard.rows for shard in self._shards)])
+        self._open = functools.lru_cache(_OPEN_SHARDS)(self._open_shard)
         self._held: tuple[tuple[int, int], Any] | None = None
 
     def __len__(self) -> int:
@@ -132,14 +149,33 @@ class Split:
         return self._lengths
 
     def __getitem__(self, index: int) -> Conversation:
+        columns, row = self._row(index)
+        ids, mask = columns["input_ids"][row].values, columns["loss_mask"][row].values
+        return Conversation(ids.to_numpy().astype(np.int32), mask.to_numpy(zero_copy_only=False).astype(np.bool_))
+
+    def origin(self, index: int) -> tuple[str, int]:
+        """The input file and line that a conversation comes from."""
+        columns, row = self._row(index)
+        shard = self._shards[int(np.searchsorted(self._first, index % len(self), side="right")) - 1]
+        return shard.file, shard.lines_before + columns["line"][row].as_py()
+
+    def line(self, index: int) -> int:
+        """The line of its input file that a conversation comes from."""
+        return self.origin(index)[1]
+
+    def _row(self, index: int) -> tuple[Any, int]:
+        """The row group that has a conversation, and its place there."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"conversation {index} of {len(self)}")
         index %= len(self)
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         group, row = divmod(index - int(self._first[shard]), GROUP_ROWS)
         if self._held is None or self._held[0] != (shard, group):
-            table = self._files[shard].read_row_group(group, columns=["input_ids", "loss_mask"])
+            table = self._open(shard).read_row_group(group, columns=["input_ids", "loss_mask", "line"])
             self._held = ((shard, group), table.combine_chunks())
-        columns = self._held[1]
-        ids, mask = columns["input_ids"][row].values, columns["loss_mask"][row].values
-        return Conversation(ids.to_numpy().astype(np.int32), mask.to_numpy(zero_copy_only=False).astype(np.bool_))
+        return self._held[1], row
+
+    def _open_shard(self, shard: int) -> Any:
+        import pyarrow.parquet as pq
+
+        return pq.ParquetFile(self._folder / self._shards[shard].name, memory_map=True)

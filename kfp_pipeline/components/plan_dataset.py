@@ -1,0 +1,59 @@
+"""Dataset, before it is built: where it goes, and in which parts pods encode it."""
+
+from typing import Any
+
+from kfp import dsl
+
+from kfp_pipeline.components.images import STAGE_IMAGE
+
+
+@dsl.component(base_image=STAGE_IMAGE, install_kfp_package=False)
+def plan_dataset(
+    model_uri: str,
+    dataset_train_split: str = "",
+    dataset_validation_split: str = "",
+    draft_model_config: str = "",
+    max_length: int = 2048,
+    chat_template: str = "llama3",
+    build_dataset_num_proc: int = 96,
+    max_rejected_fraction: float = 0.01,
+    dataset_pods: int = 1,
+    storage_uri: str = "",
+) -> list[dict[str, Any]]:
+    """Looks at the data files, and says what each pod is to encode.
+
+    Args:
+        model_uri: URI of the imported model.
+        dataset_train_split: Training conversations, JSONL, plain, gzip or zstd: a file, folder or glob.
+        dataset_validation_split: Validation conversations, as the training ones; not given: no validation, no
+            evaluation.
+        draft_model_config: Draft configuration, JSON; what it leaves out is generated from the target's.
+        max_length: Longer conversations are cut at the end, and counted in the report. Unit: tokens. Allowed:
+            >= 16.
+        chat_template: Whose turn markers the target's chat template writes; says which tokens are the
+            assistant's. Allowed: llama3, qwen, gpt-oss, deepseek-r1-distill.
+        build_dataset_num_proc: Processes that build the data set; lowered to the cores there are. Allowed: >=
+            1.
+        max_rejected_fraction: More unusable lines than this share of a data file stop the run. Allowed: 0..1.
+        dataset_pods: Pods that encode the data set side by side. Unit: pods. Allowed: >= 1.
+        storage_uri: folder of the run; not given: beside the model.
+
+    Returns:
+        For each pod the number of its part, how many there are, the URIs of model and data set, and what changes with
+        the content of the data files: so a cached result is never of older ones.
+    """
+    given = {name: value for name, value in locals().items() if name not in ("model_uri", "storage_uri")}
+    from draft_model.dataset import data_version, place
+    from draft_model.doors import component
+    from draft_model.parameters import validate
+
+    with component("dataset"):
+        parameters = validate(given, ["dataset"])
+        version = data_version(parameters)
+        common = {
+            "parts": parameters.dataset_pods,
+            "model_uri": model_uri,
+            "uri": place(parameters, model_uri, version, storage_uri),
+            "data_version": version,
+        }
+    return [{"number": number, **common} for number in range(parameters.dataset_pods)]

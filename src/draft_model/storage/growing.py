@@ -1,0 +1,88 @@
+"""Folders that grow file by file, over hours and from several machines, and are whole at the end.
+
+Each file is sent once it is written, under a name that is used for no other content; the manifest comes last. Until
+then whoever reads the folder sees what it held before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from draft_model.storage import manifest
+from draft_model.storage.folders import _folder, _listed, _send
+from draft_model.storage.manifest import MANIFEST, FileRecord, Manifest
+from draft_model.storage.transfer import local_errors, run_all
+from draft_model.storage.uri import check_name, split
+
+
+def add(uri: str, name: str, path: Path) -> FileRecord:
+    """Sends one file to a folder that need not be whole.
+
+    Args:
+        uri: the folder.
+        name: of the file in the folder.
+        path: the local file.
+
+    Returns:
+        What `seal` wants to know of it.
+
+    Raises:
+        DraftModelError: the name is unsafe, or the place refuses.
+    """
+    check_name(name, uri)
+    with local_errors(str(path)):
+        record = manifest.record_of(path, name)
+    _send({record: path}, _folder(uri))
+    return record
+
+
+def seal(
+    uri: str, records: Iterable[FileRecord], files: Mapping[str, Path], *, stage: str, properties: Mapping[str, Any]
+) -> Manifest:
+    """Makes a folder whole; files that an earlier manifest there lists and this one does not are removed.
+
+    Args:
+        uri: the folder.
+        records: of the files that are there, as `add` gave them.
+        files: small ones that are still to be sent, by their names in the folder.
+        stage: the stage that made them.
+        properties: what the stage says about them; JSON values.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DraftModelError: the place refuses.
+    """
+    small = {manifest.record_of(path, name): path for name, path in files.items()}
+    new = manifest.make_manifest(stage, [*records, *small], properties)
+    there = _folder(uri)
+    stale = _listed(there) - {file.path for file in new.files}
+    there.remove(MANIFEST)
+    _send(small, there)
+    there.write(MANIFEST, new.to_bytes())
+    run_all(there.remove, sorted(stale))
+    return new
+
+
+def read(uri: str) -> bytes | None:
+    """A small file's content, or None where there is no such file.
+
+    Raises:
+        DraftModelError: the store refuses or cannot be reached.
+    """
+    parent, name = split(uri)
+    data: bytes | None = _folder(parent).read(name)
+    return data
+
+
+def remove(uri: str, names: Iterable[str]) -> None:
+    """Removes files of a folder; that there are none is no error.
+
+    Args:
+        uri: the folder.
+        names: in the folder.
+    """
+    run_all(_folder(uri).remove, names)
