@@ -178,4 +178,4 @@ def random_case(
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """Norm of the difference over the norm of the truth; 0 where both are zero."""
     difference = float((value.detach().double() - truth.detach().double()).norm())
-    return difference / float(truth.double().norm()) if difference else 0.0
+    return difference / float(truth.detach().double().norm()) if difference else 0.0

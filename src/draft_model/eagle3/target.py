@@ -51,6 +51,11 @@ class Target:
         return self.model.get_output_embeddings().weight  # type: ignore[no-any-return]
 
     @property
+    def bias(self) -> Tensor | None:
+        """The output head's bias, [V], where it has one."""
+        return getattr(self.model.get_output_embeddings(), "bias", None)
+
+    @property
     def norm(self) -> Tensor:
         """What the final norm multiplies by, [H]: its weight, or 1 + weight in Gemma."""
         return _multiplier(self.decoder.norm)
@@ -65,9 +70,7 @@ class Target:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., H] -> [..., V]."""
-        logits = functional.linear(hidden, self.head)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return head_logits(hidden, self.head, self.bias, self.config)
 
     def features(self) -> Tensor:
         """The features of the last forward pass, [B, T, 3H]."""
@@ -90,6 +93,24 @@ class Target:
         return [states[row, :length] for row, length in enumerate(batch.lengths.tolist())]
 
 
+def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, config: Any) -> Tensor:
+    """What models make of their final hidden states: [..., H] -> [..., V].
+
+    Args:
+        hidden: after the final norm.
+        head: [V, H].
+        bias: [V].
+        config: of the text model; Granite divides the logits, Cohere multiplies them, Gemma caps them.
+    """
+    logits = functional.linear(hidden, head, bias)
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (factor := getattr(config, "logit_scale", None)) is not None:
+        logits = logits * factor
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
 def _multiplier(norm: Any) -> Tensor:
     weight: Tensor = norm.weight
     # Ones pass a norm unchanged but for its epsilon, so what comes out tells weight from 1 + weight.
@@ -109,15 +130,43 @@ def load_target(folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dty
     Raises:
         DraftModelError: when transformers cannot load it, or it has not the structure that EAGLE-3 needs.
     """
+    return Target(check_structure(load_model(folder, dtype).to(device), aux_layers), aux_layers)
+
+
+def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **settings: Any) -> Any:
+    """Loads an imported model with transformers, from safetensors and without code of its own.
+
+    Args:
+        folder: a Transformers folder.
+        dtype: compute type.
+        auto_class: the class to load it with; the one for text generation where not given.
+        settings: of `from_pretrained`.
+
+    Raises:
+        DraftModelError: when transformers cannot.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    load = (auto_class or AutoModelForCausalLM).from_pretrained
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        return load(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **settings)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise DraftModelError(f"the target model in {folder} cannot be loaded: {error}") from error
+
+
+def check_structure(model: Any, aux_layers: tuple[int, int, int]) -> Any:
+    """Gives a loaded model back where EAGLE-3 can take its features.
+
+    Args:
+        model: of transformers.
+        aux_layers: of the draft's configuration.
+
+    Raises:
+        DraftModelError: where it has not the structure for that.
+    """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is None or not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
         raise DraftModelError(
@@ -129,4 +178,4 @@ def load_target(folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dty
             f"draft_model_config: `eagle_aux_hidden_state_layer_ids` is {list(aux_layers)}; the target model has "
             f"{len(decoder.layers)} layers, allowed: 1 to {len(decoder.layers) - 1}"
         )
-    return Target(model.to(device), aux_layers)
+    return model

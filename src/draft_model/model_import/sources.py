@@ -2,44 +2,88 @@
 
 from __future__ import annotations
 
-import logging
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
+from draft_model.model_import import hub, tracking
 from draft_model.parameters import Parameters
+from draft_model.storage import Content
 
-logger = logging.getLogger(__name__)
-
-_BELOW = (".", "model", "model_artifact/model", "data/model")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "README.md"]
+_BELOW = ("", "model/", "model_artifact/model/", "data/model/")
+_TOKENIZERS_BELOW = ("components/tokenizer/", "data/tokenizer/")
+_CONFIGS_BELOW = ("data/config/",)
+MODEL_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "chat_template.*",
+)
+_CARD = "README.md"
+_MOST_DESCRIPTION = 200 * 10**6
+"""Bytes; no file that only describes a model is larger."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model on this machine.
+    """A model where it is now.
 
     Attributes:
-        folder: with config.json and weights.
+        parameter: that named it.
         name: as the user gave it.
+        files: of the model's folder by their names there, its tokenizer's with them; no sub-folder.
         revision: commit of a Hub repository, else empty.
-        licence: as the model card names it, else empty.
-        tokenizer: folder of the tokenizer where it is not in `folder`.
     """
 
-    folder: Path
+    parameter: str
     name: str
+    files: Mapping[str, Content]
     revision: str = ""
-    licence: str = ""
-    tokenizer: Path | None = None
+
+    @property
+    def described_by(self) -> list[str]:
+        """The names of configuration and tokenizer files."""
+        return described_by(self.files)
+
+    def licence(self) -> str:
+        """As the YAML header of the model card names it, else empty."""
+        card = self.files.get(_CARD)
+        if card is None or card.size > _MOST_DESCRIPTION:
+            return ""
+        text = read(card).decode(errors="replace")
+        if not text.startswith("---"):
+            return ""
+        try:
+            header = yaml.safe_load(text.split("---", 2)[1])
+        except (yaml.YAMLError, IndexError):
+            return ""
+        return str(header.get("license", "")) if isinstance(header, dict) else ""
+
+
+def described_by(names: Mapping[str, Content]) -> list[str]:
+    """Which of a folder's files are its configuration's and its tokenizer's."""
+    patterns = (*MODEL_FILES, *TOKENIZER_FILES)
+    return sorted(name for name in names if any(fnmatch(name, pattern) for pattern in patterns))
+
+
+def read(content: Content) -> bytes:
+    """All of a small file."""
+    with content.open() as reader:
+        return reader(0, content.size)
 
 
 def resolve(parameters: Parameters, work: Path) -> Source:
-    """Brings the one given source to this machine.
+    """Finds the one given source; no weights are read.
 
     Args:
         parameters: of the run.
@@ -52,92 +96,78 @@ def resolve(parameters: Parameters, work: Path) -> Source:
         return _from_hub(parameters.huggingface_id, work / "hub")
     if parameters.mlflow_model_path:
         return _from_mlflow(parameters.mlflow_model_path, work / "mlflow")
-    return _from_folder(parameters.pytorch_model_path, work / "source")
+    return _from_folder(parameters.pytorch_model_path)
 
 
-def _from_folder(uri: str, work: Path) -> Source:
-    root = _tree("pytorch_model_path", uri, work)
-    if (root / "MLmodel").exists():
+def _from_hub(name: str, work: Path) -> Source:
+    commit, files = hub.find(name, work)
+    files = {file: content for file, content in files.items() if "/" not in file}
+    small = [*described_by(files), *(file for file in files if file == _CARD or file.endswith(".index.json"))]
+    return Source("huggingface_id", name, hub.bring(files, small), commit)
+
+
+def _from_folder(uri: str) -> Source:
+    files = _contents("pytorch_model_path", uri)
+    if "MLmodel" in files:
         raise DraftModelError(
             f"pytorch_model_path: {uri} is an MLflow model (it has an MLmodel file): use mlflow_model_path"
         )
-    folder = _transformers_folder(root)
-    if folder is None:
-        places = ", ".join(f"`{place}/`" for place in _BELOW[1:])
+    place = _model_place(files)
+    if place is None:
+        places = ", ".join(f"`{place}`" for place in _BELOW[1:])
         raise DraftModelError(
             f"pytorch_model_path: {uri} has no config.json, neither there nor in {places}; "
-            "give a folder that transformers' save_pretrained wrote"
+            "give a folder that transformers' save_pretrained wrote, or one GGUF file"
         )
-    return Source(folder, uri, licence=_licence(root))
+    card = {_CARD: files[_CARD]} if _CARD in files else {}
+    return Source("pytorch_model_path", uri, card | _inside(files, place))
 
 
 def _from_mlflow(uri: str, work: Path) -> Source:
-    if uri.startswith(("models:/", "runs:/")):
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
-        from mlflow.artifacts import download_artifacts
-        from mlflow.exceptions import MlflowException
-
-        work.mkdir(parents=True, exist_ok=True)
-        try:
-            root = Path(download_artifacts(artifact_uri=uri, dst_path=str(work)))
-        except (MlflowException, OSError) as error:
-            raise DraftModelError(f"mlflow_model_path: {uri} cannot be downloaded: {error}") from error
-    else:
-        root = _tree("mlflow_model_path", uri, work)
-    if not (root / "MLmodel").exists():
+    logged = uri.startswith(("models:/", "runs:/"))
+    files = tracking.find(uri, work) if logged else _contents("mlflow_model_path", uri)
+    if "MLmodel" not in files:
         raise DraftModelError(
             f"mlflow_model_path: {uri} has no MLmodel file; for a plain Transformers folder use pytorch_model_path"
         )
     try:
-        flavours = yaml.safe_load((root / "MLmodel").read_text(encoding="utf-8"))["flavors"]
+        flavours: dict[str, Any] = yaml.safe_load(read(files["MLmodel"]).decode())["flavors"]
         names = ", ".join(sorted(flavours)) or "none"
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise DraftModelError(f"mlflow_model_path: {uri} has an MLmodel file that cannot be read: {error}") from error
     if "transformers" not in flavours:
         raise DraftModelError(f"mlflow_model_path: {uri} has the flavours {names}; allowed: transformers")
-    folder = _transformers_folder(root)
-    if folder is None:
+    found: dict[str, Content] = {_CARD: files[_CARD]} if _CARD in files else {}
+    for place in _CONFIGS_BELOW:
+        found |= _inside(files, place)
+    below = _model_place({**files, **{f"data/model/{name}": content for name, content in found.items()}})
+    if below is None:
         raise DraftModelError(f"mlflow_model_path: {uri} holds no model with a config.json below its MLmodel")
-    tokenizers = [root / place for place in ("components/tokenizer", "data/tokenizer")]
-    return Source(folder, uri, tokenizer=next((path for path in tokenizers if path.is_dir()), None))
+    found |= _inside(files, below)
+    for place in _TOKENIZERS_BELOW:
+        inside = _inside(files, place)
+        found |= {name: inside[name] for name in described_by(inside) if name not in MODEL_FILES}
+    return Source("mlflow_model_path", uri, found)
 
 
-def _from_hub(name: str, work: Path) -> Source:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
-
-    repository, _, revision = name.partition("@")
+def _contents(parameter: str, uri: str) -> dict[str, Content]:
     try:
-        info = HfApi().model_info(repository, revision=revision or None)
-        commit = str(info.sha)
-        snapshot_download(repository, revision=commit, local_dir=work, allow_patterns=_HUB_FILES)
-    except (HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DraftModelError(
-            f"huggingface_id: {name} cannot be downloaded: {reason}; check the name and revision, the network or "
-            "HF_ENDPOINT, and for a gated model the token in HF_TOKEN"
-        ) from error
-    return Source(work, name, revision=commit, licence=_licence(work))
-
-
-def _tree(parameter: str, uri: str, work: Path) -> Path:
-    try:
-        return storage.fetch_tree(uri, work)
+        return storage.contents_of(uri)
     except DraftModelError as error:
         raise DraftModelError([f"{parameter}: {problem}" for problem in error.problems]) from error
 
 
-def _transformers_folder(root: Path) -> Path | None:
-    return next((root / place for place in _BELOW if (root / place / "config.json").exists()), None)
+def _model_place(files: Mapping[str, Content]) -> str | None:
+    """The first of the usual places with a configuration, or with one GGUF file, which holds its own."""
+    for place in _BELOW:
+        if f"{place}config.json" in files:
+            return place
+    for place in _BELOW:
+        if sum(name.endswith(".gguf") for name in _inside(files, place)) == 1:
+            return place
+    return None
 
 
-def _licence(folder: Path) -> str:
-    """The licence in the YAML header of a model card."""
-    card = folder / "README.md"
-    if not card.exists() or not (text := card.read_text(encoding="utf-8", errors="replace")).startswith("---"):
-        return ""
-    try:
-        header = yaml.safe_load(text.split("---", 2)[1])
-    except (yaml.YAMLError, IndexError):
-        return ""
-    return str(header.get("license", "")) if isinstance(header, dict) else ""
+def _inside(files: Mapping[str, Content], place: str) -> dict[str, Content]:
+    names = {name.removeprefix(place): name for name in files if name.startswith(place)}
+    return {short: files[name] for short, name in names.items() if "/" not in short}

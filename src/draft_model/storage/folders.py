@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import ValidationError
 
 from draft_model.errors import DraftModelError
-from draft_model.storage import local, manifest
+from draft_model.storage import local, manifest, stream
+from draft_model.storage.contents import Content
 from draft_model.storage.local import LocalFolder
 from draft_model.storage.manifest import MANIFEST, FileRecord, Manifest
 from draft_model.storage.transfer import Advance, local_errors, progress, run_all
@@ -26,22 +27,11 @@ if TYPE_CHECKING:
 _PROBLEMS_SHOWN = 20
 
 
-class Folder(Protocol):
+class Folder(stream.Place, Protocol):
     """What publishing needs of a place."""
 
-    uri: str
-
-    def read(self, name: str) -> bytes | None:
-        """A file's content, or None where there is no such file."""
-
-    def write(self, name: str, data: bytes) -> None:
-        """Makes or replaces a small file, at once."""
-
-    def remove(self, name: str) -> None:
-        """Removes a file; that there is none is no error."""
-
-    def holds(self, record: FileRecord) -> bool:
-        """Whether the recorded file is there already."""
+    def remove_all(self) -> None:
+        """Removes all that is there, half-sent files too."""
 
     def put(self, sources: Mapping[FileRecord, Path], advance: Advance) -> None:
         """Copies local files in, several at once."""
@@ -92,6 +82,45 @@ def publish(folder: Path, uri: str, *, stage: str, properties: Mapping[str, Any]
         _send({record: sources[record.path] for record in new.files}, there)
     there.write(MANIFEST, new.to_bytes())
     return new
+
+
+def publish_contents(
+    contents: Mapping[str, Content], uri: str, *, stage: str, properties: Mapping[str, Any]
+) -> Manifest:
+    """Makes files available, whole, at a URI, wherever they are now.
+
+    They pass through memory, a few parts at a time; what an earlier try has brought there is not brought again.
+
+    Args:
+        contents: by the name that each is to have.
+        uri: where they are to be; local or in an object store.
+        stage: the stage that made them.
+        properties: what the stage says about them; JSON values.
+
+    Returns:
+        The manifest, as `read_manifest` gives it.
+
+    Raises:
+        DraftModelError: where a name is unsafe, a file is not what it was said to be, or a place refuses.
+    """
+    return stream.publish_contents(contents, _folder(uri), stage=stage, properties=properties)
+
+
+def is_whole(uri: str, found: Manifest) -> bool:
+    """Whether every file of a manifest is there with its size; none is read.
+
+    Args:
+        uri: the folder.
+        found: its manifest.
+    """
+    address = parse(uri)
+    if isinstance(address, Path):
+        with local_errors(uri):
+            paths = {file.path: address / file.path for file in found.files}
+            sizes = {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
+    else:
+        sizes = {listed.name: listed.size for listed in _in_s3(address, uri).list_objects()}
+    return all(sizes.get(file.path) == file.size for file in found.files)
 
 
 def _listed(folder: Folder) -> set[str]:
@@ -187,20 +216,22 @@ def fetch(uri: str, into: Path, *, only: Callable[[str], bool] | None = None) ->
         whole = run_all(lambda record: local.holds(into / record.path, record), records)
     missing = {record.path: record for record, held in zip(records, whole, strict=True) if not held}
 
-    def accept(name: str, arrived: Path) -> None:
-        if problem := _problem(arrived, missing[name]):
+    def accept(name: str, arrived: Path, sha256: str) -> None:
+        if problem := _problem(arrived, missing[name], sha256):
             raise DraftModelError(_damaged(uri, name, problem))
 
     _download(_in_s3(address, uri), {name: record.size for name, record in missing.items()}, into, accept)
     return into
 
 
-def _problem(path: Path, record: FileRecord) -> str | None:
+def _problem(path: Path, record: FileRecord, sha256: str = "") -> str | None:
     if not path.is_file():
         return "is missing"
     if (size := path.stat().st_size) != record.size:
         return f"has {size} bytes where its manifest says {record.size}"
-    return None if manifest.sha256_of(path) == record.sha256 else "has another SHA-256 than its manifest says"
+    return (
+        None if (sha256 or manifest.sha256_of(path)) == record.sha256 else "has another SHA-256 than its manifest says"
+    )
 
 
 def _damaged(uri: str, name: str, problem: str) -> str:
@@ -217,11 +248,10 @@ def _verify(folder: Path, records: list[FileRecord], uri: str) -> None:
         raise DraftModelError(problems[:_PROBLEMS_SHOWN] + more)
 
 
-def _download(source: S3Folder, sizes: Mapping[str, int], into: Path, accept: Callable[[str, Path], None]) -> None:
-    total = sum(sizes.values())
-    with local_errors(str(into)), progress(f"from {source.uri}", total) as advance:
+def _download(source: S3Folder, sizes: Mapping[str, int], into: Path, accept: Callable[[str, Path, str], None]) -> None:
+    with local_errors(str(into)), progress(f"from {source.uri}", sum(sizes.values())) as advance:
         into.mkdir(parents=True, exist_ok=True)
-        source.get(sizes, into, total, accept, advance)
+        source.get(sizes, into, accept, advance)
 
 
 def _download_unchecked(source: S3Folder, objects: list[ListedObject], into: Path) -> None:
@@ -235,7 +265,7 @@ def _download_unchecked(source: S3Folder, objects: list[ListedObject], into: Pat
             times[listed.name],
         )
 
-    def accept(name: str, arrived: Path) -> None:
+    def accept(name: str, arrived: Path, _: str) -> None:
         os.utime(arrived, (times[name], times[name]))
 
     with local_errors(str(into)):
@@ -315,6 +345,22 @@ def exists(uri: str) -> bool:
 def remove_manifest(uri: str) -> None:
     """Makes a folder count as unfinished; that it does already is no error."""
     _folder(uri).remove(MANIFEST)
+
+
+def remove(uri: str) -> None:
+    """Removes a folder that this project wrote, half-sent files too; that there is none is no error.
+
+    Its manifest goes first, so that what a killed process leaves of it counts as unfinished.
+
+    Args:
+        uri: the folder.
+
+    Raises:
+        DraftModelError: where the place refuses.
+    """
+    folder = _folder(uri)
+    folder.remove(MANIFEST)
+    folder.remove_all()
 
 
 def write_bytes(uri: str, data: bytes) -> None:

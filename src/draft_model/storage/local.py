@@ -9,9 +9,15 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from draft_model.storage.manifest import PARTIAL, FileRecord, check_size, sha256_of
 from draft_model.storage.transfer import Advance, check_free_disk, local_errors, run_all
+
+if TYPE_CHECKING:
+    from draft_model.storage.stream import Parts
+
+_PART_SIZE = 8 * 2**20
 
 
 @contextmanager
@@ -82,6 +88,12 @@ class LocalFolder:
         with local_errors(self.uri):
             (self.path / name).unlink(missing_ok=True)
 
+    def remove_all(self) -> None:
+        """Removes the folder with all that is in it."""
+        with local_errors(self.uri):
+            if self.path.is_dir():
+                shutil.rmtree(self.path)
+
     def holds(self, record: FileRecord) -> bool:
         """Whether the file is there already, with the recorded size and SHA-256."""
         with local_errors(self.uri):
@@ -111,3 +123,29 @@ class LocalFolder:
             run_all(copy, sources.items())
             for folder in {(self.path / record.path).parent for record in sources}:
                 _flush(folder)
+
+    def stamp(self, name: str) -> str:
+        """Changes with a file's content; empty where there is no such file."""
+        try:
+            found = (self.path / name).stat()
+        except OSError:
+            return ""
+        return f"{found.st_mtime_ns}-{found.st_size}"
+
+    def part_size(self, size: int) -> int:
+        """Bytes of the parts in which a file is written."""
+        return _PART_SIZE
+
+    def receive(self, name: str, sha256: str, parts: Parts) -> None:
+        """Writes a file; it appears when all of it is on the disk.
+
+        Args:
+            name: relative to this folder.
+            sha256: is not needed here.
+            parts: of the content.
+        """
+        with landing(self.path / name) as partial:
+            with partial.open("wb") as stream:
+                for part in parts:
+                    stream.write(part)
+            _flush(partial)

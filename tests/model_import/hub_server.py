@@ -1,0 +1,163 @@
+"""A Hub on 127.0.0.1: the requests that huggingface_hub makes for one repository, answered as huggingface.co does.
+
+Weights are in large-file storage: they are redirected to another host, which knows ranges and must never see a token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import socket
+import struct
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = hashlib.sha1(b"the commit").hexdigest()
+TOKEN = "hf_never_shown"
+
+
+class Hub:
+    """Serves the files of a folder as `org/name`.
+
+    Attributes:
+        requests: method, path, range and whether a token came, of every request.
+        cuts: how the answers for large files end, one after the other: `close` and `reset` half way.
+        refuses: `gated`, `private` or a status that every API request is answered with.
+        ranges: whether the file host knows ranges.
+        arrived: whether the client has written some of an answer that is to be reset.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        self.requests: list[tuple[str, str, str, bool]] = []
+        self.cuts: list[str] = []
+        self.refuses: str | int = ""
+        self.ranges = True
+        self.arrived = lambda: True
+        self.sent: dict[str, bytes] = {}
+        hub = self
+
+        class Answer(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_HEAD(self):
+                hub.answer(self, body=False)
+
+            def do_GET(self):
+                hub.answer(self, body=True)
+
+        self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), Answer) for _ in range(2)]
+        self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+
+    def __enter__(self) -> Hub:
+        for server in self._servers:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+
+    def got(self, name: str) -> list[str]:
+        """The ranges of the GET requests for a file's bytes."""
+        return [span for method, path, span, _ in self.requests if method == "GET" and path.endswith(f"/{name}")]
+
+    def answer(self, request, body: bool) -> None:
+        path = request.path.partition("?")[0]
+        token = request.headers.get("Authorization", "") == f"Bearer {TOKEN}"
+        self.requests.append((request.command, path, request.headers.get("Range", ""), token))
+        at_cdn = request.server is self._servers[1]
+        if at_cdn:
+            self._send_range(request, path.rpartition("/")[2], body)
+        elif match := re.fullmatch(r"/api/models/org/name(?:/revision/(.+))?", path):
+            self._describe(request, match[1])
+        elif path == f"/api/models/org/name/tree/{COMMIT}":
+            self._send(request, 200, {"Content-Type": "application/json"}, json.dumps(self._tree()).encode())
+        elif match := re.fullmatch(r"/org/name/resolve/([^/]+)/(.+)", path):
+            self._resolve(request, *match.groups(), body)
+        else:
+            self._send(request, 401, {"X-Error-Code": "RepoNotFound"})
+
+    def _send(self, request, status: int, headers: dict[str, str], data: bytes = b"") -> None:
+        request.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(data)
+
+    def _describe(self, request, revision: str | None) -> None:
+        if self.refuses == "gated":
+            return self._send(request, 403, {"X-Error-Code": "GatedRepo"})
+        if self.refuses == "private":
+            return self._send(request, 401, {"X-Error-Code": "RepoNotFound"})
+        if self.refuses:
+            return self._send(request, int(self.refuses), {})
+        if revision not in (None, "main", "v1", COMMIT):
+            return self._send(request, 404, {"X-Error-Code": "RevisionNotFound"})
+        siblings = [self._sibling(name, data) for name, data in sorted(self.files.items())]
+        text = json.dumps({"id": "org/name", "modelId": "org/name", "sha": COMMIT, "siblings": siblings, "tags": []})
+        return self._send(request, 200, {"Content-Type": "application/json"}, text.encode())
+
+    def _tree(self) -> list[dict]:
+        found = []
+        for name, data in sorted(self.files.items()):
+            entry = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            if self._large(name):
+                entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+            found.append(entry)
+        return found
+
+    def _sibling(self, name: str, data: bytes) -> dict:
+        found = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+        if self._large(name):
+            found["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 134}
+        return found
+
+    def _large(self, name: str) -> bool:
+        return not name.endswith((".json", ".jinja", ".md"))
+
+    def _resolve(self, request, revision: str, name: str, body: bool) -> None:
+        if revision != COMMIT or name not in self.files:
+            return self._send(request, 404, {"X-Error-Code": "EntryNotFound"})
+        data = self.files[name]
+        headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        if not self._large(name):
+            return self._send(request, 200, {**headers, "Content-Length": str(len(data))}, data)
+        linked = {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"'}
+        return self._send(request, 302, {**headers, **linked, "Location": f"{self.cdn}/blobs/{name}"})
+
+    def _send_range(self, request, name: str, body: bool) -> None:
+        data = self.sent.get(name, self.files[name])
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", "")) if self.ranges else None
+        first = int(span[1]) if span else 0
+        last = min(int(span[2]), len(data) - 1) if span and span[2] else len(data) - 1
+        request.send_response(206 if span else 200)
+        request.send_header("Content-Length", str(last - first + 1))
+        request.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        if span:
+            request.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        request.end_headers()
+        if not body:
+            return
+        whole = not (span and span[2])  # a range with an end is a header's; what has none is a download
+        if not (whole and self.cuts):
+            request.wfile.write(data[first : last + 1])
+            return
+        how = self.cuts.pop(0)
+        request.wfile.write(data[first : first + (last - first) // 2])
+        request.wfile.flush()
+        request.close_connection = True
+        if how == "reset":
+            while not self.arrived():  # a reset takes back what the client has not read yet
+                time.sleep(0.01)
+            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        request.connection.close() if how == "reset" else request.connection.shutdown(socket.SHUT_RDWR)
