@@ -24,3 +24,7 @@ class DraftModelError(Exception):
         if len(self.problems) == 1:
             return self.problems[0]
         return "\n".join([f"{len(self.problems)} problems:", *(f"  - {problem}" for problem in self.problems)])
+
+
+class StoreUnavailable(DraftModelError):
+    """An object store that cannot be reached, or is too busy to answer: worth another try later."""

@@ -145,7 +145,11 @@ class Trainer:
         )
 
     def __call__(self, output: str | None = None, **settings) -> Trained:
-        return Trained(run(self.config(output, **settings)))
+        return Trained(self.run(self.config(output, **settings)))
+
+    def run(self, config: TrainConfig) -> TrainResult:
+        """Trains by a configuration of `config`."""
+        return run(config)
 
 
 @contextmanager

@@ -115,7 +115,11 @@ def test_intervals_count_epochs_and_the_last_one_always_counts(train):
     # Thirteen conversations, four to a step: the epochs end after 3, 6, 9, 13 and 16 steps.
     assert list(trained.validations) == [6, 13, 16]
     assert trained.checkpoints == ["epoch_3", "epoch_5"]
-    assert storage.read_manifest(trained.output + "/epoch_3").properties == {"step": 9, "epoch": 3}
+    assert storage.read_manifest(trained.output + "/epoch_3").properties == {
+        "step": 9,
+        "epoch": 3,
+        "acceptance_length": None,
+    }
 
 
 def supervised(inputs):
@@ -251,7 +255,7 @@ def test_conversations_that_fill_no_step_are_refused_with_the_largest_batch_that
 def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(train, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1 << 30, (1 << 30) - 1000, 1000))
-    with pytest.raises(DraftModelError, match=r"disk: .* has 0\.00 GB free and a checkpoint needs 0\.07 GB"):
+    with pytest.raises(DraftModelError, match=r"disk: .* has 0\.00 GB free, and 3 checkpoints .* need 0\.07 GB"):
         train(str(tmp_path / "out"))
     assert not storage.exists(str(tmp_path / "out/checkpoints.json"))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from draft_model import storage
 from draft_model.dataset import load_vocabulary
 from draft_model.errors import DraftModelError
 from draft_model.training.schedule import learning_rate
@@ -124,3 +125,73 @@ def test_a_draft_of_another_target_is_refused_as_such(train, served):
     (served / "config.json").write_text(json.dumps(config | {"hidden_size": 64, "target_hidden_size": 64}))
     with pytest.raises(DraftModelError, match=r"resume_from_checkpoint: .*`hidden_size` is 64; the target has 32"):
         train(resume_from_checkpoint=str(served))
+
+
+def speculators_style(served, folder, **settings):
+    """The same draft as the package speculators writes it: other names, the embeddings, a nested configuration."""
+    from transformers import LlamaConfig
+
+    folder.mkdir()
+    tensors = load_file(served / "model.safetensors")
+    renamed = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+    config = json.loads((served / "config.json").read_text())
+    save_file({**renamed, "embed_tokens.weight": torch.zeros(config["vocab_size"], 32)}, folder / "model.safetensors")
+    shape = {name: config[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads", "head_dim",
+             "num_key_value_heads", "vocab_size", "max_position_embeddings", "rope_parameters")}  # fmt: skip
+    outside = {
+        "architectures": ["Eagle3Speculator"],
+        "draft_vocab_size": config["draft_vocab_size"],
+        "norm_before_residual": False,
+        "speculators_config": {"algorithm": "eagle3", "default_proposal_method": "greedy"},
+        "speculators_model_type": "eagle3",
+        "target_hidden_size": None,
+        "transformer_layer_config": LlamaConfig(num_hidden_layers=1, **shape).to_diff_dict(),
+    }
+    (folder / "config.json").write_text(json.dumps(outside | settings))
+    return folder
+
+
+def test_a_draft_in_the_style_of_speculators_starts_the_same_training(train, plain, served, tmp_path):
+    folder = speculators_style(served, tmp_path / "speculators")
+    started = train(num_epochs=1, resume_from_checkpoint=str(folder))
+    assert started.losses == train(num_epochs=1, resume_from_checkpoint=plain.result.final).losses
+
+
+def test_a_draft_in_the_style_of_specforge_starts_the_same_training(train, plain, served, tmp_path):
+    tensors = load_file(served / "model.safetensors")
+    save_file(tensors | {"embed_tokens.weight": torch.zeros(400, 32)}, served / "model.safetensors")
+    config = json.loads((served / "config.json").read_text())
+    left_out = ("eagle_config", "eagle_aux_hidden_state_layer_ids", "target_model_type", "rope_parameters")
+    kept = {name: value for name, value in config.items() if name not in left_out}
+    (served / "config.json").write_text(json.dumps(kept | {"rope_scaling": None, "use_cache": True, "pad_token_id": 0}))
+    started = train(num_epochs=1, resume_from_checkpoint=str(served))
+    assert started.losses == train(num_epochs=1, resume_from_checkpoint=plain.result.final).losses
+
+
+@pytest.mark.parametrize("setting", ["norm_before_residual", "norm_before_fc", "fc_norm", "norm_output"])
+def test_a_draft_of_other_maths_is_refused_by_name(train, served, tmp_path, setting):
+    folder = speculators_style(served, tmp_path / "speculators", **{setting: True})
+    with pytest.raises(DraftModelError, match=f"`{setting}` is set"):
+        train(resume_from_checkpoint=str(folder))
+
+
+def test_a_draft_of_two_layers_is_refused(train, served):
+    tensors = load_file(served / "model.safetensors")
+    save_file(tensors | {"layers.1.mlp.down_proj.weight": torch.zeros(1)}, served / "model.safetensors")
+    with pytest.raises(DraftModelError, match=r"no place for layers\.1\.mlp\.down_proj\.weight"):
+        train(resume_from_checkpoint=str(served))
+
+
+def test_the_checkpoints_vocabulary_wins_when_resuming_too(train, plain, inputs, tmp_path):
+    """The data set is the same but for its vocabulary file, which an overwriting trainer would believe."""
+    manifest = storage.read_manifest(inputs.dataset)
+    changed = shutil.copytree(inputs.dataset, tmp_path / "changed")
+    shutil.copyfile(Path(inputs.other) / "vocabulary.safetensors", changed / "vocabulary.safetensors")
+    storage.publish(changed, str(changed), stage=manifest.stage, properties=manifest.properties)
+    output = shutil.copytree(plain.output, tmp_path / "two_epochs")
+    for name in ("epoch_3", "epoch_4", "final"):
+        shutil.rmtree(output / name)
+    (output / "checkpoints.json").write_text('["epoch_1", "epoch_2"]')
+    resumed = train(str(output), dataset=str(changed), resume="true")
+    assert resumed.losses == plain.losses
+    assert resumed.read("final/model.safetensors") == plain.read("final/model.safetensors")

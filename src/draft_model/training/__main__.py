@@ -2,7 +2,10 @@
 
 import sys
 
-from draft_model.training.job import main
+from draft_model.processes import end_with_parent
 
 if __name__ == "__main__":
+    end_with_parent()
+    from draft_model.training.job import main
+
     sys.exit(main())

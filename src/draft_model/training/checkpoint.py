@@ -1,19 +1,17 @@
-"""Checkpoints: a draft that can be served, with the state that training goes on from beside it.
+"""One checkpoint: a draft that can be served, with the state that training goes on from beside it.
 
-    <output>/epoch_2/config.json, model.safetensors, ...     what engines load
-    <output>/epoch_2/training_state/                          float32 weights and moments, position, identity
-    <output>/epoch_2/manifest.json                            written last: without it the checkpoint is not there
-    <output>/checkpoints.json                                 their names, oldest first
+    epoch_2/config.json, model.safetensors, ...     what engines load
+    epoch_2/training_state/                         float32 weights and moments, random states; position, identity
+    epoch_2/manifest.json                           written last: without it the checkpoint is not there
 
-Only safetensors and JSON are read back, so a checkpoint from a stranger can run no code.
+Only safetensors and JSON are read back, so a checkpoint from a stranger can run no code. Every process holds the whole
+draft, so one file serves any number of processes, and a change of their number reshards nothing.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +23,9 @@ from draft_model import storage
 from draft_model.eagle3.export import WEIGHTS, load_weights, save_draft
 from draft_model.eagle3.model import Eagle3Draft
 from draft_model.errors import DraftModelError
+from draft_model.training.pretrained import canonical
 
-logger = logging.getLogger(__name__)
-
-INDEX = "checkpoints.json"
-STAGE = "checkpoint"
-_STATE = "training_state"
+STATE = "training_state"
 _OPTIMIZER = ("exp_avg", "exp_avg_sq", "step")  # AdamW's own names; a step without supervised tokens counts for none
 
 
@@ -44,6 +39,7 @@ class Position:
         seed: of the data order.
         global_batch: conversations per step.
         dataset: fingerprint of the data set.
+        world: processes that trained; another number may go on.
         history: measured so far, a `History` as JSON.
     """
 
@@ -52,6 +48,7 @@ class Position:
     seed: int
     global_batch: int
     dataset: str
+    world: int
     history: dict[str, Any]
 
 
@@ -63,7 +60,8 @@ class Loaded:
         uri: where it is.
         config: its config.json.
         tensors: the served weights and vocabulary, by checkpoint name.
-        state: float32 weights and moments by name; None where the folder holds a served draft only.
+        state: float32 weights and moments by name, and `random`, a row for each process; None where the folder holds
+            a served draft only.
         position: None likewise.
     """
 
@@ -72,6 +70,28 @@ class Loaded:
     tensors: dict[str, Tensor]
     state: dict[str, Tensor] | None
     position: Position | None
+
+
+def write_checkpoint(
+    folder: Path, draft: Eagle3Draft, optimizer: torch.optim.Optimizer, position: Position, random: list[Tensor]
+) -> None:
+    """Writes what can be served, and what training goes on from.
+
+    Args:
+        folder: what is there is lost.
+        draft: the draft.
+        optimizer: its AdamW.
+        position: how far training is.
+        random: random state of each process.
+    """
+    from safetensors.torch import save_file
+
+    shutil.rmtree(folder, ignore_errors=True)
+    save_draft(folder, draft)
+    (folder / STATE).mkdir()
+    tensors = {**optimizer_tensors(draft, optimizer), "random": torch.stack(random)}
+    save_file(tensors, folder / STATE / "state.safetensors")
+    (folder / STATE / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
 
 
 def optimizer_tensors(draft: Eagle3Draft, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -103,76 +123,8 @@ def restore(draft: Eagle3Draft, optimizer: torch.optim.Optimizer, state: dict[st
         }
 
 
-class Checkpoints:
-    """The checkpoints under one output URI.
-
-    Args:
-        output: the URI.
-        work: scratch folder.
-    """
-
-    def __init__(self, output: str, work: Path) -> None:
-        self.output, self.work = output, work
-        self._index = storage.join(output, INDEX)
-
-    def names(self) -> list[str]:
-        """Names of the checkpoints, oldest first."""
-        if not storage.exists(self._index):
-            return []
-        return list(json.loads(storage.read_bytes(self._index)))
-
-    def clear(self) -> None:
-        """Forgets the checkpoints of an earlier training, so that none of them is taken for one of this."""
-        for name in [*self.names(), "final"]:
-            storage.remove_manifest(storage.join(self.output, name))
-        storage.write_bytes(self._index, b"[]")
-
-    def save(
-        self, name: str, draft: Eagle3Draft, optimizer: torch.optim.Optimizer, position: Position,
-        complete: Callable[[Path], None],
-    ) -> str:  # fmt: skip
-        """Writes one and publishes it.
-
-        Args:
-            name: folder under the output, such as `epoch_2`.
-            draft: the draft.
-            optimizer: its AdamW.
-            position: how far training is.
-            complete: adds what a served draft has beside its weights (tokenizer, card) to the folder.
-
-        Returns:
-            Its URI.
-        """
-        from safetensors.torch import save_file
-
-        folder = self.work / name
-        shutil.rmtree(folder, ignore_errors=True)
-        save_draft(folder, draft)
-        complete(folder)
-        (folder / _STATE).mkdir()
-        save_file(optimizer_tensors(draft, optimizer), folder / _STATE / "state.safetensors")
-        (folder / _STATE / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
-        uri = storage.join(self.output, name)
-        storage.publish(folder, uri, stage=STAGE, properties={"step": position.step, "epoch": position.epoch})
-        names = [other for other in self.names() if other != name] + [name]
-        storage.write_bytes(self._index, json.dumps(names).encode())
-        shutil.rmtree(folder)
-        logger.info("checkpoint %s: step %d, %s", name, position.step, uri)
-        return uri
-
-    def newest(self) -> Loaded | None:
-        """The newest whole checkpoint; a damaged one is named and the one before it taken."""
-        for name in reversed(self.names()):
-            uri = storage.join(self.output, name)
-            try:
-                return read_checkpoint(uri, self.work / "resumed")
-            except DraftModelError as error:
-                logger.warning("checkpoint %s is passed over: %s", uri, error)
-        return None
-
-
 def read_checkpoint(uri: str, work: Path) -> Loaded:
-    """Reads a checkpoint, or a served draft without training state.
+    """Reads a checkpoint, or a served draft without training state, ours or another trainer's.
 
     Args:
         uri: its folder; one with a manifest is verified, another is taken as it is.
@@ -189,11 +141,11 @@ def read_checkpoint(uri: str, work: Path) -> Loaded:
     folder = storage.fetch(uri, work) if whole else storage.fetch_tree(uri, work)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-        if not (folder / _STATE).is_dir():
+        config, tensors = canonical(config, load_file(folder / WEIGHTS), uri)
+        if not (folder / STATE).is_dir():
             return Loaded(uri, config, tensors, None, None)
-        state = load_file(folder / _STATE / "state.safetensors")
-        position = Position(**json.loads((folder / _STATE / "position.json").read_text(encoding="utf-8")))
+        state = load_file(folder / STATE / "state.safetensors")
+        position = Position(**json.loads((folder / STATE / "position.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise DraftModelError(f"{uri} is no checkpoint of a draft that can be read: {error}") from error
     return Loaded(uri, config, tensors, state, position)

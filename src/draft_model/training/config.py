@@ -20,6 +20,8 @@ class TrainConfig:
         output: URI that the checkpoints go under: `epoch_N/`, `final/` and `checkpoints.json`.
         work: scratch folder on this machine.
         parameters: of the run.
+        again: whether this is another attempt of a run that broke off: it goes on from the newest whole checkpoint of
+            the output, where there is one, whatever `resume` says of earlier runs.
     """
 
     model: str
@@ -27,6 +29,7 @@ class TrainConfig:
     output: str
     work: Path
     parameters: Parameters
+    again: bool = False
 
     def to_json(self) -> str:
         """The configuration as one line of JSON."""
@@ -37,6 +40,7 @@ class TrainConfig:
                 "output": self.output,
                 "work": str(self.work),
                 "parameters": self.parameters.model_dump(),
+                "again": self.again,
             }
         )
 
@@ -50,6 +54,7 @@ class TrainConfig:
             output=values["output"],
             work=Path(values["work"]),
             parameters=Parameters.model_validate(values["parameters"]),
+            again=values.get("again", False),
         )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -65,18 +65,22 @@ class StateStore:
         shape = (int(self._starts[-1]), width)
         self._kept = torch.from_file(str(path), shared=True, size=shape[0] * width, dtype=dtype).view(shape)
 
-    def get(self, conversations: NDArray[np.int64], compute: Callable[[list[int]], list[Tensor]]) -> list[Tensor]:
-        """States of some conversations, from disk where they are kept.
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a file; otherwise nothing can be had from here."""
+        return self._kept is not None
+
+    def get(self, conversations: NDArray[np.int64], compute: Callable[[list[int]], Iterable[Tensor]]) -> list[Tensor]:
+        """States of some conversations.
 
         Args:
             conversations: indices.
-            compute: gives the states of those that are missing.
+            compute: gives the states of those that are missing, which are then kept.
 
         Returns:
             [T_b, 4H] of each.
         """
-        if self._kept is None:
-            return compute(conversations.tolist())
+        assert self._kept is not None
         missing = [index for index in conversations.tolist() if not self._have[index]]
         for group in dict.fromkeys(self._groups[index] for index in missing):
             for index, states in zip(group, compute(list(group)), strict=True):

@@ -49,8 +49,8 @@ class Progress:
             where: which step this was.
             window: sums since the last log line.
         """
-        loss = float(window.loss[0] / window.supervised[0].clamp(min=1))
-        self._bar.set_postfix_str(f"{where}, loss {loss:.2f}", refresh=False)
+        loss = f", loss {float(window.loss[0] / window.supervised[0]):.2f}" if window.supervised[0] > 0 else ""
+        self._bar.set_postfix_str(f"{where}{loss}", refresh=False)
         self._bar.update(tokens)
 
     def log(self, record: dict[str, Any]) -> None:
@@ -74,5 +74,5 @@ class Progress:
             )  # fmt: skip
 
 
-def _numbers(values: list[float]) -> str:
-    return " ".join(f"{value:.2f}" for value in values)
+def _numbers(values: list[float | None]) -> str:
+    return " ".join("-" if value is None else f"{value:.2f}" for value in values)

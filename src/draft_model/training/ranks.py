@@ -1,15 +1,27 @@
-"""The processes of a training job and what they tell each other: sums, and no more."""
+"""The processes of a training job, who trains on what, and what they tell each other: sums, and no more.
+
+world = dp x tp, tensor-parallel neighbours side by side: process r stands at (r // tp, r % tp). The tp processes of a
+group hold one copy of the target between them and run it together on the group's conversations; each of them then
+trains the draft on its own share, so no process repeats another's work.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
+
+
+class PeerLost(Exception):
+    """Another process of the job is gone or does not answer; that one's own log says why."""
 
 
 @dataclass(frozen=True)
@@ -20,56 +32,97 @@ class Ranks:
         rank: of this process, from 0.
         world: how many there are.
         device: where this one computes.
+        tp: how many of them hold one copy of the target between them.
+        mesh: those of this process's copy; None where it holds the whole target.
     """
 
     rank: int
     world: int
     device: torch.device
+    tp: int = 1
+    mesh: DeviceMesh | None = None
 
     @property
     def first(self) -> bool:
         """Whether this process speaks for all: logs, checkpoints, uploads."""
         return self.rank == 0
 
+    @property
+    def dp(self) -> int:
+        """How many copies of the target there are."""
+        return self.world // self.tp
+
+    def share(self, conversations: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of a step's conversations that this process trains on."""
+        return conversations[self.rank :: self.world]
+
+    def group_share(self, conversations: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those that this process's copy of the target reads; every tp-th of them is this process's own."""
+        place = np.arange(len(conversations)) % self.world
+        of_group: NDArray[np.bool_] = place // self.tp == self.rank // self.tp
+        return conversations[of_group]
+
+    def owns(self, place: int) -> bool:
+        """Whether the conversation at this place of `group_share` is this process's own."""
+        return place % self.tp == self.rank % self.tp
+
     def sum(self, tensor: Tensor) -> Tensor:
-        """The tensor summed over all processes, on its device."""
+        """The tensor summed over all processes, in place where it is on this process's device."""
         if self.world > 1:
             tensor = tensor.to(self.device)
             distributed.all_reduce(tensor)
         return tensor
 
-    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Sums the float32 gradients over all processes, in one message."""
-        if self.world == 1:
-            return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
-
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
         return bool(self.sum(torch.tensor(float(flag))) > 0)
 
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of every process, all of one shape, in the order of the ranks."""
+        if self.world == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.world)]
+        distributed.all_gather(parts, tensor.to(self.device))
+        return [part.cpu() for part in parts]
+
 
 @contextmanager
-def start_ranks(timeout_minutes: int) -> Iterator[Ranks]:
+def start_ranks(timeout: timedelta, tp: int = 1) -> Iterator[Ranks]:
     """Joins the other processes that torchrun started; without torchrun, this one is alone.
 
     Args:
-        timeout_minutes: a collective that takes longer ends the job.
+        timeout: a collective that takes longer ends the job.
+        tp: processes that hold one copy of the target; divides their number.
+
+    Raises:
+        PeerLost: when another process ended, or did not come to a collective within the time-out.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if world > 1:
-        distributed.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=timeout_minutes)
-        )
-    try:
+    if world == 1:
         yield Ranks(rank, world, device)
-    finally:
-        if world > 1:
-            distributed.destroy_process_group()
+        return
+    try:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        mesh = _tensor_parallel_mesh(rank, world, tp, device, timeout) if tp > 1 else None
+        yield Ranks(rank, world, device, tp, mesh)
+    except RuntimeError as error:
+        if not is_a_peers(error):
+            raise
+        raise PeerLost(str(error).splitlines()[0]) from error
+    # Not on an error: the connections close with the process, so that its message is out before others notice.
+    distributed.destroy_process_group()
+
+
+def _tensor_parallel_mesh(rank: int, world: int, tp: int, device: torch.device, timeout: timedelta) -> DeviceMesh:
+    # DeviceMesh would make groups with PyTorch's own time-out; every process must take part in making each group.
+    groups = [distributed.new_group(list(range(first, first + tp)), timeout) for first in range(0, world, tp)]
+    return DeviceMesh.from_group(groups[rank // tp], device.type, mesh_dim_names=("tp",))
+
+
+def is_a_peers(error: RuntimeError) -> bool:
+    """Whether a collective failed because of another process; gloo raises a plain RuntimeError then."""
+    return isinstance(error, distributed.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)

@@ -1,22 +1,22 @@
 """The training loop: conversations to states of the target, states to the loss, sums over ranks, one step.
 
-`train` reads top-down: load, go on from a checkpoint or start, step by step, an evaluation and a checkpoint at the ends
-of epochs, the final draft. The gradient of a step is the sum over all ranks and micro-batches divided by the number of
-supervised tokens in the global batch, so that how a batch is split changes speed and nothing else.
+`train` reads top-down: step by step, an evaluation and a checkpoint at the ends of epochs. The gradient of a step is
+the sum over all ranks and micro-batches divided by the number of supervised tokens in the global batch, so that how a
+batch is split changes speed and nothing else.
 """
 
 from __future__ import annotations
 
 import logging
-import signal
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,9 +27,13 @@ from draft_model.eagle3.model import Eagle3Draft
 from draft_model.eagle3.objective import StepSums
 from draft_model.eagle3.step import Objective
 from draft_model.eagle3.target import Target
+from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
-from draft_model.training.checkpoint import Checkpoints, Loaded, Position, restore
+from draft_model.tracking import Tracker
+from draft_model.training.checkpoint import Loaded, Position, restore
 from draft_model.training.features import StateStore
+from draft_model.training.gradients import Gradients
+from draft_model.training.history import History, Window, measures
 from draft_model.training.order import Step, plan_steps, total_steps
 from draft_model.training.progress import Progress
 from draft_model.training.ranks import Ranks
@@ -37,30 +41,8 @@ from draft_model.training.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class History:
-    """What a training measured; the report's curves.
-
-    Attributes:
-        log: one record per `log_steps` steps.
-        validation: one record per validation.
-        seconds: of training, validations and checkpoints included, earlier attempts too.
-        tokens: that went through the draft.
-        window: what the log window under way has summed, where a checkpoint falls into one.
-    """
-
-    log: list[dict[str, Any]] = field(default_factory=list)
-    validation: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0
-    window: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def acceptance_length(self) -> float:
-        """The last simulated one: of the validation, else of the training data."""
-        records = self.validation or self.log
-        return float(records[-1]["acceptance_length"]) if records else 1.0
+SKIPPED_IN_A_ROW = 5
+"""So many steps without a finite loss and gradient end the training: one is a bad batch, five are no accident."""
 
 
 @dataclass
@@ -81,6 +63,7 @@ class Training:
         dataset: fingerprint of the data set.
         done: optimizer steps done.
         history: measured so far.
+        tracker: is told what is measured.
     """
 
     parameters: Parameters
@@ -96,6 +79,7 @@ class Training:
     dataset: str
     done: int = 0
     history: History = field(default_factory=History)
+    tracker: Tracker = field(default_factory=lambda: Tracker(None))
 
     def position(self, epoch: int) -> Position:
         """Where a checkpoint of this moment stands."""
@@ -105,16 +89,19 @@ class Training:
             seed=self.parameters.seed,
             global_batch=self.parameters.draft_global_batch_size,
             dataset=self.dataset,
+            world=self.ranks.world,
             history=vars(self.history),
         )
 
     def go_on_from(self, loaded: Loaded) -> None:
-        """Takes weights, moments, position and history from a checkpoint."""
+        """Takes weights, moments, random state, position and history from a checkpoint."""
         assert loaded.state is not None
         assert loaded.position is not None
         restore(self.draft, self.optimizer, loaded.state, loaded.uri)
         self.done = loaded.position.step
         self.history = History(**loaded.position.history)
+        if loaded.position.world == self.ranks.world:
+            set_random_state(loaded.state["random"][self.ranks.rank])
         logger.info("resumed from %s at step %d of %d", loaded.uri, self.done, self.total)
 
 
@@ -129,75 +116,97 @@ class Interrupted(Exception):
     """The machine was asked to stop (SIGTERM); the checkpoint of this step is saved."""
 
 
-def train(training: Training, checkpoints: Checkpoints, complete: Any) -> None:
+Save = Callable[[str, int, list[Tensor]], None]
+"""Saves a checkpoint: its name, epochs begun, random state of each process. Called in the first process only."""
+
+
+def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
     """Trains from `training.done` to `training.total`, with checkpoints and validations on the way.
 
     Args:
         training: what is trained; changed in place.
-        checkpoints: where they go; only rank 0 writes.
-        complete: see `Checkpoints.save`.
+        save: is called when a checkpoint is due.
+        stop: whether this process was asked to stop.
 
     Raises:
-        Interrupted: on SIGTERM, after the step under way was finished and saved.
+        Interrupted: when one was, after the step under way was finished and saved.
+        DraftModelError: where losses or gradients are not finite, again and again.
     """
-    p, ranks = training.parameters, training.ranks
+    p, ranks, history = training.parameters, training.ranks, training.history
     lengths = training.train.lengths
     plan = list(islice(plan_steps(lengths, p.draft_global_batch_size, p.seed), training.total))
     steps = plan[training.done :]
     store = _store(training, plan)
-    stop = _catch_sigterm()
-    window = _Window(p.ttt_length, training.history.window)
-    with Progress(sum(int(lengths[step.conversations].sum()) for step in steps), ranks.first) as progress:
+    gradients = Gradients(training.draft.parameters())
+    window = Window(p.ttt_length, history.window)
+    size = sum(int(lengths[step.conversations].sum()) for step in steps)
+    with Progress(size, ranks.first) as progress:
         for step in steps:
             started = time.monotonic()
-            sums, norm = _learn(training, step, store)
+            _learn(training, step, store, gradients, window)
             training.done += 1
             tokens = int(lengths[step.conversations].sum())
-            training.history.tokens += tokens
-            window.add(sums, norm, tokens, time.monotonic() - started)
+            history.tokens += tokens
+            window.spend(tokens, time.monotonic() - started)
             last = training.done == training.total
             progress.advance(tokens, f"step {training.done}/{training.total}", window.sums)
-            if training.done % p.log_steps == 0 or last:
-                training.history.log.append(record := window.record(training, step.epoch))
+            if (training.done % p.log_steps == 0 or last) and window.measured:
+                rate = training.optimizer.param_groups[0]["lr"]
+                where = {"step": training.done, "epoch": step.epoch + 1, "learning_rate": rate}
+                history.log.append(record := window.record(p.num_speculative_tokens, **where))
                 progress.log(record)
-                window = _Window(p.ttt_length)
+                training.tracker.metrics(training.done, record | {"memory_gigabytes": _memory(ranks.device)})
+                window = Window(p.ttt_length)
             ended_epoch = step.epoch + 1 if step.last_of_epoch else 0
             if last or (ended_epoch and ended_epoch % p.eval_interval == 0):
                 _validate(training, step.epoch, progress)
-            training.history.seconds += time.monotonic() - started
-            stopping = ranks.any(stop.is_set())
-            if (last or stopping or (ended_epoch and ended_epoch % p.save_interval == 0)) and ranks.first:
-                training.history.window = window.to_json()
-                name = f"epoch_{step.epoch + 1}" if last or ended_epoch else f"step_{training.done}"
-                checkpoints.save(name, training.draft, training.optimizer, training.position(step.epoch + 1), complete)
+            history.seconds += time.monotonic() - started
+            stopping = ranks.any(stop())
+            if last or stopping or (ended_epoch and ended_epoch % p.save_interval == 0):
+                random = ranks.gather(random_state())
+                if ranks.first:
+                    history.window = window.to_json()
+                    name = f"epoch_{step.epoch + 1}" if last or ended_epoch else f"step_{training.done}"
+                    save(name, step.epoch + 1, random)
             if stopping and not last:
                 raise Interrupted
+    if not history.log:
+        raise DraftModelError(
+            "training: not one position was supervised, so nothing was learnt: the target's own choices lie outside "
+            "the draft vocabulary, or the assistant's replies are empty; see the data set's report"
+        )
 
 
-class _Flag:
-    def __init__(self) -> None:
-        self._set = False
-
-    def set(self, *_: object) -> None:
-        self._set = True
-
-    def is_set(self) -> bool:
-        return self._set
+def _memory(device: torch.device) -> float:
+    """Most GPU memory that this process has held, or on a CPU the memory that it holds, GB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
 
 
-def _catch_sigterm() -> _Flag:
-    flag = _Flag()
-    signal.signal(signal.SIGTERM, flag.set)
-    return flag
+def random_state() -> Tensor:
+    """The state of this process's random numbers, uint8. No step draws any today; an objective with dropout would."""
+    on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
+    return torch.cat([torch.get_rng_state(), *on_gpu])
+
+
+def set_random_state(state: Tensor) -> None:
+    """Goes on where `random_state` was taken; on another kind of device, with the CPU's part of it."""
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size].clone())  # PyTorch reads from the storage's begin, wherever a view begins
+    if torch.cuda.is_available() and len(state) > size:
+        torch.cuda.set_rng_state(state[size:].clone())
 
 
 def _store(training: Training, plan: list[Step]) -> StateStore:
     """The store of a whole training: a resumed one keeps the same states as one that was never interrupted."""
     visits = np.bincount(np.concatenate([step.conversations for step in plan]))
+    # Where processes share a target, each would have to know what the others have kept.
+    epochs = int(visits.max()) if training.ranks.tp == 1 else 1
     width = 4 * training.draft.config.hidden_size
     dtype, device = training.objective.dtype, training.target.device
     groups = _target_batches(training, plan)
-    return StateStore(training.work, training.train.lengths, width, dtype, int(visits.max()), device, groups)
+    return StateStore(training.work, training.train.lengths, width, dtype, epochs, device, groups)
 
 
 def _target_batches(training: Training, plan: list[Step]) -> dict[int, tuple[int, ...]]:
@@ -205,7 +214,7 @@ def _target_batches(training: Training, plan: list[Step]) -> dict[int, tuple[int
     ranks, size = training.ranks, training.parameters.training_batch_size
     batches: dict[int, tuple[int, ...]] = {}
     for step in plan:
-        mine = dict.fromkeys(step.conversations[ranks.rank :: ranks.world].tolist())
+        mine = dict.fromkeys(ranks.share(step.conversations).tolist())
         new = [index for index in mine if index not in batches]
         for start in range(0, len(new), size):
             part = tuple(new[start : start + size])
@@ -213,101 +222,102 @@ def _target_batches(training: Training, plan: list[Step]) -> dict[int, tuple[int
     return batches
 
 
-def _conversations(split: Split, indices: NDArray[np.int64] | list[int], device: torch.device) -> Batch:
+def _conversations(training: Training, split: Split, indices: NDArray[np.int64] | list[int]) -> Batch:
     rows = (split[int(index)] for index in indices)
-    return collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows]).to(device)
+    batch = collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows])
+    return batch.to(training.target.device)
 
 
-def _target_states(training: Training, split: Split, indices: list[int]) -> list[Tensor]:
-    """The target's states of some conversations, training_batch_size of them at a time."""
-    size = training.parameters.training_batch_size
-    states: list[Tensor] = []
-    for start in range(0, len(indices), size):
-        states += training.target.states(_conversations(split, indices[start : start + size], training.target.device))
-    return states
+def _target_states(training: Training, split: Split, conversations: NDArray[np.int64]) -> Iterator[Tensor]:
+    """This process's own conversations' states, as its group runs the target over training_batch_size at a time."""
+    ranks, size = training.ranks, training.parameters.training_batch_size
+    group = ranks.group_share(conversations)
+    for start in range(0, len(group), size):
+        states = training.target.states(_conversations(training, split, group[start : start + size]))
+        yield from (state for place, state in enumerate(states, start) if ranks.owns(place))
 
 
-def _micro_batches(training: Training, split: Split, indices: NDArray[np.int64]) -> Iterator[tuple[Batch, slice]]:
-    size = training.parameters.draft_micro_batch_size
-    for start in range(0, len(indices), size):
-        part = slice(start, start + size)
-        yield _conversations(split, indices[part], training.target.device), part
+def _losses(
+    training: Training, split: Split, conversations: NDArray[np.int64], states: Iterator[Tensor], size: int
+) -> Iterator[tuple[Tensor, StepSums]]:
+    """Loss and sums of this process's share, `size` conversations at a time.
+
+    Only as many states are held as a pass of the target and one of the draft need.
+    """
+    mine = training.ranks.share(conversations)
+    for start in range(0, len(mine), size):
+        part = mine[start : start + size]
+        yield training.objective(_conversations(training, split, part), list(islice(states, len(part))))
+    for _ in states:  # a group whose last conversations are others' runs the target to the end all the same
+        pass
 
 
-def _learn(training: Training, step: Step, store: StateStore) -> tuple[StepSums, float]:
-    """One optimizer step; gives the sums over all ranks and the gradient's norm before clipping."""
-    p, ranks, optimizer = training.parameters, training.ranks, training.optimizer
-    mine = step.conversations[ranks.rank :: ranks.world]
-    states = store.get(mine, lambda missing: _target_states(training, training.train, missing))
+def _learn(training: Training, step: Step, store: StateStore, gradients: Gradients, window: Window) -> None:
+    """One optimizer step; its sums over all ranks go into the window."""
+    p, ranks, split = training.parameters, training.ranks, training.train
+    if store.keeps:
+        compute = lambda missing: _states_of(training, missing)  # noqa: E731
+        states = iter(store.get(ranks.share(step.conversations), compute))
+    else:
+        states = _target_states(training, split, step.conversations)
     sums = StepSums.zeros(p.ttt_length)
-    for batch, part in _micro_batches(training, training.train, mine):
-        loss, micro_sums = training.objective(batch, states[part])
+    gradients.clear()
+    for loss, micro_sums in _losses(training, split, step.conversations, states, p.draft_micro_batch_size):
         loss.backward()
         sums = sums + micro_sums
-    parameters = list(training.draft.parameters())
-    ranks.sum_gradients(parameters)
+    gradients.reduce(ranks)
     sums = StepSums.from_tensor(ranks.sum(sums.tensor()).cpu())
     supervised = float(sums.supervised[0])
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.div_(max(supervised, 1.0))
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, p.max_grad_norm))
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(training.done, training.total, p.learning_rate, p.warmup_ratio)
+    norm = gradients.finish(supervised, p.max_grad_norm)
+    rate = learning_rate(training.done, training.total, p.learning_rate, p.warmup_ratio)
+    for group in training.optimizer.param_groups:
+        group["lr"] = rate
+    if not (math.isfinite(norm) and bool(torch.isfinite(sums.loss).all())):
+        _skip(training, step, sums, norm)
+        return
+    window.add(sums, norm)
     if supervised:
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return sums, norm
+        training.optimizer.step()
+
+
+def _states_of(training: Training, indices: list[int]) -> list[Tensor]:
+    """States of conversations that go through the target together; only where each process has a whole one."""
+    return training.target.states(_conversations(training, training.train, indices))
+
+
+def _skip(training: Training, step: Step, sums: StepSums, norm: float) -> None:
+    """Counts a step that cannot be learnt from. All ranks see the same sums, so all skip it."""
+    skipped = training.history.skipped
+    lines = sorted(training.train.line(int(index)) for index in step.conversations)
+    skipped.append({"step": training.done + 1, "lines": lines})
+    loss = [value / max(1.0, count) for value, count in zip(sums.loss.tolist(), sums.supervised.tolist(), strict=True)]
+    seen = f"loss {' '.join(f'{value:.2f}' for value in loss)}, gradient norm {norm:.1f}"
+    logger.warning("step %d is skipped (%s); its conversations' lines: %s", training.done + 1, seen, lines)
+    row = [record["step"] for record in skipped[-SKIPPED_IN_A_ROW:]]
+    if row == list(range(training.done + 2 - SKIPPED_IN_A_ROW, training.done + 2)):
+        raise DraftModelError(
+            f"training: steps {row[0]} to {row[-1]} had no finite loss and gradient (the last: {seen}; conversations "
+            f"from lines {lines} of the training data): lower learning_rate, or set compute_dtype to float32, and "
+            "resume from the last checkpoint"
+        )
 
 
 @torch.no_grad()
 def _validate(training: Training, epoch: int, progress: Progress) -> None:
     """The whole validation split, token-weighted, shared over the ranks."""
-    split, ranks, p = training.validation, training.ranks, training.parameters
+    split, p = training.validation, training.parameters
     if split is None:
         return
+    order = np.argsort(-split.lengths, kind="stable")
+    states = _target_states(training, split, order)
     sums = StepSums.zeros(p.ttt_length)
-    order = np.argsort(-split.lengths, kind="stable")[ranks.rank :: ranks.world]
-    for start in range(0, len(order), p.training_batch_size):
-        indices = order[start : start + p.training_batch_size]
-        states = _target_states(training, split, indices.tolist())
-        sums = sums + training.objective(_conversations(split, indices, training.target.device), states)[1]
-    sums = StepSums.from_tensor(ranks.sum(sums.tensor()).cpu())
-    record = {"step": training.done, "epoch": epoch + 1, **_measures(sums, p)}
+    for _, batch_sums in _losses(training, split, order, states, p.training_batch_size):
+        sums = sums + batch_sums
+    sums = StepSums.from_tensor(training.ranks.sum(sums.tensor()).cpu())
+    record = {"step": training.done, "epoch": epoch + 1, **measures(sums, p.num_speculative_tokens)}
     training.history.validation.append(record)
     progress.log_validation(record)
-
-
-def _measures(sums: StepSums, p: Parameters) -> dict[str, Any]:
-    return {**sums.means(), "acceptance_length": sums.acceptance_length(p.num_speculative_tokens)}
-
-
-class _Window:
-    """What happened since the last log line, summed; divided only when it is written."""
-
-    def __init__(self, steps: int, saved: Mapping[str, Any] | None = None) -> None:
-        self.sums = StepSums.zeros(steps)
-        self.tokens, self.seconds, self.norm = 0, 0.0, 0.0
-        if saved and len(saved["sums"][0]) == steps:
-            self.sums = StepSums.from_tensor(torch.tensor(saved["sums"], dtype=torch.float64))
-            self.tokens, self.seconds, self.norm = saved["tokens"], saved["seconds"], saved["norm"]
-
-    def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "sums": self.sums.tensor().tolist()}
-
-    def add(self, sums: StepSums, norm: float, tokens: int, seconds: float) -> None:
-        self.sums = self.sums + sums
-        self.tokens, self.seconds, self.norm = self.tokens + tokens, self.seconds + seconds, norm
-
-    def record(self, training: Training, epoch: int) -> dict[str, Any]:
-        return {
-            "step": training.done,
-            "epoch": epoch + 1,
-            "learning_rate": training.optimizer.param_groups[0]["lr"],
-            **_measures(self.sums, training.parameters),
-            "grad_norm": self.norm,
-            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
-        }
+    training.tracker.metrics(training.done, {f"validation_{name}": value for name, value in record.items()})
 
 
 def check_position(loaded: Loaded, current: Position) -> list[str]:

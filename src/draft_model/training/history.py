@@ -1,0 +1,110 @@
+"""What a training measured: sums over the log window under way, and the records that became of earlier ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from draft_model.eagle3.objective import StepSums
+
+
+@dataclass
+class History:
+    """What a training measured; the report's curves.
+
+    Attributes:
+        log: one record per `log_steps` steps; of a window in which nothing was supervised, none.
+        validation: one record per validation.
+        skipped: steps whose loss or gradient was not finite, with their conversations' lines in the data.
+        seconds: of training, validations and checkpoints included, earlier attempts too.
+        tokens: that went through the draft.
+        window: what the log window under way has summed, where a checkpoint falls into one.
+    """
+
+    log: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens: int = 0
+    window: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def acceptance_length(self) -> float:
+        """The last simulated one: of the validation, else of the training data."""
+        records = self.validation or self.log
+        return float(records[-1]["acceptance_length"]) if records else 1.0
+
+    def validated(self, step: int) -> float | None:
+        """The simulated acceptance length that the validation after a step found, if there was one."""
+        found = [record["acceptance_length"] for record in self.validation if record["step"] == step]
+        return float(found[-1]) if found else None
+
+
+class Window:
+    """What happened since the last log line, summed; divided only when it is written.
+
+    Args:
+        steps: unroll length.
+        saved: `to_json` of a window that a checkpoint interrupted.
+    """
+
+    def __init__(self, steps: int, saved: Mapping[str, Any] | None = None) -> None:
+        self.sums = StepSums.zeros(steps)
+        self.tokens, self.seconds, self.norm = 0, 0.0, 0.0
+        if saved and len(saved["sums"][0]) == steps:
+            self.sums = StepSums.from_tensor(torch.tensor(saved["sums"], dtype=torch.float64))
+            self.tokens, self.seconds, self.norm = saved["tokens"], saved["seconds"], saved["norm"]
+
+    def to_json(self) -> dict[str, Any]:
+        """The sums as JSON, exact."""
+        return {**vars(self), "sums": self.sums.tensor().tolist()}
+
+    @property
+    def measured(self) -> bool:
+        """Whether anything was supervised: without, there is no loss that could be written."""
+        return bool(self.sums.supervised[0] > 0)
+
+    def add(self, sums: StepSums, norm: float) -> None:
+        """Adds what one step measured.
+
+        Args:
+            sums: over all processes.
+            norm: of its gradient, before clipping.
+        """
+        self.sums, self.norm = self.sums + sums, norm
+
+    def spend(self, tokens: int, seconds: float) -> None:
+        """Adds what one step cost."""
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+
+    def record(self, proposals: int, **where: Any) -> dict[str, Any]:
+        """The log record.
+
+        Args:
+            proposals: tokens that the simulated decoding proposes per round.
+            where: step, epoch and the like, which come first.
+        """
+        return {
+            **where,
+            **measures(self.sums, proposals),
+            "grad_norm": self.norm,
+            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
+        }
+
+
+def measures(sums: StepSums, proposals: int) -> dict[str, Any]:
+    """Means and acceptance length of some positions; None at the unroll steps that none of them reaches.
+
+    Args:
+        sums: over all processes.
+        proposals: tokens that the simulated decoding proposes per round.
+    """
+    supervised = (sums.supervised > 0).tolist()
+    means = {
+        name: [value if known else None for value, known in zip(values, supervised, strict=True)]
+        for name, values in sums.means().items()
+    }
+    return {**means, "acceptance_length": sums.acceptance_length(proposals)}

@@ -1,0 +1,193 @@
+"""A target in parts: each process of a tensor-parallel group holds its share of every decoder layer.
+
+transformers shards a model by the plan of its family and reads only a process's own part of each file. Two things
+differ from serving. Every process trains on conversations of its own, so embedding and head stay whole: 4 V H bytes
+in bfloat16 buy logits without a message. And the groups of a job hold copies of one another, for which transformers
+has no option, so the mesh is given to it from here.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from draft_model.eagle3.batch import collate
+from draft_model.eagle3.target import Target, check_structure, load_model, load_target
+from draft_model.errors import DraftModelError
+from draft_model.training.ranks import Ranks, is_a_peers
+
+logger = logging.getLogger(__name__)
+
+_ATTENTION = {**{f"self_attn.{name}_proj": "colwise" for name in "qkv"}, "self_attn.o_proj": "rowwise"}
+_SINKS = {"self_attn": "local_params", "self_attn.sinks": "colwise"}
+_MLP = {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}
+
+
+class ShardedTarget(Target):
+    """A target whose layers are spread over processes; all of them call the same methods in the same order."""
+
+    @property
+    def last_layer(self) -> dict[str, Tensor]:
+        """As of a whole target; without experts, which no draft has."""
+        return {name: _whole(tensor) for name, tensor in super().last_layer.items() if tensor.dim() < 3}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def load_share(folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dtype, ranks: Ranks) -> Target:
+    """Loads this process's part of the target: all of it, or its share of every layer where tp_size says so.
+
+    Args:
+        folder: of the imported model.
+        aux_layers: of the draft's configuration.
+        dtype: compute type.
+        ranks: this process among the others.
+
+    Raises:
+        DraftModelError: where the model cannot be loaded, or its heads cannot be shared out.
+    """
+    on_gpu = ranks.device.type == "cuda"
+    if ranks.mesh is None and not on_gpu:
+        return load_target(folder, aux_layers, dtype, ranks.device)
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+    from transformers.utils import logging as transformers_logging
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_heads(config.get_text_config(), ranks.tp)
+    with torch.device("meta"):
+        skeleton = check_structure(AutoModelForCausalLM.from_config(config, dtype=dtype), aux_layers)
+    if on_gpu:
+        check_memory(skeleton, ranks.tp, torch.cuda.get_device_properties(ranks.device).total_memory)
+    if ranks.mesh is None:
+        return load_target(folder, aux_layers, dtype, ranks.device)
+    plan = plan_for(skeleton)
+    experts = {"ep_size": ranks.tp, "ep_implementation": "all_reduce"} if _has_experts_apart(skeleton) else {}
+    transformers_logging.set_verbosity_error()  # it would name every norm as "not sharded"
+    model = load_model(
+        folder, dtype, _on_mesh(type(skeleton), ranks.mesh, ranks.device),
+        distributed_config=DistributedConfig(tp_size=ranks.tp, tp_plan=plan, **experts),
+    )  # fmt: skip
+    held, whole = (sum(map(_bytes, each.parameters())) for each in (model, skeleton))
+    logger.info("target: %.2f of %.2f GB in each of %d processes", held / 1e9, whole / 1e9, ranks.tp)
+    target = ShardedTarget(model, aux_layers)
+    try:
+        target.states(collate([(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool))]).to(ranks.device))
+    except RuntimeError as error:
+        if is_a_peers(error):
+            raise
+        # Blocks that reshape by the model's number of heads, and not by what is there.
+        raise DraftModelError(f"tp_size: {type(skeleton).__name__} cannot run in parts ({error}): use 1") from error
+    return target
+
+
+def _bytes(tensor: Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.numel() * local.element_size()
+
+
+def check_heads(config: Any, tp: int) -> None:
+    """Refuses a tp_size that would cut an attention head in two.
+
+    Args:
+        config: the target's text configuration.
+        tp: tp_size.
+
+    Raises:
+        DraftModelError: names what would fit.
+    """
+    if tp not in (fits := _tp_sizes(config)):
+        heads, kv_heads = _heads(config)
+        raise DraftModelError(
+            f"tp_size: given {tp}; the target has {heads} attention heads and {kv_heads} key-value heads, which "
+            f"tp_size must divide: allowed: {', '.join(map(str, fits))}"
+        )
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    return config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _tp_sizes(config: Any) -> list[int]:
+    heads, kv_heads = _heads(config)
+    return [size for size in range(1, kv_heads + 1) if kv_heads % size == 0 and heads % size == 0]
+
+
+def check_memory(model: Any, tp: int, memory: int) -> None:
+    """Refuses a target that a GPU could not hold its part of, before a byte of it is read.
+
+    Args:
+        model: on the meta device, in the compute type.
+        tp: tp_size.
+        memory: of a GPU, bytes.
+
+    Raises:
+        DraftModelError: names the smallest tp_size that would do, if there is one.
+    """
+    layers = sum(map(_bytes, model.get_decoder().layers.parameters()))
+    rest = sum(map(_bytes, model.parameters())) - layers
+    if rest + layers / tp <= memory:
+        return
+    fits = [size for size in _tp_sizes(model.config.get_text_config()) if rest + layers / size <= memory]
+    advice = f"use {fits[0]} or more" if fits else "no tp_size that divides its heads is enough: use larger GPUs"
+    raise DraftModelError(
+        f"tp_size: given {tp}; each GPU would hold {(rest + layers / tp) / 1e9:.1f} GB of the target and has "
+        f"{memory / 1e9:.1f} GB: {advice}; `draft-model plan` works it out"
+    )
+
+
+def plan_for(model: Any) -> dict[str, str]:
+    """The rules to add to the family's plan: embedding and head whole, and ours where the family has none.
+
+    Args:
+        model: on the meta device.
+
+    Raises:
+        DraftModelError: where the family has no plan and its blocks have not Llama's names.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    whole = {names[model.get_input_embeddings()]: "replicate", names[model.get_output_embeddings()]: "replicate"}
+    decoder = model.get_decoder()
+    if _speaks_of_layers(model.tp_plan):
+        return whole
+    block = decoder.layers[0]
+    ours = _ATTENTION | (_SINKS if hasattr(block.self_attn, "sinks") else {})
+    ours |= {} if _has_experts_apart(model) else _MLP
+    known = {name for names in (block.named_modules(), block.named_parameters()) for name, _ in names}
+    if missing := sorted(ours.keys() - known):
+        raise DraftModelError(
+            f"tp_size: transformers has no tensor-parallel plan for {type(model).__name__}, and its blocks have no "
+            f"{', '.join(missing)}: use 1"
+        )
+    logger.info("%s has no tensor-parallel plan in transformers: its blocks are cut as Llama's", type(model).__name__)
+    return whole | {f"{names[decoder]}.layers.*.{rule}": style for rule, style in ours.items()}
+
+
+def _speaks_of_layers(plan: dict[str, str] | None) -> bool:
+    return any(".layers." in f".{rule}" for rule in plan or {})
+
+
+def _has_experts_apart(model: Any) -> bool:
+    """Whether the family has a plan for its experts and none for the rest (gpt-oss)."""
+    return _speaks_of_layers(model.ep_plan) and not _speaks_of_layers(model.tp_plan)
+
+
+def _on_mesh(model_class: Any, mesh: DeviceMesh, device: torch.device) -> Any:
+    """The model's class, which loads itself onto the mesh of this process's group."""
+
+    class Meshes:
+        def get_mesh(self, dims: object) -> DeviceMesh:
+            return mesh
+
+    def prepare(cls: Any, distributed_config: Any, device_map: Any = None) -> tuple[Any, Any, Meshes]:
+        return distributed_config, device, Meshes()
+
+    return type(model_class.__name__, (model_class,), {"prepare_distribute_model": classmethod(prepare)})

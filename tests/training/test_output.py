@@ -1,0 +1,211 @@
+"""Which checkpoints stay, which one is served, and what happens while the object store is away."""
+
+import json
+import shutil
+import socket
+import threading
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import boto3
+import pytest
+from safetensors.torch import load_file
+
+from draft_model import storage
+from draft_model.errors import DraftModelError
+from draft_model.training import output as outputs
+from draft_model.training.output import Keeping, Output
+from training.case import when_logged
+
+
+def folders(trained):
+    return sorted(path.parent.name for path in Path(trained.output).glob("*/manifest.json"))
+
+
+def test_only_the_newest_stay_when_that_is_asked_for(train, plain):
+    trained = train(keep_checkpoints=2)
+    assert trained.checkpoints == ["epoch_3", "epoch_4"]
+    assert folders(trained) == ["epoch_3", "epoch_4", "final"]
+    assert sorted(path.name for path in Path(trained.output).iterdir()) == [
+        "checkpoints.json", "epoch_3", "epoch_4", "final"
+    ]  # fmt: skip
+    assert trained.losses == plain.losses
+
+
+def test_the_best_on_the_validation_split_stays_and_becomes_final(train):
+    # So high a rate that the first epoch is the best and the later ones forget it.
+    settings = {"learning_rate": 0.3, "warmup_ratio": 0.0, "num_epochs": 6, "num_speculative_tokens": 3}
+    every = train(**settings)
+    found = {record["epoch"]: record["acceptance_length"] for record in every.record["validation"]}
+    best = max(found, key=found.__getitem__)
+    assert best < 6
+    assert found[best] > found[6]
+    trained = train(keep_checkpoints=1, final_checkpoint="best", **settings)
+    assert trained.checkpoints == [f"epoch_{best}", "epoch_6"]
+    assert trained.read("final/model.safetensors") == every.read(f"epoch_{best}/model.safetensors")
+    assert trained.record["draft_step"] == storage.read_manifest(f"{every.output}/epoch_{best}").properties["step"]
+    assert every.record["draft_step"] == every.record["steps"]
+    files = {file.path for file in storage.read_manifest(trained.result.final).files}
+    assert not [name for name in files if name.startswith("training_state")]
+    assert trained.result.acceptance_length == found[best]
+
+
+def test_the_best_needs_a_validation_split(train, inputs, tmp_path):
+    manifest = storage.read_manifest(inputs.dataset)
+    folder = shutil.copytree(inputs.dataset, tmp_path / "unvalidated", ignore=shutil.ignore_patterns("validation"))
+    storage.publish(folder, str(folder), stage=manifest.stage, properties=manifest.properties)
+    with pytest.raises(DraftModelError, match=r"final_checkpoint: given 'best'.*use 'last'"):
+        train(dataset=str(folder), final_checkpoint="best")
+
+
+def test_a_damaged_newest_is_not_all_that_is_left(train, plain, tmp_path):
+    """Thinning out counts what is listed, so the one before a damaged checkpoint is there to go on from."""
+    kept = shutil.copytree(train(keep_checkpoints=2).output, tmp_path / "kept")
+    shutil.rmtree(kept / "final")
+    (kept / "epoch_4/model.safetensors").write_bytes(b"")
+    assert train(str(kept), resume="true", keep_checkpoints=2).losses == plain.losses
+
+
+def test_what_a_killed_process_left_in_a_store_is_removed(object_store, tmp_path):
+    uri = f"s3://{object_store.bucket}/torn"
+    client = boto3.client("s3")
+    begun = client.create_multipart_upload(Bucket=object_store.bucket, Key="torn/step_5/model.safetensors")
+    part = {"Bucket": object_store.bucket, "Key": begun["Key"], "UploadId": begun["UploadId"], "PartNumber": 1}
+    client.upload_part(**part, Body=b"x" * 1000)
+    storage.write_bytes(f"{uri}/step_5/config.json", b"{}")
+    storage.write_bytes(f"{uri}/checkpoints.json", b'["step_5"]')
+    Output(uri, tmp_path).tidy()
+    listed = client.list_objects_v2(Bucket=object_store.bucket, Prefix="torn/")["Contents"]
+    assert [item["Key"] for item in listed] == ["torn/checkpoints.json"]
+    assert storage.read_bytes(f"{uri}/checkpoints.json") == b"[]"
+    assert not client.list_multipart_uploads(Bucket=object_store.bucket, Prefix="torn/").get("Uploads")
+
+
+class Proxy:
+    """A connection to a store that can be cut: at once, or when so many bytes have gone up."""
+
+    def __init__(self, port: int) -> None:
+        self._to, self._left, self._open = port, float("inf"), set()
+        self._lock = threading.Lock()
+        self._listener = self._listen(0)
+        self.port = self._listener.getsockname()[1]
+
+    def _listen(self, port: int) -> socket.socket:
+        listener = socket.create_server(("127.0.0.1", port), reuse_port=True)
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        return listener
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                there = socket.create_connection(("127.0.0.1", self._to))
+                here, _ = listener.accept()
+                self._open |= {here, there}
+                threading.Thread(target=self._pump, args=(here, there, True), daemon=True).start()
+                threading.Thread(target=self._pump, args=(there, here, False), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if up:
+                    with self._lock:
+                        self._left -= len(data)
+                    if self._left < 0:
+                        self.cut()
+                sink.sendall(data)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+    def cut_after(self, size: int) -> None:
+        self._left = size
+
+    def cut(self) -> None:
+        """The store is away: what is under way breaks off, and nobody answers."""
+        for end in (self._listener, *self._open):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+            end.close()
+        self._open.clear()
+
+    def come_back(self) -> None:
+        self._left = float("inf")
+        self._listener = self._listen(self.port)
+
+
+@contextmanager
+def behind_a_proxy(store, monkeypatch):
+    endpoint = urlsplit(store.environment["AWS_ENDPOINT_URL"])
+    proxy = Proxy(endpoint.port)
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
+    monkeypatch.setattr(outputs, "_PAUSES", (0.02, 0.1))
+    try:
+        yield proxy
+    finally:
+        proxy.cut()
+
+
+def start_once(thread):
+    with suppress(RuntimeError):
+        thread.start()
+
+
+def test_training_goes_on_while_the_store_is_away_and_nothing_is_lost(train, plain, object_store, monkeypatch, caplog):
+    uri = f"s3://{object_store.bucket}/away"
+    with behind_a_proxy(object_store, monkeypatch) as proxy:
+        proxy.cut_after(150_000)  # in the middle of the first checkpoint's state
+        back = threading.Barrier(2, proxy.come_back)  # when three more epochs are trained, and the upload was retried
+        once = {text: threading.Thread(target=back.wait) for text in ("step 9, ", "the next try is in")}
+        with ExitStack() as both:
+            for text, thread in once.items():
+                both.enter_context(when_logged(text, partial(start_once, thread)))
+            trained = train(uri)
+        assert trained.losses == plain.losses
+        messages = [record.getMessage() for record in caplog.records if record.name.startswith("draft_model.training")]
+        (first, *_), retried = (
+            [number for number, text in enumerate(messages) if part in text]
+            for part in ("checkpoint epoch_1: ", "training goes on, the next try is in")
+        )
+        reached = next(number for number, text in enumerate(messages) if text.startswith("step 9, "))
+        assert retried
+        assert max(min(retried), reached) < first
+        for name in (*plain.checkpoints, "final"):
+            assert storage.read_manifest(f"{uri}/{name}")
+        assert trained.read("epoch_1/model.safetensors") == plain.read("epoch_1/model.safetensors")
+
+
+def test_a_store_that_stays_away_ends_the_training_and_the_checkpoint_stays_here(
+    train, plain, object_store, monkeypatch
+):
+    monkeypatch.setattr(outputs, "PATIENCE", 0.3)
+    with behind_a_proxy(object_store, monkeypatch) as proxy:
+        proxy.cut_after(150_000)
+        with pytest.raises(DraftModelError) as caught:
+            train(f"s3://{object_store.bucket}/gone")
+    reason, given_up, kept = caught.value.problems
+    assert "cannot be reached" in reason
+    assert "given up after" in given_up
+    folder = kept.partition("it stays in ")[2].partition(",")[0]
+    assert "resume_from_checkpoint" in kept
+    assert not Path(folder).is_relative_to(train.folder / "work-1")  # doors remove that one
+    resumed = train(resume="true", resume_from_checkpoint=folder)
+    assert resumed.losses == plain.losses
+    assert load_file(f"{folder}/model.safetensors")
+
+
+def test_refused_keys_are_not_tried_again(train, object_store, monkeypatch, caplog):
+    uri = f"s3://{object_store.bucket}/refused"
+
+    def lose_the_keys():
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+
+    with when_logged("step 2, ", lose_the_keys), pytest.raises(DraftModelError, match="refuses the keys"):
+        train(uri)
+    assert "the next try is in" not in caplog.text
+
+
+def test_the_best_of_none_is_none(tmp_path):
+    (tmp_path / "checkpoints.json").write_text(json.dumps(["epoch_1"]))
+    assert Output(str(tmp_path), tmp_path, Keeping(1, True)).best() is None

@@ -1,0 +1,252 @@
+"""However many processes train, and however they share the target, the training is the same."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import numpy as np
+import psutil
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from draft_model.eagle3.batch import collate
+from draft_model.eagle3.target import load_target
+from draft_model.errors import DraftModelError
+from draft_model.training.parallel import check_heads, check_memory, load_share, plan_for
+from draft_model.training.ranks import PeerLost, start_ranks
+from training.case import Trainer
+from training.processes import free_port, outcome, run_world, start, train_in
+
+pytestmark = [pytest.mark.xdist_group("worlds"), pytest.mark.timeout(600)]
+
+STEPS = {"total_steps": 20, "num_epochs": 7, "draft_micro_batch_size": 1}
+LAYOUTS = {"dp2": (2, 1), "tp2": (2, 2), "dp4": (4, 1), "tp2 x dp2": (4, 2)}
+FAMILIES = ("llama", "qwen3", "qwen3_moe", "phi3", "hunyuan_v1_dense", "gpt_oss")
+"""The last two have no plan of their own in transformers, or none for their attention."""
+
+
+@pytest.fixture(scope="module")
+def worlds(inputs, tmp_path_factory):
+    """Twenty steps by one process and by every layout of two and four; what four began, two went on with."""
+    folder = tmp_path_factory.mktemp("worlds")
+    train = Trainer(inputs, folder)
+    configs = {
+        name: train.config(number_of_gpu_to_use_draft_model_training=world, tp_size=tp, **STEPS)
+        for name, (world, tp) in LAYOUTS.items()
+    }
+    begun = train.config(number_of_gpu_to_use_draft_model_training=4, **STEPS)
+    logs = {world: folder / f"{world}.log" for world in (2, 4)}
+    of_four = [configs[name] for name, (world, _) in LAYOUTS.items() if world == 4]
+    assert train_in(4, *of_four, begun, stop_at="step 7, ", log=logs[4]) == [143] * 4, logs[4].read_text()
+    shutil.copytree(begun.output, folder / "begun")
+    resumed = train.config(begun.output, number_of_gpu_to_use_draft_model_training=2, tp_size=2, resume="true", **STEPS)
+    of_two = [configs[name] for name, (world, _) in LAYOUTS.items() if world == 2]
+    assert train_in(2, *of_two, resumed, log=logs[2]) == [0] * 2, logs[2].read_text()
+    alone = train(**STEPS)
+    trained = {name: outcome(config) for name, config in configs.items()}
+    return trained | {"alone": alone, "resumed": outcome(resumed), "logs": logs, "begun": folder / "begun"}
+
+
+def assert_same(trained, other):
+    assert list(trained.losses) == list(other.losses)
+    assert max(trained.losses) == 20
+    for part in ("log", "validation"):
+        losses = [np.array([record["loss"] for record in run.record[part]], float) for run in (trained, other)]
+        np.testing.assert_allclose(*losses, rtol=0, atol=1e-5)
+    last = trained.checkpoints[-1]
+    ours, others = (load_file(f"{run.output}/{last}/training_state/state.safetensors") for run in (trained, other))
+    for name, tensor in others.items():
+        if name.startswith("weight."):
+            np.testing.assert_allclose(ours[name], tensor, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_losses_and_weights_of_one_process(worlds, layout):
+    assert_same(worlds[layout], worlds["alone"])
+    assert worlds[layout].record["world_size"] == LAYOUTS[layout][0]
+
+
+def test_what_four_processes_began_two_finish(worlds):
+    position = json.loads((worlds["begun"] / "step_7/training_state/position.json").read_text())
+    assert (position["step"], position["world"]) == (7, 4)
+    assert_same(worlds["resumed"], worlds["alone"])
+
+
+def test_what_four_processes_began_one_finishes(worlds, train, tmp_path):
+    output = shutil.copytree(worlds["begun"], tmp_path / "begun")
+    assert_same(train(str(output), resume="true", **STEPS), worlds["alone"])
+
+
+def test_the_first_lines_say_how_the_work_is_shared_out(worlds):
+    log = worlds["logs"][4].read_text()
+    assert "4 process(es)" in log
+    assert "tensor parallel 2, data parallel 2" in log
+    assert "4 conversations per step = 4 processes x micro-batch 1 x accumulation 1, about " in log
+    assert "3.2 steps per epoch, 20 steps in all" in log
+
+
+def states_of_families(folders, output):
+    """In a process of a group of two: the states that its share of each target gives."""
+    torch.set_num_threads(1)
+    with start_ranks(timedelta(minutes=1), tp=2) as ranks:
+        for folder in folders:
+            target = load_share(folder, (1, 3, 5), torch.float32, ranks)
+            states = torch.cat(target.states(conversations()))
+            held = sum(parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
+                       for parameter in target.model.parameters())  # fmt: skip
+            found = {"states": states, "logits": target.logits(states[:, -32:]), "held": torch.tensor(held)}
+            last = {name: tensor for name, tensor in target.last_layer.items() if tensor.dim() < 3}
+            torch.save(found | last, output / f"{folder.name}.{ranks.rank}")
+
+
+def conversations():
+    random = torch.Generator().manual_seed(0)
+    return collate(
+        [(torch.randint(0, 64, (n,), generator=random), torch.ones(n, dtype=torch.bool)) for n in (20, 13, 7)]
+    )
+
+
+def write_family(folder, family):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    settings = tiny.llama_config().to_dict() | (experts if family in ("qwen3_moe", "gpt_oss") else {})
+    kept = {name: settings[name] for name in settings if name not in ("model_type", "rope_parameters", "architectures")}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **kept)).save_pretrained(folder)
+
+
+def test_a_target_in_parts_gives_the_states_of_a_whole_one(tmp_path):
+    for family in FAMILIES:
+        write_family(tmp_path / family, family)
+    codes = run_world(2, states_of_families, [tmp_path / family for family in FAMILIES], tmp_path,
+                      log=tmp_path / "log")  # fmt: skip
+    assert codes == [0, 0], (tmp_path / "log").read_text()
+    for family in FAMILIES:
+        whole = load_target(tmp_path / family, (1, 3, 5), torch.float32, torch.device("cpu"))
+        states = torch.cat(whole.states(conversations()))
+        size = sum(parameter.numel() for parameter in whole.model.parameters())
+        for rank in (0, 1):
+            part = torch.load(tmp_path / f"{family}.{rank}")
+            torch.testing.assert_close(part["states"], states, rtol=0, atol=1e-5, msg=lambda text, f=family: f + text)
+            torch.testing.assert_close(part["logits"], whole.logits(states[:, -32:]), rtol=0, atol=1e-5)
+            for name, tensor in whole.last_layer.items():
+                if tensor.dim() < 3:
+                    assert torch.equal(part[name], tensor), (family, name)
+            assert part["held"] < 0.75 * size  # embedding and head are whole in both
+
+
+def test_a_tp_size_that_would_cut_a_head_in_two_is_refused_with_those_that_fit():
+    check_heads(tiny.llama_config(), 2)
+    with pytest.raises(DraftModelError, match=r"tp_size: given 4; .*4 attention heads and 2 key-value.*allowed: 1, 2$"):
+        check_heads(tiny.llama_config(), 4)
+
+
+def test_a_target_too_big_for_a_gpu_is_refused_with_the_tp_size_that_does():
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny.llama_config(num_key_value_heads=4))
+    layers = 4 * sum(parameter.numel() for parameter in model.model.layers.parameters())
+    rest = 4 * sum(parameter.numel() for parameter in model.parameters()) - layers
+    check_memory(model, 2, rest + layers // 2)
+    with pytest.raises(DraftModelError, match=r"tp_size: given 1; .*: use 4 or more"):
+        check_memory(model, 1, rest + layers // 3)
+    with pytest.raises(DraftModelError, match=r"tp_size: given 2; .*no tp_size .* use larger GPUs"):
+        check_memory(model, 2, rest + layers // 5)
+
+
+def test_a_family_without_a_plan_and_with_other_names_is_refused():
+    from transformers import PersimmonConfig, PersimmonForCausalLM
+
+    with torch.device("meta"):
+        model = PersimmonForCausalLM(
+            PersimmonConfig(num_hidden_layers=2, num_attention_heads=2, hidden_size=8, intermediate_size=8)
+        )
+    with pytest.raises(
+        DraftModelError, match=r"no tensor-parallel plan for PersimmonForCausalLM.*self_attn\.q_proj.*use 1"
+    ):
+        plan_for(model)
+
+
+def train_with_a_failing_one(config, failing):
+    from draft_model.training import job, trainer
+
+    os.environ["DRAFT_MODEL_JOB"] = config
+    original, job._OTHERS_FIRST = trainer._learn, 0.0
+
+    def learn(training, *arguments):
+        if training.ranks.rank == failing and training.done == 3:
+            raise ValueError("the disk caught fire")
+        original(training, *arguments)
+
+    trainer._learn = learn
+    return job.main()
+
+
+def test_the_log_of_a_dying_process_comes_before_those_of_the_others(train, tmp_path):
+    config = train.config(number_of_gpu_to_use_draft_model_training=3, draft_global_batch_size=3,
+                          draft_micro_batch_size=1)  # fmt: skip
+    log = tmp_path / "log"
+    codes = run_world(3, train_with_a_failing_one, config.to_json(), 1, log=log)
+    assert codes == [1, 1, 1]
+    lines = log.read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if "process 1 of 3 fails:" in line)
+    told = next(number for number, line in enumerate(lines) if "the disk caught fire" in line)
+    others = [number for number, line in enumerate(lines) if "ends, for another one is gone" in line]
+    assert first < told < min(others)
+    assert len(others) == 2
+    assert sum("Traceback" in line for line in lines) == 1
+
+
+def wait_for_a_silent_one(timeout):
+    try:
+        with start_ranks(timedelta(seconds=timeout)) as ranks:
+            if ranks.rank == 1:
+                time.sleep(60)  # does not come; the other's end is what the parent waits for
+            ranks.any(False)
+    except PeerLost:
+        return 3
+    return 0
+
+
+def test_a_process_that_does_not_come_ends_the_others_within_the_time_out(tmp_path):
+    port = free_port()
+    waiting, silent = (
+        start(wait_for_a_silent_one, 2, log=tmp_path / "log", rank=rank, world=2, port=port) for rank in (0, 1)
+    )
+    waiting.join()
+    silent.kill()
+    silent.join()
+    assert waiting.exitcode == 3
+
+
+def test_torchrun_tells_the_signal_that_killed_one_of_its_processes(train, tmp_path):
+    """By the real launcher, from the outside: exit code 137 says that the machine is to blame, 1 would not."""
+    config = train.config(number_of_gpu_to_use_draft_model_training=2, draft_micro_batch_size=1, num_epochs=4000)
+    environment = {**os.environ, "DRAFT_MODEL_JOB": config.to_json()}
+    command = [sys.executable, "-m", "draft_model.jobs.torchrun", "--standalone", "--nproc-per-node=2", "-m",
+               "draft_model.training"]  # fmt: skip
+    job = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        log = []
+        for line in job.stderr:
+            log.append(line)
+            if "step 3, " in line:
+                break
+        (second,) = (child for child in psutil.Process(job.pid).children() if child.environ().get("RANK") == "1")
+        second.kill()
+        rest = job.stderr.read()
+        assert job.wait() == 137, "".join(log) + rest
+        assert "process 0 of 2 ends, for another one is gone" in rest
+        assert "Traceback" not in rest
+    finally:
+        job.kill()
+        job.wait()
+        job.stderr.close()

@@ -1,0 +1,135 @@
+"""The arithmetic on paper against what is there: real parameters, bytes that autograd keeps, published counts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from draft_model.eagle3.batch import collate
+from draft_model.eagle3.config import draft_config_for
+from draft_model.eagle3.model import Eagle3Draft
+from draft_model.eagle3.step import Objective
+from draft_model.eagle3.target import Target
+from draft_model.errors import DraftModelError
+from draft_model.parameters import Parameters
+from draft_model.training import plan
+
+DOCS = Path(__file__).parents[2] / "docs"
+CLUSTER = plan.Cluster(memory=80e9, peak=989e12, share=0.4, network=50e9)
+WORK = plan.Workload(tokens=1000, supervised=0.6)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llama-3.1-8b", 8.030), ("llama-3.3-70b", 70.554), ("qwen3-235b-a22b", 235.094)]
+)
+def test_parameters_are_the_published_ones(name, billions):
+    sizes = plan.sizes_of(plan.read_config(str(DOCS / f"targets/{name}.json")))
+    assert (sizes.layers + sizes.whole) / 1e9 == pytest.approx(billions, abs=6e-4)
+
+
+def test_of_a_mixture_of_experts_only_the_chosen_ones_cost_time():
+    sizes = plan.sizes_of(plan.read_config(str(DOCS / "targets/qwen3-235b-a22b.json")))
+    head = 151_936 * 4096
+    assert (sizes.active + head) / 1e9 == pytest.approx(22, abs=0.6)  # A22B
+
+
+def pair(**changes):
+    """A random target and its draft."""
+    config = tiny.llama_config(**changes)
+    model = tiny.llama(**changes)
+    draft = replace(draft_config_for(config.to_dict()), draft_vocab_size=48)
+    t2d = torch.arange(config.vocab_size) < 48
+    return Target(model, draft.aux_layers), Eagle3Draft(draft, t2d, torch.zeros(48, dtype=torch.int64))
+
+
+def test_a_drafts_parameters_are_counted_right():
+    _, draft = pair()
+    assert plan.draft_parameters(draft.config) == sum(parameter.numel() for parameter in draft.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens", "steps"),
+    [
+        ({"hidden_size": 64, "intermediate_size": 192, "head_dim": 16}, 200, 7),
+        ({"hidden_size": 128, "intermediate_size": 192, "head_dim": 16}, 120, 4),
+        ({"hidden_size": 64, "intermediate_size": 512, "num_attention_heads": 8}, 120, 7),
+    ],
+)
+def test_activations_are_about_those_that_autograd_keeps(changes, tokens, steps):
+    target, draft = pair(**changes)
+    objective = Objective(draft, target, steps, "sdpa", torch.float32, tokens)
+    batch = collate([(torch.arange(tokens) % 60, torch.ones(tokens, dtype=torch.bool))])
+    states = target.states(batch)
+    kept = {}
+    apart = {tensor.untyped_storage().data_ptr() for tensor in (*draft.parameters(), *states)}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in apart:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _loss, _ = objective(batch, states)
+    token, row = plan.activation_numbers(draft.config, steps)
+    expected = 4 * tokens * (token + row)
+    weights = 4 * sum(parameter.numel() for parameter in draft.parameters())  # copies in the compute type
+    assert 0.75 * expected < sum(kept.values()) < 1.35 * expected + weights
+
+
+def test_a_target_in_parts_needs_less_of_each_gpu_and_the_rest_stays():
+    config = plan.read_config(str(DOCS / "targets/llama-3.3-70b.json"))
+    draft = draft_config_for(config)
+    made = {
+        tp: plan.make_plan(config, draft, Parameters(tp_size=tp, number_of_gpu_to_use_draft_model_training=8),
+                           CLUSTER, WORK)
+        for tp in (1, 8)
+    }  # fmt: skip
+    assert made[1].memory["target, layers / tp_size"] == 8 * made[8].memory["target, layers / tp_size"]
+    assert made[1].memory["target, embedding and head"] == made[8].memory["target, embedding and head"]
+    assert (made[1].fits, made[8].fits) == (False, True)
+    assert made[1].tensor_parallel == 0
+
+
+def test_twice_the_gpus_are_twice_as_fast_on_paper_and_nothing_is_sent_by_one():
+    config = plan.read_config(str(DOCS / "targets/llama-3.1-8b.json"))
+    draft = draft_config_for(config)
+    one, two = (
+        plan.make_plan(config, draft, Parameters(number_of_gpu_to_use_draft_model_training=n), CLUSTER, WORK)
+        for n in (1, 2)
+    )
+    assert one.seconds_per_million == pytest.approx(2 * two.seconds_per_million)
+    assert one.reduction == 0
+    assert two.reduction == pytest.approx(4 * plan.draft_parameters(draft))
+
+
+def test_the_table_of_the_documentation_is_what_is_computed():
+    text = (DOCS / "scaling.md").read_text()
+    shown = text.partition("<!-- table -->\n")[2].partition("<!-- end -->")[0]
+    assert shown == plan.table_of(DOCS / "targets", CLUSTER, WORK)
+
+
+def test_a_configuration_that_is_none_is_told(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(DraftModelError, match="no JSON object"):
+        plan.read_config(str(tmp_path))
+    with pytest.raises(DraftModelError, match="builds no text-generation model"):
+        plan.sizes_of({"model_type": "nothing"})
+    with pytest.raises(DraftModelError, match=r"config\.json"):
+        plan.read_config(str(tmp_path / "nowhere"))
+
+
+def test_the_command_prints_the_plan(tmp_path):
+    from click.testing import CliRunner
+
+    from draft_model.cli import cli
+
+    tiny.llama_config().save_pretrained(tmp_path)
+    told = CliRunner().invoke(cli, ["plan", "--config", str(tmp_path), "--max-length", "256"])
+    assert told.exit_code == 0, told.output
+    for name in ("memory of each GPU", "time", "gradients", "object store"):
+        assert name in told.output
+    assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 32
