@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 SERVING := .venv-serving
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format compile lock check-serving bench bench-peers clean
+.PHONY: help demo test test-cluster lint format compile lock check-serving bench bench-peers clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -21,10 +21,15 @@ $(READY): requirements.lock pyproject.toml
 
 demo: $(READY) ## Train a draft for a real model here, end to end, and measure it (about ten minutes)
 	@$(BIN)/python examples/smollm2/prepare_target.py demo/SmolLM2-135M-Instruct
-	@$(BIN)/draft-model run --params examples/smollm2/run.yaml --folder demo/run
+	@MLFLOW_TRACKING_URI=sqlite:///$(CURDIR)/demo/mlflow.db $(BIN)/draft-model run --params examples/smollm2/run.yaml --folder demo/run
 
 test: $(READY) ## Run the tests
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+test-cluster: $(READY) ## Run the tests that need a Kubernetes API server (KUBEBUILDER_ASSETS, DRAFT_MODEL_CRDS)
+	@test -x "$(KUBEBUILDER_ASSETS)/kube-apiserver" || { echo "KUBEBUILDER_ASSETS must name a folder with kube-apiserver and etcd, as envtest's"; exit 2; }
+	@test -d "$(DRAFT_MODEL_CRDS)" || { echo "DRAFT_MODEL_CRDS must name a folder with the CRDs of training-operator 1.9 and Trainer 2.3"; exit 2; }
+	@$(BIN)/python -m pytest tests/cluster
 
 lint: $(READY) ## Check style and types
 	@$(BIN)/ruff check .

@@ -41,7 +41,8 @@ def _with_choices(spec: dict[str, Any]) -> dict[str, Any]:
 
 def compile_pipeline() -> str:
     """The pipeline's IR as YAML, the same for the same sources."""
-    return _text(_with_choices(_compiled()[0]))
+    spec, *platforms = _compiled()
+    return "---\n".join(map(_text, [_with_choices(spec), *platforms]))
 
 
 def compile_manifests() -> str:
@@ -50,7 +51,8 @@ def compile_manifests() -> str:
     documents = _compiled(kubernetes_manifest_format=True, kubernetes_manifest_options=options)
     version = next(document for document in documents if document["kind"] == "PipelineVersion")
     spec = _with_choices(version["spec"]["pipelineSpec"])
-    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
+    held = [spec, version["spec"].get("platformSpec")]
+    digest = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:12]
     version["metadata"]["name"] = version["spec"]["displayName"] = f"{NAME}-{digest}"
     return "---\n".join(_text(document) for document in documents)
 

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -20,12 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import yaml
+
 from draft_model import storage
 from draft_model.doors import ERROR_FILE, TERMINATED, WORK_FOLDER, raise_on_sigterm
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.preflight import check
 from draft_model.storage.embedded import EmbeddedStore
+from draft_model.tracking import RUN
 from kfp_pipeline.compile import COMPILED
 
 logger = logging.getLogger(__name__)
@@ -57,17 +61,19 @@ def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
         DraftModelError: for what the user can put right, with all problems of the first step that found any.
     """
     parameters = check(values)
-    logger.info(
-        "compute_model_import, compute_draft_model_training and the instance types choose nodes of a cluster: on this "
-        "machine they are checked and not used"
-    )
+    if parameters.training_backend == "auto":  # a notebook's pod on a cluster is "this machine" too
+        parameters = parameters.model_copy(update={"training_backend": "local"})
+        logger.info(
+            "compute_model_import, compute_draft_model_training and the instance types choose nodes of a cluster: on "
+            "this machine they are checked and not used"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     raise_on_sigterm()
     error = folder / "error.json"
     error.unlink(missing_ok=True)
     work = folder / "work"
     work.mkdir(exist_ok=True)
-    os.environ.update({ERROR_FILE: str(error.resolve()), WORK_FOLDER: str(work.resolve())})
+    os.environ.update({ERROR_FILE: str(error.resolve()), WORK_FOLDER: str(work.resolve()), RUN: uuid.uuid4().hex})
     try:
         with _store(parameters, folder) as (uri, data), _no_orphans():
             try:
@@ -82,7 +88,7 @@ def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
             final = storage.fetch(storage.join(uri, "output_model_path", "final"), folder / "output" / "final")
             return LocalRun(final, data)
     finally:
-        del os.environ[ERROR_FILE], os.environ[WORK_FOLDER]
+        del os.environ[ERROR_FILE], os.environ[WORK_FOLDER], os.environ[RUN]
 
 
 @contextmanager
@@ -108,7 +114,15 @@ def _execute(values: Mapping[str, Any], folder: Path) -> None:
     root = str((folder / "kfp").resolve())
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=root, raise_on_error=True)
     with (folder / "run.log").open("w", encoding="utf-8") as log, redirect_stdout(_Screen(log)):
-        components.load_component_from_file(str(COMPILED))(**values)
+        components.load_component_from_text(_without_retries(COMPILED.read_text(encoding="utf-8")))(**values)
+
+
+def _without_retries(compiled: str) -> str:
+    """The compiled pipeline without its retries: they are for pods that are evicted, not for trainings that fail."""
+    documents = list(yaml.safe_load_all(compiled))
+    for task in documents[0]["root"]["dag"]["tasks"].values():
+        task.pop("retryPolicy", None)
+    return yaml.safe_dump_all(documents)
 
 
 class _Screen(io.TextIOBase):

@@ -17,6 +17,10 @@ def evaluate_draft_model(
     num_speculative_tokens: int = 3,
     evaluation_conversations: int = 40,
     evaluation_max_new_tokens: int = 128,
+    evaluation_prompts: str = "",
+    evaluation_tree: str = "",
+    evaluation_temperature: float = 0.0,
+    register_model_name: str = "",
 ) -> None:
     """Decodes validation prompts with and without the draft, and adds report and model card to it.
 
@@ -32,6 +36,13 @@ def evaluate_draft_model(
         evaluation_conversations: Validation conversations that the evaluation decodes; 0: all. Unit:
             conversations. Allowed: >= 0.
         evaluation_max_new_tokens: Longest reply that the evaluation decodes. Unit: tokens. Allowed: >= 1.
+        evaluation_prompts: Prompts to decode: a JSONL file, or benchmarks of mt-bench, gsm8k, humaneval,
+            alpaca, cnn-dm with commas between; not given: those of the validation split.
+        evaluation_tree: Decode also with a tree: children of each proposal at each depth, as 4,2,1; not
+            given: chains alone.
+        evaluation_temperature: Decode also by sampling at this temperature; 0: greedy alone. Allowed: >= 0.
+        register_model_name: Name under which the draft is registered in MLflow, where tracking is set up; not
+            given: it is not.
     """
     outside = ("model_uri", "dataset_uri", "draft_uri", "report", "metrics")
     given = {name: value for name, value in locals().items() if name not in (*outside, "outside")}

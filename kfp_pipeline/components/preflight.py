@@ -50,6 +50,20 @@ def preflight(
     num_speculative_tokens: int = 3,
     evaluation_conversations: int = 40,
     evaluation_max_new_tokens: int = 128,
+    evaluation_prompts: str = "",
+    evaluation_tree: str = "",
+    evaluation_temperature: float = 0.0,
+    register_model_name: str = "",
+    dataset_pods: int = 1,
+    training_backend: str = "auto",
+    training_attempts: int = 3,
+    queue_limit: int = 1440,
+    start_limit: int = 60,
+    run_limit: int = 2880,
+    compute_map: str = "",
+    object_store_secret: str = "mlpipeline-minio-artifact",
+    keep_checkpoints: int = 0,
+    final_checkpoint: str = "last",
 ) -> None:
     """Validates the run's parameters and looks for the inputs that they name; reports all problems at once.
 
@@ -67,8 +81,9 @@ def preflight(
             one below it. Allowed: no backslash, no single quote.
         mlflow_model_path: Target model: an MLflow model of the `transformers` flavour. Allowed: no backslash,
             no single quote.
-        dataset_train_split: Training conversations, JSONL.
-        dataset_validation_split: Validation conversations, JSONL; not given: no validation, no evaluation.
+        dataset_train_split: Training conversations, JSONL, plain, gzip or zstd: a file, folder or glob.
+        dataset_validation_split: Validation conversations, as the training ones; not given: no validation, no
+            evaluation.
         draft_model_config: Draft configuration, JSON; what it leaves out is generated from the target's.
         num_epochs: Passes over the training conversations. Allowed: >= 1.
         training_batch_size: Per process and forward pass through the target; changes speed and memory, not
@@ -118,19 +133,50 @@ def preflight(
         evaluation_conversations: Validation conversations that the evaluation decodes; 0: all. Unit:
             conversations. Allowed: >= 0.
         evaluation_max_new_tokens: Longest reply that the evaluation decodes. Unit: tokens. Allowed: >= 1.
+        evaluation_prompts: Prompts to decode: a JSONL file, or benchmarks of mt-bench, gsm8k, humaneval,
+            alpaca, cnn-dm with commas between; not given: those of the validation split.
+        evaluation_tree: Decode also with a tree: children of each proposal at each depth, as 4,2,1; not
+            given: chains alone.
+        evaluation_temperature: Decode also by sampling at this temperature; 0: greedy alone. Allowed: >= 0.
+        register_model_name: Name under which the draft is registered in MLflow, where tracking is set up; not
+            given: it is not.
+        dataset_pods: Pods that encode the data set side by side. Unit: pods. Allowed: >= 1.
+        training_backend: Who runs the training processes; auto: on a cluster PyTorchJob where it is
+            installed, else TrainJob; elsewhere this machine. Allowed: auto, pytorchjob, trainjob, local.
+        training_attempts: Times that a training job is started when machines fail it; each goes on from the
+            newest checkpoint. Allowed: >= 1.
+        queue_limit: Longest wait of the training job in a queue. Unit: minutes. Allowed: >= 1.
+        start_limit: Longest time from there until all pods of the training job run. Unit: minutes. Allowed:
+            >= 1.
+        run_limit: Longest time that the training job may run. Unit: minutes. Allowed: >= 1.
+        compute_map: ConfigMap, or JSON file, of instance types and named computes; not given: the built-in
+            map.
+        object_store_secret: Secret with the object store's keys (accesskey, secretkey); where it is absent,
+            the pods' own role counts.
+        keep_checkpoints: Newest checkpoints that stay in the output; 0: all. Unit: checkpoints. Allowed: >=
+            0.
+        final_checkpoint: Which checkpoint becomes `final`; best: of the highest simulated acceptance length
+            on the validation split, which then stays. Allowed: last, best.
     """
     from pathlib import Path
 
     given = {name: value for name, value in locals().items() if name not in ("summary", "Path")}
     from draft_model.doors import component
     from draft_model.errors import DraftModelError
+    from draft_model.jobs.place import nodes_of
+    from draft_model.parameters import Parameters
     from draft_model.preflight import check
 
     with component("preflight"):
-        try:
-            parameters = check(given)
-        except DraftModelError as error:
-            Path(summary.path).write_text("\n".join(f"- {problem}" for problem in error.problems), encoding="utf-8")
-            raise
+        problems = []
+        for look in (check, nodes_of):
+            try:
+                look(given)
+            except DraftModelError as error:
+                problems += error.problems
+        if problems:
+            Path(summary.path).write_text("\n".join(f"- {problem}" for problem in problems), encoding="utf-8")
+            raise DraftModelError(problems)
+        parameters = Parameters.model_validate(given)
         rows = [f"| {name} | {value} |" for name, value in parameters.model_dump().items()]
         Path(summary.path).write_text("\n".join(["| parameter | value |", "|---|---|", *rows]), encoding="utf-8")

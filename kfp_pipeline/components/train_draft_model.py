@@ -12,6 +12,7 @@ def train_draft_model(
     dataset_uri: str,
     output_model_path: Output[Model],
     metrics: Output[Metrics],
+    run_id: str,
     instance_type_draft_model_training: str = "Standard_nc24rs_v3",
     num_nodes_draft_model_training: int = 1,
     number_of_gpu_to_use_draft_model_training: int = 1,
@@ -39,6 +40,15 @@ def train_draft_model(
     compute_draft_model_training: str = "serverless",
     compute_dtype: str = "bfloat16",
     num_speculative_tokens: int = 3,
+    training_backend: str = "auto",
+    training_attempts: int = 3,
+    queue_limit: int = 1440,
+    start_limit: int = 60,
+    run_limit: int = 2880,
+    compute_map: str = "",
+    object_store_secret: str = "mlpipeline-minio-artifact",
+    keep_checkpoints: int = 0,
+    final_checkpoint: str = "last",
     storage_uri: str = "",
 ) -> str:
     """Trains the EAGLE-3 draft model. This step coordinates; the job's processes read and write object storage.
@@ -47,6 +57,7 @@ def train_draft_model(
         model_uri: URI of the imported target.
         dataset_uri: URI of the data set.
         output_model_path: the trained checkpoints: `final/`, ready to serve, and one per save_interval.
+        run_id: of the pipeline's run, which names its training job.
         metrics: final loss, simulated acceptance length, steps.
         instance_type_draft_model_training: Instance type of the training job's pods when its compute is
             `serverless`.
@@ -88,12 +99,27 @@ def train_draft_model(
             Allowed: bfloat16, float32.
         num_speculative_tokens: Tokens the draft proposes per step of the target. Unit: tokens. Allowed:
             1..16.
+        training_backend: Who runs the training processes; auto: on a cluster PyTorchJob where it is
+            installed, else TrainJob; elsewhere this machine. Allowed: auto, pytorchjob, trainjob, local.
+        training_attempts: Times that a training job is started when machines fail it; each goes on from the
+            newest checkpoint. Allowed: >= 1.
+        queue_limit: Longest wait of the training job in a queue. Unit: minutes. Allowed: >= 1.
+        start_limit: Longest time from there until all pods of the training job run. Unit: minutes. Allowed:
+            >= 1.
+        run_limit: Longest time that the training job may run. Unit: minutes. Allowed: >= 1.
+        compute_map: ConfigMap, or JSON file, of instance types and named computes; not given: the built-in
+            map.
+        object_store_secret: Secret with the object store's keys (accesskey, secretkey); where it is absent,
+            the pods' own role counts.
+        keep_checkpoints: Newest checkpoints that stay in the output; 0: all. Unit: checkpoints. Allowed: >= 0.
+        final_checkpoint: Which checkpoint becomes `final`; best: of the highest simulated acceptance length on
+            the validation split, which then stays. Allowed: last, best.
         storage_uri: folder of the run; not given: the pipeline root.
 
     Returns:
         URI of the checkpoint that is ready to serve.
     """
-    outside = ("model_uri", "dataset_uri", "output_model_path", "metrics", "storage_uri")
+    outside = ("model_uri", "dataset_uri", "output_model_path", "metrics", "run_id", "storage_uri")
     given = {name: value for name, value in locals().items() if name not in (*outside, "outside")}
     from draft_model import jobs, storage
     from draft_model.doors import component
@@ -103,9 +129,8 @@ def train_draft_model(
     with component("train") as work:
         uri = storage.join(storage_uri, "output_model_path") if storage_uri else output_model_path.uri
         parameters = validate(given, ["train"])
-        result = jobs.run(
-            TrainConfig(model=model_uri, dataset=dataset_uri, output=uri, work=work, parameters=parameters)
-        )
+        config = TrainConfig(model=model_uri, dataset=dataset_uri, output=uri, work=work, parameters=parameters)
+        result = jobs.run(config, run_id)
         storage.read_manifest(result.final, stage="train")
         output_model_path.uri = result.output
         output_model_path.metadata.update(final=result.final, format="EAGLE-3, for vLLM and SGLang")

@@ -7,9 +7,13 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 from draft_model.doors import ERROR_FILE, raise_on_sigterm
 from draft_model.errors import DraftModelError
+from draft_model.jobs.backend import Job, Pod
+from draft_model.jobs.request import JobRequest, Manifest
+from draft_model.jobs.states import State, Status
 from draft_model.training.config import TrainConfig, TrainResult
 
 logger = logging.getLogger(__name__)
@@ -32,6 +36,65 @@ def command(world: int) -> list[str]:
     ]
 
 
+class LocalBackend:
+    """Jobs whose one pod is this machine; they end with this process, so there is none to adopt."""
+
+    name = "local"
+
+    def __init__(self) -> None:
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def render(self, request: JobRequest) -> list[Manifest]:
+        """The command, and the variables that its environment has besides this process's own."""
+        world = request.nodes * request.processes
+        environment = {
+            ERROR_FILE: str(request.config.work / "error.json"),
+            "DRAFT_MODEL_JOB": request.config.to_json(),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if world > 1:
+            threads = str(max(1, (os.cpu_count() or 1) // world))
+            environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", threads)
+        return [{"command": command(world), "environment": environment}]
+
+    def create_or_adopt(self, request: JobRequest) -> Job:
+        """Starts the processes."""
+        request.config.work.mkdir(parents=True, exist_ok=True)
+        (rendered,) = self.render(request)
+        process = subprocess.Popen(rendered["command"], env={**os.environ, **rendered["environment"]})
+        self._processes[request.name] = process
+        return Job(request, str(process.pid))
+
+    def wait(self, job: Job) -> int:
+        """Waits for the processes' end; gives their exit code."""
+        return self._processes[job.name].wait()
+
+    def state(self, job: Job) -> Status:
+        """Where the job is now."""
+        if job.name not in self._processes:
+            return Status(State.DELETED)
+        code = self._processes[job.name].poll()
+        if code is None:
+            return Status(State.RUNNING)
+        return Status(State.FAILED, f"exit code {code}") if code else Status(State.SUCCEEDED)
+
+    def pods(self, job: Job) -> list[Pod]:
+        """This machine, while the job is there."""
+        if job.name not in self._processes:
+            return []
+        code = self._processes[job.name].poll()
+        return [Pod("this machine", 0, uid=job.uid, started=True, ended=code is not None, exit_code=code)]
+
+    def logs(self, job: Job, pod: Pod, since: str) -> Iterator[tuple[str, str]]:
+        """Nothing to read: the processes write to this process's own output."""
+        return iter(())
+
+    def delete(self, request: JobRequest) -> None:
+        """Ends the processes; they finish their step and save."""
+        if process := self._processes.pop(request.name, None):
+            _stop(process)
+
+
 def run(config: TrainConfig) -> TrainResult:
     """Runs a training job on this machine and waits for its end.
 
@@ -44,7 +107,6 @@ def run(config: TrainConfig) -> TrainResult:
         DraftModelError: what the job's processes named as the user's to put right, or that they died.
     """
     p = config.parameters
-    config.work.mkdir(parents=True, exist_ok=True)
     error, result = config.work / "error.json", config.work / "result.json"
     error.unlink(missing_ok=True)
     result.unlink(missing_ok=True)
@@ -52,20 +114,12 @@ def run(config: TrainConfig) -> TrainResult:
         "training job: %d process(es) on this machine (%d node(s) x %d)",
         p.world_size, p.num_nodes_draft_model_training, p.number_of_gpu_to_use_draft_model_training,
     )  # fmt: skip
-    environment = {
-        **os.environ,
-        ERROR_FILE: str(error),
-        "DRAFT_MODEL_JOB": config.to_json(),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if p.world_size > 1:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // p.world_size)))
     raise_on_sigterm()
-    process = subprocess.Popen(command(p.world_size), env=environment)
+    backend, request = LocalBackend(), JobRequest(run_id="local", attempt=0, config=config)
     try:
-        code = process.wait()
+        code = backend.wait(backend.create_or_adopt(request))
     finally:
-        _stop(process)
+        backend.delete(request)
     if error.exists():
         raise DraftModelError(json.loads(error.read_text(encoding="utf-8")))
     if code or not result.exists():

@@ -1,0 +1,238 @@
+"""Which nodes a step gets: from a compute's name or an instance type to what a pod asks for.
+
+The compute map lists both. It is data of the cluster, not of a run: a ConfigMap of the administrator's (key
+`compute_map.json`), or the one that ships here. Its JSON schema is in docs/compute_map.schema.json.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from draft_model.errors import DraftModelError
+from draft_model.parameters import Parameters
+
+logger = logging.getLogger(__name__)
+
+KEY = "compute_map.json"
+SERVERLESS = "serverless"
+INSTANCE_TYPE_LABEL = "node.kubernetes.io/instance-type"
+_SHOWN = 12
+
+_Cpus = Annotated[float, Field(gt=0, description="CPUs that a pod may ask for when it has the node to itself.")]
+_Memory = Annotated[float, Field(gt=0, description="Memory, GiB, that a pod may ask for on a node to itself.")]
+_Gpus = Annotated[int, Field(ge=0, description="GPUs of the node; 0: processes train on its CPUs.")]
+
+
+class Toleration(BaseModel):
+    """A Kubernetes toleration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str = ""
+    operator: Literal["Exists", "Equal"] = "Exists"
+    value: str = ""
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+
+    def manifest(self) -> dict[str, str]:
+        """As a pod has it."""
+        return {name: value for name, value in self.model_dump().items() if value}
+
+
+class InstanceType(BaseModel):
+    """A cloud's machine type; its key in the map is the value of the nodes' instance-type label."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cpus: _Cpus
+    memory_gib: _Memory
+    gpus: _Gpus = 0
+    gpu_resource: str = Field(default="nvidia.com/gpu", description="Resource name of the GPUs.")
+    tolerations: list[Toleration] = Field(default=[], description="Of the taints that such nodes have.")
+
+
+class NamedCompute(BaseModel):
+    """A queue or a node pool under a name of its own; sizes come from the instance type, where it names one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    instance_type: str = Field(default="", description="An instance type of this map: sizes, selector and tolerations.")
+    cpus: _Cpus | None = None
+    memory_gib: _Memory | None = None
+    gpus: _Gpus | None = None
+    gpu_resource: str = Field(default="", description="Resource name of the GPUs, where it is not the instance type's.")
+    node_selector: dict[str, str] = Field(default={}, description="Labels of the nodes, besides the type's.")
+    tolerations: list[Toleration] = Field(default=[], description="Besides the instance type's.")
+    queue: str = Field(default="", description="Kueue LocalQueue that the training job waits in.")
+    priority_class: str = Field(default="", description="PriorityClass of the training job's pods.")
+    restarts: int = Field(
+        default=0, ge=0, description="Times that torchrun restarts a job's processes in place (an elastic job)."
+    )
+
+
+class ComputeMap(BaseModel):
+    """What there is to run on: instance types of clouds, and computes with names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    instance_types: dict[str, InstanceType] = {}
+    computes: dict[str, NamedCompute] = {}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What one pod asks for.
+
+    Attributes:
+        cpus: CPUs, a Kubernetes quantity.
+        memory: memory, a Kubernetes quantity.
+        gpus: GPUs; 0 on a CPU pool.
+        gpu_resource: their resource name.
+        node_selector: labels of the nodes.
+        tolerations: of the nodes' taints, as a pod has them.
+        queue: Kueue LocalQueue; empty for none.
+        priority_class: empty for none.
+        restarts: of an elastic job; 0: the job is not elastic.
+    """
+
+    cpus: str
+    memory: str
+    gpus: int = 0
+    gpu_resource: str = "nvidia.com/gpu"
+    node_selector: dict[str, str] = field(default_factory=dict)
+    tolerations: list[dict[str, str]] = field(default_factory=list)
+    queue: str = ""
+    priority_class: str = ""
+    restarts: int = 0
+
+
+def built_in() -> ComputeMap:
+    """The map that ships here: common GPU types of Azure, AWS and GCP, and a CPU pool."""
+    return ComputeMap.model_validate_json(files(__package__).joinpath(KEY).read_text(encoding="utf-8"))
+
+
+def load_map(name: str, config_map: Callable[[str], dict[str, str] | None]) -> ComputeMap:
+    """The map that the parameter compute_map names.
+
+    Args:
+        name: a ConfigMap; a path or URI of a JSON file where it has a slash; empty for the built-in map.
+        config_map: gives the data of a ConfigMap by its name, or None where there is none.
+
+    Raises:
+        DraftModelError: where there is no such map, or it breaks the schema.
+    """
+    from draft_model import storage
+
+    if not name:
+        return built_in()
+    if "/" in name:
+        text = storage.read_bytes(name).decode()
+    else:
+        data = config_map(name)
+        if data is None or KEY not in data:
+            raise DraftModelError(
+                f"compute_map: given {name!r}, but there is no ConfigMap of that name with a key {KEY}; create it, "
+                "or leave compute_map empty for the built-in map"
+            )
+        text = data[KEY]
+    try:
+        return ComputeMap.model_validate_json(text)
+    except ValidationError as error:
+        raise DraftModelError(
+            [f"compute_map: {name}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        ) from None
+
+
+def resolve(compute_map: ComputeMap, stage: Literal["import", "train"], p: Parameters) -> Compute:
+    """What a pod of a stage asks for.
+
+    Args:
+        compute_map: what there is.
+        stage: `import` runs on CPUs, whatever the node has.
+        p: of the run.
+
+    Raises:
+        DraftModelError: for an unknown compute or instance type, or more GPUs than a node has.
+    """
+    suffix = "model_import" if stage == "import" else "draft_model_training"
+    name, type_name = getattr(p, f"compute_{suffix}"), getattr(p, f"instance_type_{suffix}")
+    if name != SERVERLESS:
+        if name not in compute_map.computes:
+            raise DraftModelError(
+                f"compute_{suffix}: given {name!r}, which the compute map does not have; it has "
+                f"{_some(compute_map.computes, name)}: use one of them, or {SERVERLESS} with an instance type"
+            )
+        logger.info("compute_%s: %s is a named compute, so instance_type_%s is not used", suffix, name, suffix)
+        named, what = compute_map.computes[name], f"compute {name!r}"
+    else:
+        found = _find(compute_map.instance_types, type_name)
+        if found is None:
+            raise DraftModelError(
+                f"instance_type_{suffix}: given {type_name!r}, which the compute map does not have; it has "
+                f"{_some(compute_map.instance_types, type_name)}: use one of them, name a compute in "
+                f"compute_{suffix}, or add the type to the map (compute_map)"
+            )
+        named, what = NamedCompute(instance_type=found), f"instance type {found}"
+    gpus = p.number_of_gpu_to_use_draft_model_training if stage == "train" else 0
+    return _sized(compute_map, named, gpus, what)
+
+
+def _find(names: Iterable[str], wanted: str) -> str | None:
+    """The name in the map's own writing: hosted pipelines write instance types in any case."""
+    return next((name for name in names if name.lower() == wanted.lower()), None)
+
+
+def _some(names: Iterable[str], wanted: str) -> str:
+    """The names, those that look like the wanted one first."""
+    import difflib
+
+    by_lower = {name.lower(): name for name in names}
+    near = [by_lower[name] for name in difflib.get_close_matches(wanted.lower(), by_lower, n=3)]
+    ordered = list(dict.fromkeys([*near, *by_lower.values()]))
+    rest = len(ordered) - _SHOWN
+    return (", ".join(ordered[:_SHOWN]) or "none") + (f" and {rest} more" if rest > 0 else "")
+
+
+def _sized(compute_map: ComputeMap, named: NamedCompute, gpus: int, what: str) -> Compute:
+    """The share of the node that goes with so many of its GPUs; all of it where no GPU is asked for or there."""
+    type_name = _find(compute_map.instance_types, named.instance_type)
+    if named.instance_type and type_name is None:
+        raise DraftModelError(
+            f"compute_map: {what} names the instance type {named.instance_type!r}, which the map does not have"
+        )
+    base = compute_map.instance_types[type_name] if type_name else None
+    cpus = named.cpus or (base.cpus if base else None)
+    memory = named.memory_gib or (base.memory_gib if base else None)
+    if cpus is None or memory is None:
+        raise DraftModelError(f"compute_map: {what} needs cpus and memory_gib, or an instance type that has them")
+    there = named.gpus if named.gpus is not None else base.gpus if base else 0
+    if there and gpus > there:
+        raise DraftModelError(
+            f"number_of_gpu_to_use_draft_model_training: given {gpus}; {what} has {there} per node: use at most "
+            f"{there}, and more nodes (num_nodes_draft_model_training)"
+        )
+    used = min(gpus, there)
+    share = used / there if used else 1.0
+    tolerations = [*(base.tolerations if base else []), *named.tolerations]
+    return Compute(
+        cpus=f"{int(cpus * share * 1000)}m",
+        memory=f"{int(memory * share * 1024)}Mi",
+        gpus=used,
+        gpu_resource=named.gpu_resource or (base.gpu_resource if base else "nvidia.com/gpu"),
+        node_selector={**({INSTANCE_TYPE_LABEL: type_name} if type_name else {}), **named.node_selector},
+        tolerations=[toleration.manifest() for toleration in tolerations],
+        queue=named.queue,
+        priority_class=named.priority_class,
+        restarts=named.restarts,
+    )
+
+
+def schema() -> str:
+    """The JSON schema of a compute map, as docs/compute_map.schema.json has it."""
+    return json.dumps(ComputeMap.model_json_schema(), indent=2) + "\n"

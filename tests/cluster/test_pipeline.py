@@ -1,0 +1,99 @@
+"""The whole compiled pipeline, its training as a PyTorchJob of two nodes with two processes each.
+
+One of the four processes is killed on the way, as a machine that goes would do: the second attempt goes on from the
+newest checkpoint, and the weights are those that the local back end trains undisturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import numpy as np
+import psutil
+import pytest
+import tiny
+from safetensors.torch import load
+
+from cluster.apiserver import NAMESPACE
+from cluster.conftest import eventually
+from draft_model import jobs, storage
+from draft_model.jobs.cluster import Cluster
+from draft_model.jobs.pytorchjob import PYTORCHJOB
+from draft_model.parameters import Parameters
+from draft_model.training import TrainConfig
+from kfp_pipeline.local import run_local
+
+WORLD = {"num_nodes_draft_model_training": 2, "number_of_gpu_to_use_draft_model_training": 2}
+
+
+@pytest.fixture(scope="module")
+def values(tmp_path_factory, object_store):
+    data = tmp_path_factory.mktemp("data")
+    draft_config = f"s3://{object_store.bucket}/draft.json"
+    storage.write_bytes(draft_config, b'{"draft_vocab_size": 200}')
+    return {
+        "pytorch_model_path": str(tiny.write_target(data / "target")),
+        "dataset_train_split": str(tiny.write_jsonl(data / "train.jsonl", tiny.conversations(24))),
+        "dataset_validation_split": str(tiny.write_jsonl(data / "validation.jsonl", tiny.conversations(6, seed=1))),
+        "draft_model_config": draft_config,
+        "chat_template": "qwen",
+        "max_length": 64,
+        "ttt_length": 2,
+        "compute_dtype": "float32",
+        "num_epochs": 30,
+        "save_interval": 2,
+        "eval_interval": 30,
+        "evaluation_conversations": 2,
+        "evaluation_max_new_tokens": 4,
+        **WORLD,
+    }
+
+
+def kill_a_process_after(checkpoint, operator):
+    """Kills one of the four training processes when the checkpoint is whole."""
+    eventually(lambda: storage.exists(checkpoint), 600)
+    (container,) = [c for pod, c in operator.containers.items() if pod.endswith("-worker-0")]
+    psutil.Process(container.process.pid).children()[0].kill()
+
+
+def test_the_pipeline_trains_on_the_cluster_and_survives_a_machine(
+    server, operator, as_coordinator, store_secret, object_store, values, tmp_path
+):
+    root = f"s3://{object_store.bucket}/whole-pipeline"
+    output = f"{root}/output_model_path"
+    killer = threading.Thread(target=kill_a_process_after, args=(f"{output}/epoch_2", operator), daemon=True)
+    killer.start()
+    cluster = {"training_backend": "pytorchjob", "compute_draft_model_training": "cpu-pool", "storage_uri": root}
+    final = run_local({**values, **cluster}, tmp_path / "run").final
+    killer.join()
+
+    record = json.loads(storage.read_bytes(f"{output}/training_job.json"))
+    assert [attempt["reason"] for attempt in record["attempts"]] == ["Killed", ""]
+    assert record["state"] == "SUCCEEDED"
+    training = json.loads((final / "training.json").read_text())
+    assert training["world_size"] == 4
+    assert training["steps"] == 90
+    assert json.loads((final / "evaluation.json").read_text())["lossless"]["identical"]
+    assert Cluster(server.api, NAMESPACE).objects(PYTORCHJOB) == []
+
+    first, second = (attempt["name"] for attempt in record["attempts"])
+    log = storage.read_bytes(f"{output}/logs/{second}/{second}-master-0.log").decode()
+    assert "resumed from" in log
+    assert "[0] " in log
+    shown = (tmp_path / "run/run.log").read_text()
+    assert f"{first} failed (Killed): attempt 2 of 3 follows" in shown
+
+    alone = Parameters(**{name: value for name, value in values.items() if name in TRAINED})
+    config = TrainConfig(f"{root}/model", f"{root}/dataset", str(tmp_path / "alone"), tmp_path / "work", alone)
+    jobs.run(config)
+    expected = load(storage.read_bytes(f"{config.output}/final/model.safetensors"))
+    weights = load((final / "model.safetensors").read_bytes())
+    assert weights.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_allclose(weights[name].float(), tensor.float(), rtol=0, atol=1e-5, err_msg=name)
+
+
+TRAINED = {
+    "draft_model_config", "ttt_length", "compute_dtype", "num_epochs", "save_interval", "eval_interval", *WORLD,
+}  # fmt: skip

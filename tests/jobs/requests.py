@@ -1,0 +1,76 @@
+"""Requests whose rendering is kept in golden files, and what else tests of the jobs share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from draft_model.jobs.compute import Compute, ComputeMap, built_in, resolve
+from draft_model.jobs.pods import WORK
+from draft_model.jobs.request import JobRequest, ObjectStore
+from draft_model.parameters import Parameters
+from draft_model.training import TrainConfig
+
+RUN = "3f2c9a10-77b4-4f0e-9d0e-5d1f9c1b2a3d"
+MAP = ComputeMap.model_validate(
+    built_in().model_dump()
+    | {
+        "computes": {
+            "cpu-pool": {"cpus": 2, "memory_gib": 6, "gpus": 0, "node_selector": {"pool": "cpu"}},
+            "research": {"instance_type": "p5.48xlarge", "queue": "research", "priority_class": "low"},
+            "spot": {"instance_type": "Standard_ND96isr_H100_v5", "restarts": 3},
+        }
+    }
+)
+OWNER = {
+    "apiVersion": "argoproj.io/v1alpha1",
+    "kind": "Workflow",
+    "name": "pipeline-draft-model-x7k2p",
+    "uid": "0b3f2b2e-6f0a-4a5e-8a8e-2d9d1f6a7c11",
+    "controller": False,
+    "blockOwnerDeletion": False,
+}
+
+
+def config(**parameters) -> TrainConfig:
+    """A training whose inputs and output are in an object store."""
+    return TrainConfig(
+        "s3://bucket/run/model", "s3://bucket/run/dataset", "s3://bucket/run/output", Path(WORK),
+        Parameters(**parameters), again=True,
+    )  # fmt: skip
+
+
+def request(compute: Compute | None = None, **parameters) -> JobRequest:
+    """One attempt of a run's job."""
+    settings = config(**parameters)
+    return JobRequest(
+        run_id=RUN,
+        attempt=0,
+        config=settings,
+        compute=compute or resolve(MAP, "train", settings.parameters),
+        image="registry.example/draft-model/stage@sha256:" + "ab" * 32,
+        store=ObjectStore("http://seaweedfs.kubeflow:9000", "us-east-1", "mlpipeline-minio-artifact"),
+        namespace="team",
+        owner=OWNER,
+    )
+
+
+def _sized(nodes: int, gpus: int, **parameters) -> JobRequest:
+    world = {"num_nodes_draft_model_training": nodes, "number_of_gpu_to_use_draft_model_training": gpus}
+    return request(**world, draft_global_batch_size=nodes * gpus, **parameters)
+
+
+GOLDEN = {
+    "1x1": _sized(1, 1),
+    "1x8": _sized(1, 8, instance_type_draft_model_training="Standard_ND96isr_H100_v5"),
+    "4x8": _sized(4, 8, instance_type_draft_model_training="a3-highgpu-8g"),
+    "cpu-pool": _sized(2, 2, compute_draft_model_training="cpu-pool"),
+    "elastic": _sized(2, 8, compute_draft_model_training="spot"),
+    "queue": _sized(2, 8, compute_draft_model_training="research"),
+}
+
+
+def other_settings(wanted: JobRequest) -> JobRequest:
+    """The same run, asked for something else."""
+    changed = wanted.config.parameters.model_copy(update={"seed": wanted.config.parameters.seed + 1})
+    return replace(wanted, config=replace(wanted.config, parameters=changed))

@@ -1,0 +1,124 @@
+"""From a compute's name or an instance type to what a pod asks for; and what there is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from draft_model.errors import DraftModelError
+from draft_model.jobs import compute
+from draft_model.jobs.compute import ComputeMap, built_in, load_map, resolve
+from draft_model.jobs.place import nodes_of
+from draft_model.parameters import Parameters
+from jobs.requests import MAP
+
+ROOT = Path(__file__).parents[2]
+
+
+def train(**parameters):
+    return resolve(MAP, "train", Parameters(**parameters))
+
+
+def test_the_contracts_defaults_are_in_the_built_in_map():
+    defaults = Parameters()
+    node = resolve(built_in(), "train", defaults)
+    assert node.node_selector == {"node.kubernetes.io/instance-type": "Standard_NC24rs_v3"}
+    assert node.gpus == 1
+    assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in node.tolerations
+    importing = resolve(built_in(), "import", defaults)
+    assert (importing.gpus, importing.cpus, importing.memory) == (0, "3200m", "22937Mi")
+
+
+@pytest.mark.parametrize("name", ["STANDARD_ND96ISR_H100_V5", "p5.48xlarge", "A3-HighGPU-8g"])
+def test_three_clouds_and_any_case(name):
+    node = train(instance_type_draft_model_training=name, number_of_gpu_to_use_draft_model_training=8)
+    assert node.gpus == 8
+
+
+def test_fewer_gpus_get_their_share_of_the_node():
+    whole = train(instance_type_draft_model_training="p5.48xlarge", number_of_gpu_to_use_draft_model_training=8)
+    half = train(instance_type_draft_model_training="p5.48xlarge", number_of_gpu_to_use_draft_model_training=4)
+    assert int(whole.cpus[:-1]) == 2 * int(half.cpus[:-1])
+    assert abs(int(whole.memory[:-2]) - 2 * int(half.memory[:-2])) <= 1
+
+
+def test_a_cpu_pool_takes_any_number_of_processes():
+    node = train(compute_draft_model_training="cpu-pool", number_of_gpu_to_use_draft_model_training=64)
+    assert (node.gpus, node.node_selector) == (0, {"pool": "cpu"})
+
+
+def test_a_named_compute_wins_and_says_so(caplog):
+    caplog.set_level("INFO", "draft_model")
+    node = train(compute_draft_model_training="research", instance_type_draft_model_training="no such type")
+    assert (node.queue, node.priority_class) == ("research", "low")
+    assert "instance_type_draft_model_training is not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"instance_type_draft_model_training": "Standard_ND96isr_H100"}, "Standard_ND96isr_H100_v5.* and [0-9]+ more"),
+        ({"compute_draft_model_training": "reserch"}, "it has research, "),
+        ({"number_of_gpu_to_use_draft_model_training": 5}, "has 4 per node: use at most 4"),
+    ],
+)
+def test_what_there_is_not_is_refused_with_what_there_is(parameters, words):
+    with pytest.raises(DraftModelError, match=words):
+        train(**parameters)
+
+
+def test_both_stages_are_told_at_once(monkeypatch):
+    wrong = {
+        "instance_type_model_import": "x",
+        "instance_type_draft_model_training": "y",
+        "training_backend": "pytorchjob",
+    }
+    with pytest.raises(DraftModelError) as caught:
+        nodes_of(wrong)
+    assert len(caught.value.problems) == 2
+
+
+def test_training_on_this_machine_needs_no_node():
+    assert nodes_of({"instance_type_draft_model_training": "y", "training_backend": "local"}).keys() == {"import"}
+
+
+def test_a_map_of_ones_own(tmp_path):
+    file = tmp_path / "map.json"
+    file.write_text('{"computes": {"mine": {"cpus": 2, "memory_gib": 4}}}')
+    assert load_map(str(file), lambda name: None).computes["mine"].cpus == 2
+    data = {compute.KEY: file.read_text()}
+    assert load_map("team-map", {"team-map": data}.get).computes.keys() == {"mine"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"computes": {"mine": {"cpus": -2}}}', "computes.mine.cpus: Input should be greater than 0"),
+        ('{"computes": {"mine": {"queu": "q"}}}', "computes.mine.queu: Extra inputs are not permitted"),
+        ("{", "Invalid JSON"),
+    ],
+)
+def test_a_map_that_breaks_the_schema_is_refused(tmp_path, text, words):
+    (tmp_path / "map.json").write_text(text)
+    with pytest.raises(DraftModelError, match=words):
+        load_map(str(tmp_path / "map.json"), lambda name: None)
+    with pytest.raises(DraftModelError, match="no ConfigMap of that name"):
+        load_map("absent", lambda name: None)
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [({"instance_type": "nothing"}, "names the instance type"), ({"cpus": 1}, "needs cpus and memory_gib")],
+)
+def test_a_compute_without_a_size_is_refused(named, words):
+    found = ComputeMap.model_validate({"computes": {"mine": named}})
+    with pytest.raises(DraftModelError, match=words):
+        resolve(found, "train", Parameters(compute_draft_model_training="mine"))
+
+
+def test_the_documented_schema_is_the_one_that_is_used():
+    """After a wanted change: python -c 'from draft_model.jobs import compute; print(compute.schema(), end="")'."""
+    assert (ROOT / "docs/compute_map.schema.json").read_text(encoding="utf-8") == compute.schema()
+    assert json.loads(compute.schema())["properties"].keys() == {"instance_types", "computes"}

@@ -1,0 +1,151 @@
+"""What is rendered: golden files, the operators' own model classes, pod security, and secrets by reference only."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from draft_model.jobs.compute import Compute
+from draft_model.jobs.pytorchjob import PyTorchJobs
+from draft_model.jobs.request import SPEC_HASH
+from draft_model.jobs.trainjob import TrainJobs
+from draft_model.training import TrainConfig
+from jobs.requests import GOLDEN, OWNER, RUN, other_settings, request
+
+FOLDER = Path(__file__).parent / "golden"
+BACKENDS = {"pytorchjob": PyTorchJobs, "trainjob": TrainJobs}
+EVERY = [(backend, case) for backend in BACKENDS for case in GOLDEN]
+
+
+def text(manifests):
+    """As YAML; without what every new parameter changes, which other tests look at: the configuration and the hash."""
+    whole = json.dumps(manifests)
+    whole = re.sub(
+        r'(?<={"name": "DRAFT_MODEL_JOB", "value": )"(?:[^"\\]|\\.)*"', '"the configuration, as JSON"', whole
+    )
+    whole = re.sub(f'(?<="{SPEC_HASH}": )"[0-9a-f]{{64}}"', '"the hash of the specification"', whole)
+    return "---\n".join(yaml.safe_dump(manifest, sort_keys=True, width=110) for manifest in json.loads(whole))
+
+
+@pytest.mark.parametrize(("backend", "case"), EVERY)
+def test_the_golden_files(backend, case):
+    """After a wanted change: `python tests/jobs/test_render.py` writes them anew, and git shows what changed."""
+    expected = (FOLDER / f"{backend}-{case}.yaml").read_text(encoding="utf-8")
+    assert text(BACKENDS[backend].render(GOLDEN[case])) == expected
+
+
+@pytest.fixture(scope="module")
+def parsed():
+    """Turns JSON into the operator's own classes, which refuse what is missing."""
+    from kubeflow.training import ApiClient
+
+    client = ApiClient()
+
+    def parsed(manifest, name):
+        return client.deserialize(SimpleNamespace(data=json.dumps(manifest)), name)
+
+    parsed.back = client.sanitize_for_serialization
+    return parsed
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_training_operators_model_classes_take_every_field(parsed, case):
+    (manifest,) = PyTorchJobs.render(GOLDEN[case])
+    job = parsed(manifest, "KubeflowOrgV1PyTorchJob")
+    assert parsed.back(job) == manifest  # nothing was dropped as unknown
+    master, nodes = job.spec.pytorch_replica_specs.get("Master"), GOLDEN[case].nodes
+    assert sum(spec.replicas for spec in job.spec.pytorch_replica_specs.values()) == nodes
+    assert (master is None) == (job.spec.elastic_policy is not None) == (case == "elastic")
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_trainers_model_classes_take_every_field(case):
+    from kubeflow_trainer_api import models
+
+    runtime, job = TrainJobs.render(GOLDEN[case])
+    classes = {"TrainingRuntime": models.TrainerV1alpha1TrainingRuntime, "TrainJob": models.TrainerV1alpha1TrainJob}
+    for manifest in (runtime, job):
+        assert classes[manifest["kind"]].from_dict(manifest).to_dict() == manifest
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+
+
+def template_of(backend, case):
+    job = BACKENDS[backend].render(GOLDEN[case])[0]
+    if backend == "trainjob":
+        return job["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    return next(iter(job["spec"]["pytorchReplicaSpecs"].values()))["template"]
+
+
+@pytest.mark.parametrize(("backend", "case"), EVERY)
+def test_pods_pass_the_restricted_level_and_hold_no_credential(backend, case):
+    template = template_of(backend, case)
+    spec, (container,) = template["spec"], template["spec"]["containers"]
+    assert spec["securityContext"]["runAsNonRoot"]
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert not spec["automountServiceAccountToken"]
+    assert {volume.keys() - {"name"} == {"emptyDir"} for volume in spec["volumes"]} == {True}
+    variables = {variable["name"]: variable for variable in container["env"]}
+    for name, key in (("AWS_ACCESS_KEY_ID", "accesskey"), ("AWS_SECRET_ACCESS_KEY", "secretkey")):
+        assert "value" not in variables[name]
+        assert variables[name]["valueFrom"]["secretKeyRef"]["key"] == key
+
+
+def test_what_the_pods_are_told_is_what_was_asked_for():
+    case = GOLDEN["4x8"]
+    variables = {v["name"]: v.get("value") for v in template_of("pytorchjob", "4x8")["spec"]["containers"][0]["env"]}
+    assert TrainConfig.from_json(variables["DRAFT_MODEL_JOB"]) == case.config
+    assert variables["AWS_ENDPOINT_URL"] == "http://seaweedfs.kubeflow:9000"
+
+
+def test_gpus_memory_and_nodes_are_those_of_the_instance_type():
+    resources = template_of("pytorchjob", "1x8")["spec"]["containers"][0]["resources"]
+    assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == "8"
+    assert resources["limits"]["memory"] == resources["requests"]["memory"]
+    selector = template_of("pytorchjob", "1x8")["spec"]["nodeSelector"]
+    assert selector == {"node.kubernetes.io/instance-type": "Standard_ND96isr_H100_v5"}
+    cpu = template_of("pytorchjob", "cpu-pool")["spec"]["containers"][0]["resources"]
+    assert not any("gpu" in name for part in cpu.values() for name in part)
+
+
+def test_names_labels_owner_deadline():
+    (job,) = PyTorchJobs.render(replace(GOLDEN["1x1"], attempt=2))
+    metadata = job["metadata"]
+    assert metadata["name"] == "draft-3f2c9a10-a2"
+    assert len(metadata["name"] + "-worker-9999") <= 63
+    assert metadata["labels"]["draft-model/run-id"] == RUN
+    assert metadata["ownerReferences"] == [OWNER]
+    assert job["spec"]["runPolicy"]["activeDeadlineSeconds"] == (60 + 2880) * 60
+    (orphan,) = PyTorchJobs.render(replace(GOLDEN["1x1"], owner=None))
+    assert "ownerReferences" not in orphan["metadata"]
+
+
+def test_only_a_queued_job_waits_to_be_let_go():
+    (queued,), (free,) = (PyTorchJobs.render(GOLDEN[case]) for case in ("queue", "4x8"))
+    assert queued["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "research"
+    assert queued["spec"]["runPolicy"]["suspend"]
+    assert not free["spec"]["runPolicy"]["suspend"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_hash_covers_what_is_asked_for_and_not_the_owner(backend):
+    def digest(wanted):
+        return BACKENDS[backend].render(wanted)[-1]["metadata"]["annotations"][SPEC_HASH]
+
+    wanted = GOLDEN["1x1"]
+    assert re.fullmatch("[0-9a-f]{64}", digest(wanted))
+    assert digest(replace(wanted, owner=None)) == digest(wanted)
+    for other in (other_settings(wanted), replace(wanted, image="other"), request(Compute("1000m", "1Gi"))):
+        assert digest(other) != digest(wanted)
+
+
+if __name__ == "__main__":
+    for backend, case in EVERY:
+        (FOLDER / f"{backend}-{case}.yaml").write_text(text(BACKENDS[backend].render(GOLDEN[case])), encoding="utf-8")
