@@ -47,7 +47,7 @@ def test_additions_come_after_the_contract_and_are_marked():
 
 def test_each_parameter_has_a_sentence_and_is_read_by_a_stage():
     assert all(p.help.strip() for p in PARAMETERS)
-    assert all(p.stages for p in PARAMETERS if p.name != "storage_uri")  # where stages write, not what they do
+    assert all(p.stages for p in PARAMETERS if p.name not in ("storage_uri", "dataset_pods"))  # the pipeline's own
 
 
 def test_defaults_and_what_must_be_given_are_enough():
@@ -227,8 +227,10 @@ def test_data_parallelism_that_was_set_and_does_not_fit_is_refused(dp_size):
     assert "use 8" in found
 
 
-def test_tensor_parallelism_that_cannot_be_done_is_refused_not_ignored():
-    assert only(tp_size=2).startswith("tp_size: given 2; ")
+def test_tensor_parallelism_that_the_processes_do_not_fill_is_refused_with_what_does():
+    found = only(tp_size=3, number_of_gpu_to_use_draft_model_training=4, draft_global_batch_size=8)
+    assert found.startswith("tp_size: given 3; it must divide")
+    assert found.endswith("= 4: allowed: 1, 2, 4")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Evaluation: how many tokens the draft saves, and that it changes none."""
 
 from kfp import dsl
-from kfp.dsl import HTML, Metrics, Output
+from kfp.dsl import HTML, Markdown, Metrics, Output
 
 from kfp_pipeline.components.images import STAGE_IMAGE
 
@@ -12,6 +12,7 @@ def evaluate_draft_model(
     dataset_uri: str,
     draft_uri: str,
     report: Output[HTML],
+    card: Output[Markdown],
     metrics: Output[Metrics],
     seed: int = 0,
     num_speculative_tokens: int = 3,
@@ -29,6 +30,7 @@ def evaluate_draft_model(
         dataset_uri: URI of the data set.
         draft_uri: URI of the trained draft.
         report: the report, one HTML page.
+        card: the model card, with commands to serve the draft.
         metrics: acceptance length, trained and untrained, and tokens that were compared.
         seed: Same seed, data and world size: same losses.
         num_speculative_tokens: Tokens the draft proposes per step of the target. Unit: tokens. Allowed:
@@ -44,7 +46,7 @@ def evaluate_draft_model(
         register_model_name: Name under which the draft is registered in MLflow, where tracking is set up; not
             given: it is not.
     """
-    outside = ("model_uri", "dataset_uri", "draft_uri", "report", "metrics")
+    outside = ("model_uri", "dataset_uri", "draft_uri", "report", "card", "metrics")
     given = {name: value for name, value in locals().items() if name not in (*outside, "outside")}
     import shutil
 
@@ -57,6 +59,7 @@ def evaluate_draft_model(
         config = EvaluateConfig(model=model_uri, dataset=dataset_uri, final=draft_uri, work=work, parameters=parameters)
         result = run(config)
         shutil.copyfile(result.report, report.path)
+        shutil.copyfile(result.card, card.path)
         if result.measured:
             metrics.log_metric("acceptance_length", result.acceptance_length)
             metrics.log_metric("untrained_acceptance_length", result.untrained_acceptance_length)

@@ -36,6 +36,7 @@ def cli() -> None:
     \b
     On this machine, all at once:   draft-model run --params run.yaml
     One stage at a time:            draft-model import | dataset | train | evaluate
+    With what was trained:          draft-model compare | export
     For a cluster:                  draft-model compile
 
     A URI is a path, file://..., s3://bucket/key or minio://bucket/key; for S3 the endpoint and the keys come from the
@@ -57,9 +58,12 @@ def _option(parameter: Parameter) -> Callable[[Any], Any]:
     )
 
 
-def _options_of(stage: Stage) -> Callable[[Any], Any]:
+def _options_of(stage: Stage, *others: str) -> Callable[[Any], Any]:
+    """The options of a stage's parameters, and of some others by name."""
+    chosen = [*parameters_of(stage), *(parameter for parameter in PARAMETERS if parameter.name in others)]
+
     def add(command: Any) -> Any:
-        for parameter in reversed(parameters_of(stage)):
+        for parameter in reversed(chosen):
             command = _option(parameter)(command)
         return command
 
@@ -109,20 +113,37 @@ def import_command(output: str, work: Path | None, **options: Any) -> None:
 @_uri("model", "The imported model.")
 @_uri("output", "Where the data set goes.")
 @_options_of("dataset")
+@click.option("--part", metavar="I/N", help="Encode one of N parts; without it, what is missing, and merge.")
 @_WORK
-def dataset_command(model: str, output: str, work: Path | None, **options: Any) -> None:
+def dataset_command(model: str, output: str, part: str | None, work: Path | None, **options: Any) -> None:
     """Turn conversations (JSONL) into tokens, loss masks and the draft vocabulary.
 
     A line is {"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]};
-    ShareGPT's from/value and `messages` are taken too. An assistant message with "finish": "length" was cut: its
-    end-of-turn token is not learnt.
-    """
-    from draft_model.dataset import DatasetConfig, run
+    `messages`, ShareGPT's from/value, tools, tool calls, reasoning_content and rendered `text` are taken too. An
+    assistant message with "finish": "length" was cut: its end-of-turn token is not learnt. The files may be given as
+    a path, a folder or a glob, on disk, s3://, gs:// or https://. What was interrupted goes on where it was.
+
+    \b
+    Several machines at once:   draft-model dataset --part 1/8 ...   to --part 8/8, then without --part.
+    """  # noqa: D301
+    from draft_model.dataset import DatasetConfig, run, run_part
     from draft_model.preflight import check
 
+    share = _share(part) if part else None
     parameters = check(_given(options), ["dataset"])
     with _scratch(work) as folder:
-        click.echo(run(DatasetConfig(model=model, output=output, parameters=parameters, work=folder)).uri)
+        config = DatasetConfig(model=model, output=output, parameters=parameters, work=folder)
+        if share:
+            run_part(config, *share)
+        else:
+            click.echo(run(config).uri)
+
+
+def _share(part: str) -> tuple[int, int]:
+    number, _, parts = part.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise DraftModelError(f"--part: given {part!r}; allowed: I/N with I from 1 to N, as 1/8")
+    return int(number) - 1, int(parts)
 
 
 @cli.command("train")
@@ -162,6 +183,57 @@ def evaluate_command(model: str, dataset: str, draft: str, work: Path | None, **
             f"acceptance length {result.acceptance_length:.2f} (untrained {result.untrained_acceptance_length:.2f}), "
             f"{result.compared_tokens} tokens equal to the target's own; report beside {result.final}"
         )
+
+
+@cli.command("compare")
+@_uri("model", "The target, imported or a Transformers folder.")
+@click.option("--dataset", default="", metavar="URI", help="Built data set; its validation split is decoded.")
+@click.option("--json", "file", type=click.Path(path_type=Path), help="File for the comparison as JSON.")
+@click.argument("drafts", nargs=-1, required=True, metavar="DRAFT DRAFT...")
+@_options_of("evaluate", "chat_template")
+@_WORK
+def compare_command(
+    model: str, dataset: str, file: Path | None, drafts: tuple[str, ...], work: Path | None, **options: Any
+) -> None:
+    """Decode the same prompts with several drafts of one target: ours, SpecForge's or speculators'.
+
+    \b
+    draft-model compare --model s3://b/model --dataset s3://b/dataset s3://b/one/final s3://b/other/final
+    draft-model compare --model s3://b/model --evaluation_prompts mt-bench,gsm8k ours/ theirs/
+    """  # noqa: D301
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from draft_model.preflight import check
+
+    parameters = check(_given(options), ["evaluate"])
+    from draft_model.evaluation.compare import CompareConfig, compare, table
+
+    with _scratch(work) as folder:
+        records = compare(CompareConfig(model, dataset, drafts, folder, parameters))
+    head, *rows = table(records)
+    shown = Table(*head, title=f"on {records[0]['hardware']}, {parameters.num_speculative_tokens} proposals, greedy")
+    for row in rows:
+        shown.add_row(*row)
+    Console().print(shown)
+    if file is not None:
+        file.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+
+
+@cli.command("export")
+@_uri("draft", "The trained draft (.../final), or one of another trainer.")
+@click.option("--format", "form", required=True, type=click.Choice(["vllm", "sglang", "speculators"]), help="For whom.")
+@click.option("--target", default="", help="Hub id or path of the target; speculators only.  [default: as trained]")
+@_uri("output", "Folder to write.")
+@_WORK
+def export_command(draft: str, form: Any, target: str, output: str, work: Path | None) -> None:
+    """Write a draft as one engine's own tools write theirs."""
+    from draft_model.export import export
+
+    with _scratch(work) as folder:
+        click.echo(export(draft, form, output, folder, target))
 
 
 @cli.command("run")
@@ -222,6 +294,42 @@ def compile_command(output: Path | None, image: str | None) -> None:
     from kfp_pipeline.compile import write_compiled
 
     click.echo("\n".join(map(str, write_compiled(output))))
+
+
+@cli.command("plan")
+@click.option("--config", required=True, metavar="URI", help="The target's config.json, or its folder.")
+@click.option("--memory", default=80.0, help="Of a GPU, GB.")
+@click.option("--peak", default=989.0, help="Of a GPU in the compute type, TFLOP/s.")
+@click.option("--share", default=0.4, help="Of the peak that training reaches; see docs/scaling.md.")
+@click.option("--network", default=50.0, help="Between nodes, GB/s for each GPU.")
+@click.option("--tokens", default=1000.0, help="Of a conversation on average.")
+@click.option("--supervised", default=0.6, help="Share of the tokens that is the assistant's.")
+@_options_of("train", "max_length")
+def plan_command(
+    config: str, memory: float, peak: float, share: float, network: float, tokens: float, supervised: float,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Work out memory, time and network of a training, without loading the target.
+
+    \b
+    draft-model plan --config docs/targets/llama-3.3-70b.json --tp_size 4 \\
+        --number_of_gpu_to_use_draft_model_training 8 --draft_global_batch_size 64
+    """  # noqa: D301
+    from rich.console import Console
+    from rich.table import Table
+
+    from draft_model.preflight import check
+    from draft_model.training import plan
+
+    parameters = check(_given(options), ["train"])
+    cluster = plan.Cluster(memory * 1e9, peak * 1e12, share, network * 1e9)
+    target = plan.read_config(config)
+    draft = plan.draft_of(target, parameters)
+    made = plan.make_plan(target, draft, parameters, cluster, plan.Workload(tokens, supervised))
+    table = Table(show_header=False)
+    for name, value in plan.rows_of(made, parameters, cluster):
+        table.add_row(name, value)
+    Console(width=110).print(table)
 
 
 @cli.command("parameters")

@@ -70,10 +70,15 @@ class Parameters(BaseModel):
     mlflow_model_path: NoQuoting = _text(
         "", "Target model: an MLflow model of the `transformers` flavour.", "import", kind="mlflow_model"
     )
-    dataset_train_split: str = _text("", "Training conversations, JSONL.", "dataset", kind="uri_file")
+    dataset_train_split: str = _text(
+        "",
+        "Training conversations, JSONL, plain, gzip or zstd: a file, folder or glob.",
+        "dataset",
+        kind="uri_file",
+    )
     dataset_validation_split: str = _text(
         "",
-        "Validation conversations, JSONL; not given: no validation, no evaluation.",
+        "Validation conversations, as the training ones; not given: no validation, no evaluation.",
         "dataset",
         kind="uri_file",
     )
@@ -185,6 +190,58 @@ class Parameters(BaseModel):
     evaluation_max_new_tokens: int = _field(
         128, "Longest reply that the evaluation decodes.", "evaluate", unit="tokens", ge=1
     )
+    evaluation_prompts: str = _text(
+        "",
+        "Prompts to decode: a JSONL file, or benchmarks of mt-bench, gsm8k, humaneval, alpaca, cnn-dm with commas "
+        "between; not given: those of the validation split.",
+        "evaluate",
+    )
+    evaluation_tree: str = _text(
+        "",
+        "Decode also with a tree: children of each proposal at each depth, as 4,2,1; not given: chains alone.",
+        "evaluate",
+    )
+    evaluation_temperature: float = _field(
+        0.0, "Decode also by sampling at this temperature; 0: greedy alone.", "evaluate", ge=0
+    )
+    register_model_name: str = _text(
+        "",
+        "Name under which the draft is registered in MLflow, where tracking is set up; not given: it is not.",
+        "evaluate",
+    )
+    dataset_pods: int = _field(1, "Pods that encode the data set side by side.", unit="pods", ge=1)
+    training_backend: Literal["auto", "pytorchjob", "trainjob", "local"] = _text(
+        "auto",
+        "Who runs the training processes; auto: on a cluster PyTorchJob where it is installed, else TrainJob; "
+        "elsewhere this machine.",
+        "train",
+    )
+    training_attempts: int = _field(
+        3, "Times that a training job is started when machines fail it; each goes on from the newest checkpoint.",
+        "train", ge=1,
+    )  # fmt: skip
+    queue_limit: int = _field(1440, "Longest wait of the training job in a queue.", "train", unit="minutes", ge=1)
+    start_limit: int = _field(
+        60, "Longest time from there until all pods of the training job run.", "train", unit="minutes", ge=1
+    )
+    run_limit: int = _field(2880, "Longest time that the training job may run.", "train", unit="minutes", ge=1)
+    compute_map: str = _text(
+        "", "ConfigMap, or JSON file, of instance types and named computes; not given: the built-in map.", "train"
+    )
+    object_store_secret: str = _text(
+        "mlpipeline-minio-artifact",
+        "Secret with the object store's keys (accesskey, secretkey); where it is absent, the pods' own role counts.",
+        "train",
+    )
+    keep_checkpoints: int = _field(
+        0, "Newest checkpoints that stay in the output; 0: all.", "train", unit="checkpoints", ge=0
+    )
+    final_checkpoint: Literal["last", "best"] = _text(
+        "last",
+        "Which checkpoint becomes `final`; best: of the highest simulated acceptance length on the validation split, "
+        "which then stays.",
+        "train",
+    )
 
     def of_stage(self, stage: Stage) -> dict[str, Any]:
         """The values of the parameters that one stage reads, by name."""
@@ -294,17 +351,21 @@ def _hub_id_shape(p: Parameters) -> str | None:
 def _training_data_given(p: Parameters) -> str | None:
     if p.dataset_train_split:
         return None
-    return "dataset_train_split: not given; give the path or URI of a JSONL file of conversations"
+    return "dataset_train_split: not given; give the path or URI of JSONL conversations"
 
 
 def _tensor_parallelism(p: Parameters) -> str | None:
-    if p.tp_size == 1:
+    if p.world_size % p.tp_size == 0:
         return None
-    return f"tp_size: given {p.tp_size}; this version does not shard the target model: use 1"
+    fits = [size for size in range(1, p.world_size + 1) if p.world_size % size == 0]
+    return (
+        f"tp_size: given {p.tp_size}; it must divide num_nodes_draft_model_training x "
+        f"number_of_gpu_to_use_draft_model_training = {p.world_size}: allowed: {', '.join(map(str, fits))}"
+    )
 
 
 def _world_size(p: Parameters) -> str | None:
-    if p.dp_size == 1 or p.dp_size * p.tp_size == p.world_size:
+    if p.dp_size == 1 or p.dp_size * p.tp_size == p.world_size or p.world_size % p.tp_size:
         return None
     fits = p.world_size // p.tp_size
     return (
@@ -335,12 +396,34 @@ def _batch_arithmetic(p: Parameters) -> str | None:
     return None
 
 
+MAX_TREE = 64
+"""Proposals of the largest tree that the evaluation decodes."""
+
+
+def _tree_shape(p: Parameters) -> str | None:
+    parts = [part.strip() for part in p.evaluation_tree.split(",")]
+    if not p.evaluation_tree:
+        return None
+    level = total = 1
+    for part in parts:
+        level *= int(part) if part.isdecimal() else 0
+        total += level
+    if level and total - 1 <= MAX_TREE:
+        return None
+    return (
+        f"evaluation_tree: given {p.evaluation_tree!r}; allowed: children of each proposal at each depth, as 4,2,1 (4 "
+        f"+ 8 + 8 proposals), {MAX_TREE} proposals at most"
+    )
+
+
 MODEL_SOURCES = ("huggingface_id", "pytorch_model_path", "mlflow_model_path")
 _RULES = (
     _Rule(MODEL_SOURCES, "import", _one_model_source),
     _Rule(("huggingface_id",), "import", _hub_id_shape),
     _Rule(("dataset_train_split",), "dataset", _training_data_given),
-    _Rule(("tp_size",), "train", _tensor_parallelism),
+    _Rule(("evaluation_tree",), "evaluate", _tree_shape),
+    _Rule(("num_nodes_draft_model_training", "number_of_gpu_to_use_draft_model_training", "tp_size"),
+          "train", _tensor_parallelism),
     _Rule(("num_nodes_draft_model_training", "number_of_gpu_to_use_draft_model_training", "tp_size", "dp_size"),
           "train", _world_size),
     _Rule(("num_nodes_draft_model_training", "number_of_gpu_to_use_draft_model_training", "draft_global_batch_size",

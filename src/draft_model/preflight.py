@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from draft_model import storage
+from draft_model.dataset.files import find
 from draft_model.errors import DraftModelError
+from draft_model.evaluation.prompts import check as check_prompts
 from draft_model.parameters import STAGES, Parameters, Stage, problems_with
 
-_FILES = ("dataset_train_split", "dataset_validation_split", "draft_model_config")
+_DATA = ("dataset_train_split", "dataset_validation_split")
+_FILES = (*_DATA, "draft_model_config")
 _FOLDERS = ("pytorch_model_path", "mlflow_model_path", "resume_from_checkpoint")
 _MARKERS = {"mlflow_model_path": "MLmodel", "resume_from_checkpoint": "config.json"}
 
@@ -31,6 +34,8 @@ def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parame
         uri = values.get(name)
         if isinstance(uri, str) and uri and name not in bad:
             problems += _missing(name, uri)
+    if isinstance(prompts := values.get("evaluation_prompts"), str) and "evaluate" in stages:
+        problems += check_prompts(prompts)
     if problems:
         raise DraftModelError(problems)
     return Parameters.model_validate(dict(values))
@@ -40,10 +45,14 @@ def _missing(name: str, uri: str) -> list[str]:
     if uri.startswith(("models:/", "runs:/")):
         return []
     try:
+        if name in _DATA:
+            find(uri)  # says that there is none
+            return []
         if name == "pytorch_model_path":
             # In object storage the model may lie one level below, which the import finds by listing.
             if not storage.is_remote(uri):
-                storage.fetch_tree(uri, Path())  # says that there is no such folder; a local one stays where it is
+                # Either says what is not there, and leaves a local one where it is.
+                storage.contents_of(uri) if uri.endswith(".gguf") else storage.fetch_tree(uri, Path())
             return []
         wanted = storage.join(uri, _MARKERS[name]) if name in _MARKERS else uri
         return [] if storage.exists(wanted) else [f"{name}: given {uri!r}, but there is no {wanted}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def print_summary(final: Path, folder: Path) -> None:
         f"--speculative-num-draft-tokens {proposals + 1}",
         soft_wrap=True, highlight=False,
     )  # fmt: skip
+    if (tracking := os.environ.get("MLFLOW_TRACKING_URI", "")).startswith("sqlite:"):
+        console.print(
+            f"  see the curves      pip install mlflow && mlflow ui --backend-store-uri {tracking}",
+            soft_wrap=True,
+            highlight=False,
+        )
     console.print(
         "  run on a cluster    upload kfp_pipeline/compiled/pipeline_draft_model.yaml in the KFP UI",
         soft_wrap=True,

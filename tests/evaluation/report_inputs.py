@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from draft_model.dataset import vocabulary
-from draft_model.dataset.report import Tally
+from draft_model.dataset.tally import Tally
 from draft_model.parameters import Parameters
 
 Json = dict[str, Any]
@@ -89,10 +89,47 @@ def make_evaluation() -> Json:
             "acceptance_by_position": [0.0264, 0.001, 0.0],
             "conditional_acceptance_by_position": [0.0264, 0.0379, None],
         },
+        "prompts_source": "the validation split",
+        "by_category": [
+            {"category": "first reply", "prompts": 30, "rounds": 1900, "acceptance_length": 1.9311},
+            {"category": "later reply", "prompts": 10, "rounds": 626, "acceptance_length": 1.8612},
+        ],
+        "by_depth": [
+            {"from": 0, "to": 15, "rounds": 320, "acceptance_length": 2.1043},
+            {"from": 128, "to": None, "rounds": 2206, "acceptance_length": 1.8861},
+        ],
+        "more": [
+            {
+                "name": "tree 3,2, greedy", "proposals": 9,
+                "acceptance_length": 2.2345, "rounds": 2163, "drafted": 4326, "accepted": 2671, "tokens": 4834,
+                "acceptance_by_position": [0.75, 0.4845], "conditional_acceptance_by_position": [0.75, 0.646],
+            }
+        ],
+        "prediction": {
+            "prompts": 16,
+            "costs": {
+                "context": 77, "target_seconds": 0.0312, "verify_cost": [1 + 0.04 * k for k in range(1, 11)],
+                "draft_cost": 0.0613, "hardware": "Intel(R) Xeon(R) CPU @ 2.60GHz, 2 cores, 8 GiB", "dtype": "float32",
+            },
+            "by_proposals": [
+                {
+                    "proposals": k, "acceptance_length": 1.9 + 0.01 * k, "speed_up": 1.4571 - 0.05 * k,
+                    "predicted_acceptance_length": 1.95 + 0.01 * k if k <= POSITIONS else None,
+                }
+                for k in range(1, 11)
+            ],
+            "recommended": 1,
+        },
+        "wall_clock": {
+            "target_alone_tokens_per_second": 101.3, "tokens_per_second": 137.8, "speed_up": 1.3603, "batch": 16,
+            "hardware": "Intel(R) Xeon(R) CPU @ 2.60GHz, 2 cores, 8 GiB", "dtype": "float32",
+        },
+        "prompt_tokens": [[1, 2, 3]],
         "predicted_acceptance_length": make_training()["validation"][-1]["acceptance_length"],
         "lossless": {
             "prompts": 40, "compared_tokens": 9631, "identical": True,
             "ties": [{"prompt": 17, "position": 63, "margin": 1.9e-06}],
+            "differences": [],
         },
         "sample": {
             "prompt": "Explain in two sentences how a rainbow forms.",
@@ -127,11 +164,11 @@ def make_dataset(*, validation: bool = True) -> Json:
         "coverage_by_size": vocabulary.coverage_by_size(
             tallies["train"].supervised, tallies["validation"].supervised if validation else None
         ),
-        "sample": [
+        "samples": [[
             [head, False], ["Name three rivers of Europe.", False],
             ["<|im_end|>\n<|im_start|>assistant\n", False],
             *([word, True] for word in ("The", " Danube", ", the", " Rhine", " and", " Don.", "<|im_end|>")),
             ["\n<|im_start|>user\nWhich is the longest?<|im_end|>\n<|im_start|>assistant\n", False],
             *([word, True] for word in ("The", " Danube", ":", " 2,850", " km", ".", "<|im_end|>")),
-        ],
+        ]],
     }  # fmt: skip

@@ -155,9 +155,23 @@ def test_every_measured_number_is_shown(report, training, evaluation, dataset):
     assert all(version in text for version in training["versions"].values())
 
 
+def test_categories_depths_other_ways_and_times_are_shown(report, training, evaluation, dataset):
+    text = Page(report(training, evaluation, dataset)).text
+    assert "first reply (30 prompts) 1,900 1.931" in text
+    assert "0 to 15 320 2.104" in text
+    assert "128 or more 2,206 1.886" in text
+    assert "tree 3,2, greedy 9 2.235 75.0 %, 48.4 %" in text
+    hardware = evaluation["hardware"]
+    assert f"Time, on {hardware} Target alone: 101.3 tokens per second; with the draft: 137.8, 1.36 times" in text
+    assert "1 at a time is the fastest for one request on this hardware" in text
+    assert "1 1.910 1.960 1.04 1.41" in text
+    evaluation["prediction"]["recommended"] = 0
+    assert "None : on this hardware no number" in Page(report(training, evaluation, dataset)).text
+
+
 def test_every_parameter_is_listed_and_additions_are_marked(report, training, evaluation, dataset):
     del training["parameters"]["storage_uri"]
-    text = Page(report(training, evaluation, dataset)).text.replace(" .", ".").replace(" ,", ",")
+    text = Page(report(training, evaluation, dataset)).text.replace(" .", ".").replace(" ,", ",").replace(" ;", ";")
     for parameter in PARAMETERS:
         help_text = parameter.help.replace("`", "")
         assert f"{parameter.name} {'addition ' if parameter.addition else ''}{help_text}" in text
@@ -182,7 +196,7 @@ def test_the_charts_name_the_numbers_that_were_drawn(training, evaluation):
 def test_supervised_and_drafted_tokens_are_the_coloured_ones(report, training, evaluation, dataset):
     marked = "".join(Page(report(training, evaluation, dataset)).marked)
     drafted = "".join(text for text, mark in evaluation["sample"]["reply"] if mark)
-    supervised = "".join(text for text, mark in dataset["sample"] if mark)
+    supervised = "".join(text for text, mark in dataset["samples"][0] if mark)
     assert marked == drafted + supervised
 
 
@@ -192,7 +206,7 @@ def test_markup_in_the_data_is_shown_and_not_run(report, card, training, evaluat
     training["parameters"] |= {"huggingface_id": "", "pytorch_model_path": HOSTILE}
     training["versions"][HOSTILE] = HOSTILE
     evaluation["sample"] = {"prompt": HOSTILE, "reply": [[HOSTILE, True], [HOSTILE, False]]}
-    dataset["sample"] = [[HOSTILE, True], [HOSTILE, False]]
+    dataset["samples"][0] = [[HOSTILE, True], [HOSTILE, False]]
     dataset["splits"]["train"]["rejected_reasons"] = {HOSTILE: 3}
     html = report(training, evaluation, dataset)
     assert {tag for tag, _ in Page(html).elements} == plain
@@ -289,7 +303,7 @@ def test_long_runs_and_long_samples_stay_small(report, training, evaluation, dat
     training["log"] = [
         log_entry(step, 0.05 * math.sin(step)) | training["log"][0] | {"step": step} for step in range(5000)
     ]
-    dataset["sample"] = [[" word", True], [" other", False]] * 50_000
+    dataset["samples"][0] = [[" word", True], [" other", False]] * 50_000
     evaluation["sample"]["reply"] = [[" word", i % 2 == 0] for i in range(50_000)]
     evaluation["lossless"]["ties"] *= 500
     html = report(training, evaluation, dataset)

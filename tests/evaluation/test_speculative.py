@@ -10,8 +10,9 @@ from draft_model.eagle3.model import Eagle3Draft, Rotary
 from draft_model.eagle3.step import Objective
 from draft_model.eagle3.target import Target
 from draft_model.eagle3.unroll import unroll
-from draft_model.evaluation.measure import acceptance
+from draft_model.evaluation.acceptance import acceptance, by_category, by_depth
 from draft_model.evaluation.speculative import Reply, SpeculativeDecoder, greedy_replies
+from draft_model.evaluation.tree import DraftTree
 
 PROMPTS = [[3, 5, 7, 1, 2], [0, 4], [1, 2, 3, 4, 5, 6, 7, 0, 5, 1, 3], [6, 6, 2], [2, 7, 1, 0, 2, 4], [7, 3, 3]]
 
@@ -35,14 +36,15 @@ def pair(vocabulary: int, known: int, seed: int = 0, **changes):
 def test_decodes_the_targets_own_tokens(proposals, end):
     target, draft = pair(vocabulary=8, known=6, seed=2)
     expected = greedy_replies(target, PROMPTS, 40, end)
-    replies = SpeculativeDecoder(target, draft, proposals, end).decode(PROMPTS, 40)
+    replies = SpeculativeDecoder(target, draft, DraftTree.chain(proposals), end).decode(PROMPTS, 40)
     assert [reply.tokens for reply in replies] == expected
     assert any(reply.accepted and max(reply.accepted) > 0 for reply in replies)
 
 
-def test_a_batch_decodes_each_prompt_as_if_it_were_alone():
+@pytest.mark.parametrize("widths", [(1, 1, 1, 1), (3, 2)])
+def test_a_batch_decodes_each_prompt_as_if_it_were_alone(widths):
     target, draft = pair(vocabulary=12, known=12, seed=1)
-    decoder = SpeculativeDecoder(target, draft, 4, (5,))
+    decoder = SpeculativeDecoder(target, draft, DraftTree(widths), (5,))
     together = decoder.decode(PROMPTS, 30)
     assert together == [decoder.decode([prompt], 30)[0] for prompt in PROMPTS]
 
@@ -61,7 +63,7 @@ def test_a_sliding_window_target_decodes_its_own_tokens_one_prompt_at_a_time():
     draft = Eagle3Draft(shape, torch.ones(12, dtype=torch.bool), torch.zeros(12, dtype=torch.int64))
     draft.initialise(0, target)
     expected = greedy_replies(target, PROMPTS, 20, ())
-    assert [r.tokens for r in SpeculativeDecoder(target, draft, 2, ()).decode(PROMPTS, 20)] == expected
+    assert [r.tokens for r in SpeculativeDecoder(target, draft, DraftTree.chain(2), ()).decode(PROMPTS, 20)] == expected
 
 
 @torch.no_grad()
@@ -90,7 +92,7 @@ def foreseen_rounds(target, draft, tokens, prompt_length, proposals):
 
 def test_rounds_accept_what_the_training_time_unroll_foresees():
     target, draft = pair(vocabulary=8, known=6, seed=2)
-    replies = SpeculativeDecoder(target, draft, 3, ()).decode(PROMPTS, 60)
+    replies = SpeculativeDecoder(target, draft, DraftTree.chain(3), ()).decode(PROMPTS, 60)
     for prompt, reply in zip(PROMPTS, replies, strict=True):
         foreseen = foreseen_rounds(target, draft, prompt + reply.tokens, len(prompt), 3)
         assert len(foreseen) > 10
@@ -100,7 +102,7 @@ def test_rounds_accept_what_the_training_time_unroll_foresees():
 
 def test_training_foresees_the_acceptance_length():
     target, draft = pair(vocabulary=8, known=6, seed=2)
-    replies = SpeculativeDecoder(target, draft, 3, ()).decode(PROMPTS, 60)
+    replies = SpeculativeDecoder(target, draft, DraftTree.chain(3), ()).decode(PROMPTS, 60)
     rows = [(torch.tensor(prompt + reply.tokens), len(prompt)) for prompt, reply in zip(PROMPTS, replies, strict=True)]
     batch = collate([(tokens, torch.arange(len(tokens)) >= start) for tokens, start in rows])
     objective = Objective(draft, target, 3, "sdpa", torch.float32, 80)
@@ -117,3 +119,22 @@ def test_acceptance_counts_rounds_and_positions():
     assert found["acceptance_by_position"] == [3 / 4, 2 / 4, 1 / 4]
     assert found["conditional_acceptance_by_position"] == [3 / 4, 2 / 3, 1 / 2]
     assert (found["rounds"], found["drafted"], found["accepted"]) == (4, 12, 6)
+
+
+REPLIES = [Reply(accepted=[0, 2, 3]), Reply(accepted=[1]), Reply(accepted=[3, 3, 3, 3])]
+
+
+def test_acceptance_is_counted_by_category():
+    assert by_category(REPLIES, ["code", "chat", "code"]) == [
+        {"category": "code", "prompts": 2, "rounds": 7, "acceptance_length": 1 + 17 / 7},
+        {"category": "chat", "prompts": 1, "rounds": 1, "acceptance_length": 2.0},
+    ]
+
+
+def test_acceptance_is_counted_by_the_tokens_before_the_round():
+    # The third reply's rounds begin after 1, 5, 9 and 13 tokens, a fifth after 17, a sixth after 18.
+    found = by_depth([*REPLIES[:2], Reply(accepted=[3, 3, 3, 3, 0, 3])])
+    assert found == [
+        {"from": 0, "to": 15, "rounds": 8, "acceptance_length": 1 + 18 / 8},
+        {"from": 16, "to": 31, "rounds": 2, "acceptance_length": 1 + 3 / 2},
+    ]

@@ -25,11 +25,12 @@ STEPS = {
     "train": pipeline.train_draft_model,
     "evaluate": pipeline.evaluate_draft_model,
 }
+LOOP = "for-loop-1"
 
 
 @pytest.fixture(scope="module")
 def spec():
-    return yaml.safe_load(COMPILED.read_text(encoding="utf-8"))
+    return next(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,17 @@ def test_preflight_takes_all_parameters():
     assert [found for found in signature(pipeline.preflight) if found[0] != "summary"] == expected
 
 
-@pytest.mark.parametrize("step", [pipeline.preflight, *STEPS.values()], ids=lambda step: step.name)
+def test_the_pods_that_encode_take_what_the_dataset_stage_reads():
+    expected = [(p.name, p.type, p.default) for p in parameters_of("dataset")]
+    for step in (pipeline.plan_dataset, pipeline.encode_dataset):
+        assert [found for found in signature(step) if found in expected] == expected
+
+
+@pytest.mark.parametrize(
+    "step",
+    [pipeline.preflight, pipeline.plan_dataset, pipeline.encode_dataset, *STEPS.values()],
+    ids=lambda step: step.name,
+)
 def test_a_component_documents_each_parameter_as_the_contract_does(step):
     documented = " ".join(inspect.getdoc(step.python_func).split())
     for parameter in (p for p in PARAMETERS if p.name in inspect.signature(step.python_func).parameters):
@@ -131,15 +142,27 @@ def test_a_component_documents_each_parameter_as_the_contract_does(step):
 
 
 def test_steps_get_the_pipelines_inputs_under_their_own_names(tasks):
-    for task in tasks.values():
+    for step, task in tasks.items():
+        if step == LOOP:  # a loop names its inputs itself
+            continue
         for name, source in task["inputs"]["parameters"].items():
             if "componentInputParameter" in source:
                 assert source["componentInputParameter"] == name
 
 
 def test_what_depends_on_the_moment_is_never_cached_and_what_does_not_is(tasks):
-    cached = {name for name, task in tasks.items() if task["cachingOptions"].get("enableCache")}
-    assert cached == {"import-model", "build-dataset"}
+    cached = {name for name, task in tasks.items() if task.get("cachingOptions", {}).get("enableCache")}
+    assert cached - {LOOP} == {"import-model", "build-dataset"}
+
+
+def test_the_data_set_is_encoded_by_pods_side_by_side_and_cached_by_what_its_files_hold(spec, tasks):
+    assert tasks[LOOP]["parameterIterator"]["items"]["inputParameter"] == "pipelinechannel--plan-dataset-Output"
+    (encode,) = spec["components"][tasks[LOOP]["componentRef"]["name"]]["dag"]["tasks"].values()
+    assert encode["cachingOptions"]["enableCache"]
+    outside = [name for name in tasks[LOOP]["inputs"]["parameters"] if name.endswith("-Output")]
+    assert outside == ["pipelinechannel--plan-dataset-Output"], "kfp.local gives a loop's body nothing else"
+    parts = tasks["build-dataset"]["inputs"]["parameters"]["parts"]["taskOutputParameter"]
+    assert parts == {"producerTask": "plan-dataset", "outputParameterKey": "Output"}
 
 
 def test_preflight_comes_before_everything_and_data_goes_one_way(tasks):
@@ -147,8 +170,45 @@ def test_preflight_comes_before_everything_and_data_goes_one_way(tasks):
         direct = set(tasks[name].get("dependentTasks", ()))
         return direct.union(*map(before, direct)) if direct else direct
 
-    order = ["preflight", "import-model", "build-dataset", "train-draft-model", "evaluate-draft-model"]
+    order = [
+        "preflight",
+        "resolve-compute",
+        "import-model",
+        "plan-dataset",
+        LOOP,
+        "build-dataset",
+        "train-draft-model",
+        "evaluate-draft-model",
+    ]
     assert {name: before(name) for name in order} == {name: set(order[:place]) for place, name in enumerate(order)}
+
+
+def test_what_a_training_left_is_deleted_however_it_ended(tasks):
+    assert tasks["clean-up"]["dependentTasks"] == ["train-draft-model"]
+    assert tasks["clean-up"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    ids = {
+        tasks[name]["inputs"]["parameters"]["run_id"]["runtimeValue"]["constant"]
+        for name in ("clean-up", "train-draft-model")
+    }
+    assert ids == {"{{$.pipeline_job_uuid}}"}
+
+
+def test_a_training_step_that_was_evicted_is_started_again_and_no_other_is(tasks):
+    assert {name for name, task in tasks.items() if "retryPolicy" in task} == {"train-draft-model"}
+
+
+def test_every_step_gets_the_object_stores_keys_by_reference_and_the_import_its_nodes(spec):
+    platform = list(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))[1]["platforms"]["kubernetes"]
+    settings = platform["deploymentSpec"]["executors"]
+    assert settings.keys() == spec["deploymentSpec"]["executors"].keys()
+    for step in settings.values():
+        (secret,) = step["secretAsEnv"]
+        assert secret["optional"]
+        assert secret["secretNameParameter"]["componentInputParameter"].endswith("object_store_secret")
+        assert {key["envVar"] for key in secret["keyToEnv"]} == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+    nodes = settings["exec-import-model"]
+    assert nodes["nodeSelector"]["nodeSelectorJson"]["taskOutputParameter"]["producerTask"] == "resolve-compute"
+    assert nodes["tolerations"][0]["tolerationJson"]["taskOutputParameter"]["producerTask"] == "resolve-compute"
 
 
 def test_steps_run_in_the_one_image_and_install_nothing(spec):
@@ -178,7 +238,7 @@ def test_the_image_of_all_steps_can_be_named(tmp_path):
     program = Path(sysconfig.get_path("scripts")) / "draft-model"
     output, image = tmp_path / "pipeline.yaml", "registry.example/team/stage@sha256:" + "0" * 64
     subprocess.run([program, "compile", "--image", image, "--output", output], check=True)
-    spec = yaml.safe_load(output.read_text())
+    spec = next(yaml.safe_load_all(output.read_text()))
     executors = spec["deploymentSpec"]["executors"].values()
     assert {executor["container"]["image"] for executor in executors} == {image}
 

@@ -1,43 +1,20 @@
-"""Measures a draft: acceptance length, acceptance by position, and whether the output is the target's own."""
+"""Decodes all prompts, with a draft and without, and holds the replies against the target's own."""
 
 from __future__ import annotations
 
-import logging
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from tqdm import tqdm
 
-from draft_model.dataset.tokens import Split
 from draft_model.eagle3.target import Target
 from draft_model.evaluation.speculative import Reply, SpeculativeDecoder, greedy_replies, margin_at
 
-logger = logging.getLogger(__name__)
-
 TIE_MARGIN = 1e-4  # logits; float32 sums in another order differ by less
 BATCH = 16  # prompts decoded at once; a CPU does 16 rows in about the time of one
-
-
-def choose_prompts(split: Split, limit: int, longest: int) -> list[list[int]]:
-    """The conversations up to their last assistant turn.
-
-    Args:
-        split: validation split.
-        limit: how many of its first conversations; 0 for all.
-        longest: longer prompts than this are left out, in tokens.
-    """
-    prompts = []
-    for index in range(min(len(split), limit or len(split))):
-        row = split[index]
-        starts = [
-            place for place in range(1, len(row.loss_mask)) if row.loss_mask[place] and not row.loss_mask[place - 1]
-        ]
-        if starts and 2 <= starts[-1] <= longest:
-            prompts.append(row.input_ids[: starts[-1]].tolist())
-    return prompts
 
 
 def batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
@@ -48,8 +25,13 @@ def batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
 
 def batch_size(target: Target) -> int:
     """Prompts at once: one for targets with sliding-window layers, whose caches must have no masked columns."""
+    return 1 if slides(target) else BATCH
+
+
+def slides(target: Target) -> bool:
+    """Whether a target has layers that do not see the whole context."""
     layers = getattr(target.config, "layer_types", None) or []
-    return 1 if any(kind != "full_attention" for kind in layers) else BATCH
+    return any(kind != "full_attention" for kind in layers)
 
 
 def _bar(what: str, prompts: int) -> Any:
@@ -59,56 +41,32 @@ def _bar(what: str, prompts: int) -> Any:
 
 def reference(
     target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_tokens: Sequence[int]
-) -> list[list[int]]:
-    """The target's own greedy reply to each prompt."""
+) -> tuple[list[list[int]], float]:
+    """The target's own greedy reply to each prompt, and the seconds that they took."""
     replies: list[list[int]] = [[] for _ in prompts]
+    started = time.perf_counter()
     with _bar("target alone", len(prompts)) as bar:
         for indices in batches(prompts, batch_size(target)):
             batch = greedy_replies(target, [prompts[index] for index in indices], max_new_tokens, end_tokens)
             for index, reply in zip(indices, batch, strict=True):
                 replies[index] = reply
             bar.update(len(indices))
-    return replies
+    return replies, time.perf_counter() - started
 
 
 def decode(
     decoder: SpeculativeDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, what: str
-) -> list[Reply]:
-    """The reply to each prompt with the draft's help."""
+) -> tuple[list[Reply], float]:
+    """The reply to each prompt with the draft's help, and the seconds that they took."""
     replies = [Reply() for _ in prompts]
+    started = time.perf_counter()
     with _bar(what, len(prompts)) as bar:
         for indices in batches(prompts, batch_size(decoder.target)):
             batch = decoder.decode([prompts[index] for index in indices], max_new_tokens)
             for index, reply in zip(indices, batch, strict=True):
                 replies[index] = reply
             bar.update(len(indices))
-    return replies
-
-
-def acceptance(replies: Sequence[Reply], proposals: int) -> dict[str, Any]:
-    """Acceptance over all rounds of all replies, as vLLM counts it.
-
-    Args:
-        replies: decoded with a draft.
-        proposals: K.
-
-    Returns:
-        acceptance_length (1 + accepted / rounds: tokens per forward pass of the target), rounds, drafted, accepted,
-        tokens, acceptance_by_position (share of rounds that kept the k-th proposal: cumulative) and
-        conditional_acceptance_by_position (of the rounds that kept the one before), [K] each.
-    """
-    accepted = [count for reply in replies for count in reply.accepted]
-    rounds = max(1, len(accepted))
-    reached = [sum(count >= place for count in accepted) for place in range(proposals + 1)]
-    return {
-        "acceptance_length": 1.0 + sum(accepted) / rounds,
-        "rounds": len(accepted),
-        "drafted": len(accepted) * proposals,
-        "accepted": sum(accepted),
-        "tokens": sum(len(reply.tokens) for reply in replies),
-        "acceptance_by_position": [count / rounds for count in reached[1:]],
-        "conditional_acceptance_by_position": [now / max(1, before) for before, now in pairwise(reached)],
-    }
+    return replies, time.perf_counter() - started
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def write_report(path: Path, training: Json, evaluation: Json | None, dataset: J
             else (),
             length_chart=plots.length_chart(dataset["splits"]["train"]["length_histogram"], dataset["max_length"]),
             coverage_chart=plots.coverage_chart(dataset["coverage_by_size"], dataset["draft_vocab_size"]),
-            conversation=_joined(_excerpt(dataset["sample"])),
+            conversation=_joined(_excerpt(dataset["samples"][0])),
             prompt=evaluation["sample"]["prompt"][-_MAX_SHOWN_CHARACTERS:] if evaluation else "",
             reply=_excerpt(evaluation["sample"]["reply"]) if evaluation else None,
             parameters=_parameter_rows(training["parameters"]),

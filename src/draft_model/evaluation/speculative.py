@@ -1,11 +1,13 @@
-"""Chain speculative decoding, greedy: the draft proposes K tokens, the target checks them in one forward pass.
+"""Speculative decoding: the draft proposes a chain or a tree of tokens, the target checks them in one forward pass.
 
-Each round the target reads the last token it chose and the K proposals, keeps the proposals that are its own choices,
-and adds one token of its own: one forward pass for 1 + accepted tokens, and every token is the target's own choice.
+Each round the target reads the last token it gave and the proposals, keeps a path of them and adds one token of its
+own: one forward pass for 1 + accepted tokens. Greedy, every token is the target's own choice; sampling, every token has
+the target's distribution (`accept.py`).
 
 Rows of a batch accept different numbers of tokens. Caches therefore grow by whole columns for all rows, and a column
-that a row rejected is masked for that row; trailing columns that no row kept are cut. With a batch of one nothing is
-ever masked, which is what targets with sliding-window layers need (they count columns, not positions).
+that a row rejected is masked for that row; trailing columns that no row kept are cut, and of a tree the kept path moves
+to the front. With a batch of one and a chain nothing is ever masked, which is what targets with sliding-window layers
+need (they count columns, not positions).
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from draft_model.eagle3.model import Eagle3Draft, Rotary, rotate
+from draft_model.eagle3.model import Eagle3Draft
 from draft_model.eagle3.target import Target
+from draft_model.evaluation.accept import Walk, draw, sample, walk_greedy, walk_sampled
+from draft_model.evaluation.draft_cache import DraftCache, causal
+from draft_model.evaluation.tree import DraftTree
 
 
 @dataclass
@@ -36,72 +41,17 @@ class Reply:
     accepted: list[int] = field(default_factory=list)
 
 
-@dataclass
-class _Columns:
-    """Cached columns that each row may see, bool [B, C]; all columns are in the order of time."""
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
 
-    visible: Tensor
+    Attributes:
+        temperature: above 0; what both models' logits are divided by.
+        seed: of the random numbers.
+    """
 
-    def append(self, kept: Tensor) -> None:
-        self.visible = torch.cat((self.visible, kept), 1)
-
-
-class _DraftCache:
-    """Keys and values of the draft's layer, [B, kv_heads, C, d], at the target's features (step 0)."""
-
-    def __init__(self, draft: Eagle3Draft, target: Target, length: int) -> None:
-        self.weights = draft.weights(torch.float32)
-        self.head = draft.lm_head.weight
-        self.target_ids = draft.target_ids
-        self.rotary = Rotary(draft.config, target.device).table(length, torch.float32)
-        self.embedding = target.embedding
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def step(self, hidden: Tensor, tokens: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
-        """One pass of the layer over new columns, which stay in the cache.
-
-        Args:
-            hidden: h of each column, [B, Q, H].
-            tokens: the token that each column reads, int64 [B, Q].
-            positions: rotary positions, int64 [B, Q].
-            visible: which columns, old and new, a row may see, bool [B, C + Q].
-
-        Returns:
-            The layer's output, [B, Q, H].
-        """
-        w, (batch, width) = self.weights, tokens.shape
-        normed = w.rms_norm(hidden, w.hidden_norm)
-        embedded = functional.embedding(tokens, self.embedding)
-        qkv = functional.linear(normed, w.hidden_qkv) + w.project_embedding(embedded)
-        q, k, v = (x.unflatten(0, (batch, width)) for x in w.split_heads(qkv.flatten(0, 1)))
-        table = self.rotary[:, positions.flatten()]
-        q, k = (rotate(x.flatten(0, 1), table).unflatten(0, (batch, width)).transpose(1, 2) for x in (q, k))
-        v = v.transpose(1, 2)
-        self.keys = k if self.keys is None else torch.cat((self.keys, k), 2)
-        self.values = v if self.values is None else torch.cat((self.values, v), 2)
-        causal = torch.ones(width, visible.shape[1], dtype=torch.bool, device=q.device).tril(visible.shape[1] - width)
-        own = torch.eye(width, visible.shape[1], dtype=torch.bool, device=q.device).roll(visible.shape[1] - width, 1)
-        mask = (visible.unsqueeze(1) & causal) | own  # a masked row sees itself, so that no softmax is empty
-        attended = functional.scaled_dot_product_attention(
-            q, self.keys, self.values, attn_mask=mask.unsqueeze(1), enable_gqa=True
-        )
-        return w.finish_layer(hidden, attended.transpose(1, 2))
-
-    def propose(self, hidden: Tensor) -> Tensor:
-        """The draft's favourite token after each h [B, H], as the target's id, int64 [B]."""
-        logits = functional.linear(self.weights.rms_norm(hidden, self.weights.norm), self.head)
-        return self.target_ids[logits.argmax(-1)]
-
-    def cut(self, columns: int) -> None:
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys, self.values = self.keys[:, :, :columns], self.values[:, :, :columns]
-
-    def select(self, rows: Tensor) -> None:
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys, self.values = self.keys[rows], self.values[rows]
+    temperature: float
+    seed: int
 
 
 class SpeculativeDecoder:
@@ -110,12 +60,24 @@ class SpeculativeDecoder:
     Args:
         target: in float32.
         draft: its draft.
-        proposals: K, tokens that the draft proposes per round.
+        tree: what the draft proposes per round.
         end_tokens: ids that end a reply.
+        sampling: None for greedy decoding.
     """
 
-    def __init__(self, target: Target, draft: Eagle3Draft, proposals: int, end_tokens: Sequence[int]) -> None:
-        self.target, self.draft, self.proposals, self.end = target, draft, proposals, frozenset(end_tokens)
+    def __init__(
+        self,
+        target: Target,
+        draft: Eagle3Draft,
+        tree: DraftTree,
+        end_tokens: Sequence[int],
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.target, self.draft, self.tree, self.end = target, draft, tree, frozenset(end_tokens)
+        self.temperature = sampling.temperature if sampling else 0.0
+        self.generator = torch.Generator(target.device)
+        if sampling:
+            self.generator.manual_seed(sampling.seed)
 
     @torch.no_grad()
     def decode(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Reply]:
@@ -134,6 +96,10 @@ class SpeculativeDecoder:
             batch.round()
         return batch.replies
 
+    def distribution(self, logits: Tensor) -> Tensor:
+        """What tokens are drawn from."""
+        return (logits / self.temperature).softmax(-1)
+
 
 class _Batch:
     """The rows still being decoded. `last` is each row's newest token, which the target has not read yet."""
@@ -141,7 +107,7 @@ class _Batch:
     def __init__(self, decoder: SpeculativeDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         from transformers import DynamicCache
 
-        self.decoder, self.target, self.proposals = decoder, decoder.target, decoder.proposals
+        self.decoder, self.target, self.tree = decoder, decoder.target, decoder.tree
         self.limit = max_new_tokens
         self.replies = [Reply() for _ in prompts]
         self.rows = list(range(len(prompts)))
@@ -152,16 +118,18 @@ class _Batch:
         for row, prompt in enumerate(prompts):
             self.prompts[row, : len(prompt)] = torch.tensor(list(prompt), device=device)
         self.cache = DynamicCache()
-        self.columns = _Columns(torch.arange(width, device=device) < self.lengths.unsqueeze(1))
-        self.draft = _DraftCache(decoder.draft, self.target, width + max_new_tokens + 2 * self.proposals + 2)
-        self.last = torch.empty(0)
-        self.proposed = torch.empty(0)
+        # Cached columns that each row may see, bool [B, C]; all columns are in the order of time.
+        self.visible = torch.arange(width, device=device) < self.lengths.unsqueeze(1)
+        self.draft = DraftCache(decoder.draft, self.target, width + max_new_tokens + 2 * self.tree.depth + 2)
+        self.depths, self.sees = self.tree.depths.to(device), self.tree.sees.to(device)
+        self.last = self.proposed = torch.empty(0)
+        self.drawn_from: Tensor | None = None
 
-    def _read(self, tokens: Tensor, positions: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    def _read(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The target over new columns: hidden states after the final norm [B, Q, H] and features [B, Q, 3H]."""
         output = self.target.decoder(
             input_ids=tokens,
-            attention_mask=visible.long(),
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
@@ -169,53 +137,105 @@ class _Batch:
         return output.last_hidden_state, self.target.features()
 
     def prefill(self) -> None:
-        """Reads the prompts; the target chooses each row's first token."""
+        """Reads the prompts; the target gives each row's first token."""
         width = self.prompts.shape[1]
         positions = torch.arange(width, device=self.prompts.device).expand_as(self.prompts)
-        final, features = self._read(self.prompts, positions, self.columns.visible)
-        ends = (self.lengths - 1).unsqueeze(1)
-        rows = torch.arange(len(self.rows), device=ends.device).unsqueeze(1)
-        self.last = self.target.logits(final[rows, ends]).argmax(-1)[:, 0]
+        final, features = self._read(self.prompts, positions, self.visible.long())
+        ends = self.lengths - 1
+        logits = self.target.logits(final[_rows(ends), ends])
+        if self.decoder.temperature:
+            self.last = sample(self.decoder.distribution(logits), self.decoder.generator)
+        else:
+            self.last = logits.argmax(-1)
         self._emit([[int(token)] for token in self.last], [0] * len(self.rows), count=False)
         following = torch.cat((self.prompts[:, 1:], self.prompts[:, :1]), 1)
-        following[rows, ends] = self.last.unsqueeze(1)
-        self._propose(features, following, positions, self.columns.visible, ends)
+        following[_rows(ends), ends] = self.last
+        self._propose(features, following, positions, ends)
         self._drop_finished()
 
     def round(self) -> None:
         """One forward pass of the target, and the next proposals."""
-        tokens = torch.cat((self.last.unsqueeze(1), self.proposed), 1)  # [B, K + 1]
-        positions = self.lengths.unsqueeze(1) + torch.arange(self.proposals + 1, device=tokens.device)
-        old = self.columns.visible
-        final, features = self._read(tokens, positions, torch.cat((old, torch.ones_like(tokens, dtype=torch.bool)), 1))
-        chosen = self.target.logits(final).argmax(-1)  # [B, K + 1]
-        accepted = (self.proposed == chosen[:, :-1]).long().cumprod(1).sum(1)  # [B]
-        kept = torch.arange(self.proposals + 1, device=tokens.device) <= accepted.unsqueeze(1)
-        width = int(accepted.max()) + 1
-        if rejected := self.proposals + 1 - width:
-            self.cache.crop(-rejected)
-        self.columns.append(kept[:, :width])
-        counts = accepted.tolist()
-        self._emit([row[: n + 1] for row, n in zip(chosen.tolist(), counts, strict=True)], counts, count=True)
-        ends = accepted.unsqueeze(1)
-        self.last = chosen.gather(1, ends)[:, 0]
-        self.lengths = self.lengths + accepted + 1
-        self._propose(features[:, :width], chosen[:, :width], positions[:, :width], self.columns.visible, ends)
+        tokens = torch.cat((self.last.unsqueeze(1), self.proposed), 1)  # [B, N]
+        positions = self.lengths.unsqueeze(1) + self.depths
+        final, features = self._read(tokens, positions, self._tree_mask())
+        walk = self._walk(tokens, self.target.logits(final))
+        width = int(walk.accepted.max()) + 1
+        path = walk.path[:, :width]
+        self._keep(path)
+        kept = torch.arange(width, device=tokens.device) <= walk.accepted.unsqueeze(1)
+        self.visible = torch.cat((self.visible, kept), 1)
+        following = torch.cat((tokens.gather(1, path)[:, 1:], path[:, :1]), 1)
+        following[_rows(walk.last), walk.accepted] = walk.last
+        counts = walk.accepted.tolist()
+        self._emit([row[: n + 1] for row, n in zip(following.tolist(), counts, strict=True)], counts, count=True)
+        positions = self.lengths.unsqueeze(1) + torch.arange(width, device=tokens.device)
+        self.last, self.lengths = walk.last, self.lengths + walk.accepted + 1
+        taken = features.gather(1, path.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+        self._propose(taken, following, positions, walk.accepted)
         self._drop_finished()
 
-    def _propose(self, features: Tensor, tokens: Tensor, positions: Tensor, visible: Tensor, ends: Tensor) -> None:
-        """The draft reads the new columns, then goes on from each row's last one on its own output."""
-        columns = visible.shape[1]
-        hidden = self.draft.step(functional.linear(features, self.draft.weights.fc), tokens, positions, visible)
-        rows = torch.arange(len(ends), device=ends.device).unsqueeze(1)
-        hidden, positions = hidden[rows, ends], positions.gather(1, ends)  # [B, 1, H], [B, 1]
-        proposed = [self.draft.propose(hidden[:, 0])]
-        for step in range(1, self.proposals):
-            visible = torch.cat((visible, torch.ones_like(visible[:, :1])), 1)
-            hidden = self.draft.step(hidden, proposed[-1].unsqueeze(1), positions + step, visible)
-            proposed.append(self.draft.propose(hidden[:, 0]))
-        self.draft.cut(columns)
-        self.proposed = torch.stack(proposed, 1)
+    def _tree_mask(self) -> Tensor:
+        """What the proposals see of the target's columns: a plain mask for a chain, [B, 1, N, C + N] for a tree."""
+        batch, nodes = len(self.rows), self.tree.size
+        if self.tree.is_chain:
+            return torch.cat((self.visible, self.visible.new_ones(batch, nodes)), 1).long()
+        seen = torch.cat((self.visible.unsqueeze(1).expand(-1, nodes, -1), self.sees.expand(batch, -1, -1)), 2)
+        hidden = torch.finfo(torch.float32).min
+        return torch.zeros(seen.shape, device=seen.device).masked_fill_(~seen, hidden).unsqueeze(1)
+
+    def _walk(self, tokens: Tensor, logits: Tensor) -> Walk:
+        if self.drawn_from is None:
+            return walk_greedy(self.tree, tokens, logits.argmax(-1))
+        p, generator = self.decoder.distribution(logits), self.decoder.generator
+        return walk_sampled(self.tree, tokens, p, self.drawn_from, generator)
+
+    def _keep(self, path: Tensor) -> None:
+        """Leaves of the round's columns in the target's cache those of each row's path, [B, W]."""
+        columns, width = self.visible.shape[1], path.shape[1]
+        if self.tree.is_chain:
+            if rejected := self.tree.size - width:
+                self.cache.crop(-rejected)
+            return
+        for layer in self.cache.layers:
+            for name in ("keys", "values"):
+                held = getattr(layer, name)  # [B, heads, C + N, d]
+                index = (columns + path)[:, None, :, None].expand(-1, held.shape[1], -1, held.shape[3])
+                setattr(layer, name, torch.cat((held[:, :, :columns], held.gather(2, index)), 2))
+
+    def _propose(self, features: Tensor, tokens: Tensor, positions: Tensor, ends: Tensor) -> None:
+        """The draft reads the new columns, then goes on from each row's last one on its own output, level by level."""
+        columns, draft = self.visible.shape[1], self.draft
+        mask = causal(self.visible, tokens.shape[1])
+        hidden = draft.step(functional.linear(features, draft.weights.fc), tokens, positions, mask)
+        rows = _rows(ends)
+        hidden, position = hidden[rows, ends].unsqueeze(1), positions[rows, ends]  # [B, 1, H], [B]
+        proposed: list[Tensor] = []
+        distributions: list[Tensor] = []
+        for depth, width in enumerate(self.tree.widths):
+            if depth:
+                level = self.tree.levels[depth]
+                seen = self.sees[level.start : level.stop, 1 : level.stop].expand(len(rows), -1, -1)
+                mask = torch.cat((self.visible.unsqueeze(1).expand(-1, len(level), -1), seen), 2)
+                parents = torch.arange(len(level), device=rows.device) // self.tree.widths[depth - 1]
+                at = (position + depth).unsqueeze(1).expand(-1, len(level))
+                hidden = draft.step(hidden[:, parents], proposed[-1], at, mask)
+            found, distribution = self._candidates(draft.logits(hidden), width)
+            proposed.append(found)
+            distributions.append(distribution)
+        draft.cut(columns)
+        self.proposed = torch.cat(proposed, 1)
+        self.drawn_from = torch.cat(distributions, 1) if self.decoder.temperature else None
+
+    def _candidates(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Children of each node of a level, [B, F * width], and what they were drawn from, [B, F, V]."""
+        ids = self.draft.target_ids
+        if not self.decoder.temperature:
+            return ids[logits.topk(width, -1).indices].flatten(1), logits
+        q = self.decoder.distribution(logits)
+        found = draw(q, width, self.decoder.generator)
+        whole = q.new_zeros(*q.shape[:2], len(self.target.head))
+        whole[..., ids] = q
+        return ids[found].flatten(1), whole
 
     def _emit(self, tokens: list[list[int]], accepted: list[int], count: bool) -> None:
         for row, new, kept in zip(self.rows, tokens, accepted, strict=True):
@@ -240,12 +260,14 @@ class _Batch:
         places = torch.tensor(going, device=self.lengths.device)
         self.cache.batch_select_indices(places)
         self.draft.select(places)
-        self.columns.visible = self.columns.visible[places]
-        self.lengths, self.last, self.proposed = (
-            self.lengths[places],
-            self.last[places],
-            self.proposed[places],
-        )
+        self.visible, self.lengths = self.visible[places], self.lengths[places]
+        self.last, self.proposed = self.last[places], self.proposed[places]
+        if self.drawn_from is not None:
+            self.drawn_from = self.drawn_from[places]
+
+
+def _rows(of: Tensor) -> Tensor:
+    return torch.arange(len(of), device=of.device)
 
 
 @torch.no_grad()

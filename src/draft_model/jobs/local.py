@@ -14,11 +14,10 @@ from draft_model.errors import DraftModelError
 from draft_model.jobs.backend import Job, Pod
 from draft_model.jobs.request import JobRequest, Manifest
 from draft_model.jobs.states import State, Status
+from draft_model.jobs.torchrun import STOP_SECONDS
 from draft_model.training.config import TrainConfig, TrainResult
 
 logger = logging.getLogger(__name__)
-
-STOP_SECONDS = 60  # a process that was asked to stop finishes its step and saves
 
 
 def command(world: int) -> list[str]:

@@ -107,4 +107,8 @@ def measures(sums: StepSums, proposals: int) -> dict[str, Any]:
         name: [value if known else None for value, known in zip(values, supervised, strict=True)]
         for name, values in sums.means().items()
     }
-    return {**means, "acceptance_length": sums.acceptance_length(proposals)}
+    return {
+        **means,
+        "acceptance_length": sums.acceptance_length(proposals),
+        "acceptance_length_by_proposals": [sums.acceptance_length(k) for k in range(1, len(supervised) + 1)],
+    }

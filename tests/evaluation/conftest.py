@@ -1,0 +1,44 @@
+"""A tiny target with a trained draft, made by the real stages."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from training.case import QUICK, Inputs, make_inputs
+
+from draft_model import evaluation
+from draft_model.parameters import Parameters
+from draft_model.training import TrainConfig
+from draft_model.training.job import run as train
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Inputs of an evaluation; each gets a copy of the trained draft."""
+
+    inputs: Inputs
+    final: Path
+
+    def evaluate(self, folder: Path, **settings) -> tuple[evaluation.EvaluateResult, Path]:
+        """The stage on a copy of the draft in a folder of its own; its result and that copy."""
+        draft = folder / "final"
+        shutil.copytree(self.final, draft)
+        defaults = {"evaluation_conversations": 4, "evaluation_max_new_tokens": 12, "num_speculative_tokens": 2}
+        parameters = Parameters(**{**defaults, **settings})
+        config = evaluation.EvaluateConfig(
+            self.inputs.model, self.inputs.dataset, str(draft), folder / "work", parameters
+        )
+        return evaluation.run(config), draft
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Trained:
+    """A draft trained for two epochs; nobody may change it."""
+    folder = tmp_path_factory.mktemp("trained")
+    inputs = make_inputs(folder)
+    parameters = Parameters(**{**QUICK, "num_epochs": 2, "draft_model_config": inputs.draft_config})
+    config = TrainConfig(inputs.model, inputs.dataset, str(folder / "output"), folder / "work", parameters)
+    return Trained(inputs, Path(train(config).final))
