@@ -298,7 +298,8 @@ def usable_processes(wanted: int, size: int) -> int:
     return processes
 
 
-BYTES_PER_PROCESS = 4 << 20
+BYTES_PER_PROCESS = 24 << 20
+"""What a process encodes in about the time that it takes to start (benchmarks/README.md)."""
 
 
 def _cores() -> int:
