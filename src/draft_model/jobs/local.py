@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -66,7 +67,8 @@ class LocalBackend:
 
     def wait(self, job: Job) -> int:
         """Waits for the processes' end; gives their exit code."""
-        return self._processes[job.name].wait()
+        # With a time-out it looks every 50 ms; without one, a signal just before the wait would not end it.
+        return self._processes[job.name].wait(timeout=math.inf)
 
     def state(self, job: Job) -> Status:
         """Where the job is now."""
