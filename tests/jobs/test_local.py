@@ -129,6 +129,15 @@ def instead(monkeypatch, body):
     monkeypatch.setattr(jobs.local, "command", lambda world: [sys.executable, "-c", code])
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as in a terminal; where the tests run in the background, a shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_job(train, monkeypatch, tmp_path):
     note = tmp_path / "pid"
     instead(
