@@ -64,6 +64,7 @@ def preflight(
     object_store_secret: str = "mlpipeline-minio-artifact",
     keep_checkpoints: int = 0,
     final_checkpoint: str = "last",
+    checkpoint_path: str = "",
 ) -> None:
     """Validates the run's parameters and looks for the inputs that they name; reports all problems at once.
 
@@ -157,6 +158,8 @@ def preflight(
             0.
         final_checkpoint: Which checkpoint becomes `final`; best: of the highest simulated acceptance length
             on the validation split, which then stays. Allowed: last, best.
+        checkpoint_path: Folder (s3:// or a path) that several runs share, one at a time: checkpoints go there,
+            and resume=true looks there; not given: the run's own output.
     """
     from pathlib import Path
 

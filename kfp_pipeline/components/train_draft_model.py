@@ -49,6 +49,7 @@ def train_draft_model(
     object_store_secret: str = "mlpipeline-minio-artifact",
     keep_checkpoints: int = 0,
     final_checkpoint: str = "last",
+    checkpoint_path: str = "",
     storage_uri: str = "",
 ) -> str:
     """Trains the EAGLE-3 draft model. This step coordinates; the job's processes read and write object storage.
@@ -114,6 +115,8 @@ def train_draft_model(
         keep_checkpoints: Newest checkpoints that stay in the output; 0: all. Unit: checkpoints. Allowed: >= 0.
         final_checkpoint: Which checkpoint becomes `final`; best: of the highest simulated acceptance length on
             the validation split, which then stays. Allowed: last, best.
+        checkpoint_path: Folder (s3:// or a path) that several runs share, one at a time: checkpoints go there, and
+            resume=true looks there; not given: the run's own output.
         storage_uri: folder of the run; not given: the pipeline root.
 
     Returns:
@@ -133,7 +136,9 @@ def train_draft_model(
         result = jobs.run(config, run_id)
         storage.read_manifest(result.final, stage="train")
         output_model_path.uri = result.output
-        output_model_path.metadata.update(final=result.final, format="EAGLE-3, for vLLM and SGLang")
+        output_model_path.metadata.update(
+            final=result.final, checkpoints=config.checkpoints, format="EAGLE-3, for vLLM and SGLang"
+        )
         metrics.log_metric("steps", result.steps)
         metrics.log_metric("final_loss", result.loss)
         metrics.log_metric("simulated_acceptance_length", result.acceptance_length)

@@ -242,6 +242,13 @@ class Parameters(BaseModel):
         "which then stays.",
         "train",
     )
+    checkpoint_path: str = _text(
+        "",
+        "Folder (s3:// or a path) that several runs share, one at a time: checkpoints go there, and resume=true looks "
+        "there; not given: the run's own output.",
+        "train",
+        kind="uri_folder",
+    )
 
     def of_stage(self, stage: Stage) -> dict[str, Any]:
         """The values of the parameters that one stage reads, by name."""

@@ -34,11 +34,30 @@ def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parame
         uri = values.get(name)
         if isinstance(uri, str) and uri and name not in bad:
             problems += _missing(name, uri)
+    if "train" in stages and "checkpoint_path" not in bad:
+        problems += _nothing_to_resume(values)
     if isinstance(prompts := values.get("evaluation_prompts"), str) and "evaluate" in stages:
         problems += check_prompts(prompts)
     if problems:
         raise DraftModelError(problems)
     return Parameters.model_validate(dict(values))
+
+
+def _nothing_to_resume(values: Mapping[str, Any]) -> list[str]:
+    """Whether resume=true is bound to find nothing: a folder that runs share can be looked into before the run."""
+    uri = values.get("checkpoint_path")
+    if not isinstance(uri, str) or not uri:
+        return []
+    try:
+        found = storage.exists(storage.join(uri, "checkpoints.json"))
+    except DraftModelError as error:
+        return [f"checkpoint_path: {problem}" for problem in error.problems]
+    if found or values.get("resume") != "true" or values.get("resume_from_checkpoint"):
+        return []
+    return [
+        f"resume: given 'true', but there is no checkpoint under checkpoint_path={uri}, and resume_from_checkpoint is "
+        "not given: name one there, or use resume=false"
+    ]
 
 
 def _missing(name: str, uri: str) -> list[str]:

@@ -76,10 +76,10 @@ class Coordinator:
         """What an earlier run left under this output is not taken for this one's."""
         config = self.request.config
         storage.remove_manifest(storage.join(config.output, "final"))
-        index = storage.join(config.output, "checkpoints.json")
+        index = storage.join(config.checkpoints, "checkpoints.json")
         if config.parameters.resume == "false" and storage.exists(index):
             for name in json.loads(storage.read_bytes(index)):
-                storage.remove_manifest(storage.join(config.output, name))
+                storage.remove_manifest(storage.join(config.checkpoints, name))
             storage.write_bytes(index, b"[]")
 
     def _attempts(self, record: Record) -> TrainResult:

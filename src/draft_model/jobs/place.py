@@ -118,7 +118,8 @@ def request_for(cluster: Cluster, config: TrainConfig, run_id: str) -> JobReques
     Raises:
         DraftModelError: where something is missing that pods need.
     """
-    for name, uri in (("model", config.model), ("dataset", config.dataset), ("output", config.output)):
+    places = {"model": config.model, "dataset": config.dataset, "output": config.output}
+    for name, uri in {**places, "checkpoint_path": config.checkpoints}.items():
         if not storage.is_remote(uri):
             raise DraftModelError(
                 f"{name}: given {uri!r}; the pods of a training job see no folder of this machine: use an s3:// URI, "

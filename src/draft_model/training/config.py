@@ -17,7 +17,7 @@ class TrainConfig:
     Attributes:
         model: URI of the imported target.
         dataset: URI of the data set.
-        output: URI that the checkpoints go under: `epoch_N/`, `final/` and `checkpoints.json`.
+        output: URI that the trained draft goes under: `final/`, and where no checkpoint_path is given the checkpoints.
         work: scratch folder on this machine.
         parameters: of the run.
         again: whether this is another attempt of a run that broke off: it goes on from the newest whole checkpoint of
@@ -30,6 +30,11 @@ class TrainConfig:
     work: Path
     parameters: Parameters
     again: bool = False
+
+    @property
+    def checkpoints(self) -> str:
+        """URI that the checkpoints go under: `epoch_N/` and `checkpoints.json`."""
+        return self.parameters.checkpoint_path or self.output
 
     def to_json(self) -> str:
         """The configuration as one line of JSON."""

@@ -67,7 +67,7 @@ def run(config: TrainConfig) -> TrainResult:
             dataset = storage.fetch(config.dataset, config.work / "dataset")
         tracking = track(STAGE, work) if ranks.first else nullcontext(Tracker(None))
         keeping = Keeping(p.keep_checkpoints, p.final_checkpoint == "best")
-        with tracking as tracker, Output(config.output, work, keeping) as output:
+        with tracking as tracker, Output(config.checkpoints, work, keeping, config.output) as output:
             resumed, go_on = _checkpoint(config, output, work)
             training = prepare(config, ranks, model, dataset, resumed, go_on, work)
             _check_disk(training, work)
@@ -98,11 +98,12 @@ def run(config: TrainConfig) -> TrainResult:
                 output.finish()
                 step = _publish_final(output, training, complete, work) if ranks.first else 0
                 step = int(ranks.sum(torch.tensor(float(step))))
-            tracker.references({"output": config.output, "final": storage.join(config.output, "final")})
+            places = {"output": config.output, "checkpoints": config.checkpoints, "final": output.final}
+            tracker.references(places)
     history = training.history
     return TrainResult(
         output=config.output,
-        final=storage.join(config.output, "final"),
+        final=output.final,
         steps=training.done,
         loss=history.log[-1]["loss"][0],
         acceptance_length=history.validated(step) or history.acceptance_length,
@@ -125,8 +126,8 @@ def _checkpoint(config: TrainConfig, output: Output, work: Path) -> tuple[Loaded
         return read_checkpoint(p.resume_from_checkpoint, work / "resumed"), p.resume == "true"
     if p.resume == "true":
         raise DraftModelError(
-            f"resume: given 'true', but there is no whole checkpoint under {config.output}, and resume_from_checkpoint "
-            "is not given: name one there, or use resume=false"
+            f"resume: given 'true', but there is no whole checkpoint under {config.checkpoints}, and "
+            "resume_from_checkpoint is not given: name one there, or use resume=false"
         )
     return None, False
 

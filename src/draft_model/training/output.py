@@ -1,7 +1,8 @@
-"""The checkpoints under one output URI: sent off beside the training, thinned out, and found again.
+"""The checkpoints under one URI: sent off beside the training, thinned out, and found again.
 
-    <output>/epoch_1/, epoch_2/, ...      see `checkpoint`
-    <output>/checkpoints.json             their names, oldest first; each is there before its checkpoint is
+    <checkpoint_path>/epoch_1/, epoch_2/, ...   see `checkpoint`; without checkpoint_path under the output
+    <checkpoint_path>/checkpoints.json          their names, oldest first; each is there before its checkpoint is
+    <output>/final/                             what is to be served
 
 A name that is listed and has no manifest is half-written: it is never resumed from, and removed by whoever resumes.
 """
@@ -53,13 +54,15 @@ class Output:
     """The checkpoints of a training; one process writes, all may read.
 
     Args:
-        uri: of the output.
+        uri: that they are under.
         work: scratch folder of this process.
         keeping: which of them stay.
+        output: URI that `final` goes under, where it is another one.
     """
 
-    def __init__(self, uri: str, work: Path, keeping: Keeping | None = None) -> None:
+    def __init__(self, uri: str, work: Path, keeping: Keeping | None = None, output: str = "") -> None:
         self.uri, self.work, self.keeping = uri, work, keeping or Keeping()
+        self.final = storage.join(output or uri, "final")
         self._index = storage.join(uri, INDEX)
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._sending: list[Future[None]] = []
@@ -87,8 +90,8 @@ class Output:
 
     def clear(self) -> None:
         """Forgets the checkpoints of an earlier training, so that none of them is taken for one of this."""
-        for name in [*self.names(), "final"]:
-            storage.remove_manifest(self._at(name))
+        for uri in [*map(self._at, self.names()), self.final]:
+            storage.remove_manifest(uri)
         self._write_index([])
 
     def tidy(self) -> None:
@@ -198,9 +201,9 @@ class Output:
         Returns:
             Its URI.
         """
-        uri = self._at("final")
-        _patiently(lambda: storage.publish(folder, uri, stage=stage, properties=properties), uri, PATIENCE)
-        return uri
+        publish = lambda: storage.publish(folder, self.final, stage=stage, properties=properties)  # noqa: E731
+        _patiently(publish, self.final, PATIENCE)
+        return self.final
 
     def _at(self, name: str) -> str:
         return storage.join(self.uri, name)
