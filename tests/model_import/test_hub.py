@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from draft_model.model_import import DescriptionConfig, ImportConfig, describe, run
+from draft_model.parameters import validate
 from draft_model.storage import transfer
 
 from .case import CANONICAL, names, properties, same_weights
@@ -46,6 +48,17 @@ def test_a_repository_is_resolved_to_a_commit_and_recorded(hub, name, target, br
     assert (result.source, result.revision, result.licence) == (name, COMMIT, "apache-2.0")
     assert result.architecture == "LlamaForCausalLM"
     assert properties(result.uri)["revision"] == COMMIT
+
+
+def test_the_tokenizer_comes_ahead_of_the_weights_and_of_the_same_commit(hub, bring, tmp_path):
+    parameters = validate({"huggingface_id": "org/name@v1"}, ["import"])
+    found = describe(DescriptionConfig(str(tmp_path / "described"), tmp_path / "work", parameters))
+    assert hub.got("model.safetensors") == []
+    assert found.version == COMMIT
+    hub.requests.clear()
+    result = run(ImportConfig(str(tmp_path / "out"), tmp_path / "work", parameters, found.version))
+    assert (result.source, result.revision) == ("org/name@v1", COMMIT)
+    assert not any("v1" in path for _, path, *_ in hub.requests)  # a tag that moves meanwhile moves nothing here
 
 
 def test_only_what_is_needed_is_downloaded_and_one_kind_of_weights(hub, bring):

@@ -128,7 +128,9 @@ def _is_wanted(name: str) -> bool:
 
 
 def _fetch_model(uri: str, into: Path) -> Model:
-    manifest = storage.read_manifest(uri, stage="import")
+    manifest = storage.read_manifest(uri)
+    if manifest.stage != "description":  # what the import publishes ahead of the weights is enough here
+        manifest = storage.read_manifest(uri, stage="import")
     folder = storage.fetch(uri, into, only=_is_wanted)
     hashes = {file.path: file.sha256 for file in manifest.files if _is_wanted(file.path)}
     config = _json(folder / "config.json", f"model: config.json of {uri}")

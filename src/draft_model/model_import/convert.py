@@ -3,7 +3,7 @@
 A PyTorch file is a pickle, and a pickle is a program: it is read with `weights_only=True`, which knows tensors and
 containers and nothing else, by a process that has no keys in its environment. GGUF files are dequantised.
 
-Usage: python -m draft_model.model_import.convert pickle|gguf FOLDER FILE...
+Usage: python -m draft_model.model_import.convert pickle|gguf|gguf-header FOLDER FILE...
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def convert(kind: str, paths: Sequence[Path], into: Path) -> str:
     """Converts weight files in a separate process.
 
     Args:
-        kind: `pickle` or `gguf`.
+        kind: `pickle` or `gguf`; `gguf-header` for configuration and tokenizer alone.
         paths: the files.
         into: a folder for the safetensors; with GGUF also for configuration and tokenizer.
 
@@ -142,11 +142,27 @@ def _convert_gguf(into: Path, paths: list[Path]) -> str:
     return f"dequantised from GGUF ({name}) to {str(dtype).removeprefix('torch.')}"
 
 
+def _convert_gguf_header(into: Path, paths: list[Path]) -> str:
+    from transformers import AutoConfig, AutoTokenizer
+
+    (path,) = paths
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        AutoConfig.from_pretrained(**source).save_pretrained(into)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(into)
+    except Exception as error:
+        raise DraftModelError(f"{path.name} cannot be read by transformers: {_first_line(error)}") from error
+    return "configuration and tokenizer of a GGUF file"
+
+
+_CONVERSIONS = {"pickle": _convert_pickles, "gguf": _convert_gguf, "gguf-header": _convert_gguf_header}
+
+
 def main(kind: str, into: Path, paths: list[Path]) -> int:
     """Converts; prints one line of JSON.
 
     Args:
-        kind: `pickle` or `gguf`.
+        kind: a key of _CONVERSIONS.
         into: where to.
         paths: the files.
 
@@ -154,7 +170,7 @@ def main(kind: str, into: Path, paths: list[Path]) -> int:
         0, or 3 where the files are refused.
     """
     try:
-        said, code = (_convert_gguf if kind == "gguf" else _convert_pickles)(into, paths), 0
+        said, code = _CONVERSIONS[kind](into, paths), 0
     except DraftModelError as error:
         said, code = str(error), _REFUSED
     print(json.dumps(said))

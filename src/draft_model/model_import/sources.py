@@ -82,25 +82,26 @@ def read(content: Content) -> bytes:
         return reader(0, content.size)
 
 
-def resolve(parameters: Parameters, work: Path) -> Source:
+def resolve(parameters: Parameters, work: Path, commit: str = "") -> Source:
     """Finds the one given source; no weights are read.
 
     Args:
         parameters: of the run.
         work: scratch folder for what is downloaded.
+        commit: of a Hub repository, where it is known already what its revision means.
 
     Raises:
         DraftModelError: when it is missing, unreadable or of another kind than its parameter says.
     """
     if parameters.huggingface_id:
-        return _from_hub(parameters.huggingface_id, work / "hub")
+        return _from_hub(parameters.huggingface_id, work / "hub", commit)
     if parameters.mlflow_model_path:
         return _from_mlflow(parameters.mlflow_model_path, work / "mlflow")
     return _from_folder(parameters.pytorch_model_path)
 
 
-def _from_hub(name: str, work: Path) -> Source:
-    commit, files = hub.find(name, work)
+def _from_hub(name: str, work: Path, commit: str) -> Source:
+    commit, files = hub.find(f"{name.partition('@')[0]}@{commit}" if commit else name, work)
     files = {file: content for file, content in files.items() if "/" not in file}
     small = [*described_by(files), *(file for file in files if file == _CARD or file.endswith(".index.json"))]
     return Source("huggingface_id", name, hub.bring(files, small), commit)

@@ -20,6 +20,7 @@ from draft_model.errors import DraftModelError
 from draft_model.model_import import weights
 from draft_model.model_import.check import ModelFacts, check_model
 from draft_model.model_import.convert import convert
+from draft_model.model_import.description import pinned
 from draft_model.model_import.sources import Source, read, resolve
 from draft_model.model_import.tracking import ArtifactContent
 from draft_model.parameters import Parameters
@@ -42,11 +43,13 @@ class ImportConfig:
         output: URI of the folder to write.
         work: scratch folder on this machine.
         parameters: of the run; exactly one model source is given.
+        version: that a look at the model has found before (see `describe`), and no other will do; empty: any.
     """
 
     output: str
     work: Path
     parameters: Parameters
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,10 @@ def run(config: ImportConfig) -> ImportResult:
         DraftModelError: when the source cannot be read or the model cannot be used; nothing is published then.
     """
     config.work.mkdir(parents=True, exist_ok=True)
-    source = resolve(config.parameters, config.work)
+    source = resolve(config.parameters, config.work, config.version)
     problems: list[str] = []
     choice = weights.choose(source.files, problems)
+    pinned(source, choice, config.version)
     source = _with_hashes(source, choice)
     same = {"source": source.name, "revision": source.revision, "digest": _digest(source, choice)}
     if (found := _imported_before(config.output, same)) is not None:
