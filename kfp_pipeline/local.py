@@ -114,12 +114,14 @@ def _execute(values: Mapping[str, Any], folder: Path) -> None:
     root = str((folder / "kfp").resolve())
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=root, raise_on_error=True)
     with (folder / "run.log").open("w", encoding="utf-8") as log, redirect_stdout(_Screen(log)):
-        components.load_component_from_text(_without_retries(COMPILED.read_text(encoding="utf-8")))(**values)
+        components.load_component_from_text(_for_here(COMPILED.read_text(encoding="utf-8")))(**values)
 
 
-def _without_retries(compiled: str) -> str:
-    """The compiled pipeline without its retries: they are for pods that are evicted, not for trainings that fail."""
+def _for_here(compiled: str) -> str:
+    """The compiled pipeline without what is for a cluster's pods: retries after an eviction, and the job's image."""
     documents = list(yaml.safe_load_all(compiled))
+    for executor in documents[0]["deploymentSpec"]["executors"].values():
+        executor["container"].pop("env", None)
     for task in documents[0]["root"]["dag"]["tasks"].values():
         task.pop("retryPolicy", None)
     return yaml.safe_dump_all(documents)

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 from kfp import dsl, kubernetes
 
+from draft_model.jobs.place import IMAGE
 from draft_model.parameters import PARAMETERS, Stage, parameters_of
 from kfp_pipeline.components.build_dataset import build_dataset
 from kfp_pipeline.components.clean_up import clean_up
 from kfp_pipeline.components.encode_dataset import encode_dataset
 from kfp_pipeline.components.evaluate_draft_model import evaluate_draft_model
+from kfp_pipeline.components.images import IMAGES
 from kfp_pipeline.components.import_model import import_model
 from kfp_pipeline.components.plan_dataset import plan_dataset
 from kfp_pipeline.components.preflight import preflight
@@ -70,6 +72,7 @@ def _pipeline(*values: Any) -> Any:
     ).set_caching_options(False)
     # It only coordinates: one that was evicted is started again and takes its job over.
     trained.set_cpu_request("250m").set_memory_request("512Mi").set_retry(2, backoff_duration="10s")
+    trained.set_env_variable(IMAGE, IMAGES["trainer"])
     left = clean_up(run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, training_backend=inputs["training_backend"])
     left.after(trained).ignore_upstream_failure().set_caching_options(False)
     evaluate_draft_model(

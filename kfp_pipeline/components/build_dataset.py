@@ -5,10 +5,10 @@ from typing import Any
 from kfp import dsl
 from kfp.dsl import HTML, Dataset, Metrics, Output
 
-from kfp_pipeline.components.images import STAGE_IMAGE
+from kfp_pipeline.components.images import IMAGES
 
 
-@dsl.component(base_image=STAGE_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=IMAGES["dataset"], install_kfp_package=False)
 def build_dataset(
     model_uri: str,
     parts: list[dict[str, Any]],

@@ -2,10 +2,10 @@
 
 from kfp import dsl
 
-from kfp_pipeline.components.images import STAGE_IMAGE
+from kfp_pipeline.components.images import IMAGES
 
 
-@dsl.component(base_image=STAGE_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=IMAGES["coordinator"], install_kfp_package=False)
 def clean_up(run_id: str, training_backend: str = "auto") -> None:
     """Deletes the run's training job, where the training step was killed before it could.
 

@@ -1,9 +1,41 @@
-"""The container image of the steps, named once.
+"""The container images of the steps, by kind, named once.
 
-DRAFT_MODEL_IMAGE (`draft-model compile --image`) names the one that a cluster can pull; the default belongs to no
+DRAFT_MODEL_IMAGES (`draft-model compile --image`) names those that a cluster can pull; the defaults belong to no
 registry, so that nothing is ever pulled from a stranger.
 """
 
 import os
+from collections.abc import Sequence
 
-STAGE_IMAGE = os.environ.get("DRAFT_MODEL_IMAGE", "localhost/pipeline-draft-model/stage:0.0.1")
+from draft_model.errors import DraftModelError
+
+KINDS = ("importer", "dataset", "trainer", "coordinator")
+"""What containers/ builds. The trainer's image has what all the others have, so it can stand for each of them."""
+
+VARIABLE = "DRAFT_MODEL_IMAGES"
+_DEFAULT = "localhost/pipeline-draft-model/{kind}:0.0.1"
+
+
+def images_by_kind(given: Sequence[str]) -> dict[str, str]:
+    """What each kind of step runs in.
+
+    Args:
+        given: images by tag or digest. `NAME` is for all kinds, and its `{kind}` stands for each of them; `KIND=NAME`
+            is for one kind, and wins.
+
+    Raises:
+        DraftModelError: where a kind is unknown or has no image.
+    """
+    named = dict(image.split("=", 1) for image in given if "=" in image)
+    problems = [f"--image: given {kind}={name}; allowed kinds: {', '.join(KINDS)}"
+                for kind, name in named.items() if kind not in KINDS]  # fmt: skip
+    general = [image for image in given if "=" not in image]
+    images = {kind: name.replace("{kind}", kind) for name in general for kind in KINDS} | named
+    if missing := [kind for kind in KINDS if not images.get(kind)]:
+        problems.append(f"--image: no image for {', '.join(missing)}; add KIND=NAME, or NAME for all kinds")
+    if problems:
+        raise DraftModelError(problems)
+    return images
+
+
+IMAGES = images_by_kind(os.environ.get(VARIABLE, _DEFAULT).split())

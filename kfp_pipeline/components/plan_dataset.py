@@ -4,10 +4,10 @@ from typing import Any
 
 from kfp import dsl
 
-from kfp_pipeline.components.images import STAGE_IMAGE
+from kfp_pipeline.components.images import IMAGES
 
 
-@dsl.component(base_image=STAGE_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=IMAGES["dataset"], install_kfp_package=False)
 def plan_dataset(
     model_uri: str,
     dataset_train_split: str = "",

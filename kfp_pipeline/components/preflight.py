@@ -3,10 +3,10 @@
 from kfp import dsl
 from kfp.dsl import Markdown, Output
 
-from kfp_pipeline.components.images import STAGE_IMAGE
+from kfp_pipeline.components.images import IMAGES
 
 
-@dsl.component(base_image=STAGE_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=IMAGES["dataset"], install_kfp_package=False)
 def preflight(
     summary: Output[Markdown],
     instance_type_model_import: str = "Standard_d12_v2",

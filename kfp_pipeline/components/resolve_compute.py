@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 from kfp import dsl
 
-from kfp_pipeline.components.images import STAGE_IMAGE
+from kfp_pipeline.components.images import IMAGES
 
 
-@dsl.component(base_image=STAGE_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=IMAGES["coordinator"], install_kfp_package=False)
 def resolve_compute(
     instance_type_model_import: str = "Standard_d12_v2",
     instance_type_draft_model_training: str = "Standard_nc24rs_v3",

@@ -3,10 +3,10 @@
 from kfp import dsl
 from kfp.dsl import Metrics, Model, Output
 
-from kfp_pipeline.components.images import STAGE_IMAGE
+from kfp_pipeline.components.images import IMAGES
 
 
-@dsl.component(base_image=STAGE_IMAGE, install_kfp_package=False)
+@dsl.component(base_image=IMAGES["coordinator"], install_kfp_package=False)
 def train_draft_model(
     model_uri: str,
     dataset_uri: str,

@@ -280,17 +280,20 @@ def _from_settings(settings: tuple[str, ...]) -> dict[str, str]:
 
 @cli.command("compile")
 @click.option("--output", type=click.Path(path_type=Path), help="File to write.  [default: the committed ones]")
-@click.option("--image", help="Image of the steps, by tag or digest, where your cluster pulls it; needs --output.")
-def compile_command(output: Path | None, image: str | None) -> None:
+@click.option("--image", "images", multiple=True, metavar="[KIND=]NAME", help="Images of the steps; needs --output.")
+def compile_command(output: Path | None, images: tuple[str, ...]) -> None:
     """Write the pipeline's file, which the KFP UI and the kfp client upload.
 
+    --image names the images where your cluster pulls them, by tag or digest: for all kinds (importer, dataset,
+    trainer, coordinator) with {kind} in the name, or one at a time.
+
     \b
-    draft-model compile --image registry.example/stage:0.0.1 --output pipeline.yaml
+    draft-model compile --image 'registry.example/team/{kind}:0.0.1' --output pipeline.yaml
     """  # noqa: D301
-    if image and output is None:
+    if images and output is None:
         raise DraftModelError("--image: given without --output; the committed files name no registry's image")
-    if image:
-        os.environ["DRAFT_MODEL_IMAGE"] = image  # read when the components are imported
+    if images:
+        os.environ["DRAFT_MODEL_IMAGES"] = " ".join(images)  # read when the components are imported
     from kfp_pipeline.compile import write_compiled
 
     click.echo("\n".join(map(str, write_compiled(output))))

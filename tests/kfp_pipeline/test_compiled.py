@@ -13,10 +13,11 @@ import yaml
 from contract import CONTRACT
 from kfp import components
 
+from draft_model.errors import DraftModelError
 from draft_model.parameters import PARAMETERS, STAGES, parameters_of
 from kfp_pipeline import pipeline
 from kfp_pipeline.compile import COMPILED, MANIFEST, compile_manifests, compile_pipeline
-from kfp_pipeline.components.images import STAGE_IMAGE
+from kfp_pipeline.components.images import IMAGES, images_by_kind
 
 ROOT = Path(__file__).parents[2]
 STEPS = {
@@ -211,10 +212,27 @@ def test_every_step_gets_the_object_stores_keys_by_reference_and_the_import_its_
     assert nodes["tolerations"][0]["tolerationJson"]["taskOutputParameter"]["producerTask"] == "resolve-compute"
 
 
-def test_steps_run_in_the_one_image_and_install_nothing(spec):
+def images(spec):
+    executors = spec["deploymentSpec"]["executors"]
+    return {step.removeprefix("exec-"): executor["container"]["image"] for step, executor in executors.items()}
+
+
+def test_a_step_runs_in_the_image_of_its_kind_and_installs_nothing(spec):
+    kinds = {
+        "importer": ["import-model"],
+        "dataset": ["preflight", "plan-dataset", "encode-dataset", "build-dataset"],
+        "trainer": ["evaluate-draft-model"],
+        "coordinator": ["resolve-compute", "train-draft-model", "clean-up"],
+    }
+    assert images(spec) == {step: IMAGES[kind] for kind, steps in kinds.items() for step in steps}
+    assert len(set(IMAGES.values())) == len(kinds)
     containers = [executor["container"] for executor in spec["deploymentSpec"]["executors"].values()]
-    assert {container["image"] for container in containers} == {STAGE_IMAGE}
     assert not any("pip install" in part for container in containers for part in container["command"])
+
+
+def test_the_training_jobs_pods_run_the_trainers_image(spec):
+    container = spec["deploymentSpec"]["executors"]["exec-train-draft-model"]["container"]
+    assert container["env"] == [{"name": "DRAFT_MODEL_IMAGE", "value": IMAGES["trainer"]}]
 
 
 def test_nothing_secret_and_nothing_of_this_machine_is_in_the_files():
@@ -234,13 +252,36 @@ def test_kfp_loads_the_committed_file():
     assert loaded.component_spec.outputs.keys() == {"output_model_path"}
 
 
-def test_the_image_of_all_steps_can_be_named(tmp_path):
-    program = Path(sysconfig.get_path("scripts")) / "draft-model"
-    output, image = tmp_path / "pipeline.yaml", "registry.example/team/stage@sha256:" + "0" * 64
-    subprocess.run([program, "compile", "--image", image, "--output", output], check=True)
-    spec = next(yaml.safe_load_all(output.read_text()))
-    executors = spec["deploymentSpec"]["executors"].values()
-    assert {executor["container"]["image"] for executor in executors} == {image}
+def compiled(folder, *given):
+    program, output = Path(sysconfig.get_path("scripts")) / "draft-model", folder / "pipeline.yaml"
+    options = [f"--image={image}" for image in given]
+    subprocess.run([program, "compile", *options, "--output", output], check=True)
+    return next(yaml.safe_load_all(output.read_text()))
+
+
+def test_one_image_can_be_named_for_all_steps(tmp_path):
+    image = "registry.example/team/trainer@sha256:" + "0" * 64
+    assert set(images(compiled(tmp_path, image)).values()) == {image}
+
+
+def test_images_can_be_named_by_kind(tmp_path):
+    digest = "registry.example/trainer@sha256:" + "0" * 64
+    spec = compiled(tmp_path, "registry.example/{kind}:1", f"trainer={digest}")
+    named = {f"registry.example/{kind}:1" for kind in ("importer", "dataset", "coordinator")}
+    assert set(images(spec).values()) == {digest, *named}
+    assert images(spec)["import-model"] == "registry.example/importer:1"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["a/{kind}", "stage=b"], "allowed kinds: importer, dataset, trainer, coordinator"),
+        (["trainer=a", "dataset=b"], "no image for importer, coordinator"),
+    ],
+)
+def test_kinds_that_are_unknown_or_left_out_are_told(given, told):
+    with pytest.raises(DraftModelError, match=told):
+        images_by_kind(given)
 
 
 def test_the_committed_files_keep_their_image():
