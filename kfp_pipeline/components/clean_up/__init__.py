@@ -1,0 +1,5 @@
+"""The component `clean_up`."""
+
+from .component import clean_up
+
+__all__ = ["clean_up"]

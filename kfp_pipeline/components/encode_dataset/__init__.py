@@ -1,0 +1,5 @@
+"""The component `encode_dataset`."""
+
+from .component import encode_dataset
+
+__all__ = ["encode_dataset"]

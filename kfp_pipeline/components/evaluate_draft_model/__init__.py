@@ -1,0 +1,5 @@
+"""The component `evaluate_draft_model`."""
+
+from .component import evaluate_draft_model
+
+__all__ = ["evaluate_draft_model"]

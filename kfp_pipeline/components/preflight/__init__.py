@@ -1,0 +1,5 @@
+"""The component `preflight`."""
+
+from .component import preflight
+
+__all__ = ["preflight"]

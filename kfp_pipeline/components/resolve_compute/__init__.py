@@ -1,0 +1,5 @@
+"""The component `resolve_compute`."""
+
+from .component import resolve_compute
+
+__all__ = ["resolve_compute"]

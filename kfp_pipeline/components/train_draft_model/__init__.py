@@ -1,0 +1,5 @@
+"""The component `train_draft_model`."""
+
+from .component import train_draft_model
+
+__all__ = ["train_draft_model"]
