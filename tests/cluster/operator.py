@@ -141,6 +141,8 @@ class Operator:
             {c["type"] for c in job.get("status", {}).get("conditions", ()) if c["status"] == "True"},
         )
         if conditions & {"Succeeded", "Failed"}:
+            for container in self.of_job(name):  # the kubelet's reports do not end with the operator's
+                self._report_pod(container)
             return
         if job["spec"]["runPolicy"].get("suspend"):
             for pod in [pod for pod in self.containers if pod.startswith(f"{name}-")]:

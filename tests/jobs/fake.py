@@ -29,7 +29,7 @@ class FakeCluster:
         return kind == PYTORCHJOB
 
     def groups(self):
-        return {"kubeflow.org"} | (set() if self.kueue is None else {"kueue.x-k8s.io"})
+        return {"kubeflow.org": "v1"} | ({} if self.kueue is None else {"kueue.x-k8s.io": "v1beta2"})
 
     def create(self, kind, manifest):
         key = (kind, manifest["metadata"]["name"])

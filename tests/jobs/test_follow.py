@@ -170,6 +170,21 @@ def test_the_cause_is_told_and_not_what_it_did_to_the_others(cause, tail, reason
     assert (failure.reason, failure.retryable) == (reason, retryable)
 
 
+def test_a_pod_that_lost_its_peers_is_not_blamed_while_another_still_ends(follow, monkeypatch):
+    monkeypatch.setattr("draft_model.jobs.follow.DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr("draft_model.jobs.logs._AGAIN_SECONDS", 0.01)
+    lost = pod("a", exitCode=1, message="Connection reset by peer", finishedAt="2026-01-01T00:00:01Z")
+    killed = pod("b", exitCode=137, finishedAt="2026-01-01T00:00:09Z")
+    looks = iter([[lost, pod("b")]] * 20)
+
+    def still_ends(cluster):
+        cluster.pods = lambda selector: next(looks, [lost, killed])
+
+    outcome, _ = follow(status("Failed"), prepare=still_ends)
+    assert outcome.failure.reason == "Killed"
+    assert next(looks, None) is None
+
+
 def test_a_trainers_problems_come_word_for_word_and_a_crash_with_its_last_lines():
     mistake = Pod("p0", 0, ended=True, exit_code=2, message='{"problems": ["a: given 1", "b: given 2"]}')
     assert classify("job", "", [PEER, mistake], {}).problems == ["a: given 1", "b: given 2"]

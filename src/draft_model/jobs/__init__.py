@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
-
-from draft_model.jobs import local
 
 if TYPE_CHECKING:
     from draft_model.training.config import TrainConfig, TrainResult
@@ -31,9 +30,15 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
         DraftModelError: why there is no trained draft.
     """
     from draft_model.jobs.place import choose, connect, request_for, wants_cluster
+    from draft_model.training.lease import hold, own_run_id
 
+    place = config.parameters.checkpoint_path
     if not wants_cluster(config.parameters):
-        return local.run(config)
+        from draft_model.jobs import local
+
+        config = replace(config, run_id=run_id or own_run_id())
+        with hold(place, config.run_id, outermost=True):
+            return local.run(config)
     from draft_model.doors import raise_on_sigterm
     from draft_model.jobs.coordinate import Coordinator
 
@@ -43,7 +48,8 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
     backend = choose(cluster, config.parameters.training_backend)
     request = request_for(cluster, config, run_id)
     retried = os.environ.get("KFP_RETRY_INDEX", "0") not in ("", "0")
-    return Coordinator(backend, request, config.work, retried).run()
+    with hold(place, request.run_id, outermost=True):
+        return Coordinator(backend, request, config.work, retried).run()
 
 
 def clean_up(run_id: str, training_backend: str) -> list[str]:

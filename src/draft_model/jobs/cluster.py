@@ -70,9 +70,9 @@ class Cluster:
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # what it tries again is told once, as `Unavailable`
         return cls(client.ApiClient(configuration), namespace)
 
-    def groups(self) -> set[str]:
-        """The API groups that the server has."""
-        return {group["name"] for group in self._json("GET", "/apis")["groups"]}
+    def groups(self) -> dict[str, str]:
+        """The API groups that the server has, each with the version that it prefers."""
+        return {group["name"]: group["preferredVersion"]["version"] for group in self._json("GET", "/apis")["groups"]}
 
     def has(self, kind: Kind) -> bool:
         """Whether the server has a kind of objects."""

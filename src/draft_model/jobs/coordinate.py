@@ -94,7 +94,7 @@ class Coordinator:
             logger.warning(
                 "%s failed (%s): attempt %d of %d follows, from the newest checkpoint: %s",
                 request.name, failure.reason, len(record.attempts) + 1, parameters.training_attempts,
-                " ".join(failure.problems),
+                failure.problems[0].removesuffix("; its last lines:"),
             )  # fmt: skip
 
     def _note(self, record: Record, request: JobRequest, failure: Failure | None) -> None:

@@ -19,6 +19,7 @@ QUEUE_SECONDS = 30.0  # by then Kueue has a Workload for every job that it manag
 STUCK_SECONDS = 60.0  # an image that a registry refused once may come a moment later
 FORBIDDEN_SECONDS = 60.0  # an API server that was started anew has read its Roles by then
 DRAIN_SECONDS = 15.0
+CAUSE_SECONDS = 60.0  # a pod whose process was killed ends after its other processes have
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,24 @@ class Follower:
         if status.state is not State.RUNNING:
             self._show_warnings()
         if status.state is State.FAILED:
-            self._logs.finish(DRAIN_SECONDS)
-            return Outcome(status.state, classify(job.name, status.detail, self._backend.pods(job), self._logs.tails))
+            return Outcome(status.state, self._cause(status.detail))
         failure = self._unmanaged(status) or self._stuck(pods)
         if limit := self._clock.enter(status.state, self._now()):
             minutes = getattr(parameters, limit)
             failure = failure or limit_exceeded(job.name, limit, minutes, self._detail(status), pods, self._warned)
         return Outcome(State.FAILED, failure) if failure else None
+
+    def _cause(self, detail: str) -> Failure:
+        """Why the job failed. A pod that lost its peers may end, and fail the job, before the one that is to blame."""
+        self._logs.drain(DRAIN_SECONDS)
+        if (failure := self._classified(detail)).reason == "Collective":
+            self._logs.drain(CAUSE_SECONDS)
+            failure = self._classified(detail)
+        self._logs.finish(0)
+        return failure
+
+    def _classified(self, detail: str) -> Failure:
+        return classify(self._job.name, detail, self._backend.pods(self._job), self._logs.tails)
 
     def _show(self, status: Status) -> None:
         """A line for each change of state, and for each other detail while the job starts."""

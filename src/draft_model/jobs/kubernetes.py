@@ -128,10 +128,11 @@ class KubernetesBackend(ABC):
 
     def workload(self, job: Job) -> str | None:
         """What Kueue says of the job's place in its queue; None where Kueue does not know the job."""
-        if _KUEUE not in self.cluster.groups():
+        version = self.cluster.groups().get(_KUEUE)
+        if version is None:
             return None
         try:
-            workloads = self.cluster.objects(Kind(_KUEUE, "v1beta1", "workloads", "Workload"))
+            workloads = self.cluster.objects(Kind(_KUEUE, version, "workloads", "Workload"))
         except DraftModelError as error:
             logger.info("what Kueue says cannot be seen: %s", error)
             return ""
@@ -176,7 +177,7 @@ def _pod(pod: Manifest, node: int) -> Pod:
         name=pod["metadata"]["name"],
         node=node,
         uid=pod["metadata"]["uid"],
-        started=bool(ended or state.get("running")),
+        started=bool(ended) or "running" in state,
         ended=bool(ended) or status.get("phase") in ("Succeeded", "Failed"),
         finished=ended.get("finishedAt") or "",
         exit_code=ended.get("exitCode"),

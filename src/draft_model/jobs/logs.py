@@ -104,8 +104,8 @@ class LogStreams:
                 self._threads[pod.uid] = thread
                 thread.start()
 
-    def finish(self, seconds: float) -> None:
-        """Reads the logs to their ends; a log that does not end in time is left.
+    def drain(self, seconds: float) -> None:
+        """Waits until all logs have come to their ends, which is when their containers have.
 
         Args:
             seconds: to wait at most.
@@ -113,6 +113,14 @@ class LogStreams:
         deadline = time.monotonic() + seconds
         for thread in self._threads.values():
             thread.join(max(0.0, deadline - time.monotonic()))
+
+    def finish(self, seconds: float) -> None:
+        """Reads the logs to their ends; a log that does not end in time is left.
+
+        Args:
+            seconds: to wait at most.
+        """
+        self.drain(seconds)
         self._closed.set()
         self._valve.close()
 
