@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from draft_model.errors import DraftModelError
-from draft_model.jobs.backend import Job, Pod
+from draft_model.jobs.backend import Forbidden, Job, Pod
 from draft_model.jobs.request import RUN_ID, SPEC_HASH, JobRequest, Kind, Manifest
 from draft_model.jobs.states import State, Status
 
@@ -202,10 +202,21 @@ def delete_run(cluster: Cluster, kinds: list[Kind], run_id: str) -> list[str]:
 
     Returns:
         What was deleted, as `kind/name`.
+
+    Raises:
+        Forbidden: where this account may look for none of the kinds. One that it may not list, it has not made either.
     """
-    deleted = []
+    deleted, looked, refused = [], False, None
     for kind in filter(cluster.has, kinds):
-        for found in cluster.objects(kind, f"{RUN_ID}={run_id}"):
+        try:
+            there = cluster.objects(kind, f"{RUN_ID}={run_id}")
+        except Forbidden as error:
+            refused = error
+            continue
+        looked = True
+        for found in there:
             cluster.delete(kind, found["metadata"]["name"])
             deleted.append(f"{kind.plural}/{found['metadata']['name']}")
+    if refused and not looked:
+        raise refused
     return deleted
