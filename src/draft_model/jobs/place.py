@@ -129,11 +129,12 @@ def request_for(cluster: Cluster, config: TrainConfig, run_id: str) -> JobReques
     found = compute.load_map(parameters.compute_map, cluster.config_map)
     pod = _own_pod(cluster)
     environment = os.environ
+    run_id = run_id or f"cli-{hashlib.sha256(config.output.encode()).hexdigest()[:16]}"
     return JobRequest(
-        run_id=run_id or f"cli-{hashlib.sha256(config.output.encode()).hexdigest()[:16]}",
+        run_id=run_id,
         attempt=0,
         # Whatever a queue or an operator starts again goes on from this run's own checkpoints.
-        config=replace(config, work=Path(WORK), again=True),
+        config=replace(config, work=Path(WORK), run_id=run_id, again=True),
         compute=compute.resolve(found, "train", parameters),
         image=environment.get(IMAGE) or _image(pod),
         store=ObjectStore(

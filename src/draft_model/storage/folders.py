@@ -36,6 +36,9 @@ class Folder(stream.Place, Protocol):
     def put(self, sources: Mapping[FileRecord, Path], advance: Advance) -> None:
         """Copies local files in, several at once."""
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Makes a small file unless there is one; says whether it did."""
+
 
 def _folder(uri: str) -> Folder:
     address = parse(uri)

@@ -78,6 +78,24 @@ def read(uri: str) -> bytes | None:
     return data
 
 
+def create(uri: str, data: bytes) -> bool:
+    """Makes a small file, unless there is one.
+
+    Args:
+        uri: the file.
+        data: its content. On a disk it follows the name, so another may see the file empty for a moment.
+
+    Returns:
+        Whether it was made; of several that try at once, one is told so.
+
+    Raises:
+        DraftModelError: the place refuses, as an object store without conditional writes (If-None-Match) does.
+    """
+    parent, name = split(uri)
+    made: bool = _folder(parent).create(name, data)
+    return made
+
+
 def remove(uri: str, names: Iterable[str]) -> None:
     """Removes files of a folder; that there are none is no error.
 

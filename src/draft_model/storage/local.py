@@ -83,6 +83,17 @@ class LocalFolder:
             _flush(partial)
         _flush((self.path / name).parent)
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Makes a small file unless there is one; of several writers, one is told that it did."""
+        with local_errors(self.uri):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                with (self.path / name).open("xb") as file:
+                    file.write(data)
+            except FileExistsError:
+                return False
+        return True
+
     def remove(self, name: str) -> None:
         """Removes a file; that there is none is no error."""
         with local_errors(self.uri):

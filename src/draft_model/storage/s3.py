@@ -119,6 +119,17 @@ class S3Folder:
         with errors(f"{self.uri}/{name}"):
             client().put_object(Bucket=self.bucket, Key=self.prefix + name, Body=data)
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Makes a small object unless there is one; of several writers, one is told that it did."""
+        with errors(f"{self.uri}/{name}"):
+            try:
+                client().put_object(Bucket=self.bucket, Key=self.prefix + name, Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412):
+                    return False
+                raise
+        return True
+
     def remove(self, name: str) -> None:
         """Removes an object; that there is none is no error."""
         with errors(f"{self.uri}/{name}"):

@@ -20,8 +20,9 @@ class TrainConfig:
         output: URI that the trained draft goes under: `final/`, and where no checkpoint_path is given the checkpoints.
         work: scratch folder on this machine.
         parameters: of the run.
-        again: whether this is another attempt of a run that broke off: it goes on from the newest whole checkpoint of
-            the output, where there is one, whatever `resume` says of earlier runs.
+        run_id: of the pipeline's run; empty for a training that was started by itself.
+        again: whether this is another attempt of a run that broke off: it goes on from the newest whole checkpoint
+            that there is, whatever `resume` says of earlier runs. With a run_id it does so from that run's own anyway.
     """
 
     model: str
@@ -29,6 +30,7 @@ class TrainConfig:
     output: str
     work: Path
     parameters: Parameters
+    run_id: str = ""
     again: bool = False
 
     @property
@@ -45,6 +47,7 @@ class TrainConfig:
                 "output": self.output,
                 "work": str(self.work),
                 "parameters": self.parameters.model_dump(),
+                "run_id": self.run_id,
                 "again": self.again,
             }
         )
@@ -59,6 +62,7 @@ class TrainConfig:
             output=values["output"],
             work=Path(values["work"]),
             parameters=Parameters.model_validate(values["parameters"]),
+            run_id=values.get("run_id", ""),
             again=values.get("again", False),
         )
 

@@ -12,8 +12,8 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -29,9 +29,10 @@ from draft_model.processes import catch_sigterm
 from draft_model.tracking import Tracker, track
 from draft_model.training.checkpoint import STATE, Loaded, read_checkpoint, write_checkpoint
 from draft_model.training.config import TrainConfig, TrainResult
+from draft_model.training.lease import Lease, hold, own_run_id
 from draft_model.training.output import CHECKPOINTS_AT_ONCE, Keeping, Output
 from draft_model.training.prepare import prepare
-from draft_model.training.ranks import PeerLost, start_ranks
+from draft_model.training.ranks import PeerLost, Ranks, start_ranks
 from draft_model.training.record import announce, record
 from draft_model.training.trainer import Interrupted, Training, train
 
@@ -58,7 +59,7 @@ def run(config: TrainConfig) -> TrainResult:
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     p = config.parameters
-    with start_ranks(timedelta(minutes=p.dist_timeout), p.tp_size) as ranks:
+    with start_ranks(timedelta(minutes=p.dist_timeout), p.tp_size) as ranks, _lease(config, ranks) as lease:
         logging.getLogger("draft_model").setLevel(logging.INFO if ranks.first else logging.ERROR)
         work = config.work / f"rank_{ranks.rank}"
         work.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def run(config: TrainConfig) -> TrainResult:
             dataset = storage.fetch(config.dataset, config.work / "dataset")
         tracking = track(STAGE, work) if ranks.first else nullcontext(Tracker(None))
         keeping = Keeping(p.keep_checkpoints, p.final_checkpoint == "best")
-        with tracking as tracker, Output(config.checkpoints, work, keeping, config.output) as output:
+        with tracking as tracker, Output(config.checkpoints, work, keeping, config.output, lease) as output:
             resumed, go_on = _checkpoint(config, output, work)
             training = prepare(config, ranks, model, dataset, resumed, go_on, work)
             _check_disk(training, work)
@@ -86,11 +87,12 @@ def run(config: TrainConfig) -> TrainResult:
                     complete(folder, training.done)
 
                 acceptance = training.history.validated(training.done)
-                output.save(name, write, {"step": training.done, "epoch": epoch, "acceptance_length": acceptance})
+                where = {"step": training.done, "epoch": epoch, "run_id": config.run_id}
+                output.save(name, write, {**where, "acceptance_length": acceptance})
 
             with catch_sigterm() as stop:
                 try:
-                    train(training, save, stop)
+                    train(training, save, lambda: stop() or (lease is not None and lease.lost))
                 except Interrupted:
                     output.finish()
                     ranks.any(False)  # nobody's end may cut the last upload short
@@ -110,6 +112,18 @@ def run(config: TrainConfig) -> TrainResult:
     )
 
 
+@contextmanager
+def _lease(config: TrainConfig, ranks: Ranks) -> Iterator[Lease | None]:
+    """The lease on the checkpoint_path, in the process that writes there."""
+    if not config.parameters.checkpoint_path:
+        yield None
+        return
+    held = hold(config.checkpoints, config.run_id or own_run_id(), outermost=False) if ranks.first else nullcontext()
+    with held as lease:
+        ranks.any(False)  # nobody reads what is there while another run may change it
+        yield lease
+
+
 def _track_inputs(tracker: Tracker, training: Training, config: TrainConfig) -> None:
     training.tracker = tracker
     tracker.parameters(config.parameters.of_stage("train"))
@@ -120,7 +134,8 @@ def _track_inputs(tracker: Tracker, training: Training, config: TrainConfig) -> 
 def _checkpoint(config: TrainConfig, output: Output, work: Path) -> tuple[Loaded | None, bool]:
     """The checkpoint that the parameters mean, and whether to go on from it or to start from its weights."""
     p = config.parameters
-    if (p.resume == "true" or config.again) and (newest := output.newest()):
+    whoever = p.resume == "true" or config.again
+    if (whoever or config.run_id) and (newest := output.newest("" if whoever else config.run_id)):
         return newest, True
     if p.resume_from_checkpoint:
         return read_checkpoint(p.resume_from_checkpoint, work / "resumed"), p.resume == "true"

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from draft_model import storage
 from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.training.checkpoint import Loaded, read_checkpoint
+from draft_model.training.lease import Lease
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +59,13 @@ class Output:
         work: scratch folder of this process.
         keeping: which of them stay.
         output: URI that `final` goes under, where it is another one.
+        lease: on the URI, where runs share it.
     """
 
-    def __init__(self, uri: str, work: Path, keeping: Keeping | None = None, output: str = "") -> None:
-        self.uri, self.work, self.keeping = uri, work, keeping or Keeping()
+    def __init__(
+        self, uri: str, work: Path, keeping: Keeping | None = None, output: str = "", lease: Lease | None = None
+    ) -> None:
+        self.uri, self.work, self.keeping, self._lease = uri, work, keeping or Keeping(), lease
         self.final = storage.join(output or uri, "final")
         self._index = storage.join(uri, INDEX)
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
@@ -104,11 +108,17 @@ class Output:
         if torn:
             self._write_index([name for name in names if name not in torn])
 
-    def newest(self) -> Loaded | None:
-        """The newest whole checkpoint; a damaged one is named and the one before it taken."""
+    def newest(self, run_id: str = "") -> Loaded | None:
+        """The newest whole checkpoint; a damaged one is named and the one before it taken.
+
+        Args:
+            run_id: of the run whose checkpoints alone count; empty: anybody's.
+        """
         for name in reversed(self.names()):
             try:
-                storage.read_manifest(self._at(name), stage=STAGE)
+                found = storage.read_manifest(self._at(name), stage=STAGE)
+                if run_id and found.properties.get("run_id") != run_id:
+                    continue
                 return read_checkpoint(self._at(name), self.work / "resumed")
             except StoreUnavailable:
                 raise
@@ -146,6 +156,8 @@ class Output:
         uri = self._at(name)
 
         def publish() -> None:
+            if self._lease:
+                self._lease.renew()  # or raises: what is there is another run's
             names = [other for other in self.names() if other != name] + [name]
             self._write_index(names)
             storage.publish(folder, uri, stage=STAGE, properties=properties)

@@ -1,0 +1,223 @@
+"""A checkpoint_path that runs share: one at a time, and a later one goes on where an earlier one stopped."""
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+import uuid
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from draft_model import jobs, storage
+from draft_model.errors import DraftModelError
+from draft_model.storage import growing
+from draft_model.training import job, lease
+from draft_model.training.lease import Lease, hold
+from draft_model.training.trainer import Interrupted
+from training.case import Trained, when_logged
+from training.processes import start, train_all
+
+SHORT = 0.4
+"""Seconds that a lease of these tests holds."""
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(lease, "SECONDS", SHORT)
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path):
+    """A folder that runs share, of each kind; there is none yet."""
+    if request.param == "s3":
+        return f"s3://{request.getfixturevalue('object_store').bucket}/{uuid.uuid4().hex}"
+    return str(tmp_path / "shared")
+
+
+def held(place):
+    return json.loads(growing.read(f"{place}/lease.json") or b"null")
+
+
+class Crash(Exception):
+    """The process dies here."""
+
+
+def crash():
+    raise Crash
+
+
+terminate = partial(os.kill, os.getpid(), signal.SIGTERM)
+
+
+def test_of_many_that_make_a_file_at_once_one_does(place):
+    made, begin = {}, threading.Barrier(8)
+
+    def make(number):
+        begin.wait()
+        made[number] = growing.create(f"{place}/file", str(number).encode())
+
+    threads = [threading.Thread(target=make, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (first,) = [number for number, was in made.items() if was]
+    assert growing.read(f"{place}/file") == str(first).encode()
+
+
+def test_a_second_run_is_refused_while_the_first_is_there(place, short):
+    with hold(place, "first", outermost=True):
+        assert held(place)["run_id"] == "first"
+        with pytest.raises(DraftModelError) as caught, hold(place, "second", outermost=True):
+            pass
+        (problem,) = caught.value.problems
+        assert problem.startswith(f"checkpoint_path: given '{place}', where run first (process ")
+        assert "wait for its end, or give this run another path" in problem
+        assert held(place)["run_id"] == "first"
+    with hold(place, "second", outermost=True):  # now it may
+        assert held(place)["run_id"] == "second"
+    assert held(place) is None
+
+
+def test_a_run_that_is_gone_loses_its_lease(place, short, caplog):
+    caplog.set_level(logging.INFO, "draft_model")
+    gone = Lease(place, "gone")
+    assert gone.acquire()
+    begun = time.monotonic()
+    with hold(place, "next", outermost=True):
+        assert time.monotonic() - begun >= SHORT
+        assert held(place)["run_id"] == "next"
+        with pytest.raises(DraftModelError, match=r"belongs to run next .*writes nothing more there"):
+            gone.renew()  # it was only slow, and must not write any more
+        assert gone.lost
+        gone.end(release=True)
+        assert held(place)["run_id"] == "next"
+    assert "has the lease of run gone" in caplog.text
+    assert "run gone (process " in caplog.text
+
+
+def test_processes_of_one_run_share_its_lease_until_the_outermost_ends(place, short):
+    with hold(place, "run", outermost=True):
+        with hold(place, "run", outermost=False):
+            pass
+        assert held(place)["run_id"] == "run"
+    assert held(place) is None
+
+
+def test_a_coordinator_that_is_started_again_ends_the_lease_that_it_found(place, short):
+    Lease(place, "run").acquire()
+    with hold(place, "run", outermost=True):
+        pass
+    assert held(place) is None
+
+
+def test_a_lease_that_was_left_half_written_runs_out(tmp_path, short):
+    (tmp_path / "lease.json").write_text('{"run_id": "x')
+    with hold(str(tmp_path), "next", outermost=True):
+        assert held(str(tmp_path))["run_id"] == "next"
+
+
+def test_a_lease_is_renewed_again_when_the_store_is_back(place, short, monkeypatch, caplog):
+    with hold(place, "run", outermost=True):
+        write, tried = storage.write_bytes, threading.Event()
+
+        def away(uri, data):
+            tried.set()
+            raise DraftModelError(f"{uri}: the object store cannot be reached")
+
+        monkeypatch.setattr(storage, "write_bytes", away)
+        assert tried.wait(10)
+        before = held(place)
+        monkeypatch.setattr(storage, "write_bytes", write)
+        deadline = time.monotonic() + 10
+        while held(place) == before:
+            assert time.monotonic() < deadline
+    assert "cannot be reached" in caplog.text
+
+
+def test_a_later_run_goes_on_where_an_earlier_one_stopped(train, plain, place):
+    first = replace(train.config(checkpoint_path=place), run_id="first")
+    with when_logged("step 5, ", terminate), pytest.raises(Interrupted):
+        job.run(first)
+    assert json.loads(storage.read_bytes(f"{place}/checkpoints.json")) == ["epoch_1", "step_5"]
+    assert not Path(first.output).exists()
+    second = replace(train.config(checkpoint_path=place, resume="true"), run_id="second")
+    trained = Trained(job.run(second))
+    assert trained.losses == plain.losses
+    assert trained.read("final/model.safetensors") == plain.read("final/model.safetensors")
+    assert [path.name for path in Path(trained.output).iterdir()] == ["final"]
+    names = json.loads(storage.read_bytes(f"{place}/checkpoints.json"))
+    runs = [storage.read_manifest(f"{place}/{name}").properties["run_id"] for name in names]
+    assert list(zip(names, runs, strict=True)) == [
+        ("epoch_1", "first"), ("step_5", "first"), ("epoch_2", "second"), ("epoch_3", "second"), ("epoch_4", "second"),
+    ]  # fmt: skip
+    assert held(place) is None
+
+
+def test_a_run_without_resume_begins_anew_and_its_attempts_go_on_from_its_own(train, plain, place, caplog):
+    Trained(job.run(replace(train.config(checkpoint_path=place, num_epochs=1, seed=3), run_id="first")))
+    second = replace(train.config(checkpoint_path=place), run_id="second")
+    with when_logged("step 2, ", crash), pytest.raises(Crash):
+        job.run(second)
+    assert "resumed from" not in caplog.text  # the first run's checkpoint is none of its own
+    with when_logged("step 8, ", crash), pytest.raises(Crash):
+        job.run(second)
+    assert "resumed from" not in caplog.text
+    assert Trained(job.run(second)).losses == plain.losses
+    assert f"resumed from {place}/epoch_2 at step 6" in caplog.text
+
+
+def test_a_run_that_is_started_twice_is_told_of_the_first(train, tmp_path, short):
+    place = str(tmp_path / "shared")
+    with hold(place, "first", outermost=True), pytest.raises(DraftModelError, match="where run first"):
+        train(checkpoint_path=place)
+    assert not Path(f"{place}/checkpoints.json").exists()
+
+
+def train_with_a_short_lease(config):
+    lease.SECONDS = SHORT
+    return train_all([config], [0])
+
+
+def test_a_killed_runs_lease_runs_out_and_the_next_run_goes_on(train, plain, tmp_path):
+    place, log = str(tmp_path / "shared"), tmp_path / "log"
+    config = replace(train.config(checkpoint_path=place, num_epochs=24, eval_interval=24), run_id="killed")
+    process = start(train_with_a_short_lease, config.to_json(), log=log)
+    while not (log.exists() and "checkpoint epoch_1: " in log.read_text()):
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    assert held(place)["run_id"] == "killed"
+    trained = train(checkpoint_path=place, resume="true", num_epochs=24, eval_interval=24)
+    assert trained.result.steps == 78
+    assert held(place) is None
+
+
+def test_a_run_whose_lease_went_to_another_stops_and_writes_nothing_more(train, tmp_path):
+    place = tmp_path / "shared"
+
+    def take_over():
+        (place / "lease.json").write_text(json.dumps({"run_id": "other", "process": "there:1"}))
+
+    lost = pytest.raises(DraftModelError, match="belongs to run other")
+    with when_logged("checkpoint epoch_1: ", take_over), lost as caught:
+        train(checkpoint_path=str(place))
+    assert json.loads((place / "checkpoints.json").read_text()) == ["epoch_1"]
+    assert held(str(place))["run_id"] == "other"
+    kept = Path(str(caught.value).partition("it stays in ")[2].partition(",")[0])
+    assert (kept / "manifest.json").is_file()
+
+
+def test_the_door_of_a_job_holds_the_lease_and_gives_it_back(train, plain, tmp_path, caplog):
+    place = str(tmp_path / "shared")
+    config = train.config(checkpoint_path=place)
+    assert Trained(jobs.run(config)).losses == plain.losses
+    assert held(place) is None
+    names = json.loads(storage.read_bytes(f"{place}/checkpoints.json"))
+    assert len({storage.read_manifest(f"{place}/{name}").properties["run_id"] for name in names} - {""}) == 1
