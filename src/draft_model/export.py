@@ -21,7 +21,9 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 _LAYERS = "eagle_aux_hidden_state_layer_ids"
 _WEIGHTS = "model.safetensors"
-_LEFT_OUT = ("config.json", _WEIGHTS, storage.MANIFEST, "report.html", "evaluation.json", "training_state")
+_LEFT_OUT = (
+    "config.json", _WEIGHTS, storage.MANIFEST, "report.html", "report.json", "evaluation.json", "training_state"
+)  # fmt: skip
 _LAYER_KEYS = (
     "attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "max_position_embeddings",
     "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",

@@ -1,40 +1,89 @@
 """The stage: what evaluation.json says, of which prompts, and what it predicts."""
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
+from markupsafe import escape
+from mlflow import MlflowClient
 from transformers import AutoTokenizer
 
 from draft_model.errors import DraftModelError
-from draft_model.evaluation import prompts
+from draft_model.evaluation import accept, prompts, speculative
 from draft_model.evaluation.prediction import expected_length, predict
-from draft_model.evaluation.schema import Evaluation, json_schema
+from draft_model.evaluation.schema import SCHEMAS, Evaluation, Report, json_schema
 
 
 @pytest.fixture(scope="module")
 def everything(trained, tmp_path_factory):
     """evaluation.json of a run with a tree and with sampling."""
-    settings = {"evaluation_tree": "3,2", "evaluation_temperature": 0.7}
+    settings = {"evaluation_tree": "3,2", "evaluation_temperature": 0.7, "evaluation_conversations": 0}
     result, final = trained.evaluate(tmp_path_factory.mktemp("everything"), **settings)
     return result, final, json.loads((final / "evaluation.json").read_text())
 
 
-def test_the_output_is_the_targets_own_in_every_greedy_way(everything):
+def test_the_output_is_the_targets_own_over_the_whole_set_in_every_greedy_way(everything, trained):
     result, _, found = everything
-    assert found["lossless"]["identical"]
+    lossless = found["lossless"]
+    assert lossless["identical"]
     assert result.measured
-    # Chain, untrained chain and tree, each against the target alone; a tie ends a comparison early.
-    assert found["lossless"]["compared_tokens"] <= 3 * found["trained"]["tokens"]
-    assert found["lossless"]["compared_tokens"] > 2 * found["trained"]["tokens"] or found["lossless"]["ties"]
+    rows = json.loads(Path(trained.inputs.dataset, "report.json").read_text())["splits"]["validation"]["rows_kept"]
+    assert lossless["prompts"] == found["prompts"] == len(found["prompt_tokens"]) == rows
+    # Chain, untrained chain and tree, each against the target alone; only a tie ends a comparison early.
+    every = 3 * found["trained"]["tokens"]
+    assert lossless["compared_tokens"] == every or (lossless["ties"] and lossless["compared_tokens"] < every)
 
 
-def test_the_file_is_as_its_schema_says(everything):
-    _, _, found = everything
+def test_a_token_that_is_not_the_targets_own_fails_the_stage(trained, tmp_path, monkeypatch):
+    follow = accept.walk_greedy
+
+    def wrong(tree, tokens, chosen):
+        walk = follow(tree, tokens, chosen)
+        return replace(walk, last=(walk.last + 1) % 60)
+
+    monkeypatch.setattr(speculative, "walk_greedy", wrong)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises(DraftModelError, match=r"speculative decoding changed the output of \d+ replies .* must not be"):
+        trained.evaluate(tmp_path, register_model_name="never")
+    found = json.loads((tmp_path / "final/evaluation.json").read_text())
+    assert not found["lossless"]["identical"]
+    first = found["lossless"]["differences"][0]
+    assert first["margin"] > 1e-4
+    assert "do not serve this draft" in (tmp_path / "final/report.html").read_text()
+    assert "**The replies differ" in (tmp_path / "final/README.md").read_text()
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.search_registered_models() == []
+    (run,) = client.search_runs([client.get_experiment_by_name("draft-model").experiment_id])
+    assert (run.info.status, run.data.metrics["lossless"]) == ("FAILED", 0.0)
+
+
+def test_the_files_are_as_their_schemas_say(everything):
+    _, final, found = everything
     assert Evaluation.model_validate(found).model_dump(by_alias=True, mode="json") == found
-    committed = Path(__file__).parents[2] / "docs/evaluation.schema.json"
-    assert json.loads(committed.read_text(encoding="utf-8")) == json_schema(), "write schema.json_schema() there"
+    report = json.loads((final / "report.json").read_text(encoding="utf-8"))
+    assert Report.model_validate(report).model_dump(by_alias=True, mode="json") == report
+    for name, record in SCHEMAS.items():
+        committed = Path(__file__).parents[2] / "docs" / name
+        assert json.loads(committed.read_text(encoding="utf-8")) == json_schema(record), f"write {name} anew"
+
+
+def test_the_report_as_json_has_what_the_page_shows(everything, trained):
+    _, final, found = everything
+    report = json.loads((final / "report.json").read_text(encoding="utf-8"))
+    training = json.loads((final / "training.json").read_text(encoding="utf-8"))
+    assert report["evaluation"] == found
+    assert report["dataset"] == training.pop("dataset")
+    assert report["training"].keys() == training.keys()
+    assert report["training"]["log"] == training["log"]
+    page = (final / "report.html").read_text(encoding="utf-8")
+    assert [it["of"] for it in report["hashes"]] == ["target", "dataset", "draft"]
+    weights = hashlib.sha256((final / "model.safetensors").read_bytes()).hexdigest()
+    assert report["hashes"][2]["sha256"] == weights
+    assert all(len(it["sha256"]) == 64 and it["sha256"] in page for it in report["hashes"])
+    assert all(escape(finding["title"]) in page for finding in report["findings"])
 
 
 def test_other_ways_of_decoding_are_measured_beside_the_chain(everything):

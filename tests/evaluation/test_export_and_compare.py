@@ -1,6 +1,7 @@
 """One draft in every engine's format: the same draft wherever it is read, and what each engine's own code wants."""
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,7 +18,8 @@ from draft_model.evaluation.compare import CompareConfig, compare
 from draft_model.export import FORMATS, export
 from draft_model.parameters import Parameters
 
-SPECULATORS = Path(__file__).parents[2] / ".venv-speculators/bin/python"
+ROOT = Path(__file__).parents[2]
+PYTHONS = {"vllm": ".venv-serving", "speculators": ".venv-speculators", "specforge": ".venv-specforge"}
 LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -26,7 +28,7 @@ def exported(trained, tmp_path_factory):
     """The trained draft in each format, and as SpecForge leaves it: with the target's embeddings."""
     root = tmp_path_factory.mktemp("exported")
     for form in FORMATS:
-        export(str(trained.final), form, str(root / form), root / f"work-{form}", target="org/target")
+        export(str(trained.final), form, str(root / form), root / f"work-{form}", target=trained.inputs.model)
     shutil.copytree(root / "sglang", root / "specforge", ignore=shutil.ignore_patterns("manifest.json"))
     tensors = load_file(root / "specforge/model.safetensors")
     embeddings = torch.zeros(len(tensors["t2d"]), tensors["norm.weight"].numel())
@@ -47,8 +49,9 @@ def test_an_export_is_a_whole_folder_with_the_tokenizer(exported):
 
 
 def test_each_engine_finds_the_feature_layers_in_its_own_counting(trained, exported):
-    # vLLM: top level, layers that ran (vllm/v1/worker/gpu_model_runner.py, _get_eagle3_aux_layers_from_config).
-    # SGLang: below eagle_config, one less (sglang/srt/model_executor/model_runner.py; its Llama adds one).
+    # vLLM 0.32, v1/worker/gpu_model_runner.py, _get_eagle3_aux_layers_from_config: top level, layers that ran.
+    # SGLang 0.5.23, srt/model_executor/model_runner_components/spec_aux_hidden_state.py reads eagle_config's;
+    # srt/models/llama.py, set_eagle3_layers_to_capture, adds one to each.
     ours = config(trained.final)
     assert config(exported / "vllm")[LAYERS] == config(exported / "speculators")[LAYERS] == ours[LAYERS]
     assert config(exported / "sglang")["eagle_config"][LAYERS] == [layer - 1 for layer in ours[LAYERS]]
@@ -58,55 +61,117 @@ def test_each_engine_finds_the_feature_layers_in_its_own_counting(trained, expor
         assert config(exported / form)["architectures"] == ["LlamaForCausalLMEagle3"]
 
 
+LAYER = [
+    "hidden_norm", "input_layernorm", "mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "post_attention_layernorm",
+    "self_attn.k_proj", "self_attn.o_proj", "self_attn.q_proj", "self_attn.v_proj",
+]  # fmt: skip
+OTHERS = {"d2t", "t2d", "fc.weight", "lm_head.weight", "norm.weight"}
+# vLLM 0.32, model_executor/models/llama_eagle3.py, hf_to_vllm_mapper: `midlayer.` is `layers.0.`.
+# SGLang 0.5.23, srt/models/llama_eagle3.py, legacy_name_map in load_weights: the same; it skips what it does not know.
+# speculators 0.9.0, models/eagle3/core.py: `layers.0`; embeddings and the verifier's head may lack.
+NAMES = {
+    form: OTHERS | {f"{'layers.0' if form == 'speculators' else 'midlayer'}.{name}.weight" for name in LAYER}
+    for form in FORMATS
+}
+# What the engines read of config.json, beside the layers: SGLang 0.5.23, srt/configs/model_config.py and
+# srt/models/llama_eagle3.py; vLLM 0.32, transformers_utils/configs/eagle.py and model_executor/models/llama_eagle3.py.
+KEYS = {
+    "architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "vocab_size", "draft_vocab_size",
+    "rope_theta", "rope_parameters", "tie_word_embeddings", "hidden_act",
+}  # fmt: skip
+
+
 def test_tensors_have_the_names_that_each_format_wants(trained, exported):
-    # speculators 0.9.0, models/eagle3/core.py: `layers.0`, d2t an offset; embeddings and the verifier's head may lack.
     ours = load_file(trained.final / "model.safetensors")
     for form in FORMATS:
-        layer = "layers.0." if form == "speculators" else "midlayer."
         found = load_file(exported / form / "model.safetensors")
-        expected = {name.replace("midlayer.", layer): tensor for name, tensor in ours.items()}
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in found)
+        assert found.keys() == NAMES[form]
+        layer = "layers.0." if form == "speculators" else "midlayer."
+        assert all(torch.equal(found[name.replace("midlayer.", layer)], tensor) for name, tensor in ours.items())
 
 
-READ = """
-import json, sys
-from speculators import SpeculatorModelConfig
-read = SpeculatorModelConfig.from_pretrained(sys.argv[1])
-layer = read.transformer_layer_config
-verifier = read.speculators_config.verifier
-print(json.dumps({
-    "class": type(read).__name__, "layers": read.eagle_aux_hidden_state_layer_ids, "draft": read.draft_vocab_size,
-    "hidden": layer.hidden_size, "heads": layer.num_attention_heads, "head_dim": layer.head_dim,
-    "vocabulary": layer.vocab_size, "verifier": verifier.name_or_path, "rope": layer.rope_parameters["rope_theta"],
-    "norms": [read.norm_before_residual, read.norm_before_fc, read.fc_norm, read.norm_output],
-}))
-"""
+@pytest.mark.parametrize("form", ["vllm", "sglang"])
+def test_the_configuration_has_the_keys_that_each_engine_reads(exported, form):
+    found = config(exported / form)
+    assert found.keys() >= KEYS
+    assert None not in found.values()
+    assert (found["model_type"], found["num_hidden_layers"]) == ("llama", 1)
 
 
-def test_speculators_own_code_reads_its_format(trained, exported):
-    if not SPECULATORS.exists():
-        pytest.skip(f"{SPECULATORS} is not there; `make bench-peers` installs speculators, which needs no GPU")
-    command = [SPECULATORS, "-c", READ, exported / "speculators"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def by_their_own_code(peer, script, *arguments):
+    """What a program under engines/ prints last, run by the Python that has the peer's package."""
+    python = ROOT / PYTHONS[peer] / "bin/python"
+    if not python.exists():
+        target = "check-serving" if peer == "vllm" else "bench-peers"
+        pytest.skip(f"{python} is not there; `make {target}` installs {peer}, which needs no GPU")
+    command = [python, Path(__file__).parent / "engines" / script, *arguments]
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=settings)
     assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_vllms_own_code_reads_both_of_its_formats(trained, exported):
+    target, ours = trained.inputs.model, config(trained.final)
+    arguments = (target, exported / "vllm", exported / "speculators")
+    found = by_their_own_code("vllm", "read_vllm.py", *map(str, arguments))
+    expected = {
+        "layers": ours[LAYERS], "draft": ours["draft_vocab_size"], "vocabulary": ours["vocab_size"],
+        "hidden": ours["hidden_size"], "heads": ours["num_attention_heads"], "head_dim": ours["head_dim"],
+        "context": ours["max_position_embeddings"], "rope": ours["rope_theta"],
+    }  # fmt: skip
+    assert found["drafts"] == [
+        {"architectures": ["LlamaForCausalLMEagle3"], **expected},
+        {"architectures": ["Eagle3LlamaForCausalLM"], **expected},
+    ]
+    speculative = {"method": "eagle3", "model": str(exported / "speculators"), "num_speculative_tokens": 3}
+    assert found["served"] == [target, speculative]
+
+
+@pytest.fixture(scope="module")
+def by_speculators(exported, tmp_path_factory):
+    """What speculators' own model code read of its export, and where it saved the model again."""
+    saved = tmp_path_factory.mktemp("speculators") / "saved"
+    found = by_their_own_code("speculators", "speculators_round_trip.py", exported / "speculators", saved)
+    return found, saved
+
+
+def test_speculators_own_code_reads_its_format(trained, by_speculators):
     ours = config(trained.final)
-    assert json.loads(done.stdout.splitlines()[-1]) == {
+    assert by_speculators[0] == {
         "class": "Eagle3SpeculatorConfig", "layers": ours[LAYERS], "draft": ours["draft_vocab_size"],
         "hidden": ours["hidden_size"], "heads": ours["num_attention_heads"], "head_dim": ours["head_dim"],
-        "vocabulary": ours["vocab_size"], "verifier": "org/target", "rope": ours["rope_theta"],
-        "norms": [False, False, False, False],
+        "vocabulary": ours["vocab_size"], "verifier": trained.inputs.model, "rope": ours["rope_theta"],
+        "norms": [False, False, False, False], "model": "Eagle3DraftModel",
     }  # fmt: skip
 
 
-def test_drafts_of_every_format_decode_alike(trained, exported, tmp_path):
-    drafts = (str(trained.final), *(str(exported / name) for name in (*FORMATS, "specforge")))
+def same_rounds(trained, tmp_path, *drafts):
+    """Compares drafts on the same prompts; they must be the same draft."""
     parameters = Parameters(evaluation_conversations=3, evaluation_max_new_tokens=8, num_speculative_tokens=2)
     records = compare(CompareConfig(trained.inputs.model, trained.inputs.dataset, drafts, tmp_path, parameters))
     assert [record["draft"] for record in records] == list(drafts)
     alike = [{key: record[key] for key in ("rounds", "accepted", "tokens", "identical")} for record in records]
-    assert alike == alike[:1] * 5
+    assert alike == alike[:1] * len(drafts)
     assert alike[0]["identical"]
+    assert alike[0]["rounds"] > 0
+
+
+def test_a_draft_that_speculators_saved_is_compared(trained, by_speculators, tmp_path):
+    same_rounds(trained, tmp_path, str(trained.final), str(by_speculators[1]))
+
+
+def test_a_draft_that_specforge_saved_is_compared(trained, tmp_path):
+    saved = tmp_path / "saved"
+    said = by_their_own_code("specforge", "specforge_round_trip.py", trained.final, saved)
+    assert said == {"missing": ["embed_tokens.weight"], "unexpected": []}
+    same_rounds(trained, tmp_path / "work", str(trained.final), str(saved))
+
+
+def test_drafts_of_every_format_decode_alike(trained, exported, tmp_path):
+    drafts = (str(trained.final), *(str(exported / name) for name in (*FORMATS, "specforge")))
+    same_rounds(trained, tmp_path, *drafts)
 
 
 def test_the_command_shows_two_drafts_side_by_side(trained, exported, tmp_path):

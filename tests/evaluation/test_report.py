@@ -182,6 +182,13 @@ def test_every_parameter_is_listed_and_additions_are_marked(report, training, ev
             assert f"{help_text} {expected}" in text
 
 
+def test_hashes_are_shown_and_a_missing_one_is_said(report, training, evaluation, dataset):
+    hashes = [{"of": "draft", "uri": "s3://b/final", "sha256": "ab" * 32}, {"of": "target", "uri": "x", "sha256": ""}]
+    text = Page(report(training, evaluation, dataset, hashes)).text
+    assert f"draft s3://b/final {'ab' * 32} target x not recorded" in text
+    assert "Hashes" not in Page(report(training, evaluation, dataset)).text
+
+
 def test_the_charts_name_the_numbers_that_were_drawn(training, evaluation):
     charts = plots.training_charts(training["log"], training["validation"], clip=0.5, measured=1.9)
     labels = {chart.title.split(" (")[0]: Page(str(chart.svg)).text for chart in charts}
@@ -189,6 +196,10 @@ def test_the_charts_name_the_numbers_that_were_drawn(training, evaluation):
     assert "40 %" in labels["Conditional acceptance by draft position"]
     assert "%" not in labels["Acceptance length"]
     assert "2.0" in labels["Acceptance length"]
+    speed = plots.speed_chart(evaluation["prediction"]["by_proposals"], "a CPU")
+    assert "on a CPU" in speed.note
+    assert "0.0 0.5 1.0" in Page(str(speed.svg)).text
+    assert labels["Tokens per second"].endswith("optimizer step 0 200 400")
     bars = plots.acceptance_charts(evaluation["trained"], evaluation["untrained"], None)[0]
     assert all(f"{100 * share:.0f} %" in Page(str(bars.svg)).text for share in (0.5412, 0.2613, 0.1112, 0.0264))
 

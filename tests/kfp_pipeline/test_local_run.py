@@ -171,8 +171,8 @@ def test_the_final_draft_is_whole_and_loads(whole, values):
     final = whole[1].final
     assert final == whole[0] / "output/final"
     assert {path.name for path in final.iterdir()} == {
-        "config.json", "model.safetensors", "training.json", "evaluation.json", "report.html", "README.md",
-        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
+        "config.json", "model.safetensors", "training.json", "evaluation.json", "report.html", "report.json",
+        "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json",
     }  # fmt: skip
     config = json.loads((final / "config.json").read_text())
     weights = load_file(final / "model.safetensors")

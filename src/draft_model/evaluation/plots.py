@@ -122,7 +122,7 @@ def training_charts(
             _steps("gradient", log, (), "grad_norm", level=clip or None),
         ),
         Chart("Learning rate", "", _steps("rate", log, (), "learning_rate")),
-        Chart("Tokens per second", "", _steps("throughput", log, (), "tokens_per_second")),
+        Chart("Tokens per second", "", _steps("throughput", log, (), "tokens_per_second", from_zero=True)),
     ]
 
 
@@ -167,6 +167,27 @@ def acceptance_charts(trained: Entry, untrained: Entry, simulated: Sequence[floa
             (*keys, Key("predicted by the last validation", "validation", "diamond")) if simulated else keys,
         ),
     )
+
+
+def speed_chart(by_proposals: Sequence[Entry], hardware: str) -> Chart:
+    """Predicted speed-up over the number of proposals.
+
+    Args:
+        by_proposals: the prediction's records of `proposals` and `speed_up`.
+        hardware: that its costs were measured on.
+    """
+
+    def paint(axes: Any) -> None:
+        axes.axhline(1, color=_STAND_IN["muted"], linewidth=1, linestyle=_DASHES)
+        proposals = [item["proposals"] for item in by_proposals]
+        axes.plot(proposals, [item["speed_up"] for item in by_proposals], marker="o", color=_STAND_IN["trained"])
+        axes.set_xticks(proposals)
+        axes.set_xlabel("tokens proposed at a time")
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(_ticks())
+
+    note = f"One request at a time, on {hardware}. Dashed: the target alone."
+    return Chart("Predicted speed-up", note, _svg("speed", paint))
 
 
 def length_chart(histogram: Sequence[Entry], max_length: int) -> Chart:
@@ -265,6 +286,7 @@ def _steps(
     key: str,
     *,
     share: bool = False,
+    from_zero: bool = False,
     level: float | None = None,
     level_colour: str = "muted",
 ) -> Markup:
@@ -288,8 +310,9 @@ def _steps(
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(_ticks(integer=True))
         axes.yaxis.set_major_locator(_ticks())
-        if share:
+        if share or from_zero:
             axes.set_ylim(bottom=0)
+        if share:
             axes.yaxis.set_major_formatter(_percent)
 
     return _svg(name, paint)

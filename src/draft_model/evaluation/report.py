@@ -1,6 +1,6 @@
 """The training report: one HTML file that says first what the draft saves, then how that came about.
 
-The file is a pure function of three JSON objects, needs no script and asks nothing of the network. What a
+The file is a pure function of JSON objects, needs no script and asks nothing of the network. What a
 manager needs stands on the first screen; what an engineer checks, and what should make one suspicious, stands
 below. Saved are target passes, which is what was measured: no speed-up is claimed.
 """
@@ -29,7 +29,20 @@ _MAX_SHOWN_CHARACTERS = 8_000
 Json = Mapping[str, Any]
 
 
-def write_report(path: Path, training: Json, evaluation: Json | None, dataset: Json) -> None:
+def contents(training: Json, evaluation: Json | None, dataset: Json, hashes: Sequence[Json] = ()) -> dict[str, Any]:
+    """The same data as `write_report` shows, as report.json holds it; docs/report.schema.json describes it."""
+    return {
+        "training": {name: value for name, value in training.items() if name != "dataset"},
+        "dataset": dataset,
+        "evaluation": evaluation,
+        "hashes": list(hashes),
+        "findings": [vars(finding) for finding in findings(training, evaluation, dataset)],
+    }
+
+
+def write_report(
+    path: Path, training: Json, evaluation: Json | None, dataset: Json, hashes: Sequence[Json] = ()
+) -> None:
     """Writes the report.
 
     Args:
@@ -37,6 +50,7 @@ def write_report(path: Path, training: Json, evaluation: Json | None, dataset: J
         training: what the training stage tells of itself: parameters, log, validations, versions.
         evaluation: what decoding with the draft measured; None where there was nothing to decode.
         dataset: the data set's report.json.
+        hashes: what went in and came out: records of `of`, `uri` and `sha256`.
     """
     validation = training["validation"]
     page = (
@@ -63,6 +77,12 @@ def write_report(path: Path, training: Json, evaluation: Json | None, dataset: J
             )
             if evaluation
             else (),
+            speed_chart=plots.speed_chart(
+                evaluation["prediction"]["by_proposals"], evaluation["prediction"]["costs"]["hardware"]
+            )
+            if evaluation
+            else None,
+            hashes=hashes,
             length_chart=plots.length_chart(dataset["splits"]["train"]["length_histogram"], dataset["max_length"]),
             coverage_chart=plots.coverage_chart(dataset["coverage_by_size"], dataset["draft_vocab_size"]),
             conversation=_joined(_excerpt(dataset["samples"][0])),

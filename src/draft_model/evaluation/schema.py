@@ -1,4 +1,4 @@
-"""What evaluation.json holds, as records; docs/evaluation.schema.json is made from them."""
+"""What evaluation.json and report.json hold, as records; docs/*.schema.json are made from them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class _Open(BaseModel):
+    """Part of a record that another stage writes, and may write more into."""
+
+    model_config = ConfigDict(extra="allow")
 
 
 class Acceptance(_Record):
@@ -138,6 +144,104 @@ class Evaluation(_Record):
     seconds: float
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of evaluation.json."""
-    return Evaluation.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+class TrainedTarget(_Open):
+    """The model that the draft is for."""
+
+    source: str
+    architecture: str
+    parameters: int
+    hidden_size: int
+    layers: int
+
+
+class Logged(_Open):
+    """What some optimizer steps, or one validation, came to; lists are by draft position."""
+
+    step: int
+    loss: list[float | None] = Field(description="Nats per token.")
+    agreement: list[float | None] = Field(description="Share where the draft's best token is the target's.")
+    alpha: list[float | None] = Field(description="Mean of sum(min(p, q)).")
+    conditional_acceptance: list[float | None]
+    acceptance_length: float | None = Field(description="Simulated from the conditional acceptance.")
+
+
+class Training(_Open):
+    """training.json, without the data set's report."""
+
+    parameters: dict[str, Any]
+    draft: dict[str, Any] = Field(description="The draft's config.json.")
+    draft_parameters: int
+    target: TrainedTarget
+    steps: int
+    epochs: float
+    world_size: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    log: list[Logged]
+    validation: list[Logged]
+    versions: dict[str, str]
+    hardware: str
+
+
+class DataSplit(_Open):
+    """Counts of one split."""
+
+    rows_in: int
+    rows_kept: int
+    rows_rejected: int
+    rows_truncated: int
+    tokens: int
+    supervised_tokens: int
+    distinct_supervised_tokens: int
+    coverage: float = Field(description="Share of the supervised tokens that is in the draft vocabulary.")
+    length_quantiles: dict[str, int]
+    length_histogram: list[dict[str, int]]
+    rejected_reasons: dict[str, int]
+
+
+class DatasetReport(_Open):
+    """The data set's report.json."""
+
+    vocab_size: int
+    draft_vocab_size: int
+    chat_template: str
+    max_length: int
+    fingerprint: str
+    splits: dict[str, DataSplit]
+    coverage_by_size: list[dict[str, float | None]]
+    samples: list[list[tuple[str, bool]]] = Field(description="Text, and whether it is supervised.")
+
+
+class Hash(_Record):
+    """What went in or came out."""
+
+    of: str = Field(description="target (all its files), dataset (all that shapes it) or draft (its weights).")
+    uri: str
+    sha256: str = Field(description="Empty where it was not recorded.")
+
+
+class Warned(_Record):
+    """Something that the reader should check."""
+
+    title: str
+    advice: str
+
+
+class Report(_Record):
+    """report.json: the data of report.html."""
+
+    training: Training
+    dataset: DatasetReport
+    evaluation: Evaluation | None = Field(description="Null where there was nothing to decode.")
+    hashes: list[Hash]
+    findings: list[Warned]
+
+
+SCHEMAS: dict[str, type[BaseModel]] = {"evaluation.schema.json": Evaluation, "report.schema.json": Report}
+"""By the name of their file in docs/."""
+
+
+def json_schema(record: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a record."""
+    return record.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema"}

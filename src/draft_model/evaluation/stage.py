@@ -83,7 +83,7 @@ def run(config: EvaluateConfig) -> EvaluateResult:
 
 def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
     from draft_model.evaluation.card import write_card
-    from draft_model.evaluation.report import write_report
+    from draft_model.evaluation.report import contents, write_report
 
     config.work.mkdir(parents=True, exist_ok=True)
     model = storage.fetch(config.model, config.work / "model")
@@ -102,15 +102,19 @@ def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
             "neither dataset_validation_split nor evaluation_prompts was given: nothing is measured, the report shows "
             "the training alone"
         )
-    report = config.work / "report.html"
-    write_report(report, training, evaluation, data)
-    card = config.work / "README.md"
+    report, card = config.work / "report.html", config.work / "README.md"
+    hashes = _hashes(config)
+    write_report(report, training, evaluation, data, hashes)
     write_card(card, training, evaluation, data, name=_name(training))
     added = {"report.html": report, "README.md": card}
+    written = {"report.json": contents(training, evaluation, data, hashes)}
     if evaluation is not None:
-        added["evaluation.json"] = config.work / "evaluation.json"
-        added["evaluation.json"].write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
+        written["evaluation.json"] = evaluation
+    for name, values in written.items():
+        added[name] = config.work / name
+        added[name].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     storage.extend(config.final, added)
+    tracker.inputs({it["of"]: (it["uri"], it["sha256"]) for it in hashes})
     tracker.references({"final": config.final, **{name: storage.join(config.final, name) for name in added}})
     if evaluation is None:
         return EvaluateResult(config.final, report, card, False, 0.0, 0.0, [], 0)
@@ -126,6 +130,18 @@ def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
         acceptance_by_position=evaluation["trained"]["acceptance_by_position"],
         compared_tokens=evaluation["lossless"]["compared_tokens"],
     )
+
+
+def _hashes(config: EvaluateConfig) -> list[dict[str, str]]:
+    """What went in and came out, by the SHA-256 that the stages recorded."""
+    target = storage.read_manifest(config.model, stage="import").properties
+    dataset = storage.read_manifest(config.dataset, stage="dataset").properties
+    draft = {file.path: file.sha256 for file in storage.read_manifest(config.final).files}
+    return [
+        {"of": "target", "uri": config.model, "sha256": target.get("digest", "")},
+        {"of": "dataset", "uri": config.dataset, "sha256": dataset.get("fingerprint", "")},
+        {"of": "draft", "uri": config.final, "sha256": draft["model.safetensors"]},
+    ]
 
 
 def _tracked_metrics(evaluation: Mapping[str, Any]) -> dict[str, Any]:
