@@ -39,10 +39,40 @@ def _with_choices(spec: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
+def _without_cache(spec: dict[str, Any]) -> dict[str, Any]:
+    for component in (spec["root"], *spec["components"].values()):
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            task.pop("cachingOptions", None)
+    return spec
+
+
+def compile_documents(cache: bool = True) -> list[dict[str, Any]]:
+    """The pipeline's IR: its specification, and what it asks of Kubernetes.
+
+    Args:
+        cache: whether KFP may take over the import and the data set of an earlier run. A run of a version cannot say
+            so itself, so that a pipeline without is a version of its own.
+    """
+    spec, *platforms = _compiled()
+    spec = _with_choices(spec)
+    return [spec if cache else _without_cache(spec), *platforms]
+
+
+def as_text(documents: list[dict[str, Any]]) -> str:
+    """Documents as YAML, the same for the same content."""
+    return "---\n".join(map(_text, documents))
+
+
+def version_name(documents: list[dict[str, Any]]) -> str:
+    """Name of the pipeline's version that holds these documents: the same for the same content."""
+    spec, platform = (*documents, None)[:2]
+    digest = hashlib.sha256(json.dumps([spec, platform], sort_keys=True).encode()).hexdigest()[:12]
+    return f"{NAME}-{digest}"
+
+
 def compile_pipeline() -> str:
     """The pipeline's IR as YAML, the same for the same sources."""
-    spec, *platforms = _compiled()
-    return "---\n".join(map(_text, [_with_choices(spec), *platforms]))
+    return as_text(compile_documents())
 
 
 def compile_manifests() -> str:
@@ -50,11 +80,9 @@ def compile_manifests() -> str:
     options = KubernetesManifestOptions(pipeline_name=NAME, include_pipeline_manifest=True)
     documents = _compiled(kubernetes_manifest_format=True, kubernetes_manifest_options=options)
     version = next(document for document in documents if document["kind"] == "PipelineVersion")
-    spec = _with_choices(version["spec"]["pipelineSpec"])
-    held = [spec, version["spec"].get("platformSpec")]
-    digest = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:12]
-    version["metadata"]["name"] = version["spec"]["displayName"] = f"{NAME}-{digest}"
-    return "---\n".join(_text(document) for document in documents)
+    held = [_with_choices(version["spec"]["pipelineSpec"]), version["spec"].get("platformSpec")]
+    version["metadata"]["name"] = version["spec"]["displayName"] = version_name(held)
+    return as_text(documents)
 
 
 def _text(document: dict[str, Any]) -> str:

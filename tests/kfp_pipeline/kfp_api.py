@@ -1,0 +1,280 @@
+"""A KFP API server on 127.0.0.1: what kfp-server-api 2.17 asks of v2beta1 for pipelines, experiments and runs.
+
+It answers as the real one does, refusals included: errors as the gateway and the upload handler each write them, runs
+whose parameters do not fit their pipeline, nodes of drivers and executors among the tasks. A run does what the test's
+story says, one step of it for each time that somebody asks for the run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import ssl
+import threading
+import uuid
+from datetime import UTC, datetime
+from email import message_from_bytes
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+import yaml
+
+API = "/apis/v2beta1"
+_TYPES = {"STRING": str, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": (int, float)}
+_CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 6, 500: 13, 503: 14}
+_NEVER = "1970-01-01T00:00:00Z"
+
+
+class Refused(Exception):
+    """An answer that is not a success."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        self.status, self.sentence = status, sentence
+
+
+class KfpApi:
+    """The server.
+
+    Attributes:
+        requests: method, path and authorization header of each request.
+        story: of every run: its state, and the states of its tasks; a task's may be a pair of state and error.
+        token: that requests must have; empty for none.
+        namespaces: that callers may use; empty on a server of a single user.
+        page: whether a login page answers instead.
+        failing: status that every request gets; 0 for none.
+        hidden: kinds whose lists do not show what is there.
+        racing: kinds that somebody else makes in the moment before the caller does.
+    """
+
+    def __init__(self, namespaces=(), certificate=None) -> None:
+        self.requests: list[tuple[str, str, str]] = []
+        self.story = [("SUCCEEDED", {})]
+        self.token, self.namespaces, self.page, self.failing = "", set(namespaces), False, 0
+        self.hidden: set[str] = set()
+        self.racing: set[str] = set()
+        self.pipelines: dict[str, dict] = {}
+        self.versions: dict[str, dict] = {}
+        self.experiments: dict[str, dict] = {}
+        self.runs: dict[str, dict] = {}
+        self._looks: dict[str, int] = {}
+        self._certificate, self._port, self._server = certificate, 0, None
+
+    @property
+    def host(self) -> str:
+        return f"{'https' if self._certificate else 'http'}://127.0.0.1:{self._port}"
+
+    def __enter__(self) -> KfpApi:
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Listens, after a stop at the same port."""
+        api = self
+
+        class Answer(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                api.answer(self)
+
+            do_POST = do_GET
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Answer)
+        self._port = self._server.server_port
+        if self._certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(self._certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, request) -> None:
+        body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        url = urlsplit(request.path)
+        self.requests.append((request.command, url.path, request.headers.get("Authorization", "")))
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        try:
+            if self.page:
+                return self._send(request, 200, "text/html", b"<!doctype html><title>Sign in</title>")
+            if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
+                raise Refused(401, "Request header error: there is no user identity header")
+            if self.failing:
+                raise Refused(self.failing, "upstream connect error")
+            content = self._route(request.command, url.path.removeprefix(API), query, request.headers, body)
+            self._send(request, 200, "application/json", json.dumps(content).encode())
+        except Refused as refused:
+            said = {"error_message": refused.sentence, "error_details": f"{refused.sentence}: trace"}
+            if "/upload" not in url.path:
+                detail = {"@type": "type.googleapis.com/api.Error", **said}
+                long = f"Failed to do it: {refused.sentence}"
+                said = {"error": long, "message": long, "code": _CODES[refused.status], "details": [detail]}
+            self._send(request, refused.status, "application/json", json.dumps(said).encode())
+
+    def _send(self, request, status: int, kind: str, content: bytes) -> None:
+        request.send_response(status)
+        request.send_header("Content-Type", kind)
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        request.wfile.write(content)
+
+    def _route(self, method: str, path: str, query: dict, headers, body: bytes):
+        for verb, pattern, handle in (
+            ("GET", "/healthz", lambda: {"multi_user": bool(self.namespaces), "pipeline_store": "database"}),
+            ("GET", "/pipelines", lambda: self._list("pipelines", self.pipelines, query)),
+            ("POST", "/pipelines", lambda: self._add_pipeline(json.loads(body))),
+            ("POST", "/pipelines/upload_version", lambda: self._upload(query, headers, body)),
+            ("GET", "/pipelines/([^/]+)/versions", lambda id: self._list_versions(id, query)),
+            ("GET", "/pipelines/([^/]+)/versions/([^/]+)", lambda _, id: self._get(self.versions, id)),
+            ("GET", "/experiments", lambda: self._list("experiments", self.experiments, query)),
+            ("POST", "/experiments", lambda: self._add_experiment(json.loads(body))),
+            ("POST", "/runs", lambda: self._add_run(json.loads(body))),
+            ("GET", "/runs/([^/:]+)", self._look),
+            ("POST", "/runs/([^/:]+):terminate", self._terminate),
+        ):
+            if verb == method and (match := re.fullmatch(pattern, path)):
+                return handle(*match.groups())
+        raise Refused(404, "Not Found")
+
+    def _get(self, records: dict, id: str) -> dict:
+        if id not in records:
+            raise Refused(404, f"{id} not found")
+        return records[id]
+
+    def _namespace(self, given: str | None) -> str:
+        if not self.namespaces:
+            if given:
+                raise Refused(400, "In single-user mode, namespace cannot be given")
+            return ""
+        if not given:
+            raise Refused(400, "Namespace is empty")
+        if given not in self.namespaces:
+            raise Refused(403, f"User 'me' is not authorized (request: Namespace:{given}): Unauthorized access")
+        return given
+
+    def _list(self, kind: str, records: dict, query: dict) -> dict:
+        namespace = self._namespace(query.get("namespace"))
+        found = [r for r in records.values() if r.get("namespace", "") == namespace]
+        return self._page(kind, found, query)
+
+    def _list_versions(self, pipeline_id: str, query: dict) -> dict:
+        self._get(self.pipelines, pipeline_id)
+        found = [version for version in self.versions.values() if version["pipeline_id"] == pipeline_id]
+        return self._page("pipeline_versions", found, query)
+
+    def _page(self, kind: str, records: list, query: dict) -> dict:
+        for predicate in json.loads(query.get("filter", "{}")).get("predicates", ()):
+            if predicate["operation"] not in (1, "EQUALS"):
+                raise Refused(400, f"operation {predicate['operation']}")
+            records = [record for record in records if record[predicate["key"]] == predicate["stringValue"]]
+        if kind in self.hidden or not records:
+            return {}
+        return {kind: records, "total_size": len(records)}
+
+    def _add(self, kind: str, records: dict, id_name: str, record: dict) -> dict:
+        """Names are unique, as in the real server's tables."""
+        if kind in self.racing:
+            self.racing.remove(kind)
+            self._add(kind, records, id_name, {**record})
+        keys = ("display_name", "namespace", "pipeline_id")
+        if any(all(other.get(key) == record.get(key) for key in keys) for other in records.values()):
+            raise Refused(409, f"The name {record['display_name']} already exists")
+        record |= {id_name: str(uuid.uuid4()), "created_at": _now()}
+        records[record[id_name]] = record
+        return record
+
+    def _add_pipeline(self, given: dict) -> dict:
+        record = {**given, "namespace": self._namespace(given.get("namespace"))}
+        return self._add("pipelines", self.pipelines, "pipeline_id", record)
+
+    def _upload(self, query: dict, headers, body: bytes) -> dict:
+        self._get(self.pipelines, query["pipelineid"])
+        message = message_from_bytes(b"Content-Type: " + headers["Content-Type"].encode() + b"\r\n\r\n" + body)
+        part = next(
+            p for p in message.get_payload() if p.get_param("name", header="content-disposition") == "uploadfile"
+        )
+        spec, *platform = yaml.safe_load_all(part.get_payload(decode=True))
+        if not part.get_filename().endswith(".yaml") or "pipelineInfo" not in spec:
+            raise Refused(400, "Failed to create a pipeline version")
+        record = {
+            "pipeline_id": query["pipelineid"],
+            "name": query["name"],
+            "display_name": query["display_name"],
+            "pipeline_spec": {"pipeline_spec": spec, "platform_spec": platform[0]} if platform else spec,
+        }
+        return self._add("pipeline_versions", self.versions, "pipeline_version_id", record)
+
+    def _add_experiment(self, given: dict) -> dict:
+        record = {**given, "namespace": self._namespace(given.get("namespace"))}
+        return self._add("experiments", self.experiments, "experiment_id", record)
+
+    def _add_run(self, given: dict) -> dict:
+        experiment = self._get(self.experiments, given["experiment_id"])
+        self._check(self._spec_of(given), given.get("runtime_config", {}).get("parameters", {}))
+        run = given | {"run_id": str(uuid.uuid4()), "state": "PENDING", "created_at": _now()}
+        self.runs[run["run_id"]] = run | {"namespace": experiment["namespace"]}
+        return run
+
+    def _spec_of(self, run: dict) -> dict:
+        reference = run.get("pipeline_version_reference")
+        found = self._get(self.versions, reference["pipeline_version_id"]) if reference else run
+        return found["pipeline_spec"].get("pipeline_spec", found["pipeline_spec"])
+
+    def _check(self, spec: dict, parameters: dict) -> None:
+        inputs = spec["root"]["inputDefinitions"]["parameters"]
+        for name, value in parameters.items():
+            if name not in inputs:
+                raise Refused(400, f"parameter {name} is not an input of the pipeline")
+            wanted = inputs[name]
+            if not isinstance(value, _TYPES[wanted["parameterType"]]) or value not in wanted.get("literals", [value]):
+                raise Refused(400, f"input parameter {name} does not fit {wanted['parameterType']}")
+
+    def _look(self, run_id: str) -> dict:
+        run = self._get(self.runs, run_id)
+        if run["state"] == "CANCELING":
+            run["state"] = "CANCELED"
+            return run
+        at = self._looks[run_id] = self._looks.get(run_id, -1) + 1
+        state, tasks = self.story[min(at, len(self.story) - 1)]
+        run |= {"state": state, "run_details": {"task_details": list(self._nodes(run, tasks))}}
+        return run
+
+    def _terminate(self, run_id: str) -> dict:
+        self._get(self.runs, run_id)["state"] = "CANCELING"
+        return {}
+
+    def _nodes(self, run: dict, tasks: dict):
+        """Tasks as Argo's nodes: each has a driver, and an executor below it, which is where an error is."""
+        for name in ("pipeline-draft-model-x7k2p", "root", "root-driver"):
+            yield self._node(run, name, "RUNNING")
+        for name, states in tasks.items():
+            for found in states if isinstance(states, list) else [states]:
+                state, error = found if isinstance(found, tuple) else (found, "")
+                task = self._node(run, name, state)
+                yield task
+                yield self._node(run, f"{name}-driver", "SUCCEEDED", parent=task["task_id"])
+                yield self._node(run, "executor", state, error, parent=task["task_id"])
+
+    def _node(self, run: dict, name: str, state: str, error: str = "", parent: str = "") -> dict:
+        ended = state in ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED")
+        node = {
+            "run_id": run["run_id"],
+            "task_id": str(uuid.uuid4()),
+            "display_name": name,
+            "create_time": run["created_at"],
+            "start_time": run["created_at"],
+            "end_time": _now() if ended else _NEVER,
+            "state": state,
+            "parent_task_id": parent,
+        }
+        return node | ({"error": {"code": 13, "message": error}} if error else {})
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
