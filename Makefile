@@ -42,6 +42,7 @@ format: $(READY) ## Format the sources
 
 compile: $(READY) ## Write the compiled pipeline and its Kubernetes resources
 	@$(BIN)/draft-model compile
+	@cp src/draft_model/jobs/compute_map.json manifests/base/compute_map.json
 
 lock: ## Write requirements.lock from the newest versions that pyproject.toml admits
 	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock

@@ -1,0 +1,215 @@
+"""Recurring runs as a file in git lists them: KFP's own list is made to be the same.
+
+KFP's schedules refer to each other's ids, which a cluster gives, so they cannot be manifests. This is what the Job of
+manifests/components/recurring-runs runs after each sync. It looks runs up by their names: what is missing is created,
+what differs is deleted and created, what the file no longer has is deleted. A hash in a run's description says what it
+was made from, so that a second time changes nothing; runs without one were made by somebody else and are left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from draft_model.doors import exit_code
+from draft_model.errors import DraftModelError
+from kfp_pipeline.client import Server, connect
+from kfp_pipeline.pipeline import NAME
+from kfp_pipeline.submit import EXPERIMENT, SERVICE_ACCOUNT, check
+
+logger = logging.getLogger(__name__)
+
+_MARK = re.compile(r"\[draft-model ([0-9a-f]{12})\]$")
+_EQUALS = 1  # as kfp.Client writes the operation
+_PAGE = 100
+
+
+class Schedule(BaseModel):
+    """One recurring run.
+
+    Attributes:
+        cron: second, minute, hour, day, month, weekday; UTC.
+        parameters: of the pipeline, by name; those left out have their defaults.
+        description: shown in the UI.
+        enabled: whether runs start.
+        max_concurrency: runs of this schedule at the same time.
+        catch_up: whether those that were missed are made up for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    cron: str = Field(pattern=r"^(@[a-z]+( \S+)?|\S+( \S+){5})$")
+    parameters: dict[str, Any]
+    description: str = ""
+    enabled: bool = True
+    max_concurrency: int = Field(default=1, ge=1, le=10)
+    catch_up: bool = False
+
+    def typed(self) -> dict[str, Any]:
+        """The parameters with the types of the pipeline's inputs.
+
+        Raises:
+            DraftModelError: with all that is wrong with them.
+        """
+        # YAML reads `resume: true` as a truth value; the contract has a word there.
+        given = {n: str(v).lower() if isinstance(v, bool) else v for n, v in self.parameters.items()}
+        parameters = check(given)
+        return {name: getattr(parameters, name) for name in given}
+
+
+class Schedules(BaseModel):
+    """The file.
+
+    Attributes:
+        experiment: that lists the runs; two files for one KFP have two experiments.
+        service_account: of the runs' pods.
+        runs: by name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    experiment: str = EXPERIMENT
+    service_account: str = SERVICE_ACCOUNT
+    runs: dict[str, Schedule] = {}
+
+
+def read(file: Path) -> Schedules:
+    """Reads and validates a file of recurring runs.
+
+    Raises:
+        DraftModelError: with all problems at once.
+    """
+    try:
+        found = Schedules.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DraftModelError(f"--file: {file} cannot be read: {error}") from error
+    except ValidationError as error:
+        raise DraftModelError([f"{'.'.join(map(str, e['loc'])) or file}: {e['msg']}" for e in error.errors()]) from None
+    problems = []
+    for name, schedule in found.runs.items():
+        try:
+            schedule.typed()
+        except DraftModelError as error:
+            problems += [f"runs.{name}.parameters.{problem}" for problem in error.problems]
+    if problems:
+        raise DraftModelError(problems)
+    return found
+
+
+def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
+    """Makes KFP's recurring runs what the file says.
+
+    Args:
+        server: whose runs are meant.
+        wanted: what the file says.
+        version: of the pipeline, by its name.
+
+    Returns:
+        What was done, a line each; empty where all was so already.
+
+    Raises:
+        DraftModelError: where the version is not there, or a name is somebody else's.
+    """
+    with server.asked():
+        pipeline_id, version_id = _version(server, version)
+        experiment = server.client.create_experiment(wanted.experiment, namespace=server.namespace or None)
+        there = list(_recurring_runs(server, experiment.experiment_id))
+        if foreign := sorted({run.display_name for run in there if not _mark(run)} & wanted.runs.keys()):
+            raise DraftModelError(
+                f"runs: {', '.join(foreign)}: a recurring run of this name is there that no file made: delete it in "
+                "KFP, or take another name"
+            )
+        marks = {name: _hash(wanted, schedule, version) for name, schedule in wanted.runs.items()}
+        done, right = [], set()
+        for run in filter(_mark, there):
+            name = run.display_name
+            if marks.get(name) == _mark(run) and name not in right:
+                right.add(name)
+                continue
+            server.client.delete_recurring_run(run.recurring_run_id)
+            done.append(f"deleted {name}" if name not in marks else f"deleted {name}, which was different")
+        for name in wanted.runs.keys() - right:
+            _create(server, experiment.experiment_id, name, wanted, (pipeline_id, version_id), marks[name])
+            done.append(f"created {name}")
+    return done
+
+
+def _create(
+    server: Server, experiment_id: str, name: str, wanted: Schedules, version: tuple[str, str], mark: str
+) -> None:
+    schedule = wanted.runs[name]
+    server.client.create_recurring_run(
+        experiment_id=experiment_id,
+        job_name=name,
+        description=f"{schedule.description} [draft-model {mark}]".strip(),
+        cron_expression=schedule.cron,
+        max_concurrency=schedule.max_concurrency,
+        no_catchup=not schedule.catch_up,
+        params=schedule.typed(),
+        pipeline_id=version[0],
+        version_id=version[1],
+        enabled=schedule.enabled,
+        service_account=wanted.service_account,
+    )
+
+
+def _version(server: Server, name: str) -> tuple[str, str]:
+    """Ids of the pipeline and of its version."""
+    pipelines = server.client.list_pipelines(namespace=server.namespace or None, filter=_named(NAME)).pipelines
+    for pipeline in pipelines or ():
+        versions = server.client.list_pipeline_versions(pipeline.pipeline_id, filter=_named(name)).pipeline_versions
+        for version in versions or ():
+            return pipeline.pipeline_id, version.pipeline_version_id
+    raise DraftModelError(
+        f"--version: {server.host} has no version {name!r} of the pipeline {NAME!r}: apply manifests/pipelines first, "
+        "in the same namespace, with a server that runs with --pipelinesStoreKubernetes=true"
+    )
+
+
+def _recurring_runs(server: Server, experiment_id: str) -> Iterator[Any]:
+    token = ""
+    while True:
+        page = server.client.list_recurring_runs(page_token=token, page_size=_PAGE, experiment_id=experiment_id)
+        yield from page.recurring_runs or ()
+        if not (token := page.next_page_token or ""):
+            return
+
+
+def _mark(run: Any) -> str:
+    found = _MARK.search(run.description or "")
+    return found[1] if found else ""
+
+
+def _hash(wanted: Schedules, schedule: Schedule, version: str) -> str:
+    held = [schedule.model_dump(), wanted.service_account, version]
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _named(name: str) -> str:
+    return json.dumps({"predicates": [{"operation": _EQUALS, "key": "display_name", "stringValue": name}]})
+
+
+@click.command()
+@click.option("--file", required=True, type=click.Path(path_type=Path), help="Lists the recurring runs.")
+@click.option("--version", required=True, help="Name of the pipeline's version that they run.")
+@click.option("--host", default="", help="Address of KFP's API.  [default: KF_PIPELINES_ENDPOINT]")
+@click.option("--token-file", type=click.Path(path_type=Path), help="Holds a bearer token for KFP.")
+def main(file: Path, version: str, host: str, token_file: Path | None) -> None:
+    """Make KFP's recurring runs what a file says."""
+    wanted = read(file)
+    for line in apply(connect(host, token_file=token_file), wanted, version) or ["nothing to do"]:
+        logger.info("%s", line)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: main(standalone_mode=False)))
