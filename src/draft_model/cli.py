@@ -73,6 +73,9 @@ def dataset_command(model: str, output: str, part: tuple[int, int] | None, work:
     assistant message with "finish": "length" was cut: its end-of-turn token is not learnt. The files may be given as
     a path, a folder or a glob, on disk, s3://, gs:// or https://. What was interrupted goes on where it was.
 
+    In the output, report.html shows in colour what is learnt of three conversations, and rejected.jsonl has each line
+    that cannot be used, with its number and reason. docs/data.md has the whole of it.
+
     \b
     draft-model dataset --model s3://bucket/qwen3-8b --dataset_train_split 's3://bucket/chats/*.jsonl.gz' \\
         --chat_template qwen --output s3://bucket/dataset
