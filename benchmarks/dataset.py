@@ -159,14 +159,20 @@ CONTENDERS: dict[str, Callable[[Path, Path, Path, int], Prepared]] = {
     "speculators": speculators,
 }
 PEERS = ("SpecForge", "speculators")
-PREPARE = {"ours": "draft_model.dataset", "SpecForge": "specforge.data.preprocessing", "speculators": "speculators"}
+LIBRARIES = {
+    "ours": ("draft_model.dataset",),
+    "ours in datasets.map": ("datasets", "draft_model.dataset.encode"),
+    "datasets.map, apply_chat_template": ("datasets",),
+    "SpecForge": ("datasets", "specforge.data.preprocessing"),
+    "speculators": ("datasets", "speculators"),
+}
 
 
 def measure(name: str, model: Path, data: Path, processes: int) -> None:
     """One run in this process; prints its figures as JSON."""
     import importlib
 
-    for module in ("transformers", "datasets", PREPARE.get(name, "draft_model.dataset.encode")):
+    for module in ("transformers", *LIBRARIES[name]):
         importlib.import_module(module)
     importlib.import_module("transformers").AutoTokenizer.from_pretrained(model)  # imports more when it is used
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:processes]))
@@ -268,14 +274,20 @@ def compare_memory(model: Path, sizes: list[int]) -> None:
     """Prints peak memory by size, on short conversations and one process, which is what a small input gets."""
     from draft_model import storage
 
-    print("| conversations | seconds | peak MB |\n|---|---|---|")
+    print("| conversations | tokens | seconds | peak MB | against the first |\n|---|---|---|---|---|")
+    first = 0.0
     with tempfile.TemporaryDirectory() as folder:
         imported, data = Path(folder, "model"), Path(folder, "train.jsonl")
         storage.publish(_tokenizer_of(model, Path(folder, "files")), str(imported), stage="import", properties={})
         for size in sizes:
             generate(data, size, words=12)
             if found := run_apart("ours", sys.executable, imported, data, 1):
-                print(f"| {size:,} | {found['seconds']:.0f} | {found['peak'] / 1e6:,.0f} |", flush=True)
+                first = first or found["peak"]
+                print(
+                    f"| {size:,} | {found['tokens']:,} | {found['seconds']:.0f} | {found['peak'] / 1e6:,.0f} | "
+                    f"{found['peak'] / first:.2f} |",
+                    flush=True,
+                )
 
 
 def _tokenizer_of(model: Path, into: Path) -> Path:

@@ -4,14 +4,16 @@ import gzip
 import json
 import os
 import random
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from draft_model import storage
-from draft_model.dataset import DatasetConfig, Split, encode, load_vocabulary, run
+from draft_model.dataset import DatasetConfig, Split, encode, inputs, load_vocabulary, place, run
 from draft_model.dataset.encode import load_tokenizer
 from draft_model.dataset.words import WordTokenizer
 from draft_model.errors import DraftModelError
@@ -196,27 +198,93 @@ def test_processes_are_lowered_to_the_cores_and_said_once(tmp_path, build, monke
     assert "96 lowered to 1 (1 cores" in said[0]
 
 
-def test_what_is_built_is_not_built_again_until_something_that_shapes_it_changes(tmp_path, build):
-    path = tmp_path / "train.jsonl"
-    given = {"dataset_train_split": write(path, some_rows(20))}
+def test_what_is_built_is_not_built_again_and_nothing_is_tokenised(tmp_path, build, monkeypatch):
+    given = {"dataset_train_split": write(tmp_path / "train.jsonl", some_rows(20))}
     first = build(**given)
-    (shard,) = (tmp_path / "out" / "train").glob("*.parquet")
-    written = shard.stat().st_mtime_ns
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    monkeypatch.setattr(encode, "load_tokenizer", None)
     again = build(**given, learning_rate=0.5, build_dataset_num_proc=2)
-    assert (again.reused, shard.stat().st_mtime_ns) == (True, written)
+    assert again.reused
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == written
     assert (again.train, again.fingerprint) == (first.train, first.fingerprint)
-    config = tmp_path / "draft.json"
-    config.write_text('{"draft_vocab_size": 30}')
-    seen = {first.fingerprint}
-    validation = {"dataset_validation_split": write(tmp_path / "validation.jsonl", some_rows(3, seed=2))}
-    for changed in ({"max_length": 500}, {"model": "qwen3"}, {"draft_model_config": str(config)}, validation):
-        result = build(**given, **changed)
-        assert not result.reused
-        seen.add(result.fingerprint)
-    write(path, some_rows(21))
-    seen.add(build(**given).fingerprint)
-    assert len(seen) == 6
-    assert not (tmp_path / "out" / "validation").exists() or len(Split(tmp_path / "out" / "train")) == 21
+
+
+def change_the_content(tmp_path, model, monkeypatch):
+    write(tmp_path / "train.jsonl", some_rows(19) + some_rows(1, seed=9))
+
+
+def change_the_tokenizer(tmp_path, model, monkeypatch):
+    path = model / "tokenizer_config.json"
+    path.write_text(path.read_text().replace("<|im_end|>", "<|endoftext|>"))  # another eos_token
+
+
+def change_the_template(tmp_path, model, monkeypatch):
+    path = model / "chat_template.jinja"
+    path.write_text(path.read_text().replace("a helpful assistant", "an assistant"))
+
+
+def change_the_code(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(inputs, "FORMAT", inputs.FORMAT + 1)
+
+
+def change_a_library(tmp_path, model, monkeypatch):
+    versions = inputs.version
+    monkeypatch.setattr(inputs, "version", lambda name: versions(name) + (".1" if name == "transformers" else ""))
+
+
+def draft_of(size):
+    def change_the_draft_vocabulary(tmp_path, model, monkeypatch):
+        (tmp_path / "draft.json").write_text(json.dumps({"draft_vocab_size": size}))
+
+    return change_the_draft_vocabulary
+
+
+@pytest.mark.parametrize(
+    ("change", "parameters"),
+    [
+        (change_the_content, {}),
+        (change_the_tokenizer, {}),
+        (change_the_template, {}),
+        (change_the_code, {}),
+        (change_a_library, {}),
+        (draft_of(31), {}),
+        (None, {"max_length": 500}),
+        (None, {"max_rejected_fraction": 0.5}),
+        (None, {"dataset_validation_split": "train.jsonl"}),
+    ],
+)
+def test_a_change_of_anything_that_shapes_it_builds_it_anew(tmp_path, models, monkeypatch, change, parameters):
+    model = tmp_path / "model"
+    shutil.copytree(models["qwen2"], model)
+    draft_of(30)(tmp_path, model, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "train.jsonl", some_rows(20))
+
+    def build(**parameters):
+        storage.publish(model, str(model), stage="import", properties={})
+        given = Parameters(
+            dataset_train_split="train.jsonl", draft_model_config="draft.json", chat_template="qwen",
+            build_dataset_num_proc=1, **parameters,
+        )  # fmt: skip
+        return run(DatasetConfig(str(model), str(tmp_path / "out"), given, tmp_path / "work"))
+
+    first = build()
+    assert build().reused
+    if change:
+        change(tmp_path, model, monkeypatch)
+    second = build(**parameters)
+    assert not second.reused
+    assert second.fingerprint != first.fingerprint
+
+
+def test_pods_of_a_pipeline_meet_at_a_place_that_goes_by_what_shapes_the_data_set():
+    def at(version="1", uri="", **changed):
+        return place(Parameters(dataset_train_split="a.jsonl", **changed), "s3://b/model/", version, uri)
+
+    assert at().startswith("s3://b/model-datasets/")
+    assert at(build_dataset_num_proc=2, learning_rate=0.5, dataset_pods=8) == at()
+    assert len({at(), at(version="2"), at(max_length=64), at(chat_template="qwen")}) == 4
+    assert at(uri="s3://b/run") == "s3://b/run/dataset"
 
 
 def test_too_many_faulty_lines_stop_the_stage_with_the_first_ten_of_both_splits(tmp_path, build):
@@ -237,6 +305,38 @@ def test_too_many_faulty_lines_stop_the_stage_with_the_first_ten_of_both_splits(
     assert build(
         dataset_train_split=train, dataset_validation_split=validation, max_rejected_fraction=0.12
     ).train.rows_rejected == 12  # fmt: skip
+
+
+def test_byte_order_mark_carriage_returns_and_blank_lines_change_nothing(tmp_path, build):
+    rows = some_rows(20)
+    build(dataset_train_split=write(tmp_path / "plain.jsonl", rows), out="plain")
+    lines = [json.dumps(row_, ensure_ascii=False).encode() for row_ in rows]
+    odd = tmp_path / "odd.jsonl"
+    odd.write_bytes(b"\xef\xbb\xbf" + b"\r\n \r\n".join(lines))
+    result = build(dataset_train_split=str(odd), out="odd")
+    assert (result.train.rows_in, result.train.rows_rejected) == (20, 0)
+    plain, odd = Split(tmp_path / "plain" / "train"), Split(tmp_path / "odd" / "train")
+    for index in range(20):
+        assert odd[index].input_ids.tolist() == plain[index].input_ids.tolist()
+        assert odd[index].loss_mask.tolist() == plain[index].loss_mask.tolist()
+        assert (plain.line(index), odd.line(index)) == (index + 1, 2 * index + 1)
+
+
+def test_the_mask_of_real_conversations_is_their_answers(tmp_path, build, models):
+    examples = Path(__file__).parents[2] / "examples" / "smollm2" / "validation.jsonl.gz"
+    result = build(model="smol-bare", dataset_train_split=str(examples), max_length=20_000)
+    with gzip.open(examples, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    assert result.train.rows_kept == len(rows) > 50
+    tokenizer = load_tokenizer(models["smol-bare"])
+    split = Split(tmp_path / "out" / "train")
+    for index, row_ in enumerate(rows):
+        tokens = split[index]
+        answers = [turn for turn in row_["conversations"] if turn["role"] == "assistant"]
+        ends = ["" if turn.get("finish") == "length" else "<|im_end|>" for turn in answers]
+        supervised = tokenizer.decode(tokens.input_ids[tokens.loss_mask])
+        assert supervised == "".join(turn["content"] + end for turn, end in zip(answers, ends, strict=True))
+    assert any(turn.get("finish") == "length" for row_ in rows for turn in row_["conversations"])
 
 
 @pytest.mark.parametrize("content", [[b""], [b"\xef\xbb\xbf  ", b"\r"]])
@@ -352,7 +452,10 @@ def test_the_report_shows_three_conversations_coloured_and_runs_no_markup_of_the
         assert marked == f"answer {number} {HOSTILE}<|im_end|>"
         assert f"{HOSTILE} {number}<|im_end|>" in whole
     text = " ".join(seen.text.split())
-    for told in ("rows in 6", "kept 5", "rejected 1", "unknown role", "1 5", "100.00 %", "<b>x<b>.jsonl"):
+    for told in (
+        "rows in 6", "kept 5", "rejected 1", "unknown role", "1 5", "100.00 %", "<b>x<b>.jsonl", "Lengths in tokens",
+        "Assistant turns", "cut to the longest length 0", "Draft vocabulary by size",
+    ):  # fmt: skip
         assert told in text
 
 

@@ -73,12 +73,27 @@ def test_shards_that_the_index_does_not_name_are_not_read_and_missing_ones_are_n
         Split(tmp_path / "split")
 
 
-def test_the_datasets_library_reads_the_shards(tmp_path):
-    from datasets import Dataset
+def test_reading_holds_a_row_group_and_not_the_data_set(tmp_path):
+    import pyarrow as pa
 
-    write(tmp_path / "train", [[3, 1, 2]])
-    paths = [str(path) for path in (tmp_path / "train").glob("*.parquet")]
-    read = Dataset.from_parquet(paths, cache_dir=str(tmp_path / "cache"))
-    assert read["input_ids"][:] == [[0, 1, 2], [3], [4, 5]]
-    assert read["loss_mask"][:] == [[True, False, False], [True], [False, False]]
-    assert json.dumps(read["line"][:]) == "[1, 2, 3]"
+    write(tmp_path / "split", [[500] * 256] * 40, 2048)  # 20 MB of tokens in five shards
+    split = Split(tmp_path / "split")
+    before = held = pa.total_allocated_bytes()
+    for index in [*range(len(split)), *range(0, len(split), 97)]:  # in order, and here and there
+        assert split[index].loss_mask.shape == (500,)
+        held = max(held, pa.total_allocated_bytes())
+    assert 0 < held - before < 2 << 20
+
+
+def test_the_datasets_library_reads_the_shards_that_the_index_names(tmp_path):
+    from datasets import load_dataset
+
+    write(tmp_path / "train", [[3, 1, 2], [2]], 3)
+    (tmp_path / "train" / "part-9.parquet").write_bytes(b"of an earlier build")
+    names = [shard["name"] for shard in json.loads((tmp_path / "train" / INDEX).read_text())]
+    files = [str(tmp_path / "train" / name) for name in names]
+    read = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert read["input_ids"][:] == [[0, 1, 2], [3], [4, 5], [6, 7]]
+    assert read["loss_mask"][:] == [[True, False, False], [True], [False, False], [True, False]]
+    streamed = load_dataset("parquet", data_files=files, split="train", streaming=True)
+    assert [row["length"] for row in streamed] == [3, 1, 2, 2]

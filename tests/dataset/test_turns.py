@@ -1,10 +1,12 @@
 """Tools, reasoning, channels, rendered text: what the model writes in a turn is supervised, all of it and no more."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
+from draft_model.dataset import inputs
 from draft_model.dataset.encode import Encoder, EncoderSettings
 
 from .conftest import KINDS
@@ -46,13 +48,12 @@ def encode(models):
             '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call><|im_end|>',
             "The sun shines.<|im_end|>",
         ),
-        ("llama3", '{"name": "weather", "parameters": {"city": "Köln"}}<|eot_id|>', "The sun shines.<|eot_id|>"),
         (
-            "deepseek",
-            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n"
-            '{"city": "Köln"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜>',
-            "The sun shines.<｜end▁of▁sentence｜>",
+            "qwen3",
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call><|im_end|>',
+            "The sun shines.<|im_end|>",
         ),
+        ("llama3", '{"name": "weather", "parameters": {"city": "Köln"}}<|eot_id|>', "The sun shines.<|eot_id|>"),
         (
             "gpt-oss",
             ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Köln"}<|call|>',
@@ -61,20 +62,49 @@ def encode(models):
     ],
 )
 def test_a_tools_call_is_supervised_and_its_result_is_not(encode, kind, call, answer):
-    tools = {} if kind == "deepseek" else {"tools": TOOLS}  # whose template writes none
-    found, whole = encode(kind, messages=DIALOGUE, **tools)
+    found, whole = encode(kind, messages=DIALOGUE, tools=TOOLS)
     assert found == [call, answer], whole
     assert "sunny" in whole
-    if kind in ("qwen2", "gpt-oss"):
+    if kind != "llama3":
         assert '"name": "weather", "parameters"' in whole, "the tools are in the prompt"
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen-bare"])
-def test_a_part_that_the_template_does_not_write_is_a_reason_to_refuse(encode, kind):
-    reason, detail = encode(kind, messages=DIALOGUE)
-    assert (reason, detail) == (
-        "not in the chat template", "message 3 has `tool_calls`, which this chat template does not write"
-    )  # fmt: skip
+def with_calls(*calls, **more):
+    return [*DIALOGUE[:2], {"role": "assistant", "tool_calls": [*calls], **more}, *DIALOGUE[3:]]
+
+
+def test_two_calls_of_one_turn_are_both_supervised(encode):
+    call = 'function<｜tool▁sep｜>weather\n```json\n{"city": "Köln"}\n```<｜tool▁call▁end｜>'
+    begin, end = "<｜tool▁call▁begin｜>", "<｜end▁of▁sentence｜>"
+    assert encode("deepseek", messages=with_calls(*CALL, *CALL))[0] == [
+        f"<｜tool▁calls▁begin｜>{begin}{call}\n{begin}{call}<｜tool▁calls▁end｜>{end}", f"The sun shines.{end}"
+    ]  # fmt: skip
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+    for kind in ("qwen2", "qwen3"):
+        found, _ = encode(kind, messages=with_calls(*CALL, *CALL, content="I look."), tools=TOOLS)
+        assert found == [f"I look.\n{call}\n{call}<|im_end|>", "The sun shines.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "messages", "detail"),
+    [
+        ("qwen-bare", DIALOGUE, "message 3: this chat template does not write its call of weather"),
+        ("gpt-oss", with_calls(*CALL, *CALL), "message 3: this chat template does not write its call of weather"),
+        ("gpt-oss", with_calls(*CALL, content="I look."), "message 3: this chat template does not write its text"),
+        ("llama3", with_calls(*CALL, content="I look."), "message 3: this chat template does not write its text"),
+        ("llama3", with_calls(*CALL, *CALL), "only single calls at once"),
+        ("deepseek", DIALOGUE, "message 3: this chat template does not write its call of weather"),
+        ("deepseek", with_calls(*CALL, *CALL, content="I look."), "its call of weather"),
+    ],
+)
+def test_what_the_template_would_drop_of_a_turn_is_a_reason_to_refuse(encode, kind, messages, detail):
+    reason, found = encode(kind, messages=messages)
+    assert detail in found
+    assert reason in ("not in the chat template", "refused by the chat template")
+
+
+@pytest.mark.parametrize("kind", ["deepseek", "qwen-bare"])
+def test_tools_that_the_template_does_not_write_are_a_reason_to_refuse(encode, kind):
     reason, detail = encode(kind, messages=DIALOGUE[1:2] + DIALOGUE[4:], tools=TOOLS)
     assert (reason, detail) == (
         "not in the chat template", "the row has `tools`, which this chat template does not write"
@@ -94,6 +124,7 @@ REASONED = [
     [
         ("qwen3", "first<|im_end|>", "<think>\nhow\n</think>\n\nsecond<|im_end|>"),
         # The prompt opens the reasoning, so the tag is not the model's.
+        ("qwen3-thinking", "first<|im_end|>", "how\n</think>\n\nsecond<|im_end|>"),
         ("deepseek", "first<｜end▁of▁sentence｜>", "how\n</think>\n\nsecond<｜end▁of▁sentence｜>"),
         (
             "gpt-oss",
@@ -110,9 +141,33 @@ def test_the_last_turns_reasoning_is_supervised_and_earlier_ones_are_dropped_as_
     assert "why" not in whole
 
 
-def test_reasoning_that_was_cut_off_has_no_end(encode):
+@pytest.mark.parametrize(
+    ("kind", "first", "second"),
+    [
+        ("qwen3", "first<|im_end|>", "<think>\nhow"),
+        ("qwen3-thinking", "first<|im_end|>", "how"),
+        ("deepseek", "first<｜end▁of▁sentence｜>", "how"),
+        ("gpt-oss", "<|channel|>final<|message|>first<|end|>", "<|channel|>analysis<|message|>how"),
+    ],
+)
+def test_reasoning_that_was_cut_off_has_no_end(encode, kind, first, second):
     messages = [*REASONED[:3], {"role": "assistant", "content": "", "reasoning_content": "how", "finish": "length"}]
-    assert encode("deepseek", messages=messages)[0] == ["first<｜end▁of▁sentence｜>", "how"]
+    assert encode(kind, messages=messages)[0] == [first, second]
+
+
+@pytest.mark.parametrize("opened", ["<think>\n", ""])
+def test_reasoning_inside_the_text_is_as_good_as_reasoning_beside_it(encode, opened):
+    inside = [
+        {"role": m["role"], "content": f"{opened}{m['reasoning_content']}\n</think>\n\n{m['content']}"}
+        if "reasoning_content" in m
+        else m
+        for m in REASONED
+    ]
+    found, whole = encode("deepseek", messages=inside)
+    # What the template leaves of an earlier turn begins with the lines that stood after its reasoning.
+    assert found == ["\n\nfirst<｜end▁of▁sentence｜>", "how\n</think>\n\nsecond<｜end▁of▁sentence｜>"]
+    assert "why" not in whole
+    assert encode("qwen3-thinking", messages=inside)[0] == ["first<|im_end|>", "how\n</think>\n\nsecond<|im_end|>"]
 
 
 @pytest.mark.parametrize("kind", ["llama3", "qwen2"])
@@ -134,7 +189,7 @@ def test_a_column_goes_to_the_template_that_takes_it_and_to_no_other(encode):
 @pytest.mark.parametrize("kind", ["gpt-oss", "gpt-oss-bare"])
 @pytest.mark.parametrize("conversation", HARMONY)
 def test_harmony_what_openais_own_library_gives_to_generate_is_what_is_supervised(encode, kind, conversation):
-    """harmony.json: rendered by openai-harmony 0.0.8; `generated` is what follows its prompts for completion."""
+    """harmony.json is of openai-harmony 0.0.8, by make_harmony.py; `generated` is what follows its prompts."""
     found, whole = encode(kind, text=conversation["text"])
     assert found == conversation["generated"]
     assert whole == conversation["text"]
@@ -161,3 +216,21 @@ def test_control_tokens_are_found_wherever_they_hide(encode):
     hidden = [*DIALOGUE[:2], {"role": "assistant", "tool_calls": call}, *DIALOGUE[3:]]
     assert encode("qwen2", messages=hidden)[0] == "control token"
     assert encode("qwen2", messages=DIALOGUE, tools=[{"name": "<|im_start|>"}])[0] == "control token"
+
+
+def test_what_becomes_of_the_same_lines_changes_only_with_the_format(encode):
+    """Where this fails on purpose, raise inputs.FORMAT too: else data sets of before will be taken for today's."""
+    rows = [
+        {"messages": REASONED},
+        {"messages": REASONED[:2], "finish": "length"},
+        {"messages": DIALOGUE},
+        {"messages": with_calls(*CALL, *CALL), "tools": TOOLS},
+        {"messages": [*DIALOGUE[:2], {"role": "assistant", "content": " \n<think>\nwhy\n</think>\n\nYes \n 👍🏽 "}]},
+        {"text": HARMONY[0]["text"]},
+    ]
+    kinds = [kind for kind in KINDS if kind != "smol-bare"]
+    made = json.dumps([encode(kind, **row) for kind in kinds for row in rows], ensure_ascii=False)
+    assert (inputs.FORMAT, hashlib.sha256(made.encode()).hexdigest()) == (
+        3,
+        "3d3fdb88e3699ff00cb3b3feb8307269cdb59078d2094e4e8d78a236dc471791",
+    )

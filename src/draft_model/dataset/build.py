@@ -19,10 +19,11 @@ from typing import Any
 from draft_model import storage
 from draft_model.dataset import part
 from draft_model.dataset.encode import Encoder, EncoderSettings
-from draft_model.dataset.inputs import Inputs, read_inputs
+from draft_model.dataset.inputs import Inputs, read_inputs, shaping
 from draft_model.dataset.merge import merge
+from draft_model.dataset.pieces import share
+from draft_model.dataset.render import check_fit
 from draft_model.dataset.tally import SplitSummary
-from draft_model.dataset.templates import check_fit
 from draft_model.parameters import Parameters
 from draft_model.tracking import tracked
 
@@ -102,7 +103,7 @@ def run(config: DatasetConfig) -> DatasetResult:
     return result
 
 
-def run_part(config: DatasetConfig, number: int, parts: int) -> None:
+def run_part(config: DatasetConfig, number: int, parts: int) -> list[tuple[str, str]]:
     """Builds one of several parts of the data set; `run` makes it whole when all are there.
 
     Args:
@@ -110,14 +111,21 @@ def run_part(config: DatasetConfig, number: int, parts: int) -> None:
         number: which part, from 0.
         parts: how many parts there are.
 
+    Returns:
+        The part's files, and which pieces of each.
+
     Raises:
         DraftModelError: an input is missing or unreadable, or the inputs do not fit each other.
     """
     inputs = read_inputs(config.parameters, config.model, config.work)
     if _built_before(config.output, inputs.fingerprint):
         log.info("%s is already built from the same inputs; nothing to do", config.output)
-        return
-    _encode(config, inputs, number, parts)
+    else:
+        _encode(config, inputs, number, parts)
+    return [
+        (source.file.uri, f"{units.start + 1} to {units.stop} of {source.count()}" if units else "all")
+        for source, units in share(inputs.sources, number, parts)
+    ]
 
 
 def place(parameters: Parameters, model: str, data_version: str, storage_uri: str) -> str:
@@ -131,8 +139,8 @@ def place(parameters: Parameters, model: str, data_version: str, storage_uri: st
     """
     if storage_uri:
         return storage.join(storage_uri, "dataset")
-    shaping = [data_version, parameters.of_stage("dataset")]
-    key = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+    shaped_by = [data_version, shaping(parameters)]
+    key = hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()
     return f"{model.rstrip('/')}-datasets/{key[:16]}"
 
 

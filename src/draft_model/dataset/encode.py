@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from draft_model.dataset.reader import Line, Rejected, Row, parse
-from draft_model.dataset.templates import TEMPLATES, Renderer, Span
+from draft_model.dataset.render import Renderer
+from draft_model.dataset.templates import TEMPLATES, Span
 from draft_model.dataset.words import WordTokenizer
 from draft_model.errors import DraftModelError
 
@@ -35,7 +36,7 @@ Tag = TypeVar("Tag")
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """All that shapes an encoder; small, so that it can be sent to another process.
+    """All that shapes an encoder.
 
     Attributes:
         tokenizer: folder with the target's tokenizer files and config.json.
@@ -216,10 +217,10 @@ def _joined(pieces: Sequence[Sequence[int]], length: int) -> tuple[NDArray[np.in
 _worker: Encoder | None = None
 
 
-def _start_worker(settings: EncoderSettings) -> None:
+def _start_worker(encoder: Encoder) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _worker = Encoder(settings)
+    _worker = encoder
 
 
 def _encode_in_worker(lines: Sequence[Line]) -> Encoded:
@@ -231,12 +232,12 @@ class Encoders:
     """Encodes chunks in order, in this process or on several; a context manager.
 
     Args:
-        encoder: this process's own; others make themselves one of its settings.
+        encoder: is sent to the others as it is: to load the tokenizer anew would take each of them three seconds, and
+            300 MB of modules that encoding does not need.
         processes: how many; 1 works in this process.
     """
 
     def __init__(self, encoder: Encoder, processes: int) -> None:
-        self.settings = encoder.settings
         self._encoder = encoder
         self._processes = processes
         self._pool: ProcessPoolExecutor | None = None
@@ -246,7 +247,7 @@ class Encoders:
         if self._processes > 1:
             # spawn: a fork after the tokenizer's threads have run can hang.
             self._pool = ProcessPoolExecutor(
-                self._processes, multiprocessing.get_context("spawn"), _start_worker, (self.settings,)
+                self._processes, multiprocessing.get_context("spawn"), _start_worker, (self._encoder,)
             )
             self._exit.callback(self._pool.shutdown, cancel_futures=True)
         return self
@@ -288,7 +289,7 @@ def usable_processes(wanted: int, size: int) -> int:
 
     Args:
         wanted: parameter build_dataset_num_proc.
-        size: bytes of all input files; a process takes seconds to start, so small inputs get fewer.
+        size: bytes of all input files; a process takes a second to start, so small inputs get fewer.
     """
     cores = _cores()
     processes = max(1, min(wanted, cores, size // BYTES_PER_PROCESS))
@@ -298,8 +299,8 @@ def usable_processes(wanted: int, size: int) -> int:
     return processes
 
 
-BYTES_PER_PROCESS = 24 << 20
-"""What a process encodes in about the time that it takes to start (benchmarks/README.md)."""
+BYTES_PER_PROCESS = 8 << 20
+"""What a process encodes in twice the time that it takes to start (benchmarks/README.md)."""
 
 
 def _cores() -> int:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from draft_model.dataset import vocabulary
 from draft_model.dataset.encode import Encoder
-from draft_model.dataset.inputs import Inputs
+from draft_model.dataset.inputs import Inputs, shaping
 from draft_model.dataset.part import counts_name, read_counts
 from draft_model.dataset.pieces import Source
 from draft_model.dataset.report import colour, write_report
@@ -155,8 +155,7 @@ def _describe(
         "max_length": parameters.max_length,
         "splits": splits,
         "fingerprint": inputs.fingerprint,
-        # The number of processes shapes nothing, and the same data has the same bytes whatever it was.
-        "parameters": {k: v for k, v in parameters.of_stage("dataset").items() if k != "build_dataset_num_proc"},
+        "parameters": shaping(parameters),
     }
     report = properties | {
         "sources": {

@@ -14,8 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from draft_model.dataset.reader import Message, Rejected, Row
-from draft_model.errors import DraftModelError
+from draft_model.dataset.reader import Rejected, Row
 
 # A template that writes today's date would make another data set each day.
 _ONE_DATE = "{% macro strftime_now(format) %}{{ {'%d %b %Y': '26 Jul 2024'}.get(format, '2024-07-26') }}{% endmacro +%}"
@@ -80,16 +79,17 @@ class Template:
         for number, message in enumerate(row.messages, start=1):
             where = f"message {number} ({message['role']})"
             for value in message.values():
-                self._refuse_in(value if isinstance(value, str) else _as_json(value), where)
+                self._refuse_in(value if isinstance(value, str) else as_json(value), where)
         if row.tools:
-            self._refuse_in(_as_json(row.tools), "`tools`")
+            self._refuse_in(as_json(row.tools), "`tools`")
 
     def _refuse_in(self, text: str, where: str) -> None:
         if "<" in text and (found := next((token for token in self.control if token in text), None)):
             raise Rejected("control token", f"{where} contains {found}")
 
 
-def _as_json(value: Any) -> str:
+def as_json(value: Any) -> str:
+    """JSON text, as templates write it; nothing for None."""
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
@@ -178,210 +178,3 @@ def template_text(tokenizer: Any, template: Template) -> str:
     """The Jinja text to render with: the tokenizer's own, else the named one's; its date is fixed."""
     text: str = tokenizer.get_chat_template() if tokenizer.chat_template else template.jinja
     return _ONE_DATE + text if "strftime_now" in text else text
-
-
-_OURS = {"messages", "tools", "add_generation_prompt", "continue_final_message", "strftime_now", "raise_exception"}
-
-
-class Renderer:
-    """Writes conversations as the target reads them, and finds the assistant's turns in them.
-
-    Args:
-        tokenizer: the target's.
-        template: the one that parameter chat_template names.
-    """
-
-    def __init__(self, tokenizer: Any, template: Template) -> None:
-        self.tokenizer = tokenizer
-        self.template = template
-        self.jinja = template_text(tokenizer, template)
-        self._columns = _variables(self.jinja) - _OURS - set(tokenizer.special_tokens_map)
-        self._reasons = bool(re.search(r"\b(?:reasoning_content|thinking)\b", self.jinja))
-        self.scaffold = self._scaffold()
-        self._turns = template.turns(self.scaffold)
-
-    def render(self, row: Row) -> tuple[str, list[Span]]:
-        """Writes one conversation.
-
-        Returns:
-            Its text, and the assistant's turns in it.
-
-        Raises:
-            Rejected: the chat template refuses the conversation, does not write a part of it, or its turns cannot
-                be told apart.
-        """
-        if row.text:
-            return row.text, self._spans_of_text(row.text)
-        self.template.refuse_control_tokens(row)
-        text = self._conversation(row)
-        spans = self.spans(text)
-        if len(spans) != row.answers:
-            raise Rejected(
-                "assistant turns not found",
-                f"{row.answers} assistant turns given, {len(spans)} in what the chat template makes of them",
-            )
-        return text, spans
-
-    def spans(self, text: str) -> list[Span]:
-        """The assistant turns of a rendered conversation, in order."""
-        return [Span(m.start("content"), m.end("content"), m.end("end")) for m in self._turns.finditer(text)]
-
-    def _spans_of_text(self, text: str) -> list[Span]:
-        """The same of text that was rendered elsewhere; its last turn may lack the end."""
-        spans = self.spans(text)
-        end = self.template.ends[0]
-        if len(open_ended := self.spans(text + end)) > len(spans):
-            spans.append(Span(open_ended[-1].start, len(text), len(text)))
-        if not spans:
-            raise Rejected("no assistant turn", f"`text` has no {self.template.header!r}")
-        return spans
-
-    def _conversation(self, row: Row) -> str:
-        columns = {name: value for name, value in row.columns.items() if name in self._columns}
-        if row.tools and not re.search(r"\btools\b", self.jinja):
-            raise Rejected("not in the chat template", "the row has `tools`, which this chat template does not write")
-        for number, message in enumerate(row.messages, start=1):
-            if message.get("tool_calls") and "tool_calls" not in self.jinja:
-                raise Rejected(
-                    "not in the chat template",
-                    f"message {number} has `tool_calls`, which this chat template does not write",
-                )
-        if any("reasoning_content" in message for message in row.messages) and not self._reasons:
-            return self._with_reasoning(row, columns)
-        try:
-            return self._write(row.messages, row.tools, columns)
-        except TypeError as error:  # some templates want the arguments of a call as JSON text
-            messages = [_arguments_as_text(message) for message in row.messages]
-            if messages == row.messages:
-                raise Rejected("refused by the chat template", str(error)) from None
-        try:
-            return self._write(messages, row.tools, columns)
-        except TypeError as error:
-            raise Rejected("refused by the chat template", str(error)) from None
-
-    def _with_reasoning(self, row: Row, columns: dict[str, Any]) -> str:
-        """For a template that opens the model's reasoning and writes none: the last turn as it was generated.
-
-        The reasoning of earlier turns is left out, as an engine leaves it out of the prompt.
-        """
-        if "<think>" not in self.scaffold:
-            raise Rejected("not in the chat template", "`reasoning_content`, which this chat template does not write")
-        messages = [{k: v for k, v in message.items() if k != "reasoning_content"} for message in row.messages]
-        last = row.messages[-1]
-        if "reasoning_content" not in last or last.get("tool_calls"):
-            return self._write(messages, row.tools, columns)
-        answer = f"\n</think>\n\n{last['content']}" if last["content"] else ""
-        prompt = self._write(messages[:-1], row.tools, columns, add_generation_prompt=True)
-        return f"{prompt}{last['reasoning_content']}{answer}{self.template.ends[0]}"
-
-    def _write(
-        self, messages: list[Message], tools: Any, columns: dict[str, Any], *, add_generation_prompt: bool = False
-    ) -> str:
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        if self._reasons:  # gpt-oss calls it by another name
-            messages = [
-                {**message, "thinking": message["reasoning_content"]} if "reasoning_content" in message else message
-                for message in messages
-            ]
-        try:
-            # What `apply_chat_template` calls too, which leaves out a content of None that some templates ask for.
-            (text,), _ = render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=self.jinja,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-                **columns,
-            )
-            if not text.isascii():
-                text.encode("utf-8")
-        except (jinja2.TemplateError, ValueError) as error:
-            raise Rejected("refused by the chat template", str(error)) from None
-        return str(text)
-
-    def _scaffold(self) -> str:
-        """What the template writes after the header, where the model is to begin."""
-        try:
-            prompt = self._write([{"role": "user", "content": _QUESTION}], None, {}, add_generation_prompt=True)
-        except (Rejected, TypeError):
-            return ""
-        return prompt.rpartition(self.template.header)[2] if self.template.header in prompt else ""
-
-
-def _variables(jinja: str) -> set[str]:
-    """What a template reads from outside."""
-    import jinja2
-    from jinja2 import meta
-
-    source = re.sub(r"{%-?\s*(?:end)?generation\s*-?%}", "", jinja)  # a tag of transformers' own
-    try:
-        parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)  # noqa: S701 - renders nothing
-    except jinja2.TemplateError:
-        return set()
-    return set(meta.find_undeclared_variables(parsed))
-
-
-def _arguments_as_text(message: Message) -> Message:
-    if not message.get("tool_calls"):
-        return message
-    calls = [
-        {**call, "function": {**call["function"], "arguments": _as_json(call["function"]["arguments"])}}
-        for call in message["tool_calls"]
-    ]
-    return {**message, "tool_calls": calls}
-
-
-def check_fit(tokenizer: Any, template: Template) -> None:
-    """Sees that a tokenizer and a named template belong together, on a probe conversation.
-
-    Args:
-        tokenizer: the target's.
-        template: the one that parameter chat_template names.
-
-    Raises:
-        DraftModelError: the tokenizer lacks the template's turn markers, or its own chat template writes
-            other ones; says what was found and which of the four names fits.
-    """
-    if _fits(tokenizer, template):
-        return
-    fitting = [other.name for other in TEMPLATES.values() if _fits(tokenizer, other)]
-    advice = f"use {' or '.join(fitting)}" if fitting else f"none of {', '.join(TEMPLATES)} fits this model"
-    if tokenizer.chat_template:
-        found = f"the tokenizer's own chat template writes {_probe(tokenizer, template)[0][-160:]!r}"
-    else:
-        absent = ", ".join(_absent(tokenizer, template))
-        found = f"the tokenizer has no chat template, and as tokens it lacks {absent}"
-    raise DraftModelError(
-        f"chat_template: given {template.name!r}, whose assistant turns begin with {template.header!r}; "
-        f"{found}: {advice}"
-    )
-
-
-_QUESTION, _ANSWER = "probing question", "probing answer"
-_PROBE = Row(messages=[{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}])
-
-
-def _probe(tokenizer: Any, template: Template) -> tuple[str, list[str]]:
-    """What the tokenizer's template makes of the probe, and the contents of the turns that are found in it."""
-    renderer = Renderer(tokenizer, template)
-    try:
-        text = renderer._conversation(_PROBE)
-    except Rejected as refusal:
-        return refusal.detail, []
-    return text, [text[span.start : span.end] for span in renderer.spans(text)]
-
-
-def _fits(tokenizer: Any, template: Template) -> bool:
-    text, found = _probe(tokenizer, template)
-    return [turn.strip() for turn in found] == [template.opening + _ANSWER] and not _absent(tokenizer, template, text)
-
-
-def _absent(tokenizer: Any, template: Template, text: str | None = None) -> list[str]:
-    """The control tokens (of `text`, else all) that the tokenizer would spell in pieces."""
-    return [
-        token
-        for token in template.control
-        if (text is None or token in text) and len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1
-    ]

@@ -107,7 +107,10 @@ class ShardWriter:
 
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = pq.ParquetWriter(self._path, group.schema, compression="zstd")
+            # Token ids repeat too seldom for a dictionary: without one, files are smaller and faster to write.
+            self._file = pq.ParquetWriter(
+                self._path, group.schema, compression="zstd", use_dictionary=False, write_statistics=False
+            )
         self._file.write_table(group)
 
 
