@@ -122,8 +122,9 @@ def _for_here(compiled: str) -> str:
     documents = list(yaml.safe_load_all(compiled))
     for executor in documents[0]["deploymentSpec"]["executors"].values():
         executor["container"].pop("env", None)
-    for task in documents[0]["root"]["dag"]["tasks"].values():
-        task.pop("retryPolicy", None)
+    for component in documents[0]["components"].values():
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            task.pop("retryPolicy", None)
     return yaml.safe_dump_all(documents)
 
 

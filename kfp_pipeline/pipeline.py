@@ -1,4 +1,4 @@
-"""The pipeline `pipeline_draft_model`: import, dataset, train, evaluate.
+"""The pipeline `pipeline_draft_model`: import, dataset, train, evaluate, and whatever happens a clean-up.
 
 Its inputs are the records of `draft_model.parameters`, in their order: the signature is made from them, so that a
 parameter is written down once. Big things pass between the steps as URIs in object storage, with an artifact beside
@@ -6,18 +6,19 @@ each for lineage; no model ever crosses a coordinating pod.
 """
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 from kfp import dsl, kubernetes
 
 from draft_model.jobs.place import IMAGE
-from draft_model.parameters import PARAMETERS, Stage, parameters_of
+from draft_model.parameters import PARAMETERS
 from kfp_pipeline.components.build_dataset import build_dataset
 from kfp_pipeline.components.clean_up import clean_up
 from kfp_pipeline.components.encode_dataset import encode_dataset
 from kfp_pipeline.components.evaluate_draft_model import evaluate_draft_model
 from kfp_pipeline.components.images import IMAGES
 from kfp_pipeline.components.import_model import import_model
+from kfp_pipeline.components.import_tokenizer import import_tokenizer
 from kfp_pipeline.components.plan_dataset import plan_dataset
 from kfp_pipeline.components.preflight import preflight
 from kfp_pipeline.components.resolve_compute import resolve_compute
@@ -26,12 +27,13 @@ from kfp_pipeline.components.train_draft_model import train_draft_model
 NAME = "pipeline-draft-model"
 STORE = "draft-model-object-store"
 """ConfigMap with the object store's `endpoint` and `region`; where it is absent, those of AWS."""
+STEP = "draft-model/step"
+"""Label of a step's pod: the name of its task."""
 
+CACHED = ("import-model", "encode-dataset", "build-dataset")
+"""What depends on its inputs alone. All else looks at the moment: the cluster, the model's version, the data files."""
 
-class Outputs(NamedTuple):
-    """What the pipeline gives back."""
-
-    output_model_path: dsl.Model
+OUTPUT, STEPS = "output_model_path", "exit-handler-1"
 
 
 def _description() -> str:
@@ -43,49 +45,46 @@ def _description() -> str:
     return "\n".join(lines)
 
 
-def _pipeline(*values: Any) -> Any:
+def _pipeline(*values: Any) -> None:
     inputs = dict(zip((parameter.name for parameter in PARAMETERS), values, strict=True))
+    left = clean_up(run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, **_given(clean_up, inputs))
+    with dsl.ExitHandler(left):
+        _steps(inputs)
+    for task in dsl.pipeline_context.Pipeline.get_default_pipeline().tasks.values():
+        _with_store(task, inputs["object_store_secret"])
+        _confined(task)
+        task.set_caching_options(task.name in CACHED)
 
-    def of(stage: Stage) -> dict[str, Any]:
-        return {parameter.name: inputs[parameter.name] for parameter in parameters_of(stage)}
 
-    storage_uri = inputs["storage_uri"]
-    checked = preflight(**inputs).set_caching_options(False)
-    nodes = _resolved(inputs).after(checked)
-    imported = _on_nodes(import_model(**of("import"), storage_uri=storage_uri), nodes)
-    model_uri = imported.outputs["Output"]
-    planned = plan_dataset(
-        model_uri=model_uri, **of("dataset"), dataset_pods=inputs["dataset_pods"], storage_uri=storage_uri
-    ).set_caching_options(False)
-    with dsl.ParallelFor(planned.output) as part:
-        encoded = encode_dataset(part=part, **of("dataset"))
-    built = build_dataset(
-        model_uri=model_uri, parts=planned.output, uris=dsl.Collected(encoded.output), **of("dataset")
-    )
-    dataset_uri = built.outputs["Output"]
-    trained = train_draft_model(
-        model_uri=model_uri,
-        dataset_uri=dataset_uri,
-        run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER,
-        **of("train"),
-        storage_uri=storage_uri,
-    ).set_caching_options(False)
+def _given(step: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The pipeline's inputs that a step takes, under the same names."""
+    return {name: inputs[name] for name in inspect.signature(step.python_func).parameters if name in inputs}
+
+
+def _steps(inputs: dict[str, Any]) -> None:
+    """All that the clean-up comes after. Weights and data set need nothing of each other, and so go side by side."""
+    run_id = dsl.PIPELINE_JOB_ID_PLACEHOLDER
+    checked = preflight(**_given(preflight, inputs))
+    nodes = resolve_compute(problems=checked.outputs["Output"], **_given(resolve_compute, inputs))
+    tokenizer = import_tokenizer(run_id=run_id, **_given(import_tokenizer, inputs)).after(nodes)
+    imported = import_model(version=tokenizer.outputs["version"], **_given(import_model, inputs))
+    dataset_uri = _dataset(tokenizer, inputs).outputs["Output"]
+    folders = {"model_uri": _on_nodes(imported, nodes).outputs["Output"], "dataset_uri": dataset_uri}
+    trained = train_draft_model(**folders, run_id=run_id, **_given(train_draft_model, inputs))
     # It only coordinates: one that was evicted is started again and takes its job over.
     trained.set_cpu_request("250m").set_memory_request("512Mi").set_retry(2, backoff_duration="10s")
     trained.set_env_variable(IMAGE, IMAGES["trainer"])
-    left = clean_up(run_id=dsl.PIPELINE_JOB_ID_PLACEHOLDER, training_backend=inputs["training_backend"])
-    left.after(trained).ignore_upstream_failure().set_caching_options(False)
-    evaluate_draft_model(
-        model_uri=model_uri, dataset_uri=dataset_uri, draft_uri=trained.outputs["Output"], **of("evaluate")
-    ).set_caching_options(False)
-    for task in dsl.pipeline_context.Pipeline.get_default_pipeline().tasks.values():
-        _with_store(task, inputs["object_store_secret"])
-    return Outputs(output_model_path=trained.outputs["output_model_path"])
+    evaluate_draft_model(**folders, draft_uri=trained.outputs["Output"], **_given(evaluate_draft_model, inputs))
 
 
-def _resolved(inputs: dict[str, Any]) -> Any:
-    names = inspect.signature(resolve_compute.python_func).parameters
-    return resolve_compute(**{name: inputs[name] for name in names}).set_caching_options(False)
+def _dataset(tokenizer: Any, inputs: dict[str, Any]) -> Any:
+    model = {"model_uri": tokenizer.outputs["uri"]}
+    planned = plan_dataset(**model, model_version=tokenizer.outputs["version"], **_given(plan_dataset, inputs))
+    parts = planned.outputs["Output"]
+    with dsl.ParallelFor(parts) as part:
+        encoded = encode_dataset(part=part, **_given(encode_dataset, inputs))
+    uris = dsl.Collected(encoded.outputs["Output"])
+    return build_dataset(**model, parts=parts, uris=uris, **_given(build_dataset, inputs))
 
 
 def _on_nodes(task: Any, nodes: Any) -> Any:
@@ -103,18 +102,32 @@ def _with_store(task: Any, secret: Any) -> None:
     kubernetes.use_config_map_as_env(task, config_map_name=STORE, config_map_key_to_env=place, optional=True)
 
 
+def _confined(task: Any) -> None:
+    """Which step it is, for network policies (manifests/components/network-policy), and that it never runs as root."""
+    kubernetes.add_pod_label(task, STEP, task.name)
+    kubernetes.set_security_context(task, run_as_non_root=True)
+
+
 def _signature() -> inspect.Signature:
-    parameters = [
-        inspect.Parameter(
-            parameter.name,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            default=parameter.default,
-            annotation=parameter.type,
-        )
-        for parameter in PARAMETERS
-    ]
-    return inspect.Signature(parameters, return_annotation=Outputs)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature(
+        [inspect.Parameter(each.name, kind, default=each.default, annotation=each.type) for each in PARAMETERS]
+    )
+
+
+def _give_output(pipeline: Any) -> None:
+    """Makes the trained model the pipeline's output.
+
+    The SDK refuses to return what a task under an ExitHandler gives. The pipeline's file has no such limit: the handler
+    is a graph like any other, and a graph has outputs.
+    """
+    spec = pipeline.pipeline_spec
+    model = spec.components["comp-train-draft-model"].output_definitions.artifacts[OUTPUT]
+    for graph, task in ((spec.components[f"comp-{STEPS}"], "train-draft-model"), (spec.root, STEPS)):
+        graph.output_definitions.artifacts[OUTPUT].CopyFrom(model)
+        graph.dag.outputs.artifacts[OUTPUT].artifact_selectors.add(producer_subtask=task, output_artifact_key=OUTPUT)
 
 
 _pipeline.__signature__ = _signature()  # type: ignore[attr-defined]
 pipeline_draft_model = dsl.pipeline(name=NAME, description=_description())(_pipeline)
+_give_output(pipeline_draft_model)

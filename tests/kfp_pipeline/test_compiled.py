@@ -26,7 +26,7 @@ STEPS = {
     "train": pipeline.train_draft_model,
     "evaluate": pipeline.evaluate_draft_model,
 }
-LOOP = "for-loop-1"
+STEPS_OF_A_RUN, LOOP = "exit-handler-1", "for-loop-2"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,8 @@ def inputs(spec):
 
 @pytest.fixture(scope="module")
 def tasks(spec):
-    return spec["root"]["dag"]["tasks"]
+    """All that a run does before its clean-up."""
+    return spec["components"][f"comp-{STEPS_OF_A_RUN}"]["dag"]["tasks"]
 
 
 def test_the_committed_files_are_up_to_date():
@@ -94,9 +95,12 @@ def test_every_input_has_a_default_that_fits_it_and_additions_are_inputs_too(inp
 
 
 def test_the_output_is_a_folder_of_checkpoints(spec):
-    outputs = spec["root"]["outputDefinitions"]["artifacts"]
-    assert outputs.keys() == {"output_model_path"}
-    assert outputs["output_model_path"]["artifactType"]["schemaTitle"] == "system.Model"
+    model = {"artifactType": {"schemaTitle": "system.Model", "schemaVersion": "0.0.1"}}
+    handler = spec["components"][f"comp-{STEPS_OF_A_RUN}"]
+    for graph, task in ((handler, "train-draft-model"), (spec["root"], STEPS_OF_A_RUN)):
+        assert graph["outputDefinitions"]["artifacts"] == {"output_model_path": model}
+        (source,) = graph["dag"]["outputs"]["artifacts"]["output_model_path"]["artifactSelectors"]
+        assert source == {"producerSubtask": task, "outputArtifactKey": "output_model_path"}
 
 
 def test_the_description_has_a_line_for_every_parameter(spec):
@@ -148,7 +152,7 @@ def test_steps_get_the_pipelines_inputs_under_their_own_names(tasks):
             continue
         for name, source in task["inputs"]["parameters"].items():
             if "componentInputParameter" in source:
-                assert source["componentInputParameter"] == name
+                assert source["componentInputParameter"] == f"pipelinechannel--{name}"
 
 
 def test_what_depends_on_the_moment_is_never_cached_and_what_does_not_is(tasks):
@@ -166,32 +170,71 @@ def test_the_data_set_is_encoded_by_pods_side_by_side_and_cached_by_what_its_fil
     assert parts == {"producerTask": "plan-dataset", "outputParameterKey": "Output"}
 
 
+def before(tasks, name):
+    direct = set(tasks[name].get("dependentTasks", ()))
+    return direct.union(*(before(tasks, other) for other in direct)) if direct else direct
+
+
 def test_preflight_comes_before_everything_and_data_goes_one_way(tasks):
-    def before(name):
-        direct = set(tasks[name].get("dependentTasks", ()))
-        return direct.union(*map(before, direct)) if direct else direct
-
-    order = [
-        "preflight",
-        "resolve-compute",
-        "import-model",
-        "plan-dataset",
-        LOOP,
-        "build-dataset",
-        "train-draft-model",
-        "evaluate-draft-model",
-    ]
-    assert {name: before(name) for name in order} == {name: set(order[:place]) for place, name in enumerate(order)}
+    dataset = ["plan-dataset", LOOP, "build-dataset"]
+    start = ["preflight", "resolve-compute", "import-tokenizer"]
+    order = [*start, *dataset, "import-model", "train-draft-model", "evaluate-draft-model"]
+    expected = {name: set(order[:place]) for place, name in enumerate(order)}
+    expected["import-model"] = set(start)
+    assert {name: before(tasks, name) for name in tasks} == expected
 
 
-def test_what_a_training_left_is_deleted_however_it_ended(tasks):
-    assert tasks["clean-up"]["dependentTasks"] == ["train-draft-model"]
-    assert tasks["clean-up"]["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
-    ids = {
-        tasks[name]["inputs"]["parameters"]["run_id"]["runtimeValue"]["constant"]
-        for name in ("clean-up", "train-draft-model")
+def test_the_data_set_waits_for_the_tokenizer_and_not_for_the_weights(tasks):
+    for step in ("plan-dataset", LOOP, "build-dataset"):
+        assert "import-model" not in before(tasks, step)
+    assert not before(tasks, "import-model") & {"plan-dataset", LOOP, "build-dataset"}
+    for step in ("plan-dataset", "build-dataset"):
+        source = tasks[step]["inputs"]["parameters"]["model_uri"]["taskOutputParameter"]
+        assert source == {"producerTask": "import-tokenizer", "outputParameterKey": "uri"}
+
+
+def test_weights_and_data_set_are_of_the_version_that_was_looked_at_and_so_is_what_the_cache_knows(tasks):
+    version = {"taskOutputParameter": {"producerTask": "import-tokenizer", "outputParameterKey": "version"}}
+    assert tasks["import-model"]["inputs"]["parameters"]["version"] == version
+    assert tasks["plan-dataset"]["inputs"]["parameters"]["model_version"] == version
+
+
+def test_what_the_preflight_finds_stops_the_run_in_the_step_after_it(tasks):
+    problems = tasks["resolve-compute"]["inputs"]["parameters"]["problems"]
+    assert problems == {"taskOutputParameter": {"producerTask": "preflight", "outputParameterKey": "Output"}}
+
+
+def test_what_a_training_left_is_deleted_however_the_run_ended(spec, tasks):
+    root = spec["root"]["dag"]["tasks"]
+    assert root.keys() == {STEPS_OF_A_RUN, "clean-up"}
+    exit_task = root["clean-up"]
+    assert exit_task["dependentTasks"] == [STEPS_OF_A_RUN]
+    assert exit_task["triggerPolicy"]["strategy"] == "ALL_UPSTREAM_TASKS_COMPLETED"
+    given = exit_task["inputs"]["parameters"]
+    assert given["status"] == {"taskFinalStatus": {"producerTask": STEPS_OF_A_RUN}}
+    assert not any("taskOutputParameter" in source for source in given.values()), "an exit task may not"
+    run_id = {"runtimeValue": {"constant": "{{$.pipeline_job_uuid}}"}}
+    assert given["run_id"] == tasks["train-draft-model"]["inputs"]["parameters"]["run_id"] == run_id
+
+
+SHOWN = {"system.Markdown", "system.HTML", "system.Metrics"}
+
+
+def test_every_step_shows_something_in_the_ui(spec):
+    shown = {
+        name.removeprefix("comp-"): {
+            kind
+            for artifact in component.get("outputDefinitions", {}).get("artifacts", {}).values()
+            if (kind := artifact["artifactType"]["schemaTitle"]) in SHOWN
+        }
+        for name, component in spec["components"].items()
+        if "executorLabel" in component
     }
-    assert ids == {"{{$.pipeline_job_uuid}}"}
+    assert len(shown) == len(spec["deploymentSpec"]["executors"]) == 10
+    assert all(shown.values()), shown
+    assert shown["import-model"] == {"system.Markdown", "system.Metrics"}
+    assert shown["build-dataset"] == {"system.HTML", "system.Metrics"}
+    assert shown["evaluate-draft-model"] == SHOWN
 
 
 def test_a_training_step_that_was_evicted_is_started_again_and_no_other_is(tasks):
@@ -219,7 +262,7 @@ def images(spec):
 
 def test_a_step_runs_in_the_image_of_its_kind_and_installs_nothing(spec):
     kinds = {
-        "importer": ["import-model"],
+        "importer": ["import-tokenizer", "import-model"],
         "dataset": ["preflight", "plan-dataset", "encode-dataset", "build-dataset"],
         "trainer": ["evaluate-draft-model"],
         "coordinator": ["resolve-compute", "train-draft-model", "clean-up"],

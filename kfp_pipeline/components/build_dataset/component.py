@@ -27,7 +27,7 @@ def build_dataset(
     """Makes one data set, for the target's tokenizer, of what other pods have encoded, and encodes what is missing.
 
     Args:
-        model_uri: URI of the imported model; only its tokenizer and configuration are read.
+        model_uri: URI of the imported model, or of its tokenizer and configuration, which are all that is read.
         parts: what each pod has encoded; changes with the content of the data files.
         uris: URI of the folder, once from each pod.
         dataset: the data set, for lineage.

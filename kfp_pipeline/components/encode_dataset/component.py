@@ -3,6 +3,7 @@
 from typing import Any
 
 from kfp import dsl
+from kfp.dsl import Markdown, Output
 
 from kfp_pipeline.components.images import IMAGES
 
@@ -10,6 +11,7 @@ from kfp_pipeline.components.images import IMAGES
 @dsl.component(base_image=IMAGES["dataset"], install_kfp_package=False)
 def encode_dataset(
     part: dict[str, Any],
+    summary: Output[Markdown],
     dataset_train_split: str = "",
     dataset_validation_split: str = "",
     draft_model_config: str = "",
@@ -22,6 +24,7 @@ def encode_dataset(
 
     Args:
         part: one of what plan_dataset gives; a loop hands its body nothing but the item, where kfp.local runs it.
+        summary: which pieces of which files these were.
         dataset_train_split: Training conversations, JSONL, plain, gzip or zstd: a file, folder or glob.
         dataset_validation_split: Validation conversations, as the training ones; not given: no validation, no
             evaluation.
@@ -37,13 +40,17 @@ def encode_dataset(
     Returns:
         URI of the data set's folder, which is not whole yet.
     """
-    given = {name: value for name, value in locals().items() if name != "part"}
+    given = {name: value for name, value in locals().items() if name not in ("part", "summary")}
+    from pathlib import Path
+
     from draft_model.dataset import DatasetConfig, run_part
     from draft_model.doors import component
     from draft_model.parameters import validate
+    from draft_model.shown import table
 
     with component("dataset") as work:
         parameters = validate(given, ["dataset"])
         config = DatasetConfig(model=part["model_uri"], output=part["uri"], parameters=parameters, work=work)
-        run_part(config, int(part["number"]), int(part["parts"]))
+        pieces = run_part(config, int(part["number"]), int(part["parts"]))
+        Path(summary.path).write_text(table(pieces, ("file", "pieces")), encoding="utf-8")
     return str(part["uri"])

@@ -3,6 +3,7 @@
 from typing import Any
 
 from kfp import dsl
+from kfp.dsl import Markdown, Output
 
 from kfp_pipeline.components.images import IMAGES
 
@@ -10,6 +11,8 @@ from kfp_pipeline.components.images import IMAGES
 @dsl.component(base_image=IMAGES["dataset"], install_kfp_package=False)
 def plan_dataset(
     model_uri: str,
+    summary: Output[Markdown],
+    model_version: str = "",
     dataset_train_split: str = "",
     dataset_validation_split: str = "",
     draft_model_config: str = "",
@@ -23,7 +26,9 @@ def plan_dataset(
     """Looks at the data files, and says what each pod is to encode.
 
     Args:
-        model_uri: URI of the imported model.
+        model_uri: URI of the imported model, or of its tokenizer alone.
+        summary: the data files, and how many pods share them.
+        model_version: changes with the model, where its URI does not.
         dataset_train_split: Training conversations, JSONL, plain, gzip or zstd: a file, folder or glob.
         dataset_validation_split: Validation conversations, as the training ones; not given: no validation, no
             evaluation.
@@ -40,12 +45,16 @@ def plan_dataset(
 
     Returns:
         For each pod the number of its part, how many there are, the URIs of model and data set, and what changes with
-        the content of the data files: so a cached result is never of older ones.
+        the model and the content of the data files: so a cached result is never of older ones.
     """
-    given = {name: value for name, value in locals().items() if name not in ("model_uri", "storage_uri")}
-    from draft_model.dataset import data_version, place
+    outside = ("model_uri", "summary", "model_version", "storage_uri")
+    given = {name: value for name, value in locals().items() if name not in (*outside, "outside")}
+    from pathlib import Path
+
+    from draft_model.dataset import data_files, data_version, place
     from draft_model.doors import component
     from draft_model.parameters import validate
+    from draft_model.shown import table
 
     with component("dataset"):
         parameters = validate(given, ["dataset"])
@@ -55,5 +64,10 @@ def plan_dataset(
             "model_uri": model_uri,
             "uri": place(parameters, model_uri, version, storage_uri),
             "data_version": version,
+            "model_version": model_version,
         }
+        rows = [(split, name, f"{size / 1e6:,.1f} MB") for split, name, size in data_files(parameters)]
+        total = (f"{len(rows)} files, for {parameters.dataset_pods} pods", "", "")
+        shown = table([*rows[:100], total], ("split", "file", "size"))
+        Path(summary.path).write_text(shown, encoding="utf-8")
     return [{"number": number, **common} for number in range(parameters.dataset_pods)]

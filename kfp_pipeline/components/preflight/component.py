@@ -65,11 +65,13 @@ def preflight(
     keep_checkpoints: int = 0,
     final_checkpoint: str = "last",
     checkpoint_path: str = "",
-) -> None:
+) -> list[str]:
     """Validates the run's parameters and looks for the inputs that they name; reports all problems at once.
 
+    It succeeds, whatever it finds: KFP shows nothing that a failing step has written. The next step fails instead.
+
     Args:
-        summary: the run in a table.
+        summary: the problems, or the run in a table.
         instance_type_model_import: Instance type of the import step when its compute is `serverless`.
         instance_type_draft_model_training: Instance type of the training job's pods when its compute is
             `serverless`.
@@ -160,26 +162,17 @@ def preflight(
             on the validation split, which then stays. Allowed: last, best.
         checkpoint_path: Folder (s3:// or a path) that several runs share, one at a time: checkpoints go there,
             and resume=true looks there; not given: the run's own output.
+
+    Returns:
+        What is wrong, a sentence each; empty where the run can start.
     """
+    given = {name: value for name, value in locals().items() if name != "summary"}
     from pathlib import Path
 
-    given = {name: value for name, value in locals().items() if name not in ("summary", "Path")}
     from draft_model.doors import component
-    from draft_model.errors import DraftModelError
-    from draft_model.jobs.place import nodes_of
-    from draft_model.parameters import Parameters
-    from draft_model.preflight import check
+    from draft_model.preflight import look
 
-    with component("preflight"):
-        problems = []
-        for look in (check, nodes_of):
-            try:
-                look(given)
-            except DraftModelError as error:
-                problems += error.problems
-        if problems:
-            Path(summary.path).write_text("\n".join(f"- {problem}" for problem in problems), encoding="utf-8")
-            raise DraftModelError(problems)
-        parameters = Parameters.model_validate(given)
-        rows = [f"| {name} | {value} |" for name, value in parameters.model_dump().items()]
-        Path(summary.path).write_text("\n".join(["| parameter | value |", "|---|---|", *rows]), encoding="utf-8")
+    with component("preflight") as work:
+        found = look(given, summary.uri.rpartition("/")[0], work)
+        Path(summary.path).write_text(found.markdown(), encoding="utf-8")
+    return found.problems

@@ -5,7 +5,7 @@ stages read it.
 """
 
 from draft_model.dataset.build import DatasetConfig, DatasetResult, place, run, run_part
-from draft_model.dataset.inputs import data_version
+from draft_model.dataset.inputs import data_files, data_version
 from draft_model.dataset.merge import REPORT_PAGE
 from draft_model.dataset.tally import SplitSummary
 from draft_model.dataset.tokens import Conversation, Split
@@ -18,6 +18,7 @@ __all__ = [
     "Split",
     "SplitSummary",
     "REPORT_PAGE",
+    "data_files",
     "data_version",
     "load_vocabulary",
     "place",

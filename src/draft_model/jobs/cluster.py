@@ -82,6 +82,18 @@ class Cluster:
             return False
         return any(resource["name"] == kind.plural for resource in resources)
 
+    def may(self, verb: str, group: str, resource: str) -> bool:
+        """Whether this service account may do that in the namespace; `pods/log` is pods with the part `log`."""
+        name, _, part = resource.partition("/")
+        asked = {"namespace": self.namespace, "verb": verb, "group": group, "resource": name, "subresource": part}
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": asked},
+        }
+        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        return bool(self._json("POST", path, body=review)["status"]["allowed"])
+
     def create(self, kind: Kind, manifest: Manifest) -> Manifest | None:
         """Creates an object; None where one of that name exists."""
         try:

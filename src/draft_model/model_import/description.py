@@ -19,6 +19,7 @@ from draft_model.model_import.check import check_model
 from draft_model.model_import.convert import convert
 from draft_model.model_import.sources import Source, read, resolve
 from draft_model.parameters import Parameters
+from draft_model.shown import table
 from draft_model.storage import Content, LocalContent
 
 STAGE = "description"
@@ -31,7 +32,7 @@ class DescriptionConfig:
     """What to describe.
 
     Attributes:
-        output: URI of the folder to write.
+        output: URI of the folder to write; `{version}` in it stands for the model's version.
         work: scratch folder on this machine.
         parameters: of the run; exactly one model source is given.
     """
@@ -61,6 +62,18 @@ class Description:
     licence: str
     weights: tuple[str, int, int]
 
+    def markdown(self) -> str:
+        """What the KFP UI shows."""
+        kind, count, size = self.weights
+        rows = {
+            "model": self.source,
+            "version": self.version,
+            "architecture": self.architecture,
+            "licence": self.licence or "none named",
+            "weights": f"{count} {kind} file{'s' * (count != 1)}, {size / 1e9:,.2f} GB",
+        }
+        return table(rows)
+
 
 def describe(config: DescriptionConfig) -> Description:
     """Publishes the model's configuration and tokenizer; of its weights no more is read than they hold of these.
@@ -79,16 +92,17 @@ def describe(config: DescriptionConfig) -> Description:
     files = {name: source.files[name] for name in source.described_by}
     if choice.kind == "gguf":
         files = _inside_gguf(source, choice.names[0], config.work) | files
+    output = config.output.replace("{version}", version)
     facts = check_model(_written(files, config.work), source.name, problems, weights=False)
     storage.publish_contents(
         {name: content.hashed() if isinstance(content, LocalContent) else content for name, content in files.items()},
-        config.output,
+        output,
         stage=STAGE,
         properties={"source": source.name, "revision": source.revision, "version": version},
     )
     size = sum(source.files[name].size for name in choice.names)
     held = (choice.kind, len(choice.names), size)
-    return Description(config.output, source.name, version, facts.architecture, source.licence(), held)
+    return Description(output, source.name, version, facts.architecture, source.licence(), held)
 
 
 def version_of(source: Source, choice: weights.Choice) -> str:

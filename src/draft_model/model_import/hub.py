@@ -26,6 +26,10 @@ _PARTIAL_CONTENT = 206
 Result = TypeVar("Result")
 
 
+class Unreachable(DraftModelError):
+    """The Hub does not answer from here; whether it has the repository is not known."""
+
+
 @dataclass(frozen=True)
 class HubContent:
     """A file of a repository; reading all of it downloads it, and takes it away again.
@@ -150,7 +154,7 @@ def _errors(name: str) -> Iterator[None]:
         advice = "check the token in HF_TOKEN" if status in (401, 403) else "try again later"
         raise DraftModelError(f"{start}{endpoint} answers with status {status}; {advice}") from error
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise DraftModelError(
+        raise Unreachable(
             f"{start}{endpoint} cannot be reached ({type(error).__name__}); check the network, HF_ENDPOINT and "
             "HF_HUB_OFFLINE; run it again: large files that have reached the output are not downloaded again"
         ) from error
@@ -169,25 +173,27 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def find(name: str, scratch: Path) -> tuple[str, dict[str, Content]]:
+def find(name: str, scratch: Path, seconds: float | None = None) -> tuple[str, dict[str, Content]]:
     """What a repository holds; downloads nothing yet.
 
     Args:
         name: `org/name` or `org/name@revision`.
         scratch: where its files are downloaded to.
+        seconds: to wait for an answer; None: as long as the library does.
 
     Returns:
         The commit, and its files.
 
     Raises:
-        DraftModelError: where it is missing, gated, or the Hub cannot be reached.
+        DraftModelError: where it is missing or gated.
+        Unreachable: where the Hub does not answer.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi
 
     repository, _, revision = name.partition("@")
     with _errors(name):
-        info: Any = HfApi().model_info(repository, revision=revision or None, files_metadata=True)
+        info: Any = HfApi().model_info(repository, revision=revision or None, timeout=seconds, files_metadata=True)
     files: dict[str, Content] = {
         file.rfilename: HubContent(
             repository,

@@ -24,6 +24,7 @@ from draft_model.model_import.description import pinned
 from draft_model.model_import.sources import Source, read, resolve
 from draft_model.model_import.tracking import ArtifactContent
 from draft_model.parameters import Parameters
+from draft_model.shown import table
 from draft_model.storage import Content, LocalContent
 from draft_model.storage.transfer import check_free_disk
 from draft_model.tracking import tracked
@@ -75,6 +76,20 @@ class ImportResult:
     parameter_count: int
     conversion: str
     size: int
+
+    def markdown(self) -> str:
+        """What the KFP UI shows."""
+        rows = {
+            "model": self.source,
+            "revision": self.revision or "none: no repository of the Hub",
+            "architecture": self.architecture,
+            "parameters": f"{self.parameter_count:,}",
+            "size": f"{self.size / 1e9:,.2f} GB",
+            "conversion": self.conversion or "none: the weights were safetensors",
+            "licence": self.licence or "none named",
+            "folder": self.uri,
+        }
+        return table(rows)
 
 
 def is_weight(name: str) -> bool:

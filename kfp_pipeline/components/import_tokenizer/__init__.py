@@ -1,0 +1,5 @@
+"""The component `import_tokenizer`."""
+
+from .component import import_tokenizer
+
+__all__ = ["import_tokenizer"]

@@ -1,0 +1,31 @@
+"""Markdown that the KFP UI shows of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def cell(value: Any) -> str:
+    """A value as a table's cell shows it: on one line, and never as markup."""
+    text = " ".join(str(value).split())
+    for character in "\\|*_`<>[]":
+        text = text.replace(character, "\\" + character)
+    return text
+
+
+def table(rows: Mapping[str, Any] | Iterable[Iterable[Any]], heads: tuple[str, ...] = ("", "")) -> str:
+    """A Markdown table.
+
+    Args:
+        rows: names with their values, or rows of cells.
+        heads: of the columns.
+    """
+    lines = rows.items() if isinstance(rows, Mapping) else rows
+    shown = [heads, ["---"] * len(heads), *([cell(value) for value in line] for line in lines)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in shown)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A Markdown list; a sentence of several lines stays one point."""
+    return "".join(f"- {cell(line)}\n" for line in lines)
