@@ -19,11 +19,11 @@ from typing import Any
 from draft_model import storage
 from draft_model.dataset import part
 from draft_model.dataset.encode import Encoder, EncoderSettings
-from draft_model.dataset.inputs import Inputs, read_inputs
+from draft_model.dataset.inputs import Inputs, read_inputs, shaping
 from draft_model.dataset.merge import merge
 from draft_model.dataset.pieces import share
+from draft_model.dataset.render import check_fit
 from draft_model.dataset.tally import SplitSummary
-from draft_model.dataset.templates import check_fit
 from draft_model.parameters import Parameters
 from draft_model.tracking import tracked
 
@@ -139,8 +139,8 @@ def place(parameters: Parameters, model: str, data_version: str, storage_uri: st
     """
     if storage_uri:
         return storage.join(storage_uri, "dataset")
-    shaping = [data_version, parameters.of_stage("dataset")]
-    key = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()
+    shaped_by = [data_version, shaping(parameters)]
+    key = hashlib.sha256(json.dumps(shaped_by, sort_keys=True).encode()).hexdigest()
     return f"{model.rstrip('/')}-datasets/{key[:16]}"
 
 

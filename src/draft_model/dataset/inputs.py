@@ -17,12 +17,13 @@ from draft_model.dataset.templates import TEMPLATES
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 
-FORMAT = 2
+FORMAT = 3
 """Raised whenever this package would make something else of the same inputs."""
 
 SplitName = Literal["train", "validation"]
 _SPLITS: tuple[SplitName, ...] = ("train", "validation")
 _DEFAULT_DRAFT_VOCABULARY = 32_000
+_MAKERS = ("pipeline-draft-model", "tokenizers", "transformers", "jinja2")
 _TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
 
 T = TypeVar("T")
@@ -100,6 +101,11 @@ def read_inputs(parameters: Parameters, model: str, work: Path) -> Inputs:
     size = wanted or min(_DEFAULT_DRAFT_VOCABULARY, target.vocab_size)
     names = [(source.split, source.file.name, source.identity) for source in files]
     return Inputs(target, files, size, parameters.max_length, _hash(names, size, parameters.max_rejected_fraction))
+
+
+def shaping(parameters: Parameters) -> dict[str, Any]:
+    """The stage's parameters without the number of processes: whatever it was, the same data has the same bytes."""
+    return {name: value for name, value in parameters.of_stage("dataset").items() if name != "build_dataset_num_proc"}
 
 
 def data_version(parameters: Parameters) -> str:
@@ -191,7 +197,7 @@ def _settings(parameters: Parameters, model: Model) -> dict[str, Any]:
     template = TEMPLATES[parameters.chat_template]
     return {
         "format": FORMAT,
-        "tokenizers": version("tokenizers"),
+        "versions": {name: version(name) for name in _MAKERS},
         "tokenizer": model.hashes,
         "vocab_size": model.vocab_size,
         "chat_template": asdict(template),
