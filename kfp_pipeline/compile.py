@@ -1,7 +1,7 @@
 """Compiles the pipeline, with the drop-downs that the SDK cannot write.
 
-Two files come out, and both are committed: the IR that people upload, and the same as Kubernetes resources for GitOps.
-A test compiles again and fails when they differ. A PipelineVersion cannot be changed, so its name carries the hash of
+Two files come out, and both are committed: the IR that people upload, and the same as Kubernetes resources for GitOps;
+with them the README of each component. A test compiles again and fails when they differ. A PipelineVersion cannot be changed, so its name carries the hash of
 what it holds.
 """
 
@@ -18,7 +18,8 @@ from kfp import compiler
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
 from draft_model.parameters import PARAMETERS
-from kfp_pipeline.pipeline import NAME, pipeline_draft_model
+from kfp_pipeline.pipeline import COMPONENTS, NAME, pipeline_draft_model
+from kfp_pipeline.readme import readmes
 
 COMPILED = Path(__file__).parent / "compiled" / "pipeline_draft_model.yaml"
 MANIFEST = Path(__file__).parents[1] / "manifests" / "pipelines" / "pipeline_draft_model.yaml"
@@ -89,13 +90,18 @@ def _text(document: dict[str, Any]) -> str:
     return yaml.safe_dump(document, sort_keys=True, width=110, allow_unicode=True)
 
 
+def committed() -> dict[Path, str]:
+    """All that is written from the sources and committed beside them."""
+    return {COMPILED: compile_pipeline(), MANIFEST: compile_manifests(), **readmes(COMPONENTS)}
+
+
 def write_compiled(path: Path | None = None) -> list[Path]:
     """Writes the compiled pipeline.
 
     Args:
-        path: where the IR alone goes; not given: both committed files.
+        path: where the IR alone goes; not given: all committed files.
     """
-    texts = {path: compile_pipeline()} if path else {COMPILED: compile_pipeline(), MANIFEST: compile_manifests()}
+    texts = {path: compile_pipeline()} if path else committed()
     for file, text in texts.items():
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")

@@ -33,6 +33,18 @@ STEP = "draft-model/step"
 CACHED = ("import-model", "encode-dataset", "build-dataset")
 """What depends on its inputs alone. All else looks at the moment: the cluster, the model's version, the data files."""
 
+COMPONENTS = (
+    preflight,
+    resolve_compute,
+    import_tokenizer,
+    import_model,
+    plan_dataset,
+    encode_dataset,
+    build_dataset,
+    train_draft_model,
+    evaluate_draft_model,
+    clean_up,
+)
 OUTPUT, STEPS = "output_model_path", "exit-handler-1"
 
 
