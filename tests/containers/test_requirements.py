@@ -1,0 +1,74 @@
+"""Which part of the lock file each image gets, and what is known to be wrong with the lock file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kfp_pipeline.components.images import KINDS
+
+ROOT = Path(__file__).parents[2]
+AUDIT = ROOT / ".venv-images" / "bin" / "pip-audit"
+ANSWERS = ROOT / "containers" / "audit.yaml"
+
+
+def requirements(kind, torch="cpu"):
+    command = [sys.executable, ROOT / "containers" / "requirements.py", kind, torch]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def lines(kind, torch="cpu"):
+    done = requirements(kind, torch)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines())
+
+
+def test_what_an_image_gets_is_in_the_lock_file_as_it_is_but_for_torchs_build():
+    pins = (ROOT / "requirements.lock").read_text().lower().replace("_", "-").splitlines()
+    for kind in KINDS:
+        assert lines(kind) - {line for line in lines(kind) if line.startswith("torch==")} <= set(pins)
+    (cpu,) = (line for line in lines("trainer") if line.startswith("torch=="))
+    (cuda,) = (line for line in lines("trainer", "cuda") if line.startswith("torch=="))
+    assert cpu.removesuffix("+cpu") == cuda.replace("===", "==") in pins
+    assert cpu.endswith("+cpu")
+
+
+def test_the_trainers_image_can_stand_for_each_other_and_the_coordinators_is_the_smallest():
+    assert lines("trainer") == set().union(*map(lines, KINDS))
+    assert lines("coordinator") == set.intersection(*map(lines, KINDS))
+
+
+def test_an_unknown_kind_is_told():
+    done = requirements("stage")
+    assert done.returncode == 1
+    assert "allowed: one of coordinator, dataset, importer, trainer" in done.stderr
+
+
+def audit(file):
+    """Findings of pip-audit by id; None where its service does not know the packages."""
+    command = [AUDIT, "--no-deps", "--disable-pip", "--format=json", "--progress-spinner=off", "--requirement", file]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    try:
+        packages = json.loads(done.stdout)["dependencies"]
+    except ValueError:
+        return None
+    if any("skip_reason" in package for package in packages):
+        return None
+    return {found["id"]: package["name"] for package in packages for found in package["vulns"]}
+
+
+def test_every_known_vulnerability_of_the_lock_file_has_an_answer(tmp_path):
+    if not AUDIT.exists():
+        pytest.skip(f"{AUDIT} is not installed: run `make images`")
+    answers = yaml.safe_load(ANSWERS.read_text())["answers"]
+    assert all(answer["package"] and answer["why"] for answer in answers.values())
+    one = tmp_path / "one.txt"
+    one.write_text("requests==2.19.0\n")
+    known = audit(one)
+    if known is None:
+        pytest.skip("the service that pip-audit asks cannot be reached from here")
+    assert known, "requests 2.19.0 has known vulnerabilities"
+    assert audit(ROOT / "requirements.lock") == {name: answer["package"] for name, answer in answers.items()}
