@@ -63,12 +63,16 @@ def run_world(world: int, function, *arguments, log: Path) -> list[int]:
     return [process.exitcode for process in processes]
 
 
-def train_all(configs: list[str], ports: list[int], stop_at: str = "") -> int:
-    """Trainings after one another; the last is asked to stop when its first process logs a text."""
-    from draft_model.training import job
+def train_all(configs: list[str], ports: list[int], stop_at: str = "", small: tuple[int, ...] = ()) -> int:
+    """Trainings after one another; the last is asked to stop when its first process logs a text.
+
+    Those of the numbers in `small` see devices whose memory holds no copy of the target beside the draft.
+    """
+    from draft_model.training import job, parallel
 
     job._OTHERS_FIRST = 0.0
     for number, (config, port) in enumerate(zip(configs, ports, strict=True)):
+        parallel.memory_of = lambda device, number=number: 1e9 if number in small else None
         os.environ |= {"DRAFT_MODEL_JOB": config, "MASTER_PORT": str(port)}
         asked = bool(stop_at) and number == len(configs) - 1
         with when_logged(stop_at, partial(os.kill, os.getpid(), signal.SIGTERM)) if asked else nullcontext():
@@ -77,11 +81,11 @@ def train_all(configs: list[str], ports: list[int], stop_at: str = "") -> int:
     return 0
 
 
-def train_in(world: int, *configs: TrainConfig, log: Path, stop_at: str = "") -> list[int]:
+def train_in(world: int, *configs: TrainConfig, log: Path, stop_at: str = "", small: tuple[int, ...] = ()) -> list[int]:
     """Trains in so many processes; see `train_all`."""
     texts = [config.to_json() for config in configs]
     ports = [free_port() for _ in configs]
-    return run_world(world, train_all, texts, ports, stop_at, log=log)
+    return run_world(world, train_all, texts, ports, stop_at, small, log=log)
 
 
 def train_killed_in(config: str, place: str, name: str) -> int:

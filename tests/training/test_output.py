@@ -18,6 +18,7 @@ from draft_model.errors import DraftModelError
 from draft_model.training import output as outputs
 from draft_model.training.output import Keeping, Output
 from training.case import when_logged
+from training.processes import start, train_killed_in
 
 
 def folders(trained):
@@ -66,6 +67,21 @@ def test_a_damaged_newest_is_not_all_that_is_left(train, plain, tmp_path):
     shutil.rmtree(kept / "final")
     (kept / "epoch_4/model.safetensors").write_bytes(b"")
     assert train(str(kept), resume="true", keep_checkpoints=2).losses == plain.losses
+
+
+def test_the_only_whole_one_outlives_a_kill_in_the_epoch_that_it_ended_early(train, tmp_path, caplog):
+    begun = train(total_steps=5, keep_checkpoints=1)  # in the middle of the second epoch
+    assert folders(begun) == ["epoch_2", "final"]
+    config = train.config(begun.output, total_steps=6, keep_checkpoints=1, resume="true")
+    place = ("draft_model.storage.local:LocalFolder.write", "step_6/manifest.json")
+    process = start(train_killed_in, config.to_json(), *place, log=tmp_path / "log")
+    process.join()
+    assert process.exitcode == -9, (tmp_path / "log").read_text()
+    assert storage.read_manifest(f"{begun.output}/epoch_2").properties["step"] == 5
+    ended = train(begun.output, total_steps=6, keep_checkpoints=1, resume="true")
+    assert "at step 5 of 6" in caplog.text
+    assert ended.checkpoints == ["step_6"]
+    assert folders(ended) == ["final", "step_6"]
 
 
 def test_what_a_killed_process_left_in_a_store_is_removed(object_store, tmp_path):

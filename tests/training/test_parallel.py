@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from draft_model.eagle3.batch import collate
 from draft_model.eagle3.target import load_target
 from draft_model.errors import DraftModelError
-from draft_model.training.parallel import check_heads, check_memory, load_share, plan_for
+from draft_model.training import parallel
+from draft_model.training.parallel import check_heads, load_share, must_spread, plan_for
 from draft_model.training.ranks import PeerLost, start_ranks
 from training.case import Trainer
 from training.processes import free_port, outcome, run_world, start, train_in
@@ -26,7 +27,15 @@ from training.processes import free_port, outcome, run_world, start, train_in
 pytestmark = [pytest.mark.xdist_group("worlds"), pytest.mark.timeout(600)]
 
 STEPS = {"total_steps": 20, "num_epochs": 7, "draft_micro_batch_size": 1}
-LAYOUTS = {"dp2": (2, 1), "tp2": (2, 2), "dp4": (4, 1), "tp2 x dp2": (4, 2)}
+LAYOUTS = {
+    "dp2": (2, 1),
+    "tp2": (2, 2),
+    "dp2, spread": (2, 1),
+    "dp4": (4, 1),
+    "tp2 x dp2": (4, 2),
+    "tp2 x dp2, spread": (4, 2),
+}
+"""Processes and tp_size. Spread: no copy of the target fits beside the draft, so FSDP spreads its layers over dp."""
 FAMILIES = ("llama", "qwen3", "qwen3_moe", "phi3", "hunyuan_v1_dense", "gpt_oss")
 """The last two have no plan of their own in transformers, or none for their attention."""
 
@@ -42,12 +51,17 @@ def worlds(inputs, tmp_path_factory):
     }
     begun = train.config(number_of_gpu_to_use_draft_model_training=4, **STEPS)
     logs = {world: folder / f"{world}.log" for world in (2, 4)}
-    of_four = [configs[name] for name, (world, _) in LAYOUTS.items() if world == 4]
-    assert train_in(4, *of_four, begun, stop_at="step 7, ", log=logs[4]) == [143] * 4, logs[4].read_text()
+    of_two, of_four = ([name for name, layout in LAYOUTS.items() if layout[0] == world] for world in (2, 4))
+    spread_of_two, spread_of_four = (
+        tuple(number for number, name in enumerate(names) if "spread" in name) for names in (of_two, of_four)
+    )
+    codes = train_in(4, *(configs[name] for name in of_four), begun, stop_at="step 7, ", log=logs[4],
+                     small=spread_of_four)  # fmt: skip
+    assert codes == [143] * 4, logs[4].read_text()
     shutil.copytree(begun.output, folder / "begun")
     resumed = train.config(begun.output, number_of_gpu_to_use_draft_model_training=2, tp_size=2, resume="true", **STEPS)
-    of_two = [configs[name] for name, (world, _) in LAYOUTS.items() if world == 2]
-    assert train_in(2, *of_two, resumed, log=logs[2]) == [0] * 2, logs[2].read_text()
+    codes = train_in(2, *(configs[name] for name in of_two), resumed, log=logs[2], small=spread_of_two)
+    assert codes == [0] * 2, logs[2].read_text()
     alone = train(**STEPS)
     trained = {name: outcome(config) for name, config in configs.items()}
     return trained | {"alone": alone, "resumed": outcome(resumed), "logs": logs, "begun": folder / "begun"}
@@ -72,6 +86,12 @@ def test_every_layout_gives_the_losses_and_weights_of_one_process(worlds, layout
     assert worlds[layout].record["world_size"] == LAYOUTS[layout][0]
 
 
+def test_the_log_says_that_copies_would_not_fit(worlds):
+    for world in (2, 4):
+        told = "copies would not fit beside the draft, so their layers are spread over 2 (FSDP)"
+        assert worlds["logs"][world].read_text().count(told) == 1
+
+
 def test_what_four_processes_began_two_finish(worlds):
     position = json.loads((worlds["begun"] / "step_7/training_state/position.json").read_text())
     assert (position["step"], position["world"]) == (7, 4)
@@ -83,6 +103,17 @@ def test_what_four_processes_began_one_finishes(worlds, train, tmp_path):
     assert_same(train(str(output), resume="true", **STEPS), worlds["alone"])
 
 
+def test_what_four_began_and_two_went_on_with_one_finishes(worlds, train, tmp_path):
+    output = shutil.copytree(worlds["resumed"].output, tmp_path / "resumed")
+    names = json.loads((output / "checkpoints.json").read_text())
+    positions = {name: json.loads((output / name / "training_state/position.json").read_text()) for name in names}
+    assert positions["step_7"]["world"] == 4
+    of_two = [name for name in names if positions[name]["world"] == 2]
+    assert len(of_two) > 2
+    (output / "checkpoints.json").write_text(json.dumps(names[: names.index(of_two[1]) + 1]))
+    assert_same(train(str(output), resume="true", **STEPS), worlds["alone"])
+
+
 def test_the_first_lines_say_how_the_work_is_shared_out(worlds):
     log = worlds["logs"][4].read_text()
     assert "4 process(es)" in log
@@ -91,12 +122,14 @@ def test_the_first_lines_say_how_the_work_is_shared_out(worlds):
     assert "3.2 steps per epoch, 20 steps in all" in log
 
 
-def states_of_families(folders, output):
-    """In a process of a group of two: the states that its share of each target gives."""
+def states_of_families(folders, output, tp):
+    """In one of the processes: the states that its share of each target gives."""
     torch.set_num_threads(1)
-    with start_ranks(timedelta(minutes=1), tp=2) as ranks:
+    if tp == 1:
+        parallel.memory_of = lambda device: 1e9
+    with start_ranks(timedelta(minutes=1), tp=tp) as ranks:
         for folder in folders:
-            target = load_share(folder, (1, 3, 5), torch.float32, ranks)
+            target = load_share(folder, (1, 3, 5), torch.float32, ranks, lambda: 2e9)
             states = torch.cat(target.states(conversations()))
             held = sum(parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
                        for parameter in target.model.parameters())  # fmt: skip
@@ -122,24 +155,25 @@ def write_family(folder, family):
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **kept)).save_pretrained(folder)
 
 
-def test_a_target_in_parts_gives_the_states_of_a_whole_one(tmp_path):
+@pytest.mark.parametrize(("world", "tp"), [(2, 2), (2, 1)])  # cut in two, and spread over two by FSDP
+def test_a_target_in_parts_gives_the_states_of_a_whole_one(tmp_path, world, tp):
     for family in FAMILIES:
         write_family(tmp_path / family, family)
-    codes = run_world(2, states_of_families, [tmp_path / family for family in FAMILIES], tmp_path,
+    codes = run_world(world, states_of_families, [tmp_path / family for family in FAMILIES], tmp_path, tp,
                       log=tmp_path / "log")  # fmt: skip
-    assert codes == [0, 0], (tmp_path / "log").read_text()
+    assert codes == [0] * world, (tmp_path / "log").read_text()
     for family in FAMILIES:
         whole = load_target(tmp_path / family, (1, 3, 5), torch.float32, torch.device("cpu"))
         states = torch.cat(whole.states(conversations()))
         size = sum(parameter.numel() for parameter in whole.model.parameters())
-        for rank in (0, 1):
+        for rank in range(world):
             part = torch.load(tmp_path / f"{family}.{rank}")
             torch.testing.assert_close(part["states"], states, rtol=0, atol=1e-5, msg=lambda text, f=family: f + text)
             torch.testing.assert_close(part["logits"], whole.logits(states[:, -32:]), rtol=0, atol=1e-5)
             for name, tensor in whole.last_layer.items():
                 if tensor.dim() < 3:
                     assert torch.equal(part[name], tensor), (family, name)
-            assert part["held"] < 0.75 * size  # embedding and head are whole in both
+            assert part["held"] < 0.75 * size  # embedding and head are whole in all
 
 
 def test_a_tp_size_that_would_cut_a_head_in_two_is_refused_with_those_that_fit():
@@ -148,18 +182,21 @@ def test_a_tp_size_that_would_cut_a_head_in_two_is_refused_with_those_that_fit()
         check_heads(tiny.llama_config(), 4)
 
 
-def test_a_target_too_big_for_a_gpu_is_refused_with_the_tp_size_that_does():
+def test_a_target_too_big_for_a_gpu_is_spread_or_refused_with_the_tp_size_that_does():
     from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
         model = LlamaForCausalLM(tiny.llama_config(num_key_value_heads=4))
     layers = 4 * sum(parameter.numel() for parameter in model.model.layers.parameters())
     rest = 4 * sum(parameter.numel() for parameter in model.parameters()) - layers
-    check_memory(model, 2, rest + layers // 2)
+    assert not must_spread(model, 2, 4, rest + layers // 2, 0)
+    assert must_spread(model, 2, 4, rest + layers // 2, 1)
+    assert must_spread(model, 1, 4, rest + layers * 2 // 3, 0)  # a quarter, and two of six layers
+    assert not must_spread(model, 2, 1, rest + layers // 2, 1)  # nobody to share with, and what is beside is a guess
     with pytest.raises(DraftModelError, match=r"tp_size: given 1; .*: use 4 or more"):
-        check_memory(model, 1, rest + layers // 3)
-    with pytest.raises(DraftModelError, match=r"tp_size: given 2; .*no tp_size .* use larger GPUs"):
-        check_memory(model, 2, rest + layers // 5)
+        must_spread(model, 1, 1, rest + layers // 3, 0)
+    with pytest.raises(DraftModelError, match=r"tp_size: given 2; .*no tp_size .* use larger or more GPUs"):
+        must_spread(model, 2, 4, rest + layers // 5, 0)
 
 
 def test_a_family_without_a_plan_and_with_other_names_is_refused():

@@ -86,12 +86,30 @@ def test_a_target_in_parts_needs_less_of_each_gpu_and_the_rest_stays():
     made = {
         tp: plan.make_plan(config, draft, Parameters(tp_size=tp, number_of_gpu_to_use_draft_model_training=8),
                            CLUSTER, WORK)
-        for tp in (1, 8)
+        for tp in (4, 8)
     }  # fmt: skip
-    assert made[1].memory["target, layers / tp_size"] == 8 * made[8].memory["target, layers / tp_size"]
-    assert made[1].memory["target, embedding and head"] == made[8].memory["target, embedding and head"]
-    assert (made[1].fits, made[8].fits) == (False, True)
-    assert made[1].tensor_parallel == 0
+    assert made[4].memory["target, layers / tp_size"] == 2 * made[8].memory["target, layers / tp_size"]
+    assert made[4].memory["target, embedding and head"] == made[8].memory["target, embedding and head"]
+    assert made[8].fits
+    assert made[8].gathered == 0
+
+
+def test_copies_that_do_not_fit_are_spread_at_the_price_of_the_network():
+    config = plan.read_config(str(DOCS / "targets/llama-3.3-70b.json"))
+    draft = draft_config_for(config)
+    p = Parameters(number_of_gpu_to_use_draft_model_training=8, draft_global_batch_size=32, training_batch_size=2)
+    spread, alone = (
+        plan.make_plan(config, draft, p.model_copy(update={"number_of_gpu_to_use_draft_model_training": gpus}),
+                       CLUSTER, WORK)
+        for gpus in (8, 1)
+    )  # fmt: skip
+    assert (spread.fits, alone.fits) == (True, False)
+    layers = alone.memory["target, layers / tp_size"]
+    assert spread.memory["target, layers / (tp_size x dp_size)"] == layers / 8
+    assert spread.memory["target, gathered"] == pytest.approx(2 * layers / 80)
+    assert spread.gathered == pytest.approx(2 * layers * 7 / 8)  # 32 conversations: two passes of each GPU
+    assert (spread.tensor_parallel, alone.gathered) == (0, 0)
+    assert any("FSDP" in value for _, value in plan.rows_of(spread, p, CLUSTER))
 
 
 def test_twice_the_gpus_are_twice_as_fast_on_paper_and_nothing_is_sent_by_one():

@@ -118,6 +118,7 @@ def test_intervals_count_epochs_and_the_last_one_always_counts(train):
     assert storage.read_manifest(trained.output + "/epoch_3").properties == {
         "step": 9,
         "epoch": 3,
+        "run_id": "",
         "acceptance_length": None,
     }
 

@@ -24,6 +24,9 @@ class Target:
         aux_layers: features are taken after so many layers.
     """
 
+    spread = False
+    """Whether its layers are spread over the copies of other processes, so that all must run it equally often."""
+
     def __init__(self, model: Any, aux_layers: tuple[int, int, int]) -> None:
         self.model = model.eval().requires_grad_(False)
         self.decoder = model.get_decoder()

@@ -158,10 +158,11 @@ class Output:
         def publish() -> None:
             if self._lease:
                 self._lease.renew()  # or raises: what is there is another run's
-            names = [other for other in self.names() if other != name] + [name]
+            free = self._free_name(name, properties["step"])
+            names = [other for other in self.names() if other != free] + [free]
             self._write_index(names)
-            storage.publish(folder, uri, stage=STAGE, properties=properties)
-            logger.info("checkpoint %s: step %d, %s", name, properties["step"], uri)
+            storage.publish(folder, self._at(free), stage=STAGE, properties=properties)
+            logger.info("checkpoint %s: step %d, %s", free, properties["step"], self._at(free))
             self._thin_out(names)
 
         try:
@@ -174,6 +175,19 @@ class Output:
                  f"stays in {kept}, which resume_from_checkpoint may name"]
             ) from error  # fmt: skip
         shutil.rmtree(folder)
+
+    def _free_name(self, name: str, step: int) -> str:
+        """The name, unless a whole checkpoint of another step has it: total_steps may have ended the same epoch early.
+
+        That one may be the only whole one, and is lost while another is sent to its place.
+        """
+        try:
+            there = storage.read_manifest(self._at(name), stage=STAGE).properties["step"]
+        except StoreUnavailable:
+            raise
+        except DraftModelError:
+            return name
+        return name if there == step else f"step_{step}"
 
     def _thin_out(self, names: list[str]) -> None:
         """Removes what is not to be kept. The newest is whole by now, so a whole one is left whatever happens."""

@@ -3,12 +3,14 @@
 transformers shards a model by the plan of its family and reads only a process's own part of each file. Two things
 differ from serving. Every process trains on conversations of its own, so embedding and head stay whole: 4 V H bytes
 in bfloat16 buy logits without a message. And the groups of a job hold copies of one another, for which transformers
-has no option, so the mesh is given to it from here.
+has no option, so the mesh is given to it from here. Copies that are too big are spread by FSDP2, which gathers a layer
+when it runs; then all processes run the target equally often.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,17 @@ _MLP = {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "
 
 
 class ShardedTarget(Target):
-    """A target whose layers are spread over processes; all of them call the same methods in the same order."""
+    """A target whose layers are spread over processes; all of them call the same methods in the same order.
+
+    Args:
+        model: in parts.
+        aux_layers: features are taken after so many layers.
+        spread: whether parts lie with the other copies too.
+    """
+
+    def __init__(self, model: Any, aux_layers: tuple[int, int, int], spread: bool) -> None:
+        super().__init__(model, aux_layers)
+        self.spread = spread
 
     @property
     def last_layer(self) -> dict[str, Tensor]:
@@ -42,43 +54,37 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def load_share(folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dtype, ranks: Ranks) -> Target:
+def load_share(
+    folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dtype, ranks: Ranks, beside: Callable[[], float]
+) -> Target:
     """Loads this process's part of the target: all of it, or its share of every layer where tp_size says so.
+
+    Where copies would not fit beside the draft, their layers are spread over the data-parallel processes as well.
 
     Args:
         folder: of the imported model.
         aux_layers: of the draft's configuration.
         dtype: compute type.
         ranks: this process among the others.
+        beside: gives the bytes that training needs of a GPU besides the target; asked where memory is known.
 
     Raises:
         DraftModelError: where the model cannot be loaded, or its heads cannot be shared out.
     """
-    on_gpu = ranks.device.type == "cuda"
-    if ranks.mesh is None and not on_gpu:
+    memory = memory_of(ranks.device)
+    if ranks.tp == 1 and memory is None:
         return load_target(folder, aux_layers, dtype, ranks.device)
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
-    from transformers.utils import logging as transformers_logging
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     check_heads(config.get_text_config(), ranks.tp)
     with torch.device("meta"):
         skeleton = check_structure(AutoModelForCausalLM.from_config(config, dtype=dtype), aux_layers)
-    if on_gpu:
-        check_memory(skeleton, ranks.tp, torch.cuda.get_device_properties(ranks.device).total_memory)
-    if ranks.mesh is None:
+    spread = memory is not None and must_spread(skeleton, ranks.tp, ranks.dp, memory, beside())
+    if ranks.tp == 1 and not spread:
         return load_target(folder, aux_layers, dtype, ranks.device)
-    plan = plan_for(skeleton)
-    experts = {"ep_size": ranks.tp, "ep_implementation": "all_reduce"} if _has_experts_apart(skeleton) else {}
-    transformers_logging.set_verbosity_error()  # it would name every norm as "not sharded"
-    model = load_model(
-        folder, dtype, _on_mesh(type(skeleton), ranks.mesh, ranks.device),
-        distributed_config=DistributedConfig(tp_size=ranks.tp, tp_plan=plan, **experts),
-    )  # fmt: skip
-    held, whole = (sum(map(_bytes, each.parameters())) for each in (model, skeleton))
-    logger.info("target: %.2f of %.2f GB in each of %d processes", held / 1e9, whole / 1e9, ranks.tp)
-    target = ShardedTarget(model, aux_layers)
+    model = _load_in_parts(folder, dtype, ranks, skeleton, spread)
+    target = ShardedTarget(model, aux_layers, spread)
     try:
         target.states(collate([(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool))]).to(ranks.device))
     except RuntimeError as error:
@@ -87,6 +93,28 @@ def load_share(folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dtyp
         # Blocks that reshape by the model's number of heads, and not by what is there.
         raise DraftModelError(f"tp_size: {type(skeleton).__name__} cannot run in parts ({error}): use 1") from error
     return target
+
+
+def memory_of(device: torch.device) -> float | None:
+    """Bytes of a GPU; of a CPU nobody asks, for its processes share them."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def _load_in_parts(folder: Path, dtype: torch.dtype, ranks: Ranks, skeleton: Any, spread: bool) -> Any:
+    from transformers.distributed import DistributedConfig
+    from transformers.utils import logging as transformers_logging
+
+    cut = {"tp_plan": plan_for(skeleton)} if ranks.tp > 1 else {}
+    experts = {"ep_size": ranks.tp, "ep_implementation": "all_reduce"} if _has_experts_apart(skeleton) else {}
+    transformers_logging.set_verbosity_error()  # it would name every norm as "not sharded"
+    settings = DistributedConfig(tp_size=ranks.tp, **cut, **experts)
+    model = load_model(folder, dtype, _on_mesh(type(skeleton), ranks, spread), distributed_config=settings)
+    held, whole = (sum(map(_bytes, each.parameters())) for each in (model, skeleton))
+    logger.info(
+        "target: %.2f of %.2f GB in each of %d processes%s", held / 1e9, whole / 1e9, ranks.tp,
+        f"; copies would not fit beside the draft, so their layers are spread over {ranks.dp} (FSDP)" if spread else "",
+    )  # fmt: skip
+    return model
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -121,25 +149,34 @@ def _tp_sizes(config: Any) -> list[int]:
     return [size for size in range(1, kv_heads + 1) if kv_heads % size == 0 and heads % size == 0]
 
 
-def check_memory(model: Any, tp: int, memory: int) -> None:
-    """Refuses a target that a GPU could not hold its part of, before a byte of it is read.
+def must_spread(model: Any, tp: int, dp: int, memory: float, beside: float) -> bool:
+    """Whether copies of a target are too big, so that their layers are to be spread over the dp processes as well.
 
     Args:
         model: on the meta device, in the compute type.
         tp: tp_size.
+        dp: how many copies there would be.
         memory: of a GPU, bytes.
+        beside: bytes that training needs besides the target, an estimate.
 
     Raises:
-        DraftModelError: names the smallest tp_size that would do, if there is one.
+        DraftModelError: where a GPU could not hold its part in either way; names the smallest tp_size that would do.
     """
-    layers = sum(map(_bytes, model.get_decoder().layers.parameters()))
-    rest = sum(map(_bytes, model.parameters())) - layers
-    if rest + layers / tp <= memory:
-        return
-    fits = [size for size in _tp_sizes(model.config.get_text_config()) if rest + layers / size <= memory]
-    advice = f"use {fits[0]} or more" if fits else "no tp_size that divides its heads is enough: use larger GPUs"
+    layers = [sum(map(_bytes, layer.parameters())) for layer in model.get_decoder().layers]
+    rest = sum(map(_bytes, model.parameters())) - sum(layers)
+    copy = rest + sum(layers) / tp
+    # Of the spread layers, the one that runs and the next one are gathered.
+    least = rest + (sum(layers) / dp + 2 * max(layers)) / tp
+    if copy + beside <= memory or (dp == 1 and copy <= memory):
+        return False
+    if dp > 1 and least <= memory:
+        return True
+    fits = [size for size in _tp_sizes(model.config.get_text_config()) if rest + sum(layers) / size <= memory]
+    advice = (
+        f"use {fits[0]} or more" if fits else "no tp_size that divides its heads is enough: use larger or more GPUs"
+    )
     raise DraftModelError(
-        f"tp_size: given {tp}; each GPU would hold {(rest + layers / tp) / 1e9:.1f} GB of the target and has "
+        f"tp_size: given {tp}; each GPU would hold {min(copy, least) / 1e9:.1f} GB of the target and has "
         f"{memory / 1e9:.1f} GB: {advice}; `draft-model plan` works it out"
     )
 
@@ -180,14 +217,33 @@ def _has_experts_apart(model: Any) -> bool:
     return _speaks_of_layers(model.ep_plan) and not _speaks_of_layers(model.tp_plan)
 
 
-def _on_mesh(model_class: Any, mesh: DeviceMesh, device: torch.device) -> Any:
-    """The model's class, which loads itself onto the mesh of this process's group."""
+def _on_mesh(model_class: Any, ranks: Ranks, spread: bool) -> Any:
+    """The model's class, which loads itself onto the processes' mesh, before any weight is read."""
+    assert ranks.mesh is not None
+    mesh = ranks.mesh
 
     class Meshes:
         def get_mesh(self, dims: object) -> DeviceMesh:
-            return mesh
+            return mesh["tp"]
 
     def prepare(cls: Any, distributed_config: Any, device_map: Any = None) -> tuple[Any, Any, Meshes]:
-        return distributed_config, device, Meshes()
+        return distributed_config, ranks.device, Meshes()
 
-    return type(model_class.__name__, (model_class,), {"prepare_distribute_model": classmethod(prepare)})
+    def distribute(cls: Any, model: Any, distributed_config: Any, mesh_manager: Meshes) -> Any:
+        model = model_class.maybe_distribute_model.__func__(cls, model, distributed_config, mesh_manager)
+        return _spread(model, mesh["dp"]) if spread else model
+
+    methods = {"prepare_distribute_model": classmethod(prepare), "maybe_distribute_model": classmethod(distribute)}
+    return type(model_class.__name__, (model_class,), methods)
+
+
+def _spread(model: Any, mesh: DeviceMesh) -> Any:
+    """Spreads the layers over the copies; embedding and head stay whole, for each process reads its own logits."""
+    from torch.distributed.fsdp import fully_shard
+
+    decoder = model.get_decoder()
+    for layer in decoder.layers:
+        fully_shard(layer, mesh=mesh)
+    of_layers = set(decoder.layers.parameters())
+    fully_shard(decoder, mesh=mesh, ignored_params=set(model.parameters()) - of_layers)
+    return model

@@ -7,6 +7,7 @@ of them were measured, and shows the tables that this module makes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,7 @@ class Plan:
         step_seconds: of one.
         reduction: bytes that each GPU sends per step for the gradients.
         tensor_parallel: bytes that each GPU sends per step for the target in parts.
+        gathered: bytes that each GPU gets per step of a target that is spread over the copies; 0 where it is not.
         checkpoint: bytes of one in the store.
         fits: whether the memory is enough.
     """
@@ -95,8 +97,20 @@ class Plan:
     step_seconds: float
     reduction: float
     tensor_parallel: float
+    gathered: float
     checkpoint: float
     fits: bool
+
+    @property
+    def target_memory(self) -> float:
+        """Bytes of a GPU for the target's weights."""
+        weights = ("target, layers", "target, gathered", "target, embedding")
+        return sum(size for name, size in self.memory.items() if name.startswith(weights))
+
+    @property
+    def draft_memory(self) -> float:
+        """Bytes of a GPU for the draft's weights, gradients and moments."""
+        return sum(size for name, size in self.memory.items() if name.startswith("draft, weights"))
 
 
 def sizes_of(config: Mapping[str, Any]) -> Target:
@@ -158,19 +172,18 @@ def make_plan(
         workload: the data.
     """
     target, world, tp = sizes_of(config), p.world_size, p.tp_size
-    width = 2 if p.compute_dtype == "bfloat16" else 4
-    memory = {
-        "target, layers / tp_size": width * target.layers / tp,
-        "target, embedding and head": float(width * target.whole),
-        "target, one forward pass": float(_forward_bytes(target, draft, p, width)),
-        "its states": float(p.max_length * 4 * draft.hidden_size * width)
-        * (p.training_batch_size + p.draft_micro_batch_size),
-        "draft, weights, gradients and moments in float32": 16.0 * draft_parameters(draft),
-        "draft, weights in the compute type": float(width * draft_parameters(draft)),
-        "draft, activations of a micro-batch": _activation_bytes(draft, p, width, workload.supervised),
-        "draft, logits of a chunk": _logit_bytes(draft, p, width),
-        "CUDA and NCCL": RUNTIME_BYTES,
-    }
+    dp, width = world // tp, _width(p)
+    beside = _beside(target, draft, p, workload.supervised)
+    layers = width * target.layers / tp
+    whole = float(width * target.whole)
+    copies = {"target, layers / tp_size": layers, "target, embedding and head": whole}
+    spread = dp > 1 and sum(copies.values()) + sum(beside.values()) > cluster.memory
+    if spread:
+        in_parts = {"target, layers / (tp_size x dp_size)": layers / dp, "target, gathered": 2 * layers / target.depth}
+        copies = {**in_parts, "target, embedding and head": whole}
+    memory = {**copies, **beside}
+    passes = math.ceil(p.draft_global_batch_size / dp / p.training_batch_size)
+    gathered = passes * layers * (dp - 1) / dp if spread else 0.0
     flops = _flops_per_token(target, draft, p, workload)
     speed = world * cluster.peak * cluster.share / flops  # tokens/s
     step_tokens = p.draft_global_batch_size * workload.tokens
@@ -181,12 +194,48 @@ def make_plan(
         flops=flops,
         seconds_per_million=1e6 / speed,
         step_tokens=step_tokens,
-        step_seconds=step_tokens / speed + reduction / cluster.network,
+        step_seconds=step_tokens / speed + (reduction + gathered) / cluster.network,
         reduction=reduction,
         tensor_parallel=messages * 2 * (tp - 1) / tp,
+        gathered=gathered,
         checkpoint=14.0 * draft_parameters(draft),
         fits=sum(memory.values()) <= cluster.memory,
     )
+
+
+def _width(p: Parameters) -> int:
+    return 2 if p.compute_dtype == "bfloat16" else 4
+
+
+def _beside(target: Target, draft: DraftConfig, p: Parameters, supervised: float) -> dict[str, float]:
+    """Bytes of a GPU besides the target's weights."""
+    width, parameters = _width(p), draft_parameters(draft)
+    return {
+        "target, one forward pass": float(_forward_bytes(target, draft, p, width)),
+        "its states": float(p.max_length * 4 * draft.hidden_size * width)
+        * (p.training_batch_size + p.draft_micro_batch_size),
+        "draft, weights, gradients and moments in float32": 16.0 * parameters,
+        "draft, weights in the compute type": float(width * parameters),
+        "draft, activations of a micro-batch": _activation_bytes(draft, p, width, supervised),
+        "draft, logits of a chunk": _logit_bytes(draft, p, width),
+        "CUDA and NCCL": RUNTIME_BYTES,
+    }
+
+
+def beside_target(folder: Path, draft: DraftConfig, p: Parameters, longest: int) -> float:
+    """What a training needs of each GPU besides the target's weights, every token supervised.
+
+    Args:
+        folder: of the target.
+        draft: the draft's shape.
+        p: of the run.
+        longest: tokens of the longest conversation.
+
+    Returns:
+        Bytes.
+    """
+    target = sizes_of(read_config(str(folder)))
+    return sum(_beside(target, draft, p.model_copy(update={"max_length": longest}), supervised=1.0).values())
 
 
 def _forward_bytes(target: Target, draft: DraftConfig, p: Parameters, width: int) -> int:
@@ -290,6 +339,8 @@ def rows_of(plan: Plan, p: Parameters, cluster: Cluster) -> list[tuple[str, str]
         ("gradients", f"{_bytes(plan.reduction)} from each GPU per step, {wire:.2f} s at "
                       f"{_bytes(cluster.network)}/s ({wire / plan.step_seconds:.0%} of the step)"),
         ("target in parts", f"{_bytes(plan.tensor_parallel)} from each GPU per step, inside a node"),
+        *([("target's layers", f"{_bytes(plan.gathered)} to each GPU per step, for copies would not fit: FSDP")]
+          if plan.gathered else []),
         ("object store", f"{_bytes(plan.checkpoint)} per checkpoint"),
     ]  # fmt: skip
 
@@ -299,13 +350,15 @@ def _bytes(size: float) -> str:
 
 
 RECOMMENDED: tuple[tuple[str, dict[str, int]], ...] = (
-    ("llama-3.1-8b", {"gpus": 1, "tp": 1, "micro": 1, "batch": 8}),
-    ("llama-3.1-8b", {"gpus": 8, "tp": 1, "micro": 2, "batch": 64}),
-    ("llama-3.1-8b", {"gpus": 8, "tp": 1, "micro": 8, "batch": 64}),
-    ("llama-3.3-70b", {"gpus": 8, "tp": 2, "micro": 1, "batch": 64}),
-    ("llama-3.3-70b", {"gpus": 8, "tp": 4, "micro": 1, "batch": 64}),
-    ("llama-3.3-70b", {"gpus": 8, "tp": 8, "micro": 2, "batch": 64}),
-    ("qwen3-235b-a22b", {"gpus": 8, "tp": 4, "micro": 1, "batch": 64}),
+    ("llama-3.1-8b", {"gpus": 1, "tp": 1, "pass": 1, "micro": 1, "batch": 8}),
+    ("llama-3.1-8b", {"gpus": 8, "tp": 1, "pass": 2, "micro": 2, "batch": 64}),
+    ("llama-3.1-8b", {"gpus": 8, "tp": 1, "pass": 8, "micro": 8, "batch": 64}),
+    ("llama-3.3-70b", {"gpus": 8, "tp": 2, "pass": 4, "micro": 1, "batch": 64}),
+    ("llama-3.3-70b", {"gpus": 8, "tp": 4, "pass": 1, "micro": 1, "batch": 64}),
+    ("llama-3.3-70b", {"gpus": 8, "tp": 8, "pass": 2, "micro": 2, "batch": 64}),
+    ("qwen3-235b-a22b", {"gpus": 4, "tp": 4, "pass": 1, "micro": 1, "batch": 64}),
+    ("qwen3-235b-a22b", {"gpus": 8, "tp": 4, "pass": 4, "micro": 1, "batch": 64}),
+    ("qwen3-235b-a22b", {"gpus": 16, "tp": 4, "pass": 8, "micro": 2, "batch": 64}),
 )
 """Targets and layouts of the table in docs/scaling.md."""
 
@@ -319,23 +372,28 @@ def table_of(targets: Path, cluster: Cluster, workload: Workload) -> str:
         workload: the data.
     """
     lines = [
-        "| target | GPUs | tp_size | micro-batch | target | draft | activations, states | of each GPU | 1 M tokens | "
-        "gradients per step | checkpoint |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| target | GPUs | tp_size | pass | micro-batch | conversations | target | draft | activations, states | "
+        "of each GPU | 1 M tokens | gradients per step | layers gathered per step | checkpoint |",
+        "|" + 14 * "---|",
     ]
     for name, layout in RECOMMENDED:
         config = read_config(str(targets / f"{name}.json"))
         p = Parameters(
             number_of_gpu_to_use_draft_model_training=layout["gpus"], tp_size=layout["tp"],
-            draft_micro_batch_size=layout["micro"], training_batch_size=layout["micro"],
+            draft_micro_batch_size=layout["micro"], training_batch_size=layout["pass"],
             draft_global_batch_size=layout["batch"],
         )  # fmt: skip
         made = make_plan(config, draft_of(config, p), p, cluster, workload)
-        sizes = list(made.memory.values())
-        total = f"**{_bytes(sum(sizes))}**" if made.fits else f"{_bytes(sum(sizes))}, too much"
-        lines.append(
-            f"| {name} | {layout['gpus']} | {layout['tp']} | {layout['micro']} | {_bytes(sum(sizes[:2]))} | "
-            f"{_bytes(sum(sizes[4:6]))} | {_bytes(sum(sizes) - sum(sizes[:2]) - sum(sizes[4:6]))} | {total} | "
-            f"{made.seconds_per_million:.0f} s | {_bytes(made.reduction)} | {_bytes(made.checkpoint)} |"
-        )
+        of_target, of_draft, total = made.target_memory, made.draft_memory, sum(made.memory.values())
+        cells = [
+            name,
+            *layout.values(),
+            _bytes(of_target) + (", spread" if made.gathered else ""),
+            _bytes(of_draft),
+            _bytes(total - of_target - of_draft),
+            f"**{_bytes(total)}**" if made.fits else f"{_bytes(total)}, too much",
+            f"{1e6 / made.step_tokens * made.step_seconds:.0f} s",
+            *map(_bytes, (made.reduction, made.gathered, made.checkpoint)),
+        ]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"

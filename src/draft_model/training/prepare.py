@@ -20,6 +20,7 @@ from draft_model.errors import DraftModelError
 from draft_model.training.checkpoint import Loaded
 from draft_model.training.config import TrainConfig
 from draft_model.training.parallel import load_share
+from draft_model.training.plan import beside_target
 from draft_model.training.ranks import Ranks
 from draft_model.training.trainer import Training, check_position, planned_steps
 
@@ -72,15 +73,16 @@ def prepare(
             f"draft_model_config: draft_vocab_size is {shape.draft_vocab_size}, but the data set was built for "
             f"{len(d2t)}: build it with the same draft_model_config"
         )
-    target = load_share(model, shape.aux_layers, dtype, ranks)
+    train_split = Split(dataset / "train")
+    validation = Split(dataset / "validation") if (dataset / "validation").is_dir() else None
+    longest = int(max(train_split.lengths.max(), validation.lengths.max() if validation is not None else 0))
+    target = load_share(model, shape.aux_layers, dtype, ranks, lambda: beside_target(model, shape, p, longest))
     draft = Eagle3Draft(shape, t2d, d2t).to(ranks.device)
     draft.initialise(p.seed, target)
     optimizer = torch.optim.AdamW(
         draft.parameters(), lr=p.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
     )
     torch.manual_seed(p.seed * ranks.world + ranks.rank)
-    train_split = Split(dataset / "train")
-    validation = Split(dataset / "validation") if (dataset / "validation").is_dir() else None
     total = planned_steps(p, len(train_split))
     if not total:
         raise DraftModelError(
@@ -92,7 +94,6 @@ def prepare(
             "final_checkpoint: given 'best', which the validation split decides, and the data set has none: use "
             "'last', or build it with dataset_validation_split"
         )
-    longest = int(max(train_split.lengths.max(), validation.lengths.max() if validation is not None else 0))
     objective = Objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest)
     training = Training(
         p,

@@ -33,7 +33,7 @@ class Ranks:
         world: how many there are.
         device: where this one computes.
         tp: how many of them hold one copy of the target between them.
-        mesh: those of this process's copy; None where it holds the whole target.
+        mesh: all of them, of dimensions dp and tp; None where this process is alone.
     """
 
     rank: int
@@ -61,6 +61,10 @@ class Ranks:
         place = np.arange(len(conversations)) % self.world
         of_group: NDArray[np.bool_] = place // self.tp == self.rank // self.tp
         return conversations[of_group]
+
+    def largest_group_share(self, conversations: int) -> int:
+        """How many of so many conversations the copy that reads most of them reads."""
+        return conversations // self.world * self.tp + min(conversations % self.world, self.tp)
 
     def owns(self, place: int) -> bool:
         """Whether the conversation at this place of `group_share` is this process's own."""
@@ -107,8 +111,7 @@ def start_ranks(timeout: timedelta, tp: int = 1) -> Iterator[Ranks]:
         return
     try:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        mesh = _tensor_parallel_mesh(rank, world, tp, device, timeout) if tp > 1 else None
-        yield Ranks(rank, world, device, tp, mesh)
+        yield Ranks(rank, world, device, tp, _mesh(rank, world, tp, device, timeout))
     except RuntimeError as error:
         if not is_a_peers(error):
             raise
@@ -117,10 +120,13 @@ def start_ranks(timeout: timedelta, tp: int = 1) -> Iterator[Ranks]:
     distributed.destroy_process_group()
 
 
-def _tensor_parallel_mesh(rank: int, world: int, tp: int, device: torch.device, timeout: timedelta) -> DeviceMesh:
+def _mesh(rank: int, world: int, tp: int, device: torch.device, timeout: timedelta) -> DeviceMesh:
     # DeviceMesh would make groups with PyTorch's own time-out; every process must take part in making each group.
+    copies = [distributed.new_group(list(range(place, world, tp)), timeout) for place in range(tp)]
     groups = [distributed.new_group(list(range(first, first + tp)), timeout) for first in range(0, world, tp)]
-    return DeviceMesh.from_group(groups[rank // tp], device.type, mesh_dim_names=("tp",))
+    own = [copies[rank % tp], groups[rank // tp]]
+    places = torch.arange(world).view(-1, tp)
+    return DeviceMesh.from_group(own, device.type, mesh=places, mesh_dim_names=("dp", "tp"))
 
 
 def is_a_peers(error: RuntimeError) -> bool:

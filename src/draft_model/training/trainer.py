@@ -202,7 +202,7 @@ def _store(training: Training, plan: list[Step]) -> StateStore:
     """The store of a whole training: a resumed one keeps the same states as one that was never interrupted."""
     visits = np.bincount(np.concatenate([step.conversations for step in plan]))
     # Where processes share a target, each would have to know what the others have kept.
-    epochs = int(visits.max()) if training.ranks.tp == 1 else 1
+    epochs = int(visits.max()) if training.ranks.tp == 1 and not training.target.spread else 1
     width = 4 * training.draft.config.hidden_size
     dtype, device = training.objective.dtype, training.target.device
     groups = _target_batches(training, plan)
@@ -235,6 +235,10 @@ def _target_states(training: Training, split: Split, conversations: NDArray[np.i
     for start in range(0, len(group), size):
         states = training.target.states(_conversations(training, split, group[start : start + size]))
         yield from (state for place, state in enumerate(states, start) if ranks.owns(place))
+    if training.target.spread:  # a validation split may leave others a pass more, and they need this one's layers
+        most = ranks.largest_group_share(len(conversations))
+        for _ in range(-(-most // size) - -(-len(group) // size)):
+            training.target.states(_conversations(training, split, conversations[:1]))
 
 
 def _losses(
