@@ -103,3 +103,16 @@ def test_a_store_that_does_not_answer_is_told_for_each_input(monkeypatch):
     found = problems({"huggingface_id": "a/b", **splits})
     assert [problem.partition(":")[0] for problem in found] == list(splits)
     assert "never-shown" not in json.dumps(found)
+
+
+def test_resume_that_is_bound_to_find_nothing_in_a_shared_folder_is_told(root):
+    storage.write_bytes(f"{root}/train.jsonl", b"{}")
+    place = f"{root}/shared"
+    values = {"huggingface_id": "a/b", "dataset_train_split": f"{root}/train.jsonl", "checkpoint_path": place}
+    check(values)  # the first run of those that share it
+    (found,) = problems({**values, "resume": "true"})
+    assert found.startswith(f"checkpoint_path: given '{place}' with resume='true', but there is no checkpoint there")
+    storage.write_bytes(f"{place}/checkpoints.json", b'["epoch_1"]')
+    check({**values, "resume": "true"})
+    (found,) = problems({**values, "checkpoint_path": "ftp://host/shared"})
+    assert found.startswith("checkpoint_path: ")

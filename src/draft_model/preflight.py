@@ -12,6 +12,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,6 +72,8 @@ def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parame
         uri = values.get(name)
         if isinstance(uri, str) and uri and name not in bad:
             problems += _problems(name, reader, uri)
+    if values.get("checkpoint_path") and "train" in stages and "checkpoint_path" not in bad:
+        problems += _problems("checkpoint_path", partial(_read_checkpoints, values), str(values["checkpoint_path"]))
     if isinstance(prompts := values.get("evaluation_prompts"), str) and "evaluate" in stages:
         problems += check_prompts(prompts)
     if problems:
@@ -178,6 +181,16 @@ def _read_config(name: str, uri: str) -> None:
         raise DraftModelError(f"{file} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise DraftModelError(f"{file} holds a JSON {type(content).__name__}; it must be an object")
+
+
+def _read_checkpoints(values: Mapping[str, Any], name: str, uri: str) -> None:
+    """What runs share can be looked into before the run: resume=true may be bound to find nothing."""
+    found = storage.exists(storage.join(uri, "checkpoints.json"))
+    if not found and values.get("resume") == "true" and not values.get("resume_from_checkpoint"):
+        raise DraftModelError(
+            f"given {uri!r} with resume='true', but there is no checkpoint there, and resume_from_checkpoint is not "
+            "given: name one there, or use resume=false"
+        )
 
 
 def _read_model(name: str, uri: str) -> None:
