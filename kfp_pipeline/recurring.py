@@ -137,8 +137,9 @@ def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
                 right.add(name)
                 continue
             server.client.delete_recurring_run(run.recurring_run_id)
-            done.append(f"deleted {name}" if name not in marks else f"deleted {name}, which was different")
-        for name in wanted.runs.keys() - right:
+            why = ", which was there twice" if name in right else ", which was different" if name in marks else ""
+            done.append(f"deleted {name}{why}")
+        for name in (name for name in wanted.runs if name not in right):
             _create(server, experiment.experiment_id, name, wanted, (pipeline_id, version_id), marks[name])
             done.append(f"created {name}")
     return done

@@ -135,6 +135,12 @@ class ApiServer:
             "users": [{"name": "it", "user": {"token": token}}],
         }
 
+    def kubeconfig_of_admin(self) -> Path:
+        """A kubeconfig that may do everything."""
+        path = self.folder / "admin.kubeconfig"
+        path.write_text(yaml.safe_dump(self._kubeconfig(self._token)))
+        return path
+
     def kubeconfig_of(self, account: str) -> Path:
         """A kubeconfig with a token of a service account, which may do what its Roles grant and no more."""
         answer = self.api.call_api(

@@ -55,8 +55,8 @@ def server(tmp_path_factory):
                 continue
             server.define(yaml.load(file.read_text(), yaml.CSafeLoader))
         server.define(WORKFLOWS)
-        for name in ("coordinator", "worker"):
-            for document in yaml.safe_load_all((ROOT / f"manifests/base/{name}.yaml").read_text()):
+        for name in ("base/coordinator", "base/worker", "components/trainer-v2/role", "components/reaper/account"):
+            for document in yaml.safe_load_all((ROOT / f"manifests/{name}.yaml").read_text()):
                 for subject in document.get("subjects", ()):
                     subject["namespace"] = NAMESPACE
                 server.create(document)

@@ -81,7 +81,7 @@ class KfpApi:
             def do_GET(self):
                 api.answer(self)
 
-            do_POST = do_GET
+            do_POST = do_DELETE = do_GET
 
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Answer)
         self._port = self._server.server_port
@@ -182,7 +182,7 @@ class KfpApi:
         if kind in self.racing:
             self.racing.remove(kind)
             self._add(kind, records, id_name, {**record})
-        keys = ("display_name", "namespace", "pipeline_id")
+        keys = ["display_name", "pipeline_id" if kind == "pipeline_versions" else "namespace"]
         if any(all(other.get(key) == record.get(key) for key in keys) for other in records.values()):
             raise Refused(409, f"The name {record['display_name']} already exists")
         record |= {id_name: str(uuid.uuid4()), "created_at": _now()}

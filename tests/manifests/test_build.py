@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
 
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.utils import canonicalize_name
 
 from draft_model.jobs import compute
 from draft_model.parameters import Parameters
@@ -128,7 +132,7 @@ def test_images_are_named_once_and_never_latest(name):
     images = set(images_in(documents))
     assert all(re.search(r"(:(?!latest)[\w.-]+|@sha256:[0-9a-f]{64})$", image) for image in images), images
     # The reaper's and the schedules' image is the steps' own: components/images and the compiled pipeline agree.
-    version = one(documents, "PipelineVersion")
+    version = one(build(MANIFESTS / "pipelines"), "PipelineVersion")
     steps = version["spec"]["pipelineSpec"]["deploymentSpec"]["executors"]
     coordinator = steps["exec-clean-up"]["container"]["image"]
     for template in pods_of(documents).values():
@@ -180,7 +184,7 @@ def test_what_is_committed_looks_like_no_credential():
 def test_the_version_comes_through_unchanged():
     """Its name is the hash of its content, which kustomize must not touch, and the schedules run this very version."""
     compiled = {d["kind"]: d for d in yaml.load_all(MANIFEST.read_text(), yaml.CSafeLoader)}
-    for name in OVERLAYS:
+    for name in ("prod", "multi-user"):
         version = one(overlay(name), "PipelineVersion")
         assert version["spec"] == compiled["PipelineVersion"]["spec"]
         assert version["metadata"]["name"] == compiled["PipelineVersion"]["metadata"]["name"]
@@ -237,3 +241,18 @@ def test_another_store_is_no_key_to_another_role(tmp_path):
     folder.mkdir()
     with pytest.raises(AssertionError, match="test"):
         build(write(folder, "mine", [base], ("external-s3",)))
+
+
+def printed(*command) -> str:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("module", ["draft_model.jobs.reaper", "kfp_pipeline.recurring"])
+def test_the_coordinators_image_has_what_our_own_pods_import(module):
+    program = f"import sys, {module}, draft_model.jobs.cluster; from kfp import Client; print(*sys.modules)"
+    imported = {name.partition(".")[0] for name in printed("-c", program).split()}
+    listed = printed(ROOT / "containers/requirements.py", "coordinator", "cpu").splitlines()
+    there = {canonicalize_name(line.partition("==")[0]) for line in listed} | {"pipeline-draft-model"}
+    of = packages_distributions()
+    for name in imported & of.keys():
+        assert there & set(map(canonicalize_name, of[name])), f"{name}: not in the coordinator's image"
