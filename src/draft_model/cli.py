@@ -143,7 +143,9 @@ def evaluate_command(model: str, dataset: str, draft: str, work: Path | None, **
 
 @cli.command("compare")
 @uri("model", "The target, imported or a Transformers folder.")
-@click.option("--dataset", default="", metavar="URI", help="Built data set; its validation split is decoded.")
+@click.option(
+    "--dataset", default="", show_default=False, metavar="URI", help="Built data set; its validation split is decoded."
+)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="File for the comparison as JSON.")
 @click.argument("drafts", nargs=-1, required=True, metavar="DRAFT DRAFT...")
 @options_of("evaluate", "chat_template")
@@ -181,7 +183,12 @@ def compare_command(
 @cli.command("export")
 @uri("draft", "The trained draft (.../final), or one of another trainer.")
 @click.option("--format", "form", required=True, type=click.Choice(["vllm", "sglang", "speculators"]), help="For whom.")
-@click.option("--target", default="", help="Hub id or path of the target; speculators only.  [default: as trained]")
+@click.option(
+    "--target",
+    default="",
+    show_default=False,
+    help="Hub id or path of the target; speculators only.  [default: as trained]",
+)
 @uri("output", "Folder to write.")
 @WORK
 def export_command(draft: str, form: Any, target: str, output: str, work: Path | None) -> None:
@@ -194,6 +201,19 @@ def export_command(draft: str, form: Any, target: str, output: str, work: Path |
 
     with scratch(work) as folder:
         click.echo(export(draft, form, output, folder, target))
+
+
+@cli.command("track")
+@click.argument("log", metavar="LOG")
+def track_command(log: str) -> None:
+    """Send MLflow the log that a stage kept because the tracking server was away; sending it again changes nothing.
+
+    \b
+    MLFLOW_TRACKING_URI=http://mlflow:5000 draft-model track s3://b/run/output_model_path/tracking-train-0a1b2c3d.jsonl
+    """  # noqa: D301
+    from draft_model.tracking import send_log
+
+    click.echo(send_log(log))
 
 
 @cli.command("plan")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +47,19 @@ def print_summary(final: Path, folder: Path) -> None:
         soft_wrap=True, highlight=False,
     )  # fmt: skip
     if (tracking := os.environ.get("MLFLOW_TRACKING_URI", "")).startswith("sqlite:"):
-        console.print(
-            f"  see the curves      pip install mlflow && mlflow ui --backend-store-uri {tracking}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        console.print(f"  see the curves      {_mlflow_ui(tracking)}", soft_wrap=True, highlight=False)
     console.print(
         "  run on a cluster    upload kfp_pipeline/compiled/pipeline_draft_model.yaml in the KFP UI",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _mlflow_ui(store: str) -> str:
+    """A command that works as it stands: mlflow-skinny has no pages, and another version may change the store."""
+    folder = ".venv-mlflow"
+    install = f"{sys.executable} -m venv {folder} && {folder}/bin/pip install mlflow=={version('mlflow-skinny')}"
+    return f"{install} && {folder}/bin/mlflow ui --backend-store-uri {store}"
 
 
 def _rows(training: dict[str, Any], evaluation: dict[str, Any] | None) -> list[tuple[str, str]]:

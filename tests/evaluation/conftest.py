@@ -1,15 +1,20 @@
-"""A tiny target with a trained draft, made by the real stages."""
+"""A tiny target with a trained draft, made by the real stages; report and card of inputs to be looked at."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from report_inputs import Json, make_dataset, make_evaluation, make_training
 from training.case import QUICK, Inputs, make_inputs
 
 from draft_model import evaluation
+from draft_model.evaluation.card import write_card
+from draft_model.evaluation.report import write_report
 from draft_model.parameters import Parameters
 from draft_model.training import TrainConfig
 from draft_model.training.job import run as train
@@ -42,3 +47,40 @@ def trained(tmp_path_factory) -> Trained:
     parameters = Parameters(**{**QUICK, "num_epochs": 2, "draft_model_config": inputs.draft_config})
     config = TrainConfig(inputs.model, inputs.dataset, str(folder / "output"), folder / "work", parameters)
     return Trained(inputs, Path(train(config).final))
+
+
+@pytest.fixture(name="training")
+def _training() -> Json:
+    return make_training()
+
+
+@pytest.fixture(name="evaluation")
+def _evaluation() -> Json:
+    return make_evaluation()
+
+
+@pytest.fixture(name="dataset")
+def _dataset() -> Json:
+    return make_dataset()
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Callable[..., str]:
+    """Writes a report and reads it."""
+
+    def write(*inputs: Any) -> str:
+        write_report(tmp_path / "report.html", *inputs)
+        return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    return write
+
+
+@pytest.fixture
+def card(tmp_path: Path) -> Callable[..., str]:
+    """Writes a card and reads it."""
+
+    def write(*inputs: Any, name: str = "smollm2-eagle3") -> str:
+        write_card(tmp_path / "README.md", *inputs, name=name)
+        return (tmp_path / "README.md").read_text(encoding="utf-8")
+
+    return write

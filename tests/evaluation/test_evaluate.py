@@ -1,20 +1,29 @@
 """The stage: what evaluation.json says, of which prompts, and what it predicts."""
 
 import hashlib
+import io
 import json
+import os
+import subprocess
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
 import pytest
 import tiny
+from dataset_hub import DatasetHub
 from markupsafe import escape
 from mlflow import MlflowClient
+from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from draft_model.errors import DraftModelError
 from draft_model.evaluation import accept, prompts, speculative
 from draft_model.evaluation.prediction import expected_length, predict
 from draft_model.evaluation.schema import SCHEMAS, Evaluation, Report, json_schema
+
+PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +183,31 @@ def test_a_benchmarks_rows_become_prompts(name):
     row, text, category = PUBLISHED[name]
     benchmark = prompts.BENCHMARKS[name]
     assert (benchmark.text(row), benchmark.category(row)) == (text, category)
+
+
+def test_a_benchmark_comes_from_the_hub_once_and_from_the_cache_after_that(trained, tmp_path):
+    rows = pyarrow.table({"question": ["How many?", "alpha beta"], "answer": ["2", "gamma"]})
+    parquet.write_table(rows, written := io.BytesIO())
+    card = "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: test\n    path: main/test-*\n---\n"
+    files = {"README.md": card.encode(), "main/test-0.parquet": written.getvalue()}
+    command = [
+        PROGRAM, "compare", "--model", trained.inputs.model, "--chat_template", "qwen",
+        "--evaluation_prompts", "gsm8k", "--evaluation_max_new_tokens", "4", str(trained.final),
+    ]  # fmt: skip
+
+    def compare(name, **settings):
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "COLUMNS": "300", **settings}
+        file = tmp_path / f"{name}.json"
+        subprocess.run([*command, "--json", str(file)], env=environment, check=True, capture_output=True)
+        return [record["by_category"] for record in json.loads(file.read_text(encoding="utf-8"))]
+
+    with DatasetHub("openai/gsm8k", files) as hub:
+        (fetched,) = compare("fetched", HF_ENDPOINT=hub.endpoint)
+        assert [request for request in hub.requests if request.startswith("GET") and ".parquet" in request]
+        asked = len(hub.requests)
+        assert [(record["category"], record["prompts"]) for record in fetched] == [("gsm8k", 2)]
+        assert compare("cached", HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="1") == [fetched]
+        assert len(hub.requests) == asked
 
 
 def test_a_benchmark_that_cannot_be_fetched_is_told_clearly(monkeypatch):

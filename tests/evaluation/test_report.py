@@ -3,58 +3,19 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
-import pytest
-import yaml
-from report_inputs import POSITIONS, Json, log_entry, make_dataset, make_evaluation, make_training
+from report_inputs import POSITIONS, Json, log_entry, make_dataset, make_training
 
 from draft_model.evaluation import plots
-from draft_model.evaluation.card import write_card
-from draft_model.evaluation.report import findings, write_report
+from draft_model.evaluation.report import findings
 from draft_model.parameters import PARAMETERS
 
 HOSTILE = '<script>alert(1)</script><img src="http://evil.example/x.png">&"\'|`'
-
-
-@pytest.fixture
-def training() -> Json:
-    return make_training()
-
-
-@pytest.fixture
-def evaluation() -> Json:
-    return make_evaluation()
-
-
-@pytest.fixture
-def dataset() -> Json:
-    return make_dataset()
-
-
-@pytest.fixture
-def report(tmp_path: Path) -> Callable[..., str]:
-    def write(*inputs: Any) -> str:
-        write_report(tmp_path / "report.html", *inputs)
-        return (tmp_path / "report.html").read_text(encoding="utf-8")
-
-    return write
-
-
-@pytest.fixture
-def card(tmp_path: Path) -> Callable[..., str]:
-    def write(*inputs: Any, name: str = "smollm2-eagle3") -> str:
-        write_card(tmp_path / "README.md", *inputs, name=name)
-        return (tmp_path / "README.md").read_text(encoding="utf-8")
-
-    return write
 
 
 class Page(HTMLParser):
@@ -329,66 +290,3 @@ def test_many_draft_positions_are_drawn(report, training, evaluation, dataset):
         evaluation[side] |= {"acceptance_by_position": shares, "conditional_acceptance_by_position": shares}
     text = Page(report(training, evaluation, dataset)).text
     assert f"16 {90 * 0.9**15:.1f} % " in text
-
-
-def _header(markdown: str) -> Json:
-    _, header, _ = markdown.split("---\n", 2)
-    loaded: Json = yaml.safe_load(header)
-    return loaded
-
-
-def _commands(markdown: str) -> list[list[str]]:
-    """The words of each command as a shell reads them."""
-    blocks = re.findall(r"```bash\n(.*?)```", markdown, re.DOTALL)
-    shell = [
-        subprocess.run(["sh", "-c", f"printf '%s\\n' {block}"], capture_output=True, text=True, check=True)
-        for block in blocks
-    ]
-    return [done.stdout.splitlines() for done in shell]
-
-
-def test_the_card_has_a_header_for_the_hub(card, training, evaluation, dataset):
-    assert _header(card(training, evaluation, dataset)) == {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-        "tags": ["eagle3", "speculative-decoding"],
-    }
-    training["target"]["licence"] = "apache-2.0"
-    assert _header(card(training, evaluation, dataset))["license"] == "apache-2.0"
-
-
-def test_the_card_says_the_measured_numbers(card, training, evaluation, dataset):
-    markdown = card(training, evaluation, dataset)
-    assert "| Tokens per target pass (mean acceptance length) | 1.91 | 1.03 | 1.00 |" in markdown
-    assert "| Target passes per token | 0.52 | 0.97 | 1.00 |" in markdown
-    assert "9,631 tokens over 40 prompts were compared, with 1 place" in markdown
-    assert "No speed-up is claimed" in markdown
-    evaluation["lossless"]["identical"] = False
-    assert "**The replies differ" in card(training, evaluation, dataset)
-
-
-def test_the_card_serves_with_both_engines(card, training, evaluation, dataset):
-    vllm, sglang = _commands(card(training, evaluation, dataset))
-    assert vllm[:3] == ["vllm", "serve", "HuggingFaceTB/SmolLM2-135M-Instruct"]
-    assert vllm[3:5] == ["--revision", "12fd25f"]
-    assert json.loads(vllm[vllm.index("--speculative-config") + 1]) == {
-        "method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": 3,
-    }  # fmt: skip
-    options = dict(zip(sglang[3::2], sglang[4::2], strict=True))
-    assert options == {
-        "--model-path": "HuggingFaceTB/SmolLM2-135M-Instruct", "--revision": "12fd25f",
-        "--speculative-algorithm": "EAGLE3", "--speculative-draft-model-path": "THIS_FOLDER",
-        "--speculative-num-steps": "3", "--speculative-eagle-topk": "1",
-        "--speculative-num-draft-tokens": "4",
-    }  # fmt: skip
-
-
-def test_a_target_that_is_no_hub_model_is_left_to_the_reader(card, training, evaluation, dataset):
-    training["parameters"] |= {"huggingface_id": "", "pytorch_model_path": "s3://models/my target"}
-    training["target"]["source"] = "s3://models/my target"
-    markdown = card(training, evaluation, dataset)
-    assert "base_model" not in _header(markdown)
-    assert "`TARGET` is the path of the target model, which was imported from s3://models/my target." in markdown
-    vllm, _ = _commands(markdown)
-    assert vllm[:4] == ["vllm", "serve", "TARGET", "--speculative-config"]

@@ -1,6 +1,7 @@
 """The report as a browser draws it: the number on the first screen, in light and in dark, and nothing too wide."""
 
 import json
+import re
 import shutil
 import subprocess
 
@@ -40,16 +41,26 @@ def test_the_first_screen_is_drawn(tmp_path, scheme):
     assert len(colours) > 50
 
 
-def test_nothing_is_wider_than_a_telephone(tmp_path):
-    report = tmp_path / "report.html"
+def measured(folder, width, height, expression):
+    """What a page around the report finds in it, at the size of a screen: the report itself forbids scripts."""
+    report, page = folder / "report.html", folder / "page.html"
     write_report(report, make_training(), make_evaluation(), make_dataset())
-    # The report forbids scripts, so a page around it looks at it; an iframe is 390 pixels wide whatever the window is.
-    page = tmp_path / "page.html"
     page.write_text(
-        f'<iframe id="f" width="390" height="800" src={json.dumps(report.as_uri())}></iframe><p id="out"></p><script>'
-        "onload = () => { const d = document.getElementById('f').contentDocument.documentElement;"
-        "document.getElementById('out').textContent = `wide ${d.scrollWidth} of ${d.clientWidth}`; }</script>",
+        f'<iframe id="f" width="{width}" height="{height}" src={json.dumps(report.as_uri())}></iframe><p id="out"></p>'
+        "<script>onload = () => { const d = document.getElementById('f').contentDocument.documentElement;"
+        f"document.getElementById('out').textContent = `found ${{{expression}}}.`; }}</script>",
         encoding="utf-8",
     )
-    drawn = browse(tmp_path, "--allow-file-access-from-files", "--dump-dom", page.as_uri())
-    assert "wide 390 of 390" in drawn
+    drawn = browse(folder, "--allow-file-access-from-files", "--dump-dom", page.as_uri())
+    return re.search(r"found (.*?)\.<", drawn)[1]
+
+
+def test_nothing_is_wider_than_a_telephone(tmp_path):
+    assert measured(tmp_path, 390, 800, "[d.scrollWidth, d.clientWidth]") == "390,390"
+
+
+def test_what_a_manager_asks_fits_one_screen(tmp_path):
+    # What was trained, how much it saves, and the tiles: lossless, on what, how long, what to check.
+    bottoms = "[...d.querySelectorAll('h1, .hero, .tiles')].map(e => Math.round(e.getBoundingClientRect().bottom))"
+    title, saved, tiles = map(int, measured(tmp_path, 1280, 800, bottoms).split(","))
+    assert title < saved < tiles <= 800

@@ -70,6 +70,9 @@ def test_lineage_and_the_registered_model(stages):
     client, runs, final = stages
     assert {i.dataset.name for i in runs["train"].inputs.dataset_inputs} == {"target", "dataset"}
     assert runs["train"].data.tags["artifact.final"] == final
+    inputs = {i.dataset.name: json.loads(i.dataset.source)["uri"] for i in runs["evaluate"].inputs.dataset_inputs}
+    assert inputs.keys() == {"target", "dataset", "draft"}
+    assert inputs["draft"] == final
     assert runs["evaluate"].data.tags["artifact.report.html"] == f"{final}/report.html"
     assert runs["evaluate"].data.metrics["lossless"] == 1.0
     (version,) = client.search_model_versions("name = 'tiny-eagle3'")
@@ -79,4 +82,6 @@ def test_lineage_and_the_registered_model(stages):
 def test_pods_are_told_where_to_track_but_no_password():
     here = {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "MLFLOW_RUN_ID": "1", "MLFLOW_TRACKING_TOKEN": "secret"}
     assert forwarded(here) == {"MLFLOW_TRACKING_URI": "http://mlflow:5000", "MLFLOW_RUN_ID": "1"}
+    # What KFP sets where its MLflow takes the pods' own accounts: a way to log in, not a secret.
+    assert forwarded({"MLFLOW_TRACKING_AUTH": "kubernetes"}) == {"MLFLOW_TRACKING_AUTH": "kubernetes"}
     assert forwarded(here | {"MLFLOW_TRACKING_URI": "http://me:secret@mlflow:5000"}) == {}

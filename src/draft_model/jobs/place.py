@@ -22,7 +22,7 @@ from draft_model.jobs.pytorchjob import PYTORCHJOB, PyTorchJobs
 from draft_model.jobs.request import JobRequest, Kind, Manifest, ObjectStore
 from draft_model.jobs.trainjob import RUNTIME, TRAINJOB, TrainJobs
 from draft_model.parameters import Parameters
-from draft_model.tracking import forwarded
+from draft_model.tracking import LOGIN, forwarded
 from draft_model.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -145,6 +145,7 @@ def request_for(cluster: Cluster, config: TrainConfig, run_id: str) -> JobReques
         namespace=cluster.namespace,
         owner=_owner(pod),
         tracking=forwarded(environment),
+        login=login_of(pod),
     )
 
 
@@ -165,6 +166,13 @@ def _image(pod: Manifest | None) -> str:
     if not image:
         raise DraftModelError(f"the image of the training job's pods is not known here: name it in {IMAGE}")
     return str(image)
+
+
+def login_of(pod: Manifest | None) -> dict[str, Manifest]:
+    """How a pod logs in to the tracking server: its references to Secrets, by variable. A value itself stays behind."""
+    entries = [entry for container in pod["spec"]["containers"] for entry in container.get("env", ())] if pod else []
+    references = {entry["name"]: entry.get("valueFrom", {}).get("secretKeyRef") for entry in entries}
+    return {name: references[name] for name in LOGIN if references.get(name)}
 
 
 def _owner(pod: Manifest | None) -> Manifest | None:

@@ -124,4 +124,5 @@ def environment(request: JobRequest) -> list[Manifest]:
             }
             for name, key in keys.items()
         ]
+    variables += [{"name": name, "valueFrom": {"secretKeyRef": key}} for name, key in request.login.items()]
     return variables

@@ -73,6 +73,7 @@ class JobRequest:
         namespace: where the job is made.
         owner: object whose end ends the job, as an owner reference.
         tracking: environment variables that lead to the experiment tracking.
+        login: references to the Secrets' keys that log in there, by environment variable.
     """
 
     run_id: str
@@ -84,6 +85,7 @@ class JobRequest:
     namespace: str = "default"
     owner: Manifest | None = None
     tracking: Mapping[str, str] = field(default_factory=dict)
+    login: Mapping[str, Manifest] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

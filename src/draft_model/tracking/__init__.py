@@ -1,6 +1,6 @@
 """Experiment tracking by MLflow, where MLFLOW_TRACKING_URI is set; it never stops or slows what it tracks."""
 
-from draft_model.tracking.server import RUN, forwarded
-from draft_model.tracking.tracker import Tracker, track, tracked
+from draft_model.tracking.server import LOGIN, RUN, forwarded
+from draft_model.tracking.tracker import Tracker, send_log, track, tracked
 
-__all__ = ["RUN", "Tracker", "forwarded", "track", "tracked"]
+__all__ = ["LOGIN", "RUN", "Tracker", "forwarded", "send_log", "track", "tracked"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,9 +19,12 @@ RUN = "DRAFT_MODEL_RUN"
 """Environment variable: what the stages of one pipeline run have in common."""
 
 _FORWARDED = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME",
-              "MLFLOW_WORKSPACE", RUN)  # fmt: skip
+              "MLFLOW_WORKSPACE", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_INSECURE_TLS", RUN)  # fmt: skip
+LOGIN = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+"""Environment variables with a secret in them."""
 _PARENT = "mlflow.parentRunId"
 _LONGEST_VALUE = 6000
+_SETTINGS = ("run_id", "experiment_id", "experiment", "group")
 
 
 class Refused(Exception):
@@ -90,6 +93,24 @@ class Server:
         self._client: Any = None
         self._parent, self._run = "", settings.run_id
 
+    @property
+    def identity(self) -> dict[str, str]:
+        """Which run this is, as a log that is sent later must know it; `run` is empty before it is made."""
+        kept = {
+            name: getattr(self.settings, name) for name in ("stage", "run_id", "experiment_id", "experiment", "group")
+        }
+        return {**kept, "run": self._run, "parent": self._parent}
+
+    @classmethod
+    def of_identity(cls, identity: Mapping[str, str], environment: Mapping[str, str]) -> Server | None:
+        """The same run again; None where there is no MLFLOW_TRACKING_URI."""
+        here = Settings.of_environment(identity["stage"], environment)
+        if here is None:
+            return None
+        server = cls(replace(here, **{name: identity[name] for name in _SETTINGS}))
+        server._run, server._parent = identity["run"], identity["parent"]
+        return server
+
     def send(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Sends records, in their order. Sending some again changes nothing.
 
@@ -122,6 +143,7 @@ class Server:
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
             os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+            os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # where results go
             from mlflow import MlflowClient
 
             self._client = MlflowClient(tracking_uri=self.settings.uri)
@@ -139,12 +161,19 @@ class Server:
         return made
 
     def _of_group(self, experiment: str) -> str:
-        """The parent of all stages of one pipeline run; they follow one another, so two never make it at once."""
+        """The parent of all stages of one pipeline run. Of two that were made at once the older one counts."""
         wanted = f"tags.`draft_model.run` = '{self.settings.group}'"
-        if found := self._client.search_runs([experiment], wanted, max_results=1):
-            return str(found[0].info.run_id)
-        tags = {"draft_model.run": self.settings.group}
-        return str(self._client.create_run(experiment, run_name="draft-model", tags=tags).info.run_id)
+        if not (found := self._oldest_first(experiment, wanted)):
+            tags = {"draft_model.run": self.settings.group}
+            made = self._client.create_run(experiment, run_name="draft-model", tags=tags).info.run_id
+            found = self._oldest_first(experiment, wanted)
+            if found[0].info.run_id != made:
+                self._client.delete_run(made)
+        return str(found[0].info.run_id)
+
+    def _oldest_first(self, experiment: str, wanted: str) -> list[Any]:
+        order = ["attributes.start_time ASC", "attributes.run_id ASC"]
+        return list(self._client.search_runs([experiment], wanted, order_by=order))
 
     def _batch(self, records: Sequence[Mapping[str, Any]]) -> None:
         from mlflow.entities import Metric, Param, RunTag
@@ -190,7 +219,17 @@ class Server:
         if not self.settings.run_id:
             self._client.set_terminated(self._run, status)
         if self._parent:
-            self._client.set_terminated(self._parent, status)
+            self._end_parent()
+
+    def _end_parent(self) -> None:
+        """The parent has failed where the newest run of some stage has; it goes on while one runs beside this."""
+        experiment = self._client.get_run(self._parent).info.experiment_id
+        children = self._oldest_first(experiment, f"tags.`{_PARENT}` = '{self._parent}'")
+        newest = {child.info.run_name: child.info.status for child in children}
+        if "FAILED" in newest.values():
+            self._client.set_terminated(self._parent, "FAILED")
+        elif "RUNNING" not in newest.values():
+            self._client.set_terminated(self._parent, "FINISHED")
 
 
 def _values(records: Sequence[Mapping[str, Any]], kind: str) -> list[tuple[str, str]]:

@@ -3,7 +3,8 @@
 What is tracked is appended to a file, and that is all that the tracked code waits for. One thread reads the file from
 where it was last acknowledged, at most `BATCH` records at a time, and sends them: so the queue takes no memory, a
 server that is slow only falls behind, and what a server missed while it was down is sent when it answers again, at the
-end at the latest. After the end it has `END_SECONDS` for what is left; then the log says where the file is.
+end at the latest. After the end it has `END_SECONDS` for what is left; then the file is kept beside the stage's output,
+and `draft-model track` sends it later.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import logging
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters, Stage
 from draft_model.tracking.server import Refused, Server, Settings
 
@@ -39,6 +42,10 @@ class StageConfig(Protocol):
     @property
     def work(self) -> Path:
         """Scratch folder."""
+
+    @property
+    def output(self) -> str:
+        """URI of the folder that the stage leaves."""
 
     @property
     def parameters(self) -> Parameters:
@@ -125,25 +132,28 @@ class _Sender(threading.Thread):
     def __init__(self, file: Path, settings: Settings) -> None:
         super().__init__(daemon=True, name="tracking")
         self.file, self.settings = file, settings
+        self.server = Server(settings)
         self.hurry, self.given_up = threading.Event(), threading.Event()
-        self.warned = False
+        self.warned, self.sent_all = False, False
 
     def run(self) -> None:
-        server, offset, pause = Server(self.settings), 0, _PAUSE
+        offset, pause = 0, _PAUSE
         while True:
             try:
                 records, following = self._next(offset)
-                server.send(records)
+                self.server.send(records)
                 offset, pause = following, _PAUSE
                 if records and records[-1]["kind"] == "end":
+                    self.sent_all = True
                     return
             except Refused as refusal:
-                self._warn(f"{refusal}; nothing more is sent, all of it is in {self.file}")
+                self.warn(f"{refusal}; nothing more is sent")
                 return
             except Exception as error:
                 if self.given_up.is_set():
                     return
-                self._warn(f"{type(error).__name__}: {_short(error)}; it goes on, and what is missed is sent later")
+                if not self.warned:
+                    self.warn(f"{type(error).__name__}: {_short(error)}; it goes on, and what is missed is sent later")
                 if not self.hurry.wait(pause):
                     pause = min(2 * pause, _LONGEST_PAUSE)
                 elif self.given_up.wait(_PAUSE):
@@ -159,10 +169,19 @@ class _Sender(threading.Thread):
             lines = [line for _, line in zip(range(BATCH), log, strict=False) if line.endswith(b"\n")]
         return [json.loads(line) for line in lines], offset + sum(map(len, lines))
 
-    def _warn(self, what: str) -> None:
-        if not self.warned:
-            logger.warning("tracking: %s: %s", self.settings.shown_uri, what)
+    def warn(self, what: str) -> None:
+        """Tells the first trouble as a warning, and what follows from it as a note."""
+        logger.log(logging.INFO if self.warned else logging.WARNING, "tracking: %s: %s", self.settings.shown_uri, what)
         self.warned = True
+
+    def keep(self, uri: str) -> str:
+        """Puts the log where it outlives this machine, with the run that it belongs to; gives its URI."""
+        from draft_model import storage
+
+        kept = storage.join(uri, self.file.name)
+        header = json.dumps({"kind": "run", "values": self.server.identity})
+        storage.write_bytes(kept, f"{header}\n".encode() + self.file.read_bytes())
+        return kept
 
 
 def _short(error: Exception) -> str:
@@ -170,12 +189,13 @@ def _short(error: Exception) -> str:
 
 
 @contextmanager
-def track(stage: str, folder: Path, end_seconds: float = END_SECONDS) -> Iterator[Tracker]:
+def track(stage: str, folder: Path, output: str, end_seconds: float = END_SECONDS) -> Iterator[Tracker]:
     """Tracks one stage as one run of MLflow, a child of the pipeline's.
 
     Args:
         stage: names the run.
         folder: where the local log goes.
+        output: URI of the folder where the log is kept that the server has not taken.
         end_seconds: how long the end may wait for the server.
 
     Yields:
@@ -186,7 +206,7 @@ def track(stage: str, folder: Path, end_seconds: float = END_SECONDS) -> Iterato
         yield Tracker(None)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"tracking-{stage}-{os.getpid()}.jsonl"
+    file = folder / f"tracking-{stage}-{uuid.uuid4().hex[:8]}.jsonl"
     file.write_text("", encoding="utf-8")
     tracker, sender = Tracker(file), _Sender(file, settings)
     sender.start()
@@ -199,12 +219,51 @@ def track(stage: str, folder: Path, end_seconds: float = END_SECONDS) -> Iterato
         sender.hurry.set()
         seconds = end_seconds if status == "FINISHED" else min(end_seconds, FAILED_SECONDS)
         sender.join(seconds)
-        if sender.is_alive():
+        if not sender.sent_all:
             sender.given_up.set()
-            logger.warning(
-                "tracking: %s has not taken everything within %.0f s; all of it is in %s",
-                settings.shown_uri, seconds, file,
-            )  # fmt: skip
+            _keep_log(sender, output)
+
+
+def _keep_log(sender: _Sender, output: str) -> None:
+    try:
+        kept = sender.keep(output)
+    except Exception as error:  # whatever a store can do; it must not hide how the stage ended
+        sender.warn(f"has not taken everything, and the log cannot be kept in {output}: {_short(error)}")
+        return
+    sender.warn(f"has not taken everything; all of it is in {kept}, which `draft-model track {kept}` sends")
+
+
+def send_log(uri: str) -> str:
+    """Sends a log that a stage kept, to the run that it belongs to.
+
+    Args:
+        uri: of the log.
+
+    Returns:
+        Id of the run.
+
+    Raises:
+        DraftModelError: when it is no such log, MLFLOW_TRACKING_URI is not set, or the server does not take it.
+    """
+    from draft_model import storage
+
+    try:
+        header, *records = [json.loads(line) for line in storage.read_bytes(uri).splitlines()]
+        identity = header["values"]
+        server = Server.of_identity(identity, os.environ)
+    except (ValueError, LookupError, TypeError) as error:
+        raise DraftModelError(f"{uri} is no log of a stage's tracking ({error!r})") from error
+    if server is None:
+        raise DraftModelError("MLFLOW_TRACKING_URI: not set; it says where the log is sent")
+    try:
+        for start in range(0, len(records), BATCH):
+            server.send(records[start : start + BATCH])
+    except Exception as error:  # MLflow has no common ancestor for what a network can do
+        raise DraftModelError(
+            f"MLFLOW_TRACKING_URI: {server.settings.shown_uri} does not take {uri}: {_short(error)}; it may be sent "
+            "again, as often as need be"
+        ) from error
+    return str(server.identity["run"])
 
 
 def tracked(stage: Stage, artifact: str) -> Callable[[Callable[[Config], Result]], Callable[[Config], Result]]:
@@ -218,7 +277,7 @@ def tracked(stage: Stage, artifact: str) -> Callable[[Callable[[Config], Result]
     def wrap(run: Callable[[Config], Result]) -> Callable[[Config], Result]:
         @wraps(run)
         def run_tracked(config: Config) -> Result:
-            with track(stage, config.work) as tracker:
+            with track(stage, config.work, config.output) as tracker:
                 tracker.parameters(config.parameters.of_stage(stage))
                 result = run(config)
                 tracker.references({artifact: result.uri})
