@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -26,8 +25,6 @@ from draft_model.errors import DraftModelError
 from kfp_pipeline.client import Server, connect
 from kfp_pipeline.pipeline import NAME
 from kfp_pipeline.submit import EXPERIMENT, SERVICE_ACCOUNT, check
-
-logger = logging.getLogger(__name__)
 
 _MARK = re.compile(r"\[draft-model ([0-9a-f]{12})\]$")
 _EQUALS = 1  # as kfp.Client writes the operation
@@ -208,8 +205,8 @@ def _named(name: str) -> str:
 def main(file: Path, version: str, host: str, token_file: Path | None) -> None:
     """Make KFP's recurring runs what a file says."""
     wanted = read(file)
-    for line in apply(connect(host, token_file=token_file), wanted, version) or ["nothing to do"]:
-        logger.info("%s", line)
+    done = apply(connect(host, token_file=token_file), wanted, version)
+    click.echo("\n".join(done) or "nothing to do")
 
 
 if __name__ == "__main__":
