@@ -1,8 +1,8 @@
 """Compiles the pipeline, with the drop-downs that the SDK cannot write.
 
 Two files come out, and both are committed: the IR that people upload, and the same as Kubernetes resources for GitOps;
-with them the README of each component. A test compiles again and fails when they differ. A PipelineVersion cannot be changed, so its name carries the hash of
-what it holds.
+with them the README of each component. A test compiles again and fails when one differs. A PipelineVersion cannot be
+changed, so its name carries the hash of what it holds.
 """
 
 from __future__ import annotations
@@ -95,14 +95,21 @@ def committed() -> dict[Path, str]:
     return {COMPILED: compile_pipeline(), MANIFEST: compile_manifests(), **readmes(COMPONENTS)}
 
 
-def write_compiled(path: Path | None = None) -> list[Path]:
+def write_compiled(output: Path | None = None, manifest: Path | None = None) -> list[Path]:
     """Writes the compiled pipeline.
 
     Args:
-        path: where the IR alone goes; not given: all committed files.
+        output: where the IR goes.
+        manifest: where the Kubernetes resources go. With neither, both go to the committed files.
+
+    Returns:
+        The files that were written.
     """
-    texts = {path: compile_pipeline()} if path else committed()
+    if output is None and manifest is None:
+        output, manifest = COMPILED, MANIFEST
+    texts = {output: compile_pipeline} if output else {}
+    texts |= {manifest: compile_manifests} if manifest else {}
     for file, text in texts.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text(), encoding="utf-8")
     return list(texts)

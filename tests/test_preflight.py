@@ -1,13 +1,18 @@
 """Before anything heavy starts, inputs that are not there are told together with parameters that are wrong."""
 
 import json
+import os
+import shutil
+import tempfile
 import uuid
+from pathlib import Path
 
 import pytest
+from model_import.hub_server import TOKEN, Hub
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
-from draft_model.preflight import check
+from draft_model.preflight import check, look
 
 
 @pytest.fixture(params=["local", "file", "s3"])
@@ -25,9 +30,14 @@ def problems(values, *stages):
     return caught.value.problems
 
 
+def put(root, *names, content=b"{}"):
+    for name in names:
+        storage.write_bytes(storage.join(root, name), content)
+
+
 def test_inputs_that_are_there_are_accepted(root):
-    for name in ("train.jsonl", "validation.jsonl", "draft.json", "mlflow/MLmodel", "checkpoint/config.json"):
-        storage.write_bytes(storage.join(root, name), b"{}")
+    put(root, "train.jsonl", "validation.jsonl", "draft.json", "checkpoint/config.json", "mlflow/model/config.json")
+    put(root, "mlflow/MLmodel", content=b"flavors: {transformers: {}}")
     values = {
         "mlflow_model_path": f"{root}/mlflow",
         "dataset_train_split": f"{root}/train.jsonl",
@@ -43,23 +53,59 @@ def test_inputs_that_are_there_are_accepted(root):
 
 def test_all_that_is_missing_is_told_with_all_that_is_wrong(root):
     missing = {
-        "mlflow_model_path": f"{root}/mlflow",
         "dataset_train_split": f"{root}/train.jsonl",
         "dataset_validation_split": f"{root}/validation.jsonl",
         "draft_model_config": f"{root}/draft.json",
         "resume_from_checkpoint": f"{root}/checkpoint",
+        "mlflow_model_path": f"{root}/mlflow",
     }
     found = problems({**missing, "num_epochs": 0, "huggingface_id": "a/b"})
     named = {problem.partition(":")[0]: problem for problem in found}
     assert named.keys() == {*missing, "num_epochs", "huggingface_id, pytorch_model_path, mlflow_model_path"}
     assert len(found) == len(named)
+    assert named["mlflow_model_path"].startswith(f"mlflow_model_path: {missing.pop('mlflow_model_path')}")
     assert all(f"given {uri!r}, but there is no {uri}" in named[name] for name, uri in missing.items())
+
+
+@pytest.mark.parametrize("name", ["pytorch_model_path", "mlflow_model_path"])
+def test_a_folder_that_holds_no_model_of_its_kind_is_told(root, name):
+    put(root, "train.jsonl", "folder/readme.txt")
+    (found,) = problems({name: f"{root}/folder", "dataset_train_split": f"{root}/train.jsonl"})
+    assert found.startswith(f"{name}: {root}/folder has no {'MLmodel' if 'mlflow' in name else 'config.json'}")
+
+
+@pytest.mark.parametrize("name", ["draft_model_config", "resume_from_checkpoint"])
+@pytest.mark.parametrize(("content", "told"), [(b"{", "cannot be read as JSON"), (b"[]", "holds a JSON list")])
+def test_a_configuration_that_is_none_is_told(root, name, content, told):
+    put(root, "train.jsonl")
+    put(root, "mine/config.json", content=content)
+    uri = f"{root}/mine" if name == "resume_from_checkpoint" else f"{root}/mine/config.json"
+    (found,) = problems({"huggingface_id": "a/b", "dataset_train_split": f"{root}/train.jsonl", name: uri})
+    assert found.startswith(f"{name}: {root}/mine/config.json {told}")
+
+
+def test_files_that_are_listed_and_cannot_be_read_are_told(request):
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    request.addfinalizer(lambda: shutil.rmtree(folder))
+    folder.chmod(0o755)
+    put(str(folder), "train/a.jsonl", "train/b.jsonl", "config.json")
+    given = {"huggingface_id": "a/b", "dataset_train_split": f"{folder}/train"}
+    given |= {"draft_model_config": f"{folder}/config.json"}
+    check(given)
+    for name in ("train/b.jsonl", "config.json"):
+        (folder / name).chmod(0)
+    if os.geteuid() == 0:  # who may read everything
+        os.seteuid(65534)
+        request.addfinalizer(lambda: os.seteuid(0))
+    found = problems(given)
+    assert [problem.partition(":")[0] for problem in found] == ["dataset_train_split", "draft_model_config"]
+    assert all("permission denied" in problem for problem in found)
 
 
 def test_a_local_model_folder_must_be_there(tmp_path, monkeypatch):
     train = tmp_path / "train.jsonl"
     train.touch()
-    (tmp_path / "home dir" / "model").mkdir(parents=True)
+    put(str(tmp_path), "home dir/model/config.json")
     monkeypatch.setenv("HOME", str(tmp_path / "home dir"))
     model = tmp_path / "home dir/model"
     for uri in (str(model), "~/model", model.as_uri()):
@@ -116,3 +162,78 @@ def test_resume_that_is_bound_to_find_nothing_in_a_shared_folder_is_told(root):
     check({**values, "resume": "true"})
     (found,) = problems({**values, "checkpoint_path": "ftp://host/shared"})
     assert found.startswith("checkpoint_path: ")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's first step: what it finds, its artifacts being in a folder of this machine."""
+    put(str(tmp_path), "train.jsonl")
+
+    def run(root=None, **values):
+        given = {"huggingface_id": "org/name", "dataset_train_split": str(tmp_path / "train.jsonl"), **values}
+        return look(given, root or str(tmp_path), tmp_path / "work")
+
+    return run
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    put(str(tmp_path / "repository"), "config.json")
+    with Hub(tmp_path / "repository") as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+def test_the_hub_is_asked_whether_it_has_the_model(hub, run):
+    assert (run().problems, run().notes) == ([], [])
+    (found,) = run(huggingface_id="org/name@nowhere").problems
+    assert found.startswith("huggingface_id: org/name@nowhere cannot be downloaded: it has no such revision")
+    assert not any(method == "GET" and "/api/" not in path for method, path, *_ in hub.requests)  # no file
+
+
+def test_a_hub_that_cannot_be_reached_from_here_is_left_to_the_import(run, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    found = run()
+    assert found.problems == []
+    (note,) = found.notes
+    assert "http://127.0.0.1:9 cannot be reached" in note
+    assert note.startswith("not looked at from here")
+
+
+def test_the_object_store_is_written_to_with_the_later_steps_keys(hub, run, object_store):
+    place = f"s3://{object_store.bucket}/{uuid.uuid4().hex}"
+    put(place, "there.json")
+    for found in (run(place), run(storage_uri=place), run(place.replace("s3://", "minio://"))):
+        assert (found.problems, found.notes) == ([], [])
+    assert list(storage.contents_of(place)) == ["there.json"]  # nothing is left
+
+
+def test_a_store_that_refuses_is_told_with_the_secret_that_is_not_there(hub, run, object_store, monkeypatch):
+    place = f"s3://{object_store.bucket}/pipeline"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    (found,) = run(place).problems
+    assert found.startswith(f"the pipeline root: {place} cannot be written, read and cleared: ")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/none")
+    found, secret = run(storage_uri=place, object_store_secret="ours").problems
+    assert found.startswith(f"storage_uri: {place} cannot be written")
+    assert secret.startswith("object_store_secret: given 'ours'; this pod has no keys: there is no Secret ours, or ")
+
+
+def test_everything_is_told_at_once_and_shown(hub, run, tmp_path):
+    found = run(
+        huggingface_id="org/name@nowhere", num_epochs=0, compute_model_import="nowhere",
+        dataset_validation_split=str(tmp_path / "none.jsonl"),
+    )  # fmt: skip
+    named = {problem.partition(":")[0] for problem in found.problems}
+    assert named == {"huggingface_id", "num_epochs", "compute_model_import", "dataset_validation_split"}
+    shown = found.markdown()
+    assert shown.startswith("# This run cannot start: 4 problems\n")
+    assert all(f"\n- {name.replace('_', chr(92) + '_')}: " in shown for name in named)

@@ -52,9 +52,11 @@ def evaluate_draft_model(
 
     from draft_model.doors import component
     from draft_model.evaluation import EvaluateConfig, run
+    from draft_model.handed import check_handed
     from draft_model.parameters import validate
 
     with component("evaluate") as work:
+        check_handed({"import": model_uri, "dataset": dataset_uri, "train": draft_uri})
         parameters = validate(given, ["evaluate"])
         config = EvaluateConfig(model=model_uri, dataset=dataset_uri, final=draft_uri, work=work, parameters=parameters)
         result = run(config)

@@ -126,10 +126,12 @@ def train_draft_model(
     given = {name: value for name, value in locals().items() if name not in (*outside, "outside")}
     from draft_model import jobs, storage
     from draft_model.doors import component
+    from draft_model.handed import check_handed
     from draft_model.parameters import validate
     from draft_model.training import TrainConfig
 
     with component("train") as work:
+        check_handed({"import": model_uri, "dataset": dataset_uri})
         uri = storage.join(storage_uri, "output_model_path") if storage_uri else output_model_path.uri
         parameters = validate(given, ["train"])
         config = TrainConfig(model=model_uri, dataset=dataset_uri, output=uri, work=work, parameters=parameters)
