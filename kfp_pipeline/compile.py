@@ -100,16 +100,15 @@ def write_compiled(output: Path | None = None, manifest: Path | None = None) -> 
 
     Args:
         output: where the IR goes.
-        manifest: where the Kubernetes resources go. With neither, both go to the committed files.
+        manifest: where the Kubernetes resources go. With neither, all committed files are written.
 
     Returns:
         The files that were written.
     """
-    if output is None and manifest is None:
-        output, manifest = COMPILED, MANIFEST
-    texts = {output: compile_pipeline} if output else {}
-    texts |= {manifest: compile_manifests} if manifest else {}
+    texts = {output: compile_pipeline()} if output else {}
+    texts |= {manifest: compile_manifests()} if manifest else {}
+    texts = texts or committed()
     for file, text in texts.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text(), encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
     return list(texts)
