@@ -28,7 +28,7 @@ TIMEOUT = (10, 60)
 _EQUALS = 1  # as kfp.Client writes the operation
 
 _PORT_FORWARD = "kubectl -n kubeflow port-forward svc/ml-pipeline-ui 8080:80"
-_TOKEN = "kubectl create token draft-model-coordinator --audience pipelines.kubeflow.org"  # noqa: S105
+_TOKEN = "kubectl create token default-editor --audience pipelines.kubeflow.org"  # noqa: S105
 
 
 class ServerAway(DraftModelError):

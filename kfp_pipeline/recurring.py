@@ -22,12 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from draft_model.doors import exit_code
 from draft_model.errors import DraftModelError
-from kfp_pipeline.client import Server, connect
+from kfp_pipeline.client import Server, connect, named
 from kfp_pipeline.pipeline import NAME
 from kfp_pipeline.submit import EXPERIMENT, SERVICE_ACCOUNT, check
 
 _MARK = re.compile(r"\[draft-model ([0-9a-f]{12})\]$")
-_EQUALS = 1  # as kfp.Client writes the operation
 _PAGE = 100
 
 
@@ -163,9 +162,9 @@ def _create(
 
 def _version(server: Server, name: str) -> tuple[str, str]:
     """Ids of the pipeline and of its version."""
-    pipelines = server.client.list_pipelines(namespace=server.namespace or None, filter=_named(NAME)).pipelines
+    pipelines = server.client.list_pipelines(namespace=server.namespace or None, filter=named(NAME)).pipelines
     for pipeline in pipelines or ():
-        versions = server.client.list_pipeline_versions(pipeline.pipeline_id, filter=_named(name)).pipeline_versions
+        versions = server.client.list_pipeline_versions(pipeline.pipeline_id, filter=named(name)).pipeline_versions
         for version in versions or ():
             return pipeline.pipeline_id, version.pipeline_version_id
     raise DraftModelError(
@@ -193,10 +192,6 @@ def _hash(wanted: Schedules, schedule: Schedule, version: str) -> str:
     return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _named(name: str) -> str:
-    return json.dumps({"predicates": [{"operation": _EQUALS, "key": "display_name", "stringValue": name}]})
-
-
 @click.command()
 @click.option("--file", required=True, type=click.Path(path_type=Path), help="Lists the recurring runs.")
 @click.option("--version", required=True, help="Name of the pipeline's version that they run.")
@@ -210,4 +205,4 @@ def main(file: Path, version: str, host: str, token_file: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(standalone_mode=False)))
+    sys.exit(exit_code(main))
