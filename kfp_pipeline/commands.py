@@ -24,9 +24,9 @@ _IMAGE = click.option(
     help="Images of the steps, by tag or digest, where the cluster pulls them.",
 )  # fmt: skip
 _SERVER = together(
-    click.option("--host", default="", metavar="URL", envvar="KF_PIPELINES_ENDPOINT", show_envvar=True,
-                 help="KFP's UI or API; not given: the cluster that this pod or the kubeconfig means."),
-    click.option("--namespace", default="", help="Yours, where KFP serves several users."),
+    click.option("--host", default="", show_default=False, metavar="URL", envvar="KF_PIPELINES_ENDPOINT",
+                 show_envvar=True, help="KFP's UI or API; not given: the cluster of this pod or of the kubeconfig."),
+    click.option("--namespace", default="", show_default=False, help="Yours, where KFP serves several users."),
     click.option("--token-file", type=click.Path(path_type=Path), envvar="KF_PIPELINES_SA_TOKEN_PATH",
                  show_envvar=True, help="Holds a bearer token; read again for each request."),
     click.option("--ca-file", type=click.Path(path_type=Path), help="Certificates to trust, PEM."),
@@ -52,24 +52,28 @@ def run_command(params: Path | None, settings: tuple[str, ...], folder: Path) ->
 
 
 @click.command("compile", cls=Command)
-@click.option("--output", type=click.Path(path_type=Path), help="File to write.  [default: the committed ones]")
+@click.option("--output", type=click.Path(path_type=Path), help="File for the IR, to upload.")
+@click.option("--manifest", type=click.Path(path_type=Path), help="File for the Kubernetes resources, to apply.")
 @_IMAGE
-def compile_command(output: Path | None, images: tuple[str, ...]) -> None:
-    """Write the pipeline's file, which the KFP UI and the kfp client upload.
+def compile_command(output: Path | None, manifest: Path | None, images: tuple[str, ...]) -> None:
+    """Write the pipeline's files: for the KFP UI and kfp.Client, and as Kubernetes resources for GitOps.
 
     --image names the images where your cluster pulls them, by tag or digest: for all kinds (importer, dataset,
-    trainer, coordinator) with {kind} in the name, or one at a time.
+    trainer, coordinator) with {kind} in the name, or one at a time. Without --output and --manifest, the committed
+    files are written, which name no registry's images.
 
     \b
     draft-model compile --image 'registry.example/team/{kind}:0.0.1' --output pipeline.yaml
     """  # noqa: D301
-    if images and output is None:
-        raise DraftModelError("--image: given without --output; the committed files name no registry's image")
+    if images and output is None and manifest is None:
+        raise DraftModelError(
+            "--image: given without --output or --manifest; the committed files name no registry's image"
+        )
     if images:
         os.environ[_IMAGES] = " ".join(images)  # read when the components are imported
     from kfp_pipeline.compile import write_compiled
 
-    click.echo("\n".join(map(str, write_compiled(output))))
+    click.echo("\n".join(map(str, write_compiled(output, manifest))))
 
 
 @click.command("submit", cls=Command)
@@ -78,7 +82,9 @@ def compile_command(output: Path | None, images: tuple[str, ...]) -> None:
 @_IMAGE
 @click.option("--experiment", default="draft-model", envvar="KF_PIPELINES_DEFAULT_EXPERIMENT_NAME", show_envvar=True,
               help="Lists the run; made where it is not there.")  # fmt: skip
-@click.option("--run-name", default="", help="Shown in the UI.  [default: the target's name and the time]")
+@click.option(
+    "--run-name", default="", show_default=False, help="Shown in the UI.  [default: the target's name and the time]"
+)
 @click.option("--service-account", default="draft-model-coordinator", help="Of the run's pods.")
 @click.option("--no-cache", is_flag=True, help="Import the model and build the data set even where a run has before.")
 @click.option("--watch", "follow", is_flag=True, help="Follow the run; exit with 1 where it fails.")

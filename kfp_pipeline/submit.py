@@ -17,6 +17,7 @@ from typing import Any
 import kfp_server_api
 
 from draft_model.errors import DraftModelError
+from draft_model.evaluation.prompts import BENCHMARKS
 from draft_model.jobs import compute
 from draft_model.jobs.place import on_cluster
 from draft_model.parameters import PARAMETERS, Parameters, problems_with
@@ -31,6 +32,7 @@ EXPERIMENT = "draft-model"
 SERVICE_ACCOUNT = "draft-model-coordinator"
 _CONFLICT = 409
 _SHARED = ("storage_uri", "checkpoint_path")
+_DATA = ("dataset_train_split", "dataset_validation_split", "evaluation_prompts")  # by any scheme that fsspec knows
 _URIS = [p.name for p in PARAMETERS if p.kind.startswith("uri_") or p.kind in ("custom_model", "mlflow_model")]
 
 
@@ -106,6 +108,9 @@ def check(values: Mapping[str, Any]) -> Parameters:
     bad = {problem.partition(":")[0] for problem in problems}
     parameters = Parameters.model_validate({name: value for name, value in values.items() if name not in bad})
     problems += [problem for name in _URIS if (problem := _out_of_reach(name, parameters))]
+    prompts = [name.strip().lower() for name in parameters.evaluation_prompts.split(",")]
+    if not BENCHMARKS.keys() >= set(prompts) and (problem := _out_of_reach("evaluation_prompts", parameters)):
+        problems.append(f"{problem}, or name benchmarks: {', '.join(BENCHMARKS)}")
     if not parameters.compute_map:  # a map of the cluster's own is not known here
         problems += _unknown_nodes(parameters)
     if problems:
@@ -116,12 +121,17 @@ def check(values: Mapping[str, Any]) -> Parameters:
 def _out_of_reach(name: str, parameters: Parameters) -> str:
     """What is wrong with a place that pods are to reach; empty for nothing."""
     uri = getattr(parameters, name)
-    if not uri or is_remote(uri) or ":/" in uri:
+    if not uri or uri.startswith(("models:/", "runs:/")) or (name in _DATA and "://" in uri):
         return ""
+    try:
+        if is_remote(uri):
+            return ""
+    except DraftModelError as error:
+        return f"{name}: {error}"
     if name in _SHARED and parameters.training_backend != "local":
         return f"{name}: given {uri!r}; the steps are pods that share no folder: use a URI, such as s3://bucket/drafts"
     if not Path(uri).is_absolute():
-        return f"{name}: given {uri!r}; pods see no folder of this machine: use a URI, such as s3://bucket/{Path(uri).name}"
+        return f"{name}: given {uri!r}; pods see no folder of this machine: use a URI, such as s3://bucket/{uri}"
     if not on_cluster() and Path(uri).exists():
         return f"{name}: given {uri!r}, which is on this machine; pods do not see it: copy it to a URI they can read"
     return ""

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -40,6 +41,49 @@ def shown(*arguments):
     return done.stdout
 
 
+# What is installed beside the standard library and takes no time to import.
+LIGHT = {"click", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+HEAVY = {"torch", "transformers", "datasets", "pyarrow", "mlflow", "matplotlib", "boto3"}
+IMPORTED = """
+import sys
+before = set(sys.modules)
+from draft_model.cli import main
+sys.argv = ["draft-model", *sys.argv[1:]]
+try:
+    main()
+except SystemExit as done:
+    assert not done.code
+files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items() if name not in before}
+print(*{name.partition(".")[0] for name, file in files.items() if "site-packages" in file}, file=sys.stderr)
+"""
+
+
+def imported(*arguments):
+    """The installed packages that a command imports."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    return set(done.stderr.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["submit", "--help"], ["train", "--help"], ["parameters"]])
+def test_help_imports_nothing_that_takes_time(arguments):
+    assert imported(*arguments) <= LIGHT
+
+
+def test_compiling_imports_no_library_that_trains(tmp_path):
+    packages = imported("compile", "--output", tmp_path / "pipeline.yaml")
+    assert "kfp" in packages
+    assert not packages & HEAVY
+
+
+@pytest.mark.parametrize("name", cli.commands)
+def test_the_help_of_a_command_has_an_example(name):
+    (purpose, *rest) = shown(name, "--help").partition("Options:")[0].strip().splitlines()[2:]
+    assert purpose.strip()
+    assert any(f"draft-model {name} " in f"{line} " for line in rest)
+
+
 def test_help_and_version_name_the_commands():
     for flag in ("--help", "-h"):
         assert all(f"\n  {name} " in shown(flag) for name in (*STAGES, "run", "compile", "parameters"))
@@ -71,17 +115,67 @@ def test_dashes_and_underscores_are_the_same(tmp_path):
     [
         (["import", "--hugingface_id", "a/b"], "--huggingface_id"),
         (["train", "--learning-rat", "1"], "--learning_rate"),
+        (["dataset", "--max-lenght", "512"], "--max_length"),
+        (["evaluate", "--drft", "d"], "--draft"),
+        (["compare", "--modl", "m"], "--model"),
+        (["export", "--fromat", "vllm"], "--format"),
+        (["plan", "--netwrok", "1"], "--network"),
+        (["run", "--prams", "run.yaml"], "--params"),
+        (["compile", "--ouput", "p.yaml"], "--output"),
+        (["submit", "--hots", "h"], "--host"),
+        (["submit", "--expriment", "e"], "--experiment"),
+        (["watch", "--token_fil", "f", "r"], "--token-file"),
+        (["terminate", "--nmespace", "n", "r"], "--namespace"),
+        (["--hlep"], "--help"),
         (["trian"], "train"),
+        (["submti"], "submit"),
+        (["parameter"], "parameters"),
     ],
 )
 def test_a_mistyped_option_or_command_gets_the_nearest(arguments, near):
     error = refused(*arguments)
-    assert near in error
+    suggested = error.partition("No such ")[2].partition("Did you mean")[2]
+    assert f"'{near}'" in suggested.replace("_", "-") or f"'{near}'" in suggested
     assert "--help" in error
 
 
-def test_a_missing_uri_is_named():
-    assert "--output" in refused("import", "--huggingface_id", "a/b")
+MISTAKES = [
+    (["import"], ["Missing option '--output'"]),
+    (["train"], [f"Missing option '--{name}'" for name in ("model", "dataset", "output")]),
+    (["evaluate", "--model", "m"], [f"Missing option '--{name}'" for name in ("dataset", "draft")]),
+    (
+        ["train", "--modle", "m", "--outptu=o"],
+        ["'--modle'", "'--outptu'", *(f"Missing option '--{name}'" for name in ("model", "dataset", "output"))],
+    ),
+    (
+        ["dataset", "--part", "9/8"],
+        ["'--part': given '9/8'; allowed: I/N", "Missing option '--model'", "Missing option '--output'"],
+    ),
+    (["compare"], ["Missing option '--model'", "Missing argument 'DRAFT DRAFT...'"]),
+    (["export", "--format", "vlm"], ["'vlm' is not one of", "Missing option '--draft'", "Missing option '--output'"]),
+    (["plan", "--config", "c", "--memory", "a", "--peak", "b"], ["'a' is not a valid float", "'b' is not a valid"]),
+    (["watch"], ["Missing argument 'RUN'"]),
+    (["terminate", "a", "b"], ["unexpected extra argument (b)"]),
+    (["import", "--output"], ["'--output' requires an argument"]),
+    (["parameters", "num_epochs"], ["unexpected extra argument"]),
+    (["compile", "--image", "a/{kind}:1"], ["--image: given without --output or --manifest"]),
+    (
+        ["run", "--set", "=1", "--set", "num_epochs=x"],
+        ["--set: given '=1'", "num_epochs: given 'x'", "exactly one must be given", "dataset_train_split: not given"],
+    ),
+    (
+        ["run", "--params", "/none.yaml", "--set", "a=1"],
+        ["--params: /none.yaml cannot be read", "a: no such parameter"],
+    ),
+    (["plan", "--config", "/none.json", "--num_epochs", "0", "--seed", "x"], ["num_epochs: given", "seed: given"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "told"), MISTAKES, ids=[" ".join(arguments) for arguments, _ in MISTAKES])
+def test_all_mistakes_of_a_command_line_are_told_at_once(arguments, told):
+    error = refused(*arguments)
+    assert [words for words in told if words not in error] == []
+    assert (f"{len(told)} problems:" in error) == (len(told) > 1)
 
 
 def test_all_problems_at_once_on_the_command_line(tmp_path):

@@ -1,0 +1,298 @@
+"""Submitting to a KFP API server: one version for one content, runs as asked, and refusals that can be acted on."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
+
+import kfp
+import pytest
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from kfp_api import KfpApi
+
+from draft_model.errors import DraftModelError
+from kfp_pipeline.client import NotLetIn, Server, ServerAway, connect
+from kfp_pipeline.compile import compile_documents, compile_manifests
+from kfp_pipeline.submit import check, submit
+
+VALUES = {"huggingface_id": "org/name@v1", "dataset_train_split": "s3://bucket/train.jsonl"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_this_machine(monkeypatch, tmp_path):
+    for name in ("KF_PIPELINES_ENDPOINT", "KF_PIPELINES_UI_ENDPOINT", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "no-kubeconfig"))
+    monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
+
+
+@pytest.fixture
+def api():
+    with KfpApi() as api:
+        yield api
+
+
+@pytest.fixture
+def shared():
+    """A server of several users."""
+    with KfpApi(namespaces=["team-a"]) as api:
+        yield api
+
+
+def only(records):
+    (record,) = records.values()
+    return record
+
+
+def test_the_same_pipeline_is_uploaded_once(api):
+    first, second = (submit(connect(api.host), VALUES) for _ in range(2))
+    assert (first.uploaded, second.uploaded) == (True, False)
+    assert first.run_id != second.run_id
+    assert list(api.runs) == [first.run_id, second.run_id]
+    version, pipeline = only(api.versions), only(api.pipelines)
+    assert len(api.experiments) == 1
+    assert (version["name"], version["display_name"]) == (first.version, first.version) == (second.version,) * 2
+    assert pipeline["name"] == pipeline["display_name"] == "pipeline-draft-model"
+    spec, platform = compile_documents()
+    assert version["pipeline_spec"] == {"pipeline_spec": spec, "platform_spec": platform}
+
+
+def test_the_version_has_the_name_that_gitops_gives_it(api):
+    documents = yaml.safe_load_all(compile_manifests())
+    names = {document["kind"]: document["metadata"]["name"] for document in documents}
+    assert submit(connect(api.host), VALUES).version == names["PipelineVersion"]
+    assert only(api.pipelines)["name"] == names["Pipeline"]
+
+
+def test_a_run_is_as_asked(api):
+    values = VALUES | {"num_epochs": "3", "learning_rate": "1e-3", "resume": "true"}
+    done = submit(connect(api.host), values, experiment="nightly", run_name="the third", service_account="somebody")
+    run = only(api.runs)
+    assert run["runtime_config"]["parameters"] == VALUES | {"num_epochs": 3, "learning_rate": 0.001, "resume": "true"}
+    assert (run["display_name"], run["service_account"]) == ("the third", "somebody")
+    assert run["experiment_id"] == only(api.experiments)["experiment_id"]
+    assert only(api.experiments)["display_name"] == "nightly"
+    assert run["pipeline_version_reference"]["pipeline_version_id"] == only(api.versions)["pipeline_version_id"]
+    assert done.link == f"{api.host}/#/runs/details/{run['run_id']}"
+
+
+def test_a_run_has_the_targets_name_and_the_coordinators_account_by_default(api):
+    submit(connect(api.host), VALUES)
+    assert only(api.runs)["display_name"].startswith("name@v1 20")
+    assert only(api.runs)["service_account"] == "draft-model-coordinator"
+
+
+def cached(version):
+    spec = version["pipeline_spec"]["pipeline_spec"]
+    dags = [part["dag"] for part in (spec["root"], *spec["components"].values()) if "dag" in part]
+    return [name for dag in dags for name, task in dag["tasks"].items() if task.get("cachingOptions")]
+
+
+def test_without_the_cache_it_is_another_version(api):
+    names = [submit(connect(api.host), VALUES, cache=cache).version for cache in (True, False, False)]
+    assert names[0] != names[1] == names[2]
+    with_cache, without = api.versions.values()
+    assert {"import-model", "build-dataset"} <= set(cached(with_cache))
+    assert cached(without) == []
+
+
+def test_two_that_submit_at_the_same_time_make_one_of_each(api):
+    api.racing = {"pipelines", "pipeline_versions", "experiments"}
+    assert not submit(connect(api.host), VALUES).uploaded
+    assert (len(api.pipelines), len(api.versions), len(api.experiments)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["pipelines", "pipeline_versions", "experiments"])
+def test_what_is_there_but_not_shown_is_told(api, kind):
+    submit(connect(api.host), VALUES)
+    api.hidden = {kind}
+    with pytest.raises(DraftModelError, match=rf"^{kind.split('_')[-1][:-1]} .*there is one, but does not show it"):
+        submit(connect(api.host), VALUES)
+    assert len(api.runs) == 1
+
+
+def test_what_the_server_refuses_is_told_in_its_words(api):
+    submit(connect(api.host), VALUES)
+    del only(api.versions)["pipeline_spec"]["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]["seed"]
+    with pytest.raises(DraftModelError) as caught:
+        submit(connect(api.host), VALUES | {"seed": 1})
+    assert str(caught.value) == f"{api.host} refuses: 400: parameter seed is not an input of the pipeline"
+
+
+def test_several_users(shared):
+    submit(connect(shared.host, "team-a"), VALUES)
+    for records in (shared.pipelines, shared.experiments, shared.runs):
+        assert only(records)["namespace"] == "team-a"
+
+
+def test_the_namespace_of_kfps_own_settings_counts(shared, tmp_path):
+    (tmp_path / "context.json").write_text(json.dumps({"namespace": "team-a"}))
+    submit(connect(shared.host), VALUES)
+    assert only(shared.runs)["namespace"] == "team-a"
+
+
+def test_a_namespace_that_is_missing_unknown_or_too_much(api, shared):
+    with pytest.raises(DraftModelError, match=r"--namespace: not given, but .* several users"):
+        connect(shared.host)
+    with pytest.raises(DraftModelError, match=r"does not allow this in the namespace 'team-b' \(403: User 'me' is not"):
+        submit(connect(shared.host, "team-b"), VALUES)
+    with pytest.raises(DraftModelError, match=r"--namespace: given 'team-a', but .* single user"):
+        connect(api.host, "team-a")
+    assert not shared.runs
+
+
+def test_the_tokens_file_is_read_again_for_each_request(api, tmp_path):
+    file = tmp_path / "token"
+    for token in ("first-token", "second-token"):
+        api.token = token
+        file.write_text(f"{token}\n")
+        if token == "first-token":
+            server = connect(api.host, token_file=file)
+        submit(server, VALUES)
+    assert {authorization for *_, authorization in api.requests} == {"Bearer first-token", "Bearer second-token"}
+    assert len(api.runs) == 2
+
+
+def test_who_is_not_known_is_told_how_to_be(api, tmp_path):
+    api.token = "the-right-one"
+    (tmp_path / "token").write_text("the-wrong-one")
+    for options in ({}, {"token_file": tmp_path / "token"}):
+        with pytest.raises(NotLetIn, match=r"401: Request header error.*--token-file") as caught:
+            connect(api.host, **options)
+        assert "the-wrong-one" not in str(caught.value)
+
+
+def test_a_token_that_was_made_before_counts(api):
+    api.token = "made-before"
+    submit(Server.of(kfp.Client(host=api.host, existing_token="made-before")), VALUES)
+    assert len(api.runs) == 1
+
+
+def test_headers_of_kfps_own_settings_count(api, tmp_path):
+    api.token = "of-the-settings"
+    header = {"client_authentication_header_name": "Authorization"}
+    value = {"client_authentication_header_value": "Bearer of-the-settings"}
+    (tmp_path / "context.json").write_text(json.dumps({"namespace": "", **header, **value}))
+    submit(connect(api.host), VALUES)
+    assert len(api.runs) == 1
+
+
+def test_the_address_may_come_from_the_environment_and_links_go_to_the_ui(api, monkeypatch):
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", api.host)
+    monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://kubeflow.example/pipeline/")
+    assert submit(connect(), VALUES).link.startswith("https://kubeflow.example/pipeline/#/runs/details/")
+
+
+def test_all_that_is_wrong_with_a_connection_is_told_at_once(tmp_path):
+    (tmp_path / "empty").touch()
+    with pytest.raises(DraftModelError) as caught:
+        connect(token_file=tmp_path / "empty", ca_file=tmp_path / "none")
+    token, ca, host = caught.value.problems
+    assert token == f"--token-file: {tmp_path / 'empty'} is empty"
+    assert ca == f"--ca-file: {tmp_path / 'none'} cannot be read: No such file or directory"
+    assert host.startswith("--host: not given, and neither KF_PIPELINES_ENDPOINT nor a kubeconfig")
+
+
+def test_a_server_that_is_not_there(api):
+    api.stop()
+    with pytest.raises(ServerAway, match=r"does not answer: .*Connection refused; .*kubectl -n kubeflow port-forward"):
+        connect(api.host)
+    api.start()
+
+
+def test_a_server_that_fails(api):
+    api.failing = 503
+    with pytest.raises(ServerAway, match=r"fails: 503: upstream connect error"):
+        connect(api.host)
+
+
+def test_a_page_is_no_api(api):
+    api.page = True
+    with pytest.raises(DraftModelError, match="may want a login first"):
+        connect(api.host)
+
+
+def test_an_address_with_another_path_is_no_api(api):
+    with pytest.raises(DraftModelError, match="404: Not Found"):
+        connect(f"{api.host}/elsewhere")
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    """A certificate for 127.0.0.1 that hangs on nothing, with its key."""
+    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    now = datetime.now(UTC)
+    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1))
+        .add_extension(address, critical=True)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    plain = serialization.NoEncryption()
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    (tmp_path / "ca.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (tmp_path / "server.pem").write_bytes(pem + (tmp_path / "ca.pem").read_bytes())
+    return tmp_path
+
+
+def test_tls(certificate):
+    with KfpApi(certificate=certificate / "server.pem") as api:
+        with pytest.raises(ServerAway, match=r"cannot be trusted: .*certificate.*--ca-file"):
+            connect(api.host)
+        submit(connect(api.host, ca_file=certificate / "ca.pem"), VALUES)
+        assert len(api.runs) == 1
+
+
+def test_parameters_are_checked_before_the_server_is_asked(api):
+    server = connect(api.host)
+    asked = len(api.requests)
+    with pytest.raises(DraftModelError) as caught:
+        submit(server, VALUES | {"num_epochs": 0, "chat_templat": "qwen", "dataset_validation_split": "v.jsonl"})
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
+        "num_epochs",
+        "chat_templat",
+        "dataset_validation_split",
+    ]
+    assert len(api.requests) == asked
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"dataset_train_split": "data/train.jsonl"}, "pods see no folder of this machine"),
+        ({"dataset_train_split": __file__}, "which is on this machine; pods do not see it"),
+        ({"storage_uri": "/mnt/drafts"}, "the steps are pods that share no folder"),
+        ({"checkpoint_path": "drafts"}, "the steps are pods that share no folder"),
+        ({"instance_type_draft_model_training": "Standard_nc24rs"}, "it has Standard_NC24rs_v3"),
+        ({"compute_model_import": "gpu-pol"}, "which the compute map does not have"),
+        ({"number_of_gpu_to_use_draft_model_training": 64, "draft_global_batch_size": 64}, "per node: use at most 4"),
+        ({"tp_size": 3}, "tp_size: given 3; it must divide"),
+        ({"evaluation_prompts": "mtbench"}, "or name benchmarks: mt-bench, gsm8k"),
+        ({"draft_model_config": "ftp://host/draft.json"}, "allowed: a local path, file:///path, s3://bucket/key"),
+    ],
+)
+def test_what_no_cluster_could_run(given, told):
+    with pytest.raises(DraftModelError) as caught:
+        check(VALUES | given)
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{next(iter(given))}: ")
+    assert told in problem
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"dataset_train_split": "/in/the/image/train.jsonl"},
+        {"storage_uri": "/mnt/drafts", "training_backend": "local"},
+        {"compute_map": "ours", "compute_model_import": "ours-alone"},
+        {"huggingface_id": "", "mlflow_model_path": "models:/target/3"},
+        {"dataset_train_split": "gs://bucket/*.jsonl"},
+        {"evaluation_prompts": "mt-bench,gsm8k"},
+        {"evaluation_prompts": "https://host/prompts.jsonl"},
+    ],
+)
+def test_what_only_the_cluster_can_know_is_left_to_it(given):
+    check(VALUES | given)

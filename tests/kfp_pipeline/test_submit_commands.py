@@ -1,0 +1,277 @@
+"""`draft-model submit`, `watch` and `terminate` as a user and a CI job meet them, against a KFP API server."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+
+import pytest
+from kfp_api import KfpApi
+
+from kfp_pipeline.compile import COMPILED
+
+DOCS = Path(__file__).parents[2] / "docs" / "client.md"
+PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"
+GIVEN = ["--image", "registry.example/{kind}:1", "--set", "huggingface_id=org/name"]
+GIVEN += ["--set", "dataset_train_split=s3://bucket/train.jsonl"]
+RUNNING = [("RUNNING", {"preflight": "RUNNING"})]
+DONE = [("SUCCEEDED", {"preflight": "SUCCEEDED", "evaluate-draft-model": "SUCCEEDED"})]
+FAILED = [
+    ("RUNNING", {"preflight": "SUCCEEDED", "encode-dataset": ["RUNNING", "SUCCEEDED"]}),
+    ("FAILED", {"preflight": "SUCCEEDED", "train-draft-model": ("FAILED", "exit status 2"), "clean-up": "SUCCEEDED"}),
+]
+
+
+@pytest.fixture
+def api():
+    with KfpApi() as api:
+        yield api
+
+
+@pytest.fixture
+def environment(tmp_path):
+    """Of a user who has set up nothing."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("KF_", "KUBE"))}
+    return {**clean, "HOME": str(tmp_path)}
+
+
+@pytest.fixture
+def draft_model(environment):
+    def run(*arguments, **more):
+        return subprocess.run(
+            [PROGRAM, *map(str, arguments)], env=environment | more, capture_output=True, text=True, timeout=120
+        )
+
+    return run
+
+
+@pytest.fixture
+def started(environment):
+    """Starts the program; its standard error comes line by line."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored in the background
+    processes = []
+
+    def start(*arguments):
+        process = subprocess.Popen(
+            [PROGRAM, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    signal.signal(signal.SIGINT, before)
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process, words):
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if words in line:
+            return "".join(seen)
+    raise AssertionError("".join(seen))
+
+
+def states(text):
+    """What the log lines say of tasks."""
+    return [line[9:].strip() for line in text.splitlines() if re.match(r"\d\d:\d\d:\d\d \S+: [A-Z]", line)]
+
+
+def test_a_run_is_followed_to_its_end(api, draft_model):
+    api.story = [*RUNNING, *DONE]
+    done = draft_model("submit", "--host", api.host, *GIVEN, "--watch")
+    (run_id,) = api.runs
+    assert (done.returncode, done.stdout) == (0, f"{run_id}\n")
+    assert f"succeeded: {api.host}/#/runs/details/{run_id}\n" in done.stderr
+    told = [line.partition(" after ")[0] for line in states(done.stderr)]
+    assert told == ["preflight: RUNNING", "preflight: SUCCEEDED", "evaluate-draft-model: SUCCEEDED"]
+    images = re.findall("registry.example/[a-z]+:1", str(api.versions))
+    assert set(images) == {f"registry.example/{kind}:1" for kind in ("importer", "dataset", "trainer", "coordinator")}
+
+
+def test_without_watch_it_ends_when_the_run_is_there(api, draft_model):
+    api.story = RUNNING
+    for _ in range(2):
+        assert draft_model("submit", "--host", api.host, *GIVEN).returncode == 0
+    assert (len(api.versions), len(api.runs)) == (1, 2)
+    assert not any(method == "GET" and "/runs/" in path for method, path, _ in api.requests)
+
+
+def test_a_failed_run_is_the_programs_failure(api, draft_model):
+    api.story = FAILED
+    done = draft_model("submit", "--host", api.host, *GIVEN, "--watch")
+    (run_id,) = api.runs
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert states(done.stderr)[1] == "encode-dataset: RUNNING (1 of 2 ended)"
+    error = done.stderr.partition("error: ")[2].splitlines()
+    assert error == [
+        f"the run ended FAILED; {api.host}/#/runs/details/{run_id}",
+        "  - train-draft-model: exit status 2",
+        f"logs: kubectl logs -n kubeflow --selector pipeline/runid={run_id} --container main --prefix --tail 20",
+    ]
+
+
+def test_all_problems_at_once_and_nothing_is_sent(api, draft_model, tmp_path):
+    (tmp_path / "run.yaml").write_text("num-epochs: 2\nlerning_rate: 1\ndataset_train_split: data.jsonl\n")
+    done = draft_model(
+        "submit", "--host", api.host, "--params", tmp_path / "run.yaml", "--set", "num_epochs=none", "--set", "seed",
+        "--set", "chat_tempate=qwen",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: 6 problems:\n  - --image: not given; ")
+    for told in (
+        "--set: given 'seed'; allowed: NAME=VALUE",
+        "lerning_rate: no such parameter; did you mean learning_rate?",
+        "chat_tempate: no such parameter; did you mean chat_template?",
+        "num_epochs: given 'none'; allowed: an integer >= 1",
+        "huggingface_id, pytorch_model_path, mlflow_model_path: exactly one must be given",
+    ):
+        assert f"  - {told}" in done.stderr
+    assert not api.requests
+
+
+def test_the_environment_can_say_who_where_and_what(api, draft_model, tmp_path):
+    api.token = "never-shown"
+    (tmp_path / "token").write_text(api.token)
+    done = draft_model(
+        "submit", *GIVEN[2:], DRAFT_MODEL_IMAGES="importer=a:1 b/{kind}:1", KF_PIPELINES_ENDPOINT=api.host,
+        KF_PIPELINES_SA_TOKEN_PATH=str(tmp_path / "token"), KF_PIPELINES_DEFAULT_EXPERIMENT_NAME="nightly",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [experiment["display_name"] for experiment in api.experiments.values()] == ["nightly"]
+    assert "never-shown" not in done.stdout + done.stderr
+    overridden = draft_model(
+        "submit", "--host", api.host, "--token-file", tmp_path / "token", *GIVEN, "--experiment", "mine",
+        KF_PIPELINES_OVERRIDE_EXPERIMENT_NAME="the-platforms",
+    )  # fmt: skip
+    assert overridden.returncode == 0, overridden.stderr
+    assert [experiment["display_name"] for experiment in api.experiments.values()][1:] == ["the-platforms"]
+
+
+def test_who_is_not_let_in_gets_a_sentence(api, draft_model):
+    api.token = "other"
+    done = draft_model("submit", "--host", api.host, *GIVEN)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {api.host} does not know who asks (401: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_server_that_goes_away_is_waited_for(api, started):
+    api.story = RUNNING
+    process = started("submit", "--host", api.host, *GIVEN, "--watch")
+    read_until(process, "preflight: RUNNING")
+    api.stop()
+    assert read_until(process, "does not answer").count("does not answer") == 1
+    api.story = DONE
+    api.start()
+    read_until(process, "The server answers again.")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+
+
+def test_a_token_that_runs_out_may_be_renewed(api, started, tmp_path):
+    api.story, api.token = RUNNING, "first"
+    (tmp_path / "token").write_text("first")
+    process = started("submit", "--host", api.host, "--token-file", tmp_path / "token", *GIVEN, "--watch")
+    read_until(process, "preflight: RUNNING")
+    api.token = "second"
+    read_until(process, "does not know who asks")
+    api.story = DONE
+    (tmp_path / "token").write_text("second")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_who_stops_watching_is_told_how_to_go_on_and_how_to_end_the_run(api, started, draft_model, number, code):
+    api.story = RUNNING
+    process = started("submit", "--host", api.host, *GIVEN, "--watch")
+    read_until(process, "preflight: RUNNING")
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    (run_id,) = api.runs
+    assert process.returncode == code
+    assert "Traceback" not in error
+    follow, end = re.findall(r": draft-model (.+)", error)
+    assert api.runs[run_id]["state"] == "RUNNING"
+    assert (follow.split()[0], end.split()[0]) == ("watch", "terminate")
+    assert draft_model(*end.split()).returncode == 0
+    ended = draft_model(*follow.split())
+    assert ended.returncode == 1
+    assert "error: the run ended CANCELED" in ended.stderr
+
+
+def test_a_run_that_is_not_there(api, draft_model):
+    for command in ("watch", "terminate"):
+        done = draft_model(command, "--host", api.host, "no-such-run")
+        assert done.returncode == 2
+        assert "404: no-such-run not found" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_on_a_terminal_the_tasks_are_a_table(api, environment):
+    api.story = [*RUNNING, *FAILED]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [PROGRAM, "submit", "--host", api.host, *GIVEN, "--watch"],
+        env=environment | {"TERM": "xterm", "COLUMNS": "100", "LINES": "50"}, stdout=subprocess.PIPE, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    shown = bytearray()
+
+    def read():
+        try:
+            while part := os.read(ours, 4096):
+                shown.extend(part)
+        except OSError:  # what a terminal gives at its end
+            return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    process.communicate(timeout=120)
+    reader.join()
+    os.close(ours)
+    assert process.returncode == 1
+    frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).split("run: ")
+    last = frames[-1]
+    rows = {
+        cells[0]: cells[1] for line in last.splitlines() if len(cells := [c.strip() for c in line.split("│")[1:]]) > 2
+    }
+    assert last.startswith("FAILED")
+    assert rows["train-draft-model"] == "FAILED"
+    assert rows["evaluate-draft-model"] == "waiting"
+    order = list(rows)
+    assert order.index("preflight") < order.index("encode-dataset") < order.index("train-draft-model")
+    assert not {"executor", "root", "preflight-driver"} & rows.keys()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_snippets_of_the_docs_run(api, environment, tmp_path, number):
+    snippet = re.findall(r"```python\n(.+?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)[number]
+    (tmp_path / "pipeline.yaml").write_bytes(COMPILED.read_bytes())
+    api.story = DONE
+    done = subprocess.run(
+        [sys.executable, "-c", snippet.replace("http://127.0.0.1:8080", api.host)], cwd=tmp_path, env=environment,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    (run,) = api.runs.values()
+    assert done.stdout.split()[-1] == "SUCCEEDED"
+    assert run["runtime_config"]["parameters"]["huggingface_id"] == "Qwen/Qwen3-8B"
+    assert run["service_account"] == "draft-model-coordinator"
+
+
+def test_the_docs_name_every_command_and_exit_code(draft_model):
+    text = DOCS.read_text(encoding="utf-8")
+    for command in ("submit", "watch", "terminate", "compile"):
+        assert f"draft-model {command} " in text
+    options = set(re.findall(r"draft-model (?:submit|watch|terminate)[^`#]+", text))
+    known = draft_model("submit", "--help").stdout
+    assert all(option in known for line in options for option in re.findall(r"--[a-z-]+", line))
