@@ -94,3 +94,14 @@ def test_a_component_ends_as_its_body_does_and_leaves_no_scratch_folder(run, tmp
     assert ("Traceback" in done.stderr) == (code == 1)
     assert ("error: one: bad" in done.stderr) == (code == 2)
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_after_a_step_has_failed_no_other_is_started_but_the_clean_up(run, tmp_path):
+    told = tmp_path / "error.json"
+    told.write_text('["one: bad"]')
+    body = "    print('begun')\n    raise DraftModelError('two: bad')"
+    done = run(f"with component('import'):\n{body}", **{ERROR_FILE: str(told)})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "not started, since another step of this run has failed\n"
+    assert json.loads(told.read_text()) == ["one: bad"]
+    assert run("with component('clean-up'):\n    print('begun')", **{ERROR_FILE: str(told)}).stdout == "begun\n"

@@ -97,6 +97,10 @@ def component(stage: str) -> Iterator[Path]:
     """
     set_up_logging()
     raise_on_sigterm()
+    if stage != "clean-up" and (told := os.environ.get(ERROR_FILE)) and Path(told).exists():
+        # kfp.local goes on with steps that do not come after the one that failed.
+        print("not started, since another step of this run has failed", file=sys.stderr)
+        raise SystemExit(USER_ERROR)
     with TemporaryDirectory(prefix=f"{stage}-", dir=os.environ.get(WORK_FOLDER)) as folder:
         try:
             yield Path(folder)
