@@ -62,7 +62,8 @@ def test_the_compiled_pipeline_runs_in_its_images(docker, object_store, values, 
     started = time.time()
     components.load_component_from_text(compiled_for_one_machine())(**values)
 
-    events = docker.events(since=int(started), until=int(time.time()) + 1, decode=True, filters={"event": "create"})
+    created = {"type": "container", "event": "create"}
+    events = docker.events(since=int(started), until=int(time.time()) + 1, decode=True, filters=created)
     assert {event["Actor"]["Attributes"]["image"] for event in events} == set(IMAGES.values())
     final = f"{values['storage_uri']}/output_model_path/final"
     assert storage.is_whole(final, storage.read_manifest(final, stage="train"))
