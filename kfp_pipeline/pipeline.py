@@ -12,6 +12,7 @@ from kfp import dsl, kubernetes
 
 from draft_model.jobs.place import IMAGE
 from draft_model.parameters import PARAMETERS
+from draft_model.tracking import RUN
 from kfp_pipeline.components.build_dataset import build_dataset
 from kfp_pipeline.components.clean_up import clean_up
 from kfp_pipeline.components.encode_dataset import encode_dataset
@@ -64,6 +65,7 @@ def _pipeline(*values: Any) -> None:
         _steps(inputs)
     for task in dsl.pipeline_context.Pipeline.get_default_pipeline().tasks.values():
         _with_store(task, inputs["object_store_secret"])
+        _tracked(task)
         _confined(task)
         task.set_caching_options(task.name in CACHED)
 
@@ -112,6 +114,11 @@ def _with_store(task: Any, secret: Any) -> None:
     kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env=keys, optional=True)
     place = {"endpoint": "AWS_ENDPOINT_URL", "region": "AWS_DEFAULT_REGION"}
     kubernetes.use_config_map_as_env(task, config_map_name=STORE, config_map_key_to_env=place, optional=True)
+
+
+def _tracked(task: Any) -> None:
+    """The run's id, under which the stages' runs in MLflow have one parent; not an input, so that caching goes on."""
+    kubernetes.use_field_path_as_env(task, RUN, "metadata.labels['pipeline/runid']")
 
 
 def _confined(task: Any) -> None:

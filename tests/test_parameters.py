@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from draft_model.errors import DraftModelError
-from draft_model.parameters import PARAMETERS, Parameters, problems_with, validate
+from draft_model.parameters import PARAMETERS, STAGES, Parameters, problems_with, validate
 
 GIVEN = {"huggingface_id": "org/name", "dataset_train_split": "train.jsonl"}
 NAMES = [name for name, *_ in CONTRACT]
@@ -90,6 +90,13 @@ def test_another_word_is_refused_with_those_allowed(name, allowed):
         assert only(**{name: wrong}) == f"{name}: given {wrong!r}; allowed: {', '.join(allowed)}"
     for word in allowed:
         assert getattr(validate({**GIVEN, name: word}), name) == word
+
+
+def test_a_login_in_a_uri_is_refused_and_not_shown():
+    for stage in STAGES:
+        (problem,) = problems_with({"mlflow_tracking_uri": "https://me:secret@host/mlflow"}, [stage])[:1]
+        assert problem.startswith("mlflow_tracking_uri: given 'https://...@host/mlflow'; it has a name or password")
+    assert problems_with({"mlflow_tracking_uri": "sqlite:////runs/mlflow.db"}, ["train"]) == []
 
 
 def test_all_problems_come_at_once_each_with_parameter_value_and_what_is_allowed():

@@ -9,9 +9,11 @@ the KFP run form refuses a parameter without a default.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,7 +29,15 @@ def _no_quoting(value: str) -> str:
     return value
 
 
+def _no_login(value: str) -> str:
+    if "@" in urlsplit(value).netloc:
+        raise ValueError("has a name or password in it: leave both to MLflow's own environment variables")
+    return value
+
+
 NoQuoting = Annotated[str, AfterValidator(_no_quoting)]
+NoLogin = Annotated[str, AfterValidator(_no_login)]
+_ALLOWED = {_no_quoting: "no backslash, no single quote", _no_login: "no name or password in it"}
 
 
 def _field(default: Any, help: str, *stages: Stage, unit: str = "", kind: str = "", **limits: float) -> Any:
@@ -249,6 +259,12 @@ class Parameters(BaseModel):
         "train",
         kind="uri_folder",
     )
+    mlflow_tracking_uri: NoLogin = _text(
+        "",
+        "MLflow server on which the stages are tracked, and that keeps a target named models:/; not given: "
+        "MLFLOW_TRACKING_URI, which KFP's MLflow plugin sets.",
+        *STAGES,
+    )
 
     def of_stage(self, stage: Stage) -> dict[str, Any]:
         """The values of the parameters that one stage reads, by name."""
@@ -312,10 +328,9 @@ def _record(index: int, name: str) -> Parameter:
         allowed = ">= 1, or 0 for not given"
     elif limits:
         allowed = " ".join(f"{'>=' if key == 'ge' else '>'} {limit}" for key, limit in limits.items())
-    elif any(isinstance(item, AfterValidator) for item in field.metadata):
-        allowed = "no backslash, no single quote"
     else:
-        allowed = ""
+        checks = [item.func for item in field.metadata if isinstance(item, AfterValidator)]
+        allowed = ", ".join(_ALLOWED[check] for check in checks)
     kind = extra["kind"] or {str: "string", int: "integer", float: "number"}[python_type]
     return Parameter(
         name, python_type, kind, field.default, choices, allowed, extra["unit"], field.description or "",
@@ -447,7 +462,9 @@ def _sentence(name: str, error: Mapping[str, Any]) -> str:
         return f"{name}: no such parameter" + (f"; did you mean {near[0]}?" if near else "")
     parameter = known[name]
     if error["type"] == "value_error":
-        return f"{name}: given {error['input']!r}; it {error['msg'].removeprefix('Value error, ')}"
+        # What stands before an @ in a URI may be a password, and messages are logged.
+        given = re.sub(r"//[^/@]*@", "//...@", repr(error["input"]))
+        return f"{name}: given {given}; it {error['msg'].removeprefix('Value error, ')}"
     wanted = {"string": "a string", "integer": "an integer", "number": "a number"}.get(parameter.kind, "a string")
     allowed = parameter.allowed if parameter.choices else f"{wanted} {parameter.allowed}".strip()
     return f"{name}: given {error['input']!r}; allowed: {allowed}"

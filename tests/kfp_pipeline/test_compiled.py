@@ -15,6 +15,7 @@ from kfp import components
 
 from draft_model.errors import DraftModelError
 from draft_model.parameters import PARAMETERS, STAGES, parameters_of
+from draft_model.tracking import RUN
 from kfp_pipeline import pipeline
 from kfp_pipeline.compile import COMPILED, MANIFEST, committed, compile_pipeline
 from kfp_pipeline.components.images import IMAGES, images_by_kind
@@ -252,6 +253,8 @@ def test_every_step_gets_the_object_stores_keys_by_reference_and_the_import_its_
         assert secret["optional"]
         assert secret["secretNameParameter"]["componentInputParameter"].endswith("object_store_secret")
         assert {key["envVar"] for key in secret["keyToEnv"]} == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+        # The run's id, by which its stages are found in MLflow: no input, for that would end caching.
+        assert step["fieldPathAsEnv"] == [{"name": RUN, "fieldPath": "metadata.labels['pipeline/runid']"}]
     nodes = settings["exec-import-model"]
     assert nodes["nodeSelector"]["nodeSelectorJson"]["taskOutputParameter"]["producerTask"] == "resolve-compute"
     assert nodes["tolerations"][0]["tolerationJson"]["taskOutputParameter"]["producerTask"] == "resolve-compute"

@@ -94,6 +94,14 @@ def test_a_model_that_mlflow_logged(logged, form, target, bring):
     assert result.source == logged[form]
 
 
+@pytest.mark.parametrize("form", ["server models:", "server runs:"])
+def test_a_server_that_the_parameter_names(logged, form, target, bring, monkeypatch):
+    address = os.environ["MLFLOW_TRACKING_URI"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    result = bring(mlflow_model_path=logged[form], mlflow_tracking_uri=address)
+    assert same_weights(result.uri, target)
+
+
 def test_a_model_in_an_object_store_is_read_from_there(logged, tmp_path, bring):
     bring(mlflow_model_path=logged["s3 models:"])
     assert not (tmp_path / "work/mlflow").exists()

@@ -19,16 +19,19 @@ def stages(tmp_path_factory):
     from mlflow import MlflowClient
 
     root = tmp_path_factory.mktemp("tracked")
+    uri = f"sqlite:///{root}/mlflow.db"
     split = {name: str(tiny.write_jsonl(root / f"{name}.jsonl", tiny.conversations(12))) for name in "tv"}
     parameters = Parameters(
         pytorch_model_path=str(tiny.write_target(root / "target")), chat_template="qwen", max_length=64,
         dataset_train_split=split["t"], dataset_validation_split=split["v"], compute_dtype="float32", ttt_length=2,
         num_epochs=1, log_steps=1, draft_global_batch_size=4, evaluation_conversations=2, evaluation_max_new_tokens=6,
-        register_model_name="tiny-eagle3", build_dataset_num_proc=1,
+        register_model_name="tiny-eagle3", build_dataset_num_proc=1, mlflow_tracking_uri=uri,
     )  # fmt: skip
-    uri = f"sqlite:///{root}/mlflow.db"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", uri)
+        # The parameter wins, and ids of another server mean nothing on this.
+        patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+        patch.setenv("MLFLOW_RUN_ID", "of another server")
+        patch.setenv("MLFLOW_EXPERIMENT_ID", "of another server")
         patch.setenv(RUN, "a run")
         model = model_import.run(model_import.ImportConfig(str(root / "model"), root / "w1", parameters)).uri
         data = dataset.run(dataset.DatasetConfig(model, str(root / "data"), parameters, root / "w2")).uri

@@ -189,6 +189,15 @@ def test_without_a_tracking_uri_nothing_is_tracked(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_ids_of_the_environment_hold_for_its_own_server():
+    there = {"MLFLOW_TRACKING_URI": "http://a", "MLFLOW_RUN_ID": "1", "MLFLOW_EXPERIMENT_ID": "2"}
+    for uri in ("", "http://a"):
+        settings = Settings.of_environment("train", there, uri)
+        assert (settings.uri, settings.run_id, settings.experiment_id) == ("http://a", "1", "2")
+    settings = Settings.of_environment("train", there, "http://b")
+    assert (settings.uri, settings.run_id, settings.experiment_id) == ("http://b", "", "")
+
+
 def test_a_password_is_never_shown():
     settings = Settings.of_environment("train", {"MLFLOW_TRACKING_URI": "https://me:secret@host:1/x?token=secret"})
     assert settings.shown_uri == "https://host:1/x"

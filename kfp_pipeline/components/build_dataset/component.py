@@ -23,6 +23,7 @@ def build_dataset(
     chat_template: str = "llama3",
     build_dataset_num_proc: int = 96,
     max_rejected_fraction: float = 0.01,
+    mlflow_tracking_uri: str = "",
 ) -> str:
     """Makes one data set, for the target's tokenizer, of what other pods have encoded, and encodes what is missing.
 
@@ -44,6 +45,8 @@ def build_dataset(
         build_dataset_num_proc: Processes that build the data set; lowered to the cores there are. Allowed: >=
             1.
         max_rejected_fraction: More unusable lines than this share of a data file stop the run. Allowed: 0..1.
+        mlflow_tracking_uri: MLflow server on which the stages are tracked, and that keeps a target named models:/;
+            not given: MLFLOW_TRACKING_URI, which KFP's MLflow plugin sets. Allowed: no name or password in it.
 
     Returns:
         URI of the data set.

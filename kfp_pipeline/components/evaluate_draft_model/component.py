@@ -22,6 +22,7 @@ def evaluate_draft_model(
     evaluation_tree: str = "",
     evaluation_temperature: float = 0.0,
     register_model_name: str = "",
+    mlflow_tracking_uri: str = "",
 ) -> None:
     """Decodes validation prompts with and without the draft, and adds report and model card to it.
 
@@ -45,6 +46,8 @@ def evaluate_draft_model(
         evaluation_temperature: Decode also by sampling at this temperature; 0: greedy alone. Allowed: >= 0.
         register_model_name: Name under which the draft is registered in MLflow, where tracking is set up; not
             given: it is not.
+        mlflow_tracking_uri: MLflow server on which the stages are tracked, and that keeps a target named models:/;
+            not given: MLFLOW_TRACKING_URI, which KFP's MLflow plugin sets. Allowed: no name or password in it.
     """
     outside = ("model_uri", "dataset_uri", "draft_uri", "report", "card", "metrics")
     given = {name: value for name, value in locals().items() if name not in (*outside, "outside")}

@@ -16,6 +16,7 @@ def import_model(
     pytorch_model_path: str = "",
     mlflow_model_path: str = "",
     compute_model_import: str = "serverless",
+    mlflow_tracking_uri: str = "",
     version: str = "",
     storage_uri: str = "",
 ) -> str:
@@ -34,6 +35,8 @@ def import_model(
             no single quote.
         compute_model_import: `serverless` uses the instance type; any other name is a named compute. Allowed:
             no backslash, no single quote.
+        mlflow_tracking_uri: MLflow server on which the stages are tracked, and that keeps a target named models:/;
+            not given: MLFLOW_TRACKING_URI, which KFP's MLflow plugin sets. Allowed: no name or password in it.
         version: of the model, as import_tokenizer has found it; no other is imported. Empty: any.
         storage_uri: folder of the run; not given: the pipeline root.
 

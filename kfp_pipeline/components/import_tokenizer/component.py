@@ -16,6 +16,7 @@ def import_tokenizer(
     huggingface_id: str = "",
     pytorch_model_path: str = "",
     mlflow_model_path: str = "",
+    mlflow_tracking_uri: str = "",
     storage_uri: str = "",
 ) -> NamedTuple("Tokenizer", [("uri", str), ("version", str)]):  # type: ignore[valid-type]
     """Looks at the target model, and publishes its configuration and tokenizer ahead of its weights.
@@ -34,6 +35,8 @@ def import_tokenizer(
             one below it. Allowed: no backslash, no single quote.
         mlflow_model_path: Target model: an MLflow model of the `transformers` flavour. Allowed: no backslash,
             no single quote.
+        mlflow_tracking_uri: MLflow server on which the stages are tracked, and that keeps a target named models:/;
+            not given: MLFLOW_TRACKING_URI, which KFP's MLflow plugin sets. Allowed: no name or password in it.
         storage_uri: folder of the run; not given: the pipeline root.
 
     Returns:

@@ -20,6 +20,7 @@ def plan_dataset(
     chat_template: str = "llama3",
     build_dataset_num_proc: int = 96,
     max_rejected_fraction: float = 0.01,
+    mlflow_tracking_uri: str = "",
     dataset_pods: int = 1,
     storage_uri: str = "",
 ) -> list[dict[str, Any]]:
@@ -40,6 +41,8 @@ def plan_dataset(
         build_dataset_num_proc: Processes that build the data set; lowered to the cores there are. Allowed: >=
             1.
         max_rejected_fraction: More unusable lines than this share of a data file stop the run. Allowed: 0..1.
+        mlflow_tracking_uri: MLflow server on which the stages are tracked, and that keeps a target named models:/;
+            not given: MLFLOW_TRACKING_URI, which KFP's MLflow plugin sets. Allowed: no name or password in it.
         dataset_pods: Pods that encode the data set side by side. Unit: pods. Allowed: >= 1.
         storage_uri: folder of the run; not given: beside the model.
 

@@ -65,6 +65,7 @@ def preflight(
     keep_checkpoints: int = 0,
     final_checkpoint: str = "last",
     checkpoint_path: str = "",
+    mlflow_tracking_uri: str = "",
 ) -> list[str]:
     """Validates the run's parameters and looks for the inputs that they name; reports all problems at once.
 
@@ -162,6 +163,8 @@ def preflight(
             on the validation split, which then stays. Allowed: last, best.
         checkpoint_path: Folder (s3:// or a path) that several runs share, one at a time: checkpoints go there,
             and resume=true looks there; not given: the run's own output.
+        mlflow_tracking_uri: MLflow server on which the stages are tracked, and that keeps a target named models:/;
+            not given: MLFLOW_TRACKING_URI, which KFP's MLflow plugin sets. Allowed: no name or password in it.
 
     Returns:
         What is wrong, a sentence each; empty where the run can start.

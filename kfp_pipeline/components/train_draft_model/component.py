@@ -50,6 +50,7 @@ def train_draft_model(
     keep_checkpoints: int = 0,
     final_checkpoint: str = "last",
     checkpoint_path: str = "",
+    mlflow_tracking_uri: str = "",
     storage_uri: str = "",
 ) -> str:
     """Trains the EAGLE-3 draft model. This step coordinates; the job's processes read and write object storage.
@@ -117,6 +118,8 @@ def train_draft_model(
             the validation split, which then stays. Allowed: last, best.
         checkpoint_path: Folder (s3:// or a path) that several runs share, one at a time: checkpoints go there, and
             resume=true looks there; not given: the run's own output.
+        mlflow_tracking_uri: MLflow server on which the stages are tracked, and that keeps a target named models:/;
+            not given: MLFLOW_TRACKING_URI, which KFP's MLflow plugin sets. Allowed: no name or password in it.
         storage_uri: folder of the run; not given: the pipeline root.
 
     Returns:

@@ -105,7 +105,8 @@ def read_inputs(parameters: Parameters, model: str, work: Path) -> Inputs:
 
 def shaping(parameters: Parameters) -> dict[str, Any]:
     """The stage's parameters without the number of processes: whatever it was, the same data has the same bytes."""
-    return {name: value for name, value in parameters.of_stage("dataset").items() if name != "build_dataset_num_proc"}
+    without = ("build_dataset_num_proc", "mlflow_tracking_uri")
+    return {name: value for name, value in parameters.of_stage("dataset").items() if name not in without}
 
 
 def data_version(parameters: Parameters) -> str:

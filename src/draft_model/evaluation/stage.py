@@ -71,13 +71,17 @@ def run(config: EvaluateConfig) -> EvaluateResult:
         DraftModelError: when an input is missing, or a decoded token is not the target's own; the report is
             written all the same.
     """
-    with track("evaluate", config.work, config.final) as tracker:
+    with track("evaluate", config.work, config.final, config.parameters.mlflow_tracking_uri) as tracker:
         tracker.parameters(config.parameters.of_stage("evaluate"))
         result = _run(config, tracker)
         if name := config.parameters.register_model_name:
             tracker.register(name, config.final)
             if not tracker.active:
-                logger.warning("register_model_name: %s is not registered, for MLFLOW_TRACKING_URI is not set", name)
+                logger.warning(
+                    "register_model_name: %s is not registered: neither mlflow_tracking_uri nor MLFLOW_TRACKING_URI "
+                    "is set",
+                    name,
+                )
         return result
 
 

@@ -96,7 +96,7 @@ def resolve(parameters: Parameters, work: Path, commit: str = "") -> Source:
     if parameters.huggingface_id:
         return _from_hub(parameters.huggingface_id, work / "hub", commit)
     if parameters.mlflow_model_path:
-        return _from_mlflow(parameters.mlflow_model_path, work / "mlflow")
+        return _from_mlflow(parameters.mlflow_model_path, work / "mlflow", parameters.mlflow_tracking_uri)
     return _from_folder(parameters.pytorch_model_path)
 
 
@@ -124,9 +124,9 @@ def _from_folder(uri: str) -> Source:
     return Source("pytorch_model_path", uri, card | _inside(files, place))
 
 
-def _from_mlflow(uri: str, work: Path) -> Source:
+def _from_mlflow(uri: str, work: Path, server: str) -> Source:
     logged = uri.startswith(("models:/", "runs:/"))
-    files = tracking.find(uri, work) if logged else _contents("mlflow_model_path", uri)
+    files = tracking.find(uri, work, server) if logged else _contents("mlflow_model_path", uri)
     if "MLmodel" not in files:
         raise DraftModelError(
             f"mlflow_model_path: {uri} has no MLmodel file; for a plain Transformers folder use pytorch_model_path"

@@ -72,11 +72,12 @@ def _errors(uri: str) -> Iterator[None]:
     except (MlflowException, DraftModelError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DraftModelError(
-            f"mlflow_model_path: {uri} cannot be downloaded: {reason}; check the name, and MLFLOW_TRACKING_URI"
+            f"mlflow_model_path: {uri} cannot be downloaded: {reason}; check the name, and mlflow_tracking_uri or "
+            "MLFLOW_TRACKING_URI"
         ) from error
 
 
-def find(uri: str, scratch: Path) -> dict[str, Content]:
+def find(uri: str, scratch: Path, server: str = "") -> dict[str, Content]:
     """What a logged or registered model holds.
 
     Where the server says that the files lie in an object store or on a disk, they are read from there.
@@ -84,6 +85,7 @@ def find(uri: str, scratch: Path) -> dict[str, Content]:
     Args:
         uri: `models:/...` or `runs:/...`.
         scratch: where files are downloaded to that come by the server.
+        server: its URI; empty: MLFLOW_TRACKING_URI.
 
     Raises:
         DraftModelError: where there is no such model, or the server cannot be reached.
@@ -92,7 +94,7 @@ def find(uri: str, scratch: Path) -> dict[str, Content]:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     with _errors(uri):
-        repository = get_artifact_repository(_logged_model(uri) or uri)
+        repository = get_artifact_repository(_logged_model(uri, server) or uri, server or None, server or None)
         while (inner := getattr(repository, "repo", None)) is not None:
             repository = inner
         place = str(repository.artifact_uri)
@@ -104,14 +106,14 @@ def find(uri: str, scratch: Path) -> dict[str, Content]:
         }
 
 
-def _logged_model(uri: str) -> str | None:
+def _logged_model(uri: str, server: str) -> str | None:
     """The model that a run has logged by this name: MLflow 3 keeps it beside the run's files, not among them."""
     from mlflow import MlflowClient
 
     run, _, name = uri.removeprefix("runs:/").rstrip("/").partition("/")
     if not uri.startswith("runs:/") or not name or "/" in name:
         return None
-    client = MlflowClient()
+    client = MlflowClient(server or None, server or None)
     experiment = client.get_run(run).info.experiment_id
     token: str | None = None
     while True:

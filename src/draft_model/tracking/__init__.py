@@ -1,4 +1,4 @@
-"""Experiment tracking by MLflow, where MLFLOW_TRACKING_URI is set; it never stops or slows what it tracks."""
+"""Experiment tracking by MLflow, where a server is named; it never stops or slows what it tracks."""
 
 from draft_model.tracking.server import LOGIN, RUN, forwarded
 from draft_model.tracking.tracker import Tracker, send_log, track, tracked

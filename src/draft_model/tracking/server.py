@@ -52,15 +52,20 @@ class Settings:
     group: str
 
     @classmethod
-    def of_environment(cls, stage: str, environment: Mapping[str, str]) -> Settings | None:
-        """As MLflow's own variables say; None where there is no MLFLOW_TRACKING_URI."""
-        if not environment.get("MLFLOW_TRACKING_URI"):
+    def of_environment(cls, stage: str, environment: Mapping[str, str], uri: str = "") -> Settings | None:
+        """As MLflow's own variables say, but for a URI that is given; None where there is neither.
+
+        Ids that the environment names are of the environment's server.
+        """
+        there = environment.get("MLFLOW_TRACKING_URI", "")
+        if not (uri or there):
             return None
+        ids = environment if uri in ("", there) else {}
         return cls(
-            uri=environment["MLFLOW_TRACKING_URI"],
+            uri=uri or there,
             stage=stage,
-            run_id=environment.get("MLFLOW_RUN_ID", ""),
-            experiment_id=environment.get("MLFLOW_EXPERIMENT_ID", ""),
+            run_id=ids.get("MLFLOW_RUN_ID", ""),
+            experiment_id=ids.get("MLFLOW_EXPERIMENT_ID", ""),
             experiment=environment.get("MLFLOW_EXPERIMENT_NAME", EXPERIMENT),
             group=environment.get(RUN, ""),
         )

@@ -189,19 +189,20 @@ def _short(error: Exception) -> str:
 
 
 @contextmanager
-def track(stage: str, folder: Path, output: str, end_seconds: float = END_SECONDS) -> Iterator[Tracker]:
+def track(stage: str, folder: Path, output: str, uri: str = "", end_seconds: float = END_SECONDS) -> Iterator[Tracker]:
     """Tracks one stage as one run of MLflow, a child of the pipeline's.
 
     Args:
         stage: names the run.
         folder: where the local log goes.
         output: URI of the folder where the log is kept that the server has not taken.
+        uri: of the server; empty: MLFLOW_TRACKING_URI.
         end_seconds: how long the end may wait for the server.
 
     Yields:
-        The tracker; one that does nothing where MLFLOW_TRACKING_URI is not set.
+        The tracker; one that does nothing where no server is named.
     """
-    settings = Settings.of_environment(stage, os.environ)
+    settings = Settings.of_environment(stage, os.environ, uri)
     if settings is None:
         yield Tracker(None)
         return
@@ -277,7 +278,7 @@ def tracked(stage: Stage, artifact: str) -> Callable[[Callable[[Config], Result]
     def wrap(run: Callable[[Config], Result]) -> Callable[[Config], Result]:
         @wraps(run)
         def run_tracked(config: Config) -> Result:
-            with track(stage, config.work, config.output) as tracker:
+            with track(stage, config.work, config.output, config.parameters.mlflow_tracking_uri) as tracker:
                 tracker.parameters(config.parameters.of_stage(stage))
                 result = run(config)
                 tracker.references({artifact: result.uri})
