@@ -35,6 +35,8 @@ FOLDERS = [MANIFESTS / name for name in ("base", "pipelines", "argocd", "example
     MANIFESTS / "overlays" / name for name in OVERLAYS
 ]
 VERSIONS = ("1.28", "1.31", "1.34", kubernetes_validate.latest_version())
+LIKE = {"draft-model-reaper": "clean-up", "draft-model-recurring-runs": "preflight"}
+"""Steps with the images of our own pods."""
 CUSTOM = {"argoproj.io", "kueue.x-k8s.io", "pipelines.kubeflow.org", "serving.kserve.io"}
 
 
@@ -131,12 +133,12 @@ def test_images_are_named_once_and_never_latest(name):
     documents = overlay(name)
     images = set(images_in(documents))
     assert all(re.search(r"(:(?!latest)[\w.-]+|@sha256:[0-9a-f]{64})$", image) for image in images), images
-    # The reaper's and the schedules' image is the steps' own: components/images and the compiled pipeline agree.
+    # components/images and the compiled pipeline agree: each of our own pods has the image of a step.
     version = one(build(MANIFESTS / "pipelines"), "PipelineVersion")
     steps = version["spec"]["pipelineSpec"]["deploymentSpec"]["executors"]
-    coordinator = steps["exec-clean-up"]["container"]["image"]
-    for template in pods_of(documents).values():
-        assert [container["image"] for container in template["spec"]["containers"]] == [coordinator]
+    for pod, template in pods_of(documents).items():
+        (container,) = template["spec"]["containers"]
+        assert container["image"] == steps[f"exec-{LIKE[pod]}"]["container"]["image"]
 
 
 def test_the_compute_map_is_the_librarys_own():
@@ -247,12 +249,15 @@ def printed(*command) -> str:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("module", ["draft_model.jobs.reaper", "kfp_pipeline.recurring"])
-def test_the_coordinators_image_has_what_our_own_pods_import(module):
-    program = f"import sys, {module}, draft_model.jobs.cluster; from kfp import Client; print(*sys.modules)"
-    imported = {name.partition(".")[0] for name in printed("-c", program).split()}
-    listed = printed(ROOT / "containers/requirements.py", "coordinator", "cpu").splitlines()
+@pytest.mark.parametrize(
+    ("module", "kind"), [("draft_model.jobs.reaper", "coordinator"), ("kfp_pipeline.recurring", "dataset")]
+)
+def test_our_own_pods_need_no_more_than_their_images_have(module, kind):
+    listed = printed(ROOT / "containers/requirements.py", kind, "cpu").splitlines()
     there = {canonicalize_name(line.partition("==")[0]) for line in listed} | {"pipeline-draft-model"}
-    of = packages_distributions()
-    for name in {name for name in imported & of.keys() if not name.startswith("_")}:
-        assert there & set(map(canonicalize_name, of[name])), f"{name}: not in the coordinator's image"
+    absent = [
+        n for n, packages in packages_distributions().items() if not there & set(map(canonicalize_name, packages))
+    ]
+    assert "torch" in absent
+    program = f"import sys; sys.modules.update(dict.fromkeys({absent})); import {module}, draft_model.jobs.cluster"
+    printed("-c", f"{program}; from kfp import Client")
