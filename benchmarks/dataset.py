@@ -237,7 +237,7 @@ def run_apart(name: str, python: str, model: Path, data: Path, processes: int) -
     return found
 
 
-def compare_speed(model: Path, rows: int, rounds: int, peers: str | None) -> None:
+def compare_speed(model: Path, rows: int, rounds: int, peers: str | None, names: list[str]) -> None:
     """Prints the table of speeds."""
     from draft_model import storage
 
@@ -246,7 +246,7 @@ def compare_speed(model: Path, rows: int, rounds: int, peers: str | None) -> Non
         storage.publish(_tokenizer_of(model, Path(folder, "files")), str(imported), stage="import", properties={})
         generate(data, rows)
         runs: dict[tuple[str, int], list[dict[str, float]]] = {}
-        names = [name for name in CONTENDERS if peers or name not in PEERS]
+        names = [name for name in names if peers or name not in PEERS]
         for _ in range(rounds):
             for processes in (1, 2):
                 for name in list(names):
@@ -304,6 +304,9 @@ def main() -> None:
     parser.add_argument("model", type=Path, help="folder with config.json and the tokenizer")
     parser.add_argument("--rows", type=int, default=20_000, help="conversations of the comparison of speeds")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each contender")
+    parser.add_argument(
+        "--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, help="all, if not given"
+    )
     parser.add_argument("--peers", help="a Python that has specforge and speculators==0.5.0")
     parser.add_argument("--memory", action="store_true", help="look at memory, not at speed")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 1_000_000], help="of --memory")
@@ -315,7 +318,7 @@ def main() -> None:
     elif given.memory:
         compare_memory(given.model, given.sizes)
     else:
-        compare_speed(given.model, given.rows, given.rounds, given.peers)
+        compare_speed(given.model, given.rows, given.rounds, given.peers, given.contenders)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -151,8 +152,9 @@ def test_the_last_turns_reasoning_is_supervised_and_earlier_ones_are_dropped_as_
     ],
 )
 def test_reasoning_that_was_cut_off_has_no_end(encode, kind, first, second):
-    messages = [*REASONED[:3], {"role": "assistant", "content": "", "reasoning_content": "how", "finish": "length"}]
-    assert encode(kind, messages=messages)[0] == [first, second]
+    for answer in ({"content": "", "reasoning_content": "how"}, {"content": "<think>\nhow"}):
+        messages = [*REASONED[:3], {"role": "assistant", "finish": "length", **answer}]
+        assert encode(kind, messages=messages)[0] == [first, second]
 
 
 @pytest.mark.parametrize("opened", ["<think>\n", ""])
@@ -175,6 +177,19 @@ def test_reasoning_of_a_model_that_does_not_reason_is_refused(encode, kind):
     reason, detail = encode(kind, messages=REASONED)
     assert reason == "not in the chat template"
     assert "reasoning_content" in detail
+
+
+def test_reasoning_is_not_lost_to_a_template_that_only_speaks_of_thinking(models, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(models["qwen2"], model)
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text().replace("a helpful assistant", "a thinking assistant"))
+    encoded = Encoder(EncoderSettings(model, "qwen", 1000, 700)).encode(
+        [(1, json.dumps({"messages": REASONED}).encode())]
+    )
+    assert encoded.rejected == [
+        (1, "not in the chat template", "message 4: this chat template does not write its reasoning")
+    ]
 
 
 def test_a_column_goes_to_the_template_that_takes_it_and_to_no_other(encode):

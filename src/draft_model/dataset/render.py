@@ -18,6 +18,7 @@ from draft_model.errors import DraftModelError
 
 _OURS = {"messages", "tools", "add_generation_prompt", "continue_final_message", "strftime_now", "raise_exception"}
 _NOT_WRITTEN = "not in the chat template"
+_OPENED = re.compile(r"\A\s*<think>\n?")
 
 
 class Renderer:
@@ -50,6 +51,8 @@ class Renderer:
         if row.text:
             return row.text, self._spans_of_text(row.text)
         self.template.refuse_control_tokens(row)
+        if self._reasons or _OPENED.search(self.scaffold):
+            row = replace(row, messages=[_apart(message) for message in row.messages])
         if row.tools and not re.search(r"\btools\b", self.jinja):
             raise Rejected(_NOT_WRITTEN, "the row has `tools`, which this chat template does not write")
         columns = {name: value for name, value in row.columns.items() if name in self._columns}
@@ -76,7 +79,7 @@ class Renderer:
         given = columns or {}
         if self._reasons:
             return self._write(messages, tools, given)
-        last, opens = messages[-1], "<think>" in self.scaffold
+        last, opens = messages[-1], bool(_OPENED.search(self.scaffold))
         plain = [{k: v for k, v in message.items() if k != "reasoning_content"} for message in messages]
         if plain != list(messages) and not opens:
             raise Rejected(_NOT_WRITTEN, "`reasoning_content`, which this chat template does not write")
@@ -96,9 +99,9 @@ class Renderer:
                 "assistant turns not found",
                 f"{row.answers} assistant turns given, {len(spans)} in what the chat template makes of them",
             )
-        answers = ((n, message) for n, message in enumerate(row.messages, start=1) if message["role"] == "assistant")
+        answers = [number for number, message in enumerate(row.messages, start=1) if message["role"] == "assistant"]
         cut = itertools.chain(row.cut, itertools.repeat(False))
-        return [_whole(text, *turn) for turn in zip(spans, answers, cut, strict=False)]
+        return [_whole(text, row, *turn) for turn in zip(spans, answers, cut, strict=False)]
 
     def _spans_of_text(self, text: str) -> list[Span]:
         """The turns of text that was rendered elsewhere; the last one may lack its end."""
@@ -189,18 +192,26 @@ def _generated(message: Message) -> str:
         return ""
     if reasoning := message.get("reasoning_content"):
         return f"{reasoning}\n</think>\n\n{content}" if content else str(reasoning)
-    return re.sub(r"\A\s*<think>\n?", "", content) if "</think>" in content else ""
+    return _OPENED.sub("", content) if "</think>" in content else ""
 
 
-def _whole(text: str, span: Span, answer: tuple[int, Message], is_cut: bool) -> Span:
-    """A turn's span, once all that the model wrote is seen to be in it; reasoning may be left out.
+def _apart(message: Message) -> Message:
+    """Reasoning that was cut off in the text of an answer, beside it: a template would write it as what was said."""
+    content: str = message["content"] or ""
+    if message["role"] != "assistant" or "</think>" in content or not _OPENED.search(content):
+        return message
+    return {**message, "content": "", "reasoning_content": _OPENED.sub("", content)}
+
+
+def _whole(text: str, row: Row, span: Span, number: int, is_cut: bool) -> Span:
+    """A turn's span, once all that the model wrote is seen to be in it; reasoning of earlier turns may be left out.
 
     Where it was cut off while it reasoned, its end is that of the reasoning: the closing tag is the template's.
 
     Raises:
-        Rejected: the template did not write the turn's text, or one of its calls.
+        Rejected: the template did not write the turn's text, its reasoning, or one of its calls.
     """
-    number, message = answer
+    message = row.messages[number - 1]
     turn = text[span.start : span.end]
     content = (message["content"] or "").rpartition("</think>")[2].strip()
     if content not in turn:
@@ -209,6 +220,8 @@ def _whole(text: str, span: Span, answer: tuple[int, Message], is_cut: bool) -> 
     if lost := next((name for name in names if turn.count(name) < names.count(name)), None):
         raise Rejected(_NOT_WRITTEN, f"message {number}: this chat template does not write its call of {lost[:40]}")
     reasoning = message.get("reasoning_content", "").strip()
+    if number == len(row.messages) and reasoning not in turn:
+        raise Rejected(_NOT_WRITTEN, f"message {number}: this chat template does not write its reasoning")
     if is_cut and not content and not names and reasoning in turn:
         return replace(span, end=span.start + turn.rfind(reasoning) + len(reasoning))
     return span
