@@ -28,6 +28,9 @@ from kfp_pipeline.components.train_draft_model import train_draft_model
 NAME = "pipeline-draft-model"
 STORE = "draft-model-object-store"
 """ConfigMap with the object store's `endpoint` and `region`; where it is absent, those of AWS."""
+HUB = "draft-model-hub"
+"""Secret with the Hub's `token`, and ConfigMap with the `endpoint` of a mirror; without them: what is public, there."""
+ASK_HUB = ("preflight", "import-tokenizer", "import-model", "evaluate-draft-model")
 STEP = "draft-model/step"
 """Label of a step's pod: the name of its task."""
 
@@ -65,6 +68,8 @@ def _pipeline(*values: Any) -> None:
         _steps(inputs)
     for task in dsl.pipeline_context.Pipeline.get_default_pipeline().tasks.values():
         _with_store(task, inputs["object_store_secret"])
+        if task.name in ASK_HUB:
+            _with_hub(task)
         _tracked(task)
         _confined(task)
         task.set_caching_options(task.name in CACHED)
@@ -114,6 +119,13 @@ def _with_store(task: Any, secret: Any) -> None:
     kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env=keys, optional=True)
     place = {"endpoint": "AWS_ENDPOINT_URL", "region": "AWS_DEFAULT_REGION"}
     kubernetes.use_config_map_as_env(task, config_map_name=STORE, config_map_key_to_env=place, optional=True)
+
+
+def _with_hub(task: Any) -> None:
+    """Which Hub, and whose token, for a step that looks for a model or a benchmark there."""
+    token, place = {"token": "HF_TOKEN"}, {"endpoint": "HF_ENDPOINT"}
+    kubernetes.use_secret_as_env(task, secret_name=HUB, secret_key_to_env=token, optional=True)
+    kubernetes.use_config_map_as_env(task, config_map_name=HUB, config_map_key_to_env=place, optional=True)
 
 
 def _tracked(task: Any) -> None:

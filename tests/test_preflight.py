@@ -227,6 +227,12 @@ def test_a_store_that_refuses_is_told_with_the_secret_that_is_not_there(hub, run
     assert secret.startswith("object_store_secret: given 'ours'; this pod has no keys: there is no Secret ours, or ")
 
 
+def test_a_pipeline_root_that_no_step_can_use_is_told(hub, run, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    (found,) = run("gs://bucket/pipeline").problems
+    assert found.startswith("the pipeline root: gs://bucket/pipeline cannot be written, read and cleared: ")
+
+
 def test_everything_is_told_at_once_and_shown(hub, run, tmp_path):
     found = run(
         huggingface_id="org/name@nowhere", num_epochs=0, compute_model_import="nowhere",

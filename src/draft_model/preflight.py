@@ -126,13 +126,13 @@ def _ask_hub(parameters: Parameters, report: Report, work: Path) -> None:
 def _try_store(parameters: Parameters, root: str, report: Report) -> None:
     """Writes, reads and removes an object, with the keys that the later steps get."""
     place = parameters.storage_uri or root
-    if not storage.is_remote(place):
-        return
     secret = parameters.object_store_secret
     absent = f"this pod has no keys: there is no Secret {secret}, or it lacks accesskey and secretkey"
     keys = bool(os.environ.get("AWS_ACCESS_KEY_ID"))
-    probe = storage.join(place, f"preflight-{uuid.uuid4().hex}")
     try:
+        if not storage.is_remote(place):
+            return
+        probe = storage.join(place, f"preflight-{uuid.uuid4().hex}")
         storage.write_bytes(storage.join(probe, "probe"), b"written")
         storage.read_bytes(storage.join(probe, "probe"))
         storage.remove(probe)

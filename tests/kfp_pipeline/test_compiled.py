@@ -249,15 +249,31 @@ def test_every_step_gets_the_object_stores_keys_by_reference_and_the_import_its_
     settings = platform["deploymentSpec"]["executors"]
     assert settings.keys() == spec["deploymentSpec"]["executors"].keys()
     for step in settings.values():
-        (secret,) = step["secretAsEnv"]
+        secret, *others = step["secretAsEnv"]
         assert secret["optional"]
         assert secret["secretNameParameter"]["componentInputParameter"].endswith("object_store_secret")
         assert {key["envVar"] for key in secret["keyToEnv"]} == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
         # The run's id, by which its stages are found in MLflow: no input, for that would end caching.
         assert step["fieldPathAsEnv"] == [{"name": RUN, "fieldPath": "metadata.labels['pipeline/runid']"}]
+        assert {name_of(other, "secretName") for other in others} <= {"draft-model-hub"}
     nodes = settings["exec-import-model"]
     assert nodes["nodeSelector"]["nodeSelectorJson"]["taskOutputParameter"]["producerTask"] == "resolve-compute"
     assert nodes["tolerations"][0]["tolerationJson"]["taskOutputParameter"]["producerTask"] == "resolve-compute"
+
+
+def name_of(reference, kind):
+    return reference[f"{kind}Parameter"]["runtimeValue"]["constant"]
+
+
+def test_steps_that_look_into_the_hub_get_its_token_and_a_mirrors_place_by_reference_and_no_other_does():
+    settings = list(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))[1]["platforms"]["kubernetes"]
+    found = {}
+    for step, given in settings["deploymentSpec"]["executors"].items():
+        references = [*given["secretAsEnv"][1:], *given["configMapAsEnv"][1:]]
+        assert all(reference["optional"] for reference in references)
+        found[step.removeprefix("exec-")] = [key["envVar"] for each in references for key in each["keyToEnv"]]
+    asking = {"preflight", "import-tokenizer", "import-model", "evaluate-draft-model"}
+    assert found == {step: ["HF_TOKEN", "HF_ENDPOINT"] if step in asking else [] for step in found}
 
 
 def images(spec):
