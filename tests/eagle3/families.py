@@ -1,4 +1,4 @@
-"""Tiny random targets of transformers' own classes, one per family that people train drafts for."""
+"""Tiny random targets of transformers' own classes, one per family that people train drafts for, by its name."""
 
 from __future__ import annotations
 
@@ -59,6 +59,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 2,
             "sliding_window": 7,
             "rope_parameters": {**ROPES["yarn"], "rope_theta": 15e4, "truncate": False},
+        },
+    ),
+    # DeepSeek-R1's distilled models, with the settings that theirs have besides Llama's and Qwen2's.
+    "deepseek distill llama": (
+        "LlamaConfig",
+        {
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {**ROPES["llama3"], "rope_theta": 5e5},
+            "tie_word_embeddings": False,
+            "mlp_bias": False,
+        },
+    ),
+    "deepseek distill qwen": (
+        "Qwen2Config",
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+            "tie_word_embeddings": False,
+            "use_sliding_window": False,
+            "sliding_window": 7,
+            "max_window_layers": 5,
         },
     ),
     "phi3": ("Phi3Config", {}),

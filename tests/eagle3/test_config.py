@@ -72,7 +72,7 @@ def test_the_geometry_is_the_targets(family, tmp_path):
     assert config.vocab_size == config.draft_vocab_size == VOCAB
     assert config.max_position_embeddings == POSITIONS
     assert config.aux_layers == (2, LAYERS // 2, LAYERS - 3)
-    assert config.target_model_type == family
+    assert config.target_model_type == target["model_type"]
     assert explicit.get("rope_parameters", {}).items() <= config.rope_parameters.items()
 
 

@@ -83,14 +83,16 @@ def test_killed_while_a_checkpoint_is_written(train, plain, tmp_path, point):
     assert Trained(train.run(again(config))).losses == plain.losses
 
 
-def test_killed_while_a_checkpoint_is_uploaded(train, plain, tmp_path, object_store, caplog):
-    output = f"s3://{object_store.bucket}/killed"
+@pytest.mark.parametrize(("place", "arrived"), [("put", False), ("write", True)])
+def test_killed_while_a_checkpoint_is_uploaded(train, plain, tmp_path, object_store, caplog, place, arrived):
+    output = f"s3://{object_store.bucket}/killed-{place}"
     config = train.config(output)
-    process = start(train_killed_in, config.to_json(), f"{STORE}.write", "epoch_2/manifest.json", log=tmp_path / "log")
+    name = "epoch_2/manifest.json" if arrived else "epoch_2"
+    process = start(train_killed_in, config.to_json(), f"{STORE}.{place}", name, log=tmp_path / "log")
     process.join()
     assert process.exitcode == -9
     assert not storage.exists(f"{output}/epoch_2")
-    assert storage.exists(f"{output}/epoch_2/model.safetensors")  # it arrived, and counts for nothing
+    assert storage.exists(f"{output}/epoch_2/model.safetensors") is arrived  # where it did, it counts for nothing
     assert Trained(train.run(again(config))).losses == plain.losses
     assert "epoch_2 is passed over" in caplog.text
     assert "epoch_2 was not whole and is removed" in caplog.text

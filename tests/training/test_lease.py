@@ -165,6 +165,7 @@ def test_a_run_without_resume_begins_anew_and_its_attempts_go_on_from_its_own(tr
     with when_logged("step 2, ", crash), pytest.raises(Crash):
         job.run(second)
     assert "resumed from" not in caplog.text  # the first run's checkpoint is none of its own
+    assert f"resume=false: 1 checkpoint(s) under {place} are forgotten" in caplog.text
     with when_logged("step 8, ", crash), pytest.raises(Crash):
         job.run(second)
     assert "resumed from" not in caplog.text

@@ -19,7 +19,7 @@ from draft_model.eagle3.batch import collate
 from draft_model.eagle3.target import load_target
 from draft_model.errors import DraftModelError
 from draft_model.training import parallel
-from draft_model.training.parallel import check_heads, load_share, must_spread, plan_for
+from draft_model.training.parallel import check_experts, check_heads, load_share, must_spread, plan_for
 from draft_model.training.ranks import PeerLost, start_ranks
 from training.case import Trainer
 from training.processes import free_port, outcome, run_world, start, train_in
@@ -36,8 +36,8 @@ LAYOUTS = {
     "tp2 x dp2, spread": (4, 2),
 }
 """Processes and tp_size. Spread: no copy of the target fits beside the draft, so FSDP spreads its layers over dp."""
-FAMILIES = ("llama", "qwen3", "qwen3_moe", "phi3", "hunyuan_v1_dense", "gpt_oss")
-"""The last two have no plan of their own in transformers, or none for their attention."""
+FAMILIES = ("llama", "qwen3", "phi3", "hunyuan_v1_dense", "qwen3_moe", "gpt_oss")
+"""The last two have experts. hunyuan has no plan of its own in transformers, and gpt_oss none for its attention."""
 
 
 @pytest.fixture(scope="module")
@@ -155,14 +155,15 @@ def write_family(folder, family):
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **kept)).save_pretrained(folder)
 
 
-@pytest.mark.parametrize(("world", "tp"), [(2, 2), (2, 1)])  # cut in two, and spread over two by FSDP
+@pytest.mark.parametrize(("world", "tp"), [(2, 2), (2, 1), (3, 1)])  # cut in two; spread by FSDP, evenly and not
 def test_a_target_in_parts_gives_the_states_of_a_whole_one(tmp_path, world, tp):
-    for family in FAMILIES:
+    families = FAMILIES[:4] if world == 3 else FAMILIES  # four experts are none for the last of three
+    for family in families:
         write_family(tmp_path / family, family)
-    codes = run_world(world, states_of_families, [tmp_path / family for family in FAMILIES], tmp_path, tp,
+    codes = run_world(world, states_of_families, [tmp_path / family for family in families], tmp_path, tp,
                       log=tmp_path / "log")  # fmt: skip
     assert codes == [0] * world, (tmp_path / "log").read_text()
-    for family in FAMILIES:
+    for family in families:
         whole = load_target(tmp_path / family, (1, 3, 5), torch.float32, torch.device("cpu"))
         states = torch.cat(whole.states(conversations()))
         size = sum(parameter.numel() for parameter in whole.model.parameters())
@@ -174,6 +175,24 @@ def test_a_target_in_parts_gives_the_states_of_a_whole_one(tmp_path, world, tp):
                 if tensor.dim() < 3:
                     assert torch.equal(part[name], tensor), (family, name)
             assert part["held"] < 0.75 * size  # embedding and head are whole in all
+
+
+def test_a_target_is_not_spread_so_far_that_a_process_has_no_expert(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for family, tp, fits, too_far in (
+        ("qwen3_moe", 2, (2, 4), (3, 5)),
+        ("gpt_oss", 2, (2,), (3, 4)),
+        ("llama", 1, (9,), ()),
+    ):
+        write_family(tmp_path / family, family)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / family))
+        for dp in fits:
+            check_experts(model, tp, dp)
+        for dp in too_far:
+            with pytest.raises(DraftModelError, match=rf"tp_size: given {tp}; .* experts .* over {dp} data-parallel"):
+                check_experts(model, tp, dp)
 
 
 def test_a_tp_size_that_would_cut_a_head_in_two_is_refused_with_those_that_fit():

@@ -94,7 +94,10 @@ class Output:
 
     def clear(self) -> None:
         """Forgets the checkpoints of an earlier training, so that none of them is taken for one of this."""
-        for uri in [*map(self._at, self.names()), self.final]:
+        names = self.names()
+        if names:
+            logger.warning("resume=false: %d checkpoint(s) under %s are forgotten", len(names), self.uri)
+        for uri in [*map(self._at, names), self.final]:
             storage.remove_manifest(uri)
         self._write_index([])
 

@@ -83,6 +83,8 @@ def load_share(
     spread = memory is not None and must_spread(skeleton, ranks.tp, ranks.dp, memory, beside())
     if ranks.tp == 1 and not spread:
         return load_target(folder, aux_layers, dtype, ranks.device)
+    if spread:
+        check_experts(skeleton, ranks.tp, ranks.dp)
     model = _load_in_parts(folder, dtype, ranks, skeleton, spread)
     target = ShardedTarget(model, aux_layers, spread)
     try:
@@ -179,6 +181,27 @@ def must_spread(model: Any, tp: int, dp: int, memory: float, beside: float) -> b
         f"tp_size: given {tp}; each GPU would hold {min(copy, least) / 1e9:.1f} GB of the target and has "
         f"{memory / 1e9:.1f} GB: {advice}; `draft-model plan` works it out"
     )
+
+
+def check_experts(model: Any, tp: int, dp: int) -> None:
+    """Refuses to spread a target so far that a process would hold none of its experts, which cannot be loaded.
+
+    Args:
+        model: on the meta device.
+        tp: tp_size.
+        dp: the processes that its layers are to be spread over.
+
+    Raises:
+        DraftModelError: names what to change.
+    """
+    apart = tp if _has_experts_apart(model) else 1
+    counts = {len(tensor) // apart for tensor in model.get_decoder().layers.parameters() if tensor.dim() == 3}
+    for count in counts:
+        if -(-count // dp) * (dp - 1) >= count:
+            raise DraftModelError(
+                f"tp_size: given {tp}; copies of the target do not fit beside the draft, and its {count} experts "
+                f"cannot be spread over {dp} data-parallel processes: raise tp_size, or use larger GPUs"
+            )
 
 
 def plan_for(model: Any) -> dict[str, str]:

@@ -1,0 +1,81 @@
+"""The trainer against a loop of plain PyTorch: its clipping, optimizer and backward, a whole global batch at once."""
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from draft_model.dataset import Split, load_vocabulary
+from draft_model.eagle3.batch import collate
+from draft_model.eagle3.config import draft_config_for, with_overrides
+from draft_model.eagle3.model import Eagle3Draft
+from draft_model.eagle3.step import Objective
+from draft_model.eagle3.target import load_target
+from draft_model.training.gradients import Gradients
+from draft_model.training.order import plan_steps
+from draft_model.training.plan import read_config
+from draft_model.training.ranks import Ranks
+from draft_model.training.schedule import learning_rate
+from training.case import DRAFT_VOCABULARY, QUICK
+
+CPU = torch.device("cpu")
+LONGEST_NORM = 0.02
+"""So short that every step is clipped, each by another factor."""
+
+
+def plain_loop(inputs, steps):
+    """Weights after so many steps, by name, and the norm of each step's gradient."""
+    split = Split(Path(inputs.dataset) / "train")
+    shape = with_overrides(draft_config_for(read_config(inputs.model)), {"draft_vocab_size": DRAFT_VOCABULARY})
+    target = load_target(Path(inputs.model), shape.aux_layers, torch.float32, CPU)
+    draft = Eagle3Draft(shape, *load_vocabulary(Path(inputs.dataset)))
+    draft.initialise(0, target)
+    objective = Objective(draft, target, QUICK["ttt_length"], "sdpa", torch.float32, int(split.lengths.max()))
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=1.0, betas=(0.9, 0.999), weight_decay=0.0)
+    norms = []
+    for number, step in enumerate(islice(plan_steps(split.lengths, QUICK["draft_global_batch_size"], 0), steps)):
+        rows = [split[int(index)] for index in step.conversations]
+        batch = collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows])
+        loss, sums = objective(batch, target.states(batch))
+        optimizer.zero_grad()
+        (loss / sums.supervised[0]).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(draft.parameters(), LONGEST_NORM)))
+        rate = learning_rate(number, steps, QUICK["learning_rate"], QUICK["warmup_ratio"])
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    return dict(draft.named_parameters()), norms
+
+
+def test_a_training_is_adamw_on_the_clipped_mean_gradient_of_each_global_batch(train, inputs):
+    trained = train(max_grad_norm=LONGEST_NORM)
+    weights, norms = plain_loop(inputs, trained.result.steps)
+    assert min(norms) > LONGEST_NORM
+    assert [record["grad_norm"] for record in trained.record["log"]] == pytest.approx(norms, rel=1e-4)
+    state = load_file(f"{trained.output}/{trained.checkpoints[-1]}/training_state/state.safetensors")
+    for name, weight in weights.items():
+        torch.testing.assert_close(state[f"weight.{name}"], weight.detach(), rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("longest", [0.1, 1e9])
+def test_gradients_add_up_and_are_clipped_together(longest):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4), (5,), (2, 2, 2)]
+    ours, theirs = ([torch.zeros(shape, requires_grad=True) for shape in shapes] for _ in range(2))
+    gradients = Gradients(ours)
+    for _ in range(2):  # the second step finds nothing of the first
+        gradients.clear()
+        for tensor in theirs:
+            tensor.grad = None
+        for _ in range(3):
+            factors = [torch.randn(shape, generator=generator) for shape in shapes]
+            for tensors in (ours, theirs):
+                sum((tensor * factor).sum() for tensor, factor in zip(tensors, factors, strict=True)).backward()
+        gradients.reduce(Ranks(0, 1, CPU))
+        norm = gradients.finish(7.0, longest)
+        for tensor in theirs:
+            tensor.grad /= 7.0
+        assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs, longest)), rel=1e-6)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine.grad, other.grad)
