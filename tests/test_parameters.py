@@ -262,6 +262,7 @@ def test_the_stages_read_what_they_are_told():
         "pytorch_model_path": "",
         "mlflow_model_path": "",
         "compute_model_import": "serverless",
+        "mlflow_tracking_uri": "",
     }
 
 
