@@ -180,10 +180,11 @@ def speed_chart(by_proposals: Sequence[Entry], hardware: str) -> Chart:
     def paint(axes: Any) -> None:
         axes.axhline(1, color=_STAND_IN["muted"], linewidth=1, linestyle=_DASHES)
         proposals = [item["proposals"] for item in by_proposals]
-        axes.plot(proposals, [item["speed_up"] for item in by_proposals], marker="o", color=_STAND_IN["trained"])
+        speeds = [item["speed_up"] for item in by_proposals]
+        axes.plot(proposals, speeds, marker="o", color=_STAND_IN["trained"])
         axes.set_xticks(proposals)
         axes.set_xlabel("tokens proposed at a time")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(1, *speeds))
         axes.yaxis.set_major_locator(_ticks())
 
     note = f"One request at a time, on {hardware}. Dashed: the target alone."
