@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,9 +90,8 @@ def compile_command(output: Path | None, manifest: Path | None, images: tuple[st
 @click.option("--no-cache", is_flag=True, help="Import the model and build the data set even where a run has before.")
 @click.option("--watch", "follow", is_flag=True, help="Follow the run; exit with 1 where it fails.")
 def submit_command(
-    host: str, namespace: str, token_file: Path | None, ca_file: Path | None, params: Path | None,
-    settings: tuple[str, ...], images: tuple[str, ...], experiment: str, run_name: str, service_account: str,
-    no_cache: bool, follow: bool,
+    params: Path | None, settings: tuple[str, ...], images: tuple[str, ...], experiment: str, run_name: str,
+    service_account: str, no_cache: bool, follow: bool, **where: Any,
 ) -> None:  # fmt: skip
     """Run the pipeline on a cluster; prints the run's id.
 
@@ -121,20 +121,20 @@ def submit_command(
     from kfp_pipeline.client import connect
 
     raise_on_sigterm()
-    server = connect(host, namespace, token_file, ca_file)
+    server = connect(**where)
     submitted = submit(
         server, values, cache=not no_cache, run_name=run_name, service_account=service_account,
         experiment=os.environ.get("KF_PIPELINES_OVERRIDE_EXPERIMENT_NAME") or experiment,
     )  # fmt: skip
     click.echo(submitted.run_id)
     if follow:
-        _follow(server, submitted.run_id)
+        _follow(server, submitted.run_id, where)
 
 
 @click.command("watch", cls=Command)
 @_SERVER
 @click.argument("run")
-def watch_command(run: str, **options: Any) -> None:
+def watch_command(run: str, **where: Any) -> None:
     """Follow a run on a cluster until it ends; exit with 1 where it fails.
 
     \b
@@ -143,13 +143,13 @@ def watch_command(run: str, **options: Any) -> None:
     from kfp_pipeline.client import connect
 
     raise_on_sigterm()
-    _follow(connect(**options), run)
+    _follow(connect(**where), run, where)
 
 
 @click.command("terminate", cls=Command)
 @_SERVER
 @click.argument("run")
-def terminate_command(run: str, **options: Any) -> None:
+def terminate_command(run: str, **where: Any) -> None:
     """End a run on a cluster; its exit task deletes the training job.
 
     \b
@@ -157,13 +157,13 @@ def terminate_command(run: str, **options: Any) -> None:
     """  # noqa: D301
     from kfp_pipeline.client import TIMEOUT, connect
 
-    server = connect(**options)
+    server = connect(**where)
     with server.asked():
         server.client.runs.run_service_terminate_run(run, _request_timeout=TIMEOUT)
 
 
-def _follow(server: Server, run_id: str) -> None:
-    """Shows a run until it ends, and exits with its result."""
+def _follow(server: Server, run_id: str, where: Mapping[str, Any]) -> None:
+    """Shows a run until it ends, and exits with its result; `where` are the options that led to the server."""
     from kfp_pipeline.watch import SUCCEEDED, watch
 
     link = server.run_link(run_id)
@@ -171,10 +171,9 @@ def _follow(server: Server, run_id: str) -> None:
     try:
         ended = watch(server, run_id)
     except (KeyboardInterrupt, SystemExit, DraftModelError):
-        options = f"--host {server.host}" + (f" --namespace {server.namespace}" if server.namespace else "")
+        again = " ".join([*(f"--{name.replace('_', '-')} {value}" for name, value in where.items() if value), run_id])
         print(
-            f"The run itself goes on. Follow it: draft-model watch {options} {run_id}\n"
-            f"End it: draft-model terminate {options} {run_id}",
+            f"The run itself goes on. Follow it: draft-model watch {again}\nEnd it: draft-model terminate {again}",
             file=sys.stderr,
         )
         raise

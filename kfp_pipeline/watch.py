@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from draft_model.errors import DraftModelError
 from kfp_pipeline.client import TIMEOUT, NotLetIn, Server, ServerAway
 
 logger = logging.getLogger(__name__)
@@ -86,34 +87,34 @@ def watch(server: Server, run_id: str) -> Ended:
         DraftModelError: where there is no such run, or the server is away for longer than PATIENCE.
     """
     with _screen() as screen:
-        names: list[str] = []
-        for run in _looks(server, run_id, screen):
-            names = names or _names(server, run)
+        for run, names in _looks(server, run_id, screen):
             tasks = _tasks(run, names)
             screen.show(run.state, tasks)
     failed = [task for task in tasks if task.state == "FAILED"]
     return Ended(run.state, _error(run), failed)
 
 
-def _looks(server: Server, run_id: str, screen: _Screen) -> Iterator[Any]:
-    """The run as the server tells it, again and again, the ended one last."""
+def _looks(server: Server, run_id: str, screen: _Screen) -> Iterator[tuple[Any, list[str]]]:
+    """The run as the server tells it, again and again, the ended one last; and the names of its tasks."""
     pause, longest = PAUSES
     away: float | None = None
+    names: list[str] | None = None
     while True:
         try:
             with server.asked():
                 run = server.client.runs.run_service_get_run(run_id, _request_timeout=TIMEOUT)
+            names = _names(server, run) if names is None else names
         except (ServerAway, NotLetIn) as error:
             if away is None:
                 away = time.monotonic()
-                screen.tell(f"{error}\nThe run goes on; asking again for {PATIENCE.seconds // 60} minutes.")
+                screen.tell(f"{error}\nThe run goes on; asking again for {PATIENCE.total_seconds() / 60:.0f} minutes.")
             elif time.monotonic() - away > PATIENCE.total_seconds():
                 raise
         else:
             if away is not None:
                 screen.tell("The server answers again.")
                 away = None
-            yield run
+            yield run, names
             if run.state in ENDS:
                 return
         time.sleep(pause)
@@ -121,13 +122,18 @@ def _looks(server: Server, run_id: str, screen: _Screen) -> Iterator[Any]:
 
 
 def _names(server: Server, run: Any) -> list[str]:
-    """The tasks of the run's pipeline in the order in which they can run; empty where the server does not say."""
+    """The tasks of the run's pipeline in the order in which they can run; none where the server does not say."""
     spec = run.pipeline_spec
     if reference := run.pipeline_version_reference:
-        with server.asked():
-            spec = server.client.pipelines.pipeline_service_get_pipeline_version(
-                reference.pipeline_id, reference.pipeline_version_id, _request_timeout=TIMEOUT
-            ).pipeline_spec
+        try:
+            with server.asked():
+                spec = server.client.pipelines.pipeline_service_get_pipeline_version(
+                    reference.pipeline_id, reference.pipeline_version_id, _request_timeout=TIMEOUT
+                ).pipeline_spec
+        except (ServerAway, NotLetIn):
+            raise
+        except DraftModelError as error:  # deleted since; the run does not need it any more
+            logger.warning("the run's tasks are not known: %s", error)
     spec = (spec or {}).get("pipeline_spec", spec or {})  # nested where there is a platform's part beside it
     return list(_in_order(spec, spec.get("root", {})))
 

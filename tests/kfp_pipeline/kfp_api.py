@@ -20,6 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 import yaml
 
 API = "/apis/v2beta1"
+COOKIE = "session=of-the-login"
 _TYPES = {"STRING": str, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": (int, float)}
 _CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 6, 500: 13, 503: 14}
 _NEVER = "1970-01-01T00:00:00Z"
@@ -40,7 +41,7 @@ class KfpApi:
         story: of every run: its state, and the states of its tasks; a task's may be a pair of state and error.
         token: that requests must have; empty for none.
         namespaces: that callers may use; empty on a server of a single user.
-        page: whether a login page answers instead.
+        page: whether a login page answers instead, to who does not have the cookie.
         failing: status that every request gets; 0 for none.
         hidden: kinds whose lists do not show what is there.
         racing: kinds that somebody else makes in the moment before the caller does.
@@ -101,7 +102,7 @@ class KfpApi:
         self.requests.append((request.command, url.path, request.headers.get("Authorization", "")))
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
         try:
-            if self.page:
+            if self.page and request.headers.get("Cookie") != COOKIE:
                 return self._send(request, 200, "text/html", b"<!doctype html><title>Sign in</title>")
             if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
                 raise Refused(401, "Request header error: there is no user identity header")

@@ -10,12 +10,13 @@ import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from kfp_api import KfpApi
+from kfp_api import COOKIE, KfpApi
 
 from draft_model.errors import DraftModelError
 from kfp_pipeline.client import NotLetIn, Server, ServerAway, connect
 from kfp_pipeline.compile import compile_documents, compile_manifests
 from kfp_pipeline.submit import check, submit
+from kfp_pipeline.watch import watch
 
 VALUES = {"huggingface_id": "org/name@v1", "dataset_train_split": "s3://bucket/train.jsonl"}
 
@@ -208,10 +209,35 @@ def test_a_server_that_fails(api):
         connect(api.host)
 
 
+def test_who_follows_a_run_waits_for_the_server_only_so_long(api, monkeypatch, caplog):
+    server = connect(api.host)
+    run_id = submit(server, VALUES).run_id
+    monkeypatch.setattr("kfp_pipeline.watch.PATIENCE", timedelta(0))
+    api.stop()
+    with caplog.at_level("INFO"), pytest.raises(ServerAway, match="does not answer"):
+        watch(server, run_id)
+    assert caplog.text.count("The run goes on; asking again") == 1
+    api.start()
+
+
+def test_a_run_whose_version_is_gone_is_followed_all_the_same(api):
+    server = connect(api.host)
+    run_id = submit(server, VALUES).run_id
+    api.versions.clear()
+    assert watch(server, run_id).state == "SUCCEEDED"
+
+
 def test_a_page_is_no_api(api):
     api.page = True
     with pytest.raises(DraftModelError, match="may want a login first"):
         connect(api.host)
+
+
+def test_a_cookie_of_kfps_own_settings_gets_past_a_login_page(api, tmp_path):
+    api.page = True
+    (tmp_path / "context.json").write_text(json.dumps({"namespace": "", "client_authentication_cookie": COOKIE}))
+    submit(connect(api.host), VALUES)
+    assert len(api.runs) == 1
 
 
 def test_an_address_with_another_path_is_no_api(api):
