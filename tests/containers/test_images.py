@@ -9,7 +9,7 @@ import pytest
 
 from containers import layers
 from containers.conftest import HARDENED
-from kfp_pipeline.components.images import IMAGES
+from kfp_pipeline.components.images import IMAGES, KINDS
 
 TOOLS = re.compile(
     r"(^|/)s?bin/(pip[\d.]*|apt|apt-get|dpkg|perl|make|su|mount|passwd)$|(^|/)ensurepip/|-packages/(pip|setuptools|wheel)/"
@@ -17,54 +17,56 @@ TOOLS = re.compile(
 COMPILERS = re.compile(r"(^|/)(gcc|g\+\+|cc|cc1|clang|ld)(-\d+)?$")
 CUDA = re.compile(r"-packages/(nvidia|triton)/|libcudart|libtorch_cuda")
 """What only a trainer may have, and with it the compiler that triton needs."""
+KEY = "AKIA" + "Q" * 16
 
 
 @pytest.fixture(scope="module")
 def saved(docker, tmp_path_factory):
-    """The file of a saved image; one at a time, since they are large."""
-    path, of = tmp_path_factory.mktemp("saved") / "image.tar", []
-
-    def save(kind):
-        if of != [kind]:
-            of[:] = [kind]
-            layers.save(docker.images.get(IMAGES[kind]), path)
-        return path
-
-    yield save
-    path.unlink(missing_ok=True)
+    """The images as they are saved, by kind, and one with a secret that a later layer deletes, as `leak`."""
+    tag = "localhost/pipeline-draft-model/leak:test"
+    docker.images.build(fileobj=leaking_context(), custom_context=True, network_mode="none", rm=True, tag=tag)
+    path = tmp_path_factory.mktemp("saved") / "images.tar"
+    try:
+        return dict(zip([*KINDS, "leak"], layers.read([*IMAGES.values(), tag], path), strict=True))
+    finally:
+        path.unlink(missing_ok=True)
+        docker.images.remove(tag)
 
 
-@pytest.mark.timeout(600)
-def test_no_layer_has_a_secret_rights_for_everybody_or_tools(saved, kind):
-    path = saved(kind)
-    assert layers.secrets(path) == []
-    found = [member for member, _ in layers.members(path)]
-    assert len(found) > 1000
-    assert [m.name for m in found if m.mode & 0o6000] == []
-    assert [m.name for m in found if m.mode & 0o002 and not m.issym() and m.name.strip("./") != "tmp"] == []
-    assert [m.name for m in found if TOOLS.search(m.name)] == []
-    if kind != "trainer" or not any(CUDA.search(m.name) for m in found):
-        assert [m.name for m in found if m.isreg() and (CUDA.search(m.name) or COMPILERS.search(m.name))] == []
-
-
-def test_a_secret_is_found_also_where_a_later_layer_deletes_it(docker, tmp_path):
-    context = io.BytesIO()
-    key = "AKIA" + "Q" * 16
+def leaking_context():
     files = {
         "Dockerfile": f"FROM {IMAGES['coordinator']}\nUSER 0\nCOPY credentials /tmp/\nRUN rm /tmp/credentials\n",
-        "credentials": f"[default]\naws_access_key_id = {key}\n",
+        "credentials": f"[default]\naws_access_key_id = {KEY}\n",
     }
+    context = io.BytesIO()
     with tarfile.open(fileobj=context, mode="w") as archive:
         for name, text in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(text)
             archive.addfile(member, io.BytesIO(text.encode()))
     context.seek(0)
-    image, _ = docker.images.build(fileobj=context, custom_context=True, network_mode="none", rm=True)
-    try:
-        assert layers.secrets(layers.save(image, tmp_path / "image.tar")) == [f"tmp/credentials: {key[:12].encode()!r}"]
-    finally:
-        docker.images.remove(image.id, force=True)
+    return context
+
+
+@pytest.mark.timeout(600)
+def test_no_layer_has_a_secret(saved, kind):
+    assert saved[kind].secrets == []
+
+
+@pytest.mark.timeout(600)
+def test_a_secret_is_found_also_where_a_later_layer_deletes_it(saved):
+    assert saved["leak"].secrets == [f"tmp/credentials: {KEY[:12].encode()!r}"]
+
+
+@pytest.mark.timeout(600)
+def test_no_layer_has_rights_for_everybody_or_tools_to_build_and_install(saved, kind):
+    found = saved[kind].members
+    assert len(found) > 1000
+    assert [m.name for m in found if m.mode & 0o6000] == []
+    assert [m.name for m in found if m.mode & 0o002 and not m.issym() and m.name.strip("./") != "tmp"] == []
+    assert [m.name for m in found if TOOLS.search(m.name)] == []
+    if kind != "trainer" or not any(CUDA.search(m.name) for m in found):
+        assert [m.name for m in found if m.isreg() and (CUDA.search(m.name) or COMPILERS.search(m.name))] == []
 
 
 def test_it_says_what_it_is_and_who_runs_it(docker, kind):
