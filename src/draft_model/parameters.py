@@ -37,7 +37,10 @@ def _no_login(value: str) -> str:
 
 NoQuoting = Annotated[str, AfterValidator(_no_quoting)]
 NoLogin = Annotated[str, AfterValidator(_no_login)]
-_ALLOWED = {_no_quoting: "no backslash, no single quote", _no_login: "no name or password in it"}
+_ALLOWED: dict[Callable[..., str], str] = {
+    _no_quoting: "no backslash, no single quote",
+    _no_login: "no name or password in it",
+}
 
 
 def _field(default: Any, help: str, *stages: Stage, unit: str = "", kind: str = "", **limits: float) -> Any:
