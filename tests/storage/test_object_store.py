@@ -3,14 +3,21 @@
 import contextlib
 import random
 import socket
+import ssl
+import subprocess
 import uuid
+from pathlib import Path
 
 import pytest
-from botocore.exceptions import ConnectionClosedError
+from botocore.exceptions import HTTPClientError
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.storage import join, s3
+
+from .relay import Relay
+
+LARGE = 20 * 2**20 + 5
 
 
 @pytest.fixture
@@ -24,26 +31,6 @@ def source(tmp_path):
     for name in ("a", "b", "sub/c"):
         (tmp_path / "source" / name).write_text(f"content of {name}")
     return tmp_path / "source"
-
-
-@contextlib.contextmanager
-def requests(*operations, then=None):
-    """Collects the keys of the requests that the client really sends; `then(key)` may break one."""
-    keys, client = [], s3.client()
-
-    def saw(params, **_):
-        key = params["url_path"].partition("/")[2].partition("/")[2]
-        keys.append(key)
-        if then:
-            then(key)
-
-    for operation in operations:
-        client.meta.events.register(f"before-call.s3.{operation}", saw)
-    try:
-        yield keys
-    finally:
-        for operation in operations:
-            client.meta.events.unregister(f"before-call.s3.{operation}", saw)
 
 
 @contextlib.contextmanager
@@ -66,7 +53,7 @@ def raw(uri):
     return {"Bucket": bucket, "Key": key}
 
 
-def test_a_large_file_goes_and_comes_in_parts(prefix, tmp_path):
+def test_a_large_file_goes_and_comes_in_parts(prefix, relay, tmp_path):
     data = random.Random(0).randbytes(20 * 2**20)
     (tmp_path / "source").mkdir()
     (tmp_path / "source/large").write_bytes(data)
@@ -74,51 +61,118 @@ def test_a_large_file_goes_and_comes_in_parts(prefix, tmp_path):
     head = s3.client().head_object(**raw(join(prefix, "large")))
     assert head["ETag"].strip('"').endswith("-3")
     assert head["ContentLength"] == len(data)
-    with requests("GetObject") as got:
-        folder = storage.fetch(prefix, tmp_path / "into")
-    assert len([key for key in got if key.endswith("large")]) == 3
+    folder = storage.fetch(prefix, tmp_path / "into")
+    assert relay.keys("PUT").count("large") == relay.keys("GET").count("large") == 3
     assert (folder / "large").read_bytes() == data
 
 
-def test_a_second_transfer_moves_nothing(prefix, source, tmp_path):
-    with requests("PutObject") as put:
-        storage.publish(source, prefix, stage="dataset", properties={})
-        assert len(put) == 4
-        storage.publish(source, prefix, stage="dataset", properties={})
-    assert len(put) == 5
-    assert put[-1].endswith("manifest.json")
-    with requests("GetObject") as got:
-        storage.fetch(prefix, tmp_path / "into")
-        assert len(got) == 4
-        storage.fetch(prefix, tmp_path / "into")
-    assert len(got) == 5
-    (tmp_path / "into/b").write_text("CONTENT of b")
-    with requests("GetObject") as got:
-        storage.fetch(prefix, tmp_path / "into")
-    assert sorted(key.rpartition("/")[2] for key in got) == ["b", "manifest.json"]
-    assert (tmp_path / "into/b").read_text() == "content of b"
+@pytest.mark.parametrize("count", [3, 20])
+@pytest.mark.parametrize("size", [15, LARGE])
+def test_a_second_transfer_moves_nothing(prefix, relay, source, tmp_path, count, size):
+    (source / "b").write_bytes(random.Random(0).randbytes(size))
+    names = ["a", "b", "c", *(f"more-{number}" for number in range(count - 3))]
+    for name in names[3:]:
+        (source / name).write_text(name)
+    storage.publish(source, prefix, stage="dataset", properties={})
+    assert set(relay.keys("PUT")) == {*names, "manifest.json"}
+    relay.seen.clear()
+    storage.publish(source, prefix, stage="dataset", properties={})
+    assert relay.keys("PUT") == ["manifest.json"]
+    relay.seen.clear()
+    storage.fetch(prefix, tmp_path / "into")
+    assert set(relay.keys("GET")) == {*names, "manifest.json"}
+    relay.seen.clear()
+    storage.fetch(prefix, tmp_path / "into")
+    assert relay.keys("GET") == ["manifest.json"]
+    (tmp_path / "into/a").write_text("CONTENT of a")
+    relay.seen.clear()
+    storage.fetch(prefix, tmp_path / "into")
+    assert sorted(relay.keys("GET")) == ["a", "manifest.json"]
+    assert (tmp_path / "into/a").read_text() == "content of a"
 
 
-def test_a_publication_that_broke_off_leaves_no_manifest_and_is_resumed(prefix, source):
+@pytest.mark.parametrize("size", [15, LARGE])
+def test_an_object_that_was_changed_is_sent_again(prefix, source, tmp_path, size):
+    data = random.Random(0).randbytes(size)
+    (source / "a").write_bytes(data)
+    storage.publish(source, prefix, stage="dataset", properties={})
+    s3.client().put_object(**raw(join(prefix, "a")), Body=data[::-1])
+    with pytest.raises(DraftModelError, match="a has another SHA-256 than its manifest says; run the stage"):
+        storage.fetch(prefix, tmp_path / "into")
+    storage.publish(source, prefix, stage="dataset", properties={})
+    assert (storage.fetch(prefix, tmp_path / "into") / "a").read_bytes() == data
+
+
+def test_a_publication_that_broke_off_leaves_no_manifest_and_is_resumed(prefix, relay, source, monkeypatch):
     storage.publish(source, prefix, stage="dataset", properties={})
     for name in ("a", "sub/c"):
         (source / name).write_text(f"new content of {name}")
-
-    def break_off(key):
-        if key.endswith("sub/c"):
-            raise ConnectionClosedError(endpoint_url="http://127.0.0.1")
-
-    with (
-        requests("PutObject", then=break_off),
-        pytest.raises(DraftModelError, match=r"sub/c: .*cannot be reached"),
-    ):
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    relay.cuts["PUT", "sub/c"] = 2
+    with pytest.raises(DraftModelError, match=r"sub/c: .*cannot be reached"):
         storage.publish(source, prefix, stage="dataset", properties={})
     assert not storage.exists(prefix)
-    with requests("PutObject") as put:
-        storage.publish(source, prefix, stage="dataset", properties={})
-    assert not [key for key in put if key.endswith("/b")]
-    assert put[-1].endswith("manifest.json")
+    relay.seen.clear()
+    storage.publish(source, prefix, stage="dataset", properties={})
+    assert "b" not in relay.keys("PUT")
+    assert relay.keys("PUT")[-1] == "manifest.json"
     assert storage.read_bytes(join(prefix, "sub/c")) == b"new content of sub/c"
+
+
+@pytest.mark.parametrize("size", [15_000, LARGE])
+def test_a_connection_that_is_cut_in_the_middle_is_taken_up_again(prefix, relay, tmp_path, size):
+    data = random.Random(0).randbytes(size)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/data").write_bytes(data)
+    relay.cuts["PUT", "data"] = relay.cuts["GET", "data"] = 1
+    storage.publish(tmp_path / "source", prefix, stage="train", properties={})
+    assert (storage.fetch(prefix, tmp_path / "into") / "data").read_bytes() == data
+    assert not relay.cuts.total()
+    parts = -(-size // s3.PART_SIZE)
+    assert relay.keys("PUT").count("data") == relay.keys("GET").count("data") == parts + 1
+
+
+def test_a_file_that_is_written_to_meanwhile_is_no_publication(prefix, source, monkeypatch):
+    upload = s3.FileTransfers.upload
+
+    def grow(self, path, *rest):
+        with path.open("ab") as file:
+            file.write(b"more")
+        return upload(self, path, *rest)
+
+    monkeypatch.setattr(s3.FileTransfers, "upload", grow)
+    with pytest.raises(DraftModelError, match="leave the file alone while it is published"):
+        storage.publish(source, prefix, stage="train", properties={})
+    assert not storage.exists(prefix)
+
+
+def test_a_disk_that_fills_up_is_told_in_words(prefix, source, tmp_path, monkeypatch):
+    storage.publish(source, prefix, stage="train", properties={})
+
+    monkeypatch.setattr(s3, "landing", lambda _: contextlib.nullcontext(Path("/dev/full")))
+    with pytest.raises(DraftModelError, match="the disk is full; free some space"):
+        storage.fetch(prefix, tmp_path / "into")
+
+
+def test_a_store_behind_a_certificate_of_its_own(object_store, prefix, source, tmp_path, monkeypatch):
+    certificate, key = tmp_path / "ca.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with Relay(object_store.environment["AWS_ENDPOINT_URL"], context) as relay:
+        for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+            monkeypatch.setenv(name, relay.endpoint)
+        monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+        transfers = s3.FileTransfers(object_store.bucket, s3.PART_SIZE)
+        with pytest.raises(HTTPClientError):
+            transfers.download("a", tmp_path / "a", lambda _: None)
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
+        storage.publish(source, prefix, stage="train", properties={})
+        assert (storage.fetch(prefix, tmp_path / "into") / "a").read_text() == "content of a"
 
 
 def test_minio_is_another_name_for_s3(prefix, source, tmp_path):
@@ -214,7 +268,7 @@ def test_an_endpoint_that_is_no_url_is_refused(prefix, monkeypatch):
         storage.exists(prefix)
 
 
-def test_a_strangers_folder_is_listed_and_downloaded_once(prefix, tmp_path):
+def test_a_strangers_folder_is_listed_and_downloaded_once(prefix, relay, tmp_path):
     names = ["config.json", *[f"shards/{number}" for number in range(8)]]
     for name in names:
         storage.write_bytes(join(prefix, "model", name), name.encode())
@@ -222,22 +276,21 @@ def test_a_strangers_folder_is_listed_and_downloaded_once(prefix, tmp_path):
     s3.client().put_object(Bucket=place["Bucket"], Key=place["Key"] + "/", Body=b"")
     storage.write_bytes(join(prefix, "model-2/other"), b"")
     into = tmp_path / "into"
-    with requests("GetObject") as got, pages_of(4):
+    with pages_of(4):
         assert storage.fetch_tree(join(prefix, "model"), into) == into
         storage.fetch_tree(join(prefix, "model"), into)
-    assert len(got) == len(names)
+    assert len(relay.keys("GET")) == len(names)
     assert sorted(path.relative_to(into).as_posix() for path in into.rglob("*") if path.is_file()) == names
     assert all((into / name).read_text() == name for name in names)
 
 
-def test_a_strangers_file_is_downloaded_again_when_it_has_changed(prefix, tmp_path):
+def test_a_strangers_file_is_downloaded_again_when_it_has_changed(prefix, relay, tmp_path):
     storage.write_bytes(join(prefix, "data.jsonl"), b"one")
-    with requests("GetObject") as got:
-        assert storage.fetch_file(join(prefix, "data.jsonl"), tmp_path) == tmp_path / "data.jsonl"
-        storage.fetch_file(join(prefix, "data.jsonl"), tmp_path)
-        assert len(got) == 1
-        storage.write_bytes(join(prefix, "data.jsonl"), b"three")
-        assert storage.fetch_file(join(prefix, "data.jsonl"), tmp_path).read_bytes() == b"three"
+    assert storage.fetch_file(join(prefix, "data.jsonl"), tmp_path) == tmp_path / "data.jsonl"
+    storage.fetch_file(join(prefix, "data.jsonl"), tmp_path)
+    assert len(relay.keys("GET")) == 1
+    storage.write_bytes(join(prefix, "data.jsonl"), b"three")
+    assert storage.fetch_file(join(prefix, "data.jsonl"), tmp_path).read_bytes() == b"three"
 
 
 def test_nothing_where_a_strangers_folder_or_file_should_be(prefix, tmp_path, object_store):

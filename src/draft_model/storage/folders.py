@@ -18,7 +18,7 @@ from draft_model.storage import local, manifest, stream
 from draft_model.storage.contents import Content
 from draft_model.storage.local import LocalFolder
 from draft_model.storage.manifest import MANIFEST, FileRecord, Manifest
-from draft_model.storage.transfer import Advance, local_errors, progress, run_all
+from draft_model.storage.transfer import local_errors, progress, run_all
 from draft_model.storage.uri import ObjectAddress, check_name, parse, split
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class Folder(stream.Place, Protocol):
     def remove_all(self) -> None:
         """Removes all that is there, half-sent files too."""
 
-    def put(self, sources: Mapping[FileRecord, Path], advance: Advance) -> None:
-        """Copies local files in, several at once."""
+    def put(self, sources: Mapping[str, Path]) -> list[FileRecord]:
+        """Copies local files in that are not there yet, several at once; gives their records."""
 
     def create(self, name: str, data: bytes) -> bool:
         """Makes a small file unless there is one; says whether it did."""
@@ -71,8 +71,7 @@ def publish(folder: Path, uri: str, *, stage: str, properties: Mapping[str, Any]
     """
     with local_errors(str(folder)):
         sources = manifest.files_below(folder)
-        records = run_all(lambda name: manifest.record_of(sources[name], name), sources)
-    new = manifest.make_manifest(stage, records, properties)
+    manifest.make_manifest(stage, (), properties)  # what is wrong with them is told before anything is touched
     address = parse(uri)
     in_place = isinstance(address, Path) and address.resolve() == folder.resolve()
     if isinstance(address, Path) and not in_place and address.resolve().is_relative_to(folder.resolve()):
@@ -80,9 +79,13 @@ def publish(folder: Path, uri: str, *, stage: str, properties: Mapping[str, Any]
     there = _folder(uri)
     stale = _listed(there) - sources.keys()
     there.remove(MANIFEST)
-    if not in_place:
+    if in_place:
+        with local_errors(str(folder)):
+            records = run_all(lambda name: manifest.record_of(sources[name], name), sources)
+    else:
         run_all(there.remove, sorted(stale))
-        _send({record: sources[record.path] for record in new.files}, there)
+        records = there.put(sources)
+    new = manifest.make_manifest(stage, records, properties)
     there.write(MANIFEST, new.to_bytes())
     return new
 
@@ -134,13 +137,6 @@ def _listed(folder: Folder) -> set[str]:
         return set()
 
 
-def _send(sources: Mapping[FileRecord, Path], folder: Folder) -> None:
-    there = run_all(folder.holds, sources)
-    missing = {record: source for (record, source), held in zip(sources.items(), there, strict=True) if not held}
-    with progress(f"to {folder.uri}", sum(record.size for record in missing)) as advance:
-        folder.put(missing, advance)
-
-
 def extend(uri: str, files: Mapping[str, Path], *, properties: Mapping[str, Any] | None = None) -> Manifest:
     """Adds files to a whole folder, or replaces them.
 
@@ -158,12 +154,12 @@ def extend(uri: str, files: Mapping[str, Path], *, properties: Mapping[str, Any]
     old = read_manifest(uri)
     for name in files:
         check_name(name, uri)
-    with local_errors(uri):
-        records = run_all(lambda name: manifest.record_of(files[name], name), files)
     kept = [file for file in old.files if file.path not in files]
-    new = manifest.make_manifest(old.stage, [*kept, *records], {**old.properties, **(properties or {})})
+    said = {**old.properties, **(properties or {})}
+    # What cannot be one folder's is refused before anything is sent.
+    manifest.make_manifest(old.stage, [*kept, *(FileRecord(name, 0, manifest.EMPTY) for name in files)], said)
     there = _folder(uri)
-    _send({record: files[record.path] for record in records}, there)
+    new = manifest.make_manifest(old.stage, [*kept, *there.put(files)], said)
     there.write(MANIFEST, new.to_bytes())
     return new
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from draft_model.storage import manifest
-from draft_model.storage.folders import _folder, _listed, _send
+from draft_model.storage.folders import _folder, _listed
 from draft_model.storage.manifest import MANIFEST, FileRecord, Manifest
-from draft_model.storage.transfer import local_errors, run_all
+from draft_model.storage.transfer import run_all
 from draft_model.storage.uri import check_name, split
 
 
@@ -31,10 +31,7 @@ def add(uri: str, name: str, path: Path) -> FileRecord:
     Raises:
         DraftModelError: the name is unsafe, or the place refuses.
     """
-    check_name(name, uri)
-    with local_errors(str(path)):
-        record = manifest.record_of(path, name)
-    _send({record: path}, _folder(uri))
+    (record,) = _folder(uri).put({check_name(name, uri): path})
     return record
 
 
@@ -56,14 +53,12 @@ def seal(
     Raises:
         DraftModelError: the place refuses.
     """
-    small = {manifest.record_of(path, name): path for name, path in files.items()}
-    new = manifest.make_manifest(stage, [*records, *small], properties)
     there = _folder(uri)
-    stale = _listed(there) - {file.path for file in new.files}
+    before = _listed(there)
     there.remove(MANIFEST)
-    _send(small, there)
+    new = manifest.make_manifest(stage, [*records, *there.put(files)], properties)
     there.write(MANIFEST, new.to_bytes())
-    run_all(there.remove, sorted(stale))
+    run_all(there.remove, sorted(before - {file.path for file in new.files}))
     return new
 
 

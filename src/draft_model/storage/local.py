@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from draft_model.storage.manifest import PARTIAL, FileRecord, check_size, sha256_of
-from draft_model.storage.transfer import Advance, check_free_disk, local_errors, run_all
+from draft_model.storage.manifest import PARTIAL, FileRecord, check_size, record_of, sha256_of
+from draft_model.storage.transfer import check_free_disk, local_errors, progress, run_all
 
 if TYPE_CHECKING:
     from draft_model.storage.stream import Parts
@@ -110,19 +110,21 @@ class LocalFolder:
         with local_errors(self.uri):
             return holds(self.path / record.path, record)
 
-    def put(self, sources: Mapping[FileRecord, Path], advance: Advance) -> None:
-        """Copies files in, several at once.
+    def put(self, sources: Mapping[str, Path]) -> list[FileRecord]:
+        """Copies files in that are not there yet, several at once.
 
         Args:
-            sources: the local file of each record.
-            advance: is told of the bytes.
+            sources: the local file for each name relative to this folder.
+
+        Returns:
+            Their records, in the same order.
 
         Raises:
             DraftModelError: where the disk is too small or the file system refuses.
         """
 
-        def copy(item: tuple[FileRecord, Path]) -> None:
-            record, source = item
+        def copy(record: FileRecord) -> None:
+            source = sources[record.path]
             with landing(self.path / record.path) as partial:
                 shutil.copyfile(source, partial)
                 _flush(partial)
@@ -130,10 +132,16 @@ class LocalFolder:
             advance(record.size)
 
         with local_errors(self.uri):
-            check_free_disk(self.path, sum(record.size for record in sources))
-            run_all(copy, sources.items())
-            for folder in {(self.path / record.path).parent for record in sources}:
+            records = run_all(lambda name: record_of(sources[name], name), sources)
+            held = run_all(self.holds, records)
+            missing = [record for record, there in zip(records, held, strict=True) if not there]
+            size = sum(record.size for record in missing)
+            check_free_disk(self.path, size)
+            with progress(f"to {self.uri}", size) as advance:
+                run_all(copy, missing)
+            for folder in {(self.path / record.path).parent for record in missing}:
                 _flush(folder)
+        return records
 
     def stamp(self, name: str) -> str:
         """Changes with a file's content; empty where there is no such file."""

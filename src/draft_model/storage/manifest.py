@@ -21,6 +21,8 @@ from draft_model.errors import DraftModelError
 from draft_model.storage.uri import check_name, name_problem
 
 MANIFEST = "manifest.json"
+EMPTY = hashlib.sha256().hexdigest()
+"""SHA-256 of no bytes."""
 PARTIAL = ".draft-model-partial"
 """Is in the name of a file that is being written, so that what a killed run left is never taken for data."""
 

@@ -1,45 +1,34 @@
 """A folder in an S3 object store: AWS, MinIO, SeaweedFS, Ceph.
 
 An object appears when it is complete, so nothing is renamed; what a folder holds is known from its manifest, so
-nothing is listed but the folders of strangers. Files go in parallel, and large ones in parts, all through one pool
-of connections.
+nothing is listed to read it. Files go in parallel, and large ones in parts, by the AWS Common Runtime
+(see s3_files.py); questions, ranges and what stages say to one another go by boto3.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig, create_transfer_manager
-from botocore.exceptions import (
-    ClientError,
-    HTTPClientError,
-    IncompleteReadError,
-)
+from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
 
-from draft_model.storage.contents import Reader
 from draft_model.storage.local import landing
-from draft_model.storage.manifest import FileRecord, check_size
+from draft_model.storage.manifest import EMPTY, FileRecord, record_of
 from draft_model.storage.s3_client import REQUESTS_AT_ONCE, client, errors
+from draft_model.storage.s3_files import HASH, FileTransfers, etag_of
 from draft_model.storage.stream import Parts
-from draft_model.storage.transfer import Advance, check_free_disk, local_errors, run_all
+from draft_model.storage.transfer import Advance, check_free_disk, local_errors, progress, run_all
 from draft_model.storage.uri import ObjectAddress, check_name
-
-if TYPE_CHECKING:
-    from s3transfer.futures import TransferFuture
 
 PART_SIZE = 8 * 2**20
 _MOST_PARTS = 10_000
 _READ_ATTEMPTS = 3
-HASH = "sha256"
-"""Name of the metadata that says an object's SHA-256."""
+_FEW = 4
+"""Objects; so many are looked at one by one."""
 
 
 @dataclass(frozen=True)
@@ -57,40 +46,6 @@ class ListedObject:
     size: int
     modified: datetime
     etag: str
-
-
-class _Transfers:
-    """Uploads and downloads through one pool of connections, which can be ended together."""
-
-    def __init__(self) -> None:
-        config = TransferConfig(
-            multipart_threshold=PART_SIZE,
-            multipart_chunksize=PART_SIZE,
-            max_concurrency=REQUESTS_AT_ONCE,
-            preferred_transfer_client="classic",
-        )
-        self.manager = create_transfer_manager(client(), config)
-        self._under_way: list[TransferFuture] = []
-        self._ended = False
-
-    def __enter__(self) -> _Transfers:
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self.manager.shutdown()
-
-    def finish(self, transfer: TransferFuture) -> None:
-        """Waits for one transfer."""
-        self._under_way.append(transfer)
-        if self._ended:
-            transfer.cancel()
-        transfer.result()
-
-    def end(self) -> None:
-        """Cancels what is under way, and what is begun after this."""
-        self._ended = True
-        for transfer in self._under_way:
-            transfer.cancel()
 
 
 class S3Folder:
@@ -161,8 +116,20 @@ class S3Folder:
             DraftModelError: where there is no such object.
         """
         with errors(f"{self.uri}/{name}"):
-            head = client().head_object(Bucket=self.bucket, Key=self.prefix + name)
+            return self._head(name)
+
+    def _head(self, name: str) -> ListedObject:
+        head = client().head_object(Bucket=self.bucket, Key=self.prefix + name)
         return ListedObject(name, head["ContentLength"], head["LastModified"], head["ETag"])
+
+    def _find(self, name: str) -> ListedObject | None:
+        with errors(f"{self.uri}/{name}"):
+            try:
+                return self._head(name)
+            except ClientError as error:
+                if _is_missing(error):
+                    return None
+                raise
 
     def read_range(self, name: str, start: int, length: int, etag: str) -> bytes:
         """Part of an object.
@@ -203,55 +170,50 @@ class S3Folder:
             try:
                 head = client().head_object(Bucket=self.bucket, Key=self.prefix + record.path)
             except ClientError as error:
-                if error.response.get("Error", {}).get("Code") == "404":
+                if _is_missing(error):
                     return False
                 raise
         return head["ContentLength"] == record.size and head["Metadata"].get(HASH) == record.sha256
 
-    def put(self, sources: Mapping[FileRecord, Path], advance: Advance) -> None:
-        """Uploads files, several at once, and looks whether they arrived.
+    def put(self, sources: Mapping[str, Path]) -> list[FileRecord]:
+        """Uploads files that are not there yet, several at once.
 
         Args:
-            sources: the local file of each record.
-            advance: is told of the bytes.
+            sources: the local file for each name relative to this folder.
+
+        Returns:
+            Their records, in the same order.
 
         Raises:
-            DraftModelError: where the store refuses or cannot be reached.
+            DraftModelError: where the store refuses or cannot be reached, or a file changes meanwhile.
         """
+        sizes = {name: path.stat().st_size for name, path in sources.items()}
+        there = self._found(sources)
+        transfers = FileTransfers(self.bucket, PART_SIZE)
 
-        def send(item: tuple[FileRecord, Path]) -> None:
-            record, source = item
-            key = self.prefix + record.path
-            with errors(f"{self.uri}/{record.path}"), local_errors(str(source)):
-                if record.size <= PART_SIZE:
-                    data = source.read_bytes()
-                    check_size(record, len(data), str(source))
-                    client().put_object(Bucket=self.bucket, Key=key, Body=data, Metadata={HASH: record.sha256})
-                    advance(record.size)
-                    return
-                upload = transfers.manager.upload(
-                    str(source),
-                    self.bucket,
-                    key,
-                    extra_args={"Metadata": {HASH: record.sha256}},
-                    subscribers=[ProgressCallbackInvoker(advance)],
-                )
-                transfers.finish(upload)
-                head = client().head_object(Bucket=self.bucket, Key=key)
-            check_size(record, head["ContentLength"], str(source))
+        def send(name: str) -> FileRecord:
+            path, size, part = sources[name], sizes[name], self.part_size(sizes[name])
+            with errors(f"{self.uri}/{name}"), local_errors(str(path)):
+                found = there.get(name)
+                if found is not None and found.size == size and found.etag.strip('"') == etag_of(path, part):
+                    advance(size)
+                    return record_of(path, name)
+                return FileRecord(name, size, transfers.upload(path, self.prefix + name, size, part, advance))
 
-        with _Transfers() as transfers:
-            run_all(send, sources.items(), abort=transfers.end)
+        with progress(f"to {self.uri}", sum(sizes.values())) as advance:
+            return run_all(send, sources, abort=transfers.end, at_once=REQUESTS_AT_ONCE)
+
+    def _found(self, names: Collection[str]) -> dict[str, ListedObject]:
+        """Those of these objects that are there; many are asked for by one listing."""
+        if len(names) > _FEW:
+            return {found.name: found for found in self._list()}
+        looked = [self._find(name) for name in names]
+        return {found.name: found for found in looked if found is not None}
 
     def stamp(self, name: str) -> str:
         """Changes with an object's content; empty where there is no such object."""
-        with errors(f"{self.uri}/{name}"):
-            try:
-                return client().head_object(Bucket=self.bucket, Key=self.prefix + name)["ETag"]
-            except ClientError as error:
-                if error.response.get("Error", {}).get("Code") == "404":
-                    return ""
-                raise
+        found = self._find(name)
+        return found.etag if found else ""
 
     def part_size(self, size: int) -> int:
         """Bytes of the parts in which a file of so many bytes is written; an object has 10,000 at most."""
@@ -268,29 +230,13 @@ class S3Folder:
         Raises:
             DraftModelError: where the store refuses or cannot be reached.
         """
-        bucket, key = self.bucket, self.prefix + name
+        source: Iterable[bytes] = parts
+        if parts.size <= PART_SIZE:
+            source = [b"".join(parts)]
+            sha256 = parts.sha256
         with errors(f"{self.uri}/{name}"):
-            if parts.size <= PART_SIZE:
-                data = b"".join(parts)
-                client().put_object(Bucket=bucket, Key=key, Body=data, Metadata={HASH: parts.sha256})
-                return
-            metadata = {HASH: sha256} if sha256 else {}
-            upload = client().create_multipart_upload(Bucket=bucket, Key=key, Metadata=metadata)["UploadId"]
-
-            def put(number: int, data: bytes) -> str:
-                return client().upload_part(
-                    Bucket=bucket, Key=key, UploadId=upload, PartNumber=number, Body=data
-                )["ETag"]  # fmt: skip
-
-            try:
-                tags = enumerate(parts.pass_on(put), 1)
-                client().complete_multipart_upload(
-                    Bucket=bucket, Key=key, UploadId=upload,
-                    MultipartUpload={"Parts": [{"PartNumber": number, "ETag": tag} for number, tag in tags]},
-                )  # fmt: skip
-            except BaseException:
-                client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
-                raise
+            transfers = FileTransfers(self.bucket, PART_SIZE)
+            transfers.upload_parts(source, self.prefix + name, parts.size, self.part_size(parts.size), sha256)
 
     def get(
         self,
@@ -310,25 +256,20 @@ class S3Folder:
         Raises:
             DraftModelError: where the store or the file system refuses, or the disk is too small.
         """
-        stop = threading.Event()
+        transfers = FileTransfers(self.bucket, PART_SIZE)
 
         def receive(name: str) -> None:
             with errors(f"{self.uri}/{name}"), local_errors(str(into)), landing(into / name) as partial:
-                with partial.open("wb") as file:
-                    read = _writing_to(file.fileno(), self._reader(name, sizes[name]))
-                    parts = Parts(read, sizes[name], PART_SIZE, pool, stop, advance)
-                    for _ in parts:
-                        pass
-                accept(name, partial, parts.sha256)
+                # The first range of an empty object is no range, which not every store answers alike.
+                if sizes[name] or self.look(name).size:
+                    sha256 = transfers.download(self.prefix + name, partial, advance)
+                else:
+                    partial.touch()
+                    sha256 = EMPTY
+                accept(name, partial, sha256)
 
         check_free_disk(into, sum(sizes.values()))
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            run_all(receive, sizes, abort=stop.set)
-
-    def _reader(self, name: str, size: int) -> Reader:
-        """Reads ranges of one version of an object; a small one is one range."""
-        etag = self.look(name).etag if size > PART_SIZE else ""
-        return lambda offset, length: self.read_range(name, offset, length, etag)
+        run_all(receive, sizes, abort=transfers.end, at_once=REQUESTS_AT_ONCE)
 
     def list_objects(self) -> list[ListedObject]:
         """All objects of the folder, for a folder that has no manifest.
@@ -336,29 +277,21 @@ class S3Folder:
         Raises:
             DraftModelError: where the store refuses, or a key would lead out of the folder.
         """
+        found = self._list()
+        for listed in found:
+            check_name(listed.name, self.uri)
+        return found
+
+    def _list(self) -> list[ListedObject]:
         with errors(self.uri):
             pages = client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
             return [
-                ListedObject(
-                    check_name(item["Key"].removeprefix(self.prefix), self.uri),
-                    item["Size"],
-                    item["LastModified"],
-                    item["ETag"],
-                )
+                ListedObject(item["Key"].removeprefix(self.prefix), item["Size"], item["LastModified"], item["ETag"])
                 for page in pages
                 for item in page.get("Contents", [])
                 if not item["Key"].endswith("/")  # consoles make such empty objects to show a folder
             ]
 
 
-def _writing_to(file: int, read: Reader) -> Reader:
-    """A reader whose parts are in the file when they are read: each thread writes what it has read."""
-
-    def read_and_write(offset: int, length: int) -> bytes:
-        data = read(offset, length)
-        written = 0
-        while written < len(data):
-            written += os.pwrite(file, memoryview(data)[written:], offset + written)
-        return data
-
-    return read_and_write
+def _is_missing(error: ClientError) -> bool:
+    return error.response.get("Error", {}).get("Code") == "404"

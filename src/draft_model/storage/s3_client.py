@@ -24,13 +24,15 @@ from botocore.exceptions import (
     PartialCredentialsError,
 )
 from botocore.exceptions import ConnectionError as NoConnectionError
-from s3transfer.exceptions import RetriesExceededError
 
 from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.storage.transfer import FILES_AT_ONCE
 
 if TYPE_CHECKING:
+    from botocore.credentials import Credentials
     from mypy_boto3_s3.client import S3Client
+
+Settings = tuple[tuple[str, str], ...]
 
 REQUESTS_AT_ONCE = 16
 _CHECK_KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN where the keys are temporary)"
@@ -78,7 +80,7 @@ def errors(uri: str) -> Iterator[None]:
         raise DraftModelError(f"{uri}: {_NO_KEYS}") from error
     except ParamValidationError as error:
         raise DraftModelError(f"{uri}: S3 allows no such bucket or key; correct the URI") from error
-    except (NoConnectionError, HTTPClientError, RetriesExceededError) as error:
+    except (NoConnectionError, HTTPClientError) as error:
         raise StoreUnavailable(
             f"{uri}: the object store at {_endpoint()} cannot be reached; check AWS_ENDPOINT_URL (host, "
             "port, http or https), the network and that the store is running"
@@ -103,13 +105,27 @@ def client() -> S3Client:
     Raises:
         DraftModelError: where the environment's AWS settings cannot be used.
     """
-    settings = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    return _client(os.getpid(), tuple(sorted(settings.items())))
+    return _client(os.getpid(), settings())
+
+
+def credentials() -> Credentials | None:
+    """Where the client takes its keys from; they are renewed there when they run out."""
+    return _session(os.getpid(), settings()).get_credentials()
+
+
+def settings() -> Settings:
+    """What the environment says of the object store: new settings get a new client."""
+    return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
 
 
 @functools.lru_cache(maxsize=4)
-def _client(process: int, settings: tuple[tuple[str, str], ...]) -> S3Client:
-    # The arguments are the cache's key: a forked process shares no sockets, new settings get a new client.
+def _session(process: int, settings: Settings) -> boto3.session.Session:
+    return boto3.session.Session()
+
+
+@functools.lru_cache(maxsize=4)
+def _client(process: int, settings: Settings) -> S3Client:
+    # The arguments are the cache's key: a forked process shares no sockets.
     own = any(name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3") and value for name, value in settings)
     config = Config(
         retries={"mode": "standard"},
@@ -118,7 +134,7 @@ def _client(process: int, settings: tuple[tuple[str, str], ...]) -> S3Client:
         s3={"addressing_style": "path" if own else "auto"},
     )
     try:
-        return boto3.session.Session().client("s3", config=config)
+        return _session(process, settings).client("s3", config=config)
     except ValueError as error:
         raise DraftModelError(
             f"AWS_ENDPOINT_URL: given {_endpoint()!r}; allowed: http://host:port or https://host:port"

@@ -10,7 +10,7 @@ import hashlib
 import json
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ LARGE_FROM = 8 * 2**20
 """Bytes; larger files go two at a time, and are worth a line in the journal."""
 _LARGE_AT_ONCE = 2
 _AHEAD = 4
-"""Parts of a file that are read ahead, and that are being written, at a time."""
+"""Parts of a file that are read ahead."""
 _PARTS_AT_ONCE = 16
 
 
@@ -42,7 +42,7 @@ class Parts:
         reader: of the content.
         size: bytes.
         part: bytes of a part.
-        pool: threads that read and write.
+        pool: threads that read.
         stop: set where the transfer is to end early.
         advance: is told of the bytes that are through.
     """
@@ -83,30 +83,6 @@ class Parts:
         finally:
             for reading in ahead:
                 reading.cancel()
-
-    def pass_on(self, put: Callable[[int, bytes], str]) -> list[str]:
-        """Hands the parts to a writer, several at once.
-
-        Args:
-            put: writes a part, given its number from 1 on.
-
-        Returns:
-            What it returned, in order.
-        """
-        done: list[str] = []
-        under_way: deque[Future[str]] = deque()
-        try:
-            for number, data in enumerate(self, 1):
-                under_way.append(self._pool.submit(put, number, data))
-                if len(under_way) >= _AHEAD:
-                    done.append(under_way.popleft().result())
-            done += [writing.result() for writing in under_way]
-        except BaseException:
-            for writing in under_way:
-                if not writing.cancel():
-                    writing.exception()  # an upload is given up only when none of its parts is on the way
-            raise
-        return done
 
     def check(self, content: Content, name: str) -> None:
         """Refuses what is not what it was said to be.

@@ -82,7 +82,10 @@ def _readable(size: int) -> str:
 
 
 def run_all(
-    work: Callable[[Item], Result], items: Iterable[Item], abort: Callable[[], object] = lambda: None
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    abort: Callable[[], object] = lambda: None,
+    at_once: int = FILES_AT_ONCE,
 ) -> list[Result]:
     """Works on several files at once; the first failure, or Ctrl-C, stops all.
 
@@ -90,11 +93,12 @@ def run_all(
         work: is called once for each item, in a thread.
         items: what to work on.
         abort: makes calls of `work` that are under way end early.
+        at_once: threads.
 
     Returns:
         The results in the items' order.
     """
-    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+    with ThreadPoolExecutor(at_once) as pool:
         futures = [pool.submit(work, item) for item in items]
         try:
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:

@@ -1,0 +1,113 @@
+"""A relay before the object store: it sees every request, whoever sends it, and can cut connections in the middle."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import ssl
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+_KEPT_OUT = {"connection", "transfer-encoding", "content-length", "expect"}
+
+
+class Relay:
+    """Hands requests on to the store, as they were signed.
+
+    Attributes:
+        seen: method and key of every request for an object, without the bucket.
+        cuts: how often the next answers to a method and the end of a key are cut; sent and answered half.
+        endpoint: its URL.
+    """
+
+    def __init__(self, store: str, tls: ssl.SSLContext | None = None) -> None:
+        self.seen: list[tuple[str, str]] = []
+        self.cuts: Counter[tuple[str, str]] = Counter()
+        self._store, self._lock = urlsplit(store).netloc, threading.Lock()
+        relay = self
+
+        class Answer(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def relay(self):
+                relay.answer(self)
+
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = relay
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self._server.daemon_threads = True
+        if tls:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+        self.endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Relay:
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def keys(self, method: str) -> list[str]:
+        """The last segments of the keys that a method was used on."""
+        return [key.rpartition("/")[2] for used, key in self.seen if used == method]
+
+    def answer(self, request) -> None:
+        key = unquote(urlsplit(request.path).path.lstrip("/").partition("/")[2])
+        if key:
+            self.seen.append((request.command, key))
+        cut = self._is_cut(request.command, key)
+        length = int(request.headers.get("Content-Length") or 0)
+        if cut and request.command == "PUT":
+            request.rfile.read(length // 2)
+            return self._end(request)
+        body = _chunks(request.rfile) if request.headers.get("Transfer-Encoding") else request.rfile.read(length)
+        connection = http.client.HTTPConnection(self._store)
+        with contextlib.closing(connection):
+            connection.putrequest(request.command, request.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in request.headers.items():
+                if name.lower() not in _KEPT_OUT:
+                    connection.putheader(name, value)
+            connection.putheader("Content-Length", str(len(body)))
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            data = answer.read()
+        request.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in {*_KEPT_OUT, "date", "server"}:
+                request.send_header(name, value)
+        size = answer.getheader("Content-Length", "0") if request.command == "HEAD" else str(len(data))
+        request.send_header("Content-Length", size)
+        request.end_headers()
+        if cut:
+            request.wfile.write(data[: len(data) // 2])
+            return self._end(request)
+        return request.wfile.write(data)
+
+    def _is_cut(self, method: str, key: str) -> bool:
+        with self._lock:
+            for (wanted, end), left in self.cuts.items():
+                if left and method == wanted and key.endswith(end):
+                    self.cuts[wanted, end] -= 1
+                    return True
+        return False
+
+    def _end(self, request) -> None:
+        request.close_connection = True
+        with contextlib.suppress(OSError):
+            request.connection.shutdown(2)
+
+
+def _chunks(stream) -> bytes:
+    """A body whose length was not said beforehand."""
+    found = []
+    while size := int(stream.readline(), 16):
+        found.append(stream.read(size))
+        stream.readline()
+    stream.readline()
+    return b"".join(found)
