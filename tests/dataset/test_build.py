@@ -396,7 +396,10 @@ def test_a_chat_template_that_does_not_fit_is_refused_before_any_row_is_read(tmp
 
 
 class Deadly:
-    """Kills the process that it is sent to."""
+    """Lines that kill the process that they are sent to."""
+
+    def __iter__(self):
+        return iter(())
 
     def __reduce__(self):
         return os._exit, (9,)
@@ -406,7 +409,7 @@ def test_a_process_that_dies_is_told_and_what_to_do(models):
     encoder = encode.Encoder(encode.EncoderSettings(models["qwen2"], "qwen", 100, 600))
     told = pytest.raises(DraftModelError, match=r"build_dataset_num_proc: .* memory")
     with encode.Encoders(encoder, 2) as encoders, told:
-        list(encoders.map([(None, [Deadly()])] * 20))
+        list(encoders.map([(None, Deadly())] * 20))
 
 
 def test_everything_may_lie_in_an_object_store(tmp_path, models, object_store):

@@ -214,6 +214,9 @@ def _joined(pieces: Sequence[Sequence[int]], length: int) -> tuple[NDArray[np.in
     return ids, mask
 
 
+_AHEAD = 16
+"""Chunks that may be done before their turn: so many are encoded here while other processes start."""
+
 _worker: Encoder | None = None
 
 
@@ -234,20 +237,20 @@ class Encoders:
     Args:
         encoder: is sent to the others as it is: to load the tokenizer anew would take each of them three seconds, and
             300 MB of modules that encoding does not need.
-        processes: how many; 1 works in this process.
+        processes: how many, this one among them: it encodes whenever the others have enough to do.
     """
 
     def __init__(self, encoder: Encoder, processes: int) -> None:
         self._encoder = encoder
-        self._processes = processes
+        self._others = processes - 1
         self._pool: ProcessPoolExecutor | None = None
         self._exit = ExitStack()
 
     def __enter__(self) -> Encoders:
-        if self._processes > 1:
+        if self._others:
             # spawn: a fork after the tokenizer's threads have run can hang.
             self._pool = ProcessPoolExecutor(
-                self._processes, multiprocessing.get_context("spawn"), _start_worker, (self._encoder,)
+                self._others, multiprocessing.get_context("spawn"), _start_worker, (self._encoder,)
             )
             self._exit.callback(self._pool.shutdown, cancel_futures=True)
         return self
@@ -270,8 +273,8 @@ class Encoders:
         pending: deque[tuple[Tag, Future[Encoded]]] = deque()
         try:
             for tag, lines in chunks:
-                pending.append((tag, self._pool.submit(_encode_in_worker, lines)))
-                if len(pending) > 2 * self._processes:
+                pending.append((tag, self._start(lines, sum(not future.done() for _, future in pending))))
+                while pending and (pending[0][1].done() or len(pending) > 2 * self._others + _AHEAD):
                     tag, encoded = pending.popleft()
                     yield tag, encoded.result()
             while pending:
@@ -279,9 +282,16 @@ class Encoders:
                 yield tag, encoded.result()
         except BrokenProcessPool as error:
             raise DraftModelError(
-                f"build_dataset_num_proc: one of {self._processes} processes died, most likely for lack of "
+                f"build_dataset_num_proc: one of {self._others + 1} processes died, most likely for lack of "
                 "memory; lower it, or give the step more memory"
             ) from error
+
+    def _start(self, lines: Sequence[Line], waiting: int) -> Future[Encoded]:
+        if self._pool is not None and waiting < 2 * self._others:
+            return self._pool.submit(_encode_in_worker, lines)
+        done: Future[Encoded] = Future()
+        done.set_result(self._encoder.encode(lines))
+        return done
 
 
 def usable_processes(wanted: int, size: int) -> int:
