@@ -134,6 +134,24 @@ def connect(host: str = "", namespace: str = "", token_file: Path | None = None,
     Raises:
         DraftModelError: where the server cannot be reached or does not let in.
     """
+    if problems := problems_with(host, token_file, ca_file):
+        raise DraftModelError(problems)
+    from kfp.client import ServiceAccountTokenVolumeCredentials
+
+    # Its retries are told once, by us; kfp_server_api sets the level of its parent.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    with explained(host or os.environ.get(ENDPOINT, ""), namespace), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "only works with v2.0.0-beta.2 and later"
+        client = _Client(
+            host=host or None,
+            credentials=ServiceAccountTokenVolumeCredentials(str(token_file)) if token_file else None,
+            ssl_ca_cert=str(ca_file) if ca_file else None,
+        )
+    return Server.of(client, namespace)
+
+
+def problems_with(host: str, token_file: Path | None, ca_file: Path | None) -> list[str]:
+    """What is wrong with the options of `connect` before anybody is asked, a sentence each."""
     problems = [
         f"--{option}-file: {problem}"
         for option, file in (("token", token_file), ("ca", ca_file))
@@ -144,19 +162,7 @@ def connect(host: str = "", namespace: str = "", token_file: Path | None = None,
             f"--host: not given, and neither {ENDPOINT} nor a kubeconfig says where KFP is; for one in a cluster: "
             f"`{_PORT_FORWARD}`, then --host http://127.0.0.1:8080"
         )
-    if problems:
-        raise DraftModelError(problems)
-    from kfp.client import ServiceAccountTokenVolumeCredentials
-
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are told once, by us
-    with explained(host or os.environ.get(ENDPOINT, ""), namespace), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "only works with v2.0.0-beta.2 and later"
-        client = _Client(
-            host=host or None,
-            credentials=ServiceAccountTokenVolumeCredentials(str(token_file)) if token_file else None,
-            ssl_ca_cert=str(ca_file) if ca_file else None,
-        )
-    return Server.of(client, namespace)
+    return problems
 
 
 def _unreadable(file: Path) -> str:
@@ -204,7 +210,10 @@ def _refusal(error: kfp_server_api.ApiException, host: str, namespace: str) -> D
             "yours, a contributor of it?"
         )
     if error.status == 404:
-        return DraftModelError(f"{host}: there is no such thing (404: {said}); KFP's API is of version 2.16 or newer?")
+        return DraftModelError(
+            f"{host} does not have this (404: {said}); where it has nothing at all, a path such as /pipeline is missing "
+            "or KFP is older than 2.16"
+        )
     return DraftModelError(f"{host} refuses: {error.status}: {said}")
 
 

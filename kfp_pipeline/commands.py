@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from kfp_pipeline.client import Server
 
 _IMAGES = "DRAFT_MODEL_IMAGES"
-_ONE_FOR_ALL = "one for all kinds of steps with {kind} in its name, or KIND=NAME for each"
 
 _IMAGE = click.option(
     "--image", "images", multiple=True, metavar="[KIND=]NAME", envvar=_IMAGES, show_envvar=True,
@@ -91,7 +90,7 @@ def compile_command(output: Path | None, manifest: Path | None, images: tuple[st
 @click.option("--watch", "follow", is_flag=True, help="Follow the run; exit with 1 where it fails.")
 def submit_command(
     params: Path | None, settings: tuple[str, ...], images: tuple[str, ...], experiment: str, run_name: str,
-    service_account: str, no_cache: bool, follow: bool, **where: Any,
+    service_account: str, no_cache: bool, follow: bool, namespace: str, **where: Any,
 ) -> None:  # fmt: skip
     """Run the pipeline on a cluster; prints the run's id.
 
@@ -104,11 +103,16 @@ def submit_command(
 
     `draft-model parameters` lists the names.
     """  # noqa: D301
-    problems, values = [], {}
     if images:
         os.environ[_IMAGES] = " ".join(images)  # read when the components are imported
-    else:
-        problems.append(f"--image: not given; name the steps' images where the cluster pulls them: {_ONE_FOR_ALL}")
+    from kfp_pipeline.client import connect, problems_with
+
+    problems, values = problems_with(**where), {}
+    if not images:
+        problems.append(
+            "--image: not given; name the steps' images where the cluster pulls them: one for all kinds of steps with "
+            "{kind} in its name, or KIND=NAME for each"
+        )
     try:
         values = values_of(params, settings)
         from kfp_pipeline.submit import check, submit
@@ -118,17 +122,16 @@ def submit_command(
         problems += error.problems
     if problems:
         raise DraftModelError(problems)
-    from kfp_pipeline.client import connect
-
     raise_on_sigterm()
-    server = connect(**where)
+    server = connect(namespace=namespace, **where)
     submitted = submit(
         server, values, cache=not no_cache, run_name=run_name, service_account=service_account,
         experiment=os.environ.get("KF_PIPELINES_OVERRIDE_EXPERIMENT_NAME") or experiment,
     )  # fmt: skip
     click.echo(submitted.run_id)
+    click.echo(submitted.link, err=True)
     if follow:
-        _follow(server, submitted.run_id, where)
+        _follow(server, submitted.run_id, {"namespace": namespace, **where})
 
 
 @click.command("watch", cls=Command)
@@ -143,7 +146,9 @@ def watch_command(run: str, **where: Any) -> None:
     from kfp_pipeline.client import connect
 
     raise_on_sigterm()
-    _follow(connect(**where), run, where)
+    server = connect(**where)
+    click.echo(server.run_link(run), err=True)
+    _follow(server, run, where)
 
 
 @click.command("terminate", cls=Command)
@@ -160,31 +165,30 @@ def terminate_command(run: str, **where: Any) -> None:
     server = connect(**where)
     with server.asked():
         server.client.runs.run_service_terminate_run(run, _request_timeout=TIMEOUT)
+    click.echo(f"is asked to end: {server.run_link(run)}", err=True)
 
 
 def _follow(server: Server, run_id: str, where: Mapping[str, Any]) -> None:
     """Shows a run until it ends, and exits with its result; `where` are the options that led to the server."""
+    from kfp_pipeline.client import NotLetIn, ServerAway
     from kfp_pipeline.watch import SUCCEEDED, watch
 
-    link = server.run_link(run_id)
-    print(link, file=sys.stderr)
     try:
         ended = watch(server, run_id)
-    except (KeyboardInterrupt, SystemExit, DraftModelError):
+    except (KeyboardInterrupt, SystemExit, ServerAway, NotLetIn):
         again = " ".join([*(f"--{name.replace('_', '-')} {value}" for name, value in where.items() if value), run_id])
-        print(
-            f"The run itself goes on. Follow it: draft-model watch {again}\nEnd it: draft-model terminate {again}",
-            file=sys.stderr,
-        )
+        click.echo("The run itself goes on.", err=True)
+        click.echo(f"Follow it: draft-model watch {again}\nEnd it: draft-model terminate {again}", err=True)
         raise
+    link = server.run_link(run_id)
     if ended.state == SUCCEEDED:
-        print(f"succeeded: {link}", file=sys.stderr)
+        click.echo(f"succeeded: {link}", err=True)
         return
     lines = [f"error: the run ended {ended.state}{f': {ended.error}' if ended.error else ''}; {link}"]
     lines += [f"  - {task.name}: {task.error or 'says why in its log'}" for task in ended.failed]
     pods = f"-n {server.namespace or 'kubeflow'} --selector pipeline/runid={run_id}"
     lines.append(f"logs: kubectl logs {pods} --container main --prefix --tail 20")
-    print("\n".join(lines), file=sys.stderr)
+    click.echo("\n".join(lines), err=True)
     sys.exit(1)
 
 
