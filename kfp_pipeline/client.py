@@ -211,8 +211,8 @@ def _refusal(error: kfp_server_api.ApiException, host: str, namespace: str) -> D
         )
     if error.status == 404:
         return DraftModelError(
-            f"{host} does not have this (404: {said}); where it has nothing at all, a path such as /pipeline is missing "
-            "or KFP is older than 2.16"
+            f"{host} does not have this (404: {said}); where it has nothing at all, a path such as /pipeline is "
+            "missing, or KFP is older than 2.16"
         )
     return DraftModelError(f"{host} refuses: {error.status}: {said}")
 
