@@ -48,7 +48,12 @@ def test_an_api_server_that_is_away_is_told(as_coordinator, server):
     assert found.startswith("training_backend: ")
 
 
-@pytest.fixture(scope="module")
+def test_a_queue_without_kueue_is_told(as_coordinator):
+    (found,), _ = look(queue="research")
+    assert "but this cluster has no Kueue" in found
+
+
+@pytest.fixture
 def kueue(server):
     names = {"kind": QUEUES.kind, "plural": QUEUES.plural, "singular": "localqueue"}
     schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
@@ -81,8 +86,3 @@ def test_a_queue_is_looked_for(as_coordinator, kueue, server, monkeypatch):
     monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig_of("draft-model-worker")))
     _, (note,) = look(queue="research")
     assert "cannot be seen with this service account's rights" in note
-
-
-def test_a_queue_without_kueue_is_told(as_coordinator):
-    (found,), _ = look(queue="research")
-    assert "but this cluster has no Kueue" in found
