@@ -44,6 +44,7 @@ class MlflowServer:
                 [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.root}/tracking.db",
                  "--artifacts-destination", str(self.root / "artifacts"), "--port", str(self.port), "--workers", "1"],
                 stdout=log, stderr=log, cwd=self.root, start_new_session=True,
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             )  # fmt: skip
         waiting = threading.Event()
         for _ in range(600):
