@@ -118,8 +118,9 @@ def test_the_same_source_again_is_a_look_at_the_manifest_and_another_is_copied(
 
 
 @pytest.mark.parametrize("below", ["", "/model"])
-def test_from_an_object_store_to_an_object_store(target, below, object_store, tmp_path, bring):
-    prefix = f"s3://{object_store.bucket}/{uuid.uuid4().hex}"
+@pytest.mark.parametrize("scheme", ["s3", "minio"])
+def test_from_an_object_store_to_an_object_store(target, below, scheme, object_store, tmp_path, bring):
+    prefix = f"{scheme}://{object_store.bucket}/{uuid.uuid4().hex}"
     for path in target.iterdir():
         storage.write_bytes(f"{prefix}/mine{below}/{path.name}", path.read_bytes())
     result = bring(output=f"{prefix}/out", pytorch_model_path=f"{prefix}/mine")

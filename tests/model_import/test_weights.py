@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import uuid
 
 import pytest
 import tiny
@@ -44,6 +45,16 @@ def test_pytorch_weights_become_safetensors(model, target, name, bring):
     assert names(result.uri) == CANONICAL
     assert same_weights(result.uri, target)
     assert "PyTorch" in properties(result.uri)["conversion"]
+
+
+def test_pytorch_weights_in_an_object_store(model, target, object_store, bring):
+    pickled(model)
+    uri = f"s3://{object_store.bucket}/{uuid.uuid4().hex}"
+    for path in model.iterdir():
+        storage.write_bytes(f"{uri}/{path.name}", path.read_bytes())
+    result = bring(pytorch_model_path=uri)
+    assert names(result.uri) == CANONICAL
+    assert same_weights(result.uri, target)
 
 
 @pytest.mark.parametrize("form", ["old", "nested", "shared"])

@@ -268,7 +268,8 @@ def _address(process: int, settings: Settings, bucket: str) -> tuple[bool, str, 
 
 @functools.lru_cache(maxsize=4)
 def _native_client(process: int, settings: Settings, tls: bool, part_size: int) -> Any:
-    attempts = client().meta.config.retries.get("total_max_attempts", 0)  # AWS_MAX_ATTEMPTS
+    # AWS_MAX_ATTEMPTS
+    attempts = client().meta.config.retries.get("total_max_attempts", 0)  # type: ignore[attr-defined]
     loops = EventLoopGroup(min(os.cpu_count() or 1, _MOST_THREADS))
     region = client().meta.region_name or "us-east-1"
     provider: AwsCredentialsProvider = BotocoreCRTCredentialsWrapper(credentials()).to_crt_credentials_provider()
