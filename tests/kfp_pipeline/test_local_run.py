@@ -193,8 +193,9 @@ def test_the_records_say_what_was_run(whole, values):
 
 
 def test_everything_went_through_the_store(stored, whole):
-    stages = {"model": "import", "dataset": "dataset", "output_model_path/epoch_1": "checkpoint",
-              "output_model_path/epoch_2": "checkpoint", "output_model_path/final": "train"}  # fmt: skip
+    stages = {"tokenizer": "description", "model": "import", "dataset": "dataset"}
+    stages |= {f"output_model_path/{epoch}": "checkpoint" for epoch in ("epoch_1", "epoch_2")}
+    stages |= {"output_model_path/final": "train"}
     for name, stage in stages.items():
         assert storage.read_manifest(f"{stored}/{name}", stage=stage).files
     final = storage.read_manifest(f"{stored}/output_model_path/final")
@@ -214,7 +215,10 @@ def test_no_process_and_no_scratch_folder_is_left(whole):
 
 def test_the_log_is_kept_without_keys(whole):
     log = (whole[0] / "run.log").read_text()
-    for step in ("preflight", "import-model", "build-dataset", "train-draft-model", "evaluate-draft-model"):
+    for step in (
+        "preflight", "resolve-compute", "import-tokenizer", "import-model", "build-dataset", "train-draft-model",
+        "evaluate-draft-model", "clean-up",
+    ):  # fmt: skip
         assert step in log
     keys = json.loads((whole[0] / "store/keys.json").read_text())
     assert keys["secret_key"] not in log
