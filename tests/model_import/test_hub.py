@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from draft_model.model_import import DescriptionConfig, ImportConfig, describe, run
 from draft_model.parameters import validate
-from draft_model.storage import transfer
+from draft_model.storage import stream, transfer
 
 from .case import CANONICAL, names, properties, same_weights
 from .hub_server import COMMIT, TOKEN, Hub
@@ -65,6 +66,40 @@ def test_only_what_is_needed_is_downloaded_and_one_kind_of_weights(hub, bring):
     bring(huggingface_id="org/name")
     asked = {path.rpartition("/")[2] for method, path, _, _ in hub.requests if method == "GET" and "api" not in path}
     assert asked == CANONICAL | {"README.md"}
+
+
+def test_pytorch_weights_are_taken_where_there_are_no_others(hub, target, tmp_path, bring):
+    from safetensors.torch import load
+
+    torch.save(load(hub.files.pop("model.safetensors")), tmp_path / "weights")
+    hub.files["pytorch_model.bin"] = (tmp_path / "weights").read_bytes()
+    result = bring(huggingface_id="org/name")
+    assert names(result.uri) == CANONICAL
+    assert same_weights(result.uri, target)
+    assert hub.got("pytorch_model.bin")
+    assert not hub.got("tf_model.h5")
+
+
+def test_two_weight_files_are_on_the_disk_at_a_time(hub, target, tmp_path, bring, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(target).save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    del hub.files["model.safetensors"]
+    hub.files |= {path.name: path.read_bytes() for path in (tmp_path / "shards").glob("model*")}
+    shards = [name for name in hub.files if name.endswith(".safetensors")]
+    assert len(shards) > 4
+    monkeypatch.setattr(stream, "LARGE_FROM", 1000)
+    there, answer = [], hub.answer
+
+    def count(request, body):
+        there.append(sum(1 for path in (tmp_path / "work/hub").glob("*.safetensors")))
+        answer(request, body)
+
+    monkeypatch.setattr(hub, "answer", count)
+    result = bring(huggingface_id="org/name")
+    assert all(hub.got(name) for name in shards)
+    assert 0 < max(there) <= 2, there
+    assert same_weights(result.uri, target)
 
 
 def test_the_token_goes_to_the_hub_and_not_to_its_file_host(hub, bring):
