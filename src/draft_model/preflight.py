@@ -21,9 +21,10 @@ from draft_model import storage
 from draft_model.dataset.files import find
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.prompts import check as check_prompts
-from draft_model.parameters import PARAMETERS, STAGES, Parameters, Stage, problems_with
+from draft_model.parameters import PARAMETERS, STAGES, Parameters, Stage
 from draft_model.shown import bullets, table
 from draft_model.storage.transfer import local_errors, run_all
+from draft_model.validation import problems_with
 
 _HUB_SECONDS = 10
 
