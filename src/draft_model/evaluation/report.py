@@ -287,7 +287,7 @@ def _data_findings(dataset: Json) -> Iterable[Finding]:
         if counts["coverage"] < MIN_COVERAGE:
             yield Finding(
                 f"The draft vocabulary has {percent(counts['coverage'])} of the {name} replies' tokens",
-                "Every other token ends a draft. Raise draft_vocab_size in draft_model_config; the coverage "
+                "A token outside it ends a draft. Raise draft_vocab_size in draft_model_config; the coverage "
                 "of other sizes is below.",
             )
         if counts["rows_truncated"] > MAX_TRUNCATED * counts["rows_kept"]:
