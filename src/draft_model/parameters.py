@@ -1,10 +1,10 @@
 """The pipeline's contract, once: names, types, defaults, allowed values, units and help.
 
 Everything that shows or checks a parameter derives from the class `Parameters`: the options of `draft-model`, the
-inputs of the KFP pipeline with their drop-downs, the checks of `validation.py` and the table in the README. Names, types,
-defaults and allowed values of the 35 contract parameters never change; parameters of our own come after them, each
-with a default that keeps the contract's behaviour. "Not given" is the empty string, or 0 for `total_steps`, because
-the KFP run form refuses a parameter without a default.
+inputs of the KFP pipeline with their drop-downs, the checks of `validation.py` and the table in the README. Names,
+types, defaults and allowed values of the 35 contract parameters never change; parameters of our own come after them,
+each with a default that keeps the contract's behaviour. "Not given" is the empty string, or 0 for `total_steps`,
+because the KFP run form refuses a parameter without a default.
 """
 
 from __future__ import annotations
