@@ -90,6 +90,7 @@ def training() -> dict[str, dict]:
 
 
 PEER = training()["PyTorchJob"]
+ALLOWS = "draft-model/allows"
 INSIDE = {
     "names": Place(53, "kube-system", {"k8s-app": "kube-dns"}, protocol="UDP"),
     "API server": Place(6443, address="10.96.0.1"),
@@ -103,7 +104,7 @@ INSIDE = {
     "training": Place(29500, "team-a", PEER),
     "training elsewhere": Place(29500, "team-b", PEER),
 }
-STEP = {"names", "API server", "KFP", "KFP's store"}
+STEP = {"names", "API server", "KFP", "KFP's store", "MLflow"}
 LOOKS_OUTSIDE = {"preflight", "import-tokenizer", "import-model"}
 
 
@@ -124,14 +125,22 @@ def policies_of(name: str) -> list[dict]:
 
 def test_each_step_reaches_what_it_needs_and_no_more():
     for name, labels in steps().items():
-        more = {"the internet", "MLflow"} if name in LOOKS_OUTSIDE else set()
+        more = {"the internet"} if name in LOOKS_OUTSIDE else set()
         assert reached(policies_of("multi-user"), "team-a", labels) == STEP | more, name
 
 
 @pytest.mark.parametrize("backend", training())
-def test_training_reaches_its_peers_names_and_the_store(backend):
+def test_training_reaches_its_peers_names_the_store_and_the_tracking(backend):
     labels = training()[backend]
-    assert reached(policies_of("multi-user"), "team-a", labels) == {"names", "KFP's store", "training"}
+    assert reached(policies_of("multi-user"), "team-a", labels) == {"names", "KFP's store", "MLflow", "training"}
+
+
+def test_a_patch_of_the_label_changes_every_way_to_mlflow():
+    policies = [p for p in policies_of("multi-user") if p["metadata"].get("labels", {}).get(ALLOWS) == "mlflow"]
+    pods = [*steps().values(), *training().values()]
+    assert all(any(selects(p["spec"]["podSelector"], labels) for p in policies) for labels in pods)
+    without = [p for p in policies_of("multi-user") if p not in policies]
+    assert not any("MLflow" in reached(without, "team-a", labels) for labels in pods)
 
 
 def test_reaper_and_schedules_reach_one_thing_each():
@@ -150,7 +159,7 @@ def test_nobody_else_reaches_our_pods_and_others_are_left_alone():
 
 def test_a_store_outside_is_reached_instead_of_kfps():
     policies = policies_of("prod")
-    assert reached(policies, "kubeflow", training()["PyTorchJob"]) >= {"names", "the internet"}
+    assert reached(policies, "kubeflow", training()["PyTorchJob"]) >= {"names", "the internet", "MLflow"}
     assert "KFP's store" not in reached(policies, "kubeflow", training()["PyTorchJob"])
     for labels in steps().values():
         found = reached(policies, "kubeflow", labels)
