@@ -1,5 +1,6 @@
 """Before anything heavy starts, inputs that are not there are told together with parameters that are wrong."""
 
+import gzip
 import json
 import os
 import shutil
@@ -8,9 +9,11 @@ import uuid
 from pathlib import Path
 
 import pytest
+from evaluation.dataset_hub import DatasetHub
 from model_import.hub_server import TOKEN, Hub
 
 from draft_model import storage
+from draft_model.dataset import files
 from draft_model.errors import DraftModelError
 from draft_model.preflight import check, look
 
@@ -164,6 +167,70 @@ def test_resume_that_is_bound_to_find_nothing_in_a_shared_folder_is_told(root):
     assert found.startswith("checkpoint_path: ")
 
 
+PROMPT = b'{"prompt": "alpha"}\n'
+
+
+def with_prompts(root, given, **more):
+    put(root, "train.jsonl")
+    return {"huggingface_id": "a/b", "dataset_train_split": f"{root}/train.jsonl", "evaluation_prompts": given, **more}
+
+
+def test_prompts_that_are_there_are_accepted(root):
+    put(root, "prompts/a.jsonl", content=PROMPT)
+    put(root, "prompts/b.jsonl.gz", content=gzip.compress(PROMPT * 2))
+    for given in (f"{root}/prompts", f"{root}/prompts/*.gz", f"{root}/prompts/a.jsonl", "mt-bench, GSM8K", ""):
+        assert check(with_prompts(root, given)).evaluation_prompts == given
+
+
+def test_prompts_that_are_not_there_are_told_among_all_problems(root):
+    found = problems(with_prompts(root, f"{root}/prompts.jsonl", num_epochs=0, draft_model_config=f"{root}/none.json"))
+    named = {problem.partition(":")[0]: problem for problem in found}
+    assert named.keys() == {"evaluation_prompts", "num_epochs", "draft_model_config"}
+    assert len(found) == len(named)
+    told = named["evaluation_prompts"]
+    assert f"given '{root}/prompts.jsonl', but there is no {root}/prompts.jsonl; give a file of JSON lines" in told
+    assert told.endswith(", or name benchmarks: mt-bench, gsm8k, humaneval, alpaca, cnn-dm")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("prompts.jsonl", PROMPT + b'{"prompts": "beta"}\n', "line 2 of prompts.jsonl is no prompt"),
+        ("prompts.jsonl", b"\n", "there is no line in"),
+        ("prompts.jsonl.gz", gzip.compress(PROMPT)[:-4], "prompts.jsonl.gz: is damaged gzip data"),
+    ],
+)
+def test_prompts_that_the_evaluation_could_not_decode_are_told(root, name, content, told):
+    put(root, name, content=content)
+    (found,) = problems(with_prompts(root, f"{root}/{name}"))
+    assert found.startswith(f"evaluation_prompts: {told}")
+
+
+def test_lines_that_the_evaluation_does_not_decode_are_not_looked_at(root):
+    put(root, "prompts.jsonl", content=PROMPT + b"{")
+    check(with_prompts(root, f"{root}/prompts.jsonl", evaluation_conversations="1"))
+    for limit in (0, 2):
+        (found,) = problems(with_prompts(root, f"{root}/prompts.jsonl", evaluation_conversations=limit))
+        assert found.startswith("evaluation_prompts: line 2 ")
+    found = problems(with_prompts(root, f"{root}/none", evaluation_conversations=-1))
+    assert [problem.partition(":")[0] for problem in found] == ["evaluation_conversations", "evaluation_prompts"]
+
+
+def test_prompts_are_looked_at_where_there_is_an_evaluation():
+    check({"evaluation_prompts": "/none"}, ["train"])
+    (found,) = problems({"evaluation_prompts": "/none"}, ["evaluate"])
+    assert found.startswith("evaluation_prompts: given '/none'")
+    (found,) = problems({"evaluation_prompts": 5}, ["evaluate"])
+    assert found.startswith("evaluation_prompts: given 5")
+
+
+def test_an_address_of_prompts_that_cannot_be_reached_is_told_without_its_signature(monkeypatch):
+    monkeypatch.setattr(files, "_PAUSE", 0)
+    (found,) = problems({"evaluation_prompts": "https://127.0.0.1:9/prompts.jsonl?signed=never-shown"}, ["evaluate"])
+    assert found.startswith("evaluation_prompts: https://127.0.0.1:9/prompts.jsonl: cannot be reached")
+    assert "never-shown" not in found
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run's first step: what it finds, its artifacts being in a folder of this machine."""
@@ -203,6 +270,66 @@ def test_a_hub_that_cannot_be_reached_from_here_is_left_to_the_import(run, monke
     (note,) = found.notes
     assert "http://127.0.0.1:9 cannot be reached" in note
     assert note.startswith("not looked at from here")
+
+
+@pytest.fixture
+def benchmarks(monkeypatch, tmp_path):
+    """A Hub that has one benchmark and no model, and an empty cache; the model is a folder."""
+    from huggingface_hub import constants
+
+    put(str(tmp_path), "model/config.json")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with DatasetHub("openai/gsm8k", {}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        yield server
+
+
+@pytest.fixture
+def run_on(run, tmp_path):
+    """The same with prompts, without the Hub for the model."""
+    model = {"huggingface_id": "", "pytorch_model_path": str(tmp_path / "model"), "training_backend": "local"}
+    return lambda given: run(**model, evaluation_prompts=given)
+
+
+def test_the_hub_is_asked_whether_it_has_the_benchmarks(benchmarks, run_on):
+    assert (run_on("gsm8k").problems, run_on("gsm8k").notes) == ([], [])
+    found = run_on("gsm8k,mt-bench,alpaca")
+    assert found.notes == []
+    assert [problem.partition(" (")[0] for problem in found.problems] == [
+        f"evaluation_prompts: given the benchmark {name}, which {benchmarks.endpoint} does not give"
+        for name in ("HuggingFaceH4/mt_bench_prompts", "tatsu-lab/alpaca")
+    ]
+    assert all("give a file of prompts" in problem for problem in found.problems)
+    assert not any("resolve" in request for request in benchmarks.requests)  # no file
+
+
+def test_benchmarks_that_are_cached_are_not_asked_for(benchmarks, run_on, tmp_path):
+    (tmp_path / "cache/tatsu-lab___alpaca").mkdir(parents=True)
+    found = run_on("alpaca")
+    assert (found.problems, found.notes, benchmarks.requests) == ([], [], [])
+
+
+def test_a_hub_that_does_not_answer_is_a_note_for_benchmarks(benchmarks, run_on, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://user:never-shown@127.0.0.1:9")
+    found = run_on("gsm8k,alpaca")
+    assert found.problems == []
+    (note,) = found.notes
+    assert note.startswith(
+        "evaluation_prompts: not looked at from here; the evaluation fetches openai/gsm8k, tatsu-lab/alp"
+    )
+    assert "http://127.0.0.1:9 cannot be reached" in note
+    assert "never-shown" not in note
+
+
+def test_in_a_pod_a_note_says_what_the_evaluations_pod_must_reach(benchmarks, run_on, monkeypatch, tmp_path):
+    put(str(tmp_path), "prompts.jsonl", content=PROMPT)
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    (note,) = run_on("gsm8k").notes
+    assert note.startswith("evaluation_prompts: found from here")
+    assert "must let the step evaluate-draft-model out" in note
+    assert run_on(str(tmp_path / "prompts.jsonl")).notes == run_on("").notes == []
 
 
 def test_the_object_store_is_written_to_with_the_later_steps_keys(hub, run, object_store):

@@ -20,7 +20,7 @@ from typing import Any
 from draft_model import storage
 from draft_model.dataset.files import find
 from draft_model.errors import DraftModelError
-from draft_model.evaluation.prompts import check as check_prompts
+from draft_model.evaluation import prompts
 from draft_model.parameters import PARAMETERS, STAGES, Parameters, Stage
 from draft_model.shown import bullets, table
 from draft_model.storage.transfer import local_errors, run_all
@@ -75,8 +75,10 @@ def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parame
             problems += _problems(name, reader, uri)
     if values.get("checkpoint_path") and "train" in stages and "checkpoint_path" not in bad:
         problems += _problems("checkpoint_path", partial(_read_checkpoints, values), str(values["checkpoint_path"]))
-    if isinstance(prompts := values.get("evaluation_prompts"), str) and "evaluate" in stages:
-        problems += check_prompts(prompts)
+    valid = Parameters.model_validate({name: value for name, value in values.items() if name not in bad})
+    if valid.evaluation_prompts and "evaluate" in stages:
+        reader = partial(_read_prompts, valid.evaluation_conversations)
+        problems += _problems("evaluation_prompts", reader, valid.evaluation_prompts)
     if problems:
         raise DraftModelError(problems)
     return Parameters.model_validate(dict(values))
@@ -106,6 +108,7 @@ def look(values: Mapping[str, Any], root: str, work: Path) -> Report:
     except DraftModelError as error:
         report.problems.extend(error.problems)
     _ask_hub(parameters, report, work)
+    _ask_for_prompts(parameters, report)
     _try_store(parameters, root, report)
     _ask_cluster(parameters, nodes.get("train"), report)
     return report
@@ -122,6 +125,25 @@ def _ask_hub(parameters: Parameters, report: Report, work: Path) -> None:
         report.notes.append(f"not looked at from here; the import's first, light step does: {error}")
     except DraftModelError as error:
         report.problems.extend(error.problems)
+
+
+def _ask_for_prompts(parameters: Parameters, report: Report) -> None:
+    """Benchmarks, which the Hub has; and whatever this pod may be let to where the evaluation's is not."""
+    from draft_model.jobs.place import on_cluster
+
+    given = parameters.evaluation_prompts
+    if any(problem.startswith("evaluation_prompts:") for problem in report.problems):
+        return
+    benchmarks = prompts.to_fetch(given)
+    problems, notes = prompts.ask_hub(benchmarks, _HUB_SECONDS)
+    report.problems.extend(problems)
+    report.notes.extend(notes)
+    outside = benchmarks or given.partition("://")[0].lower() in ("https", "gs")
+    if outside and on_cluster() and not problems and not notes:
+        report.notes.append(
+            "evaluation_prompts: found from here; the evaluation fetches them after the training, from its own pod: "
+            "network policies must let the step evaluate-draft-model out, too; or give a file in the object store"
+        )
 
 
 def _try_store(parameters: Parameters, root: str, report: Report) -> None:
@@ -192,6 +214,11 @@ def _read_checkpoints(values: Mapping[str, Any], name: str, uri: str) -> None:
             f"given {uri!r} with resume='true', but there is no checkpoint there, and resume_from_checkpoint is not "
             "given: name one there, or use resume=false"
         )
+
+
+def _read_prompts(limit: int, name: str, uri: str) -> None:
+    """As many as the evaluation decodes: a line that is no prompt is not to be found after the training."""
+    prompts.check(uri, limit)
 
 
 def _read_model(name: str, uri: str) -> None:

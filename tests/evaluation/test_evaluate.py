@@ -162,13 +162,6 @@ def test_a_line_that_is_no_prompt_is_named(trained, tmp_path, line):
         trained.evaluate(tmp_path, evaluation_prompts=str(file))
 
 
-def test_a_file_that_is_not_there_is_told_before_anything_runs():
-    (problem,) = prompts.check("/none/prompts.jsonl")
-    assert problem.startswith("evaluation_prompts: ")
-    assert "mt-bench, gsm8k" in problem
-    assert prompts.check("mt-bench, GSM8K") == prompts.check("") == []
-
-
 PUBLISHED = {  # the columns of each data set's first row, as its card shows them
     "mt-bench": ({"prompt": ["Compose.", "Rewrite it."], "category": "writing"}, "Compose.", "mt-bench writing"),
     "gsm8k": ({"question": "How many?", "answer": "#### 2"}, "How many?", "gsm8k"),
@@ -205,6 +198,9 @@ def test_a_benchmark_comes_from_the_hub_once_and_from_the_cache_after_that(train
         (fetched,) = compare("fetched", HF_ENDPOINT=hub.endpoint)
         assert [request for request in hub.requests if request.startswith("GET") and ".parquet" in request]
         asked = len(hub.requests)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache/datasets"))
+            assert prompts.to_fetch("gsm8k,mt-bench") == ["HuggingFaceH4/mt_bench_prompts"]
         assert [(record["category"], record["prompts"]) for record in fetched] == [("gsm8k", 2)]
         assert compare("cached", HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="1") == [fetched]
         assert len(hub.requests) == asked

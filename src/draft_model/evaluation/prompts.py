@@ -12,9 +12,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from draft_model.dataset.files import File, find
+from draft_model.dataset.files import File, damage_told, find
 from draft_model.dataset.templates import TEMPLATES, template_text
 from draft_model.dataset.tokens import Split
 from draft_model.errors import DraftModelError
@@ -22,6 +24,10 @@ from draft_model.errors import DraftModelError
 logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
+
+_LINE = '{"prompt": "..."}, or `messages` with role and content, and perhaps `category`'
+_REFUSALS = (401, 403, 404)
+"""What the Hub answers where it has no such data set, or not for this token."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,11 @@ def choose_prompts(
         found = list(islice(_of_split(validation), limit or None))
         source = "the validation split"
     else:
-        named = [name.strip().lower() for name in given.split(",")]
-        benchmarks = [BENCHMARKS[name] for name in named if name in BENCHMARKS]
+        benchmarks = _named(given)
         rows = (
             [row for benchmark in benchmarks for row in _of_benchmark(benchmark, limit)]
-            if len(benchmarks) == len(named)
-            else list(islice(_of_files(given), limit or None))
+            if benchmarks
+            else list(islice(_of_files(find(given)), limit or None))
         )
         jinja = template_text(tokenizer, TEMPLATES[template])
         found = [(_tokens(tokenizer, jinja, messages), category) for messages, category in rows]
@@ -123,17 +128,86 @@ def choose_prompts(
     return Prompts([tokens for tokens, _ in kept], [category for _, category in kept], source)
 
 
-def check(given: str) -> list[str]:
-    """What is wrong with a value of evaluation_prompts before anything runs, a sentence each."""
-    if not given or all(name.strip().lower() in BENCHMARKS for name in given.split(",")):
-        return []
+def check(given: str, limit: int) -> None:
+    """Reads prompts of files before anything runs, as the evaluation will; benchmarks are left to `ask_hub`.
+
+    Args:
+        given: value of evaluation_prompts.
+        limit: how many will be decoded; 0 for all.
+
+    Raises:
+        DraftModelError: they are not there, cannot be read, or are no prompts.
+    """
+    if not given or _named(given):
+        return
     try:
-        find(given)
+        files = find(given)
     except DraftModelError as error:
-        return [
-            f"evaluation_prompts: {problem}, or name benchmarks: {', '.join(BENCHMARKS)}" for problem in error.problems
-        ]
-    return []
+        benchmarks = ", ".join(BENCHMARKS)
+        raise DraftModelError([f"{problem}, or name benchmarks: {benchmarks}" for problem in error.problems]) from error
+    if not sum(1 for _ in islice(_of_files(files), limit or None)):
+        names = ", ".join(file.uri for file in files[:3])
+        raise DraftModelError(f"evaluation_prompts: there is no line in {names}; allowed: {_LINE}")
+
+
+def to_fetch(given: str) -> list[str]:
+    """The Hub's ids of the benchmarks that evaluation_prompts names and this machine's cache does not have."""
+    return [benchmark.hub_id for benchmark in _named(given) if not _is_cached(benchmark)]
+
+
+def ask_hub(names: Sequence[str], seconds: float) -> tuple[list[str], list[str]]:
+    """Asks the Hub whether it has benchmarks; downloads nothing.
+
+    Args:
+        names: their ids there.
+        seconds: to wait for each answer.
+
+    Returns:
+        Problems; and notes, where it does not answer from here.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+
+    problems: list[str] = []
+    for name in names:
+        try:
+            HfApi().dataset_info(name, timeout=seconds)
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            answer = error.response if isinstance(error, HfHubHTTPError) else None
+            if answer is None or answer.status_code not in _REFUSALS:
+                why = f"status {answer.status_code}" if answer is not None else type(error).__name__
+                return problems, [
+                    f"evaluation_prompts: not looked at from here; the evaluation fetches {', '.join(names)} after the "
+                    f"training: {_hub()} cannot be reached ({why}); if it cannot be from the evaluation either, give a "
+                    "file of prompts"
+                ]
+            problems.append(
+                f"evaluation_prompts: given the benchmark {name}, which {_hub()} does not give (status "
+                f"{answer.status_code}); put it there, check the token in HF_TOKEN, or give a file of prompts"
+            )
+    return problems, []
+
+
+def _named(given: str) -> list[Benchmark]:
+    """The benchmarks that a value names; none where it is no list of them."""
+    names = [name.strip().lower() for name in given.split(",")]
+    return [BENCHMARKS[name] for name in names] if BENCHMARKS.keys() >= set(names) else []
+
+
+def _is_cached(benchmark: Benchmark) -> bool:
+    """Whether `datasets` has it on this machine, as an earlier evaluation leaves it."""
+    from huggingface_hub import constants
+
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    return (cache / benchmark.hub_id.replace("/", "___") / benchmark.config).is_dir()
+
+
+def _hub() -> str:
+    """The Hub's address; what may be a password stays out of messages."""
+    from huggingface_hub import constants
+
+    parts = urlsplit(constants.ENDPOINT)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def _of_split(split: Split) -> Iterator[tuple[list[int], str]]:
@@ -145,13 +219,13 @@ def _of_split(split: Split) -> Iterator[tuple[list[int], str]]:
             yield row.input_ids[: starts[-1]].tolist(), "first reply" if len(starts) == 1 else "later reply"
 
 
-def _of_files(given: str) -> Iterator[tuple[Messages, str]]:
-    for file in find(given):
+def _of_files(files: Sequence[File]) -> Iterator[tuple[Messages, str]]:
+    for file in files:
         yield from _of_file(file)
 
 
 def _of_file(file: File) -> Iterator[tuple[Messages, str]]:
-    with file.open() as lines:
+    with damage_told(f"evaluation_prompts: {file.name}"), file.open() as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
@@ -159,8 +233,7 @@ def _of_file(file: File) -> Iterator[tuple[Messages, str]]:
                     yield _messages(row), str(row.get("category", "prompts"))
                 except (ValueError, TypeError, KeyError, AttributeError) as error:
                     raise DraftModelError(
-                        f"evaluation_prompts: line {number} of {file.name} is no prompt ({error}); allowed: "
-                        '{"prompt": "..."}, or `messages` with role and content, and perhaps `category`'
+                        f"evaluation_prompts: line {number} of {file.name} is no prompt ({error}); allowed: {_LINE}"
                     ) from error
 
 
@@ -186,11 +259,11 @@ def _of_benchmark(benchmark: Benchmark, limit: int) -> list[tuple[Messages, str]
     try:
         rows = datasets.load_dataset(benchmark.hub_id, benchmark.config or None, split=benchmark.split)
     except Exception as error:  # datasets has no common ancestor for what a network can do
-        hub, reason = os.environ.get("HF_ENDPOINT", "https://huggingface.co"), str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise DraftModelError(
             f"evaluation_prompts: the benchmark {benchmark.hub_id} is not in the cache of `datasets` and cannot be "
-            f"fetched from {hub} ({reason}); give a file of prompts, or fetch it once where the Hub is reachable and "
-            "set HF_HOME to that cache"
+            f"fetched from {_hub()} ({reason}); give a file of prompts, or fetch it once where the Hub is reachable "
+            "and set HF_HOME to that cache"
         ) from error
     chosen = rows.select(range(min(limit or len(rows), len(rows))))
     return [([{"role": "user", "content": benchmark.text(row)}], benchmark.category(row)) for row in chosen]
