@@ -18,12 +18,14 @@ class Relay:
 
     Attributes:
         seen: method and key of every request for an object, without the bucket.
+        answered: bytes of the objects that were sent to clients.
         cuts: how often the next answers to a method and the end of a key are cut; sent and answered half.
         endpoint: its URL.
     """
 
     def __init__(self, store: str, tls: ssl.SSLContext | None = None) -> None:
         self.seen: list[tuple[str, str]] = []
+        self.answered = 0
         self.cuts: Counter[tuple[str, str]] = Counter()
         self._store, self._lock = urlsplit(store).netloc, threading.Lock()
         relay = self
@@ -85,9 +87,11 @@ class Relay:
         request.send_header("Content-Length", size)
         request.end_headers()
         if cut:
-            request.wfile.write(data[: len(data) // 2])
-            return self._end(request)
-        return request.wfile.write(data)
+            data = data[: len(data) // 2]
+        with self._lock:
+            self.answered += len(data) if request.command == "GET" else 0
+        request.wfile.write(data)
+        return self._end(request) if cut else None
 
     def _is_cut(self, method: str, key: str) -> bool:
         with self._lock:

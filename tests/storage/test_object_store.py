@@ -1,6 +1,7 @@
 """What is particular to an object store: parts, resumed transfers, keys, endpoints, folders of strangers."""
 
 import contextlib
+import hashlib
 import random
 import socket
 import ssl
@@ -8,12 +9,14 @@ import subprocess
 import uuid
 from pathlib import Path
 
+import google_crc32c
 import pytest
-from botocore.exceptions import HTTPClientError
+from botocore.exceptions import SSLError
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
-from draft_model.storage import join, s3
+from draft_model.storage import join, manifest, s3
+from draft_model.storage.s3_small import SmallObjects
 
 from .relay import Relay
 
@@ -53,10 +56,11 @@ def raw(uri):
     return {"Bucket": bucket, "Key": key}
 
 
-def test_a_large_file_goes_and_comes_in_parts(prefix, relay, tmp_path):
+def test_a_large_file_goes_and_comes_in_parts(prefix, relay, tmp_path, monkeypatch):
     data = random.Random(0).randbytes(20 * 2**20)
     (tmp_path / "source").mkdir()
     (tmp_path / "source/large").write_bytes(data)
+    monkeypatch.setattr(manifest, "RANGE", 8 * 2**20)
     storage.publish(tmp_path / "source", prefix, stage="train", properties={})
     head = s3.client().head_object(**raw(join(prefix, "large")))
     assert head["ETag"].strip('"').endswith("-3")
@@ -64,6 +68,9 @@ def test_a_large_file_goes_and_comes_in_parts(prefix, relay, tmp_path):
     folder = storage.fetch(prefix, tmp_path / "into")
     assert relay.keys("PUT").count("large") == relay.keys("GET").count("large") == 3
     assert (folder / "large").read_bytes() == data
+    (record,) = storage.read_manifest(prefix).files
+    assert record.crc32c == tuple(google_crc32c.value(data[at : at + 2**23]) for at in range(0, len(data), 2**23))
+    assert record.sha256 == hashlib.sha256(data).hexdigest()
 
 
 @pytest.mark.parametrize("count", [3, 20])
@@ -97,7 +104,7 @@ def test_an_object_that_was_changed_is_sent_again(prefix, source, tmp_path, size
     (source / "a").write_bytes(data)
     storage.publish(source, prefix, stage="dataset", properties={})
     s3.client().put_object(**raw(join(prefix, "a")), Body=data[::-1])
-    with pytest.raises(DraftModelError, match="a has another SHA-256 than its manifest says; run the stage"):
+    with pytest.raises(DraftModelError, match="a has another checksum than its manifest says; run the stage"):
         storage.fetch(prefix, tmp_path / "into")
     storage.publish(source, prefix, stage="dataset", properties={})
     assert (storage.fetch(prefix, tmp_path / "into") / "a").read_bytes() == data
@@ -108,7 +115,7 @@ def test_a_publication_that_broke_off_leaves_no_manifest_and_is_resumed(prefix, 
     for name in ("a", "sub/c"):
         (source / name).write_text(f"new content of {name}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    relay.cuts["PUT", "sub/c"] = 2
+    relay.cuts["PUT", "sub/c"] = 1
     with pytest.raises(DraftModelError, match=r"sub/c: .*cannot be reached"):
         storage.publish(source, prefix, stage="dataset", properties={})
     assert not storage.exists(prefix)
@@ -129,18 +136,21 @@ def test_a_connection_that_is_cut_in_the_middle_is_taken_up_again(prefix, relay,
     assert (storage.fetch(prefix, tmp_path / "into") / "data").read_bytes() == data
     assert not relay.cuts.total()
     parts = -(-size // s3.PART_SIZE)
-    assert relay.keys("PUT").count("data") == relay.keys("GET").count("data") == parts + 1
+    assert relay.keys("PUT").count("data") == parts + 1
+    assert relay.keys("GET").count("data") == 2
+    if size > s3.PART_SIZE:
+        assert relay.answered < 1.1 * size  # the half that had come is not brought again
 
 
 def test_a_file_that_is_written_to_meanwhile_is_no_publication(prefix, source, monkeypatch):
-    upload = s3.FileTransfers.upload
+    receive = s3.S3Folder.receive
 
-    def grow(self, path, *rest):
-        with path.open("ab") as file:
+    def grow(self, name, *rest):
+        with (source / name).open("ab") as file:
             file.write(b"more")
-        return upload(self, path, *rest)
+        return receive(self, name, *rest)
 
-    monkeypatch.setattr(s3.FileTransfers, "upload", grow)
+    monkeypatch.setattr(s3.S3Folder, "receive", grow)
     with pytest.raises(DraftModelError, match="leave the file alone while it is published"):
         storage.publish(source, prefix, stage="train", properties={})
     assert not storage.exists(prefix)
@@ -154,11 +164,12 @@ def test_a_disk_that_fills_up_is_told_in_words(prefix, source, tmp_path, monkeyp
         storage.fetch(prefix, tmp_path / "into")
 
 
-def test_a_store_behind_a_certificate_of_its_own(object_store, prefix, source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("authority", ["TRUE", "FALSE"])  # the first is what rustls takes from no server
+def test_a_store_behind_a_certificate_of_its_own(object_store, prefix, source, tmp_path, monkeypatch, authority):
     certificate, key = tmp_path / "ca.pem", tmp_path / "key.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
-         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
+         "-addext", "subjectAltName=IP:127.0.0.1", "-addext", f"basicConstraints=critical,CA:{authority}", "-keyout", key, "-out", certificate],
         check=True, capture_output=True,
     )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -167,9 +178,8 @@ def test_a_store_behind_a_certificate_of_its_own(object_store, prefix, source, t
         for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
             monkeypatch.setenv(name, relay.endpoint)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-        transfers = s3.FileTransfers(object_store.bucket, s3.PART_SIZE)
-        with pytest.raises(HTTPClientError):
-            transfers.download("a", tmp_path / "a", lambda _: None)
+        with pytest.raises(SSLError):
+            SmallObjects(object_store.bucket).get("a")
         monkeypatch.setenv("AWS_CA_BUNDLE", str(certificate))
         storage.publish(source, prefix, stage="train", properties={})
         assert (storage.fetch(prefix, tmp_path / "into") / "a").read_text() == "content of a"

@@ -2,6 +2,8 @@
 
 import hashlib
 import random
+import subprocess
+import sys
 import uuid
 
 import pytest
@@ -77,6 +79,25 @@ def test_memory_holds_a_few_parts_whatever_the_size(place):
             under_way -= 1
     assert under_way == 0
     assert most <= 6
+
+
+def test_large_objects_pass_through_little_memory(object_store):
+    uri, size = f"s3://{object_store.bucket}/{uuid.uuid4().hex}", 192 * 2**20
+    for name in ("a", "b"):
+        s3.client().put_object(**raw(f"{uri}/{name}"), Body=bytes(size))
+    program = f"""
+import resource
+from draft_model import storage
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+contents = storage.contents_of("{uri}")
+before = peak()
+storage.publish_contents(contents, "{uri}-copy", stage="import", properties={{}})
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 300e6
+    assert [file.size for file in storage.read_manifest(f"{uri}-copy").files] == [size, size]
 
 
 def test_a_transfer_that_was_cut_goes_on_with_the_next_file(source, place, relay, monkeypatch):

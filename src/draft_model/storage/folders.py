@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import ValidationError
 
 from draft_model.errors import DraftModelError
-from draft_model.storage import local, manifest, stream
+from draft_model.storage import manifest, stream
 from draft_model.storage.contents import Content
 from draft_model.storage.local import LocalFolder
 from draft_model.storage.manifest import MANIFEST, FileRecord, Manifest
-from draft_model.storage.transfer import local_errors, progress, run_all
+from draft_model.storage.transfer import Accept, local_errors, progress, run_all
 from draft_model.storage.uri import ObjectAddress, check_name, parse, split
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def read_manifest(uri: str, *, stage: str | None = None) -> Manifest:
 
 
 def fetch(uri: str, into: Path, *, only: Callable[[str], bool] | None = None) -> Path:
-    """Gives a whole folder as a local one, every file checked against its size and SHA-256.
+    """Gives a whole folder as a local one, every file checked against its size and checksums.
 
     Args:
         uri: the folder.
@@ -212,25 +212,17 @@ def fetch(uri: str, into: Path, *, only: Callable[[str], bool] | None = None) ->
         _verify(address, records, uri)
         return address
     with local_errors(str(into)):
-        whole = run_all(lambda record: local.holds(into / record.path, record), records)
-    missing = {record.path: record for record, held in zip(records, whole, strict=True) if not held}
+        there = [record for record in records if (into / record.path).is_file()]
+        lacking = run_all(lambda record: manifest.problem(into / record.path, record), there)
+    whole = {record for record, problem in zip(there, lacking, strict=True) if not problem}
+    missing = {record.path: record for record in records if record not in whole}
 
-    def accept(name: str, arrived: Path, sha256: str) -> None:
-        if problem := _problem(arrived, missing[name], sha256):
+    def accept(name: str, arrived: Path, crc32c: tuple[int, ...]) -> None:
+        if problem := manifest.problem(arrived, missing[name], crc32c):
             raise DraftModelError(_damaged(uri, name, problem))
 
     _download(_in_s3(address, uri), {name: record.size for name, record in missing.items()}, into, accept)
     return into
-
-
-def _problem(path: Path, record: FileRecord, sha256: str = "") -> str | None:
-    if not path.is_file():
-        return "is missing"
-    if (size := path.stat().st_size) != record.size:
-        return f"has {size} bytes where its manifest says {record.size}"
-    return (
-        None if (sha256 or manifest.sha256_of(path)) == record.sha256 else "has another SHA-256 than its manifest says"
-    )
 
 
 def _damaged(uri: str, name: str, problem: str) -> str:
@@ -239,7 +231,7 @@ def _damaged(uri: str, name: str, problem: str) -> str:
 
 def _verify(folder: Path, records: list[FileRecord], uri: str) -> None:
     with local_errors(uri):
-        found = run_all(lambda record: _problem(folder / record.path, record), records)
+        found = run_all(lambda record: manifest.problem(folder / record.path, record), records)
     problems = [_damaged(uri, record.path, problem) for record, problem in zip(records, found, strict=True) if problem]
     if problems:
         rest = len(problems) - _PROBLEMS_SHOWN
@@ -247,7 +239,7 @@ def _verify(folder: Path, records: list[FileRecord], uri: str) -> None:
         raise DraftModelError(problems[:_PROBLEMS_SHOWN] + more)
 
 
-def _download(source: S3Folder, sizes: Mapping[str, int], into: Path, accept: Callable[[str, Path, str], None]) -> None:
+def _download(source: S3Folder, sizes: Mapping[str, int], into: Path, accept: Accept) -> None:
     with local_errors(str(into)), progress(f"from {source.uri}", sum(sizes.values())) as advance:
         into.mkdir(parents=True, exist_ok=True)
         source.get(sizes, into, accept, advance)
@@ -264,7 +256,7 @@ def _download_unchecked(source: S3Folder, objects: list[ListedObject], into: Pat
             times[listed.name],
         )
 
-    def accept(name: str, arrived: Path, _: str) -> None:
+    def accept(name: str, arrived: Path, _: tuple[int, ...]) -> None:
         os.utime(arrived, (times[name], times[name]))
 
     with local_errors(str(into)):

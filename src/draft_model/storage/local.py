@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from draft_model.storage.manifest import PARTIAL, FileRecord, check_size, record_of, sha256_of
+from draft_model.storage.manifest import PARTIAL, FileRecord, check_size, problem, record_of
 from draft_model.storage.transfer import check_free_disk, local_errors, progress, run_all
 
 if TYPE_CHECKING:
@@ -30,13 +30,15 @@ def landing(target: Path) -> Iterator[Path]:
     Yields:
         A path that no other writer has; it is removed where the block raises.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.parent.is_dir():  # is faster than to try
+        target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
     try:
         yield partial
         partial.replace(target)
-    finally:
+    except BaseException:
         partial.unlink(missing_ok=True)
+        raise
 
 
 def _flush(path: Path) -> None:
@@ -49,11 +51,6 @@ def _flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def holds(path: Path, record: FileRecord) -> bool:
-    """Whether a local file is the recorded one, by size and SHA-256."""
-    return path.is_file() and path.stat().st_size == record.size and sha256_of(path) == record.sha256
 
 
 class LocalFolder:
@@ -106,9 +103,9 @@ class LocalFolder:
                 shutil.rmtree(self.path)
 
     def holds(self, record: FileRecord) -> bool:
-        """Whether the file is there already, with the recorded size and SHA-256."""
+        """Whether the file is there already, with the recorded size and checksums."""
         with local_errors(self.uri):
-            return holds(self.path / record.path, record)
+            return problem(self.path / record.path, record) is None
 
     def put(self, sources: Mapping[str, Path]) -> list[FileRecord]:
         """Copies files in that are not there yet, several at once.
@@ -128,7 +125,7 @@ class LocalFolder:
             with landing(self.path / record.path) as partial:
                 shutil.copyfile(source, partial)
                 _flush(partial)
-                check_size(record, partial.stat().st_size, str(source))
+                check_size(record.size, partial.stat().st_size, str(source))
             advance(record.size)
 
         with local_errors(self.uri):

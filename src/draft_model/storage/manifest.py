@@ -1,7 +1,11 @@
-"""The record that makes a folder whole: every file's size and SHA-256, written last as `manifest.json`.
+"""The record that makes a folder whole: every file's size and checksums, written last as `manifest.json`.
 
 A reader needs no listing and no guess: without the record the folder is unfinished, with it each file can be
 checked. The same files and properties give the same bytes, so it holds no time and everything is sorted.
+
+SHA-256 says which file it is. Readers check CRC-32C, which finds what transfers and disks damage: it is four times as
+fast, and ranges that come at once are checked at once. Neither is proof against somebody who may write to the folder,
+and so to its manifest.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NoReturn
 
+import google_crc32c
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from draft_model.errors import DraftModelError
@@ -23,6 +28,10 @@ from draft_model.storage.uri import check_name, name_problem
 MANIFEST = "manifest.json"
 EMPTY = hashlib.sha256().hexdigest()
 """SHA-256 of no bytes."""
+RANGE = 64 * 2**20
+"""Bytes; each range of so many has a checksum of its own."""
+_BLOCK = 2**18
+"""Bytes; stay in the processor's cache while they are read and summed."""
 PARTIAL = ".draft-model-partial"
 """Is in the name of a file that is being written, so that what a killed run left is never taken for data."""
 
@@ -54,6 +63,7 @@ class FileRecord:
         path: relative to the folder, with forward slashes.
         size: bytes.
         sha256: of the content, 64 hexadecimal digits.
+        crc32c: CRC-32C of each `RANGE` of the content; none where nobody read it, as its SHA-256 was known.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -61,6 +71,7 @@ class FileRecord:
     path: Annotated[str, AfterValidator(_safe)]
     size: Annotated[int, Field(ge=0)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    crc32c: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,10 +146,78 @@ def reason(error: ValidationError) -> str:
     return f"{place}: {message}" if place else message
 
 
+def crc32c(data: bytes, before: int = 0) -> int:
+    """CRC-32C of bytes that follow on others.
+
+    Args:
+        data: the bytes.
+        before: CRC-32C of the others.
+    """
+    return int(google_crc32c.extend(before, data))
+
+
+class Sums:
+    """The checksums of a file, taken as its bytes pass in order.
+
+    Attributes:
+        size: bytes that have passed.
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._sha256 = hashlib.sha256()
+        self._crc32c: list[int] = []
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Takes the next bytes."""
+        left = memoryview(data)
+        while left:
+            before = self.size % RANGE
+            if before == 0:
+                self._crc32c.append(0)
+            block = left[: min(_BLOCK, RANGE - before)]
+            self._crc32c[-1] = crc32c(block.tobytes(), self._crc32c[-1])
+            self._sha256.update(block)
+            self.size += len(block)
+            left = left[len(block) :]
+
+    @property
+    def sha256(self) -> str:
+        """Of all that has passed."""
+        return self._sha256.hexdigest()
+
+    def record(self, name: str) -> FileRecord:
+        """Records the file.
+
+        Args:
+            name: its name in the folder, relative, with forward slashes.
+        """
+        return FileRecord(name, self.size, self.sha256, tuple(self._crc32c))
+
+
+def _blocks(path: Path) -> Iterator[memoryview]:
+    buffer = memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            yield buffer[:count]
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def crc32c_of(path: Path) -> tuple[int, ...]:
+    """CRC-32C of each range of a file's content."""
+    sums: list[int] = []
+    size = 0
+    for block in _blocks(path):  # a range is a number of blocks
+        if size % RANGE == 0:
+            sums.append(0)
+        sums[-1] = crc32c(block.tobytes(), sums[-1])
+        size += len(block)
+    return tuple(sums)
 
 
 def record_of(path: Path, name: str) -> FileRecord:
@@ -148,23 +227,43 @@ def record_of(path: Path, name: str) -> FileRecord:
         path: the file.
         name: its name in the folder, relative, with forward slashes.
     """
-    return FileRecord(name, path.stat().st_size, sha256_of(path))
+    sums = Sums()
+    for block in _blocks(path):
+        sums.update(block)
+    return sums.record(name)
 
 
-def check_size(record: FileRecord, arrived: int, source: str) -> None:
-    """Refuses a transfer that did not bring what was recorded before it.
+def problem(path: Path, record: FileRecord, crc32c: tuple[int, ...] = ()) -> str | None:
+    """What is wrong with a file, in words that follow its name.
 
     Args:
-        record: what was to go.
+        path: the file.
+        record: what it should be.
+        crc32c: of its ranges, where they are known already.
+    """
+    if not path.is_file():
+        return "is missing"
+    if (size := path.stat().st_size) != record.size:
+        return f"has {size} bytes where its manifest says {record.size}"
+    by_range = (crc32c or crc32c_of(path)) if record.crc32c else ()
+    same = by_range == record.crc32c if by_range else sha256_of(path) == record.sha256
+    return None if same else "has another checksum than its manifest says"
+
+
+def check_size(size: int, arrived: int, source: str) -> None:
+    """Refuses a transfer that did not bring what was seen before it.
+
+    Args:
+        size: bytes that were to go.
         arrived: bytes that are there.
         source: where it came from, for the message.
 
     Raises:
         DraftModelError: where the sizes differ.
     """
-    if arrived != record.size:
+    if arrived != size:
         raise DraftModelError(
-            f"{source}: {record.size} bytes were to be written and {arrived} arrived; leave the file alone "
+            f"{source}: {size} bytes were to be written and {arrived} arrived; leave the file alone "
             "while it is published, and publish again"
         )
 

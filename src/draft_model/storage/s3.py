@@ -1,34 +1,47 @@
 """A folder in an S3 object store: AWS, MinIO, SeaweedFS, Ceph.
 
 An object appears when it is complete, so nothing is renamed; what a folder holds is known from its manifest, so
-nothing is listed to read it. Files go in parallel, and large ones in parts, by the AWS Common Runtime
-(see s3_files.py); questions, ranges and what stages say to one another go by boto3.
+nothing is listed to read it. Files go in parallel: small ones whole (s3_small.py), large ones in parts (s3_parts.py).
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+import os
+import threading
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from botocore.exceptions import ClientError, HTTPClientError, IncompleteReadError
+from botocore.exceptions import ClientError
 
+from draft_model.storage import s3_parts
+from draft_model.storage.contents import LocalContent
 from draft_model.storage.local import landing
-from draft_model.storage.manifest import EMPTY, FileRecord, record_of
+from draft_model.storage.manifest import FileRecord, check_size, crc32c, record_of
 from draft_model.storage.s3_client import REQUESTS_AT_ONCE, client, errors
-from draft_model.storage.s3_files import HASH, FileTransfers, etag_of
+from draft_model.storage.s3_small import SmallObjects
 from draft_model.storage.stream import Parts
-from draft_model.storage.transfer import Advance, check_free_disk, local_errors, progress, run_all
+from draft_model.storage.transfer import Accept, Advance, check_free_disk, local_errors, progress, run_all
 from draft_model.storage.uri import ObjectAddress, check_name
 
 PART_SIZE = 8 * 2**20
+HASH = "sha256"
+"""Name of the metadata that says an object's SHA-256."""
 _MOST_PARTS = 10_000
-_READ_ATTEMPTS = 3
+_LARGE_AT_ONCE = 4
+"""Files that go up in parts; the parts of all of them are in memory."""
+_RANGES_AT_ONCE = 8
 _FEW = 4
 """Objects; so many are looked at one by one."""
+
+
+_md5 = functools.partial(hashlib.md5, usedforsecurity=False)
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,10 @@ class S3Folder:
         self.bucket = address.bucket
         self.prefix = f"{address.key}/" if address.key else ""
         self.uri = uri.removesuffix("/")
+
+    @functools.cached_property
+    def _small(self) -> SmallObjects:
+        return SmallObjects(self.bucket)
 
     def read(self, name: str) -> bytes | None:
         """An object's content, or None where there is no such object."""
@@ -143,21 +160,25 @@ class S3Folder:
         Raises:
             DraftModelError: the object changed, or the store refuses or cannot be reached.
         """
-        version: Any = {"IfMatch": etag} if etag else {}
         with errors(f"{self.uri}/{name}"):
-            for attempt in range(1, _READ_ATTEMPTS + 1):
-                try:
-                    answer = client().get_object(
-                        Bucket=self.bucket,
-                        Key=self.prefix + name,
-                        Range=f"bytes={start}-{start + length - 1}",
-                        **version,
-                    )
-                    return answer["Body"].read()
-                except (IncompleteReadError, HTTPClientError):
-                    if attempt == _READ_ATTEMPTS:  # botocore tries requests again, and not their bodies
-                        raise
-        raise AssertionError
+            return b"".join(map(bytes, s3_parts.pieces(self.bucket, self.prefix + name, start, length, etag)))
+
+    def read_whole(self, name: str, etag: str) -> tuple[bytes, str]:
+        """A small object.
+
+        Args:
+            name: relative to this folder.
+            etag: the tag that the object must still have; empty for whatever there is.
+
+        Returns:
+            Its content, and the SHA-256 that our uploads note with it; empty where a stranger's did not.
+
+        Raises:
+            DraftModelError: the object changed, or the store refuses or cannot be reached.
+        """
+        with errors(f"{self.uri}/{name}"):
+            data, noted = self._small.get(self.prefix + name, etag)
+        return data, noted.get(HASH, "")
 
     def noted_hash(self, name: str) -> str:
         """The SHA-256 that our uploads note with an object; empty where a stranger's did not."""
@@ -189,19 +210,28 @@ class S3Folder:
         """
         sizes = {name: path.stat().st_size for name, path in sources.items()}
         there = self._found(sources)
-        transfers = FileTransfers(self.bucket, PART_SIZE)
+        stop, turn = threading.Event(), threading.BoundedSemaphore(_LARGE_AT_ONCE)
 
         def send(name: str) -> FileRecord:
-            path, size, part = sources[name], sizes[name], self.part_size(sizes[name])
-            with errors(f"{self.uri}/{name}"), local_errors(str(path)):
-                found = there.get(name)
-                if found is not None and found.size == size and found.etag.strip('"') == etag_of(path, part):
+            path, size = sources[name], sizes[name]
+            found = there.get(name)
+            with local_errors(str(path)):
+                if found and found.size == size and found.etag.strip('"') == _etag_of(path, self.part_size(size)):
                     advance(size)
                     return record_of(path, name)
-                return FileRecord(name, size, transfers.upload(path, self.prefix + name, size, part, advance))
+                with LocalContent(path).open() as reader, turn if size > PART_SIZE else nullcontext():
 
-        with progress(f"to {self.uri}", sum(sizes.values())) as advance:
-            return run_all(send, sources, abort=transfers.end, at_once=REQUESTS_AT_ONCE)
+                    def read(offset: int, length: int) -> bytes:
+                        if offset + length == size:  # before the last part is sent, and the object appears
+                            check_size(size, path.stat().st_size, str(path))
+                        return reader(offset, length)
+
+                    parts = Parts(read, size, self.part_size(size), pool, stop, advance)
+                    self.receive(name, "", parts)
+            return parts.sums.record(name)
+
+        with progress(f"to {self.uri}", sum(sizes.values())) as advance, ThreadPoolExecutor(_LARGE_AT_ONCE) as pool:
+            return run_all(send, sources, abort=stop.set, at_once=REQUESTS_AT_ONCE)
 
     def _found(self, names: Collection[str]) -> dict[str, ListedObject]:
         """Those of these objects that are there; many are asked for by one listing."""
@@ -230,19 +260,18 @@ class S3Folder:
         Raises:
             DraftModelError: where the store refuses or cannot be reached.
         """
-        source: Iterable[bytes] = parts
-        if parts.size <= PART_SIZE:
-            source = [b"".join(parts)]
-            sha256 = parts.sha256
         with errors(f"{self.uri}/{name}"):
-            transfers = FileTransfers(self.bucket, PART_SIZE)
-            transfers.upload_parts(source, self.prefix + name, parts.size, self.part_size(parts.size), sha256)
+            if parts.size <= PART_SIZE:
+                data = b"".join(parts)
+                self._small.put(self.prefix + name, data, {HASH: parts.sums.sha256})
+            else:
+                s3_parts.write(self.bucket, self.prefix + name, parts, {HASH: sha256} if sha256 else {})
 
     def get(
         self,
         sizes: Mapping[str, int],
         into: Path,
-        accept: Callable[[str, Path, str], None],
+        accept: Accept,
         advance: Advance,
     ) -> None:
         """Downloads files, several at once.
@@ -250,26 +279,32 @@ class S3Folder:
         Args:
             sizes: bytes of each file, by its name relative to this folder, and to the local one.
             into: the local folder.
-            accept: looks at each file and its SHA-256 before it gets its name, and raises where it must not.
+            accept: looks at each file before it gets its name.
             advance: is told of the bytes.
 
         Raises:
             DraftModelError: where the store or the file system refuses, or the disk is too small.
         """
-        transfers = FileTransfers(self.bucket, PART_SIZE)
+        stop = threading.Event()
 
-        def receive(name: str) -> None:
+        def bring(name: str) -> None:
+            key, size = self.prefix + name, sizes[name]
             with errors(f"{self.uri}/{name}"), local_errors(str(into)), landing(into / name) as partial:
-                # The first range of an empty object is no range, which not every store answers alike.
-                if sizes[name] or self.look(name).size:
-                    sha256 = transfers.download(self.prefix + name, partial, advance)
+                if size <= PART_SIZE:
+                    data, _ = self._small.get(key)
+                    partial.write_bytes(data)
+                    advance(len(data))
+                    sums: tuple[int, ...] = (crc32c(data),) if data else ()
                 else:
-                    partial.touch()
-                    sha256 = EMPTY
-                accept(name, partial, sha256)
+                    there = self._head(name)
+                    sums = s3_parts.read_to_file(
+                        self.bucket, key, there.size, there.etag, partial, ranges, stop, advance
+                    )
+                accept(name, partial, sums)
 
         check_free_disk(into, sum(sizes.values()))
-        run_all(receive, sizes, abort=transfers.end, at_once=REQUESTS_AT_ONCE)
+        with ThreadPoolExecutor(_RANGES_AT_ONCE) as ranges:
+            run_all(bring, sizes, abort=stop.set, at_once=REQUESTS_AT_ONCE)
 
     def list_objects(self) -> list[ListedObject]:
         """All objects of the folder, for a folder that has no manifest.
@@ -291,6 +326,16 @@ class S3Folder:
                 for item in page.get("Contents", [])
                 if not item["Key"].endswith("/")  # consoles make such empty objects to show a folder
             ]
+
+
+def _etag_of(path: Path, part_size: int) -> str:
+    """The tag that stores give an object with this file's content; where one encrypts it, another."""
+    size = path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        if size <= part_size:
+            return hashlib.file_digest(file, _md5).hexdigest()
+        parts = [_md5(os.pread(file.fileno(), part_size, at)).digest() for at in range(0, size, part_size)]
+    return f"{_md5(b''.join(parts)).hexdigest()}-{len(parts)}"
 
 
 def _is_missing(error: ClientError) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 from draft_model.storage.contents import Reader
-from draft_model.storage.s3 import S3Folder
+from draft_model.storage.s3 import PART_SIZE, S3Folder
 from draft_model.storage.uri import ObjectAddress
 
 
@@ -28,19 +27,26 @@ class ObjectContent:
     size: int
     etag: str
     on_disk: int = 0
+    _noted: list[str] = field(default_factory=list, compare=False)
 
     @property
     def stamp(self) -> str:
         """The object's ETag."""
         return self.etag
 
-    @cached_property
+    @property
     def sha256(self) -> str:
         """As this project's uploads note it; empty for the objects of strangers."""
-        return self.folder.noted_hash(self.name)
+        if not self._noted:
+            self._noted.append(self.folder.noted_hash(self.name))
+        return self._noted[0]
 
     def read(self, offset: int, length: int) -> bytes:
         """Some bytes."""
+        if (offset, length) == (0, self.size) and length <= PART_SIZE:
+            data, noted = self.folder.read_whole(self.name, self.etag)
+            self._noted[:] = [noted]
+            return data
         return self.folder.read_range(self.name, offset, length, self.etag) if length else b""
 
     @contextmanager

@@ -6,7 +6,6 @@ large file a journal beside the data says which are there, so that a transfer th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import threading
 from collections import deque
@@ -18,8 +17,8 @@ from draft_model.errors import DraftModelError
 from draft_model.storage import manifest
 from draft_model.storage.contents import Content, Reader
 from draft_model.storage.local import LocalFolder
-from draft_model.storage.manifest import MANIFEST, PARTIAL, FileRecord, Manifest
-from draft_model.storage.transfer import Advance, check_free_disk, local_errors, progress, run_all
+from draft_model.storage.manifest import MANIFEST, PARTIAL, FileRecord, Manifest, Sums
+from draft_model.storage.transfer import Advance, Stopped, check_free_disk, local_errors, progress, run_all
 from draft_model.storage.uri import check_name
 
 JOURNAL = f"manifest{PARTIAL}.json"
@@ -31,12 +30,8 @@ _AHEAD = 4
 _PARTS_AT_ONCE = 16
 
 
-class Stopped(Exception):
-    """Ends the transfers that are under way when another one has failed."""
-
-
 class Parts:
-    """One file's bytes in order, read ahead in parallel and hashed as they pass.
+    """One file's bytes in order, read ahead in parallel, and summed as they pass.
 
     Args:
         reader: of the content.
@@ -52,15 +47,20 @@ class Parts:
     ) -> None:
         self.size, self._reader, self._part, self._pool, self._stop = size, reader, part, pool, stop
         self._advance = advance
-        self._digest = hashlib.sha256()
-        self._seen = 0
-
-    @property
-    def sha256(self) -> str:
-        """Of all that has passed."""
-        return self._digest.hexdigest()
+        self.sums = Sums()
 
     def __iter__(self) -> Iterator[bytes]:
+        for data in self._read():
+            if self._stop.is_set():
+                raise Stopped
+            self.sums.update(data)
+            self._advance(len(data))
+            yield data
+
+    def _read(self) -> Iterator[bytes]:
+        if self.size <= self._part:
+            yield self._reader(0, self.size)
+            return
         offsets = iter(range(0, self.size, self._part))
         ahead: deque[Future[bytes]] = deque()
 
@@ -73,12 +73,7 @@ class Parts:
         try:
             while ahead:
                 data = ahead.popleft().result()
-                if self._stop.is_set():
-                    raise Stopped
                 begin()
-                self._digest.update(data)
-                self._seen += len(data)
-                self._advance(len(data))
                 yield data
         finally:
             for reading in ahead:
@@ -90,13 +85,13 @@ class Parts:
         Raises:
             DraftModelError: where its size or SHA-256 is another.
         """
-        if self._seen != self.size:
+        if self.sums.size != self.size:
             raise DraftModelError(
-                f"{name}: {self.size} bytes were to be read and {self._seen} came; run the stage again"
+                f"{name}: {self.size} bytes were to be read and {self.sums.size} came; run the stage again"
             )
-        if content.sha256 and content.sha256 != self.sha256:
+        if content.sha256 and content.sha256 != self.sums.sha256:
             raise DraftModelError(
-                f"{name}: its SHA-256 is {self.sha256} where the source says {content.sha256}; it was changed or "
+                f"{name}: its SHA-256 is {self.sums.sha256} where the source says {content.sha256}; it was changed or "
                 "damaged on its way: run the stage again"
             )
 
@@ -145,12 +140,18 @@ class _Journal:
         entry = self._entries.get(name)
         if not content.stamp or not isinstance(entry, dict) or entry.get("source") != content.stamp:
             return None
-        record = FileRecord(name, content.size, str(entry.get("sha256")))
-        return record if entry.get("place") == self._place.stamp(name) else None
+        if entry.get("place") != self._place.stamp(name):
+            return None
+        return FileRecord(name, content.size, str(entry.get("sha256")), tuple(entry.get("crc32c") or ()))
 
     def add(self, record: FileRecord, content: Content) -> None:
         """Notes a file that has arrived."""
-        entry = {"source": content.stamp, "sha256": record.sha256, "place": self._place.stamp(record.path)}
+        entry = {
+            "source": content.stamp,
+            "place": self._place.stamp(record.path),
+            "sha256": record.sha256,
+            "crc32c": record.crc32c,
+        }
         with self._lock:
             self._entries[record.path] = entry
             self._place.write(JOURNAL, json.dumps(self._entries, sort_keys=True).encode())
@@ -204,10 +205,10 @@ def _transfer(contents: Mapping[str, Content], there: Place, journal: _Journal) 
 
 
 def _found(name: str, content: Content, there: Place, journal: _Journal) -> FileRecord | None:
-    if content.sha256:
-        record = FileRecord(name, content.size, content.sha256)
-        return record if there.holds(record) else None
-    return journal.record(name, content)
+    if record := journal.record(name, content):
+        return record
+    known = FileRecord(name, content.size, content.sha256) if content.sha256 else None
+    return known if known and there.holds(known) else None
 
 
 def _send(
@@ -215,10 +216,11 @@ def _send(
 ) -> FileRecord:
     with content.open() as reader, local_errors(there.uri):
         parts = Parts(reader, content.size, there.part_size(content.size), pool, stop, advance)
-        there.receive(name, content.sha256, parts)
+        known = content.sha256 if content.size > LARGE_FROM else ""  # asking costs as much as a small file
+        there.receive(name, known, parts)
     try:
         parts.check(content, name)
     except DraftModelError:
         there.remove(name)
         raise
-    return FileRecord(name, content.size, parts.sha256)
+    return parts.sums.record(name)

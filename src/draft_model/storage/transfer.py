@@ -17,7 +17,14 @@ from draft_model.errors import DraftModelError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Advance = Callable[[int], object]
-"""Is told of bytes that have gone through; negative where a try was in vain."""
+"""Is told of bytes that have gone through."""
+Accept = Callable[[str, Path, tuple[int, ...]], None]
+"""Looks at a file that has come, its name and its ranges' CRC-32C, before it gets that name; raises to refuse it."""
+
+
+class Stopped(Exception):
+    """Ends the transfers that are under way when another one has failed."""
+
 
 FILES_AT_ONCE = 8
 SHOW_PROGRESS_FROM = 100 * 10**6

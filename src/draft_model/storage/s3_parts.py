@@ -1,0 +1,168 @@
+"""Large objects in parts and ranges, several at once, by boto3.
+
+boto3's own transfers copy every byte several times in Python; here a range goes from the socket to the disk through
+one buffer that stays in the processor's cache, and is taken up again where it was cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
+
+from draft_model.storage import manifest
+from draft_model.storage.s3_client import client
+from draft_model.storage.transfer import Advance, Stopped
+
+_PARTS_AT_ONCE = 4
+"""Of one object that is being written; so many are in memory."""
+_BUFFER = 2**18
+"""Bytes; twice as many no longer fit the cache, and halve the speed."""
+_ATTEMPTS = 3
+"""At a range, each of which brings nothing more; botocore tries requests again, and not their bodies."""
+
+
+def write(bucket: str, key: str, parts: Iterable[bytes], metadata: Mapping[str, str]) -> None:
+    """Makes or replaces an object from its parts; it appears when all of them are there.
+
+    Args:
+        bucket: its bucket.
+        key: of the object.
+        parts: of the content, all but the last at least 5 MiB; the store checks each one's checksum.
+        metadata: to be noted with it.
+
+    Raises:
+        Exception: what the parts raise; nothing is left of them in the store.
+        ClientError: the store refuses.
+        HTTPClientError: it cannot be reached.
+    """
+    store: Any = client()
+    to = {"Bucket": bucket, "Key": key}
+    to["UploadId"] = store.create_multipart_upload(**to, Metadata=dict(metadata))["UploadId"]
+    try:
+        done: list[dict[str, Any]] = []
+        with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
+            under_way: deque[Future[dict[str, Any]]] = deque()
+            try:
+                for number, part in enumerate(parts, 1):
+                    under_way.append(pool.submit(store.upload_part, **to, PartNumber=number, Body=part))
+                    if len(under_way) == _PARTS_AT_ONCE:
+                        done.append(under_way.popleft().result())
+                done += [sent.result() for sent in under_way]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        named = [{"PartNumber": number, **_sums(sent)} for number, sent in enumerate(done, 1)]
+        store.complete_multipart_upload(**to, MultipartUpload={"Parts": named})
+    except BaseException:
+        with contextlib.suppress(ClientError, BotoCoreError):  # what went wrong first is what is told
+            store.abort_multipart_upload(**to)
+        raise
+
+
+def _sums(sent: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in sent.items() if name == "ETag" or name.startswith("Checksum")}
+
+
+def pieces(bucket: str, key: str, start: int, length: int, etag: str) -> Iterator[memoryview]:
+    """Reads a range of an object.
+
+    Args:
+        bucket: its bucket.
+        key: of the object.
+        start: first byte.
+        length: bytes; fewer come where the object ends.
+        etag: the tag that the object must have; empty for whatever there is.
+
+    Yields:
+        The bytes in order, in pieces that hold until the next is asked for.
+
+    Raises:
+        ClientError: the store refuses, or the object has another tag.
+        HTTPClientError: it cannot be reached.
+        IncompleteReadError: it ends its answers early.
+    """
+    version: Any = {"IfMatch": etag} if etag else {}
+    buffer = memoryview(bytearray(min(length, _BUFFER)))
+    came = in_vain = 0
+    while came < length:
+        before = came
+        try:
+            said = f"bytes={start + came}-{start + length - 1}"
+            answer = client().get_object(Bucket=bucket, Key=key, Range=said, **version)
+            with contextlib.closing(answer["Body"]) as body:
+                while count := body.readinto(buffer[: length - came]):  # type: ignore[arg-type]
+                    came += count
+                    yield buffer[:count]
+            return
+        except (IncompleteReadError, HTTPClientError):
+            in_vain = in_vain + 1 if came == before else 1
+            if in_vain == _ATTEMPTS:
+                raise
+
+
+def read_to_file(
+    bucket: str,
+    key: str,
+    size: int,
+    etag: str,
+    path: Path,
+    pool: ThreadPoolExecutor,
+    stop: threading.Event,
+    advance: Advance,
+) -> tuple[int, ...]:
+    """Brings an object, several ranges at once.
+
+    Args:
+        bucket: its bucket.
+        key: of the object.
+        size: bytes of the object.
+        etag: its tag, which all that comes must have.
+        path: of the file to write.
+        pool: threads that bring ranges.
+        stop: set where the transfer is to end early.
+        advance: is told of the bytes.
+
+    Returns:
+        The checksums of its ranges, as a manifest has them.
+
+    Raises:
+        ClientError: the store refuses, or the object changed.
+        HTTPClientError: it cannot be reached.
+        OSError: the file cannot be written.
+    """
+    with path.open("wb", buffering=0) as file:
+
+        def bring(start: int) -> int:
+            at, checksum = start, 0
+            for piece in pieces(bucket, key, start, min(manifest.RANGE, size - start), etag):
+                if stop.is_set():
+                    raise Stopped
+                data = piece.tobytes()  # is in the cache
+                checksum = manifest.crc32c(data, checksum)
+                written = 0
+                while written < len(data):
+                    written += os.pwrite(file.fileno(), piece[written:], at + written)
+                at += len(data)
+                advance(len(data))
+            return checksum
+
+        ranges = [pool.submit(bring, start) for start in range(0, size, manifest.RANGE)]
+        try:
+            return tuple(brought.result() for brought in ranges)
+        except BaseException:
+            stop.set()
+            raise
+        finally:
+            for left in ranges:
+                left.cancel()
+            for left in ranges:  # none may write to a file that is closed
+                if not left.cancelled():
+                    left.exception()
