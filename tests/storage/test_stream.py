@@ -111,7 +111,7 @@ def test_a_transfer_that_was_cut_goes_on_with_the_next_file(source, place, relay
         def open(self):
             raise DraftModelError("the source is gone")
 
-    monkeypatch.setattr(stream, "_LARGE_AT_ONCE", 1)  # so that the one file is there when the other fails
+    monkeypatch.setattr(stream, "LARGE_AT_ONCE", 1)  # so that the one file is there when the other fails
     with pytest.raises(DraftModelError, match="the source is gone"):
         send({"large": contents["large"], "more": Broken()}, place)
     assert not storage.exists(place)

@@ -37,7 +37,7 @@ _PORT_TAKEN = re.compile("is not available|already in use")
 _STARTS = 5
 _READY_SECONDS = 60.0
 _STOP_SECONDS = 5.0
-"""Its volume server waits much longer where one of its own connections was opened and never used. All is on the disk."""
+"""Its volume server waits long where one of its own connections was opened and never used; all is on the disk."""
 _KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _PR_SET_PDEATHSIG = 1
 _LOG_LINES = 15

@@ -26,7 +26,7 @@ from draft_model.storage.local import landing
 from draft_model.storage.manifest import FileRecord, check_size, crc32c, record_of
 from draft_model.storage.s3_client import REQUESTS_AT_ONCE, client, errors
 from draft_model.storage.s3_small import SmallObjects
-from draft_model.storage.stream import Parts
+from draft_model.storage.stream import LARGE_AT_ONCE, Parts
 from draft_model.storage.transfer import Accept, Advance, check_free_disk, local_errors, progress, run_all
 from draft_model.storage.uri import ObjectAddress, check_name
 
@@ -34,8 +34,6 @@ PART_SIZE = 8 * 2**20
 HASH = "sha256"
 """Name of the metadata that says an object's SHA-256."""
 _MOST_PARTS = 10_000
-_LARGE_AT_ONCE = 4
-"""Files that go up in parts; the parts of all of them are in memory."""
 _RANGES_AT_ONCE = 8
 _FEW = 4
 """Objects; so many are looked at one by one."""
@@ -161,7 +159,7 @@ class S3Folder:
             DraftModelError: the object changed, or the store refuses or cannot be reached.
         """
         with errors(f"{self.uri}/{name}"):
-            return b"".join(map(bytes, s3_parts.pieces(self.bucket, self.prefix + name, start, length, etag)))
+            return b"".join(s3_parts.pieces(self.bucket, self.prefix + name, start, length, etag))
 
     def read_whole(self, name: str, etag: str) -> tuple[bytes, str]:
         """A small object.
@@ -210,7 +208,7 @@ class S3Folder:
         """
         sizes = {name: path.stat().st_size for name, path in sources.items()}
         there = self._found(sources)
-        stop, turn = threading.Event(), threading.BoundedSemaphore(_LARGE_AT_ONCE)
+        stop, turn = threading.Event(), threading.BoundedSemaphore(LARGE_AT_ONCE)
 
         def send(name: str) -> FileRecord:
             path, size = sources[name], sizes[name]
@@ -230,7 +228,7 @@ class S3Folder:
                     self.receive(name, "", parts)
             return parts.sums.record(name)
 
-        with progress(f"to {self.uri}", sum(sizes.values())) as advance, ThreadPoolExecutor(_LARGE_AT_ONCE) as pool:
+        with progress(f"to {self.uri}", sum(sizes.values())) as advance, ThreadPoolExecutor(LARGE_AT_ONCE) as pool:
             return run_all(send, sources, abort=stop.set, at_once=REQUESTS_AT_ONCE)
 
     def _found(self, names: Collection[str]) -> dict[str, ListedObject]:

@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import boto3
@@ -99,13 +99,16 @@ def _endpoint() -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"  # a user and password stay out of messages
 
 
-def client() -> S3Client:
+def client(*, signs_bodies: bool | None = None) -> S3Client:
     """The process's client for the environment as it is now.
+
+    Args:
+        signs_bodies: whether the SHA-256 of what is sent is part of the signature; None: where it goes by plain http.
 
     Raises:
         DraftModelError: where the environment's AWS settings cannot be used.
     """
-    return _client(os.getpid(), settings())
+    return _client(os.getpid(), settings(), signs_bodies)
 
 
 def credentials() -> Credentials | None:
@@ -124,14 +127,15 @@ def _session(process: int, settings: Settings) -> boto3.session.Session:
 
 
 @functools.lru_cache(maxsize=4)
-def _client(process: int, settings: Settings) -> S3Client:
+def _client(process: int, settings: Settings, signs_bodies: bool | None) -> S3Client:
     # The arguments are the cache's key: a forked process shares no sockets.
     own = any(name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3") and value for name, value in settings)
+    special: Any = {"addressing_style": "path" if own else "auto", "payload_signing_enabled": signs_bodies}
     config = Config(
         retries={"mode": "standard"},
         connect_timeout=10,
         max_pool_connections=REQUESTS_AT_ONCE + FILES_AT_ONCE,
-        s3={"addressing_style": "path" if own else "auto"},
+        s3=special,
     )
     try:
         return _session(process, settings).client("s3", config=config)

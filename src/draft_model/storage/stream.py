@@ -24,7 +24,8 @@ from draft_model.storage.uri import check_name
 JOURNAL = f"manifest{PARTIAL}.json"
 LARGE_FROM = 8 * 2**20
 """Bytes; larger files go two at a time, and are worth a line in the journal."""
-_LARGE_AT_ONCE = 2
+LARGE_AT_ONCE = 2
+"""So many files have parts in memory."""
 _AHEAD = 4
 """Parts of a file that are read ahead."""
 _PARTS_AT_ONCE = 16
@@ -178,7 +179,7 @@ def publish_contents(
 
 
 def _transfer(contents: Mapping[str, Content], there: Place, journal: _Journal) -> list[FileRecord]:
-    stop, turn = threading.Event(), threading.BoundedSemaphore(_LARGE_AT_ONCE)
+    stop, turn = threading.Event(), threading.BoundedSemaphore(LARGE_AT_ONCE)
     total = sum(content.size for content in contents.values())
     small_first = sorted(contents, key=lambda name: (contents[name].size > LARGE_FROM, name))
     if isinstance(there, LocalFolder):
