@@ -319,3 +319,15 @@ def test_a_strangers_key_that_leads_outside_is_refused(prefix, tmp_path):
     with pytest.raises(DraftModelError, match="rename the file"):
         storage.fetch_tree(prefix, tmp_path / "into")
     assert not (tmp_path / "into").exists()
+
+
+def test_of_several_large_files_the_one_that_fails_is_named(prefix, relay, tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    for number, name in enumerate(("bad", "good")):
+        (tmp_path / "source" / name).write_bytes(random.Random(number).randbytes(LARGE))
+    monkeypatch.setattr(manifest, "RANGE", 2**20)
+    storage.publish(tmp_path / "source", prefix, stage="train", properties={})
+    relay.cuts["GET", "bad"] = 1000
+    with pytest.raises(DraftModelError, match="/bad: the object store at .* cannot be reached"):
+        storage.fetch(prefix, tmp_path / "into")
+    assert {path.name for path in (tmp_path / "into").iterdir()} <= {"good"}

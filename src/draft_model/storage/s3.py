@@ -34,7 +34,6 @@ PART_SIZE = 8 * 2**20
 HASH = "sha256"
 """Name of the metadata that says an object's SHA-256."""
 _MOST_PARTS = 10_000
-_RANGES_AT_ONCE = 8
 _FEW = 4
 """Objects; so many are looked at one by one."""
 
@@ -283,7 +282,7 @@ class S3Folder:
         Raises:
             DraftModelError: where the store or the file system refuses, or the disk is too small.
         """
-        stop = threading.Event()
+        stop, turn = threading.Event(), threading.BoundedSemaphore(LARGE_AT_ONCE)
 
         def bring(name: str) -> None:
             key, size = self.prefix + name, sizes[name]
@@ -294,15 +293,13 @@ class S3Folder:
                     advance(len(data))
                     sums: tuple[int, ...] = (crc32c(data),) if data else ()
                 else:
-                    there = self._head(name)
-                    sums = s3_parts.read_to_file(
-                        self.bucket, key, there.size, there.etag, partial, ranges, stop, advance
-                    )
+                    with turn:
+                        there = self._head(name)
+                        sums = s3_parts.read_to_file(self.bucket, key, there.size, there.etag, partial, stop, advance)
                 accept(name, partial, sums)
 
         check_free_disk(into, sum(sizes.values()))
-        with ThreadPoolExecutor(_RANGES_AT_ONCE) as ranges:
-            run_all(bring, sizes, abort=stop.set, at_once=REQUESTS_AT_ONCE)
+        run_all(bring, sizes, abort=stop.set, at_once=REQUESTS_AT_ONCE)
 
     def list_objects(self) -> list[ListedObject]:
         """All objects of the folder, for a folder that has no manifest.

@@ -19,10 +19,12 @@ from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, Inc
 
 from draft_model.storage import manifest
 from draft_model.storage.s3_client import client
-from draft_model.storage.transfer import Advance, Stopped
+from draft_model.storage.transfer import Advance, Stopped, run_all
 
 _PARTS_AT_ONCE = 6
 """Of one object that is being written; so many are in memory."""
+_RANGES_AT_ONCE = 8
+"""Of one object that is read."""
 _PIECE = 2**18
 """Bytes; twice as many no longer fit the processor's cache, and take a third longer."""
 _ATTEMPTS = 3
@@ -112,14 +114,7 @@ def pieces(bucket: str, key: str, start: int, length: int, etag: str) -> Iterato
 
 
 def read_to_file(
-    bucket: str,
-    key: str,
-    size: int,
-    etag: str,
-    path: Path,
-    pool: ThreadPoolExecutor,
-    stop: threading.Event,
-    advance: Advance,
+    bucket: str, key: str, size: int, etag: str, path: Path, stop: threading.Event, advance: Advance
 ) -> tuple[int, ...]:
     """Brings an object, several ranges at once.
 
@@ -129,7 +124,6 @@ def read_to_file(
         size: bytes of the object.
         etag: its tag, which all that comes must have.
         path: of the file to write.
-        pool: threads that bring ranges.
         stop: set where the transfer is to end early.
         advance: is told of the bytes.
 
@@ -141,12 +135,13 @@ def read_to_file(
         HTTPClientError: it cannot be reached.
         OSError: the file cannot be written.
     """
+    ended = threading.Event()
     with path.open("wb", buffering=0) as file:
 
         def bring(start: int) -> int:
             at, checksum = start, 0
             for piece in pieces(bucket, key, start, min(manifest.RANGE, size - start), etag):
-                if stop.is_set():
+                if stop.is_set() or ended.is_set():
                     raise Stopped
                 checksum = manifest.crc32c(piece, checksum)
                 left = memoryview(piece)
@@ -156,15 +151,4 @@ def read_to_file(
                 advance(len(piece))
             return checksum
 
-        ranges = [pool.submit(bring, start) for start in range(0, size, manifest.RANGE)]
-        try:
-            return tuple(brought.result() for brought in ranges)
-        except BaseException:
-            stop.set()
-            raise
-        finally:
-            for left in ranges:
-                left.cancel()
-            for left in ranges:  # none may write to a file that is closed
-                if not left.cancelled():
-                    left.exception()
+        return tuple(run_all(bring, range(0, size, manifest.RANGE), abort=ended.set, at_once=_RANGES_AT_ONCE))

@@ -25,7 +25,7 @@ JOURNAL = f"manifest{PARTIAL}.json"
 LARGE_FROM = 8 * 2**20
 """Bytes; larger files go two at a time, and are worth a line in the journal."""
 LARGE_AT_ONCE = 2
-"""So many files have parts in memory."""
+"""So many files go in parts, several of each."""
 _AHEAD = 4
 """Parts of a file that are read ahead."""
 _PARTS_AT_ONCE = 16
