@@ -19,6 +19,7 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
     ParamValidationError,
     PartialCredentialsError,
@@ -84,6 +85,11 @@ def errors(uri: str) -> Iterator[None]:
         raise StoreUnavailable(
             f"{uri}: the object store at {_endpoint()} cannot be reached; check AWS_ENDPOINT_URL (host, "
             "port, http or https), the network and that the store is running"
+        ) from error
+    except IncompleteReadError as error:
+        raise StoreUnavailable(
+            f"{uri}: the object store at {_endpoint()} breaks off its answers again and again; check the network and "
+            "the store"
         ) from error
     except BotoCoreError as error:
         raise DraftModelError(
