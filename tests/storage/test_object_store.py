@@ -7,15 +7,17 @@ import socket
 import ssl
 import subprocess
 import uuid
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import google_crc32c
 import pytest
-from botocore.exceptions import SSLError
+from botocore.exceptions import HTTPClientError, SSLError
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
-from draft_model.storage import join, manifest, s3
+from draft_model.storage import join, manifest, s3, s3_small
 from draft_model.storage.s3_small import SmallObjects
 
 from .relay import Relay
@@ -186,6 +188,44 @@ def test_a_store_behind_a_certificate_of_its_own(object_store, prefix, source, t
         assert (storage.fetch(prefix, tmp_path / "into") / "a").read_text() == "content of a"
 
 
+@pytest.fixture
+def keys(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "access")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+
+
+def test_a_bucket_of_aws_has_its_own_host_and_the_proxy_is_asked_for_it(keys, monkeypatch):
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        proxy.settimeout(20)
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+
+        def refuse():
+            connection, _ = proxy.accept()
+            with connection:
+                return connection.recv(1000).split(b"\r\n")[0]
+
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(refuse)
+            with pytest.raises(HTTPClientError):
+                SmallObjects("some-bucket").get("key")
+    assert asked.result() == b"CONNECT some-bucket.s3.eu-central-1.amazonaws.com:443 HTTP/1.1"
+
+
+def test_temporary_keys_are_asked_for_again(keys, monkeypatch):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "one")
+    before = datetime.now(UTC)
+    found = s3_small._keys()
+    assert found["token"] == "one"
+    assert before < found["expires_at"] < before + timedelta(minutes=10)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "")
+    assert s3_small._keys()["expires_at"] is None
+
+
 def test_minio_is_another_name_for_s3(prefix, source, tmp_path):
     alias = prefix.replace("s3://", "minio://")
     storage.publish(source, alias, stage="dataset", properties={})
@@ -325,7 +365,7 @@ def test_of_several_large_files_the_one_that_fails_is_named(prefix, relay, tmp_p
     (tmp_path / "source").mkdir()
     for number, name in enumerate(("bad", "good")):
         (tmp_path / "source" / name).write_bytes(random.Random(number).randbytes(LARGE))
-    monkeypatch.setattr(manifest, "RANGE", 2**20)
+    monkeypatch.setattr(manifest, "RANGE", 2**22)
     storage.publish(tmp_path / "source", prefix, stage="train", properties={})
     relay.cuts["GET", "bad"] = 1000
     with pytest.raises(DraftModelError, match=r"/bad: the object store at .* breaks off its answers"):

@@ -127,6 +127,11 @@ def settings() -> Settings:
     return tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
 
 
+def has_own_endpoint(settings: Settings) -> bool:
+    """Whether the object store is another than AWS; buckets are then part of paths, not of hosts."""
+    return any(name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3") and value for name, value in settings)
+
+
 @functools.lru_cache(maxsize=4)
 def _session(process: int, settings: Settings) -> boto3.session.Session:
     return boto3.session.Session()
@@ -135,8 +140,10 @@ def _session(process: int, settings: Settings) -> boto3.session.Session:
 @functools.lru_cache(maxsize=4)
 def _client(process: int, settings: Settings, signs_bodies: bool | None) -> S3Client:
     # The arguments are the cache's key: a forked process shares no sockets.
-    own = any(name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3") and value for name, value in settings)
-    special: Any = {"addressing_style": "path" if own else "auto", "payload_signing_enabled": signs_bodies}
+    special: Any = {
+        "addressing_style": "path" if has_own_endpoint(settings) else "auto",
+        "payload_signing_enabled": signs_bodies,
+    }
     config = Config(
         retries={"mode": "standard"},
         connect_timeout=10,

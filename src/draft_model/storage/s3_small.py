@@ -20,10 +20,11 @@ from urllib.parse import urlsplit
 import obstore
 from botocore.exceptions import ClientError, HTTPClientError, NoCredentialsError
 from botocore.httpsession import get_cert_path
+from botocore.utils import check_dns_name
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from draft_model.storage.s3_client import Settings, client, credentials, settings
+from draft_model.storage.s3_client import Settings, client, credentials, has_own_endpoint, settings
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Credential
@@ -119,9 +120,9 @@ def _as_botocore(operation: str) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=16)
 def _store(process: int, settings: Settings, bucket: str) -> S3Store:
-    # botocore knows all the rules of addressing
-    url = urlsplit(client().generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "key"}))
-    in_path = url.path.removesuffix("key").strip("/") == bucket
+    url = urlsplit(client().meta.endpoint_url)
+    host = url.netloc.rpartition("@")[2]
+    by_host = not has_own_endpoint(settings) and check_dns_name(bucket)
     trusted = os.environ.get("AWS_CA_BUNDLE") or get_cert_path(True) or ""
     options: ClientConfig = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=5)}
     if url.scheme == "https":
@@ -131,9 +132,9 @@ def _store(process: int, settings: Settings, bucket: str) -> S3Store:
     attempts = client().meta.config.retries.get("total_max_attempts", _ATTEMPTS)  # type: ignore[attr-defined]
     return S3Store(
         bucket,
-        endpoint=f"{url.scheme}://{url.netloc.rpartition('@')[2]}",
+        endpoint=f"{url.scheme}://{bucket}.{host}" if by_host else f"{url.scheme}://{host}",
         region=client().meta.region_name or "us-east-1",
-        virtual_hosted_style_request=not in_path,
+        virtual_hosted_style_request=by_host,
         credential_provider=_keys,
         client_options=options,
         retry_config={"max_retries": attempts - 1},
