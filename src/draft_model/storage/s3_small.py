@@ -121,7 +121,7 @@ def _as_botocore(operation: str) -> Iterator[None]:
 @functools.lru_cache(maxsize=16)
 def _store(process: int, settings: Settings, bucket: str) -> S3Store:
     url = urlsplit(client().meta.endpoint_url)
-    host = url.netloc.rpartition("@")[2]
+    host = url.netloc.rpartition("@")[2] + url.path.rstrip("/")
     by_host = not has_own_endpoint(settings) and check_dns_name(bucket)
     trusted = os.environ.get("AWS_CA_BUNDLE") or get_cert_path(True) or ""
     options: ClientConfig = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=5)}
