@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 from draft_model.model_import import DescriptionConfig, ImportConfig, describe, run
+from draft_model.model_import.hub import HubContent
 from draft_model.storage import stream, transfer
 from draft_model.validation import validate
 
@@ -89,13 +91,15 @@ def test_two_weight_files_are_on_the_disk_at_a_time(hub, target, tmp_path, bring
     shards = [name for name in hub.files if name.endswith(".safetensors")]
     assert len(shards) > 4
     monkeypatch.setattr(stream, "LARGE_FROM", 1000)
-    there, answer = [], hub.answer
+    there, opened = [], HubContent.open
 
-    def count(request, body):
-        there.append(sum(1 for path in (tmp_path / "work/hub").glob("*.safetensors")))
-        answer(request, body)
+    @contextmanager
+    def count(content):
+        with opened(content) as reader:
+            there.append(sum(1 for path in (tmp_path / "work/hub").glob("*.safetensors")))
+            yield reader
 
-    monkeypatch.setattr(hub, "answer", count)
+    monkeypatch.setattr(HubContent, "open", count)
     result = bring(huggingface_id="org/name")
     assert all(hub.got(name) for name in shards)
     assert 0 < max(there) <= 2, there
