@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from draft_model.dataset.files import File, damage_told, find
 from draft_model.dataset.templates import TEMPLATES, template_text
 from draft_model.dataset.tokens import Split
 from draft_model.errors import DraftModelError
+from draft_model.hub import hub_address
 
 logger = logging.getLogger(__name__)
 
@@ -178,11 +178,11 @@ def ask_hub(names: Sequence[str], seconds: float) -> tuple[list[str], list[str]]
                 why = f"status {answer.status_code}" if answer is not None else type(error).__name__
                 return problems, [
                     f"evaluation_prompts: not looked at from here; the evaluation fetches {', '.join(names)} after the "
-                    f"training: {_hub()} cannot be reached ({why}); if it cannot be from the evaluation either, give a "
-                    "file of prompts"
+                    f"training: {hub_address()} cannot be reached ({why}); if it cannot be from the evaluation either, "
+                    "give a file of prompts"
                 ]
             problems.append(
-                f"evaluation_prompts: given the benchmark {name}, which {_hub()} does not give (status "
+                f"evaluation_prompts: given the benchmark {name}, which {hub_address()} does not give (status "
                 f"{answer.status_code}); put it there, check the token in HF_TOKEN, or give a file of prompts"
             )
     return problems, []
@@ -200,14 +200,6 @@ def _is_cached(benchmark: Benchmark) -> bool:
 
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
     return (cache / benchmark.hub_id.replace("/", "___") / benchmark.config).is_dir()
-
-
-def _hub() -> str:
-    """The Hub's address; what may be a password stays out of messages."""
-    from huggingface_hub import constants
-
-    parts = urlsplit(constants.ENDPOINT)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def _of_split(split: Split) -> Iterator[tuple[list[int], str]]:
@@ -262,8 +254,8 @@ def _of_benchmark(benchmark: Benchmark, limit: int) -> list[tuple[Messages, str]
         reason = str(error).splitlines()[0]
         raise DraftModelError(
             f"evaluation_prompts: the benchmark {benchmark.hub_id} is not in the cache of `datasets` and cannot be "
-            f"fetched from {_hub()} ({reason}); give a file of prompts, or fetch it once where the Hub is reachable "
-            "and set HF_HOME to that cache"
+            f"fetched from {hub_address()} ({reason}); give a file of prompts, or fetch it once where the Hub is "
+            "reachable and set HF_HOME to that cache"
         ) from error
     chosen = rows.select(range(min(limit or len(rows), len(rows))))
     return [([{"role": "user", "content": benchmark.text(row)}], benchmark.category(row)) for row in chosen]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from draft_model.errors import DraftModelError
+from draft_model.hub import hub_address
 from draft_model.storage import Content, LocalContent
 from draft_model.storage.contents import Reader
 from draft_model.storage.transfer import check_free_disk
@@ -133,7 +134,7 @@ def _errors(name: str) -> Iterator[None]:
     )
 
     start = f"huggingface_id: {name} cannot be downloaded: "
-    endpoint = _endpoint()
+    endpoint = hub_address()
     try:
         yield
     except GatedRepoError as error:
@@ -158,15 +159,6 @@ def _errors(name: str) -> Iterator[None]:
             f"{start}{endpoint} cannot be reached ({type(error).__name__}); check the network, HF_ENDPOINT and "
             "HF_HUB_OFFLINE; run it again: large files that have reached the output are not downloaded again"
         ) from error
-
-
-def _endpoint() -> str:
-    from urllib.parse import urlsplit
-
-    from huggingface_hub import constants
-
-    parts = urlsplit(constants.ENDPOINT)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 def _first_line(error: Exception) -> str:
