@@ -54,10 +54,10 @@ def parts(shape: str, steps: int, device: Any) -> tuple[Any, Any, Any]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from draft_model.eagle3.config import draft_config_for
-    from draft_model.eagle3.model import Eagle3Draft
-    from draft_model.eagle3.step import Objective
-    from draft_model.eagle3.target import Target
+    from draft_model.drafts.eagle3.config import draft_config_for
+    from draft_model.drafts.eagle3.model import Eagle3Draft
+    from draft_model.drafts.eagle3.step import Objective
+    from draft_model.target.model import Target
 
     hidden, intermediate, heads, vocabulary, known = SHAPES[shape]
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def reduce_worker(shape: str, way: str, steps: int) -> dict[str, Any]:
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    from draft_model.eagle3.batch import collate
+    from draft_model.drafts.eagle3.batch import collate
     from draft_model.training.gradients import Gradients
     from draft_model.training.ranks import start_ranks
 

@@ -21,8 +21,8 @@ from draft_model.evaluation.prompts import BENCHMARKS
 from draft_model.jobs import compute
 from draft_model.jobs.place import on_cluster
 from draft_model.parameters import PARAMETERS, Parameters
+from draft_model.parameters.rules import problems_with
 from draft_model.storage import is_remote
-from draft_model.validation import problems_with
 from kfp_pipeline.client import TIMEOUT, Server, named
 from kfp_pipeline.compile import as_text, compile_documents, version_name
 from kfp_pipeline.pipeline import NAME

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from draft_model.validation import problems_with
+from draft_model.parameters.rules import problems_with
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "examples" / "smollm2"

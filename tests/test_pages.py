@@ -13,7 +13,7 @@ from evaluation.report_inputs import make_dataset, make_evaluation, make_trainin
 from draft_model.dataset import REPORT_PAGE, DatasetConfig, run
 from draft_model.evaluation.report import write_report
 from draft_model.model_import import DescriptionConfig, describe
-from draft_model.validation import validate
+from draft_model.parameters.rules import validate
 
 pytestmark = [
     pytest.mark.skipif(BROWSER is None, reason="no Chromium here; Debian: apt-get install chromium"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from draft_model.errors import DraftModelError
 from draft_model.parameters import PARAMETERS, STAGES, Parameters
-from draft_model.validation import problems_with, validate
+from draft_model.parameters.rules import problems_with, validate
 
 GIVEN = {"huggingface_id": "org/name", "dataset_train_split": "train.jsonl"}
 NAMES = [name for name, *_ in CONTRACT]

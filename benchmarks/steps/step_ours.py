@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 
 from common import AUX_LAYERS, LEARNING_RATE, MAX_GRAD_NORM, TTT_LENGTH, Scene, serve
-from draft_model.eagle3.batch import collate
-from draft_model.eagle3.config import draft_config_for, with_overrides
-from draft_model.eagle3.model import Eagle3Draft
-from draft_model.eagle3.step import Objective
-from draft_model.eagle3.target import Target
+from draft_model.drafts.eagle3.batch import collate
+from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.step import Objective
+from draft_model.target.model import Target
 
 
 def build(scene: Scene, attention: str) -> Callable[[], float]:

@@ -13,7 +13,7 @@ import click
 from draft_model.doors import raise_on_sigterm
 from draft_model.errors import DraftModelError
 from draft_model.parameters import PARAMETERS, Parameter, Stage, parameters_of
-from draft_model.validation import problems_with
+from draft_model.parameters.rules import problems_with
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 

@@ -22,9 +22,9 @@ from draft_model.dataset.files import find
 from draft_model.errors import DraftModelError
 from draft_model.evaluation import prompts
 from draft_model.parameters import PARAMETERS, STAGES, Parameters, Stage
+from draft_model.parameters.rules import problems_with
 from draft_model.shown import bullets, table
 from draft_model.storage.transfer import local_errors, run_all
-from draft_model.validation import problems_with
 
 _HUB_SECONDS = 10
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 from tiny import llama
 
-from draft_model.eagle3.batch import collate, plan_unroll
-from draft_model.eagle3.config import draft_config_for
-from draft_model.eagle3.model import Eagle3Draft, Rotary
-from draft_model.eagle3.step import Objective
-from draft_model.eagle3.target import Target
-from draft_model.eagle3.unroll import unroll
+from draft_model.drafts.eagle3.batch import collate, plan_unroll
+from draft_model.drafts.eagle3.config import draft_config_for
+from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary
+from draft_model.drafts.eagle3.step import Objective
+from draft_model.drafts.eagle3.unroll import unroll
 from draft_model.evaluation.acceptance import acceptance, by_category, by_depth
 from draft_model.evaluation.speculative import Reply, SpeculativeDecoder, greedy_replies
 from draft_model.evaluation.tree import DraftTree
+from draft_model.target.model import Target
 
 PROMPTS = [[3, 5, 7, 1, 2], [0, 4], [1, 2, 3, 4, 5, 6, 7, 0, 5, 1, 3], [6, 6, 2], [2, 7, 1, 0, 2, 4], [7, 3, 3]]
 

@@ -9,7 +9,7 @@ from test_speculative import PROMPTS, pair
 from draft_model.evaluation import accept
 from draft_model.evaluation.speculative import Sampling, SpeculativeDecoder, greedy_replies
 from draft_model.evaluation.tree import DraftTree
-from draft_model.validation import problems_with
+from draft_model.parameters.rules import problems_with
 
 VOCABULARY = 5
 SEQUENCES = list(itertools.product(range(VOCABULARY), repeat=3))

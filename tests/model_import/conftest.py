@@ -9,7 +9,7 @@ import torch
 from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.model_import import ImportConfig, run
-from draft_model.validation import validate
+from draft_model.parameters.rules import validate
 
 torch.set_num_threads(1)
 

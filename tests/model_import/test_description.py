@@ -10,7 +10,7 @@ from draft_model.dataset import DatasetConfig
 from draft_model.dataset import run as build_dataset
 from draft_model.errors import DraftModelError
 from draft_model.model_import import DescriptionConfig, ImportConfig, describe, run
-from draft_model.validation import validate
+from draft_model.parameters.rules import validate
 
 from .case import TOKENIZER, change_config
 from .test_weights import write_gguf

@@ -11,8 +11,8 @@ import torch
 
 from draft_model.model_import import DescriptionConfig, ImportConfig, describe, run
 from draft_model.model_import.hub import HubContent
+from draft_model.parameters.rules import validate
 from draft_model.storage import stream, transfer
-from draft_model.validation import validate
 
 from .case import CANONICAL, names, properties, same_weights
 from .hub_server import COMMIT, TOKEN, Hub

@@ -68,7 +68,8 @@ def train_all(configs: list[str], ports: list[int], stop_at: str = "", small: tu
 
     Those of the numbers in `small` see devices whose memory holds no copy of the target beside the draft.
     """
-    from draft_model.training import job, parallel
+    from draft_model.target import parallel
+    from draft_model.training import job
 
     job._OTHERS_FIRST = 0.0
     for number, (config, port) in enumerate(zip(configs, ports, strict=True)):

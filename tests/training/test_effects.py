@@ -6,8 +6,8 @@ from datetime import timedelta
 import pytest
 
 from draft_model.errors import DraftModelError
+from draft_model.parameters.rules import validate
 from draft_model.training import job
-from draft_model.validation import validate
 from training.case import QUICK
 
 

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from draft_model.dataset import Split, load_vocabulary
-from draft_model.eagle3.batch import collate
-from draft_model.eagle3.config import draft_config_for, with_overrides
-from draft_model.eagle3.model import Eagle3Draft
-from draft_model.eagle3.step import Objective
-from draft_model.eagle3.target import load_target
+from draft_model.drafts.eagle3.batch import collate
+from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.step import Objective
+from draft_model.target.model import load_target
 from draft_model.training.gradients import Gradients
 from draft_model.training.order import plan_steps
 from draft_model.training.plan import read_config

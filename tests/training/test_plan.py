@@ -8,13 +8,13 @@ import pytest
 import tiny
 import torch
 
-from draft_model.eagle3.batch import collate
-from draft_model.eagle3.config import draft_config_for
-from draft_model.eagle3.model import Eagle3Draft
-from draft_model.eagle3.step import Objective
-from draft_model.eagle3.target import Target
+from draft_model.drafts.eagle3.batch import collate
+from draft_model.drafts.eagle3.config import draft_config_for
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.step import Objective
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
+from draft_model.target.model import Target
 from draft_model.training import plan
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -58,7 +58,7 @@ def build_dataset(
     from draft_model import storage
     from draft_model.dataset import REPORT_PAGE, DatasetConfig, run
     from draft_model.doors import component
-    from draft_model.validation import validate
+    from draft_model.parameters.rules import validate
 
     with component("dataset") as work:
         parameters = validate(given, ["dataset"])

@@ -48,8 +48,8 @@ def encode_dataset(
 
     from draft_model.dataset import DatasetConfig, run_part
     from draft_model.doors import component
+    from draft_model.parameters.rules import validate
     from draft_model.shown import table
-    from draft_model.validation import validate
 
     with component("dataset") as work:
         parameters = validate(given, ["dataset"])

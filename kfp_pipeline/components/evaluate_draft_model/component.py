@@ -56,7 +56,7 @@ def evaluate_draft_model(
     from draft_model.doors import component
     from draft_model.evaluation import EvaluateConfig, run
     from draft_model.handed import check_handed
-    from draft_model.validation import validate
+    from draft_model.parameters.rules import validate
 
     with component("evaluate") as work:
         check_handed({"import": model_uri, "dataset": dataset_uri, "train": draft_uri})

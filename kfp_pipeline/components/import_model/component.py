@@ -50,7 +50,7 @@ def import_model(
     from draft_model import storage
     from draft_model.doors import component
     from draft_model.model_import import ImportConfig, run
-    from draft_model.validation import validate
+    from draft_model.parameters.rules import validate
 
     with component("import") as work:
         uri = storage.join(storage_uri, "model") if storage_uri else model.uri

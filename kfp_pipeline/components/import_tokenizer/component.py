@@ -49,7 +49,7 @@ def import_tokenizer(
     from draft_model import storage
     from draft_model.doors import component
     from draft_model.model_import import DescriptionConfig, describe
-    from draft_model.validation import validate
+    from draft_model.parameters.rules import validate
 
     with component("import") as work:
         root, in_run, _ = tokenizer.uri.partition(f"/{run_id}/")

@@ -56,8 +56,8 @@ def plan_dataset(
 
     from draft_model.dataset import data_files, data_version, place
     from draft_model.doors import component
+    from draft_model.parameters.rules import validate
     from draft_model.shown import table
-    from draft_model.validation import validate
 
     with component("dataset"):
         parameters = validate(given, ["dataset"])

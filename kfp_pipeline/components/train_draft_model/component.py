@@ -130,8 +130,8 @@ def train_draft_model(
     from draft_model import jobs, storage
     from draft_model.doors import component
     from draft_model.handed import check_handed
+    from draft_model.parameters.rules import validate
     from draft_model.training import TrainConfig
-    from draft_model.validation import validate
 
     with component("train") as work:
         check_handed({"import": model_uri, "dataset": dataset_uri})

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from draft_model import storage
-from draft_model.eagle3.config import draft_config_for, with_overrides
-from draft_model.eagle3.export import load_weights, vocabulary_of
-from draft_model.eagle3.model import Eagle3Draft
-from draft_model.eagle3.target import Target
+from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
+from draft_model.drafts.eagle3.export import load_weights, vocabulary_of
+from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.errors import DraftModelError
 from draft_model.evaluation import measure
 from draft_model.evaluation.acceptance import acceptance, by_category
@@ -20,6 +19,7 @@ from draft_model.evaluation.evaluate import open_case
 from draft_model.evaluation.tree import DraftTree
 from draft_model.export import fetched
 from draft_model.parameters import Parameters
+from draft_model.target.model import Target
 from draft_model.training.checkpoint import read_checkpoint
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from draft_model.eagle3.model import Eagle3Draft, Rotary, rotate
-from draft_model.eagle3.target import Target
+from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary, rotate
+from draft_model.target.model import Target
 
 
 class DraftCache:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from draft_model.dataset.tokens import Split
-from draft_model.eagle3.export import load_draft
-from draft_model.eagle3.model import Eagle3Draft
-from draft_model.eagle3.target import Target, load_target
+from draft_model.drafts.eagle3.export import load_draft
+from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.errors import DraftModelError
 from draft_model.evaluation import measure
 from draft_model.evaluation.acceptance import acceptance, by_category, by_depth
@@ -23,6 +22,7 @@ from draft_model.evaluation.prompts import Prompts, choose_prompts
 from draft_model.evaluation.speculative import Reply, Sampling, SpeculativeDecoder
 from draft_model.evaluation.tree import DraftTree
 from draft_model.parameters import Parameters
+from draft_model.target.model import Target, load_target
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from draft_model.eagle3.target import Target
 from draft_model.evaluation.speculative import Reply, SpeculativeDecoder, greedy_replies, margin_at
+from draft_model.target.model import Target
 
 TIE_MARGIN = 1e-4  # logits; float32 sums in another order differ by less
 BATCH = 16  # prompts decoded at once; a CPU does 16 rows in about the time of one

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from draft_model.eagle3.model import Eagle3Draft
-from draft_model.eagle3.target import Target
+from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.evaluation.draft_cache import DraftCache, causal
+from draft_model.target.model import Target
 
 LONGEST = 10
 """The largest K that is predicted for."""

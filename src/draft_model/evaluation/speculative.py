@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from draft_model.eagle3.model import Eagle3Draft
-from draft_model.eagle3.target import Target
+from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.evaluation.accept import Walk, draw, sample, walk_greedy, walk_sampled
 from draft_model.evaluation.draft_cache import DraftCache, causal
 from draft_model.evaluation.tree import DraftTree
+from draft_model.target.model import Target
 
 
 @dataclass

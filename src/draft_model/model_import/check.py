@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from draft_model.eagle3.config import draft_config_for
+from draft_model.drafts.eagle3.config import draft_config_for
 from draft_model.errors import DraftModelError
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -141,7 +141,7 @@ def _head_problems(model: Any, start: str) -> list[str]:
     import torch
     from transformers.modeling_outputs import MoeModelOutputWithPast
 
-    from draft_model.eagle3.target import head_logits
+    from draft_model.target.model import head_logits
 
     decoder, old = model.get_decoder(), model.get_output_embeddings()
     text = model.config.get_text_config()

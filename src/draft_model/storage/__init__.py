@@ -16,6 +16,7 @@ from draft_model.storage.folders import (
     remove_manifest,
     write_bytes,
 )
+from draft_model.storage.growing import create, list_files, put_file, read_file, write_manifest
 from draft_model.storage.manifest import MANIFEST, FileRecord, Manifest
 from draft_model.storage.uri import is_remote, join
 
@@ -30,6 +31,7 @@ __all__ = [
     "Piece",
     "bring",
     "contents_of",
+    "create",
     "exists",
     "extend",
     "fetch",
@@ -38,11 +40,15 @@ __all__ = [
     "is_remote",
     "is_whole",
     "join",
+    "list_files",
     "publish",
     "publish_contents",
+    "put_file",
     "read_bytes",
+    "read_file",
     "read_manifest",
     "remove",
     "remove_manifest",
     "write_bytes",
+    "write_manifest",
 ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from draft_model.storage import manifest
+from draft_model.storage.contents import contents_of
 from draft_model.storage.folders import _folder, _listed
 from draft_model.storage.manifest import MANIFEST, FileRecord, Manifest
 from draft_model.storage.transfer import run_all
@@ -60,6 +61,27 @@ def seal(
     there.write(MANIFEST, new.to_bytes())
     run_all(there.remove, sorted(before - {file.path for file in new.files}))
     return new
+
+
+def put_file(path: Path, uri: str) -> FileRecord:
+    """Uploads one file to its URI, whatever else its folder holds; returns its record for `write_manifest`."""
+    parent, name = split(uri)
+    return add(parent, name, path)
+
+
+def write_manifest(uri: str, stage: str, files: Iterable[FileRecord], properties: Mapping[str, Any]) -> Manifest:
+    """Makes a folder whole whose files have been uploaded by `put_file`."""
+    return seal(uri, files, {}, stage=stage, properties=properties)
+
+
+def list_files(uri: str) -> dict[str, tuple[int, str]]:
+    """Size in bytes and version stamp (an ETag, or mtime on a disk) of each file below a folder, by its name there."""
+    return {name: (content.size, content.stamp) for name, content in contents_of(uri).items()}
+
+
+def read_file(uri: str) -> bytes | None:
+    """A small file's content, or None where there is no such file."""
+    return read(uri)
 
 
 def read(uri: str) -> bytes | None:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from draft_model import storage
-from draft_model.eagle3.export import WEIGHTS, load_weights, save_draft
-from draft_model.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.export import WEIGHTS, load_weights, save_draft
+from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.errors import DraftModelError
 from draft_model.training.pretrained import canonical
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from draft_model.eagle3.objective import StepSums
+from draft_model.drafts.eagle3.objective import StepSums
 
 
 @dataclass

@@ -22,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from draft_model import storage
-from draft_model.eagle3.export import save_draft
+from draft_model.drafts.eagle3.export import save_draft
 from draft_model.errors import DraftModelError
 from draft_model.model_import import is_weight
 from draft_model.processes import catch_sigterm

@@ -17,7 +17,7 @@ from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 
 if TYPE_CHECKING:
-    from draft_model.eagle3.config import DraftConfig
+    from draft_model.drafts.eagle3.config import DraftConfig
 
 GIGA = 1e9
 RUNTIME_BYTES = 2.0 * GIGA
@@ -261,7 +261,7 @@ def _activation_bytes(draft: DraftConfig, p: Parameters, width: int, supervised:
 
 def _logit_bytes(draft: DraftConfig, p: Parameters, width: int) -> float:
     """The head's gradient, and logits and softmax of as many positions as the objective takes at once."""
-    from draft_model.eagle3.objective import CHUNK_ROWS
+    from draft_model.drafts.eagle3.objective import CHUNK_ROWS
 
     rows = CHUNK_ROWS["cuda"]
     logits = rows * (draft.vocab_size * width + draft.draft_vocab_size * (2 * width + 8))
@@ -313,7 +313,7 @@ def draft_of(config: Mapping[str, Any], p: Parameters) -> DraftConfig:
         DraftModelError: where the two do not fit.
     """
     from draft_model import storage
-    from draft_model.eagle3.config import draft_config_for, with_overrides
+    from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
 
     default = draft_config_for(config)
     if not p.draft_model_config:

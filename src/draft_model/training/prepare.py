@@ -12,14 +12,14 @@ import torch
 from draft_model import storage
 from draft_model.dataset import vocabulary
 from draft_model.dataset.tokens import Split
-from draft_model.eagle3.config import DraftConfig, draft_config_for, with_overrides
-from draft_model.eagle3.export import load_weights, vocabulary_of
-from draft_model.eagle3.model import Eagle3Draft
-from draft_model.eagle3.step import Objective
+from draft_model.drafts.eagle3.config import DraftConfig, draft_config_for, with_overrides
+from draft_model.drafts.eagle3.export import load_weights, vocabulary_of
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.step import Objective
 from draft_model.errors import DraftModelError
+from draft_model.target.parallel import load_share
 from draft_model.training.checkpoint import Loaded
 from draft_model.training.config import TrainConfig
-from draft_model.training.parallel import load_share
 from draft_model.training.plan import beside_target
 from draft_model.training.ranks import Ranks
 from draft_model.training.trainer import Training, check_position, planned_steps

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from draft_model.eagle3.objective import StepSums
+from draft_model.drafts.eagle3.objective import StepSums
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from draft_model import storage
-from draft_model.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.training.config import TrainConfig
 from draft_model.training.ranks import Ranks
 from draft_model.training.trainer import Training

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from draft_model.dataset.tokens import Split
-from draft_model.eagle3.batch import Batch, collate
-from draft_model.eagle3.model import Eagle3Draft
-from draft_model.eagle3.objective import StepSums
-from draft_model.eagle3.step import Objective
-from draft_model.eagle3.target import Target
+from draft_model.drafts.eagle3.batch import Batch, collate
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.objective import StepSums
+from draft_model.drafts.eagle3.step import Objective
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
+from draft_model.target.model import Target
 from draft_model.tracking import Tracker
 from draft_model.training.checkpoint import Loaded, Position, restore
 from draft_model.training.features import StateStore

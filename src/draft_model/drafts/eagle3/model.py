@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from draft_model.eagle3.config import DraftConfig
-from draft_model.eagle3.layer import normed_linear, residual_swiglu
+from draft_model.drafts.eagle3.config import DraftConfig
+from draft_model.drafts.eagle3.layer import normed_linear, residual_swiglu
 
 if TYPE_CHECKING:
-    from draft_model.eagle3.target import Target
+    from draft_model.target.model import Target
 
 
 _READS_BOTH = frozenset(f"self_attn.{name}_proj.weight" for name in "qkv")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draft_model.eagle3.attention import Rows
+from draft_model.drafts.eagle3.attention import Rows
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from drafts.eagle3.families import FAMILIES, HIDDEN, LAYERS, SHAPE, VOCAB, save_target
 
-from draft_model.eagle3.batch import Batch, collate
-from draft_model.eagle3.config import DraftConfig, choose_aux_layers, draft_config_for
-from draft_model.eagle3.model import Eagle3Draft
-from draft_model.eagle3.step import Objective
-from draft_model.eagle3.target import Target, load_target
+from draft_model.drafts.eagle3.batch import Batch, collate
+from draft_model.drafts.eagle3.config import DraftConfig, choose_aux_layers, draft_config_for
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.step import Objective
 from draft_model.errors import DraftModelError
-
-from .families import FAMILIES, HIDDEN, LAYERS, SHAPE, VOCAB, save_target
+from draft_model.target.model import Target, load_target
 
 LENGTHS = (19, 11, 5)  # longer than the families' sliding windows, and not
 
@@ -109,9 +108,8 @@ def test_a_draft_trains_against_it(family):
 
 @pytest.mark.parametrize("layers", [4, 5, 6])
 def test_shallow_targets(layers, tmp_path):
+    from drafts.eagle3.families import target_config
     from transformers import AutoModelForCausalLM
-
-    from .families import target_config
 
     AutoModelForCausalLM.from_config(target_config("llama", num_hidden_layers=layers)).save_pretrained(tmp_path)
     target = load_target(tmp_path, choose_aux_layers(layers), torch.float32, torch.device("cpu"))

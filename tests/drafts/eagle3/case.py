@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft_model.eagle3.batch import Batch, collate
-from draft_model.eagle3.config import DraftConfig
-from draft_model.eagle3.model import Eagle3Draft
-from draft_model.eagle3.objective import StepSums
-from draft_model.eagle3.step import Objective
+from draft_model.drafts.eagle3.batch import Batch, collate
+from draft_model.drafts.eagle3.config import DraftConfig
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.objective import StepSums
+from draft_model.drafts.eagle3.step import Objective
 
 from . import reference
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from draft_model.eagle3.attention import choose_backend
-from draft_model.eagle3.batch import Batch, plan_unroll
-from draft_model.eagle3.model import Eagle3Draft, Rotary
-from draft_model.eagle3.objective import StepSums, Teacher, distillation_loss
-from draft_model.eagle3.target import Target
-from draft_model.eagle3.unroll import unroll
+from draft_model.drafts.eagle3.attention import choose_backend
+from draft_model.drafts.eagle3.batch import Batch, plan_unroll
+from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary
+from draft_model.drafts.eagle3.objective import StepSums, Teacher, distillation_loss
+from draft_model.drafts.eagle3.unroll import unroll
+from draft_model.target.model import Target
 
 
 class Objective:

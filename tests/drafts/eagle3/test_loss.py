@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draft_model.eagle3.batch import Batch
-from draft_model.eagle3.objective import StepSums
+from draft_model.drafts.eagle3.batch import Batch
+from draft_model.drafts.eagle3.objective import StepSums
 
 from .case import Case, random_case, relative_error
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from draft_model.eagle3.config import DraftConfig, choose_aux_layers, draft_config_for, with_overrides
+from draft_model.drafts.eagle3.config import DraftConfig, choose_aux_layers, draft_config_for, with_overrides
 from draft_model.errors import DraftModelError
 
 from .families import (

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from draft_model.eagle3.config import DraftConfig
-from draft_model.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.config import DraftConfig
+from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.errors import DraftModelError
 
 WEIGHTS = "model.safetensors"

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft_model.eagle3.batch import Plan
-from draft_model.eagle3.layer import inverse_rms, norm_backward, normed
+from draft_model.drafts.eagle3.batch import Plan
+from draft_model.drafts.eagle3.layer import inverse_rms, norm_backward, normed
 
 STEP_DECAY = 0.8
 CHUNK_ROWS = {"cpu": 512, "cuda": 4096}  # teacher positions in one head; 512 x 32,000 float32 logits are 64 MB

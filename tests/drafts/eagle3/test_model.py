@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 from tiny import llama
 
-from draft_model.eagle3.config import draft_config_for
-from draft_model.eagle3.export import load_draft, save_draft
-from draft_model.eagle3.model import Eagle3Draft, Rotary, rotate
-from draft_model.eagle3.target import Target
+from draft_model.drafts.eagle3.config import draft_config_for
+from draft_model.drafts.eagle3.export import load_draft, save_draft
+from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary, rotate
 from draft_model.errors import DraftModelError
+from draft_model.target.model import Target
 
 from . import reference
 from .case import random_draft, small_config

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from draft_model.eagle3.batch import Batch
+from draft_model.drafts.eagle3.batch import Batch
 from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from draft_model.eagle3 import attention
-from draft_model.eagle3.attention import Rows, choose_backend, unroll_attention
+from draft_model.drafts.eagle3 import attention
+from draft_model.drafts.eagle3.attention import Rows, choose_backend, unroll_attention
 from draft_model.errors import DraftModelError
 
 from . import reference

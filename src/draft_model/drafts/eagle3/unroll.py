@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draft_model.eagle3.attention import unroll_attention
-from draft_model.eagle3.batch import Plan
-from draft_model.eagle3.model import Weights, rotate
+from draft_model.drafts.eagle3.attention import unroll_attention
+from draft_model.drafts.eagle3.batch import Plan
+from draft_model.drafts.eagle3.model import Weights, rotate
 
 
 def unroll(

@@ -1,0 +1,1 @@
+"""Draft families: each a folder with its model, its objective, its decoding and its file format."""
