@@ -271,7 +271,8 @@ def merge_backward(
 
 def _grouped(x: Tensor, keys: Tensor) -> Tensor:
     """Splits query heads [N, heads, d] into groups that share a key head: float32 [N, kv_heads, group, d]."""
-    return x.unflatten(1, (keys.shape[2], -1)).float()
+    grouped: Tensor = x.unflatten(1, (keys.shape[2], -1))
+    return grouped.float()
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -140,7 +140,7 @@ class _FlashOnGpu:
         else:
             self._dk.add_(dk)
             self._dv.add_(dv)
-        return dq
+        return cast(Tensor, dq)
 
     def key_gradients(self) -> tuple[Tensor, Tensor]:
         assert self._dk is not None
@@ -182,7 +182,9 @@ class _FlashOnCpu:
     def forward(self, q: Tensor) -> Attended:
         queries = self._scatter(q, self._rows, self._width)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        found = [flash(queries, self._k[:, :, keys], self._v[:, :, keys], 0.0, causal) for keys, causal in self._parts()]
+        found = [
+            flash(queries, self._k[:, :, keys], self._v[:, :, keys], 0.0, causal) for keys, causal in self._parts()
+        ]
         out, lse = found[-1]
         if len(found) == 2:
             before, before_lse = found[0]
@@ -250,7 +252,7 @@ class _Flex:
         dq, dk, dv = torch.autograd.grad((out, lse), leaves, (d_out.transpose(0, 1).unsqueeze(0), d_lse.unsqueeze(0)))
         new = [dk.float(), dv.float()]
         self._gradients = [a.add_(b) for a, b in zip(self._gradients, new, strict=True)] if self._gradients else new
-        return dq[0].transpose(0, 1).contiguous()
+        return cast(Tensor, dq[0].transpose(0, 1).contiguous())
 
     def key_gradients(self) -> tuple[Tensor, Tensor]:
         dk, dv = (x[0, :, : self._keys].transpose(0, 1).contiguous() for x in self._gradients)

@@ -130,7 +130,6 @@ class Eagle3Draft(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
         self.register_buffer("t2d", t2d)
         self.register_buffer("d2t", d2t)
-        self._cast: tuple[object, Weights] | None = None
 
     @property
     def target_ids(self) -> Tensor:
@@ -167,11 +166,9 @@ class Eagle3Draft(nn.Module):
                     part.copy_(source)
 
     def weights(self, dtype: torch.dtype) -> Weights:
-        """The weights in the compute type, cast again only after they have changed."""
-        state = (dtype, *((p.data_ptr(), p._version) for p in self.parameters()))
-        if self._cast is None or self._cast[0] != state:
-            self._cast = (state, self._arrange([parameter.detach() for parameter in self.parameters()], dtype))
-        return self._cast[1]
+        """The weights in the compute type."""
+        # Cast anew each time: a fused optimizer does not count a tensor's versions, so a cache would not know.
+        return self._arrange([parameter.detach() for parameter in self.parameters()], dtype)
 
     def gradients(self) -> Weights:
         """Views of the parameters' float32 gradients, arranged as the weights are; adding to them changes `.grad`.

@@ -253,7 +253,7 @@ class Heads:
         agreed = agrees.cummin(0).values
         before = torch.cat((torch.ones_like(agrees[:1]), agreed[:-1])) & exists
         chains = torch.stack((exists, before, before & agrees)).sum(-1, dtype=torch.float64)
-        return StepSums(*self.sums, *chains, *_rounds(plan, agreed.sum(0)))
+        return StepSums.from_tensor(torch.cat((self.sums, chains, torch.stack(_rounds(plan, agreed.sum(0))))))
 
 
 def _rounds(plan: Plan, agreed: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from draft_model.drafts import kernels
-from draft_model.drafts.eagle3.attention import Attended, CausalAttention, causal_attention
+from draft_model.drafts.eagle3.attention import Attended, causal_attention
 from draft_model.drafts.eagle3.batch import Plan
 from draft_model.drafts.eagle3.model import Weights
 from draft_model.drafts.kernels import accumulate, rms_norm, rms_norm_backward
@@ -118,7 +118,7 @@ class Unroll:
         return hidden[1:]
 
     def _mlp_fits(self, rows: int) -> bool:
-        """Else gate and up are computed once more in the backward: a seventh of its products, for most of its memory."""
+        """Else the backward computes gate and up once more: a seventh of its products for most of its memory."""
         gate_up = self.weights.gate_up
         if not gate_up.is_cuda:
             return True
@@ -160,9 +160,9 @@ class Unroll:
                 kept.q, d_attended, kept.attended, kept.total, dq, given.places, self._keys, self._values,
                 dkeys, dvalues, step, first,
             )  # fmt: skip
-            heads: tuple[Tensor | None, ...] = (dkeys[step - 1], dvalues[step - 1]) if step else (None, None)
+            dk, dv = (dkeys[step - 1], dvalues[step - 1]) if step else (None, None)
             dqkv = kernels.rotate_heads_backward(
-                dq, *heads, rotary, window.row_time, step, plan.row_tokens[step], token_grad, 0, dq.dtype
+                dq, dk, dv, rotary, window.row_time, step, plan.row_tokens[step], token_grad, 0, dq.dtype
             )
             if kept.scale is None:
                 break
