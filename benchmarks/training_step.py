@@ -39,8 +39,8 @@ NOTES = {
     "empties the CUDA cache in every step",
     "specforge-cached": "the same without emptying the cache",
     "speculators": "vLLM speculators 0.9.0, kl_div (fused on a GPU, eager on a CPU); conversations packed with "
-    "document ids; target features by hooks as ours, teacher logits over the draft vocabulary as it does. It never trains its "
-    "lm_head, about 15 % less work",
+    "document ids; target features by hooks as ours, teacher logits over the draft vocabulary as it does. It never "
+    "trains its lm_head, about 15 % less work",
 }
 
 

@@ -16,7 +16,7 @@ _PROGRAMS = 264  # of kernels that sum over rows: two per multiprocessor of an H
 
 
 def _warps(block: int) -> int:
-    return 4 if block <= 2048 else 8
+    return 1 if block <= 512 else 4 if block <= 2048 else 8
 
 
 @triton.jit(do_not_specialize=["eps"], do_not_specialize_on_alignment=["rows"])
@@ -170,7 +170,8 @@ def rotate_heads(
     heads = min(16, triton.next_power_of_2(total))
     grid = (len(qkv), triton.cdiv(total, heads))
     _rotate_heads[grid](
-        qkv, token_part, tokens, table, time, step, *(qkv if x is None else x for x in (q, k, v)), table.shape[1], token_part.shape[1], column,
+        qkv, token_part, tokens, table, time, step, *(qkv if x is None else x for x in (q, k, v)),
+        table.shape[1], token_part.shape[1], column,
         table.shape[2], query_heads, kv_heads, size, heads, triton.next_power_of_2(size), num_warps=4,
     )  # fmt: skip
 
@@ -218,7 +219,8 @@ def rotate_heads_backward(
     dqkv = torch.empty(len(time), total * size, dtype=dtype, device=table.device)
     grid = (len(time), triton.cdiv(total, heads))
     _rotate_heads_backward[grid](
-        *(dqkv if x is None else x for x in (dq, dk, dv)), table, time, step, tokens, dqkv, token_grad, table.shape[1], token_grad.shape[1], column,
+        *(dqkv if x is None else x for x in (dq, dk, dv)), table, time, step, tokens, dqkv, token_grad,
+        table.shape[1], token_grad.shape[1], column,
         table.shape[2], query_heads, kv_heads, size, heads, triton.next_power_of_2(size), num_warps=4,
     )  # fmt: skip
     return dqkv
@@ -431,8 +433,9 @@ def distill(
     """
     logits, normaliser, top = teacher
     sums = z.new_empty(len(z), 4, dtype=torch.float32)
-    block = min(2048, triton.next_power_of_2(z.shape[1]))
+    block = min(4096, triton.next_power_of_2(z.shape[1]))
+    # Many warps for few rows at once: the second pass over a row finds it in the cache.
     _distill[(len(z),)](
-        z, logits, normaliser, top, teachers, weights, sums, z.shape[1], learn, block, num_warps=8
+        z, logits, normaliser, top, teachers, weights, sums, z.shape[1], learn, block, num_warps=16
     )  # fmt: skip
     return sums

@@ -30,7 +30,7 @@ def test_bfloat16_equals_the_reference(backend, lengths, learnt):
         assert torch.allclose(getattr(ours.sums, name).cpu(), getattr(host.sums, name), atol=2)  # a favourite may tip
     assert float(ours.loss) == pytest.approx(float(host.loss), rel=2e-2)
     flat, truth = (torch.cat([g.flatten().double().cpu() for g in x.gradients.values()]) for x in (ours, host))
-    assert relative_error(flat, truth) < 4e-2
+    assert relative_error(flat, truth) < 0.1  # bfloat16; float32 is held to 1e-3 below
 
 
 @pytest.mark.parametrize("lengths", [[200], [40, 130, 2, 129]])
