@@ -109,8 +109,10 @@ def fuse_norms(decoder: Any) -> None:
     for module in decoder.modules():
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         weight = getattr(module, "weight", None)
-        if not type(module).__name__.endswith("RMSNorm") or eps is None or type(getattr(weight, "data", None)) is not Tensor:
-            continue  # another module, or one whose weights are spread over processes
+        if not type(module).__name__.endswith("RMSNorm") or eps is None or weight is None:
+            continue
+        if type(weight.data) is not Tensor:
+            continue  # spread over processes
         probe = torch.randn(8, len(weight), device=weight.device, dtype=weight.dtype)
         multiplier = _multiplier(module)
         fused = functools.partial(_fused_norm, weight=multiplier, eps=eps)

@@ -107,7 +107,11 @@ def causal_attention(backend: str, windows: Windows, k0: Tensor, v0: Tensor) -> 
         return _Flex(windows, k0, v0)
     if not k0.is_cuda:
         return _FlashOnCpu(windows, k0, v0)
-    return _Cudnn(windows, k0, v0) if windows.square and _has_cudnn(k0) else _FlashOnGpu(windows, k0, v0)
+    return (
+        _Cudnn(windows, k0, v0)
+        if windows.square and _cudnn_works(k0.shape[-1], k0.device)
+        else _FlashOnGpu(windows, k0, v0)
+    )
 
 
 class _FlashOnGpu:
@@ -152,21 +156,33 @@ class _FlashOnGpu:
 
 
 @functools.cache
-def _cudnn_works(size: int) -> bool:
-    """Whether cuDNN's attention runs here, for heads of this size; old cards and odd sizes have none."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    probe = torch.zeros(1, 1, 128, size, device="cuda", dtype=torch.bfloat16)
+def _cudnn_works(size: int, device: torch.device) -> bool:
+    """Whether cuDNN's attention and its backward run here, for heads of this size."""
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    probe = torch.zeros(1, 1, CUDNN_BLOCK, size, device=device, dtype=torch.bfloat16)
     try:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            functional.scaled_dot_product_attention(probe, probe, probe, is_causal=True)
-    except RuntimeError:
+        out, lse, *state = _cudnn_forward(probe, probe, probe)
+        _cudnn_backward(probe, probe, probe, probe, out, lse, *state)
+    except (RuntimeError, IndexError) as error:
+        logger.info("attention: cuDNN's does not run here (%s); flash attention does", str(error).partition("\n")[0])
         return False
     return True
 
 
-def _has_cudnn(k0: Tensor) -> bool:
-    return torch.cuda.get_device_capability(k0.device) >= (9, 0) and _cudnn_works(k0.shape[-1])
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Causal attention [B, heads, S, d], its log-sum-exp [B, heads, S, 1], and a random state that nothing uses."""
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)
+    return found[0], found[1], found[6], found[7]
+
+
+def _cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    length = q.shape[2]
+    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    found = backward(grad, q, k, v, out, lse, seed, offset, None, None, None, length, length, 0.0, True)
+    return cast("tuple[Tensor, Tensor, Tensor]", found)
 
 
 class _Cudnn:
@@ -200,9 +216,7 @@ class _Cudnn:
 
     def forward(self, q: Tensor) -> Attended:
         queries = self._spread(q, self._rows)
-        out, lse, _, _, _, _, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            queries, *self._expanded(q.shape[1]), None, True, 0.0, True, False
-        )
+        out, lse, seed, offset = _cudnn_forward(queries, *self._expanded(q.shape[1]))
         flat = out.transpose(1, 2).reshape(-1, *q.shape[1:])
         by_head = lse.view(self._batch, q.shape[1], self._length).transpose(0, 1).flatten(1)
         return Attended(flat, by_head, self._rows, (lse.shape, seed, offset))
@@ -212,14 +226,10 @@ class _Cudnn:
         spread = total.new_zeros(total.shape[0], self._batch * self._length).index_copy_(1, self._rows, total)
         lse = spread.view(-1, self._batch, self._length).transpose(0, 1).contiguous().view(shape)
         queries, dout, out = (self._spread(x, self._rows) for x in (q, grad, merged))
-        none = torch.empty(0, device=q.device)
-        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            dout, queries, *self._expanded(q.shape[1]), out, lse, seed, offset, none, none, none,
-            self._length, self._length, 0.0, True,
-        )  # fmt: skip
+        dq, dk, dv = _cudnn_backward(dout, queries, *self._expanded(q.shape[1]), out, lse, seed, offset)
         new = [x.unflatten(1, (self._kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv)]
         self._gradients = [a.add_(b) for a, b in zip(self._gradients, new, strict=True)] if self._gradients else new
-        return cast(Tensor, dq.transpose(1, 2).reshape(-1, *q.shape[1:]))
+        return dq.transpose(1, 2).reshape(-1, *q.shape[1:])
 
     def key_gradients(self) -> tuple[Tensor, Tensor]:
         dk, dv = (x.transpose(1, 2).flatten(0, 1).index_select(0, self._keys) for x in self._gradients)
