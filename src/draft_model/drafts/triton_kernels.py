@@ -89,21 +89,21 @@ def rms_norm_backward(
 
 
 @triton.jit
-def _swiglu(both, product, I, BLOCK: tl.constexpr):
+def _swiglu(gates, ups, product, I, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < I
-    gate = tl.load(both + row * 2 * I + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(both + row * 2 * I + I + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gates + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(ups + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(product + row * I + column, gate / (1.0 + tl.exp(-gate)) * up, mask=inside)
 
 
-def swiglu(both: Tensor) -> Tensor:
-    """See `kernels.swiglu`."""
-    count, size = len(both), both.shape[1] // 2
-    product = both.new_empty(count, size)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of two matrices [N, I] of like strides."""
+    count, size = gate.shape
+    product = gate.new_empty(count, size)
     block = min(1024, triton.next_power_of_2(size))
-    _swiglu[(count, triton.cdiv(size, block))](both, product, size, block, num_warps=4)
+    _swiglu[(count, triton.cdiv(size, block))](gate, up, product, size, gate.stride(0), block, num_warps=4)
     return product
 
 
@@ -439,3 +439,36 @@ def distill(
         z, logits, normaliser, top, teachers, weights, sums, z.shape[1], learn, block, num_warps=16
     )  # fmt: skip
     return sums
+
+
+@triton.jit(do_not_specialize=["T"])
+def _rotate(
+    x, cosines, sines, out, T, heads, sb, sh, st, tb, tt,
+    D: tl.constexpr, HEADS: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    batch, time = tl.program_id(0).to(tl.int64) // T, tl.program_id(0).to(tl.int64) % T
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    place = tl.arange(0, DP)[None, :]
+    inside = (head < heads) & (place < D)
+    partner = tl.where(place < D // 2, place + D // 2, place - D // 2)
+    base = batch * sb + time * st + head * sh
+    value = tl.load(x + base + place, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(x + base + partner, mask=inside, other=0.0).to(tl.float32)
+    at = batch * tb + time * tt + place
+    cosine = tl.load(cosines + at, mask=place < D, other=0.0).to(tl.float32)
+    sine = tl.load(sines + at, mask=place < D, other=0.0).to(tl.float32)
+    turned = value * cosine + tl.where(place < D // 2, -1.0, 1.0) * other * sine
+    tl.store(out + base + place, turned, mask=inside)
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary embedding of [B, heads, T, d], of any strides but the last, by tables [B or 1, T, d]."""
+    batch, heads, time, size = x.shape
+    out = torch.empty_like(x)  # of the same strides
+    block = min(16, triton.next_power_of_2(heads))
+    _rotate[(batch * time, triton.cdiv(heads, block))](
+        x, cosines, sines, out, time, heads, x.stride(0), x.stride(1), x.stride(2),
+        cosines.stride(0) if len(cosines) == batch else 0, cosines.stride(1),
+        size, block, triton.next_power_of_2(size), num_warps=4,
+    )  # fmt: skip
+    return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from draft_model.drafts.eagle3.batch import Batch
-from draft_model.drafts.kernels import rms_norm
 from draft_model.errors import DraftModelError
+from draft_model.target.fused import fuse, multiplier
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class Target:
         self.device = next(model.parameters()).device
         self._taken: dict[int, Tensor] = {}
         if self.device.type == "cuda":
-            fuse_norms(self.decoder)
+            fuse(self.decoder)
         for layer in aux_layers:
             self.decoder.layers[layer - 1].register_forward_hook(self._take(layer))
 
@@ -65,7 +64,7 @@ class Target:
     @property
     def norm(self) -> Tensor:
         """What the final norm multiplies by, [H]: its weight, or 1 + weight in Gemma."""
-        return _multiplier(self.decoder.norm)
+        return multiplier(self.decoder.norm)
 
     @property
     def last_layer(self) -> dict[str, Tensor]:
@@ -73,7 +72,7 @@ class Target:
         layer = self.decoder.layers[-1]
         norms = {name: module for name, module in layer.named_children() if name.endswith("layernorm")}
         weights: dict[str, Tensor] = dict(layer.named_parameters())
-        return weights | {f"{name}.weight": _multiplier(module) for name, module in norms.items()}
+        return weights | {f"{name}.weight": multiplier(module) for name, module in norms.items()}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., H] -> [..., V]."""
@@ -100,30 +99,6 @@ class Target:
         return [states[row, :length] for row, length in enumerate(batch.lengths.tolist())]
 
 
-def fuse_norms(decoder: Any) -> None:
-    """Gives the RMSNorms of a frozen model one kernel each, where that gives what their own code gives.
-
-    Args:
-        decoder: of transformers, on a GPU; some of its modules' `forward` is replaced.
-    """
-    for module in decoder.modules():
-        eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        weight = getattr(module, "weight", None)
-        if not type(module).__name__.endswith("RMSNorm") or eps is None or weight is None:
-            continue
-        if type(weight.data) is not Tensor:
-            continue  # spread over processes
-        probe = torch.randn(8, len(weight), device=weight.device, dtype=weight.dtype)
-        multiplier = _multiplier(module)
-        fused = functools.partial(_fused_norm, weight=multiplier, eps=eps)
-        if torch.allclose(fused(probe), module(probe), rtol=2e-2, atol=1e-2):
-            module.forward = fused
-
-
-def _fused_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rms_norm(x.reshape(-1, x.shape[-1]), weight, eps)[0].view(x.shape)
-
-
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on another device, without waiting for the transfer."""
     if device.type == "cpu":
@@ -147,13 +122,6 @@ def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, config: Any) 
         logits = logits * factor
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def _multiplier(norm: Any) -> Tensor:
-    weight: Tensor = norm.weight
-    # Ones pass a norm unchanged but for its epsilon, so what comes out tells weight from 1 + weight.
-    passed: Tensor = norm(torch.ones_like(weight))
-    return weight + (passed - weight).round()
 
 
 def load_target(folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Target:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from draft_model.drafts.eagle3.batch import collate
 from draft_model.drafts.eagle3.step import Objective
 from draft_model.parameters import Parameters
 from draft_model.target.model import Target
@@ -92,6 +93,21 @@ def test_new_row_counts_compile_nothing():
     for lengths in ([65, 51], [34], [96], [17, 18, 19], [200, 3]):
         step(lengths)
     assert compiled() == before
+
+
+def test_the_targets_fused_kernels_change_no_more_than_rounding():
+    from tiny import llama
+
+    device = torch.device("cuda")
+    batch = collate([(torch.arange(length) % 300, torch.ones(length) > 0) for length in (70, 33)])
+    plain = llama(vocab_size=300, **HEADS).to(device, torch.bfloat16)
+    exact = copy.deepcopy(plain).float()(batch.tokens.to(device), output_hidden_states=True).hidden_states
+    states = Target(plain, (1, 3, 5)).states(batch)
+    fused = {name for module in plain.modules() for name in [type(module).__name__] if "forward" in vars(module)}
+    assert {"LlamaRMSNorm", "LlamaMLP"} <= fused
+    for row, length in enumerate(batch.lengths.tolist()):
+        truth = torch.cat([exact[layer][row, :length] for layer in (1, 3, 5, -1)], -1)
+        assert relative_error(states[row], truth) < 3e-2
 
 
 class Rows:
