@@ -382,24 +382,19 @@ def _distill(
     lane = tl.arange(0, BLOCK)
     student_at, teacher_at = z + row * D, teacher_logits + teacher * D
     teacher_lse = tl.load(teacher_normaliser + teacher)
-    maximum = tl.full((BLOCK,), float("-inf"), tl.float32)
+    maximum = float("-inf")
     total, cross = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    best_at = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, D, BLOCK):
         column = start + lane
         inside = column < D
         student = tl.load(student_at + column, mask=inside, other=float("-inf")).to(tl.float32)
         p = tl.exp(tl.load(teacher_at + column, mask=inside, other=float("-inf")).to(tl.float32) - teacher_lse)
         cross += tl.where(inside, p * student, 0.0)
-        best_at = tl.where(student > maximum, column, best_at)
-        higher = tl.maximum(maximum, student)
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(maximum - safe) + tl.exp(student - safe)
+        higher = tl.maximum(maximum, tl.max(student, 0))
+        total = total * tl.exp(maximum - higher) + tl.exp(student - higher)
         maximum = higher
-    highest = tl.max(maximum, 0)
-    choice = tl.min(tl.where(maximum == highest, best_at, D), 0)
-    lse = highest + tl.log(tl.sum(total * tl.exp(maximum - highest), 0))
-    difference = tl.zeros((BLOCK,), tl.float32)
+    lse = maximum + tl.log(tl.sum(total, 0))
+    difference, before = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, D, BLOCK):
         column = start + lane
         inside = column < D
@@ -407,12 +402,14 @@ def _distill(
         p = tl.exp(tl.load(teacher_at + column, mask=inside, other=float("-inf")).to(tl.float32) - teacher_lse)
         gap = tl.exp(student - lse) - p
         difference += tl.abs(gap)
+        # Where several logits are the highest, the first is the draft's choice.
+        before += tl.where((student == maximum) & (column <= favourite), tl.where(column < favourite, 2.0, 1.0), 0.0)
         if LEARN:
             tl.store(student_at + column, tl.where(counts, gap * weight, 0.0), mask=inside)
     one = tl.where(counts, 1.0, 0.0)
     tl.store(sums + row * 4, tl.where(counts, lse - tl.sum(cross, 0), 0.0))
     tl.store(sums + row * 4 + 1, one)
-    tl.store(sums + row * 4 + 2, tl.where(counts & (choice == favourite), 1.0, 0.0))
+    tl.store(sums + row * 4 + 2, tl.where(counts & (tl.sum(before, 0) == 1.0), 1.0, 0.0))
     tl.store(sums + row * 4 + 3, tl.where(counts, 1.0 - 0.5 * tl.sum(difference, 0), 0.0))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from draft_model.drafts.eagle3.batch import Batch
+from draft_model.drafts.transfer import to_device
 from draft_model.errors import DraftModelError
 from draft_model.target.fused import fuse, multiplier
 
@@ -97,13 +98,6 @@ class Target:
         final = self.decoder(input_ids=to_device(batch.tokens, self.device), use_cache=False).last_hidden_state
         states = torch.cat((self.features(), final), -1)
         return [states[row, :length] for row, length in enumerate(batch.lengths.tolist())]
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on another device, without waiting for the transfer."""
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, config: Any) -> Tensor:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from draft_model.drafts.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -138,7 +140,7 @@ class Plan:
             return self
         parts = [(owner, field.name, getattr(owner, field.name)) for owner in (self, self.windows)
                  for field in fields(owner) if isinstance(getattr(owner, field.name), Tensor)]  # fmt: skip
-        flat = torch.cat([tensor.flatten() for _, _, tensor in parts]).pin_memory().to(device, non_blocking=True)
+        flat = to_device(torch.cat([tensor.flatten() for _, _, tensor in parts]), device)
         moved: dict[int, dict[str, Tensor]] = {id(self): {}, id(self.windows): {}}
         for (owner, name, tensor), part in zip(parts, flat.split([t.numel() for *_, t in parts]), strict=True):
             moved[id(owner)][name] = part.view(tensor.shape)
