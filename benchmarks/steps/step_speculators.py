@@ -33,8 +33,14 @@ class _StandIns:
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         """A module each of whose attributes is an empty class."""
         module = types.ModuleType(spec.name)
-        module.__getattr__ = lambda name: type(name, (), {})  # type: ignore[method-assign]
+        module.__getattr__ = self._attribute  # type: ignore[method-assign]
         return module
+
+    @staticmethod
+    def _attribute(name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
 
     def exec_module(self, module: types.ModuleType) -> None:
         """Nothing to run."""
