@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from draft_model.drafts import kernels
 
@@ -195,3 +196,40 @@ def test_rotation_of_the_targets_heads(dtype, batch):
     found = triton_kernels.rotate(q, cos, sin)
     assert found.stride() == q.stride()
     assert_close([found], [truth], dtype)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: numbers and sizes that depend on tensors' values."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(
+    not INTERPRETED, reason="needs TRITON_INTERPRET=1; a GPU has its own test"
+)
+def test_the_step_asks_for_no_number(monkeypatch):
+    from draft_model.drafts.eagle3 import step
+    from draft_model.training.gradients import Gradients
+    from drafts.eagle3.case import random_case
+
+    case = random_case(0, [9, 14], learnt=lambda length: torch.arange(length) >= length // 2)
+    objective, states = case.on("cpu", 3)
+    plan = step.plan_unroll(case.batch, 3)  # on the host, where it may ask
+    monkeypatch.setattr(step, "plan_unroll", lambda *_: plan)
+    gradients = Gradients(objective.draft.parameters())
+    with Waits() as waits:
+        loss, sums = objective(case.batch, states)
+        loss.backward()
+        norm = gradients.norm(sums.supervised[0])
+        norm.isfinite()
+    assert waits.seen == []
+    with Waits() as waits:
+        float(norm)
+    assert waits.seen

@@ -255,8 +255,7 @@ class _FlashOnCpu:
     def __init__(self, windows: Windows, k0: Tensor, v0: Tensor) -> None:
         self._batch, self._length = windows.batch, max(windows.longest_key, 1)
         self._keys = windows.conversation * self._length + windows.key_time  # flat in [B, S]
-        first = int(windows.row_time.min())
-        self._first = first - first % BLOCK
+        self._first = windows.first - windows.first % BLOCK
         self._width = self._length - self._first
         self._rows = windows.row_conversation * self._width + windows.row_time - self._first  # flat in [B, W]
         self._k, self._v = (self._scatter(x, self._keys, self._length) for x in (k0, v0))

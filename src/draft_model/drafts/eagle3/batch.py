@@ -70,6 +70,7 @@ class Windows:
         query_starts: where each window begins, and the last one's end, int64 [conversations with keys + 1].
         key_starts: likewise of the keys.
         batch: B.
+        first: no conversation has a query before this t.
         longest_query: longest window.
         longest_key: most keys of a conversation.
         size: positions of all windows, W.
@@ -84,6 +85,7 @@ class Windows:
     query_starts: Tensor
     key_starts: Tensor
     batch: int
+    first: int
     longest_query: int
     longest_key: int
     size: int
@@ -228,6 +230,7 @@ def _windows(
         query_starts=torch.cat((torch.zeros(1, dtype=torch.int64), sizes[have].cumsum(0))),
         key_starts=torch.cat((torch.zeros(1, dtype=torch.int64), counts[have].cumsum(0))),
         batch=len(lengths),
+        first=int(row_time.min()) if len(row_time) else 0,
         longest_query=int(sizes.max()),
         longest_key=int(counts.max()),
         size=int(sizes.sum()),
