@@ -211,9 +211,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.skipif(
-    not INTERPRETED, reason="needs TRITON_INTERPRET=1; a GPU has its own test"
-)
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; a GPU has its own test")
 def test_the_step_asks_for_no_number(monkeypatch):
     from draft_model.drafts.eagle3 import step
     from draft_model.training.gradients import Gradients

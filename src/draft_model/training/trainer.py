@@ -193,6 +193,8 @@ def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
                 window = Window(p.ttt_length)
             if validates:
                 _validate(training, step.epoch, progress)
+            if not ahead:  # on a GPU the requests of all processes come with the step's numbers
+                stopping = ranks.any(stop())
             if saves or stopping:
                 random = ranks.gather(random_state())
                 if ranks.first:
