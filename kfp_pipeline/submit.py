@@ -77,7 +77,7 @@ def submit(
         DraftModelError: for bad parameters, all at once and before the server is asked; and for what it refuses.
     """
     parameters = check(values)
-    documents = compile_documents(cache)
+    documents = compile_documents()
     version = version_name(documents)
     pipeline_id = _pipeline(server)
     version_id, uploaded = _version(server, pipeline_id, version, as_text(documents))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from draft_model.doors import exit_code
+from draft_model.doors import exit_code, printable
 from draft_model.options import SETTINGS, WORK, Group, given, options_of, scratch, uri
 from draft_model.parameters import PARAMETERS
+from draft_model.shown import table
 from kfp_pipeline.commands import COMMANDS
 
 
@@ -48,24 +50,12 @@ def import_command(output: str, work: Path | None, **options: Any) -> None:
         click.echo(run(ImportConfig(output=output, work=folder, parameters=parameters)).uri)
 
 
-def _share(_: click.Context, __: click.Parameter, part: str | None) -> tuple[int, int] | None:
-    if part is None:
-        return None
-    number, _slash, parts = part.partition("/")
-    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise click.BadParameter(f"given {part!r}; allowed: I/N with I from 1 to N, as 1/8")
-    return int(number) - 1, int(parts)
-
-
 @cli.command("dataset")
 @uri("model", "The imported model.")
 @uri("output", "Where the data set goes.")
 @options_of("dataset")
-@click.option(
-    "--part", metavar="I/N", callback=_share, help="Encode one of N parts; without it, what is missing, and merge."
-)
 @WORK
-def dataset_command(model: str, output: str, part: tuple[int, int] | None, work: Path | None, **options: Any) -> None:
+def dataset_command(model: str, output: str, work: Path | None, **options: Any) -> None:
     """Turn conversations (JSONL) into tokens, loss masks and the draft vocabulary.
 
     A line is {"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]};
@@ -79,18 +69,13 @@ def dataset_command(model: str, output: str, part: tuple[int, int] | None, work:
     \b
     draft-model dataset --model s3://bucket/qwen3-8b --dataset_train_split 's3://bucket/chats/*.jsonl.gz' \\
         --chat_template qwen --output s3://bucket/dataset
-    Several machines at once:   draft-model dataset --part 1/8 ...   to --part 8/8, then without --part.
     """  # noqa: D301
-    from draft_model.dataset import DatasetConfig, run, run_part
+    from draft_model.dataset import DatasetConfig, run
     from draft_model.preflight import check
 
     parameters = check(given(options), ["dataset"])
     with scratch(work) as folder:
-        config = DatasetConfig(model=model, output=output, parameters=parameters, work=folder)
-        if part:
-            run_part(config, *part)
-        else:
-            click.echo(run(config).uri)
+        click.echo(run(DatasetConfig(model=model, output=output, parameters=parameters, work=folder)).uri)
 
 
 @cli.command("train")
@@ -130,15 +115,12 @@ def evaluate_command(model: str, dataset: str, draft: str, work: Path | None, **
     """  # noqa: D301
     from draft_model.evaluation import EvaluateConfig, run
     from draft_model.preflight import check
+    from draft_model.steps import evaluation_sentence
 
     parameters = check(given(options), ["evaluate"])
     with scratch(work) as folder:
         config = EvaluateConfig(model=model, dataset=dataset, final=draft, work=folder, parameters=parameters)
-        result = run(config)
-        click.echo(
-            f"acceptance length {result.acceptance_length:.2f} (untrained {result.untrained_acceptance_length:.2f}), "
-            f"{result.compared_tokens} tokens equal to the target's own; report beside {result.final}"
-        )
+        click.echo(evaluation_sentence(run(config)))
 
 
 @cli.command("compare")
@@ -161,21 +143,16 @@ def compare_command(
     """  # noqa: D301
     import json
 
-    from rich.console import Console
-    from rich.table import Table
-
     from draft_model.preflight import check
 
     parameters = check(given(options), ["evaluate"])
-    from draft_model.evaluation.compare import CompareConfig, compare, table
+    from draft_model.evaluation import compare
 
     with scratch(work) as folder:
-        records = compare(CompareConfig(model, dataset, drafts, folder, parameters))
-    head, *rows = table(records)
-    shown = Table(*head, title=f"on {records[0]['hardware']}, {parameters.num_speculative_tokens} proposals, greedy")
-    for row in rows:
-        shown.add_row(*row)
-    Console().print(shown)
+        records = compare.compare(compare.CompareConfig(model, dataset, drafts, folder, parameters))
+    heads, *rows = compare.table(records)
+    title = f"on {records[0]['hardware']}, {parameters.num_speculative_tokens} proposals, greedy"
+    _print_table(rows, heads, title=title)
     if file is not None:
         file.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
@@ -235,9 +212,6 @@ def plan_command(
     draft-model plan --config docs/targets/llama-3.3-70b.json --tp_size 4 \\
         --number_of_gpu_to_use_draft_model_training 8 --draft_global_batch_size 64
     """  # noqa: D301
-    from rich.console import Console
-    from rich.table import Table
-
     from draft_model.preflight import check
     from draft_model.training import plan
 
@@ -246,10 +220,21 @@ def plan_command(
     target = plan.read_config(config)
     draft = plan.draft_of(target, parameters)
     made = plan.make_plan(target, draft, parameters, cluster, plan.Workload(tokens, supervised))
-    table = Table(show_header=False)
-    for name, value in plan.rows_of(made, parameters, cluster):
-        table.add_row(name, value)
-    Console(width=110).print(table)
+    _print_table(plan.rows_of(made, parameters, cluster), width=110)
+
+
+def _print_table(
+    rows: Iterable[Iterable[str]], heads: Iterable[str] = (), *, title: str = "", width: int | None = None
+) -> None:
+    """Prints a table; what stands in it may be a stranger's text, and is neither markup nor a terminal's command."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(*heads, title=escape(title), show_header=bool(heads))
+    for row in rows:
+        shown.add_row(*(escape(printable(value)) for value in row))
+    Console(width=width).print(shown)
 
 
 @cli.command("parameters")
@@ -264,14 +249,17 @@ def parameters_command() -> None:
 
 def parameter_table() -> str:
     """All parameters as a Markdown table, the contract's first."""
-    rows = ["| parameter | type | default | allowed | meaning |", "|---|---|---|---|---|"]
-    for p in PARAMETERS:
-        default = f"`{p.default}`" if p.default != "" and p.name != "total_steps" else "-"
-        allowed = ", ".join(f"`{choice}`" for choice in p.choices) or p.allowed
-        unit = f", {p.unit}" if p.unit else ""
-        name = f"{p.name} (addition)" if p.addition else p.name
-        rows.append(f"| {name} | {p.kind}{unit} | {default} | {allowed} | {p.help} |")
-    return "\n".join(rows)
+    rows = [
+        (
+            f"{p.name} (addition)" if p.addition else p.name,
+            f"{p.kind}, {p.unit}" if p.unit else p.kind,
+            f"`{p.default}`" if p.default != "" and p.name != "total_steps" else "-",
+            ", ".join(f"`{choice}`" for choice in p.choices) or p.allowed,
+            p.help,
+        )
+        for p in PARAMETERS
+    ]
+    return table(rows, ("parameter", "type", "default", "allowed", "meaning"), raw=True).rstrip("\n")
 
 
 for _command in COMMANDS:
@@ -279,7 +267,7 @@ for _command in COMMANDS:
 
 
 def main() -> None:
-    """The command line's door: 0, or 2 for a user's mistake, without a traceback."""
+    """The command line: exits with 0, or with 2 for a user's mistake, without a traceback."""
     sys.exit(exit_code(_command_line))
 
 

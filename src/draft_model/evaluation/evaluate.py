@@ -64,17 +64,12 @@ def open_case(p: Parameters, model: Path, dataset: Path | None, draft: Eagle3Dra
         template: name of the chat template, for a tokenizer that has none.
 
     Raises:
-        DraftModelError: when something cannot be loaded, or evaluation_tree does not suit the target.
+        DraftModelError: when something cannot be loaded.
     """
     from transformers import AutoTokenizer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = load_target(model, draft.config.aux_layers, torch.float32, device)
-    if p.evaluation_tree and measure.slides(target):
-        raise DraftModelError(
-            f"evaluation_tree: given {p.evaluation_tree!r}, but the target has sliding-window layers, which trees are "
-            "not decoded with here: leave it out"
-        )
     tokenizer = AutoTokenizer.from_pretrained(model)
     split = Split(dataset / "validation") if dataset and (dataset / "validation").is_dir() else None
     ahead = p.evaluation_max_new_tokens + max(LONGEST, p.num_speculative_tokens) + 1
@@ -143,12 +138,12 @@ def evaluate(p: Parameters, model: Path, dataset: Path, final: Path, training: M
 def _more(
     case: Case, draft: Eagle3Draft, own: Sequence[Sequence[int]]
 ) -> tuple[list[dict[str, Any]], measure.Comparison]:
-    """The other ways of decoding that were asked for: a tree, and sampling."""
+    """The other way of decoding that may be asked for: sampling."""
     p, found, compared = case.parameters, [], measure.Comparison(0, [], [])
-    tree = DraftTree.parse(p.evaluation_tree) if p.evaluation_tree else DraftTree.chain(p.num_speculative_tokens)
-    ways = [(0.0, f"tree {p.evaluation_tree}, greedy")] if p.evaluation_tree else []
+    tree = DraftTree.chain(p.num_speculative_tokens)
+    ways = []
     if p.evaluation_temperature:
-        shape = f"tree {p.evaluation_tree}" if p.evaluation_tree else f"chain of {tree.depth}"
+        shape = f"chain of {tree.depth}"
         ways.append((p.evaluation_temperature, f"{shape}, sampled at temperature {p.evaluation_temperature:g}"))
     for temperature, name in ways:
         replies, _ = case.decode(draft, tree, name, Sampling(temperature, p.seed) if temperature else None)
