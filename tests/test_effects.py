@@ -21,9 +21,9 @@ EFFECTS = {
         "number_of_gpu_to_use_draft_model_training": "test_nodes_are_pods_and_gpus_are_processes",
     },
     "test_parameters.py": {"dp_size": "test_data_parallelism_that_was_set_and_does_not_fit_is_refused"},
-    "../kfp_pipeline/components/resolve_compute/tests/test_component.py": {
-        "instance_type_model_import": "test_what_the_import_gets_and_what_is_shown",
-        "compute_model_import": "test_a_named_compute_wins_over_the_instance_type",
+    "test_steps.py": {
+        "instance_type_model_import": "test_the_pods_of_import_and_data_set_get_the_nodes_of_the_compute",
+        "compute_model_import": "test_the_pods_of_import_and_data_set_get_the_nodes_of_the_compute",
     },
     "jobs/test_compute.py": {
         "instance_type_draft_model_training": "test_three_clouds_and_any_case",

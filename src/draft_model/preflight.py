@@ -119,8 +119,8 @@ def inspect_run(values: Mapping[str, Any], root: str, work: Path) -> Report:
         root: URI of the folder that this step's own artifacts go to; the run's others go beside it.
         work: scratch folder on this machine.
     """
-    report = Report(values)
-    parameters, _ = valid_values(values)
+    parameters, wrong = valid_values(values)
+    report = Report({**values, **parameters.model_dump(exclude=named_parameters(wrong))})
     try:
         check(values)
     except DraftModelError as error:
@@ -165,7 +165,7 @@ def _resolve_nodes(parameters: Parameters, report: Report) -> None:
 def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
     """Asks the Hub for the model, and compares max_length with the positions that the target knows."""
     from draft_model.model_import import hub
-    from draft_model.model_import.sources import read, resolve
+    from draft_model.model_import.sources import resolve
 
     sources = [
         name for name in ("huggingface_id", "pytorch_model_path", "mlflow_model_path") if getattr(parameters, name)
@@ -179,7 +179,8 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
             return
         else:
             files = dict(resolve(parameters, work).files)
-        config = json.loads(read(files["config.json"])) if "config.json" in files else {}
+        file = files.get("config.json")
+        config = json.loads(file.read(0, file.size)) if file is not None else {}
     except hub.Unreachable as error:
         report.notes.append(f"huggingface_id: not checked from here, the import does: {error}")
         return
