@@ -250,7 +250,9 @@ def hub(tmp_path, monkeypatch):
 
     put(str(tmp_path / "repository"), "config.json", content=b'{"max_position_embeddings": 1024}')
     with Hub(tmp_path / "repository") as server:
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 

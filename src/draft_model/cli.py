@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import click
 
 from draft_model.doors import exit_code, printable
 from draft_model.options import SETTINGS, WORK, Group, given, options_of, scratch, uri
-from draft_model.parameters import PARAMETERS
+from draft_model.parameters import PARAMETERS, Parameters, Stage
 from draft_model.shown import table
 from kfp_pipeline.commands import COMMANDS
 
@@ -32,6 +33,16 @@ def cli() -> None:
     """  # noqa: D301
 
 
+@contextmanager
+def _checked(stage: Stage, options: dict[str, Any], work: Path | None) -> Iterator[tuple[Parameters, Path]]:
+    """The parameters of a stage, with every input that they name read; and a scratch folder."""
+    from draft_model.preflight import check
+
+    parameters = check(given(options), [stage])
+    with scratch(work) as folder:
+        yield parameters, folder
+
+
 @cli.command("import")
 @uri("output", "Where the imported model goes.")
 @options_of("import")
@@ -43,10 +54,8 @@ def import_command(output: str, work: Path | None, **options: Any) -> None:
     draft-model import --huggingface_id Qwen/Qwen3-8B --output s3://bucket/qwen3-8b
     """  # noqa: D301
     from draft_model.model_import import ImportConfig, run
-    from draft_model.preflight import check
 
-    parameters = check(given(options), ["import"])
-    with scratch(work) as folder:
+    with _checked("import", options, work) as (parameters, folder):
         click.echo(run(ImportConfig(output=output, work=folder, parameters=parameters)).uri)
 
 
@@ -71,10 +80,8 @@ def dataset_command(model: str, output: str, work: Path | None, **options: Any) 
         --chat_template qwen --output s3://bucket/dataset
     """  # noqa: D301
     from draft_model.dataset import DatasetConfig, run
-    from draft_model.preflight import check
 
-    parameters = check(given(options), ["dataset"])
-    with scratch(work) as folder:
+    with _checked("dataset", options, work) as (parameters, folder):
         click.echo(run(DatasetConfig(model=model, output=output, parameters=parameters, work=folder)).uri)
 
 
@@ -92,11 +99,9 @@ def train_command(model: str, dataset: str, output: str, work: Path | None, **op
         --number_of_gpu_to_use_draft_model_training 8 --draft_global_batch_size 64
     """  # noqa: D301
     from draft_model import jobs
-    from draft_model.preflight import check
     from draft_model.training import TrainConfig
 
-    parameters = check(given(options), ["train"])
-    with scratch(work) as folder:
+    with _checked("train", options, work) as (parameters, folder):
         config = TrainConfig(model=model, dataset=dataset, output=output, work=folder, parameters=parameters)
         click.echo(jobs.run(config).final)
 
@@ -114,11 +119,9 @@ def evaluate_command(model: str, dataset: str, draft: str, work: Path | None, **
     draft-model evaluate --model s3://bucket/qwen3-8b --dataset s3://bucket/dataset --draft s3://bucket/draft/final
     """  # noqa: D301
     from draft_model.evaluation import EvaluateConfig, run
-    from draft_model.preflight import check
     from draft_model.steps import evaluation_sentence
 
-    parameters = check(given(options), ["evaluate"])
-    with scratch(work) as folder:
+    with _checked("evaluate", options, work) as (parameters, folder):
         config = EvaluateConfig(model=model, dataset=dataset, final=draft, work=folder, parameters=parameters)
         click.echo(evaluation_sentence(run(config)))
 
@@ -126,7 +129,7 @@ def evaluate_command(model: str, dataset: str, draft: str, work: Path | None, **
 @cli.command("compare")
 @uri("model", "The target, imported or a Transformers folder.")
 @click.option(
-    "--dataset", default="", show_default=False, metavar="URI", help="Built data set; its validation split is decoded."
+    "--dataset", default="", show_default=False, metavar="URI", help="Built data set, decoded by its validation split."
 )
 @click.option("--json", "file", type=click.Path(path_type=Path), help="File for the comparison as JSON.")
 @click.argument("drafts", nargs=-1, required=True, metavar="DRAFT DRAFT...")
@@ -143,12 +146,9 @@ def compare_command(
     """  # noqa: D301
     import json
 
-    from draft_model.preflight import check
-
-    parameters = check(given(options), ["evaluate"])
     from draft_model.evaluation import compare
 
-    with scratch(work) as folder:
+    with _checked("evaluate", options, work) as (parameters, folder):
         records = compare.compare(compare.CompareConfig(model, dataset, drafts, folder, parameters))
     heads, *rows = compare.table(records)
     title = f"on {records[0]['hardware']}, {parameters.num_speculative_tokens} proposals, greedy"

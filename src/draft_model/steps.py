@@ -37,13 +37,6 @@ class Artifact(Protocol):
         """Of the file or folder on this machine that KFP uploads to `uri`."""
 
 
-class Status(Protocol):
-    """What the exit task is told: `kfp.dsl.PipelineTaskFinalStatus`."""
-
-    state: str
-    error_message: str
-
-
 def preflight(values: Mapping[str, Any], run_id: str, summary: Artifact) -> tuple[Any, ...]:
     """Checks the run and writes the page about it; no later step validates again.
 
@@ -169,7 +162,7 @@ _KILLED = (
 
 
 def clean_up(
-    run_id: str, training_backend: str, storage_uri: str, checkpoint_path: str, status: Status, summary: Artifact
+    run_id: str, training_backend: str, storage_uri: str, checkpoint_path: str, status: Any, summary: Artifact
 ) -> None:
     """Deletes what the training step left on the cluster, and says how the run ended and how to go on.
 
@@ -178,7 +171,7 @@ def clean_up(
         training_backend: the run's parameter.
         storage_uri: the run's parameter.
         checkpoint_path: the run's parameter.
-        status: of all steps together, in the words of MLMD (a server's) or of kfp.local.
+        status: KFP's PipelineTaskFinalStatus of all steps together, in the words of MLMD (a server's) or of kfp.local.
         summary: the page that says so.
     """
     from draft_model import jobs
@@ -210,27 +203,21 @@ def clean_up(
 
 
 def _newest_checkpoint(folder: str) -> list[str]:
-    """Where the newest checkpoint below a folder is, and how to go on from it."""
-    if not folder:
-        return []
+    """Says which checkpoint below a folder is the newest, and how to go on from it."""
+    newest = ""
     try:
-        names = storage.list_files(folder)
-        indexes = [name for name in names if name.rpartition("/")[2] == "checkpoints.json"]
-        found = [
-            storage.join(folder, index.rpartition("/")[0], checkpoint) if "/" in index
-            else storage.join(folder, checkpoint)
-            for index in indexes
-            for checkpoint in json.loads(storage.read_bytes(storage.join(folder, index)))[-1:]
-            if f"{index.removesuffix('checkpoints.json')}{checkpoint}/{storage.MANIFEST}" in names
-        ]  # fmt: skip
+        names = storage.list_files(folder) if folder else {}
+        for index in (name for name in names if name.rpartition("/")[2] == "checkpoints.json"):
+            parent = index.removesuffix("checkpoints.json")
+            for checkpoint in json.loads(storage.read_bytes(storage.join(folder, index))):
+                if f"{parent}{checkpoint}/{storage.MANIFEST}" in names:
+                    newest = f"{folder}/{parent}{checkpoint}"
     except (DraftModelError, ValueError) as error:
         return [f"whether there is a checkpoint is not known: {error}"]
-    if not found:
+    if not newest:
         return ["the training has saved no checkpoint"]
-    return [
-        f"the newest checkpoint is {found[-1]}: Retry in KFP's UI goes on from there, and so does a new run with "
-        f"resume=true and resume_from_checkpoint={found[-1]}"
-    ]
+    how = f"a new run with resume=true and resume_from_checkpoint={newest}"
+    return [f"the newest checkpoint is {newest}: Retry in KFP's UI goes on from there, and so does {how}"]
 
 
 def _output(config: type, p: Parameters, name: str, artifact_uri: str, run_id: str) -> dict[str, str]:
