@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +23,7 @@ from draft_model.evaluation import prompts
 from draft_model.parameters import PARAMETERS, STAGES, Parameters, Stage
 from draft_model.parameters.rules import problems_with
 from draft_model.shown import bullets, table
-from draft_model.storage.transfer import local_errors, run_all
+from draft_model.storage.transfer import in_parallel, local_errors
 
 _HUB_SECONDS = 10
 
@@ -155,10 +154,8 @@ def _try_store(parameters: Parameters, root: str, report: Report) -> None:
     try:
         if not storage.is_remote(place):
             return
-        probe = storage.join(place, f"preflight-{uuid.uuid4().hex}")
-        storage.write_bytes(storage.join(probe, "probe"), b"written")
-        storage.read_bytes(storage.join(probe, "probe"))
-        storage.remove(probe)
+        if problems := storage.probe(place):
+            raise DraftModelError(problems)
     except DraftModelError as error:
         why = f"object_store_secret: given {secret!r}; {absent}" if not keys else ""
         name = "storage_uri" if parameters.storage_uri else "the pipeline root"
@@ -191,7 +188,7 @@ def _problems(name: str, reader: Callable[[str, str], Any], uri: str) -> list[st
 
 def _read_data(name: str, uri: str) -> None:
     """A byte of each file: that it is listed does not mean that it can be read."""
-    run_all(lambda file: file.read(0, 1), find(uri))
+    in_parallel(lambda file, _: file.read(0, 1), find(uri))
 
 
 def _read_config(name: str, uri: str) -> None:

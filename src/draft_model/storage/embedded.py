@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO
 
 from draft_model.errors import DraftModelError
-from draft_model.storage.local import landing
+from draft_model.storage.local import partial_file
 from draft_model.storage.transfer import local_errors
 
 REGION = "us-east-1"
@@ -211,9 +211,10 @@ def _lock(data: Path) -> IO[str]:
 def _keys(file: Path) -> tuple[str, str]:
     """The data folder's own access key and secret key; drawn at its first start."""
     if not file.exists():
-        with landing(file) as partial:
+        with partial_file(file) as partial:
             partial.touch(mode=0o600)
             partial.write_text(json.dumps({"access_key": secrets.token_hex(10), "secret_key": secrets.token_hex(20)}))
+            partial.replace(file)
     try:
         keys = json.loads(file.read_text())
         return str(keys["access_key"]), str(keys["secret_key"])
