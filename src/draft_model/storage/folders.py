@@ -98,7 +98,7 @@ def _listed(folder: LocalFolder | S3Folder) -> set[str]:
 
 
 def put_file(path: Path, uri: str) -> FileRecord:
-    """Uploads one file to its URI; returns its record for `write_manifest`."""
+    """Uploads one file to its URI; returns its record, with its last segment as path, for `write_manifest`."""
     folder, name = _file(uri)
     return folder.put({name: path})[0]
 
@@ -275,8 +275,9 @@ def copy(source_uri: str, uri: str, names: Iterable[str]) -> list[FileRecord]:
         return target.put({name: source.inside(name) for name in names})
     if not isinstance(target, LocalFolder) and target.store is source.store:
         return target.copy(source, names)
-    with tempfile.TemporaryDirectory(dir=target.path if isinstance(target, LocalFolder) else None) as work:
-        source.get({name: source.objects()[name].size for name in names}, Path(work), lambda *_: None)
+    with tempfile.TemporaryDirectory() as work:
+        objects = source.objects()
+        source.get({name: objects[name].size for name in names}, Path(work), lambda *_: None)
         return target.put({name: Path(work, name) for name in names})
 
 
@@ -291,14 +292,12 @@ def list_files(uri: str) -> dict[str, tuple[int, str]]:
 
 def exists(uri: str) -> bool:
     """Whether there is a file at the URI, or a whole folder."""
-    if folder_of(uri).exists(MANIFEST):
-        return True
     address = parse(uri)
     if isinstance(address, Path):
         with local_errors(uri):
-            return address.is_file()
-    folder, name = _file(uri) if address.key else (None, "")
-    return folder is not None and folder.exists(name)
+            return address.is_file() or (address / MANIFEST).is_file()
+    folder, name = _file(uri) if address.key else (folder_of(uri), MANIFEST)
+    return folder.exists(name) or folder_of(uri).exists(MANIFEST)
 
 
 def remove(uri: str) -> None:

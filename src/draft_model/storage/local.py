@@ -183,7 +183,7 @@ class LocalFolder:
     def remove_all(self) -> None:
         """Removes the folder with all that is in it."""
         with local_errors(self.uri):
-            self.inside("", write=True)
+            self.inside("any", write=True)
             if self.path.is_dir():
                 shutil.rmtree(self.path)
 

@@ -462,7 +462,7 @@ class S3Folder:
         def copy(name: str, advance: Advance) -> FileRecord:
             head, there = source.head(name), self.head(name)
             if head is None:
-                raise DraftModelError(f"{source.uri}/{name}: {_SENTENCES['NoSuchKey']}")
+                raise DraftModelError(f"{source.uri}/{name}: {_SENTENCES['404']}")
             etag, size = head["ETag"], head["ContentLength"]
             if there and there["ContentLength"] == size and there["Metadata"].get(_SOURCE) == etag.strip('"'):
                 advance(size)
