@@ -1,9 +1,9 @@
 """A real object store on this machine, for runs without a cluster and for tests: SeaweedFS as PyPI has it.
 
-It lives as long as its context and listens on free ports of 127.0.0.1. S3 asks for keys, and the HTTP ports of its
-filer and volume server for signed tokens; all are drawn for the data folder, which only this user may read.
-Its gRPC ports ask for nothing: other users of this machine who speak SeaweedFS's protocol may still list and delete
-what is in it. Do not use it on a machine that you share with people you do not trust.
+It lives as long as its context and listens on free ports of 127.0.0.1. S3 asks for keys, the volume server for signed
+tokens, filer and master answer no HTTP; keys and secrets are drawn for the data folder, which only this user may read.
+The gRPC ports ask for nothing: other users of this machine who speak the protocol of SeaweedFS may still list, read and
+delete what is in it. Do not use it on a machine that you share with people you do not trust.
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ class EmbeddedStore:
             "dir": "objects", "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "bucket": self.bucket,
             "s3.autoCreateBucket": "false", "s3.port.iceberg": "0", "s3.port.lance": "0", "s3.allowedOrigins": "",
             "filer.allowedOrigins": "", "filer.exposeDirectoryData": "false",
-            "volume.preStopSeconds": "0", "webdav": "false", "admin.ui": "false", "master.telemetry": "false", "disableHttp": "true",
+            "volume.preStopSeconds": "0", "webdav": "false", "admin.ui": "false", "master.telemetry": "false",
+            "disableHttp": "true",
         }  # fmt: skip
         flags = [f"-{name}={value}" for name, value in {**fixed, **self._ports}.items()]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}

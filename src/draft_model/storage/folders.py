@@ -19,7 +19,7 @@ from draft_model.storage import manifest
 from draft_model.storage.local import LocalFolder
 from draft_model.storage.manifest import MANIFEST, MANIFEST_LIMIT, FileRecord, Manifest
 from draft_model.storage.transfer import in_parallel, local_errors
-from draft_model.storage.uri import ObjectAddress, check_name, parse, split
+from draft_model.storage.uri import ObjectAddress, check_name, is_remote, parse, split
 
 if TYPE_CHECKING:
     from draft_model.storage.s3 import S3Folder
@@ -222,7 +222,7 @@ def fetch_tree(uri: str, into: Path) -> Path:
             if not source.path.is_dir():
                 raise DraftModelError(f"{uri} is not a folder; give an existing one")
         return source.path
-    found = {check_name(name, uri): (item.size, item.modified) for name, item in source.objects().items()}
+    found = {check_name(name, uri): (size, time) for name, (size, _, time) in source.objects().items()}
     if not found:
         raise DraftModelError(f"{uri} holds no objects; give the URI of a folder that has some")
     _fetch_unchecked(source, found, into)
@@ -277,7 +277,7 @@ def copy(source_uri: str, uri: str, names: Iterable[str]) -> list[FileRecord]:
         return target.copy(source, names)
     with tempfile.TemporaryDirectory() as work:
         objects = source.objects()
-        source.get({name: objects[name].size for name in names}, Path(work), lambda *_: None)
+        source.get({name: objects[name][0] for name in names}, Path(work), lambda *_: None)
         return target.put({name: Path(work, name) for name in names})
 
 
@@ -287,6 +287,10 @@ def list_files(uri: str) -> dict[str, tuple[int, str]]:
     The URI of one file gives that file by its own name.
     """
     found = folder_of(uri).files()
+    if not found and is_remote(uri) and uri.count("/") > 3:
+        folder, name = _file(uri)
+        if not isinstance(folder, LocalFolder) and (head := folder.head(name)):
+            found = {name: (head["ContentLength"], head["ETag"])}
     return {check_name(name, uri): found[name] for name in sorted(found)}
 
 

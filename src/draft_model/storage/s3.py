@@ -15,7 +15,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -71,32 +70,23 @@ _TRANSFER = TransferConfig(
 _HASH, _SOURCE = "sha256", "source-etag"
 """Metadata of our objects: SHA-256 of the content, and ETag of the object that it was copied from."""
 _KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN where the keys are temporary)"
-_DENIED = f"access denied; {_KEYS}, and that they may list (s3:ListBucket), read, write and delete there"
-_REGION = "the bucket is in another region; set AWS_DEFAULT_REGION to that"
-_FULL = "the object store is full; free some space there"
-_REPLACED = "the object changed while it was read; try again when it is whole"
+_MISSING = ("404", "NoSuchKey")
 _SENTENCES = {
-    "NoSuchBucket": "there is no such bucket; create it or correct its name",
-    "404": "there is no such bucket or object; check the URI",
-    "NoSuchKey": "there is no such object; check the URI",
-    "403": _DENIED,
-    "AccessDenied": _DENIED,
-    "SignatureDoesNotMatch": f"the store refuses the keys; {_KEYS}",
-    "InvalidAccessKeyId": f"the store does not know the access key; {_KEYS}",
-    "InvalidToken": f"the store refuses the session token; {_KEYS}",
-    "ExpiredToken": f"the keys have expired; {_KEYS}",
-    "RequestTimeTooSkewed": "the clock of this machine is wrong; set it",
-    "301": _REGION,
-    "PermanentRedirect": _REGION,
-    "AuthorizationHeaderMalformed": _REGION,
-    "412": _REPLACED,
-    "PreconditionFailed": _REPLACED,
-    "507": _FULL,
-    "XMinioStorageFull": _FULL,
-    "QuotaExceeded": "the quota of the bucket is used up; free some space there",
-    "NotImplemented": "the store does not support this request; without x-amz-checksum headers (R2, B2, older Ceph) it "
-    "needs AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required",
+    ("NoSuchBucket",): "there is no such bucket; create it or correct its name",
+    _MISSING: "there is no such bucket or object; check the URI",
+    ("403", "AccessDenied"): f"access denied; {_KEYS}, and that they may list (s3:ListBucket), read, write and delete",
+    ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken"): f"the store refuses the keys; {_KEYS}",
+    ("ExpiredToken",): f"the keys have expired; {_KEYS}",
+    ("RequestTimeTooSkewed",): "the clock of this machine is wrong; set it",
+    ("301", "PermanentRedirect", "AuthorizationHeaderMalformed"): "the bucket is in another region; set "
+    "AWS_DEFAULT_REGION to that",
+    ("412", "PreconditionFailed"): "the object changed while it was read; try again when it is whole",
+    ("507", "XMinioStorageFull", "QuotaExceeded"): "the store is full or the quota of the bucket used up; free some "
+    "space there",
+    ("NotImplemented",): "the store does not support this request; without x-amz-checksum headers (R2, B2, older Ceph) "
+    "it needs AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required",
 }
+_BY_CODE = {code: sentence for codes, sentence in _SENTENCES.items() for code in codes}
 _BUSY = {"429", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
 _FOREIGN = (ClientError, BotoCoreError, Boto3Error, OSError)
 
@@ -167,71 +157,70 @@ class Store:
                 return result
 
     def _explain(self, error: BaseException, uri: str) -> DraftModelError | None:
-        """What an exception of boto3 means in words, without a secret; None where it is not the store's."""
+        """What an exception of boto3 means, without secrets; its cause is the exception. None for those of the disk."""
         if isinstance(error, Boto3Error):  # S3UploadFailedError and RetriesExceededError hide what they are made of
             error = getattr(error, "last_exception", None) or error.__cause__ or error.__context__ or error
-        problem = self._sentence(error, uri)
-        if problem is not None:
-            problem.__cause__ = error
-        return problem
-
-    def _sentence(self, error: BaseException, uri: str) -> DraftModelError | None:
-        if isinstance(error, ClientError):
-            return _refusal(error, uri)
-        if isinstance(error, NoCredentialsError | PartialCredentialsError):
-            return DraftModelError(
-                f"{uri}: there are no credentials for the object store; set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or give this machine or pod a role"
-            )
-        if isinstance(error, ParamValidationError):
-            return DraftModelError(f"{uri}: S3 allows no such bucket or key; correct the URI")
         where = without_credentials(self._endpoint) if self._endpoint else "AWS (AWS_ENDPOINT_URL is not set)"
         if self._endpoint == KFP_STORE:
             where += " (the store of Kubeflow Pipelines, which minio:// means without AWS_ENDPOINT_URL)"
-        if any(sign in str(error) for sign in ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")):
-            return DraftModelError(
+        token, kind = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"), DraftModelError
+        if isinstance(error, ClientError):
+            kind, text = _refusal(error, uri)
+        elif isinstance(error, NoCredentialsError | PartialCredentialsError):
+            text = (
+                f"{uri}: there are no credentials for the object store; set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or give this machine or pod a role"
+            )
+        elif isinstance(error, ParamValidationError):
+            text = f"{uri}: S3 allows no such bucket or key; correct the URI"
+        elif any(sign in str(error) for sign in ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")):
+            text = (
                 f"{uri}: no trusted TLS connection to the object store at {where}; set AWS_CA_BUNDLE to the file of "
                 "its certificate authority, or correct http or https in AWS_ENDPOINT_URL"
             )
-        if isinstance(error, HTTPClientError | IncompleteReadError):
-            return StoreUnavailable(
-                f"{uri}: the object store at {where} cannot be reached; check that the store is running, the network, "
-                "and AWS_ENDPOINT_URL (host, port, http or https)"
+        elif isinstance(error, HTTPClientError | IncompleteReadError):
+            kind, text = (
+                StoreUnavailable,
+                (
+                    f"{uri}: the object store at {where} cannot be reached; check that the store is running, the network, "
+                    "and AWS_ENDPOINT_URL (host, port, http or https)"
+                ),
             )
-        if isinstance(error, BotoCoreError | Boto3Error):
-            return DraftModelError(
+        elif isinstance(error, BotoCoreError | Boto3Error):
+            text = (
                 f"{uri}: the AWS client gives up: {without_credentials(error)}; check the AWS_* environment variables"
             )
-        token = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE")
-        if isinstance(error, OSError) and token and error.filename == token:
-            return DraftModelError(
+        elif isinstance(error, OSError) and token and error.filename == token:
+            text = (
                 f"AWS_WEB_IDENTITY_TOKEN_FILE: given {token!r}, which cannot be read ({error.strerror}); check the "
-                "service account of the pod and its role's annotation, or unset it and AWS_ROLE_ARN"
+                "service account of the pod and the annotation of its role, or unset it and AWS_ROLE_ARN"
             )
-        return None
+        else:
+            return None
+        problem = kind(text)
+        problem.__cause__ = error
+        return problem
 
 
-def _refusal(error: ClientError, uri: str) -> DraftModelError:
+def _refusal(error: ClientError, uri: str) -> tuple[type[DraftModelError], str]:
     code, status = _code(error)
     if error.operation_name.startswith("AssumeRole"):
         message = without_credentials(error.response.get("Error", {}).get("Message", ""))
-        return DraftModelError(
+        return DraftModelError, (
             f"AWS_ROLE_ARN: STS does not give this process the role {os.environ.get('AWS_ROLE_ARN', 'of its profile')} "
             f"({code}: {message}); check the trust policy of the role, the identity provider and the service account"
         )
-    busy = code in _BUSY or status == 429 or (status >= 500 and status != 501 and code not in _SENTENCES)
+    if code in _BUSY or status == 429 or (status >= 500 and code not in _BY_CODE):
+        return StoreUnavailable, f"{uri}: the object store is too busy or away ({code or status}); try again later"
     unknown = f"the object store refuses {error.operation_name} with {code or status or 'no code'}; see its log"
-    if busy:
-        return StoreUnavailable(f"{uri}: the object store is too busy or away ({code or status}); try again later")
-    return DraftModelError(f"{uri}: {_SENTENCES.get(code, unknown)}")
+    return DraftModelError, f"{uri}: {_BY_CODE.get(code, unknown)}"
 
 
 def _code(error: BaseException | None) -> tuple[str, int]:
     """Error code and HTTP status of what the store refused."""
     response: Any = error.response if isinstance(error, ClientError) else {}
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    code = response.get("Error", {}).get("Code", "")
-    return "NotImplemented" if status == 501 else code, status
+    return "NotImplemented" if status == 501 else response.get("Error", {}).get("Code", ""), status
 
 
 def store(scheme: str = "s3") -> Store:
@@ -248,15 +237,6 @@ def store(scheme: str = "s3") -> Store:
 @functools.lru_cache(maxsize=8)
 def _store(process: int, settings: tuple[tuple[str, str], ...], scheme: str) -> Store:
     return Store(scheme)  # the arguments are the key of the cache: a forked process shares no sockets
-
-
-@dataclass(frozen=True)
-class ObjectInfo:
-    """Size in bytes, ETag and time of an object, as a listing has them."""
-
-    size: int
-    etag: str
-    modified: datetime
 
 
 class S3Folder:
@@ -295,7 +275,7 @@ class S3Folder:
         try:
             return ask()
         except DraftModelError as error:
-            if _code(error.__cause__)[0] in ("NoSuchKey", "404"):
+            if _code(error.__cause__)[0] in _MISSING:
                 return None
             raise
 
@@ -375,12 +355,12 @@ class S3Folder:
 
         self.store.request(self.uri, abort)
 
-    def objects(self) -> dict[str, ObjectInfo]:
-        """All objects of the folder by their relative names."""
+    def objects(self) -> dict[str, tuple[int, str, datetime]]:
+        """Size, ETag and time of all objects of the folder by their relative names."""
 
-        def pages(client: S3Client) -> dict[str, ObjectInfo]:
+        def pages(client: S3Client) -> dict[str, tuple[int, str, datetime]]:
             return {
-                item["Key"].removeprefix(self.prefix): ObjectInfo(item["Size"], item["ETag"], item["LastModified"])
+                item["Key"].removeprefix(self.prefix): (item["Size"], item["ETag"], item["LastModified"])
                 for page in client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
                 for item in page.get("Contents", [])
                 if not item["Key"].endswith("/")  # consoles make such empty objects to show a folder
@@ -389,14 +369,8 @@ class S3Folder:
         return self.store.request(self.uri, pages)
 
     def files(self) -> dict[str, tuple[int, str]]:
-        """Size and stamp (ETag) of every object below the folder, or of the one object."""
-        found = {name: (item.size, item.etag) for name, item in self.objects().items()}
-        if not found and self.address.key:
-            parent, _, name = self.address.key.rpartition("/")
-            above = S3Folder(ObjectAddress(self.bucket, parent, self.address.scheme), self.uri.removesuffix(f"/{name}"))
-            if head := above.head(name):
-                return {name: (head["ContentLength"], head["ETag"])}
-        return found
+        """Size and stamp (ETag) of every object below the folder."""
+        return {name: (size, etag) for name, (size, etag, _) in self.objects().items()}
 
     def put(self, sources: Mapping[str, Path]) -> list[FileRecord]:
         """Uploads local files to their names in the folder, those that are not there yet; returns their records."""
@@ -409,14 +383,8 @@ class S3Folder:
             if there and (there["ContentLength"], there["Metadata"].get(_HASH)) == (record.size, record.sha256):
                 advance(record.size)
                 return record
-            extra = {"Metadata": {_HASH: record.sha256}}
-            self._request(
-                name,
-                lambda client, to: client.upload_file(
-                    str(path), self.bucket, to["Key"], ExtraArgs=extra, Config=_TRANSFER, Callback=advance
-                ),
-                advance.stop,
-            )
+            more: Any = {"ExtraArgs": {"Metadata": {_HASH: record.sha256}}, "Config": _TRANSFER, "Callback": advance}
+            self._request(name, lambda client, to: client.upload_file(str(path), **to, **more), advance.stop)
             after = path.stat()
             if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 self.remove(name)
@@ -441,13 +409,8 @@ class S3Folder:
             def receive(name: str, advance: Advance) -> None:
                 target = folder.inside(name, write=True)
                 with partial_file(target) as partial:
-                    self._request(
-                        name,
-                        lambda client, to: client.download_file(
-                            self.bucket, to["Key"], str(partial), Config=_TRANSFER, Callback=advance
-                        ),
-                        advance.stop,
-                    )
+                    more: Any = {"Filename": str(partial), "Config": _TRANSFER, "Callback": advance}
+                    self._request(name, lambda client, to: client.download_file(**to, **more), advance.stop)
                     accept(name, partial)
                     partial.replace(target)
 
@@ -463,36 +426,24 @@ class S3Folder:
         def copy(name: str, advance: Advance) -> FileRecord:
             head, there = source.head(name), self.head(name)
             if head is None:
-                raise DraftModelError(f"{source.uri}/{name}: {_SENTENCES['404']}")
+                raise DraftModelError(f"{source.uri}/{name}: {_BY_CODE['404']}")
             etag, size = head["ETag"], head["ContentLength"]
             if there and there["ContentLength"] == size and there["Metadata"].get(_SOURCE) == etag.strip('"'):
                 advance(size)
                 return FileRecord(name, size, there["Metadata"][_HASH])
-            sha256 = head["Metadata"].get(_HASH) or source.sha256(name, etag)
-            extra = {
-                "Metadata": {_HASH: sha256, _SOURCE: etag.strip('"')},
-                "MetadataDirective": "REPLACE",
-                "CopySourceIfMatch": etag,
-            }
-            origin = {"Bucket": source.bucket, "Key": source.prefix + name}
-            self._request(
-                name,
-                lambda client, to: client.copy(
-                    origin, self.bucket, to["Key"], ExtraArgs=extra, Config=_TRANSFER, Callback=advance
-                ),
-                advance.stop,
-            )
+
+            def read(client: S3Client, to: Any) -> str:
+                digest = hashlib.sha256()
+                for block in client.get_object(**to, IfMatch=etag)["Body"].iter_chunks(2**20):
+                    digest.update(block)
+                return digest.hexdigest()
+
+            sha256 = head["Metadata"].get(_HASH) or source._request(name, read, advance.stop)
+            noted = {_HASH: sha256, _SOURCE: etag.strip('"')}
+            extra: Any = {"Metadata": noted, "MetadataDirective": "REPLACE", "CopySourceIfMatch": etag}
+            origin: Any = {"Bucket": source.bucket, "Key": source.prefix + name}
+            more: Any = {"ExtraArgs": extra, "Config": _TRANSFER, "Callback": advance}
+            self._request(name, lambda client, to: client.copy(origin, **to, **more), advance.stop)
             return FileRecord(name, size, sha256)
 
         return in_parallel(copy, names)
-
-    def sha256(self, name: str, etag: str) -> str:
-        """SHA-256 of an object that has this ETag, which is read for it."""
-
-        def read(client: S3Client, to: Any) -> str:
-            digest = hashlib.sha256()
-            for block in client.get_object(**to, IfMatch=etag)["Body"].iter_chunks(2**20):
-                digest.update(block)
-            return digest.hexdigest()
-
-        return self._request(name, read)
