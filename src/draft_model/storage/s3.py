@@ -179,12 +179,10 @@ class Store:
                 "its certificate authority, or correct http or https in AWS_ENDPOINT_URL"
             )
         elif isinstance(error, HTTPClientError | IncompleteReadError):
-            kind, text = (
-                StoreUnavailable,
-                (
-                    f"{uri}: the object store at {where} cannot be reached; check that the store is running, the network, "
-                    "and AWS_ENDPOINT_URL (host, port, http or https)"
-                ),
+            kind = StoreUnavailable
+            text = (
+                f"{uri}: the object store at {where} cannot be reached; check that the store is running, the network, "
+                "and AWS_ENDPOINT_URL (host, port, http or https)"
             )
         elif isinstance(error, BotoCoreError | Boto3Error):
             text = (
