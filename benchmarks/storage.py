@@ -83,9 +83,8 @@ def main() -> None:
                     assert sizes == [size] * count, name
                     shutil.rmtree(back)
                     shutil.rmtree(data)
-        print(
-            f"\n{count:,} x {size / 1e6:,.1f} MB, median of {options.rounds} rounds\n{'':10}{'up MB/s':>10}{'down MB/s':>12}"
-        )
+        print(f"\n{count:,} x {size / 1e6:,.1f} MB, median of {options.rounds} rounds")
+        print(f"{'':10}{'up MB/s':>10}{'down MB/s':>12}")
         for name, measured in times.items():
             rates = [count * size / statistics.median(column) / 1e6 for column in zip(*measured, strict=True)]
             print(f"{name:10}{rates[0]:>10.0f}{rates[1]:>12.0f}")

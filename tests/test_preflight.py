@@ -337,7 +337,7 @@ def test_the_object_store_is_written_to_with_the_later_steps_keys(hub, run, obje
     put(place, "there.json")
     for found in (run(place), run(storage_uri=place), run(place.replace("s3://", "minio://"))):
         assert (found.problems, found.notes) == ([], [])
-    assert list(storage.contents_of(place)) == ["there.json"]  # nothing is left
+    assert list(storage.list_files(place)) == ["there.json"]  # nothing is left
 
 
 def test_a_store_that_refuses_is_told_with_the_secret_that_is_not_there(hub, run, object_store, monkeypatch):

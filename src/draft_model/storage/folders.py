@@ -118,7 +118,7 @@ def extend(uri: str, files: Mapping[str, Path], *, properties: Mapping[str, Any]
     Args:
         uri: the folder.
         files: the local file for each name in the folder.
-        properties: are added to those of the folder, and replace those of the same name.
+        properties: added to those of the folder.
     """
     old, folder = read_manifest(uri), folder_of(uri)
     kept = [file for file in old.files if file.path not in files]
@@ -131,15 +131,7 @@ def extend(uri: str, files: Mapping[str, Path], *, properties: Mapping[str, Any]
 
 
 def read_manifest(uri: str, *, stage: str | None = None) -> Manifest:
-    """Reads what a whole folder holds.
-
-    Args:
-        uri: the folder.
-        stage: the stage that must have written it; any where None.
-
-    Raises:
-        DraftModelError: the folder is not whole, is of another stage, or its manifest is damaged.
-    """
+    """Reads what a whole folder holds; raises where it is not whole, damaged, or not written by `stage`."""
     writer = f"the {stage} stage" if stage else "the stage that writes it"
     found = folder_of(uri).read(MANIFEST, MANIFEST_LIMIT)
     if found is None:
@@ -207,14 +199,9 @@ def fetch(uri: str, into: Path, *, only: Callable[[str], bool] | None = None) ->
 
 
 def fetch_tree(uri: str, into: Path) -> Path:
-    """Provides a folder without manifest, such as a user's model, as a local one.
+    """Provides a folder without manifest, such as a user's model, as a local one: its own, or downloaded to `into`.
 
-    Args:
-        uri: the folder.
-        into: where a remote folder is downloaded to; files of the same size and time are not downloaded again.
-
-    Returns:
-        The local folder: that of the URI where it is local, else `into`.
+    Files of the same size and time are not downloaded again.
     """
     source = folder_of(uri)
     if isinstance(source, LocalFolder):
@@ -259,15 +246,9 @@ def _fetch_unchecked(source: S3Folder, found: Mapping[str, tuple[int, Any]], int
 
 
 def copy(source_uri: str, uri: str, names: Iterable[str]) -> list[FileRecord]:
-    """Copies files from one folder to another, within the object store where both are in the same one.
+    """Copies files of one folder to another, within the object store where both are in the same one.
 
-    Args:
-        source_uri: folder that the files are in.
-        uri: folder to copy to.
-        names: of the files in both folders.
-
-    Returns:
-        Their records for `write_manifest`, in the order of the names.
+    Returns their records for `write_manifest`, in the order of the names.
     """
     source, target = folder_of(source_uri), folder_of(uri)
     names = [check_name(name, uri) for name in names]

@@ -49,25 +49,15 @@ def _flush(path: Path) -> None:
 
 
 class LocalFolder:
-    """A local folder to publish to; it is made when something is written.
-
-    Args:
-        path: the folder.
-        uri: its name in messages.
-    """
+    """A local folder to publish to, made when something is written; `uri` is its name in messages."""
 
     def __init__(self, path: Path, uri: str) -> None:
         self.path, self.uri = path, uri
 
     def inside(self, name: str, *, write: bool = False) -> Path:
-        """Path of a file of this folder.
+        """Path of a file of this folder; raises DraftModelError where a symbolic link leads out of the folder.
 
-        Args:
-            name: relative to the folder.
-            write: whether the file is to be replaced or removed: a link in its place is replaced, not followed.
-
-        Raises:
-            DraftModelError: a symbolic link leads out of the folder.
+        A file that is to be written or removed may itself be a link: that is replaced, not followed.
         """
         path = self.path / name
         if write and self.path.is_symlink():

@@ -123,16 +123,15 @@ class Store:
             raise DraftModelError(f"{without_credentials(error)}; check the AWS_* environment variables") from error
 
     def request(self, uri: str, work: Callable[[S3Client], Result], stop: threading.Event | None = None) -> Result:
-        """Calls `work`, again while the store is away or too busy.
+        """Calls `work`, again while the store is away or too busy; with AWS_MAX_ATTEMPTS=1 only once.
 
         Args:
             uri: what it is about, for messages.
-            work: makes requests; must give the same when it is repeated.
+            work: makes requests that may be repeated.
             stop: ends the waiting between two tries.
 
         Raises:
-            DraftModelError: the store refuses; the answer of the store is the cause.
-            StoreUnavailable: the store stays away. With AWS_MAX_ATTEMPTS=1 nothing is repeated.
+            DraftModelError: the store refuses (the answer of the store is the cause) or stays away (StoreUnavailable).
         """
         began, pause = time.monotonic(), _PAUSES[0]
         while True:
@@ -238,15 +237,10 @@ def _store(process: int, settings: tuple[tuple[str, str], ...], scheme: str) -> 
 
 
 class S3Folder:
-    """A prefix of a bucket to publish to and fetch from.
-
-    Args:
-        address: bucket and prefix.
-        uri: its name in messages.
-    """
+    """A prefix of a bucket to publish to and fetch from; `uri` is its name in messages."""
 
     def __init__(self, address: ObjectAddress, uri: str) -> None:
-        self.address, self.bucket = address, address.bucket
+        self.bucket = address.bucket
         self.prefix = f"{address.key}/" if address.key else ""
         self.uri = uri.removesuffix("/")
         self.store = store(address.scheme)
@@ -393,13 +387,7 @@ class S3Folder:
             return in_parallel(send, sources, f"to {self.uri}", sum(path.stat().st_size for path in sources.values()))
 
     def get(self, sizes: Mapping[str, int], into: Path, accept: Callable[[str, Path], None]) -> None:
-        """Downloads objects.
-
-        Args:
-            sizes: bytes of each object by its relative name.
-            into: local folder for files of the same names.
-            accept: checks each file before it gets its name; raises to refuse it.
-        """
+        """Downloads objects of these sizes by name; `accept` checks each file before it gets its name in `into`."""
         with local_errors(str(into)):
             into.mkdir(parents=True, exist_ok=True)
             folder = LocalFolder(into.resolve(), str(into))
@@ -416,10 +404,7 @@ class S3Folder:
             in_parallel(receive, sizes, f"from {self.uri}", sum(sizes.values()))
 
     def copy(self, source: S3Folder, names: Iterable[str]) -> list[FileRecord]:
-        """Copies objects of a folder of the same store within the store; returns their records.
-
-        An object that has no SHA-256 in its metadata is read once for it, and not kept.
-        """
+        """Copies objects within the store; one without SHA-256 in its metadata is read once for it, and not kept."""
 
         def copy(name: str, advance: Advance) -> FileRecord:
             head, there = source.head(name), self.head(name)

@@ -24,16 +24,16 @@ SHOW_PROGRESS_FROM = 100 * 10**6
 PATIENCE = ContextVar("PATIENCE", default=600.0)
 """Seconds that a store which has answered before may be away until a request of a stage fails."""
 
-_CHOOSE = "or choose another folder"
+_DENIED = "permission denied; give this user access or choose another folder"
 _SENTENCES = {
-    errno.ENOSPC: f"the disk is full (or has no inodes left); free some space {_CHOOSE}",
-    errno.EDQUOT: f"the disk quota is used up; free some space {_CHOOSE}",
+    errno.ENOSPC: "the disk is full (or has no inodes left); free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",
-    errno.EACCES: f"permission denied; give this user access {_CHOOSE}",
-    errno.EPERM: f"permission denied; give this user access {_CHOOSE}",
-    errno.ENOTDIR: f"a folder is needed where there is a file; remove the file {_CHOOSE}",
-    errno.EISDIR: f"a file is needed where there is a folder; remove the folder {_CHOOSE}",
-    errno.EEXIST: f"a folder is needed where there is a file; remove the file {_CHOOSE}",
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.ENOTDIR: "a folder is needed where there is a file; remove the file or choose another folder",
+    errno.EISDIR: "a file is needed where there is a folder; remove the folder or choose another folder",
+    errno.EEXIST: "a folder is needed where there is a file; remove the file or choose another folder",
     errno.ENAMETOOLONG: "a name is longer than this file system allows; choose a shorter one",
     errno.EIO: "the file system reports an input/output error; check the disk or the network volume",
     errno.ESTALE: "the network volume was mounted anew or removed meanwhile; run again",
@@ -55,20 +55,13 @@ class Stopped(Exception):
 
 
 class Advance:
-    """Progress of a transfer: is called with the number of bytes transferred, from any thread.
+    """Progress of transfers: called with a number of bytes, from any thread; raises Stopped once `stop` is set."""
 
-    Args:
-        update: moves the bar.
-
-    Attributes:
-        stop: set where all transfers are to end.
-    """
-
-    def __init__(self, update: Callable[[float], object] = lambda _: None) -> None:
+    def __init__(self, update: Callable[[float], object]) -> None:
         self._update, self._lock, self.stop = update, threading.Lock(), threading.Event()
 
     def __call__(self, count: float) -> None:
-        """Moves the bar; raises Stopped where all transfers are to end."""
+        """Moves the progress bar."""
         if self.stop.is_set():
             raise Stopped
         with self._lock:
@@ -82,12 +75,9 @@ def in_parallel(
 
     Args:
         work: gets an item and the progress to report to.
-        items: files or names.
+        items: files or names, in the order of the results.
         what: label of the progress bar.
         size: bytes of all items; a bar is shown for a large transfer.
-
-    Returns:
-        The results in the order of the items.
     """
     from tqdm import tqdm
 
@@ -123,12 +113,7 @@ def local_errors(where: str) -> Iterator[None]:
 
 
 def check_free_disk(folder: Path, needed: int) -> None:
-    """Refuses a download that would fill the disk, before its first byte.
-
-    Args:
-        folder: destination; need not exist yet.
-        needed: bytes.
-    """
+    """Refuses a transfer of `needed` bytes that would fill the disk of a folder, which need not exist yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     total, _, free = shutil.disk_usage(existing)
     if needed > free and total:  # some file systems cannot say and answer 0

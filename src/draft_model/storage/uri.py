@@ -112,15 +112,7 @@ def is_remote(uri: str) -> bool:
 
 
 def join(uri: str, *parts: str) -> str:
-    """URI of something inside a folder.
-
-    Args:
-        uri: the folder.
-        parts: relative names, each of one or more segments.
-
-    Raises:
-        DraftModelError: a part could leave the folder, or the URI is invalid.
-    """
+    """URI of something inside a folder; raises DraftModelError where a relative name could leave the folder."""
     parse(uri)
     names = [check_name(part, uri) for part in parts]
     if uri.lower().startswith("file://"):
