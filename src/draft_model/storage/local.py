@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from draft_model.errors import DraftModelError
-from draft_model.storage.manifest import PARTIAL, FileRecord, problem, record_of
+from draft_model.storage.manifest import MANIFEST, PARTIAL, FileRecord, problem, record_of
 from draft_model.storage.transfer import Advance, check_free_disk, in_parallel, local_errors
 
 LOCK_SECONDS = 30.0
@@ -69,7 +69,7 @@ class LocalFolder:
     def read(self, name: str, limit: int = 2**63) -> tuple[bytes, str] | None:
         """Content of a file and its version (its SHA-256), or None where there is no such file."""
         with local_errors(self.uri):
-            path = self.inside(name)
+            path = self.inside(name) if name == MANIFEST else self.path / name  # a file that a user names may be a link
             try:
                 if not path.is_file():
                     return None
@@ -83,7 +83,7 @@ class LocalFolder:
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name."""
         with local_errors(self.uri):
-            return self.inside(name).is_file()
+            return (self.path / name).is_file()
 
     def write(self, name: str, data: bytes) -> None:
         """Makes or replaces a small file atomically and durably."""
@@ -179,13 +179,18 @@ class LocalFolder:
 
     def files(self) -> dict[str, tuple[int, str]]:
         """Size and stamp (modification time and size) of every file below the folder, or of the one file."""
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
         with local_errors(self.uri):
             if self.path.is_file():
                 paths = {self.path.name: self.path}
             else:
                 paths = {
                     path.relative_to(self.path).as_posix(): path
-                    for parent, _, names in os.walk(self.path)
+                    for parent, _, names in os.walk(self.path, onerror=fail)
                     for path in (Path(parent, name) for name in names if PARTIAL not in name)
                     if path.is_file()
                 }
