@@ -88,7 +88,7 @@ _SENTENCES = {
 }
 _BY_CODE = {code: sentence for codes, sentence in _SENTENCES.items() for code in codes}
 _BUSY = {"429", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
-_FOREIGN = (ClientError, BotoCoreError, Boto3Error, OSError)
+_FOREIGN = (ClientError, BotoCoreError, Boto3Error, OSError, RecursionError)
 
 
 class Store:
@@ -169,6 +169,11 @@ class Store:
             text = (
                 f"{uri}: there are no credentials for the object store; set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, or give this machine or pod a role"
+            )
+        elif isinstance(error, RecursionError):  # botocore follows a redirect that names no region again and again
+            text = (
+                f"{uri}: the object store at {where} redirects every request; correct http or https in "
+                "AWS_ENDPOINT_URL, or set AWS_DEFAULT_REGION to the region of the bucket"
             )
         elif isinstance(error, ParamValidationError):
             text = f"{uri}: S3 allows no such bucket or key; correct the URI"
