@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -88,7 +89,9 @@ _SENTENCES = {
 }
 _BY_CODE = {code: sentence for codes, sentence in _SENTENCES.items() for code in codes}
 _BUSY = {"429", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
-_FOREIGN = (ClientError, BotoCoreError, Boto3Error, OSError, RecursionError)
+_CRT = sys.modules.get("awscrt.exceptions")  # boto3 has imported it where boto3[crt] is installed
+_UNREACHABLE = (HTTPClientError, IncompleteReadError, *([_CRT.AwsCrtError] if _CRT else []))
+_FOREIGN = (ClientError, BotoCoreError, Boto3Error, OSError, RecursionError, *_UNREACHABLE)
 
 
 class Store:
@@ -182,7 +185,7 @@ class Store:
                 f"{uri}: no trusted TLS connection to the object store at {where}; set AWS_CA_BUNDLE to the file of "
                 "its certificate authority, or correct http or https in AWS_ENDPOINT_URL"
             )
-        elif isinstance(error, HTTPClientError | IncompleteReadError):
+        elif isinstance(error, _UNREACHABLE):
             kind = StoreUnavailable
             text = (
                 f"{uri}: the object store at {where} cannot be reached; check that the store is running, the network, "
