@@ -363,7 +363,7 @@ def test_the_object_store_is_written_to_with_the_later_steps_keys(hub, run, obje
     shared = {"max_length": 1024, "checkpoint_path": f"{place}/shared"}
     for found in (run(place, **shared), run(storage_uri=place, **shared), run(place.replace("s3", "minio"), **shared)):
         assert (found.problems, found.notes) == ([], [])
-    assert list(storage.contents_of(place)) == ["there.json"]  # nothing is left
+    assert list(storage.list_files(place)) == ["there.json"]  # nothing is left
 
 
 def test_a_prefix_that_a_namespace_may_not_write_is_explained(hub, run, object_store, monkeypatch):
