@@ -92,7 +92,7 @@ def look(values: Mapping[str, Any], root: str, work: Path) -> Report:
         root: URI of the folder that this step's own artifacts go to; the run's others go beside it.
         work: scratch folder on this machine.
     """
-    from draft_model.jobs.place import nodes_of
+    from draft_model.jobs.context import nodes_of
 
     report = Report(values)
     bad = {problem.partition(":")[0] for problem in problems_with(values, [])}
@@ -129,7 +129,7 @@ def _ask_hub(parameters: Parameters, report: Report, work: Path) -> None:
 
 def _ask_for_prompts(parameters: Parameters, report: Report) -> None:
     """Benchmarks, which the Hub has; and whatever this pod may be let to where the evaluation's is not."""
-    from draft_model.jobs.place import on_cluster
+    from draft_model.jobs.context import on_cluster
 
     given = parameters.evaluation_prompts
     if any(problem.startswith("evaluation_prompts:") for problem in report.problems):
@@ -170,12 +170,12 @@ def _try_store(parameters: Parameters, root: str, report: Report) -> None:
 
 
 def _ask_cluster(parameters: Parameters, compute: Any, report: Report) -> None:
-    from draft_model.jobs.place import wants_cluster
+    from draft_model.jobs.context import wants_cluster
 
     if wants_cluster(parameters):
-        from draft_model.jobs.ready import look as look_at_cluster
+        from draft_model.jobs.context import check_cluster
 
-        problems, notes = look_at_cluster(parameters, compute)
+        problems, notes = check_cluster(parameters, compute)
         report.problems.extend(problems)
         report.notes.extend(notes)
 

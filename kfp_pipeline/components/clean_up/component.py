@@ -1,4 +1,4 @@
-"""At the end of a run, however it ended: what its training left on the cluster is deleted."""
+"""At the end of a run, however it ended: what its training left on the cluster, and how to go on."""
 
 from kfp import dsl
 from kfp.dsl import Markdown, Output, PipelineTaskFinalStatus
@@ -8,15 +8,22 @@ from kfp_pipeline.components.images import IMAGES
 
 @dsl.component(base_image=IMAGES["coordinator"], install_kfp_package=False)
 def clean_up(
-    run_id: str, summary: Output[Markdown], status: PipelineTaskFinalStatus, training_backend: str = "auto"
+    run_id: str,
+    summary: Output[Markdown],
+    status: PipelineTaskFinalStatus,
+    training_backend: str = "auto",
+    checkpoint_path: str = "",
+    storage_uri: str = "",
 ) -> None:
-    """Deletes the run's training job, where the training step was killed before it could.
+    """Deletes the run's training job, where it is left and nobody follows it, and says how to go on.
 
     Args:
         run_id: of the pipeline's run, which is a label of its jobs.
-        summary: how the run ended, and what was deleted.
+        summary: how the run ended, what was deleted, and where the newest checkpoint lies.
         status: of all steps together; KFP fills it in.
         training_backend: who trained.
+        checkpoint_path: folder of checkpoints that several runs share.
+        storage_uri: folder of the run; not given: the pipeline root.
     """
     from pathlib import Path
 
@@ -25,7 +32,12 @@ def clean_up(
     from draft_model.shown import bullets
 
     with component("clean-up"):
-        deleted = jobs.clean_up(run_id, training_backend)
-        lines = [f"the steps ended: {status.state}", *filter(None, [status.error_message])]
-        lines += [f"the training step left {name}: deleted" for name in deleted] or ["no training job was left"]
+        lines = jobs.clean_up(
+            run_id,
+            training_backend,
+            state=status.state,
+            message=status.error_message or "",
+            checkpoint_path=checkpoint_path,
+            root=storage_uri or summary.uri.partition(f"/{run_id}/")[0] + f"/{run_id}",
+        )
         Path(summary.path).write_text(bullets(lines), encoding="utf-8")

@@ -49,7 +49,7 @@ def resolve_compute(
 
     from draft_model.doors import component
     from draft_model.errors import DraftModelError
-    from draft_model.jobs.place import nodes_of
+    from draft_model.jobs.context import nodes_of
     from draft_model.shown import table
 
     with component("resolve-compute"):
