@@ -8,8 +8,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 from jobs.requests import GOLDEN
 
-from draft_model.jobs.pytorchjob import PyTorchJobs
-from draft_model.jobs.trainjob import TrainJobs
+from draft_model.jobs.render import pytorchjob, trainjob
 from manifests.kustomize import MANIFESTS, build, needs_kubectl, one, overlay, pods_of
 
 pytestmark = needs_kubectl
@@ -81,7 +80,7 @@ def steps() -> dict[str, dict]:
 
 def training() -> dict[str, dict]:
     """Labels of the training jobs' pods as each back end renders them."""
-    job, runtime = PyTorchJobs.render(GOLDEN["1x1"])[0], TrainJobs.render(GOLDEN["1x1"])[0]
+    job, runtime = pytorchjob(GOLDEN["1x1"])[0], trainjob(GOLDEN["1x1"])[0]
     replicated = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
     return {
         "PyTorchJob": job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["metadata"]["labels"],

@@ -38,6 +38,6 @@ def clean_up(
             state=status.state,
             message=status.error_message or "",
             checkpoint_path=checkpoint_path,
-            root=storage_uri or summary.uri.partition(f"/{run_id}/")[0] + f"/{run_id}",
+            root=f"{storage_uri}/output_model_path" if storage_uri else summary.uri.partition(run_id)[0] + run_id,
         )
         Path(summary.path).write_text(bullets(lines), encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from draft_model.jobs.request import JobSpec
@@ -47,7 +47,7 @@ class Failure:
     problems: list[str]  # sentences for the user
 
 
-def classify(job: str, spec: JobSpec, detail: str, pods: Sequence[Pod], tails: Mapping[str, Sequence[str]]) -> Failure:
+def classify(job: str, spec: JobSpec, detail: str, pods: Sequence[Pod], tails: Mapping[str, Iterable[str]]) -> Failure:
     """Finds the cause among all that failed after it.
 
     A process that dies takes its peers with it, each with an error about its connection. The cause is the pod that
@@ -71,8 +71,8 @@ def classify(job: str, spec: JobSpec, detail: str, pods: Sequence[Pod], tails: M
     return Failure("Failed", False, [f"{job} failed: {detail or 'Kubernetes does not say why'}"])
 
 
-def _of_pod(pod: Pod, spec: JobSpec, tail: Sequence[str]) -> Failure:
-    text, last = "\n".join([*tail, pod.message]), [f"  {line}" for line in tail[-_LINES:]]
+def _of_pod(pod: Pod, spec: JobSpec, tail: Iterable[str]) -> Failure:
+    text, last = "\n".join([*tail, pod.message]), [f"  {line}" for line in list(tail)[-_LINES:]]
     if pod.exit_code == 2 and (problems := _problems(pod.message)):
         return Failure("UserError", False, problems)
     smaller = _SMALLER.get(spec.stage, "lower what it processes at once")

@@ -136,8 +136,8 @@ class Follower:
         """Why the job failed. A pod that lost its peers may end, and fail the job, before the one that is to blame."""
         pods: list[Pod] = []
         for seconds in (DRAIN_SECONDS, CAUSE_SECONDS):
-            deadline = self._now() + seconds
-            while not pods or (self._now() < deadline and not all(pod.ended for pod in pods)):
+            deadline = time.monotonic() + seconds
+            while not pods or (time.monotonic() < deadline and not all(pod.ended for pod in pods)):
                 pods = self._backend.read(self._job)[1] or pods
                 self._logs.follow(pods)
                 if not pods:
