@@ -113,7 +113,7 @@ def begin(operator, coordinator, object_store, store_secret, tmp_path_factory):
     """Starts runs; ends what is left of them."""
     runs = []
 
-    def begin(program=STAND_IN, run_id=None, environment=(), **parameters):
+    def begin(program=STAND_IN, run_id=None, more=(), **parameters):
         run_id = run_id or str(uuid.uuid4())
         root = f"s3://{object_store.bucket}/{run_id}"
         values = Parameters(**{**CPU_POOL, **parameters})
@@ -124,7 +124,7 @@ def begin(operator, coordinator, object_store, store_secret, tmp_path_factory):
             **os.environ,
             "KUBECONFIG": str(coordinator),
             "DRAFT_MODEL_IMAGE": "stage:test",
-            **dict(environment),
+            **dict(more),
         }
         operator.programs[run_id] = program
         runs.append(Run(config, run_id, environment))
@@ -204,7 +204,7 @@ def test_an_evicted_step_leaves_its_job_and_a_terminated_one_does_not(begin, ser
     spec = {"containers": [{"name": "main", "image": "stage:test"}]}
     server.create({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
 
-    run = begin(environment={"KFP_POD_NAME": "step-1"})
+    run = begin(more={"KFP_POD_NAME": "step-1"})
     run.says("RUNNING")
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == 143

@@ -48,7 +48,10 @@ class FakeCluster:
             self.clock.minutes += 1
         if self.script:
             self.now = self.script.pop(0)
-        if isinstance(self.now, BaseException):
+        if isinstance(self.now, SystemExit):  # a signal comes once
+            error, self.now = self.now, {}
+            raise error
+        if isinstance(self.now, Exception):
             raise self.now
         found = self.there.get((kind, name))
         if found is None or self.now is None:

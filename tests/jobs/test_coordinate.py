@@ -89,10 +89,11 @@ def test_a_store_that_is_away_costs_no_finished_job(coordinate_):
     assert coordinate_(RUNNING, DONE, check=check)["state"] == "SUCCEEDED"
 
 
-def test_auto_takes_the_other_kind_where_an_operator_does_not_run(coordinate_, caplog):
+def test_auto_takes_the_other_kind_where_an_operator_does_not_run(coordinate_, caplog, monkeypatch):
+    monkeypatch.setattr(follow, "OPERATOR_SECONDS", 0.0)
     coordinate_.cluster.kinds = (PYTORCHJOB, TRAINJOB, RUNTIME)
     parameters = GOLDEN["1x1"].spec.parameters
-    record = coordinate_({}, {}, {}, {}, {}, {}, {}, status("Complete"))
+    record = coordinate_(*[{}] * 3, status("Complete"))
     assert record["state"] == "SUCCEEDED"
     assert "its operator does not run" in caplog.text
     fixed = parameters.model_copy(update={"training_backend": "pytorchjob"})

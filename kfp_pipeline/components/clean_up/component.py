@@ -32,12 +32,13 @@ def clean_up(
     from draft_model.shown import bullets
 
     with component("clean-up"):
+        root, found, _ = summary.uri.partition(f"/{run_id}/")
         lines = jobs.clean_up(
             run_id,
             training_backend,
             state=status.state,
             message=status.error_message or "",
             checkpoint_path=checkpoint_path,
-            root=f"{storage_uri}/output_model_path" if storage_uri else summary.uri.partition(run_id)[0] + run_id,
+            root=f"{storage_uri}/output_model_path" if storage_uri else f"{root}/{run_id}" if found else "",
         )
         Path(summary.path).write_text(bullets(lines), encoding="utf-8")

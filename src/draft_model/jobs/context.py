@@ -129,10 +129,10 @@ def run_id_of(run_id: str, output: str) -> str:
 
 def store_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The object store's variables for a pod, without the newline that `echo | base64` leaves."""
-    others = {"AWS_ENDPOINT_URL": "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION": "AWS_REGION"}
-    found = {name: environment.get(name, "").strip() for name in STORE}
-    found["AWS_ENDPOINT_URL"] = environment.get(others["AWS_ENDPOINT_URL"], "").strip() or found["AWS_ENDPOINT_URL"]
-    found["AWS_DEFAULT_REGION"] = found["AWS_DEFAULT_REGION"] or environment.get(others["AWS_DEFAULT_REGION"], "")
+    found = {name: environment.get(name, "").strip() for name in (*STORE, "AWS_ENDPOINT_URL_S3", "AWS_REGION")}
+    endpoint, region = found.pop("AWS_ENDPOINT_URL_S3"), found.pop("AWS_REGION")
+    found["AWS_ENDPOINT_URL"] = endpoint or found["AWS_ENDPOINT_URL"]
+    found["AWS_DEFAULT_REGION"] = found["AWS_DEFAULT_REGION"] or region
     if "@" in urlsplit(found["AWS_ENDPOINT_URL"]).netloc:
         raise DraftModelError(
             "AWS_ENDPOINT_URL: holds a name or password, which a job's manifest would show: put the keys into the "
