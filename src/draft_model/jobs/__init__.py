@@ -5,6 +5,7 @@ On a cluster a PyTorchJob or a TrainJob computes and this process coordinates; e
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -25,16 +26,8 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig, run_id: str = "") -> TrainResult:
-    """Trains a draft as a job and waits for its end.
-
-    Args:
-        config: of the training.
-        run_id: of the pipeline's run; jobs are named and found again by it.
-
-    Raises:
-        DraftModelError: why there is no trained draft.
-    """
-    from draft_model.jobs.context import run_id_of, wants_cluster
+    """Trains a draft as a job and waits for its end; see `run_job`."""
+    from draft_model.jobs.context import wants_cluster
     from draft_model.jobs.request import JobSpec
     from draft_model.training.lease import hold, own_run_id
 
@@ -45,8 +38,10 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
     if on_cluster:
         from draft_model.jobs.render import WORK
 
-        # Whatever a queue or an operator starts again goes on from this run's own checkpoints.
-        job = replace(config, work=Path(WORK), run_id=run_id_of(run_id, config.output), again=True)
+        # A run that Kubeflow has not started is known by its output. Whatever a queue or an operator starts again goes
+        # on from this run's own checkpoints.
+        run_id = run_id or f"cli-{hashlib.sha256(config.output.encode()).hexdigest()[:16]}"
+        job = replace(config, work=Path(WORK), run_id=run_id, again=True)
     else:
         job = replace(config, run_id=run_id or own_run_id())
     spec = JobSpec(

@@ -62,12 +62,7 @@ class Job:
 
 
 class Backend:
-    """Runs jobs as objects of one type.
-
-    Args:
-        cluster: for the jobs.
-        name: `pytorchjob` or `trainjob`.
-    """
+    """Runs jobs as objects of one type: `pytorchjob` or `trainjob`."""
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.cluster, self.name = cluster, name
@@ -75,11 +70,7 @@ class Backend:
         self.kind = self.kinds[-1]
 
     def create_or_adopt(self, request: JobRequest) -> Job:
-        """Creates the job's objects, or adopts those of the same run and specification.
-
-        Raises:
-            DraftModelError: where another job has that name, or the cluster refuses this one.
-        """
+        """Creates the job's objects, or adopts those of the same run and specification."""
         job = Job(request, "")
         for kind, manifest in zip(self.kinds, self.render(request), strict=True):
             found, adopted = self._create_or_adopt(kind, manifest)
@@ -212,15 +203,7 @@ def _difference(existing: Any, wanted: Any, path: str = "spec") -> str:
 def choose(cluster: Cluster, wanted: str, run_id: str = "", without: str = "") -> Backend:
     """The back end that the parameter training_backend means on a cluster.
 
-    Args:
-        cluster: for the job.
-        wanted: `pytorchjob`, `trainjob`, or `auto`: the one that has a job of the run, else the first that the
-            cluster has.
-        run_id: of the run.
-        without: a back end that is known not to work.
-
-    Raises:
-        DraftModelError: where the cluster does not have it.
+    `auto` is the one that has a job of the run, else the first that the cluster has, `without` one that does not work.
     """
     names = [name for name in _TYPES if wanted in ("auto", name) and name != without]
     found = [Backend(cluster, name) for name in names if cluster.has(_TYPES[name].kinds[-1])]
@@ -238,11 +221,7 @@ def choose(cluster: Cluster, wanted: str, run_id: str = "", without: str = "") -
 
 
 def jobs_of_run(cluster: Cluster, run_id: str) -> list[tuple[Kind, Manifest]]:
-    """All objects of a run's jobs.
-
-    Raises:
-        Forbidden: where this account may list none of the kinds; what it may not list, it has not made either.
-    """
+    """All objects of a run's jobs; of the kinds that this account may list, since it has made no others."""
     found, refused = [], None
     kinds = [kind for kind in ALL_KINDS if cluster.has(kind)]
     for kind in kinds:
@@ -255,19 +234,8 @@ def jobs_of_run(cluster: Cluster, run_id: str) -> list[tuple[Kind, Manifest]]:
     return found
 
 
-def problems_of_cluster(cluster: Cluster, wanted: str, queue: str, compute: str) -> tuple[list[str], list[str]]:
-    """What keeps a cluster from running a job, and what cannot be seen with this account's rights.
-
-    Args:
-        cluster: for the job; nothing is created there.
-        wanted: the parameter training_backend.
-        queue: Kueue LocalQueue of the job's compute; empty for none.
-        compute: name of the compute.
-
-    Raises:
-        DraftModelError: where the cluster has no such back end.
-        Unavailable: where the API server does not answer.
-    """
+def check(cluster: Cluster, wanted: str, queue: str, compute: str) -> tuple[list[str], list[str]]:
+    """What keeps a cluster from running a job, and what cannot be seen with this account's rights."""
     problems, notes = [], []
     verbs = ("create", "get", "list", "watch", "delete")
     rights = [(verb, kind.group, kind.plural) for kind in choose(cluster, wanted).kinds for verb in verbs]

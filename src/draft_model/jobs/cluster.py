@@ -1,7 +1,7 @@
-"""One namespace of a Kubernetes cluster, by the official client: custom objects, pods, logs and watches as JSON.
+"""One namespace of a Kubernetes cluster, by the official client, with objects as JSON.
 
-Every call ends in one of four ways: an answer, None (no such object), `Unavailable` (ask again), or a sentence for the
-user. So an error of the API server can never be taken for a missing or a failed job.
+A call gives an answer, None (no such object), `Unavailable` (ask again), or a sentence for the user: no error of the
+API server is taken for a missing or failed job.
 """
 
 from __future__ import annotations
@@ -40,12 +40,7 @@ class Forbidden(DraftModelError):
 
 
 class Cluster:
-    """One namespace of a cluster.
-
-    Args:
-        api: connected client.
-        namespace: of all objects.
-    """
+    """One namespace of a cluster, by a connected client."""
 
     def __init__(self, api: client.ApiClient, namespace: str) -> None:
         self.namespace = namespace
@@ -54,11 +49,7 @@ class Cluster:
 
     @classmethod
     def connect(cls) -> Cluster:
-        """Connects as KUBECONFIG says, or as a service account: the coordinator's where its token is mounted.
-
-        Raises:
-            DraftModelError: where there is neither.
-        """
+        """Connects as KUBECONFIG says, or as a service account: the coordinator's where its token is mounted."""
         configuration = client.Configuration()
         try:
             if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
@@ -155,13 +146,7 @@ class Cluster:
         yield from (None for _ in self._streamed(f"watch {kind.plural}", stream))
 
     def log(self, pod: str, container: str, since: str) -> Iterator[str]:
-        """Lines of a container's log, each after its time, until the container ends.
-
-        Args:
-            pod: name of the pod.
-            container: in it.
-            since: time of a line; some of those before it may come again. Empty for all.
-        """
+        """Lines of a container's log after their times, until it ends; from a line's time on, some come again."""
         limit = {}
         if since:
             age = datetime.now(UTC) - datetime.fromisoformat(since[:19] + "+00:00")

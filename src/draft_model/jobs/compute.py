@@ -114,10 +114,6 @@ def load_map(name: str, config_map: Callable[[str], dict[str, str] | None]) -> C
     Args:
         name: a ConfigMap; a path or URI of a JSON file where it has a slash; empty for the built-in map.
         config_map: gives the data of a ConfigMap by its name, or None.
-
-    Raises:
-        DraftModelError: where there is no such map, it breaks the schema, or a file sets what only the cluster's
-            administrator may.
     """
     if not name:
         return built_in()
@@ -148,16 +144,7 @@ def load_map(name: str, config_map: Callable[[str], dict[str, str] | None]) -> C
 
 
 def resolve(compute_map: ComputeMap, stage: Literal["import", "train"], p: Parameters) -> Compute:
-    """What a pod of a stage asks for.
-
-    Args:
-        compute_map: of the cluster.
-        stage: `import` runs on CPUs, whatever the node has.
-        p: of the run.
-
-    Raises:
-        DraftModelError: for an unknown compute or instance type, or more GPUs than a node has.
-    """
+    """What a pod of a stage asks for; `import` runs on CPUs, whatever the node has."""
     suffix = "model_import" if stage == "import" else "draft_model_training"
     name, type_name = getattr(p, f"compute_{suffix}"), getattr(p, f"instance_type_{suffix}")
     gpus = p.number_of_gpu_to_use_draft_model_training if stage == "train" else 0

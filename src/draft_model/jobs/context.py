@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Mapping
@@ -50,14 +49,7 @@ def connect() -> Cluster:
 
 
 def nodes_of(values: Mapping[str, Any]) -> dict[str, Compute]:
-    """What the pods of the import and of the training ask for, by stage.
-
-    Args:
-        values: parameters by name; invalid ones are reported by the validation.
-
-    Raises:
-        DraftModelError: with all that the compute map does not have.
-    """
+    """What the pods of the import and of the training ask for, by stage; nothing where parameters are invalid."""
     try:
         parameters = Parameters.model_validate(dict(values))
     except ValidationError:
@@ -75,13 +67,13 @@ def nodes_of(values: Mapping[str, Any]) -> dict[str, Compute]:
 
 
 def check_cluster(parameters: Parameters, wanted: Compute | None) -> tuple[list[str], list[str]]:
-    """What keeps the run's job from running on the cluster, and what cannot be seen from here; creates nothing."""
-    from draft_model.jobs.backends import problems_of_cluster
+    """What keeps a run's job from running on the cluster, and what cannot be seen from here; creates nothing."""
+    from draft_model.jobs.backends import check
     from draft_model.jobs.cluster import Unavailable
 
     queue, name = wanted.queue if wanted else "", parameters.compute_draft_model_training
     try:
-        return problems_of_cluster(connect(), parameters.training_backend, queue, name)
+        return check(connect(), parameters.training_backend, queue, name)
     except DraftModelError as error:
         return error.problems, []
     except Unavailable as error:
@@ -89,11 +81,7 @@ def check_cluster(parameters: Parameters, wanted: Compute | None) -> tuple[list[
 
 
 def request_for(cluster: Cluster, spec: JobSpec, run_id: str) -> JobRequest:
-    """The first attempt of a run's job.
-
-    Raises:
-        DraftModelError: where something is missing that pods need.
-    """
+    """The first attempt of a run's job."""
     for name, uri in spec.uris.items():
         if not storage.is_remote(uri):
             raise DraftModelError(
@@ -120,11 +108,6 @@ def request_for(cluster: Cluster, spec: JobSpec, run_id: str) -> JobRequest:
         variables={**forwarded(os.environ), **store_variables(os.environ)},
         login=login,
     )
-
-
-def run_id_of(run_id: str, output: str) -> str:
-    """The run's id; a run that Kubeflow has not started is known by its output."""
-    return run_id or f"cli-{hashlib.sha256(output.encode()).hexdigest()[:16]}"
 
 
 def store_variables(environment: Mapping[str, str]) -> dict[str, str]:

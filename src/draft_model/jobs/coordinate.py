@@ -51,14 +51,7 @@ class Record:
 
 
 class Coordinator:
-    """Brings one run's job to its end.
-
-    Args:
-        cluster: for the job.
-        request: the first attempt.
-        work: scratch folder of this process.
-        retried: whether KFP starts this step again after it failed, rather than the first time.
-    """
+    """Brings one run's job to its end; `retried` where KFP starts its step again after it failed."""
 
     def __init__(self, cluster: Cluster, request: JobRequest, work: Path, *, retried: bool = False) -> None:
         self._cluster, self._request, self._work, self._retried = cluster, request, work, retried
@@ -67,11 +60,7 @@ class Coordinator:
         self._backend = choose(cluster, self._wanted, request.run_id)
 
     def run(self) -> None:
-        """Runs attempts until one succeeds or another makes no sense.
-
-        Raises:
-            DraftModelError: why there is no output.
-        """
+        """Runs attempts until one succeeds or another makes no sense."""
         # Of the PyTorchJob whatever the back end: `auto` may choose another one in a later attempt.
         digest = pytorchjob(self._request)[0]["metadata"]["annotations"][SPEC_HASH]
         record = patiently(lambda: self._load(digest))

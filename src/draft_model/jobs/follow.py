@@ -36,14 +36,7 @@ class Outcome:
 
 
 class Follower:
-    """Follows one job.
-
-    Args:
-        backend: of the job.
-        job: to follow.
-        logs: of its pods.
-        clock: seconds, of any origin.
-    """
+    """Follows one job and the logs of its pods."""
 
     def __init__(
         self, backend: Backend, job: Job, logs: LogStreams, clock: Callable[[], float] = time.monotonic

@@ -6,14 +6,14 @@ job has a TrainingRuntime with the whole pod template, and its TrainJob only ref
 
 from __future__ import annotations
 
-from draft_model.doors import ERROR_FILE
-from draft_model.jobs.request import QUEUE, SPEC_HASH, JobRequest, Kind, Manifest, digest
-from draft_model.jobs.torchrun import TERMINATION_LOG
+from importlib.resources import files
 
-SCRATCH = "/tmp"  # noqa: S108  the only folder that the processes may write to
-WORK = f"{SCRATCH}/draft-model"
-SERVICE_ACCOUNT = "draft-model-worker"
-GRACE_SECONDS = 300  # a process that gets SIGTERM finishes its step and saves a checkpoint
+import yaml
+
+from draft_model.jobs.request import QUEUE, SPEC_HASH, JobRequest, Kind, Manifest, digest
+
+WORK = "/tmp/draft-model"  # noqa: S108  in the only folder that the pods may write to
+GRACE_SECONDS = 300  # see pod.yaml
 PYTORCHJOB = Kind("kubeflow.org", "v1", "pytorchjobs", "PyTorchJob")
 _TRAINER = "trainer.kubeflow.org"
 TRAINJOB = Kind(_TRAINER, "v1alpha1", "trainjobs", "TrainJob")
@@ -68,10 +68,7 @@ def trainjob(request: JobRequest) -> list[Manifest]:
         },
     }
     jobset = {"failurePolicy": {"maxRestarts": request.compute.restarts}, "replicatedJobs": [replicated]}
-    runtime: Manifest = {
-        "mlPolicy": {"numNodes": request.spec.nodes, "torch": {}},
-        "template": {"spec": jobset},
-    }
+    runtime = {"mlPolicy": {"numNodes": request.spec.nodes, "torch": {}}, "template": {"spec": jobset}}
     job: Manifest = {
         "runtimeRef": {"apiGroup": _TRAINER, "kind": RUNTIME.kind, "name": request.name},
         "trainer": {"numNodes": request.spec.nodes, "numProcPerNode": request.spec.processes},
@@ -96,95 +93,34 @@ def _object(kind: Kind, request: JobRequest, spec: Manifest, hashed: str) -> Man
 
 
 def pod_template(request: JobRequest, container: str) -> Manifest:
-    """The template of the job's pods; passes pod security's `restricted` level.
+    """The template of the job's pods: pod.yaml, and what differs between jobs; credentials by reference only.
 
     Args:
         request: of the job.
         container: the container's name that the operator looks for.
     """
     compute = request.compute
-    spec: Manifest = {
-        "restartPolicy": "Never",
-        "serviceAccountName": SERVICE_ACCOUNT,
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": GRACE_SECONDS,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": 1000,
-            "runAsGroup": 1000,
-            "fsGroup": 1000,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "containers": [
-            {
-                "name": container,
-                "image": request.image,
-                # torchrun reads nodes, ranks and the rendezvous from the variables that the operator sets.
-                "command": ["python", "-m", "draft_model.jobs.torchrun", "-m", request.spec.module],
-                "env": _environment(request),
-                "resources": _resources(request),
-                "terminationMessagePath": "/dev/termination-log",
-                "terminationMessagePolicy": "FallbackToLogsOnError",
-                "securityContext": {
-                    "allowPrivilegeEscalation": False,
-                    "capabilities": {"drop": ["ALL"]},
-                    "readOnlyRootFilesystem": True,
-                },
-                "volumeMounts": [
-                    {"name": "scratch", "mountPath": SCRATCH},
-                    {"name": "shared-memory", "mountPath": "/dev/shm"},  # noqa: S108
-                ],
-            }
-        ],
-        "volumes": [
-            {"name": "scratch", "emptyDir": {}},
-            # For NCCL and the data loader; counts as memory.
-            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
-        ],
+    template: Manifest = yaml.safe_load(files(__package__).joinpath("pod.yaml").read_text(encoding="utf-8"))
+    template["metadata"]["labels"] |= request.labels()
+    spec = template["spec"]
+    optional = {
+        "nodeSelector": compute.node_selector,
+        "tolerations": compute.tolerations,
+        "priorityClassName": compute.priority_class,
     }
-    if compute.node_selector:
-        spec["nodeSelector"] = dict(compute.node_selector)
-    if compute.tolerations:
-        spec["tolerations"] = [dict(toleration) for toleration in compute.tolerations]
-    if compute.priority_class:
-        spec["priorityClassName"] = compute.priority_class
-    return {
-        "metadata": {
-            "labels": {**request.labels(), "sidecar.istio.io/inject": "false"},
-            "annotations": {"sidecar.istio.io/inject": "false", "karpenter.sh/do-not-disrupt": "true"},
-        },
-        "spec": spec,
-    }
-
-
-def _resources(request: JobRequest) -> Manifest:
-    """Requests and limits: memory and GPUs are the pod's own, idle CPUs anybody's."""
-    compute = request.compute
+    spec |= {name: value for name, value in optional.items() if value}
+    (main,) = spec["containers"]
+    main |= {"name": container, "image": request.image}
+    main["command"].append(request.spec.module)
+    # Memory and GPUs are the pod's own, idle CPUs anybody's.
     own = {"memory": compute.memory, **({compute.gpu_resource: str(compute.gpus)} if compute.gpus else {})}
-    return {"requests": {"cpu": compute.cpus, **own}, "limits": own}
-
-
-def _environment(request: JobRequest) -> list[Manifest]:
-    """Environment of the container; credentials by reference only."""
-    values = {
-        "DRAFT_MODEL_JOB": request.spec.config,
-        ERROR_FILE: f"{WORK}/error.json",
-        TERMINATION_LOG: "/dev/termination-log",
-        "HOME": SCRATCH,
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        # torchrun copies what its processes print to the pod's log, each line with the process' rank.
-        "PET_TEE": "3",
-        "PET_LOG_DIR": f"{WORK}/logs",
-        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[${rank}] ",
-    }
-    if request.compute.gpus:
+    main["resources"] = {"requests": {"cpu": compute.cpus, **own}, "limits": own}
+    values = {"DRAFT_MODEL_JOB": request.spec.config, **request.variables}
+    if compute.gpus:
         values["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "1"
     else:
-        cpus = int(request.compute.cpus.removesuffix("m")) // 1000
+        cpus = int(compute.cpus.removesuffix("m")) // 1000
         values["OMP_NUM_THREADS"] = str(max(1, cpus // request.spec.processes))
-    values |= request.variables
-    return [{"name": name, "value": value} for name, value in values.items()] + [
-        {"name": name, "valueFrom": {"secretKeyRef": {**key}}} for name, key in request.login.items()
-    ]
+    main["env"] += [{"name": name, "value": value} for name, value in values.items()]
+    main["env"] += [{"name": name, "valueFrom": {"secretKeyRef": key}} for name, key in request.login.items()]
+    return template

@@ -107,12 +107,7 @@ def pod_of(pod: Manifest, node: int) -> Pod:
 
 
 class Clock:
-    """How long a job has been in each phase, compared with the limits.
-
-    Args:
-        parameters: queue_limit, start_limit and run_limit, in minutes.
-        now: seconds, of any origin.
-    """
+    """How long a job has been in each phase, compared with the limits; times in seconds of any origin."""
 
     def __init__(self, parameters: Parameters, now: float) -> None:
         self._limits = {name: 60.0 * getattr(parameters, name) for name in LIMITS.values()}
