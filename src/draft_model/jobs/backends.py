@@ -22,7 +22,8 @@ _KUEUE = "kueue.x-k8s.io"
 _GOING_SECONDS = 360  # an object under deletion is gone by then, its pods' grace period included
 _BY_KUEUE = ("suspend", "nodeSelector", "tolerations", "labels", "annotations")
 """Fields that Kueue changes when it admits a job."""
-_DEFAULTS = (*_BY_KUEUE, "managedBy", "ports", "dnsPolicy", "schedulerName", "apiGroup", "successPolicy", "network")
+_DEFAULTS = (*_BY_KUEUE, "managedBy", "ports", "dnsPolicy", "schedulerName", "apiGroup", "successPolicy", "network",
+             "restartStrategy", "groupName", "replicas")  # fmt: skip
 """Fields that schemas and operators may fill in besides what was asked for."""
 
 

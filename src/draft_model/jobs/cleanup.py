@@ -30,15 +30,14 @@ _LOST = "a step was lost: its pod was killed or evicted, or could not start"
 
 def run(run_id: str, training_backend: str, state: str, message: str, checkpoint_path: str, root: str) -> list[str]:
     """See `draft_model.jobs.clean_up`."""
-    state, checkpoints = state.upper(), [checkpoint_path] if checkpoint_path else []
-    ended: bool | None = None
+    state, ended = state.upper(), None
     lines: list[str] = []
     if wants_cluster(Parameters(training_backend=training_backend)):  # type: ignore[arg-type]
         deadline = time.monotonic() + AWAY_SECONDS
         while True:
             try:
                 cluster = connect()
-                ended, lines = _end_jobs(cluster, run_id, succeeded=state in _SUCCEEDED, checkpoints=checkpoints)
+                ended, lines = _end_jobs(cluster, run_id, succeeded=state in _SUCCEEDED)
                 break
             except (Unavailable, DraftModelError) as error:
                 if isinstance(error, DraftModelError) or time.monotonic() > deadline:
@@ -51,23 +50,14 @@ def run(run_id: str, training_backend: str, state: str, message: str, checkpoint
     if state in _SUCCEEDED:
         return ["all steps succeeded", *lines]
     what = "the run was terminated" if ended else _STATES.get(state, _LOST)
-    return [f"{what}{f' ({message})' if message else ''}", *lines, *_how_to_go_on(checkpoints, root)]
+    return [f"{what}{f' ({message})' if message else ''}", *lines, *_how_to_go_on(checkpoint_path, root)]
 
 
-def _end_jobs(
-    cluster: Cluster, run_id: str, *, succeeded: bool, checkpoints: list[str]
-) -> tuple[bool | None, list[str]]:
-    """Deletes what is left, but a running job only where a person ended the run, or nobody can tell.
-
-    Returns:
-        Whether a person ended the run, and a sentence for each job.
-    """
+def _end_jobs(cluster: Cluster, run_id: str, *, succeeded: bool) -> tuple[bool | None, list[str]]:
+    """Deletes what is left, but a running job only where a person ended the run, or nobody can tell."""
     owner = owner_of(own_pod(cluster))
     ended = run_ended(cluster, owner) if owner else None
     found = jobs_of_run(cluster, run_id)
-    for kind, job in found:
-        if kind != RUNTIME and not checkpoints and (uri := _checkpoints_of(job)):
-            checkpoints.append(uri)
     running = [job for kind, job in found if kind != RUNTIME and not _has_ended(job)]
     if running and ended is False and not succeeded:
         names = ", ".join(f"{job['kind']} {job['metadata']['name']}" for job in running)
@@ -88,30 +78,21 @@ def _has_ended(job: Manifest) -> bool:
     return any(c["type"] in ("Succeeded", "Complete", "Failed") and c["status"] == "True" for c in conditions)
 
 
-def _checkpoints_of(job: Manifest) -> str:
-    """URI of a job's checkpoints, from its pods' configuration; a TrainJob has it in its runtime."""
-    for replica in job["spec"].get("pytorchReplicaSpecs", {}).values():
-        for variable in replica["template"]["spec"]["containers"][0].get("env", ()):
-            if variable["name"] == "DRAFT_MODEL_JOB":
-                values = json.loads(variable["value"])
-                return str(values["parameters"]["checkpoint_path"] or values["output"])
-    return ""
-
-
-def _how_to_go_on(checkpoints: list[str], root: str) -> list[str]:
+def _how_to_go_on(checkpoint_path: str, root: str) -> list[str]:
     """Where the newest whole checkpoint is, and what goes on from it."""
     try:
-        if not checkpoints and root:
+        uris = [checkpoint_path] if checkpoint_path else []
+        if not uris and root:
             indexes = [name for name in storage.list_files(root) if name.rpartition("/")[2] == "checkpoints.json"]
-            checkpoints = [storage.join(root, *name.split("/")[:-1]) for name in indexes]
-        for uri in checkpoints:
+            uris = [storage.join(root, *name.split("/")[:-1]) for name in indexes]
+        for uri in uris:
             for name in reversed(json.loads(storage.read_file(storage.join(uri, "checkpoints.json")) or b"[]")):
                 newest = storage.join(uri, name)
                 if storage.exists(storage.join(newest, storage.MANIFEST)):
+                    new = f"resume_from_checkpoint={newest} and resume=true"
                     return [
                         f"the newest checkpoint: {newest}",
-                        f"Retry in the UI goes on from it; so does a new run with resume_from_checkpoint={newest} and "
-                        "resume=true",
+                        f"Retry in the UI goes on from it; so does a run with {new}",
                     ]
     except (DraftModelError, ValueError) as error:
         return [f"the object store does not say whether there is a checkpoint ({error})"]
