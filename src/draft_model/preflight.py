@@ -105,7 +105,6 @@ def look(values: Mapping[str, Any], root: str, work: Path) -> Report:
         report.problems.extend(error.problems)
     try:
         nodes = nodes_of(valid)
-        report.notes.extend(node.note for node in nodes.values() if node.note)
     except DraftModelError as error:
         report.problems.extend(error.problems)
     _ask_hub(parameters, report, work)

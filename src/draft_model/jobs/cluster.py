@@ -80,8 +80,9 @@ class Cluster:
         """Whether the server has a kind of objects."""
         if kind.group not in self.groups():
             return False
+        resources = self._custom.get_api_resources
         try:
-            found = self._custom_call("list resources of", kind, "", self._custom.get_api_resources, namespaced=False)
+            found = self._call(f"list resources of {kind.group}", "", resources, kind.group, kind.version)
         except Unavailable as error:
             if str(error).startswith("404"):  # the group, in other versions only
                 return False
@@ -92,32 +93,29 @@ class Cluster:
         """Whether this account may do that in the namespace; `pods/log` is the subresource `log` of pods."""
         name, _, part = resource.partition("/")
         asked = {"namespace": self.namespace, "verb": verb, "group": group, "resource": name, "subresource": part}
-        review = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": asked},
-        }
         create = self._authorization.create_self_subject_access_review
-        return bool((self._call("create access reviews", "", create, review) or {})["status"]["allowed"])
+        found = self._call("create access reviews", "", create, {"spec": {"resourceAttributes": asked}})
+        return bool((found or {})["status"]["allowed"])
 
     def create(self, kind: Kind, manifest: Manifest) -> Manifest | None:
         """Creates an object; None where one of that name exists."""
         create, name = self._custom.create_namespaced_custom_object, manifest["metadata"]["name"]
-        return self._custom_call("create", kind, name, create, body=manifest)
+        return self._call(f"create {kind.plural}", name, create, *self._of(kind), manifest)
 
     def get(self, kind: Kind, name: str) -> Manifest | None:
         """An object, or None."""
-        return self._custom_call("get", kind, name, self._custom.get_namespaced_custom_object, name=name)
+        get = self._custom.get_namespaced_custom_object
+        return self._call(f"get {kind.plural}", name, get, *self._of(kind), name)
 
     def objects(self, kind: Kind, selector: str = "") -> list[Manifest]:
         """Objects by label selector."""
-        list_them = self._custom.list_namespaced_custom_object
-        return list((self._custom_call("list", kind, "", list_them, label_selector=selector) or {})["items"])
+        find = self._custom.list_namespaced_custom_object
+        return self._items(f"list {kind.plural}", find, *self._of(kind), label_selector=selector)
 
     def delete(self, kind: Kind, name: str) -> None:
         """Deletes an object and what it owns; that there is none is no error."""
         delete = self._custom.delete_namespaced_custom_object
-        self._custom_call("delete", kind, name, delete, name=name, propagation_policy="Background")
+        self._call(f"delete {kind.plural}", name, delete, *self._of(kind), name, propagation_policy="Background")
 
     def pod(self, name: str) -> Manifest | None:
         """A pod, or None."""
@@ -125,7 +123,7 @@ class Cluster:
 
     def pods(self, selector: str) -> list[Manifest]:
         """Pods by label selector."""
-        return self._items("list pods", self._core.list_namespaced_pod, label_selector=selector)
+        return self._items("list pods", self._core.list_namespaced_pod, self.namespace, label_selector=selector)
 
     def config_map(self, name: str) -> dict[str, str] | None:
         """The data of a ConfigMap, or None."""
@@ -134,14 +132,14 @@ class Cluster:
 
     def warnings(self) -> list[Manifest]:
         """The namespace's warning events."""
-        return self._items("list events", self._core.list_namespaced_event, field_selector="type=Warning")
+        find = self._core.list_namespaced_event
+        return self._items("list events", find, self.namespace, field_selector="type=Warning")
 
     def watch(self, kind: Kind, name: str) -> Iterator[None]:
         """Yields now and at each change of an object, until the server ends the watch after a minute."""
         stream = watch.Watch().stream(
-            self._custom.list_namespaced_custom_object, kind.group, kind.version, self.namespace, kind.plural,
-            field_selector=f"metadata.name={name}", timeout_seconds=_WATCH_SECONDS,
-            _request_timeout=(_TIMEOUT[0], _WATCH_SECONDS + 15),
+            self._custom.list_namespaced_custom_object, *self._of(kind), field_selector=f"metadata.name={name}",
+            timeout_seconds=_WATCH_SECONDS, _request_timeout=(_TIMEOUT[0], _WATCH_SECONDS + 15),
         )  # fmt: skip
         yield from (None for _ in self._streamed(f"watch {kind.plural}", stream))
 
@@ -157,16 +155,11 @@ class Cluster:
         )  # fmt: skip
         yield from self._streamed("get pods/log", stream)
 
-    def _items(self, verb: str, method: Callable[..., Any], **query: str) -> list[Manifest]:
-        return list((self._call(verb, "", method, self.namespace, **query) or {})["items"])
+    def _of(self, kind: Kind) -> tuple[str, str, str, str]:
+        return kind.group, kind.version, self.namespace, kind.plural
 
-    def _custom_call(
-        self, verb: str, kind: Kind, name: str, method: Callable[..., Any], /, *, namespaced: bool = True, **more: Any
-    ) -> Manifest | None:
-        where = {"namespace": self.namespace, "plural": kind.plural} if namespaced else {}
-        return self._call(
-            f"{verb} {kind.plural}", name, method, group=kind.group, version=kind.version, **where, **more
-        )
+    def _items(self, verb: str, method: Callable[..., Any], /, *args: str, **query: str) -> list[Manifest]:
+        return list((self._call(verb, "", method, *args, **query) or {})["items"])
 
     def _call(self, verb: str, name: str, method: Callable[..., Any], /, *args: Any, **more: Any) -> Manifest | None:
         """The answer as JSON; None where the object named is missing, or exists already and was to be created."""

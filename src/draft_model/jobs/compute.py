@@ -180,6 +180,7 @@ def _any_node(known: ComputeMap, default: str, gpus: int, parameter: str) -> Com
         note=f"{parameter}: the default {default} may be none of this cluster's types, so the pods may run on any "
         "node that has the resources; name a type, or a compute of a compute map of the cluster, to choose nodes",
     )
+    logger.warning("%s", asked.note)
     return asked if gpus else replace(asked, cpus="1000m", memory="4096Mi")
 
 
