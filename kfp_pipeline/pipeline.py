@@ -13,7 +13,7 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
-from draft_model.jobs.place import IMAGE
+from draft_model.jobs.context import IMAGE
 from draft_model.parameters import PARAMETERS
 from draft_model.tracking import RUN
 from kfp_pipeline.components.build_dataset import build_dataset

@@ -19,7 +19,7 @@ import kfp_server_api
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.prompts import BENCHMARKS
 from draft_model.jobs import compute
-from draft_model.jobs.place import on_cluster
+from draft_model.jobs.context import on_cluster
 from draft_model.parameters import PARAMETERS, Parameters
 from draft_model.parameters.rules import problems_with
 from draft_model.storage import is_remote

@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from draft_model.errors import DraftModelError
+from draft_model.processes import end_with_root
 
 USER_ERROR = 2
 TERMINATED = 128 + signal.SIGTERM
@@ -55,12 +56,14 @@ def set_up_logging() -> None:
 
 
 def raise_on_sigterm() -> None:
-    """Turns SIGTERM into SystemExit, so that `finally` blocks end what was started."""
+    """Turns SIGTERM, and SIGHUP of a closed terminal, into SystemExit, so that `finally` ends what was started."""
 
     def terminate(*_: object) -> None:
         raise SystemExit(TERMINATED)
 
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, terminate)
 
 
 def user_error(error: BaseException) -> DraftModelError | None:
@@ -129,6 +132,7 @@ def step(name: str) -> Iterator[Path]:
     """
     set_up_logging()
     raise_on_sigterm()
+    end_with_root()
     if name != "clean-up" and (path := os.environ.get(ERROR_FILE)) and Path(path).exists():
         # kfp.local starts steps that do not depend on the one that failed.
         print("not started, since another step of this run has failed", file=sys.stderr)
