@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from draft_model.drafts.eagle3.config import draft_config_for
@@ -34,6 +35,7 @@ _CODE = {"auto_map", "custom_pipelines"} | {
     for kind in ("attn", "experts") for prefix in ("", "_") for suffix in ("", "_internal", "_autoset")
 }  # fmt: skip
 _MOST_NAMED = 5
+_LACK = "its weights lack {}; save the whole model again"
 
 
 def inspect(folder: str, weights: list[str]) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def inspect(folder: str, weights: list[str]) -> dict[str, Any]:
     if model is not None:
         problems += _structure_problems(model)
         if weights and not problems:
-            problems += _weight_problems(path, weights)
+            problems += _weight_problems(path, weights, model)
     problems += _tokenizer_problems(path, loads=model is not None)
     if problems or model is None:
         return {"problems": problems}
@@ -178,7 +180,7 @@ def _head_problems(model: Any, start: str) -> list[str]:
     return []
 
 
-def _weight_problems(folder: Path, names: list[str]) -> list[str]:
+def _weight_problems(folder: Path, names: list[str], model: Any) -> list[str]:
     """Has transformers load the headers: a tensor that no file holds would be drawn at random without a word."""
     where: dict[str, str] = {}
     problems = []
@@ -197,14 +199,16 @@ def _weight_problems(folder: Path, names: list[str]) -> list[str]:
             folder, device_map="meta", output_loading_info=True, use_safetensors=True, trust_remote_code=False,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except Exception as error:  # transformers raises anything
-        return [f"transformers cannot load its weights: {first_line(error)}"]
+    except Exception as error:  # transformers raises anything, such as where one of the experts that it joins lacks
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        missing = revert_weight_conversion(model, model.state_dict()).keys() - where.keys() - tied
+        return _named(sorted(missing), _LACK) or [f"transformers cannot load its weights: {first_line(error)}"]
     other = [
         f"{name} {list(found)}, where config.json asks for {list(wanted)}"
         for name, found, wanted in sorted(info["mismatched_keys"])
     ]
     return [
-        *_named(sorted(info["missing_keys"]), "its weights lack {}; save the whole model again"),
+        *_named(sorted(info["missing_keys"]), _LACK),
         *_named(other, "its weights have another shape than its config.json says: {}"),
     ]
 

@@ -66,8 +66,6 @@ def _load(path: Path) -> Any:
             "the model with save_pretrained, which writes safetensors"
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError) as error:
-        if "allocate memory" in str(error):
-            raise MemoryError from error
         raise DraftModelError(f"{path.name} is damaged or no PyTorch file: {first_line(error)}") from error
 
 

@@ -134,10 +134,9 @@ def _work(task: Callable[..., Any], request: dict[str, Any], writing: int) -> No
         answer = {"result": task(**request["arguments"])}
     except DraftModelError as error:
         answer = {"problems": error.problems}
-    except MemoryError:
-        answer = {"memory": True}
-    except BaseException:
-        answer = {"failure": traceback.format_exc()}
+    except BaseException as error:
+        full = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        answer = {"memory": True} if full else {"failure": traceback.format_exc()}
     with os.fdopen(writing, "wb") as pipe:
         pipe.write(json.dumps(answer).encode())
     os._exit(0)
