@@ -98,7 +98,7 @@ def test_a_family_of_the_structure_is_taken_and_counted_exactly(model, name):
     found = facts(model)
     assert found["problems"] == []
     assert found["architecture"] == type(saved).__name__
-    assert found["parameters"] == sum(weight.numel() for weight in set(saved.parameters()))
+    assert found["parameter_count"] == sum(weight.numel() for weight in set(saved.parameters()))
     assert found["max_positions"] == 256
 
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_the_tensor_named(model,
 def test_a_tied_head_is_not_missing(model):
     saved = save(model, "Qwen2Config", tie_word_embeddings=True)
     assert "lm_head.weight" not in tensors(model)
-    assert facts(model)["parameters"] == saved.num_parameters()
+    assert facts(model)["parameter_count"] == saved.num_parameters()
 
 
 def test_checkpoints_that_contradict_their_configuration(model):
@@ -283,4 +283,4 @@ def test_the_model_is_opened_without_memory_for_its_weights(model):
         vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80,
         num_attention_heads=64, num_key_value_heads=8, head_dim=128,
     ).save_pretrained(model)  # fmt: skip
-    assert inspect(str(model), [])["parameters"] == 70_553_706_496
+    assert inspect(str(model), [])["parameter_count"] == 70_553_706_496

@@ -82,6 +82,9 @@ def log_models(target, s3, root):
     found["server alias"] = "models:/server@best"
     found["local"] = mlflow.artifacts.download_artifacts("models:/server/1", dst_path=str(root / "local"))
     found["s3"] = mlflow.MlflowClient().get_logged_model(info.model_id).artifact_location
+    address = os.environ["MLFLOW_TRACKING_URI"]
+    mlflow.set_tracking_uri(None)  # so that the variable counts again, as in a process that has not set it
+    os.environ["MLFLOW_TRACKING_URI"] = address
     return found
 
 
@@ -172,8 +175,9 @@ def test_a_server_of_2_x_keeps_a_runs_model_among_its_files(model, server, targe
             info |= {"lifecycle_stage": "active", "artifact_uri": f"mlflow-artifacts:/0/{run}/artifacts"}
             return json.dumps({"run": {"info": info, "data": {}}}).encode()
         below = f"0/{run}/artifacts/model"
-        if path.endswith("/mlflow-artifacts/artifacts") and query.get("path") == [below]:
-            files = [{"path": file.name, "is_dir": False, "file_size": file.stat().st_size} for file in model.iterdir()]
+        if path.endswith("/mlflow-artifacts/artifacts"):
+            found = model.iterdir() if query.get("path") == [below] else []
+            files = [{"path": file.name, "is_dir": False, "file_size": file.stat().st_size} for file in found]
             return json.dumps({"files": files}).encode()
         if f"/artifacts/{below}/" in path:
             return (model / path.rpartition("/")[2]).read_bytes()

@@ -48,7 +48,7 @@ def inspect(folder: str, weights: list[str]) -> dict[str, Any]:
         weights: safetensors files in the folder; empty: they are not here yet.
 
     Returns:
-        `problems`, and where there are none `architecture`, `parameters`, `quantization`, `max_positions`.
+        `problems`, and where there are none `architecture`, `parameter_count`, `quantization`, `max_positions`.
     """
     path, config, model = Path(folder), {}, None
     problems: list[str] = []
@@ -70,7 +70,7 @@ def inspect(folder: str, weights: list[str]) -> dict[str, Any]:
     return {
         "problems": [],
         "architecture": type(model).__name__,
-        "parameters": model.num_parameters(),
+        "parameter_count": model.num_parameters(),
         "quantization": str((config.get("quantization_config") or {}).get("quant_method", "")),
         "max_positions": int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0),
     }

@@ -20,15 +20,7 @@ _NESTED = ("state_dict", "model_state_dict", "model")
 
 
 def convert(paths: list[str], into: str) -> None:
-    """Writes the tensors of PyTorch files as safetensors, a file for each.
-
-    Args:
-        paths: the files.
-        into: an existing folder.
-
-    Raises:
-        DraftModelError: where a file is damaged or wants to run code.
-    """
+    """Writes the tensors of PyTorch files as safetensors into an existing folder, a file for each."""
     for number, path in enumerate(map(Path, paths), 1):
         name = "model" if len(paths) == 1 else f"model-{number:05}-of-{len(paths):05}"
         save_file(_tensors(path), Path(into, f"{name}.safetensors"), metadata={"format": "pt"})

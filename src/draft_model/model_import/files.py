@@ -58,23 +58,19 @@ class Listing:
 
 
 def list_stored(uri: str, scratch: Path) -> Listing:
-    """Lists a folder on a disk or in an object store.
-
-    Args:
-        uri: of the folder.
-        scratch: where objects are downloaded to.
-
-    Raises:
-        DraftModelError: where there is no such folder, or later a link leads out of it.
-    """
+    """Lists a folder on a disk or in an object store; its files are downloaded to a scratch folder, local ones stay."""
     files = {name: File(size, stamp) for name, (size, stamp) in storage.list_files(uri).items()}
-    top = None if storage.is_remote(uri) else storage.fetch_tree(uri, scratch).resolve()
+    inside: list[Path] = []
+    if not storage.is_remote(uri):
+        top = storage.fetch_tree(uri, scratch).resolve()
+        # The Hub's cache keeps the files of a snapshot beside it, in `blobs`.
+        inside = [top, *([top.parent.parent / "blobs"] if top.parent.name == "snapshots" else [])]
 
     def bring(names: Iterable[str]) -> dict[str, Path]:
         found = {}
         for name in names:
             path = storage.fetch_file(storage.join(uri, name), (scratch / name).parent)
-            if top is not None and not _inside(path, top):
+            if inside and not any(path.resolve().is_relative_to(folder) for folder in inside):
                 raise DraftModelError(
                     f"{uri}: {name} is a link that leads out of the folder; put a copy of the file in its place"
                 )
@@ -86,13 +82,6 @@ def list_stored(uri: str, scratch: Path) -> Listing:
     return Listing(files, bring, uri=uri)
 
 
-def _inside(path: Path, top: Path) -> bool:
-    """Whether a path stays in its folder; the Hub's cache keeps a snapshot's files beside it, in `blobs`."""
-    real = path.resolve()
-    in_cache = top.parent.name == "snapshots" and real.is_relative_to(top.parent.parent / "blobs")
-    return real.is_relative_to(top) or in_cache
-
-
 def description(names: Iterable[str]) -> list[str]:
     """The configuration and tokenizer files among a model's files, by their exact names."""
     known = {*MODEL_FILES, *TOKENIZER_FILES}
@@ -100,11 +89,7 @@ def description(names: Iterable[str]) -> list[str]:
 
 
 def check_small(names: Iterable[str], files: Mapping[str, File]) -> None:
-    """Refuses files too large to be what their names say, before any is read.
-
-    Raises:
-        DraftModelError: names them.
-    """
+    """Refuses files that are too large to be what their names say, before any is read."""
     if large := [name for name in names if (files[name].size or 0) > _MAX_SMALL_FILE]:
         raise DraftModelError([f"its {name} has more than {_MAX_SMALL_FILE // 10**6} MB" for name in large])
 
@@ -127,12 +112,7 @@ class Weights:
 
 
 def choose_weights(files: Mapping[str, File], read: Callable[[str], bytes]) -> Weights:
-    """Decides which files hold the weights: safetensors, else PyTorch's; never two kinds.
-
-    Args:
-        files: of the model's folder.
-        read: gives the content of one of them.
-    """
+    """Decides which of a model's files hold the weights: safetensors, else PyTorch's; `read` gives a file's content."""
     top = sorted(name for name in files if "/" not in name and not name.startswith(_NO_WEIGHTS))
     for kind, index, single, endings in (
         ("safetensors", INDEX, "model.safetensors", (".safetensors",)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +22,6 @@ def find(uri: str, scratch: Path, server: str = "") -> Listing:
         uri: `models:/...` or `runs:/...`.
         scratch: where files are downloaded to.
         server: URI of the tracking server; empty: MLFLOW_TRACKING_URI.
-
-    Raises:
-        DraftModelError: where there is no such model, or the server or the store cannot be reached.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
     from mlflow import MlflowClient
@@ -46,15 +42,11 @@ def find(uri: str, scratch: Path, server: str = "") -> Listing:
 
     def bring(names: Iterable[str]) -> dict[str, Path]:
         scratch.mkdir(parents=True, exist_ok=True)
-        paths = {}
-        for name in names:
-            paths[name] = scratch / name
-            if not (paths[name].is_file() and paths[name].stat().st_size == files[name].size):
+        paths = {name: scratch / name for name in names}
+        for name, path in paths.items():
+            if not (path.is_file() and path.stat().st_size == files[name].size):
                 with _errors(uri, location):
-                    arrived = Path(repository.download_artifacts(name, str(scratch)))
-                paths[name].parent.mkdir(parents=True, exist_ok=True)
-                if arrived != paths[name]:
-                    shutil.move(arrived, paths[name])
+                    repository.download_artifacts(name, str(scratch))
         return paths
 
     return Listing(files, bring)

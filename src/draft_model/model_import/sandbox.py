@@ -1,8 +1,8 @@
 """Runs what reads a stranger's files (structure check, tokenizer, chat templates, pickles) in a limited child process.
 
 One server process is started without any keys in its environment; it loads torch and transformers once and forks a
-child for each task. The child has limits on memory, CPU time and wall time, and cannot reach the Hub. What breaks there,
-be it an expanded tensor, ten million layers or an endless chat template, comes back as a sentence.
+child for each task. The child has limits on memory, CPU time and wall time, and cannot reach the Hub. What breaks
+there, be it an expanded tensor, ten million layers or an endless chat template, comes back as a sentence.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn, cast
 
 from draft_model.errors import DraftModelError
 
@@ -29,7 +29,7 @@ MEMORY, CPU_SECONDS, WALL_SECONDS = 6 * GIB, 300, 1200
 
 _SECRET = re.compile(r"^(AWS_|HF_|MLFLOW_|KFP_)|TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY")
 _lock = threading.Lock()
-_server: subprocess.Popen[str] | None = None
+_server: subprocess.Popen[bytes] | None = None
 
 
 def run(task: str, *, memory: int = MEMORY, cpu: int = CPU_SECONDS, wall: int = WALL_SECONDS, **arguments: Any) -> Any:
@@ -42,9 +42,6 @@ def run(task: str, *, memory: int = MEMORY, cpu: int = CPU_SECONDS, wall: int = 
         wall: limit in seconds.
         arguments: of the task; JSON values.
 
-    Returns:
-        The task's result, a JSON value.
-
     Raises:
         DraftModelError: what the task refuses, or which limit it exceeded.
     """
@@ -52,12 +49,18 @@ def run(task: str, *, memory: int = MEMORY, cpu: int = CPU_SECONDS, wall: int = 
     request = {"task": task, "arguments": arguments, "memory": memory, "cpu": cpu, "wall": wall}
     with _lock:
         if _server is None or _server.poll() is not None:
-            _server = _start()
-        assert _server.stdin is not None and _server.stdout is not None
+            environment = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+            _server = subprocess.Popen(
+                [sys.executable, "-m", "draft_model.model_import.sandbox"],
+                env=environment | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+            atexit.register(_server.kill)
+        stdin, stdout = cast(IO[bytes], _server.stdin), cast(IO[bytes], _server.stdout)
         try:
-            _server.stdin.write(json.dumps(request) + "\n")
-            _server.stdin.flush()
-            answer = json.loads(_server.stdout.readline() or '{"failure": "the checking process was killed"}')
+            stdin.write(json.dumps(request).encode() + b"\n")
+            stdin.flush()
+            answer = json.loads(stdout.readline() or b'{"failure": "the checking process was killed"}')
         except BaseException:  # an interrupt in between leaves an answer unread
             _server.kill()
             raise
@@ -65,34 +68,15 @@ def run(task: str, *, memory: int = MEMORY, cpu: int = CPU_SECONDS, wall: int = 
         return answer["result"]
     if "problems" in answer:
         raise DraftModelError(answer["problems"])
-    if (reason := _reason(answer, memory, cpu, wall)) is None:
+    if "failure" in answer:
         raise RuntimeError(f"{task} failed: {answer['failure']}")
+    # Native code aborts where it gets no memory; the kernel kills where the machine has none.
+    exceeded = {signal.SIGXCPU: f"{cpu} s of CPU time", signal.SIGALRM: f"{wall} s"}
+    limit = exceeded.get(answer["signal"], f"{memory / GIB:.0f} GiB of memory or crashed (signal {answer['signal']})")
     raise DraftModelError(
-        f"reading its files {reason} and was stopped: a file of it is damaged or made to do harm, or the machine is too "
-        "small; check where the model comes from, or save it again with save_pretrained"
+        f"reading its files took more than {limit} and was stopped: a file of it is damaged or made to do harm, or the "
+        "machine is too small; check where the model comes from, or save it again with save_pretrained"
     )
-
-
-def _reason(answer: dict[str, Any], memory: int, cpu: int, wall: int) -> str | None:
-    number = answer.get("signal", 0)
-    if number == signal.SIGXCPU:
-        return f"took more than {cpu} s of CPU time"
-    if number == signal.SIGALRM:
-        return f"took more than {wall} s"
-    if number:  # native code aborts where it gets no memory; the kernel kills where the machine has none
-        return f"took more than {memory / GIB:.0f} GiB of memory or crashed (signal {number})"
-    return f"took more than {memory / GIB:.0f} GiB of memory" if answer.get("memory") else None
-
-
-def _start() -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "draft_model.model_import.sandbox"],
-        env=environment | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
-    atexit.register(server.kill)
-    return server
 
 
 def _serve() -> None:
@@ -136,7 +120,7 @@ def _work(task: Callable[..., Any], request: dict[str, Any], writing: int) -> No
         answer = {"problems": error.problems}
     except BaseException as error:
         full = isinstance(error, MemoryError) or "allocate memory" in str(error)
-        answer = {"memory": True} if full else {"failure": traceback.format_exc()}
+        answer = {"signal": signal.SIGABRT} if full else {"failure": traceback.format_exc()}
     with os.fdopen(writing, "wb") as pipe:
         pipe.write(json.dumps(answer).encode())
     os._exit(0)

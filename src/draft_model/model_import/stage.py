@@ -13,8 +13,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,8 @@ logger = logging.getLogger(__name__)
 STAGE = "import"
 _FORMAT = 2
 """Of the canonical folder; part of the content key, so that a change of it imports anew."""
-_CONVERSION = "PyTorch weights, rewritten as safetensors"
-_CONVERTED_BYTES_PER_SECOND = 10**7
-"""Of CPU time, at the least."""
+_CONVERTED_PER_SECOND = 10**7
+"""Bytes of a pickle that are converted in a second of CPU time, at the least."""
 
 
 @dataclass(frozen=True)
@@ -125,66 +123,58 @@ def run(config: ImportConfig) -> ImportResult:
         logger.info("%s is at %s already, whole: nothing is copied", source.name, uri)
         return before
     try:
-        weights, folder, facts = _prepare(source, config.work, uri)
+        folder, remote, facts = _prepare(source, config.work, uri)
     except DraftModelError as error:
         start = f"target model {source.name}: "
         raise DraftModelError([p if p.startswith(source.parameter) else start + p for p in error.problems]) from error
     if config.root and (before := _imported_before(uri, key)) is not None:  # by a run beside this one
         return before
-    if not config.root:
+    if not config.root:  # below a root, another run may be reading the same content
         storage.remove_manifest(uri)
     properties = {
+        **facts,
         "source": source.name,
         "revision": source.listing.revision,
         "digest": key,
         "licence": _licence(source),
-        "architecture": facts["architecture"],
-        "parameter_count": facts["parameters"],
-        "conversion": _CONVERSION if weights.kind == "pickle" else "",
-        "quantization": facts["quantization"],
-        "max_positions": facts["max_positions"],
         "parameters": config.parameters.of_stage("import"),
     }
-    records = _upload(source, folder, uri, facts["remote"])
-    manifest = storage.write_manifest(uri, STAGE, records, properties)
+    manifest = storage.write_manifest(uri, STAGE, _upload(source, folder, uri, remote), properties)
+    result = _result(uri, manifest, reused=False)
     logger.info(
         "imported %s: %s, %.1f M parameters, %.0f MB, to %s",
-        source.name, facts["architecture"], facts["parameters"] / 1e6, manifest.size / 1e6, uri,
+        source.name, result.architecture, result.parameter_count / 1e6, result.size / 1e6, uri,
     )  # fmt: skip
-    return _result(uri, manifest)
+    return result
 
 
 def _content_key(source: Source) -> str:
-    """Changes with anything that the result depends on: the source's name, revision, and every file's size and stamp."""
+    """Changes with all that shapes the result: the source's name, its revision, every file's size and stamp."""
     files = sorted((name, file.size, file.stamp) for name, file in source.files.items())
     content = [_FORMAT, source.parameter, source.name, source.listing.revision, files]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def _imported_before(uri: str, key: str) -> ImportResult | None:
-    if not storage.exists(uri):
-        return None
     try:
-        manifest = storage.read_manifest(uri, stage=STAGE)
-        if manifest.properties.get("digest") != key or not storage.is_whole(uri, manifest):
-            return None
-        return replace(_result(uri, manifest), reused=True)
-    except (DraftModelError, KeyError):  # a damaged one, or an older version's, is replaced
+        manifest = storage.read_manifest(uri, stage=STAGE) if storage.exists(uri) else None
+        same = manifest is not None and manifest.properties.get("digest") == key
+        return _result(uri, manifest, reused=True) if manifest and same and storage.is_whole(uri, manifest) else None
+    except (DraftModelError, TypeError):  # a damaged one, or an older version's, is replaced
         return None
 
 
-def _result(uri: str, manifest: storage.Manifest) -> ImportResult:
-    names = ("source", "revision", "licence", "architecture", "parameter_count", "conversion", "quantization")
-    values: dict[str, Any] = {name: manifest.properties[name] for name in (*names, "max_positions")}
-    return ImportResult(uri=uri, size=manifest.size, **values)
+def _result(uri: str, manifest: storage.Manifest, *, reused: bool) -> ImportResult:
+    values = {field.name: manifest.properties[field.name] for field in fields(ImportResult)
+              if field.name in manifest.properties}  # fmt: skip
+    return ImportResult(**values, uri=uri, size=manifest.size, reused=reused)
 
 
-def _prepare(source: Source, work: Path, uri: str) -> tuple[Weights, Path, dict[str, Any]]:
+def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dict[str, Any]]:
     """Checks the model and makes its canonical folder in the scratch folder; weights are links there.
 
     Returns:
-        The weights as they were found, the folder, and what is known of the model; `remote` are the weight files that
-        are still to be copied from their object store.
+        The folder, the weight files that their object store is still to copy, and what is known of the model.
     """
     names = [*source.described_by, *([CARD] if CARD in source.files else [])]
     check_small(names, source.files)
@@ -194,96 +184,85 @@ def _prepare(source: Source, work: Path, uri: str) -> tuple[Weights, Path, dict[
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
     weights = choose_weights(source.files, lambda name: source.bring([name])[name].read_bytes())
-    early = sandbox.run("inspect", folder=str(folder), weights=[])
-    if problems := [*weights.problems, *early["problems"]]:
+    if problems := weights.problems + sandbox.run("inspect", folder=str(folder), weights=[])["problems"]:
         raise DraftModelError(problems)
+    if weights.kind == "safetensors" and weights.index:
+        shutil.copyfile(source.bring([weights.index])[weights.index], folder / INDEX)
     remote = _headers(source, weights, folder, uri)
     if not remote:
-        _check_disk(source, weights, work)
-        local = source.bring(weights.names)
-        if weights.kind == "pickle":
-            local = _converted(local, work)
-        elif weights.index:
-            shutil.copyfile(source.bring([weights.index])[weights.index], folder / INDEX)
-        for name, path in local.items():
-            (folder / ("model.safetensors" if len(local) == 1 else name)).symlink_to(path.resolve())
+        _bring_weights(source, weights, folder, work)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
     facts = sandbox.run("inspect", folder=str(folder), weights=files)
-    if facts["problems"]:
-        raise DraftModelError(facts["problems"])
-    return weights, folder, facts | {"remote": remote}
+    if problems := facts.pop("problems"):
+        raise DraftModelError(problems)
+    converted = "PyTorch weights, rewritten as safetensors" if weights.kind == "pickle" else ""
+    return folder, remote, {**facts, "conversion": converted}
 
 
 def _headers(source: Source, weights: Weights, folder: Path, uri: str) -> list[str]:
-    """Brings only the weights' headers, with holes where the tensors are, where an object store can copy the rest."""
-    located = source.listing.uri
-    if not (located and storage.is_remote(located) and storage.is_remote(uri) and weights.kind == "safetensors"):
-        return []
-    if not (hasattr(storage, "copy") and hasattr(storage, "read_range")) or (len(weights.names) == 1) != (
-        weights.names == ["model.safetensors"]
-    ):
+    """Brings only the weights' headers, with holes for the tensors, where an object store can copy the files itself."""
+    between = source.listing.uri and storage.is_remote(source.listing.uri) and storage.is_remote(uri)
+    final = weights.kind == "safetensors" and (weights.index or weights.names == ["model.safetensors"])
+    if not (between and final and hasattr(storage, "copy") and hasattr(storage, "read_range")):
         return []
     for name in weights.names:
-        file, size = storage.join(located, source.paths[name]), source.files[name].size or 0
+        file, size = storage.join(source.listing.uri, source.paths[name]), source.files[name].size or 0
         start = storage.read_range(file, 0, 8)
         length = min(int.from_bytes(start, "little"), size, 10**8)
         with (folder / name).open("wb") as header:
             header.write(start + storage.read_range(file, 8, length))
             header.truncate(size)
-    if weights.index:
-        shutil.copyfile(source.bring([weights.index])[weights.index], folder / INDEX)
     return weights.names
 
 
-def _check_disk(source: Source, weights: Weights, work: Path) -> None:
-    size = sum(source.files[name].size or 0 for name in weights.names)
-    local = source.listing.uri and not storage.is_remote(source.listing.uri)
-    needed = size * ((not local) + (weights.kind == "pickle"))
-    if needed > (free := shutil.disk_usage(work).free):
+def _bring_weights(source: Source, weights: Weights, folder: Path, work: Path) -> None:
+    sizes = [source.files[name].size or 0 for name in weights.names]
+    downloads = not source.listing.uri or storage.is_remote(source.listing.uri)
+    needed, free = sum(sizes) * (downloads + (weights.kind == "pickle")), shutil.disk_usage(work).free
+    if needed > free:
         raise DraftModelError(
             f"{needed / 1e9:.3f} GB are needed in {work} and {free / 1e9:.3f} GB are free: give the import a larger "
             "disk, or --work on one"
         )
-
-
-def _converted(paths: Mapping[str, Path], work: Path) -> dict[str, Path]:
-    into = work / "converted"
-    shutil.rmtree(into, ignore_errors=True)
-    into.mkdir()
-    sizes = [path.stat().st_size for path in paths.values()]
-    seconds = sandbox.CPU_SECONDS + sum(sizes) // _CONVERTED_BYTES_PER_SECOND
-    sandbox.run(
-        "convert", paths=[str(path) for path in paths.values()], into=str(into),
-        memory=sandbox.MEMORY + 3 * max(sizes), cpu=seconds, wall=4 * seconds,
-    )  # fmt: skip
-    return {path.name: path for path in sorted(into.iterdir())}
+    paths = source.bring(weights.names)
+    if weights.kind == "pickle":
+        into = work / "converted"
+        shutil.rmtree(into, ignore_errors=True)
+        into.mkdir()
+        sizes = [path.stat().st_size for path in paths.values()]
+        seconds = sandbox.CPU_SECONDS + sum(sizes) // _CONVERTED_PER_SECOND
+        sandbox.run(
+            "convert", paths=[str(path) for path in paths.values()], into=str(into),
+            memory=sandbox.MEMORY + 3 * max(sizes), cpu=seconds, wall=4 * seconds,
+        )  # fmt: skip
+        paths = {path.name: path for path in sorted(into.iterdir())}
+    for name, path in paths.items():
+        (folder / ("model.safetensors" if len(paths) == 1 else name)).symlink_to(path.resolve())
 
 
 def _upload(source: Source, folder: Path, uri: str, remote: list[str]) -> list[storage.FileRecord]:
-    records = []
+    records: list[storage.FileRecord] = []
     if remote:
-        names = [source.paths[name] for name in remote]
-        records = [replace(r, path=Path(r.path).name) for r in storage.copy(source.listing.uri, uri, names)]
+        below = source.paths[remote[0]].removesuffix(remote[0]).rstrip("/")
+        folder_uri = storage.join(source.listing.uri, below) if below else source.listing.uri
+        records += storage.copy(folder_uri, uri, remote)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        if name == CARD or name in remote:
-            continue
-        record = storage.put_file(path.resolve(), storage.join(uri, name))
-        stated = source.files[name].sha256 if path.is_symlink() and name in source.files else ""
-        if stated and record.sha256 != stated:
-            raise DraftModelError(
-                f"{source.parameter}: {name} of {source.name} arrived damaged: its SHA-256 is not the one that its "
-                "source states; remove the scratch folder and import again"
-            )
-        records.append(replace(record, path=name))
+        if name != CARD and name not in remote:
+            record = storage.put_file(path.resolve(), storage.join(uri, name))
+            stated = source.files[name].sha256 if path.is_symlink() and name in source.files else ""
+            if stated and record.sha256 != stated:
+                raise DraftModelError(
+                    f"{source.parameter}: {name} of {source.name} arrived damaged: its SHA-256 is not the one that its "
+                    "source states; remove the scratch folder and import again"
+                )
+            records.append(replace(record, path=name))
     return records
 
 
 def _licence(source: Source) -> str:
     """As the YAML header of the model card names it, else empty."""
-    if CARD not in source.paths:
-        return ""
-    text = source.bring([CARD])[CARD].read_bytes()[:65536].decode(errors="replace")
+    text = source.bring([CARD])[CARD].read_bytes()[:65536].decode(errors="replace") if CARD in source.paths else ""
     header = text.split("---", 2)[1] if text.startswith("---") and text.count("---") > 1 else ""
     found = re.search(r"^license:[ \t]*(?:\n\s*-[ \t]*)?[\"'\[]?([\w.+ -]+)", header, re.M)
     return found[1].strip() if found else ""
