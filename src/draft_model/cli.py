@@ -180,19 +180,6 @@ def export_command(draft: str, form: Any, target: str, output: str, work: Path |
         click.echo(export(draft, form, output, folder, target))
 
 
-@cli.command("track")
-@click.argument("log", metavar="LOG")
-def track_command(log: str) -> None:
-    """Send MLflow the log that a stage kept because the tracking server was away; sending it again changes nothing.
-
-    \b
-    MLFLOW_TRACKING_URI=http://mlflow:5000 draft-model track s3://b/run/output_model_path/tracking-train-0a1b2c3d.jsonl
-    """  # noqa: D301
-    from draft_model.tracking import send_log
-
-    click.echo(send_log(log))
-
-
 @cli.command("plan")
 @click.option("--config", required=True, metavar="URI", help="The target's config.json, or its folder.")
 @click.option("--memory", default=80.0, help="Of a GPU, GB.")

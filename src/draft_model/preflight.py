@@ -304,8 +304,7 @@ def _read_model(name: str, uri: str) -> None:
 
     with TemporaryDirectory() as folder:
         source = resolve(Parameters.model_validate({name: uri}), Path(folder))
-        for content in map(source.files.__getitem__, source.described_by):
-            content.read(0, 1)
+        source.bring(source.described_by)
 
 
 _READERS: dict[str, Callable[[str, str], Any]] = {

@@ -71,7 +71,7 @@ def run(config: EvaluateConfig) -> EvaluateResult:
         DraftModelError: when an input is missing, or a decoded token is not the target's own; the report is
             written all the same.
     """
-    with track("evaluate", config.work, config.final, config.parameters.mlflow_tracking_uri) as tracker:
+    with track("evaluate", config.parameters.mlflow_tracking_uri) as tracker:
         tracker.parameters(config.parameters.of_stage("evaluate"))
         result = _run(config, tracker)
         if name := config.parameters.register_model_name:

@@ -67,7 +67,7 @@ def run(config: TrainConfig) -> TrainResult:
             model = storage.fetch(config.model, config.work / "model")
             dataset = storage.fetch(config.dataset, config.work / "dataset")
         tracking = (
-            track(STAGE, work, config.output, p.mlflow_tracking_uri) if ranks.first else nullcontext(Tracker(None))
+            track(STAGE, p.mlflow_tracking_uri) if ranks.first else nullcontext(Tracker(None))
         )
         keeping = Keeping(p.keep_checkpoints, p.final_checkpoint == "best")
         with tracking as tracker, Output(config.checkpoints, work, keeping, config.output, lease) as output:
