@@ -1,7 +1,8 @@
 """What the evaluation decodes: the validation split, prompts of a file, or published benchmarks.
 
-A line of a file is `{"prompt": "..."}`, or `messages` or `conversations` as in the training data, whose last reply is
-left out; `category` is kept. Benchmarks come from the Hugging Face Hub; `datasets` fetches and caches them.
+A line of a file is `{"prompt": "..."}`, or a conversation as in the training data, whose last reply is left out; the
+data set's reader and the tokenizer's chat template make a prompt of it. `category` is kept. Benchmarks come from the
+Hugging Face Hub; `datasets` downloads and caches them.
 """
 
 from __future__ import annotations
@@ -9,39 +10,35 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from draft_model.dataset.files import File, damage_told, find
-from draft_model.dataset.templates import TEMPLATES, template_text
+from draft_model.dataset.files import damage_told, find
+from draft_model.dataset.reader import Rejected, Row, parse
+from draft_model.dataset.render import Renderer
+from draft_model.dataset.templates import TEMPLATES
 from draft_model.dataset.tokens import Split
 from draft_model.errors import DraftModelError
 from draft_model.hub import hub_address
 
 logger = logging.getLogger(__name__)
 
-Messages = list[dict[str, str]]
-
-_LINE = '{"prompt": "..."}, or `messages` with role and content, and perhaps `category`'
+_ALLOWED = '{"prompt": "..."}, or a conversation as in the training data, and perhaps `category`'
 _REFUSALS = (401, 403, 404)
 """What the Hub answers where it has no such data set, or not for this token."""
+_STAND_IN = {"role": "assistant", "content": "-"}
+"""The reply that a prompt lacks: the data set's reader wants one, and it is left out like any last reply."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts to decode.
+    """Prompts to decode: token ids up to where the reply begins, by category; and where they come from, in words."""
 
-    Attributes:
-        tokens: of each, up to where the reply begins.
-        categories: of each.
-        source: where they come from, in words.
-    """
-
-    tokens: list[list[int]]
-    categories: list[str]
+    groups: dict[str, list[list[int]]]
     source: str
 
 
@@ -104,7 +101,7 @@ def choose_prompts(
     """
     if not given:
         if validation is None:
-            return Prompts([], [], "")
+            raise DraftModelError("dataset_validation_split, evaluation_prompts: neither is given; nothing to decode")
         found = list(islice(_of_split(validation), limit or None))
         source = "the validation split"
     else:
@@ -112,10 +109,10 @@ def choose_prompts(
         rows = (
             [row for benchmark in benchmarks for row in _of_benchmark(benchmark, limit)]
             if benchmarks
-            else list(islice(_of_files(find(given)), limit or None))
+            else list(islice(_of_files(given), limit or None))
         )
-        jinja = template_text(tokenizer, TEMPLATES[template])
-        found = [(_tokens(tokenizer, jinja, messages), category) for messages, category in rows]
+        renderer = Renderer(tokenizer, TEMPLATES[template])
+        found = [(_tokens(renderer, row, where), category) for row, category, where in rows]
         source = ", ".join(benchmark.hub_id for benchmark in benchmarks) if benchmarks else given
     kept = [(tokens, category) for tokens, category in found if 2 <= len(tokens) <= longest]
     if not kept:
@@ -125,7 +122,10 @@ def choose_prompts(
         logger.info(
             "%d of %d prompts are left out: not 2 to %d tokens long", len(found) - len(kept), len(found), longest
         )
-    return Prompts([tokens for tokens, _ in kept], [category for _, category in kept], source)
+    groups: dict[str, list[list[int]]] = {}
+    for tokens, category in kept:
+        groups.setdefault(category, []).append(tokens)
+    return Prompts(groups, source)
 
 
 def check(given: str, limit: int) -> None:
@@ -141,13 +141,12 @@ def check(given: str, limit: int) -> None:
     if not given or _named(given):
         return
     try:
-        files = find(given)
+        find(given)
     except DraftModelError as error:
         benchmarks = ", ".join(BENCHMARKS)
         raise DraftModelError([f"{problem}, or name benchmarks: {benchmarks}" for problem in error.problems]) from error
-    if not sum(1 for _ in islice(_of_files(files), limit or None)):
-        names = ", ".join(file.uri for file in files[:3])
-        raise DraftModelError(f"evaluation_prompts: there is no line in {names}; allowed: {_LINE}")
+    if not sum(1 for _ in islice(_of_files(given), limit or None)):
+        raise DraftModelError(f"evaluation_prompts: there is no line in {given}; allowed: {_ALLOWED}")
 
 
 def to_fetch(given: str) -> list[str]:
@@ -211,40 +210,46 @@ def _of_split(split: Split) -> Iterator[tuple[list[int], str]]:
             yield row.input_ids[: starts[-1]].tolist(), "first reply" if len(starts) == 1 else "later reply"
 
 
-def _of_files(files: Sequence[File]) -> Iterator[tuple[Messages, str]]:
-    for file in files:
-        yield from _of_file(file)
+def _of_files(given: str) -> Iterator[tuple[Row, str, str]]:
+    """Rows up to their last reply, their categories, and where they are, for messages."""
+    for file in find(given):
+        with damage_told(f"evaluation_prompts: {file.name}"), file.open() as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    where = f"line {number} of {file.name}"
+                    try:
+                        yield *_read(line), where
+                    except Rejected as refusal:
+                        raise _no_prompt(where, refusal) from None
 
 
-def _of_file(file: File) -> Iterator[tuple[Messages, str]]:
-    with damage_told(f"evaluation_prompts: {file.name}"), file.open() as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    yield _messages(row), str(row.get("category", "prompts"))
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
-                    raise DraftModelError(
-                        f"evaluation_prompts: line {number} of {file.name} is no prompt ({error}); allowed: {_LINE}"
-                    ) from error
+def _no_prompt(where: str, refusal: Rejected) -> DraftModelError:
+    return DraftModelError(f"evaluation_prompts: {where} is no prompt ({refusal}); allowed: {_ALLOWED}")
 
 
-def _messages(row: Mapping[str, Any]) -> Messages:
-    if "prompt" in row:
-        text = row["prompt"]
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError("`prompt` is no text")
-        return [{"role": "user", "content": text}]
-    given = row["messages"] if "messages" in row else row["conversations"]
-    messages = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in given]
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        raise ValueError("there is nothing to reply to")
-    return messages
+def _read(line: bytes) -> tuple[Row, str]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        parse(line)  # raises the reason
+        raise Rejected("wrong shape", "the line is no JSON object")
+    row.pop("finish", None)  # of replies, the last of which is left out
+    name = next((name for name in ("conversations", "messages") if row.get(name) is not None), "messages")
+    if (prompt := row.pop("prompt", None)) is not None:
+        row[name] = [{"role": "user", "content": prompt}]
+    if isinstance(row.get(name), list) and row[name]:
+        row[name] = [*row[name], _STAND_IN]
+    read = parse(json.dumps(row).encode())
+    while read.messages and read.messages[-1]["role"] == "assistant":
+        read.messages.pop()
+    if not (read.messages or read.text):
+        raise Rejected("empty", "there is nothing to reply to")
+    return read, str(row.get("category") or "prompts")
 
 
-def _of_benchmark(benchmark: Benchmark, limit: int) -> list[tuple[Messages, str]]:
+def _of_benchmark(benchmark: Benchmark, limit: int) -> list[tuple[Row, str, str]]:
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
@@ -258,10 +263,45 @@ def _of_benchmark(benchmark: Benchmark, limit: int) -> list[tuple[Messages, str]
             "reachable and set HF_HOME to that cache"
         ) from error
     chosen = rows.select(range(min(limit or len(rows), len(rows))))
-    return [([{"role": "user", "content": benchmark.text(row)}], benchmark.category(row)) for row in chosen]
+    return [
+        (
+            Row([{"role": "user", "content": benchmark.text(row)}]),
+            benchmark.category(row),
+            f"row {n} of {benchmark.hub_id}",
+        )
+        for n, row in enumerate(chosen)
+    ]
 
 
-def _tokens(tokenizer: Any, jinja: str, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, chat_template=jinja, add_generation_prompt=True, tokenize=False)
+def _tokens(renderer: Renderer, row: Row, where: str) -> list[int]:
+    """A prompt up to where the model begins to write."""
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    tokenizer = renderer.tokenizer
+    try:
+        if row.text:
+            if not (spans := renderer.spans(row.text + renderer.template.ends[0])):
+                raise Rejected("no assistant turn", f"`text` has no {renderer.template.header!r}")
+            text = row.text[: spans[-1].start]
+        else:
+            renderer.template.refuse_control_tokens(row)
+            if row.tools and not re.search(r"\btools\b", renderer.jinja):
+                raise Rejected("not in the chat template", "`tools`, which this chat template does not write")
+            columns = {
+                name: value
+                for name, value in row.columns.items()
+                if re.search(rf"\b{re.escape(name)}\b", renderer.jinja)
+            }
+            (text,), _ = render_jinja_template(
+                [[{**message, "content": message["content"] or ""} for message in row.messages]],
+                tools=row.tools,
+                chat_template=renderer.jinja,
+                add_generation_prompt=True,
+                **{**tokenizer.special_tokens_map, **columns},
+            )
+    except (Rejected, TemplateError, ValueError, TypeError) as error:
+        refusal = error if isinstance(error, Rejected) else Rejected("refused by the chat template", str(error))
+        raise _no_prompt(where, refusal) from None
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids

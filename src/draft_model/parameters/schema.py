@@ -265,6 +265,12 @@ class Parameters(BaseModel):
         "MLFLOW_TRACKING_URI, which KFP's MLflow plugin sets.",
         *STAGES,
     )
+    evaluation_engine: Literal["auto", "vllm", "sglang", "transformers"] = _text(
+        "auto",
+        "What the evaluation decodes with; auto: vLLM where it can be imported, else this project's own decoder on "
+        "transformers.",
+        "evaluate",
+    )
 
     def of_stage(self, stage: Stage) -> dict[str, Any]:
         """The values of the parameters that one stage reads, by name."""
