@@ -152,7 +152,7 @@ def test_training_foresees_the_acceptance_length():
 
 
 def test_acceptance_counts_rounds_and_positions():
-    found = counts_of([Reply(accepted=[0, 2, 3]), Reply(accepted=[1])], 3) + Counts(0, 0, 0, [0, 0, 0])
+    found = counts_of([Reply(accepted=[0, 2, 3]), Reply(accepted=[1])], 3).plus(Counts(0, 0, 0, [0, 0, 0]))
     assert (found.rounds, found.drafted, found.accepted, found.acceptance_length) == (4, 12, 6, 1 + 6 / 4)
     assert found.report()["acceptance_by_position"] == [3 / 4, 2 / 4, 1 / 4]
     assert found.report()["conditional_acceptance_by_position"] == [3 / 4, 2 / 3, 1 / 2]

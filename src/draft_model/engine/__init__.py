@@ -15,9 +15,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import reduce
 from itertools import pairwise
@@ -40,54 +42,34 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Job:
-    """What one process measures.
+    """What one process measures."""
 
-    Attributes:
-        target: folder of the target.
-        draft: folder of the draft; empty for the target alone.
-        method: the draft's family, as vLLM names it.
-        proposals: K, tokens proposed in a round.
-        groups: prompts by category, token ids.
-        max_new_tokens: longest reply.
-        end_tokens: ids that end a reply.
-        temperature: of sampling, which is measured beside greedy decoding; 0: greedy alone.
-        seed: of sampling.
-        batch_sizes: throughput is timed with so many requests at once.
-    """
-
-    target: str
-    draft: str
-    method: str
-    proposals: int
-    groups: list[list[list[int]]]
+    target: str  # folder
+    draft: str  # folder; empty for the target alone
+    method: str  # the draft's family, as vLLM names it
+    proposals: int  # K, tokens proposed in a round
+    groups: list[list[list[int]]]  # token ids of the prompts by category
     max_new_tokens: int
     end_tokens: list[int]
-    temperature: float
-    seed: int
-    batch_sizes: list[int]
+    temperature: float  # of sampling, which is measured beside greedy decoding; 0: greedy alone
+    seed: int  # of sampling
+    batch_sizes: list[int]  # throughput is timed with so many requests at once
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What decoding with a draft counted, summed over rounds, as vLLM counts it.
+    """What decoding with a draft counted, summed over rounds, as vLLM counts it."""
 
-    Attributes:
-        rounds: forward passes of the target that checked a draft; the prompt's own pass is none.
-        drafted: proposed tokens.
-        accepted: of them, those that were kept.
-        by_position: rounds that kept the k-th proposal, [K].
-    """
+    rounds: int  # forward passes of the target that checked a draft; the prompt's own pass is none
+    drafted: int  # proposed tokens
+    accepted: int  # of them, those that were kept
+    by_position: list[int]  # rounds that kept the k-th proposal, [K]
 
-    rounds: int
-    drafted: int
-    accepted: int
-    by_position: list[int]
-
-    def __add__(self, other: Counts) -> Counts:
-        by_position = [a + b for a, b in zip(self.by_position, other.by_position, strict=True)]
-        return Counts(
-            self.rounds + other.rounds, self.drafted + other.drafted, self.accepted + other.accepted, by_position
-        )
+    def plus(self, other: Counts, sign: int = 1) -> Counts:
+        """The sum of two counts, or their difference."""
+        by_position = [a + sign * b for a, b in zip(self.by_position, other.by_position, strict=True)]
+        ours, theirs = (self.rounds, self.drafted, self.accepted), (other.rounds, other.drafted, other.accepted)
+        return Counts(*(a + sign * b for a, b in zip(ours, theirs, strict=True)), by_position)
 
     @property
     def acceptance_length(self) -> float:
@@ -115,51 +97,36 @@ class Counts:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one process measured.
+    """What one process measured."""
 
-    Attributes:
-        engine: its name and version.
-        hardware: in words.
-        dtype: compute type.
-        outputs: greedy replies by category and prompt, token ids, the end token included.
-        margins: of the target alone: distance of the two best logprobs at each token of the replies.
-        counts: of greedy decoding, by category; empty for the target alone.
-        drafted: for each token of the replies whether the draft proposed it; empty where an engine does not say.
-        sampled: of sampling, over all categories.
-        speed: tokens per second by batch size.
-    """
-
-    engine: str
+    engine: str  # name and version
     hardware: str
-    dtype: str
-    outputs: list[list[list[int]]]
-    margins: list[list[list[float]]] = field(default_factory=list)
-    counts: list[Counts] = field(default_factory=list)
-    drafted: list[list[list[bool]]] = field(default_factory=list)
-    sampled: Counts | None = None
-    speed: dict[int, float] = field(default_factory=dict)
+    dtype: str  # compute type
+    outputs: list[list[list[int]]]  # greedy replies by category and prompt, token ids, the end token included
+    margins: list[list[list[float]]] = field(
+        default_factory=list
+    )  # target alone: best logprob less the second, by token
+    counts: list[Counts] = field(default_factory=list)  # of greedy decoding by category; empty for the target alone
+    drafted: list[list[list[bool]]] = field(
+        default_factory=list
+    )  # by token, whether the draft proposed it, where known
+    sampled: Counts | None = None  # of sampling, over all categories
+    speed: dict[int, float] = field(default_factory=dict)  # tokens per second by batch size
 
     @property
     def total(self) -> Counts:
         """Counts over all categories."""
-        return reduce(Counts.__add__, self.counts)
+        return reduce(Counts.plus, self.counts)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Where a reply with the draft first differs from the target's own.
+    """Where a reply with the draft first differs from the target's own."""
 
-    Attributes:
-        prompt: number of the prompt, from 0.
-        position: number of the token in the reply, from 0.
-        margin: distance of the target's two best tokens there; None where one reply is longer.
-        tie: whether it is within the rounding of the compute type.
-    """
-
-    prompt: int
-    position: int
-    margin: float | None
-    tie: bool
+    prompt: int  # from 0
+    position: int  # of the token in the reply, from 0
+    margin: float | None  # distance of the target's two best tokens there; None where one reply is longer
+    tie: bool  # within the rounding of the compute type
 
 
 def compare_replies(
@@ -253,8 +220,6 @@ def measure(engine: str, job: Job, work: Path, time_limit: float = TIME_LIMIT) -
         stderr=subprocess.STDOUT,
         start_new_session=True,
     ) as process:
-        import threading
-
         timer = threading.Timer(time_limit, lambda: os.killpg(process.pid, signal.SIGKILL))
         timer.start()
         try:
@@ -266,10 +231,14 @@ def measure(engine: str, job: Job, work: Path, time_limit: float = TIME_LIMIT) -
             code = process.wait()
         finally:
             timer.cancel()
-            if process.poll() is None:
+            with suppress(ProcessLookupError):  # what the engine started must not outlive it
                 os.killpg(process.pid, signal.SIGKILL)
     if code == 0 and answer.exists():
-        return _measured(json.loads(answer.read_text(encoding="utf-8")))
+        values = json.loads(answer.read_text(encoding="utf-8"))
+        values["counts"] = [Counts(**counts) for counts in values["counts"]]
+        values["sampled"] = Counts(**values["sampled"]) if values["sampled"] else None
+        values["speed"] = {int(size): speed for size, speed in values["speed"].items()}
+        return Measured(**values)
     name = f"evaluation_engine: {engine} {'with the draft' if job.draft else 'with the target alone'}"
     if time.monotonic() - started >= time_limit:
         raise DraftModelError(
@@ -277,17 +246,6 @@ def measure(engine: str, job: Job, work: Path, time_limit: float = TIME_LIMIT) -
             "evaluation_max_new_tokens"
         )
     raise DraftModelError(f"{name} {explain(code, ''.join(last))}")
-
-
-def _measured(values: dict[str, Any]) -> Measured:
-    return Measured(
-        **{
-            **values,
-            "counts": [Counts(**counts) for counts in values["counts"]],
-            "sampled": Counts(**values["sampled"]) if values["sampled"] else None,
-            "speed": {int(size): speed for size, speed in values["speed"].items()},
-        }
-    )
 
 
 _MEMORY = re.compile(
@@ -302,12 +260,7 @@ _CONSEQUENCE = re.compile(r"Engine core initialization failed|EngineDeadError|Se
 
 
 def explain(code: int, log: str) -> str:
-    """What a failed process's exit status and log say, as the end of a sentence.
-
-    Args:
-        code: exit status; negative: a signal.
-        log: the last lines.
-    """
+    """What a failed process's exit status (negative: a signal) and last log lines say, as half a sentence."""
     log = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", log)
     causes = [
         f"{kind.rpartition('.')[2]}: {text}" for kind, text in _ERROR.findall(log) if not _CONSEQUENCE.search(text)
@@ -333,16 +286,13 @@ def serve(run: Callable[[Job], Measured]) -> None:
     Path(sys.argv[2]).write_text(json.dumps(asdict(run(job))), encoding="utf-8")
 
 
-def time_batches(
-    job: Job, on_gpu: bool, generate: Callable[[list[list[int]]], int], repeats: int = 3
-) -> dict[int, float]:
-    """Tokens per second by batch size: medians of a few runs after one that warms up.
+def time_batches(job: Job, on_gpu: bool, generate: Callable[[list[list[int]]], int]) -> dict[int, float]:
+    """Tokens per second by batch size: medians of three runs after one that warms up.
 
     Args:
         job: its prompts are taken in turn, again where a batch is larger.
         on_gpu: a CPU is timed with few requests only.
         generate: decodes prompts at once and returns how many tokens it wrote.
-        repeats: runs to time.
     """
     prompts = [prompt for group in job.groups for prompt in group]
     found = {}
@@ -350,8 +300,8 @@ def time_batches(
         batch = [prompts[index % len(prompts)] for index in range(size)]
         generate(batch)
         speeds = []
-        for _ in range(repeats):
+        for _ in range(3):
             started = time.perf_counter()
             speeds.append(generate(batch) / (time.perf_counter() - started))
-        found[size] = sorted(speeds)[repeats // 2]
+        found[size] = sorted(speeds)[1]
     return found

@@ -37,11 +37,7 @@ def run(job: Job) -> Measured:
     def counted(temperature: float, prompts: list[list[int]], logprobs: int | None = None) -> tuple[list[Any], Counts]:
         before = _counts(engine, job.proposals)
         outputs = generate(prompts, temperature, logprobs)
-        after = _counts(engine, job.proposals)
-        by_position = [now - then for now, then in zip(after.by_position, before.by_position, strict=True)]
-        return outputs, Counts(
-            after.rounds - before.rounds, after.drafted - before.drafted, after.accepted - before.accepted, by_position
-        )
+        return outputs, _counts(engine, job.proposals).plus(before, -1)
 
     greedy = [counted(0.0, group, None if job.draft else 2) for group in job.groups]
     everything = [prompt for group in job.groups for prompt in group]

@@ -22,21 +22,13 @@ from draft_model.training.checkpoint import read_checkpoint
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """One comparison.
+    """One comparison."""
 
-    Attributes:
-        model: URI of the target, imported or a Transformers folder.
-        dataset: URI of the data set whose validation split gives the prompts; empty where evaluation_prompts does.
-        drafts: URIs of drafts of that target.
-        work: scratch folder.
-        parameters: of the evaluation, and chat_template for a tokenizer that has none.
-    """
-
-    model: str
-    dataset: str
-    drafts: tuple[str, ...]
-    work: Path
-    parameters: Parameters
+    model: str  # URI of the target, imported or a Transformers folder
+    dataset: str  # URI of the data set whose validation split gives the prompts; empty where evaluation_prompts does
+    drafts: tuple[str, ...]  # URIs of drafts of that target
+    work: Path  # scratch folder
+    parameters: Parameters  # of the evaluation; chat_template counts where there is no data set
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
@@ -58,11 +50,8 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     model = fetched(config.model, config.work / "model")
     dataset = storage.fetch(config.dataset, config.work / "dataset") if config.dataset else None
     candidates = [_candidate(uri, model, config.work / f"draft_{n}") for n, uri in enumerate(config.drafts)]
-    template = p.chat_template
-    if dataset is not None:
-        template = json.loads((dataset / "report.json").read_text(encoding="utf-8"))["chat_template"]
     longest = min(candidate.draft.config.max_position_embeddings for candidate in candidates)
-    case = open_case(p, model, dataset, template, longest, config.work)
+    case = open_case(p, model, dataset, p.chat_template, longest, config.work)
     alone, *found = measure(case, candidates)
     return [
         {

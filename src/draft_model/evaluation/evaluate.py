@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -39,9 +38,8 @@ def evaluate(
         What evaluation.json holds; docs/evaluation.md describes it.
     """
     started = time.monotonic()
-    template = json.loads((dataset / "report.json").read_text(encoding="utf-8"))["chat_template"]
     draft = load_draft(final)
-    case = open_case(p, model, dataset, template, draft.config.max_position_embeddings, work)
+    case = open_case(p, model, dataset, "", draft.config.max_position_embeddings, work)
     candidates = [Candidate("the trained draft", draft, final), *_untrained(case, draft)]
     alone, trained, *untrained = measure(case, candidates)
     compared = [differences(alone, found) for found in (trained, *untrained)]

@@ -32,17 +32,11 @@ BATCH = 16
 
 @dataclass
 class Reply:
-    """What was decoded for one prompt.
+    """What was decoded for one prompt."""
 
-    Attributes:
-        tokens: new tokens, the end token included.
-        drafted: for each of them, whether the draft proposed it.
-        accepted: proposals that each round kept.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    drafted: list[bool] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)  # new ones, the end token included
+    drafted: list[bool] = field(default_factory=list)  # for each of them, whether the draft proposed it
+    accepted: list[int] = field(default_factory=list)  # proposals that each round kept
 
 
 _WHOLE, _ATTENTION = {"full_attention", "dummy"}, {"sliding_attention", "chunked_attention"}

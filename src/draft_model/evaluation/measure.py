@@ -29,24 +29,14 @@ BATCH_SIZES = [1, 4, 16, 64]
 
 @dataclass(frozen=True)
 class Case:
-    """What all measurements of an evaluation share.
-
-    Attributes:
-        parameters: of the run.
-        model: folder of the target.
-        tokenizer: the target's.
-        prompts: to decode.
-        end_tokens: ids that end a reply.
-        engine: vllm, sglang or transformers, which is our own decoder.
-        work: scratch folder.
-    """
+    """What all measurements of an evaluation share."""
 
     parameters: Parameters
-    model: Path
+    model: Path  # folder of the target
     tokenizer: Any
     prompts: Prompts
-    end_tokens: list[int]
-    engine: str
+    end_tokens: list[int]  # ids that end a reply
+    engine: str  # vllm, sglang, or transformers: our own decoder
     work: Path
 
 
@@ -81,12 +71,14 @@ def open_case(p: Parameters, model: Path, dataset: Path | None, template: str, l
         p: of the run.
         model: folder of the target.
         dataset: folder of the data set; None where evaluation_prompts names prompts.
-        template: name of the chat template.
+        template: name of the chat template, for a comparison without a data set.
         longest: positions that the draft has.
         work: scratch folder.
     """
     engine = check_engine(p)
     tokenizer = load_tokenizer(model)
+    if dataset is not None:
+        template = json.loads((dataset / "report.json").read_text(encoding="utf-8"))["chat_template"]
     split = Split(dataset / "validation") if dataset and (dataset / "validation").is_dir() else None
     longest -= p.evaluation_max_new_tokens + p.num_speculative_tokens + 1
     prompts = choose_prompts(p.evaluation_prompts, split, tokenizer, template, p.evaluation_conversations, longest)
@@ -166,25 +158,14 @@ def differences(alone: Measured, found: Measured) -> tuple[int, list[Difference]
 
 def speed_table(alone: Measured, found: Measured) -> list[dict[str, Any]]:
     """Tokens per second of the target alone and with a draft, by batch size."""
-    return [
-        {
-            "batch_size": size,
-            "target_alone_tokens_per_second": speed,
-            "tokens_per_second": found.speed[size],
-            "speed_up": found.speed[size] / speed,
-        }
-        for size, speed in alone.speed.items()
-    ]
+    names = ("batch_size", "target_alone_tokens_per_second", "tokens_per_second", "speed_up")
+    rows = ((size, speed, found.speed[size], found.speed[size] / speed) for size, speed in alone.speed.items())
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def category_table(case: Case, found: Measured) -> list[dict[str, Any]]:
     """Acceptance length by category of the prompts."""
-    return [
-        {
-            "category": category,
-            "prompts": len(prompts),
-            "rounds": counts.rounds,
-            "acceptance_length": counts.acceptance_length,
-        }
-        for (category, prompts), counts in zip(case.prompts.groups.items(), found.counts, strict=True)
-    ]
+    names = ("category", "prompts", "rounds", "acceptance_length")
+    pairs = zip(case.prompts.groups.items(), found.counts, strict=True)
+    rows = ((category, len(prompts), its.rounds, its.acceptance_length) for (category, prompts), its in pairs)
+    return [dict(zip(names, row, strict=True)) for row in rows]

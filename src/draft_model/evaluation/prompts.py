@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from draft_model.dataset.files import damage_told, find
 from draft_model.dataset.reader import Rejected, Row, parse
@@ -42,17 +42,8 @@ class Prompts:
     source: str
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """A published benchmark.
-
-    Attributes:
-        hub_id: of the data set.
-        config: its configuration; empty for the default.
-        split: of it.
-        text: what a row asks.
-        category: a row's.
-    """
+class Benchmark(NamedTuple):
+    """A published benchmark: its data set, what a row asks, and a row's category."""
 
     hub_id: str
     config: str
@@ -61,8 +52,8 @@ class Benchmark:
     category: Callable[[Mapping[str, Any]], str]
 
 
-def _alpaca(row: Mapping[str, Any]) -> str:
-    return f"{row['instruction']}\n\n{row['input']}" if row["input"] else str(row["instruction"])
+def _plain(hub_id: str, config: str, split: str, name: str, form: str) -> Benchmark:
+    return Benchmark(hub_id, config, split, lambda row: form.format_map(row).strip(), lambda _: name)
 
 
 BENCHMARKS = {
@@ -70,34 +61,30 @@ BENCHMARKS = {
         "HuggingFaceH4/mt_bench_prompts", "", "train",
         lambda row: row["prompt"][0], lambda row: f"mt-bench {row['category']}",
     ),
-    "gsm8k": Benchmark("openai/gsm8k", "main", "test", lambda row: row["question"], lambda _: "gsm8k"),
-    "humaneval": Benchmark(
-        "openai/openai_humaneval", "", "test",
-        lambda row: f"Complete this Python function:\n\n```python\n{row['prompt']}```", lambda _: "humaneval",
+    "gsm8k": _plain("openai/gsm8k", "main", "test", "gsm8k", "{question}"),
+    "humaneval": _plain(
+        "openai/openai_humaneval", "", "test", "humaneval", "Complete this Python function:\n\n```python\n{prompt}```"
     ),
-    "alpaca": Benchmark("tatsu-lab/alpaca", "", "train", _alpaca, lambda _: "alpaca"),
-    "cnn-dm": Benchmark(
-        "abisee/cnn_dailymail", "3.0.0", "test",
-        lambda row: f"Summarize this article:\n\n{row['article']}", lambda _: "cnn-dm",
-    ),
+    "alpaca": _plain("tatsu-lab/alpaca", "", "train", "alpaca", "{instruction}\n\n{input}"),
+    "cnn-dm": _plain("abisee/cnn_dailymail", "3.0.0", "test", "cnn-dm", "Summarize this article:\n\n{article}"),
 }  # fmt: skip
 
 
 def choose_prompts(
     given: str, validation: Split | None, tokenizer: Any, template: str, limit: int, longest: int
 ) -> Prompts:
-    """The prompts that parameter evaluation_prompts means.
+    """Reads the prompts that parameter evaluation_prompts names.
 
     Args:
-        given: its value: a file, names of benchmarks with commas between them, or empty for the validation split.
+        given: files, names of benchmarks with commas between them, or empty for the validation split.
         validation: validation split; None where there is none.
         tokenizer: the target's.
-        template: name of the chat template, for a tokenizer that has none.
-        limit: how many of the validation split, of the file or of each benchmark; 0 for all.
+        template: name of the chat template.
+        limit: how many of the validation split, of the files or of each benchmark; 0 for all.
         longest: longer prompts than this are left out, in tokens.
 
     Raises:
-        DraftModelError: when there are none, or they cannot be had.
+        DraftModelError: when there are none, or they cannot be read.
     """
     if not given:
         if validation is None:
@@ -129,15 +116,7 @@ def choose_prompts(
 
 
 def check(given: str, limit: int) -> None:
-    """Reads prompts of files before anything runs, as the evaluation will; benchmarks are left to `ask_hub`.
-
-    Args:
-        given: value of evaluation_prompts.
-        limit: how many will be decoded; 0 for all.
-
-    Raises:
-        DraftModelError: they are not there, cannot be read, or are no prompts.
-    """
+    """Reads as many prompts of files as the evaluation will, before anything runs; benchmarks are left to `ask_hub`."""
     if not given or _named(given):
         return
     try:
@@ -155,15 +134,7 @@ def to_fetch(given: str) -> list[str]:
 
 
 def ask_hub(names: Sequence[str], seconds: float) -> tuple[list[str], list[str]]:
-    """Asks the Hub whether it has benchmarks; downloads nothing.
-
-    Args:
-        names: their ids there.
-        seconds: to wait for each answer.
-
-    Returns:
-        Problems; and notes, where it does not answer from here.
-    """
+    """Asks the Hub whether it has benchmarks; returns problems, and notes where it does not answer from here."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 

@@ -19,46 +19,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """One evaluation.
+    """One evaluation."""
 
-    Attributes:
-        model: URI of the imported target.
-        dataset: URI of the data set.
-        final: URI of the trained draft; the report, its data and the model card are added to it.
-        work: scratch folder on this machine.
-        parameters: of the run.
-    """
-
-    model: str
-    dataset: str
-    final: str
-    work: Path
+    model: str  # URI of the imported target
+    dataset: str  # URI of the data set
+    final: str  # URI of the trained draft; the report, its data and the model card are added to it
+    work: Path  # scratch folder on this machine
     parameters: Parameters
 
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What an evaluation leaves.
+    """What an evaluation leaves."""
 
-    Attributes:
-        final: URI of the draft, with report.html, evaluation.json and README.md beside it.
-        report: the report on this machine.
-        card: the model card on this machine.
-        measured: whether there were validation prompts to measure on.
-        acceptance_length: tokens per forward pass of the target, with the trained draft; 0 where not measured.
-        untrained_acceptance_length: with the same draft before training; 0 where not measured.
-        acceptance_by_position: share of rounds that kept the k-th proposal, [K].
-        compared_tokens: tokens that were found equal to the target's own.
-    """
-
-    final: str
-    report: Path
-    card: Path
-    measured: bool
-    acceptance_length: float
-    untrained_acceptance_length: float
-    acceptance_by_position: list[float]
-    compared_tokens: int
+    final: str  # URI of the draft, with report.html, evaluation.json and README.md beside it
+    report: Path  # on this machine
+    card: Path  # on this machine
+    measured: bool  # whether there were prompts to measure on
+    acceptance_length: float  # tokens per forward pass of the target, with the trained draft; 0 where not measured
+    untrained_acceptance_length: float  # with the same draft before training; 0 where not measured
+    acceptance_by_position: list[float]  # share of rounds that kept the k-th proposal, [K]
+    compared_tokens: int  # tokens that were found equal to the target's own
 
 
 def run(config: EvaluateConfig) -> EvaluateResult:
