@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draft_model.dataset.reader import Rejected, chunks, parse
+from draft_model.dataset.reader import Rejected, parse
 
 TURNS = [("system", "be short"), ("user", "hi"), ("assistant", "hello")]
 MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
@@ -146,13 +146,3 @@ def test_no_line_does_worse_than_be_refused(line):
         refusal.detail.encode("utf-8")  # it can be written to rejected.jsonl
     else:
         assert row.answers or row.text
-
-
-@given(st.lists(st.sampled_from([1, 10, 3 << 20]), max_size=600))
-def test_chunks_keep_all_lines_in_order_and_stay_small(sizes):
-    buffer = bytes(max(sizes, default=0))
-    lines = [(number, buffer[:size]) for number, size in enumerate(sizes)]
-    made = list(chunks(lines))
-    assert [line for chunk in made for line in chunk] == lines
-    assert all(chunk and len(chunk) <= 256 for chunk in made)
-    assert all(sum(len(line) for _, line in chunk[:-1]) < 4 << 20 for chunk in made)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from draft_model.dataset import inputs
+from draft_model.dataset import build
 from draft_model.dataset.encode import Encoder, EncoderSettings
 
 from .conftest import KINDS
@@ -234,7 +234,7 @@ def test_control_tokens_are_found_wherever_they_hide(encode):
 
 
 def test_what_becomes_of_the_same_lines_changes_only_with_the_format(encode):
-    """Where this fails on purpose, raise inputs.FORMAT too: else data sets of before will be taken for today's."""
+    """Where this fails on purpose, raise build.FORMAT too: else data sets of before will be taken for today's."""
     rows = [
         {"messages": REASONED},
         {"messages": REASONED[:2], "finish": "length"},
@@ -245,7 +245,7 @@ def test_what_becomes_of_the_same_lines_changes_only_with_the_format(encode):
     ]
     kinds = [kind for kind in KINDS if kind != "smol-bare"]
     made = json.dumps([encode(kind, **row) for kind in kinds for row in rows], ensure_ascii=False)
-    assert (inputs.FORMAT, hashlib.sha256(made.encode()).hexdigest()) == (
-        3,
+    assert (build.FORMAT, hashlib.sha256(made.encode()).hexdigest()) == (
+        4,
         "3d3fdb88e3699ff00cb3b3feb8307269cdb59078d2094e4e8d78a236dc471791",
     )

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from draft_model.dataset.tally import Tally
+from draft_model.dataset.vocabulary import coverage_by_size
+
 _SHOWN_CHARACTERS = 6000
 
 
@@ -43,12 +46,24 @@ def colour(tokenizer: Any, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> l
     return pairs
 
 
-def write_report(report: Mapping[str, Any], path: Path) -> None:
+def write_report(
+    properties: Mapping[str, Any],
+    sources: Mapping[str, list[str]],
+    tallies: Mapping[str, Tally],
+    tokenizer: Any,
+    path: Path,
+) -> dict[str, Any]:
     """Writes the page.
 
     Args:
-        report: what report.json holds.
+        properties: the manifest's.
+        sources: the names of each split's files.
+        tallies: the counts of each split.
+        tokenizer: the target's.
         path: the file to write.
+
+    Returns:
+        What the page shows, for report.json.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -59,7 +74,16 @@ def write_report(report: Mapping[str, Any], path: Path) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    train, validation = tallies["train"], tallies.get("validation")
+    report = {
+        **properties,
+        "sources": sources,
+        "splits": {split: counts | tallies[split].details() for split, counts in properties["splits"].items()},
+        "coverage_by_size": coverage_by_size(train.supervised, None if validation is None else validation.supervised),
+        "samples": [colour(tokenizer, ids, mask) for ids, mask in train.samples],
+    }
     environment.filters["count"] = lambda number: f"{number:,}"
     environment.filters["percent"] = lambda share: "-" if share is None else f"{100 * share:.2f} %"
     page = environment.get_template("report.html.j2").render(report=report)
     path.write_text(page, encoding="utf-8")
+    return report

@@ -1,8 +1,7 @@
-"""What the stage counts: per piece, so that pods can count apart, and added up for a split."""
+"""What the stage counts, per shard and added up for a split; its size does not depend on the input's."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,13 +13,13 @@ from numpy.typing import NDArray
 from draft_model.dataset.encode import Encoded
 
 _BINS = 32
-_SHOWN = 10
-SAMPLES = 3
+_FIRST = 10
+_SAMPLES = 3
 
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """What became of one split.
+    """Counts of one split.
 
     Attributes:
         rows_in: non-blank lines of the files; rows_kept + rows_rejected.
@@ -41,9 +40,27 @@ class SplitSummary:
     coverage: float
 
 
+def count(rows: Encoded) -> dict[str, Any]:
+    """Counts a shard's rows as JSON values, for `Tally.add`: pairs of values and how often each occurs."""
+    ends = np.cumsum(rows.lengths)[:_SAMPLES]
+    samples = [slice(end - length, end) for end, length in zip(ends, rows.lengths, strict=False)]
+    return {
+        "supervised": _frequencies(rows.ids[rows.mask]),
+        "lengths": _frequencies(rows.lengths),
+        "turns": _frequencies(rows.turns),
+        "truncated": rows.truncated,
+        "rejected": rows.rejected,
+        "samples": [[rows.ids[sample].tolist(), rows.mask[sample].tolist()] for sample in samples],
+    }
+
+
+def _frequencies(values: NDArray[Any]) -> list[list[int]]:
+    return [array.tolist() for array in np.unique(values, return_counts=True)]
+
+
 @dataclass
 class Tally:
-    """Counts over a piece or a split, chunk by chunk; its size does not depend on the file's.
+    """Counts over a split.
 
     Attributes:
         supervised: how often each target token is supervised, int64 [V].
@@ -65,61 +82,35 @@ class Tally:
 
     @classmethod
     def empty(cls, vocab_size: int, max_length: int) -> Tally:
-        """A tally of nothing yet."""
+        """Returns a tally of no rows."""
         return cls(np.zeros(vocab_size, np.int64), np.zeros(max_length + 1, np.int64))
 
-    def add(self, rows: Encoded) -> None:
-        """Counts one chunk; its rejected lines are told by `reject`."""
-        self.supervised += np.bincount(rows.ids[rows.mask], minlength=len(self.supervised))
-        self.lengths += np.bincount(rows.lengths, minlength=len(self.lengths))
-        self.turns.update(rows.turns.tolist())
-        self.truncated += rows.truncated
-        ends = np.cumsum(rows.lengths)
-        for end, length in zip(ends, rows.lengths[: SAMPLES - len(self.samples)], strict=False):
-            self.samples.append((rows.ids[end - length : end].copy(), rows.mask[end - length : end].copy()))
+    def add(self, counts: Mapping[str, Any]) -> None:
+        """Adds what `count` returned; its rejected lines are added by `reject`."""
+        for array, (values, numbers) in ((self.supervised, counts["supervised"]), (self.lengths, counts["lengths"])):
+            array[values] += np.array(numbers, np.int64)
+        self.turns.update(dict(zip(*counts["turns"], strict=True)))
+        self.truncated += counts["truncated"]
+        for ids, mask in counts["samples"][: _SAMPLES - len(self.samples)]:
+            self.samples.append((np.array(ids, np.int32), np.array(mask, np.bool_)))
 
     def reject(self, where: str, reason: str, detail: str) -> None:
         """Counts one rejected line."""
         self.reasons[reason] += 1
-        if len(self.first_rejected) < _SHOWN:
+        if len(self.first_rejected) < _FIRST:
             self.first_rejected.append(f"{where}: {reason} ({detail})")
-
-    def to_json(self) -> dict[str, Any]:
-        """The counts of a piece, without its rejected lines."""
-        ids, lengths = np.flatnonzero(self.supervised), np.flatnonzero(self.lengths)
-        return {
-            "supervised": [ids.tolist(), self.supervised[ids].tolist()],
-            "lengths": [lengths.tolist(), self.lengths[lengths].tolist()],
-            "turns": [list(self.turns), list(self.turns.values())],
-            "truncated": self.truncated,
-            "samples": [[ids.tolist(), mask.astype(int).tolist()] for ids, mask in self.samples],
-        }
-
-    def add_json(self, counts: Mapping[str, Any]) -> None:
-        """Adds the counts of a piece."""
-        for array, (places, numbers) in ((self.supervised, counts["supervised"]), (self.lengths, counts["lengths"])):
-            np.add.at(array, np.array(places, np.int64), np.array(numbers, np.int64))
-        self.turns.update(dict(zip(*counts["turns"], strict=True)))
-        self.truncated += counts["truncated"]
-        for ids, mask in counts["samples"][: SAMPLES - len(self.samples)]:
-            self.samples.append((np.array(ids, np.int32), np.array(mask, np.bool_)))
 
     @property
     def kept(self) -> int:
         """Rows in the data set."""
         return int(self.lengths.sum())
 
-    @property
-    def rejected(self) -> int:
-        """Lines put aside."""
-        return self.reasons.total()
-
     def summary(self, coverage: float) -> SplitSummary:
-        """The split in seven numbers."""
+        """Sums the counts up."""
         return SplitSummary(
-            rows_in=self.kept + self.rejected,
+            rows_in=self.kept + self.reasons.total(),
             rows_kept=self.kept,
-            rows_rejected=self.rejected,
+            rows_rejected=self.reasons.total(),
             rows_truncated=self.truncated,
             tokens=int((self.lengths * np.arange(len(self.lengths))).sum()),
             supervised_tokens=int(self.supervised.sum()),
@@ -127,23 +118,19 @@ class Tally:
         )
 
     def details(self) -> dict[str, Any]:
-        """What the report adds to the summary."""
+        """Returns what the report adds to the summary."""
         ends = np.cumsum(self.lengths)
         quantiles = {f"p{q}": int(np.searchsorted(ends, np.ceil(ends[-1] * q / 100))) for q in (50, 90, 99, 100)}
-        width = -(-(len(self.lengths) - 1) // _BINS)
-        bins = np.bincount(np.maximum(0, np.arange(len(self.lengths)) - 1) // width, weights=self.lengths)
+        longest = len(self.lengths) - 1
+        width = -(-longest // _BINS)
+        bins = np.bincount(np.maximum(0, np.arange(longest + 1) - 1) // width, weights=self.lengths)
         return {
             "rejected_reasons": dict(sorted(self.reasons.items())),
             "length_quantiles": quantiles,
             "length_histogram": [
-                {"from": i * width + 1, "to": min((i + 1) * width, len(self.lengths) - 1), "rows": int(rows)}
+                {"from": i * width + 1, "to": min((i + 1) * width, longest), "rows": int(rows)}
                 for i, rows in enumerate(bins)
             ],
             "assistant_turns": {str(turns): rows for turns, rows in sorted(self.turns.items())},
             "distinct_supervised_tokens": int(np.count_nonzero(self.supervised)),
         }
-
-
-def to_bytes(counts: Mapping[str, Any]) -> bytes:
-    """JSON, the same bytes for the same counts."""
-    return json.dumps(counts, sort_keys=True, separators=(",", ":")).encode()

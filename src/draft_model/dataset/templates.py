@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draft_model.dataset.reader import Rejected, Row
+from draft_model.errors import DraftModelError
 
 # A template that writes today's date would make another data set each day.
 _ONE_DATE = "{% macro strftime_now(format) %}{{ {'%d %b %Y': '26 Jul 2024'}.get(format, '2024-07-26') }}{% endmacro +%}"
@@ -174,7 +175,24 @@ DEEPSEEK = Template(
 TEMPLATES: dict[str, Template] = {template.name: template for template in (LLAMA3, QWEN, GPT_OSS, DEEPSEEK)}
 
 
-def template_text(tokenizer: Any, template: Template) -> str:
-    """The Jinja text to render with: the tokenizer's own, else the named one's; its date is fixed."""
-    text: str = tokenizer.get_chat_template() if tokenizer.chat_template else template.jinja
-    return _ONE_DATE + text if "strftime_now" in text else text
+def template_text(tokenizer: Any, template: Template, *, tools: bool = False) -> str:
+    """Returns the Jinja text to render with: the tokenizer's own, else the named one's; its date is fixed.
+
+    Args:
+        tokenizer: the target's. Of several templates that it has by name, engines take `default`.
+        template: the one that parameter chat_template names.
+        tools: whether the conversation has tools; engines then take `tool_use`, where there is one.
+
+    Raises:
+        DraftModelError: the tokenizer has several templates and no default.
+    """
+    own = tokenizer.chat_template or template.jinja
+    if isinstance(own, dict):
+        name = "tool_use" if tools and "tool_use" in own else "default"
+        if name not in own and len(own) > 1:
+            names = ", ".join(sorted(own))
+            raise DraftModelError(
+                f"model: its tokenizer has chat templates {names}, but no `default`; rename the right one to `default`"
+            )
+        own = own.get(name) or next(iter(own.values()))
+    return _ONE_DATE + own if "strftime_now" in own else str(own)

@@ -11,7 +11,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -54,64 +53,25 @@ class Shard:
     lines_before: int
 
 
-class ShardWriter:
-    """Writes one shard; the file depends on the rows alone, which arrive in any portions. A context manager.
+def write_shard(rows: Encoded, path: Path) -> None:
+    """Writes one shard; the file's bytes depend on the rows alone."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    Args:
-        path: the file; it is made with the first rows.
-
-    Attributes:
-        rows: conversations that were added.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.rows = 0
-        self._path = path
-        self._waiting: Any = None
-        self._file: Any = None
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
-        if kind is None and self._waiting is not None and self._waiting.num_rows:
-            self._write(self._waiting)
-        if self._file is not None:
-            self._file.close()
-
-    def add(self, rows: Encoded) -> None:
-        """Appends one chunk's kept rows."""
-        import pyarrow as pa
-
-        if not len(rows.lengths):
-            return
-        self.rows += len(rows.lengths)
-        offsets = pa.array(np.concatenate([[0], np.cumsum(rows.lengths)]), pa.int32())
-        table = pa.table(
-            {
-                "input_ids": pa.ListArray.from_arrays(offsets, pa.array(rows.ids, pa.int32())),
-                "loss_mask": pa.ListArray.from_arrays(offsets, pa.array(rows.mask, pa.bool_())),
-                "length": pa.array(rows.lengths, pa.int32()),
-                "line": pa.array(rows.numbers, pa.int64()),
-            }
-        )
-        if self._waiting is not None:
-            table = pa.concat_tables([self._waiting, table]).combine_chunks()
-        whole = table.num_rows // GROUP_ROWS * GROUP_ROWS
-        for start in range(0, whole, GROUP_ROWS):
-            self._write(table.slice(start, GROUP_ROWS))
-        self._waiting = table.slice(whole)
-
-    def _write(self, group: Any) -> None:
-        import pyarrow.parquet as pq
-
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Token ids repeat too seldom for a dictionary: without one, files are smaller and faster to write.
-            self._file = pq.ParquetWriter(
-                self._path, group.schema, compression="zstd", use_dictionary=False, write_statistics=False
-            )
-        self._file.write_table(group)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(rows.lengths)]), pa.int32())
+    table = pa.table(
+        {
+            "input_ids": pa.ListArray.from_arrays(offsets, pa.array(rows.ids, pa.int32())),
+            "loss_mask": pa.ListArray.from_arrays(offsets, pa.array(rows.mask, pa.bool_())),
+            "length": pa.array(rows.lengths, pa.int32()),
+            "line": pa.array(rows.numbers, pa.int64()),
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Token ids repeat too seldom for a dictionary: without one, files are smaller and faster to write.
+    pq.write_table(
+        table, path, row_group_size=GROUP_ROWS, compression="zstd", use_dictionary=False, write_statistics=False
+    )
 
 
 def write_index(shards: Sequence[Shard], path: Path) -> None:
@@ -167,7 +127,7 @@ class Split:
         return self.origin(index)[1]
 
     def _row(self, index: int) -> tuple[Any, int]:
-        """The row group that has a conversation, and its place there."""
+        """The row group that has a conversation, and its index there."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"conversation {index} of {len(self)}")
         index %= len(self)
