@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from draft_model.dataset.files import File, damage_told, find
+from draft_model.dataset.files import File, find, read_errors
 from draft_model.dataset.templates import TEMPLATES, template_text
 from draft_model.dataset.tokens import Split
 from draft_model.errors import DraftModelError
@@ -217,7 +217,7 @@ def _of_files(files: Sequence[File]) -> Iterator[tuple[Messages, str]]:
 
 
 def _of_file(file: File) -> Iterator[tuple[Messages, str]]:
-    with damage_told(f"evaluation_prompts: {file.name}"), file.open() as lines:
+    with read_errors(file.uri, "evaluation_prompts"), file.open() as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
