@@ -428,13 +428,14 @@ def test_a_chat_template_that_does_not_fit_is_refused_before_any_row_is_read(tmp
         build(dataset_train_split=write(tmp_path / "train.jsonl", [b"bad"]), chat_template="llama3")
 
 
-def test_a_process_that_dies_is_told_and_what_to_do(tmp_path, models, monkeypatch):
-    monkeypatch.setattr(workers, "_cores", lambda: 2)
+def test_a_process_that_dies_is_told_and_what_to_do(tmp_path, models):
     encoder = encode.Encoder(encode.EncoderSettings(models["qwen2"], "qwen", 100, 600))
     encoder.renderer = Deadly()
     told = pytest.raises(DraftModelError, match=r"build_dataset_num_proc: .* memory")
-    with workers.Workers(encoder, 2, 1 << 30) as pool, told:
-        list(pool.map([(None, (b"{}", tmp_path / "a.parquet"), None)] * 2))
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"{}")
+    with told:
+        list(workers.encode_files(encoder, 2, [(None, path)] * 2))
 
 
 class Deadly:

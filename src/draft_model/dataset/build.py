@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +29,7 @@ from draft_model.dataset.report import write_report
 from draft_model.dataset.tally import SplitSummary, Tally
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.dataset.tokens import INDEX, Shard, write_index
-from draft_model.dataset.workers import Workers
+from draft_model.dataset.workers import encode_files, usable_processes
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.tracking import tracked
@@ -54,48 +55,31 @@ _MODEL_FILES = (
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """What the stage works on.
+    """What the stage works on."""
 
-    Attributes:
-        model: URI of the imported model's folder; its tokenizer and config.json are read, not its weights.
-        output: URI of the folder to write; not used with `root`.
-        parameters: the run's.
-        work: local scratch folder, for downloads and for shards until they are uploaded.
-        root: URI of the pipeline root or storage_uri: the data set goes to `<root>/datasets/<key>`, and one that is
-            whole there is reused. The key is a hash of all that shapes it.
-    """
-
-    model: str
-    output: str
+    model: str  # URI of the imported model's folder; only its tokenizer and config.json are read
+    output: str  # URI of the folder to write; not used with `root`
     parameters: Parameters
-    work: Path
+    work: Path  # local scratch folder, for downloads and for shards until they are uploaded
     root: str = ""
+    """URI of the pipeline root or storage_uri: the data set goes to `<root>/datasets/<key>`, where the key is a hash of
+    all that shapes it, and one that is whole there is reused."""
 
 
 @dataclass(frozen=True)
 class DatasetResult:
-    """What the stage leaves; the manifest's properties hold the same.
-
-    Attributes:
-        uri: the data set's folder.
-        reused: whether it was there already, whole and of the same inputs.
-        fingerprint: sha256 of all that shapes the data set.
-        vocab_size: V, the target's vocabulary.
-        draft_vocab_size: D, the draft's.
-        train: counts of the training split.
-        validation: counts of the validation split; None without one.
-    """
+    """What the stage leaves; the manifest's properties hold the same."""
 
     uri: str
-    reused: bool
-    fingerprint: str
-    vocab_size: int
-    draft_vocab_size: int
+    reused: bool  # it was there already, whole and of the same inputs
+    fingerprint: str  # sha256 of all that shapes the data set
+    vocab_size: int  # V, the target's
+    draft_vocab_size: int  # D
     train: SplitSummary
     validation: SplitSummary | None
 
     def metrics(self) -> dict[str, float]:
-        """What the KFP UI shows and compares between runs."""
+        """Returns what the KFP UI shows and compares between runs."""
         metrics: dict[str, float] = {"draft_vocab_size": self.draft_vocab_size}
         for split, counts in (("train", self.train), ("validation", self.validation)):
             if counts is not None:
@@ -105,35 +89,24 @@ class DatasetResult:
 
 @dataclass(frozen=True)
 class _Source:
-    """One file of a split.
-
-    Attributes:
-        split: `train` or `validation`.
-        index: of the file in its split.
-        file: the file.
-        key: hash of the file's content and the settings.
-    """
-
-    split: str
-    index: int
+    split: str  # `train` or `validation`
+    index: int  # of the file in its split
     file: File
-    key: str
+    key: str  # hash of the file's content and the settings
 
     def pieces(self) -> Iterator[tuple[str, int, bytes]]:
-        """Yields the name of each piece, the lines before it, and its lines."""
-        lines = number = 0
+        """Yields the name of each piece, the number of lines before it, and its lines."""
+        before = number = 0
         with read_errors(self.file.uri, f"dataset_{self.split}_split"), self.file.open() as stream:
             while piece := stream.read(PIECE_BYTES):
                 piece += stream.readline()
-                yield f"part-{self.index:05d}-{number:05d}-{_hash(self.key, PIECE_BYTES, number)[:12]}", lines, piece
-                lines += piece.count(b"\n")
+                yield f"part-{self.index:05d}-{number:05d}-{_hash(self.key, PIECE_BYTES, number)[:12]}", before, piece
+                before += piece.count(b"\n")
                 number += 1
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Checked inputs: the target's tokenizer folder and V, the files, D, and the hash of all of it."""
-
     tokenizer: Path
     vocab_size: int
     sources: list[_Source]
@@ -145,17 +118,12 @@ class _Inputs:
 def run(config: DatasetConfig) -> DatasetResult:
     """Builds and publishes the data set, or finds it built; shards that are whole already are used.
 
-    Args:
-        config: inputs and output.
-
-    Returns:
-        The folder's URI and the counts.
-
     Raises:
         DraftModelError: an input is missing, unreadable, empty or too faulty, or the inputs do not fit each
             other; with the problems of both splits.
     """
     try:
+        config.work.mkdir(parents=True, exist_ok=True)
         inputs = _read_inputs(config)
         output = storage.join(config.root, "datasets", inputs.fingerprint[:24]) if config.root else config.output
         if found := _find_built(output, inputs.fingerprint):
@@ -189,40 +157,40 @@ def _find_built(output: str, fingerprint: str) -> Mapping[str, Any] | None:
     if storage.read_file(storage.join(output, storage.MANIFEST)) is None:
         return None
     manifest = storage.read_manifest(output, stage="dataset")
-    same = manifest.properties.get("fingerprint") == fingerprint and storage.is_whole(output, manifest)
-    return manifest.properties if same else None
+    if manifest.properties.get("fingerprint") != fingerprint:
+        return None
+    if storage.is_whole(output, manifest):
+        return manifest.properties
+    storage.remove_manifest(output)
+    return None
 
 
 def _read_inputs(config: DatasetConfig) -> _Inputs:
-    """Fetches and checks all that the stage reads.
-
-    Raises:
-        DraftModelError: with all that is missing, unreadable or does not fit.
-    """
+    """Fetches and checks all that the stage reads; raises with all that is missing, unreadable or does not fit."""
     parameters = config.parameters
     problems: list[str] = []
 
-    def attempt(step: Callable[..., Any], *given: Any, name: str = "") -> Any:
+    def attempt(name: str, step: Callable[..., Any], *given: Any) -> Any:
         try:
             return step(*given)
         except DraftModelError as error:
-            problems.extend(f"{name}: {problem}" if name else problem for problem in error.problems)
+            told = (problem.removeprefix(f"{name}: ") for problem in error.problems)
+            problems.extend(f"{name}: {problem}" for problem in told)
+            return None
 
-    config.work.mkdir(parents=True, exist_ok=True)
-    model = attempt(_fetch_model, config.model, config.work / "model")
-    wanted = attempt(_draft_vocab_size, parameters.draft_model_config, config.work, name="draft_model_config")
+    tokenizer, vocab_size, hashes = attempt("model", _fetch_model, config.model, config.work / "model") or (None, 0, {})
+    wanted = attempt("draft_model_config", _draft_vocab_size, parameters.draft_model_config, config.work)
     splits = {split: getattr(parameters, f"dataset_{split}_split") for split in _SPLITS}
-    found = {split: attempt(_files, uri, name=f"dataset_{split}_split") or [] for split, uri in splits.items() if uri}
+    found = {split: attempt(f"dataset_{split}_split", _files, uri) or [] for split, uri in splits.items() if uri}
     if not splits["train"]:
         problems.append("dataset_train_split: not given; give the path or URI of a JSONL file of conversations")
-    if model and wanted and wanted > model[1]:
+    if tokenizer and wanted and wanted > vocab_size:
         problems.append(
             f"draft_model_config: its draft_vocab_size is {wanted}; allowed: at most the target's vocabulary of "
-            f"{model[1]}"
+            f"{vocab_size}"
         )
     if problems:
         raise DraftModelError(problems)
-    tokenizer, vocab_size, hashes = model
     settings = {
         "format": FORMAT,
         "versions": {name: version(name) for name in _MAKERS},
@@ -237,8 +205,9 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
         for index, (file, identity) in enumerate(files)
     ]
     size = wanted or min(_DEFAULT_DRAFT_VOCABULARY, vocab_size)
-    named = [(source.split, source.file.name, source.key) for source in sources]
-    return _Inputs(tokenizer, vocab_size, sources, size, _hash(named, size, parameters.max_rejected_fraction))
+    named = [(source.file.name, source.key) for source in sources]
+    fingerprint = _hash(named, size, parameters.max_rejected_fraction)
+    return _Inputs(tokenizer, vocab_size, sources, size, fingerprint)
 
 
 def _files(given: str) -> list[tuple[File, str]]:
@@ -250,12 +219,12 @@ def _fetch_model(uri: str, into: Path) -> tuple[Path, int, dict[str, str]]:
     """Returns the folder with tokenizer and configuration, V, and the files' hashes."""
     manifest = storage.read_manifest(uri, stage="import")
     folder = storage.fetch(uri, into, only=lambda name: name.startswith(_MODEL_FILES))
-    hashes = {file.path: file.sha256 for file in manifest.files if file.path.startswith(_MODEL_FILES)}
-    config = _json(folder / "config.json", f"model: config.json of {uri}")
+    config = _json(folder / "config.json", f"config.json of {uri}")
     text_config = config.get("text_config")
     vocab_size = config.get("vocab_size") or (text_config.get("vocab_size") if isinstance(text_config, dict) else None)
     if not isinstance(vocab_size, int):
         raise DraftModelError(f"model: config.json of {uri} has no vocab_size; import a text-generation model")
+    hashes = {file.path: file.sha256 for file in manifest.files if file.path.startswith(_MODEL_FILES)}
     return folder, vocab_size, hashes
 
 
@@ -264,7 +233,7 @@ def _draft_vocab_size(uri: str, work: Path) -> int | None:
         return None
     size = _json(storage.fetch_file(uri, work / "draft_model_config"), uri).get("draft_vocab_size")
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise DraftModelError(f"{uri}: its draft_vocab_size is {size!r}; allowed: an integer >= 1")
+        raise DraftModelError(f"draft_model_config: {uri}: its draft_vocab_size is {size!r}; allowed: an integer >= 1")
     return size
 
 
@@ -284,34 +253,32 @@ def _build(config: DatasetConfig, inputs: _Inputs, output: str, folder: Path) ->
     settings = EncoderSettings(inputs.tokenizer, given.chat_template, given.max_length, inputs.vocab_size)
     encoder = Encoder(settings)
     check_fit(encoder.tokenizer, encoder.template)
-    splits = list(dict.fromkeys(source.split for source in inputs.sources))
-    tallies = {split: Tally.empty(inputs.vocab_size, given.max_length) for split in splits}
-    index: dict[str, list[Shard]] = {split: [] for split in splits}
+    files = Counter(source.split for source in inputs.sources)
+    tallies = {split: Tally.empty(inputs.vocab_size, given.max_length) for split in files}
+    index: dict[str, list[Shard]] = {split: [] for split in files}
     records: list[storage.FileRecord] = []
-    size = sum(source.file.size for source in inputs.sources)
-    with ExitStack() as stack:
-        rejected = stack.enter_context((folder / REJECTED).open("w", encoding="utf-8"))
-        workers = stack.enter_context(Workers(encoder, given.build_dataset_num_proc, size))
-        for source, before, counts in _encode(inputs.sources, workers, output, folder):
-            tally, name = tallies[source.split], source.file.name
-            tally.add(counts)
+    pieces = _encode(inputs.sources, encoder, given.build_dataset_num_proc, output, folder)
+    with (folder / REJECTED).open("w", encoding="utf-8") as rejected:
+        for source, before, counts in pieces:
+            split, name = source.split, source.file.name
+            tallies[split].add(counts)
             for number, reason, detail in counts["rejected"]:
                 line = before + number
-                several = sum(other.split == source.split for other in inputs.sources) > 1
-                tally.reject(f"{name} line {line}" if several else f"line {line}", reason, detail)
-                record = {"split": source.split, "file": name, "line": line, "reason": reason, "detail": detail}
+                where = f"{name} line {line}" if files[split] > 1 else f"line {line}"
+                tallies[split].reject(where, reason, detail)
+                record = {"split": split, "file": name, "line": line, "reason": reason, "detail": detail}
                 rejected.write(json.dumps(record) + "\n")
             if counts["shard"]:
                 records.append(storage.FileRecord(**counts["shard"]))
                 shard = records[-1].path.partition("/")[2]
-                index[source.split].append(Shard(shard, int(sum(counts["lengths"][1])), name, before))
+                index[split].append(Shard(shard, sum(counts["lengths"][1]), name, before))
     _check_rejected(given, tallies)
-    for split in splits:
+    for split in files:
         write_index(index[split], folder / split / INDEX)
     properties = _describe(given, encoder, inputs, tallies, folder)
     if found := _find_built(output, inputs.fingerprint):
         return found, True
-    names = (REJECTED, REPORT, REPORT_PAGE, vocabulary.FILE, *(f"{split}/{INDEX}" for split in splits))
+    names = (REJECTED, REPORT, REPORT_PAGE, vocabulary.FILE, *(f"{split}/{INDEX}" for split in files))
     records += [_put(folder / name, output, name) for name in names]
     storage.write_manifest(output, "dataset", records, properties)
     storage.remove(storage.join(output, _PIECES))
@@ -319,27 +286,33 @@ def _build(config: DatasetConfig, inputs: _Inputs, output: str, folder: Path) ->
 
 
 def _encode(
-    sources: list[_Source], workers: Workers, output: str, folder: Path
+    sources: list[_Source], encoder: Encoder, wanted: int, output: str, folder: Path
 ) -> Iterator[tuple[_Source, int, dict[str, Any]]]:
     """Yields the counts of all pieces in order, with the lines before them; uploads the shards that are new."""
-    jobs = (
-        ((source, name, before), None if found else (piece, folder / f"{name}.parquet"), found)
-        for source in sources
-        for name, before, piece in source.pieces()
-        for found in [storage.read_file(storage.join(output, _PIECES, f"{name}.json"))]
-    )
-    for (source, name, before), counts in workers.map(jobs):
-        if isinstance(counts, bytes):
-            yield source, before, json.loads(counts)
-            continue
-        shard = folder / f"{name}.parquet"
-        counts["shard"] = None
-        if shard.exists():
-            counts["shard"] = asdict(_put(shard, output, f"{source.split}/{name}.parquet"))
-            shard.unlink()
-        state = json.dumps(counts, sort_keys=True, separators=(",", ":")).encode()
-        storage.write_bytes(storage.join(output, _PIECES, f"{name}.json"), state)
-        yield source, before, counts
+    from tqdm import tqdm
+
+    def jobs() -> Iterator[tuple[tuple[_Source, str, int, str, bytes | None], Path | None]]:
+        for source in sources:
+            for name, before, piece in source.pieces():
+                state = storage.join(output, _PIECES, f"{name}.json")
+                found, path = storage.read_file(state), folder / f"{name}.jsonl"
+                if found is None:
+                    path.write_bytes(piece)
+                yield (source, name, before, state, found), path if found is None else None
+
+    processes = usable_processes(wanted, sum(source.file.size for source in sources))
+    with tqdm(desc="dataset", unit=" rows", unit_scale=True, mininterval=0.1 if os.isatty(2) else 10) as bar:
+        for (source, name, before, state, found), counts in encode_files(encoder, processes, jobs()):
+            if found is not None:
+                yield source, before, json.loads(found)
+                continue
+            assert counts is not None
+            shard = folder / f"{name}.parquet"
+            counts["shard"] = asdict(_put(shard, output, f"{source.split}/{name}.parquet")) if shard.exists() else None
+            shard.unlink(missing_ok=True)
+            storage.write_bytes(state, json.dumps(counts, sort_keys=True, separators=(",", ":")).encode())
+            bar.update(sum(counts["lengths"][1]) + len(counts["rejected"]))
+            yield source, before, counts
 
 
 def _put(path: Path, output: str, name: str) -> storage.FileRecord:
@@ -352,13 +325,14 @@ def _check_rejected(parameters: Parameters, tallies: Mapping[str, Tally]) -> Non
     for split, tally in tallies.items():
         name = f"dataset_{split}_split: {getattr(parameters, f'dataset_{split}_split')}"
         rejected = tally.reasons.total()
-        lines = tally.kept + rejected
+        kept = int(tally.lengths.sum())
+        lines = kept + rejected
         if not lines:
             problems.append(f"{name}: has no rows; give a JSONL file with a conversation in each line")
-        elif not tally.kept or rejected > allowed * lines:
+        elif not kept or rejected > allowed * lines:
             problems.append(
                 f"{name}: {rejected} of {lines} lines cannot be used ({rejected / lines:.1%}; max_rejected_fraction "
-                f"allows {allowed:.1%}{'' if tally.kept else ', but one row must be left'}); correct them, or raise "
+                f"allows {allowed:.1%}{'' if kept else ', but one row must be left'}); correct them, or raise "
                 f"max_rejected_fraction; the first are: {'; '.join(tally.first_rejected)}"
             )
     if problems:

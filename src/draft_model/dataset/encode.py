@@ -26,49 +26,32 @@ _BATCH = 256
 """Lines that are tokenised together."""
 _CHARACTERS_PER_TOKEN = 8
 """Of a conversation that is longer than max_length at this rate, the rest is not tokenised."""
-_BEFORE_SPACE = re.compile(r"(?<=\S) ")
 _MARGIN = 16
 """Tokens before the end of a shortened text that may differ from those of the whole."""
+_BEFORE_SPACE = re.compile(r"(?<=\S) ")
 
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """All that shapes an encoder.
+    """All that shapes an encoder."""
 
-    Attributes:
-        tokenizer: folder with the target's tokenizer files and config.json.
-        chat_template: one of the four names.
-        max_length: tokens that are kept of a conversation.
-        vocab_size: rows of the target's embedding; every id is below.
-    """
-
-    tokenizer: Path
-    chat_template: str
-    max_length: int
-    vocab_size: int
+    tokenizer: Path  # folder with the target's tokenizer files and config.json
+    chat_template: str  # one of the four names
+    max_length: int  # tokens that are kept of a conversation
+    vocab_size: int  # rows of the target's embedding; every id is below
 
 
 @dataclass
 class Encoded:
-    """Lines after encoding: the kept rows laid end to end, and the rejected ones.
+    """Lines after encoding: the kept rows laid end to end, and the rejected ones."""
 
-    Attributes:
-        ids: token ids of all rows, int32 [tokens].
-        mask: whether each token is supervised, bool [tokens].
-        lengths: tokens of each row, int64 [rows].
-        numbers: each row's line number, int64 [rows].
-        turns: assistant turns of each row, int64 [rows].
-        truncated: rows that were longer than max_length.
-        rejected: line number, reason and detail of each unusable line, in order.
-    """
-
-    ids: NDArray[np.int32]
-    mask: NDArray[np.bool_]
-    lengths: NDArray[np.int64]
-    numbers: NDArray[np.int64]
-    turns: NDArray[np.int64]
-    truncated: int = 0
-    rejected: list[tuple[int, str, str]] = field(default_factory=list)
+    ids: NDArray[np.int32]  # of all rows, [tokens]
+    mask: NDArray[np.bool_]  # whether each token is supervised, [tokens]
+    lengths: NDArray[np.int64]  # tokens of each row, [rows]
+    numbers: NDArray[np.int64]  # line numbers, [rows]
+    turns: NDArray[np.int64]  # assistant turns, [rows]
+    truncated: int = 0  # rows that were longer than max_length
+    rejected: list[tuple[int, str, str]] = field(default_factory=list)  # line number, reason, detail; in order
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -92,11 +75,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 class Encoder:
-    """Turns lines into tokens and masks with one tokenizer.
-
-    Args:
-        settings: what shapes the result.
-    """
+    """Turns lines into tokens and masks with one tokenizer."""
 
     def __init__(self, settings: EncoderSettings) -> None:
         from tokenizers import Tokenizer, processors
@@ -108,10 +87,8 @@ class Encoder:
         self._with_tools = Renderer(self.tokenizer, self.template, tools=True)
         self._backend = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         self._backend.post_processor = processors.ByteLevel(trim_offsets=False)  # offsets with their spaces
-        halves = [
-            token for half in ("a\n", "\nb") for token in self._backend.encode(half, add_special_tokens=False).ids
-        ]
-        self._may_split = self._backend.decode(halves) == "a\n\nb"  # else a text's start gets a space of its own
+        # Some tokenizers put a space of their own before each text, and cannot tokenise it in pieces.
+        self._may_split = self._backend.decode(self._tokens(["a\n", "\nb"])[0]) == "a\n\nb"
 
     def encode(self, lines: Sequence[Line]) -> Encoded:
         """Encodes lines; one that cannot be used is put aside with its reason."""
@@ -128,13 +105,16 @@ class Encoder:
                     rejected.append((number, refusal.reason, refusal.detail))
             tokenised = self._tokenise([conversation for _, conversation in rendered])
             for (number, conversation), (ids, mask, is_cut) in zip(rendered, tokenised, strict=True):
-                try:
-                    self._check(ids, mask)
-                except Rejected as refusal:
-                    rejected.append((number, refusal.reason, refusal.detail))
-                    continue
-                truncated += is_cut
-                kept.append((number, conversation.turns, ids, mask))
+                vocab_size, length = self.settings.vocab_size, self.settings.max_length
+                if len(ids) and ids.max() >= vocab_size:
+                    detail = f"token id {ids.max()}; the target's embedding has {vocab_size} rows"
+                    rejected.append((number, "token outside the vocabulary", detail))
+                elif not mask.any():
+                    detail = f"no token of an assistant turn among the first {len(ids)}; max_length keeps {length}"
+                    rejected.append((number, "nothing supervised", detail))
+                else:
+                    truncated += is_cut
+                    kept.append((number, conversation.turns, ids, mask))
         numbers, turns, ids_of, mask_of = zip(*kept, strict=True) if kept else ((), (), (), ())
         return Encoded(
             ids=np.concatenate([np.zeros(0, np.int32), *ids_of]),
@@ -159,8 +139,13 @@ class Encoder:
                 text = _shorten(row.text, longer)
                 encoding = self._backend.encode(text, add_special_tokens=False)
             ids, offsets = encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
-            if split := [border for border in row.borders if _is_inside_a_token(border, offsets)]:
-                ids, offsets = self._split(text, split, ids, offsets)
+            before = np.searchsorted(offsets[:, 0], row.borders) - 1  # the last token that starts before each border
+            inside = [
+                border for border, n in zip(row.borders, before, strict=True) if n >= 0 and offsets[n, 1] > border
+            ]
+            if inside and self._may_split:  # else the token is left out of the mask
+                cuts = [0, *(border for border in inside if border < len(text)), len(text)]
+                ids, offsets = self._tokens([text[start:stop] for start, stop in itertools.pairwise(cuts)])
             starts = offsets[:length, 0]
             mask = np.zeros(len(starts), np.bool_)
             for span in row.supervised:
@@ -168,35 +153,15 @@ class Encoder:
                 mask[first:last] = True
             yield np.array(ids[:length], np.int32), mask, len(ids) > length
 
-    def _split(self, text: str, borders: list[int], ids: list[int], offsets: NDArray[np.int64]) -> Any:
-        """Tokenises a text once more, in pieces; a tokenizer that cannot leaves the token out of the mask."""
-        if not self._may_split:
-            return ids, offsets
-        pieces = list(itertools.pairwise([0, *borders, len(text)]))
-        parts = self._backend.encode_batch([text[start:stop] for start, stop in pieces], add_special_tokens=False)
-        shifted = [np.array(parts[n].offsets, np.int64).reshape(-1, 2) + start for n, (start, _) in enumerate(pieces)]
-        return [token for part in parts for token in part.ids], np.concatenate(shifted)
-
-    def _check(self, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> None:
-        if len(ids) and ids.max() >= self.settings.vocab_size:
-            raise Rejected(
-                "token outside the vocabulary",
-                f"token id {ids.max()}; the target's embedding has {self.settings.vocab_size} rows",
-            )
-        if not mask.any():
-            raise Rejected(
-                "nothing supervised",
-                f"no token of an assistant turn among the first {len(ids)}; max_length keeps "
-                f"{self.settings.max_length}",
-            )
+    def _tokens(self, pieces: Sequence[str]) -> tuple[list[int], NDArray[np.int64]]:
+        """Ids of all pieces and their offsets in the joined text, int64 [tokens, 2]."""
+        parts = self._backend.encode_batch(list(pieces), add_special_tokens=False)
+        shifts = itertools.accumulate(map(len, pieces), initial=0)
+        offsets = [np.array(part.offsets, np.int64).reshape(-1, 2) + shift for part, shift in zip(parts, shifts)]  # noqa: B905
+        return [token for part in parts for token in part.ids], np.concatenate(offsets)
 
 
 def _shorten(text: str, limit: int) -> str:
     """Cuts a text before a space, about `limit` characters from its start."""
     found = _BEFORE_SPACE.search(text, limit) if len(text) > limit else None
     return text[: found.start()] if found else text
-
-
-def _is_inside_a_token(border: int, offsets: NDArray[np.int64]) -> bool:
-    before = int(np.searchsorted(offsets[:, 0], border)) - 1  # the last token that starts before the border
-    return before >= 0 and bool(offsets[before, 1] > border)

@@ -25,36 +25,25 @@ from draft_model.errors import DraftModelError
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 """File names that are taken from a folder. A file that is named itself may have any ending."""
 
-_MAGIC = set("*?[")
+_GIVE = f"give a file of JSON lines ({', '.join(ENDINGS)}), a folder of them or a glob"
 _BOM = b"\xef\xbb\xbf"
 _ONE_DOCUMENT = re.compile(rb"\s*(\[\s*(\{.*)?|\{\s*)", re.DOTALL)  # as the first line
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _BLOCK = 8 << 20
 _ATTEMPTS = 4
-_PAUSE = 0.2
-"""Seconds before the first retry of a request; each further one waits four times as long."""
-_GIVE = f"give a file of JSON lines ({', '.join(ENDINGS)}), a folder of them or a glob"
+_PAUSE = 0.2  # seconds; four times as long before each further retry
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of conversations.
+    """One file of conversations."""
 
-    Attributes:
-        name: relative to the folder or glob that was given; for reports.
-        uri: for messages; without a query or password.
-        size: bytes as stored.
-        tag: the store's version of the content (ETag, generation, blob id); empty where there is none.
-        fetch: returns the bytes [start, start + length), which lie inside the file.
-    """
-
-    name: str
-    uri: str
-    size: int
-    tag: str
-    fetch: Callable[[int, int], bytes]
+    name: str  # relative to the folder or glob that was given
+    uri: str  # for messages: without query and password
+    size: int  # bytes as stored
+    tag: str  # the store's version of the content (ETag, generation, blob id); empty where there is none
+    fetch: Callable[[int, int], bytes]  # bytes [start, start + length), which lie inside the file
 
     def read(self, start: int, length: int) -> bytes:
         """Reads bytes [start, start + length), fewer at the end of the file."""
@@ -78,9 +67,9 @@ class File:
         """
         stream = io.BufferedReader(_Ranges(self), _BLOCK)
         head = self.read(0, 4)
-        if head.startswith(_GZIP):
+        if head.startswith(b"\x1f\x8b"):
             stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _BLOCK)  # type: ignore[arg-type]
-        elif head.startswith(_ZSTD):
+        elif head == b"\x28\xb5\x2f\xfd":
             import pyarrow as pa
 
             stream = io.BufferedReader(pa.CompressedInputStream(stream, "zstd"), _BLOCK)
@@ -97,8 +86,7 @@ class _Ranges(io.RawIOBase):
     """A file as a stream of range requests: no connection stays open while the workers are busy."""
 
     def __init__(self, file: File) -> None:
-        self._file = file
-        self._offset = 0
+        self._file, self._offset = file, 0
 
     def readable(self) -> bool:
         return True
@@ -144,44 +132,36 @@ def find(given: str) -> list[File]:
         raise DraftModelError(f"{given}: {scheme}:// is not read; use https://, or copy the file to s3:// or a disk")
     try:
         store, path = _open_store(scheme, given)
-        marks = _MAGIC & set(path)
+        marks = set("*?[") & set(path)
         if marks and not (scheme == "file" and Path(path).exists()):
             top = path[: min(map(path.index, marks))].rpartition("/")[0]
             infos = {found: info for found, info in store.glob(path, detail=True).items() if info["type"] == "file"}
         elif store.isdir(path):
-            top = path.rstrip("/")
-            infos = {
-                found: info for found, info in store.find(path, detail=True).items() if _is_data(found[len(top) :])
-            }
+            top, infos = path.rstrip("/"), store.find(path, detail=True)
+            names = [name for name in infos if name.endswith(ENDINGS) and "/." not in name[len(top) :]]
+            infos = {name: infos[name] for name in names}
         else:
             top, infos = path.rpartition("/")[0], {path: store.info(path)}
-    except ImportError as error:
-        raise DraftModelError(f"{given}: {error}; install it, or copy the file to s3://") from error
-    except ValueError as error:
-        raise DraftModelError(f"{given}: {error}; {_GIVE}") from error
     except FileNotFoundError:
         infos = {}
+    except (ImportError, ValueError) as error:
+        raise DraftModelError(f"{given}: {error}; install what is missing, or copy the file to s3://") from error
     except OSError as error:
         raise DraftModelError(f"{given}: cannot be read ({error}); {_GIVE}") from error
     if not infos:
         raise DraftModelError(f"{given}: there is no file of conversations; {_GIVE}")
 
     def make(path: str, info: dict[str, Any]) -> File:
-        # Times on a disk can lie, and some stores tell no version: then the content itself is hashed.
-        versioned = scheme != "file" and info.keys() - {"name", "size", "type"}
-        name = path.removeprefix(top).lstrip("/")
         uri = path if scheme == "file" else store.unstrip_protocol(path)
 
         def fetch(start: int, length: int) -> bytes:
             return _retry(lambda: bytes(store.cat_file(path, start=start, end=start + length)), uri)
 
-        return File(name, uri, info["size"], store.ukey(path) if versioned else "", fetch)
+        # Times on a disk can lie, and some stores tell no version: then the content itself is hashed.
+        versioned = scheme != "file" and info.keys() - {"name", "size", "type"}
+        return File(path[len(top) :].lstrip("/"), uri, info["size"], store.ukey(path) if versioned else "", fetch)
 
     return [make(path, infos[path]) for path in sorted(infos)]
-
-
-def _is_data(name: str) -> bool:
-    return name.endswith(ENDINGS) and "/." not in f"/{name.lstrip('/')}"
 
 
 def _open_store(scheme: str, given: str) -> tuple[Any, str]:
@@ -191,43 +171,18 @@ def _open_store(scheme: str, given: str) -> tuple[Any, str]:
         from draft_model.dataset.s3 import S3FileSystem
 
         return S3FileSystem(), given.partition("://")[2].rstrip("/")
-    path = url2pathname(urlsplit(given).path) if given.lower().startswith("file://") else given
-    store, path = fsspec.core.url_to_fs(str(Path(path).expanduser()) if scheme == "file" else path)
+    if given.lower().startswith("file://"):
+        given = url2pathname(urlsplit(given).path)
+    store, path = fsspec.core.url_to_fs(str(Path(given).expanduser()) if scheme == "file" else given)
     store.invalidate_cache()  # listings are kept for the life of the process
     return store, path
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to https only, and to private addresses only from a private one."""
-
-    def __init__(self, shown: str, *, private: bool) -> None:
-        self._shown = shown
-        self._private = private
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        target = urlsplit(newurl)
-        refused = "another scheme than https" if target.scheme != "https" else ""
-        if not self._private and _is_private(target.hostname or ""):
-            refused = "a private address"
-        if refused:
-            raise DraftModelError(f"{self._shown}: the server redirects to {refused}; give the file's own address")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _is_private(host: str) -> bool:
-    try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, 443, type=socket.SOCK_STREAM)}
-    except OSError:
-        return False  # nothing to connect to
-    addresses = [ipaddress.ip_address(address) for address in found]
-    return not all((getattr(address, "ipv4_mapped", None) or address).is_global for address in addresses)
 
 
 def _https_file(given: str) -> File:
     """A file at an https address; its server has to support byte ranges."""
     parts = urlsplit(given)
     shown = f"https://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    opener = urllib.request.build_opener(_Redirects(shown, private=_is_private(parts.hostname or "")))
+    opener = urllib.request.build_opener(_Redirects(shown, private=_is_private(parts.hostname)))
 
     def request(start: int, length: int) -> tuple[bytes, int, dict[str, str]]:
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{start + length - 1}"}
@@ -243,25 +198,44 @@ def _https_file(given: str) -> File:
         return data
 
     _, status, headers = _retry(lambda: request(0, 1), shown)
-    etag = headers.get("etag", "")
-    total = headers.get("content-range", "").rpartition("/")[2]
+    etag, total = headers.get("etag", ""), headers.get("content-range", "").rpartition("/")[2]
     if status != 206 or not total.isdigit():
         raise DraftModelError(f"{shown}: its server does not serve byte ranges; download the file and give its path")
     tag = "" if etag.startswith("W/") else etag
     return File(parts.path.rpartition("/")[2] or parts.netloc, shown, int(total), tag, fetch)
 
 
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https only, and to private addresses only from a private one."""
+
+    def __init__(self, shown: str, *, private: bool) -> None:
+        self._shown, self._private = shown, private
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        target = urlsplit(newurl)
+        if target.scheme != "https" or (not self._private and _is_private(target.hostname)):
+            kind = "a private address" if target.scheme == "https" else "another scheme than https"
+            raise DraftModelError(f"{self._shown}: the server redirects to {kind}; give the file's own address")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _is_private(host: str | None) -> bool:
+    try:
+        found = {ipaddress.ip_address(info[4][0]) for info in socket.getaddrinfo(host, 443, type=socket.SOCK_STREAM)}
+    except OSError:
+        return False  # nothing to connect to
+    return not all((getattr(address, "ipv4_mapped", None) or address).is_global for address in found)
+
+
 def _retry(request: Callable[[], T], shown: str) -> T:
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return request()
-        except urllib.error.HTTPError as error:
-            if (error.code < 500 and error.code != 429) or attempt == _ATTEMPTS:
-                raise DraftModelError(
-                    f"{shown}: the server answers {error.code} {error.reason}; check the address"
-                ) from None
         except OSError as error:
-            if attempt == _ATTEMPTS or isinstance(error, (FileNotFoundError, PermissionError)):
-                raise DraftModelError(f"{shown}: cannot be read ({error}); check the address and network") from error
+            code = error.code if isinstance(error, urllib.error.HTTPError) else 0
+            final = isinstance(error, (FileNotFoundError, PermissionError)) or (0 < code < 500 and code != 429)
+            if final or attempt == _ATTEMPTS:
+                why = f"the server answers {code}" if code else f"cannot be read ({error})"
+                raise DraftModelError(f"{shown}: {why}; check the address and the network") from None
         time.sleep(_PAUSE * 4**attempt)
     raise AssertionError

@@ -11,7 +11,7 @@ from draft_model.storage.s3_client import client, errors
 
 
 class S3FileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """Paths are `bucket/key`. A folder is a prefix; `info` of a file has size and ETag, which `cat_file` insists on."""
+    """Paths are `bucket/key`, a folder is a prefix. `cat_file` insists on the ETag that was listed first."""
 
     protocol = ("s3", "minio")
     cachable = False
@@ -20,27 +20,18 @@ class S3FileSystem(AbstractFileSystem):  # type: ignore[misc]
         super().__init__()
         self._infos: dict[str, dict[str, Any]] = {}
 
-    def find(
-        self, path: str, maxdepth: int | None = None, withdirs: bool = False, detail: bool = False, **_: Any
-    ) -> Any:
+    def find(self, path: str, maxdepth: int | None = None, **options: Any) -> Any:  # noqa: D102
         bucket, _, key = path.strip("/").partition("/")
         prefix = f"{key}/" if key else ""
         with errors(f"s3://{path}"):
             pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
             listed = [item for page in pages for item in page.get("Contents", []) if not item["Key"].endswith("/")]
-        found = {
-            name: self._keep(name, item["Size"], item["ETag"])
-            for item in listed
-            if (name := f"{bucket}/{item['Key']}")
-            and (maxdepth is None or item["Key"].count("/", len(prefix)) < maxdepth)
-        }
-        return found if detail else sorted(found)
+        near = [item for item in listed if maxdepth is None or item["Key"].count("/", len(prefix)) < maxdepth]
+        infos = [self._keep(f"{bucket}/{item['Key']}", item["Size"], item["ETag"]) for item in near]
+        found = {info["name"]: info for info in infos}
+        return found if options.get("detail") else sorted(found)
 
-    def ls(self, path: str, detail: bool = True, **_: Any) -> Any:
-        found = self.find(path, maxdepth=1, detail=True)
-        return list(found.values()) if detail else sorted(found)
-
-    def info(self, path: str, **_: Any) -> dict[str, Any]:
+    def info(self, path: str, **_: Any) -> dict[str, Any]:  # noqa: D102
         if path in self._infos:
             return self._infos[path]
         bucket, _, key = path.partition("/")
@@ -53,19 +44,19 @@ class S3FileSystem(AbstractFileSystem):  # type: ignore[misc]
                 head = None
             if head:
                 return self._keep(path, head["ContentLength"], head["ETag"])
-            prefix = f"{key}/" if key else ""
-            if client().list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1).get("KeyCount"):
+            if client().list_objects_v2(Bucket=bucket, Prefix=f"{key}/" if key else "", MaxKeys=1).get("KeyCount"):
                 return {"name": path, "size": 0, "type": "directory"}
-        raise FileNotFoundError(f"there is no s3://{path}")
+        raise FileNotFoundError(path)
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+    def cat_file(self, path: str, start: int = 0, end: int = 0, **_: Any) -> bytes:  # noqa: D102
         bucket, _, key = path.partition("/")
-        wanted = f"bytes={start}-{(end or 0) - 1}"
         with errors(f"s3://{path}"):
-            answer = client().get_object(Bucket=bucket, Key=key, Range=wanted, IfMatch=self.ukey(path))
+            answer = client().get_object(
+                Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", IfMatch=self.ukey(path)
+            )
             return answer["Body"].read()
 
-    def ukey(self, path: str) -> str:
+    def ukey(self, path: str) -> str:  # noqa: D102
         return str(self.info(path)["etag"])
 
     def _keep(self, path: str, size: int, etag: str) -> dict[str, Any]:

@@ -19,66 +19,41 @@ _SAMPLES = 3
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """Counts of one split.
+    """Counts of one split."""
 
-    Attributes:
-        rows_in: non-blank lines of the files; rows_kept + rows_rejected.
-        rows_kept: conversations in the data set.
-        rows_rejected: lines in rejected.jsonl.
-        rows_truncated: kept conversations that were cut to max_length.
-        tokens: of all kept conversations.
-        supervised_tokens: those of the assistant's turns.
-        coverage: the share of supervised tokens that the draft vocabulary has.
-    """
-
-    rows_in: int
+    rows_in: int  # non-blank lines of the files; rows_kept + rows_rejected
     rows_kept: int
-    rows_rejected: int
-    rows_truncated: int
+    rows_rejected: int  # lines in rejected.jsonl
+    rows_truncated: int  # kept conversations that were cut to max_length
     tokens: int
     supervised_tokens: int
-    coverage: float
+    coverage: float  # share of the supervised tokens that the draft vocabulary has
 
 
 def count(rows: Encoded) -> dict[str, Any]:
     """Counts a shard's rows as JSON values, for `Tally.add`: pairs of values and how often each occurs."""
     ends = np.cumsum(rows.lengths)[:_SAMPLES]
     samples = [slice(end - length, end) for end, length in zip(ends, rows.lengths, strict=False)]
+    columns = {"supervised": rows.ids[rows.mask], "lengths": rows.lengths, "turns": rows.turns}
     return {
-        "supervised": _frequencies(rows.ids[rows.mask]),
-        "lengths": _frequencies(rows.lengths),
-        "turns": _frequencies(rows.turns),
+        **{name: [a.tolist() for a in np.unique(column, return_counts=True)] for name, column in columns.items()},
         "truncated": rows.truncated,
         "rejected": rows.rejected,
         "samples": [[rows.ids[sample].tolist(), rows.mask[sample].tolist()] for sample in samples],
     }
 
 
-def _frequencies(values: NDArray[Any]) -> list[list[int]]:
-    return [array.tolist() for array in np.unique(values, return_counts=True)]
-
-
 @dataclass
 class Tally:
-    """Counts over a split.
+    """Counts over a split."""
 
-    Attributes:
-        supervised: how often each target token is supervised, int64 [V].
-        lengths: how many kept rows have each length in tokens, int64 [max_length + 1].
-        turns: kept rows by their number of assistant turns.
-        truncated: kept rows that were cut.
-        reasons: rejected lines by reason.
-        first_rejected: the first ten of them, in words.
-        samples: ids and mask of the first three kept rows.
-    """
-
-    supervised: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    turns: Counter[int] = field(default_factory=Counter)
+    supervised: NDArray[np.int64]  # how often each target token is supervised, [V]
+    lengths: NDArray[np.int64]  # how many kept rows have each length in tokens, [max_length + 1]
+    turns: Counter[int] = field(default_factory=Counter)  # kept rows by number of assistant turns
     truncated: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    first_rejected: list[str] = field(default_factory=list)
-    samples: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)  # rejected lines by reason
+    first_rejected: list[str] = field(default_factory=list)  # in words
+    samples: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = field(default_factory=list)  # ids, mask
 
     @classmethod
     def empty(cls, vocab_size: int, max_length: int) -> Tally:
@@ -100,36 +75,26 @@ class Tally:
         if len(self.first_rejected) < _FIRST:
             self.first_rejected.append(f"{where}: {reason} ({detail})")
 
-    @property
-    def kept(self) -> int:
-        """Rows in the data set."""
-        return int(self.lengths.sum())
-
     def summary(self, coverage: float) -> SplitSummary:
         """Sums the counts up."""
-        return SplitSummary(
-            rows_in=self.kept + self.reasons.total(),
-            rows_kept=self.kept,
-            rows_rejected=self.reasons.total(),
-            rows_truncated=self.truncated,
-            tokens=int((self.lengths * np.arange(len(self.lengths))).sum()),
-            supervised_tokens=int(self.supervised.sum()),
-            coverage=coverage,
-        )
+        kept, rejected = int(self.lengths.sum()), self.reasons.total()
+        tokens = int((self.lengths * np.arange(len(self.lengths))).sum())
+        supervised = int(self.supervised.sum())
+        return SplitSummary(kept + rejected, kept, rejected, self.truncated, tokens, supervised, coverage)
 
     def details(self) -> dict[str, Any]:
         """Returns what the report adds to the summary."""
-        ends = np.cumsum(self.lengths)
-        quantiles = {f"p{q}": int(np.searchsorted(ends, np.ceil(ends[-1] * q / 100))) for q in (50, 90, 99, 100)}
-        longest = len(self.lengths) - 1
+        ends, longest = np.cumsum(self.lengths), len(self.lengths) - 1
         width = -(-longest // _BINS)
-        bins = np.bincount(np.maximum(0, np.arange(longest + 1) - 1) // width, weights=self.lengths)
+        bins = np.bincount(np.maximum(0, np.arange(longest + 1) - 1) // width, weights=self.lengths).astype(int)
         return {
             "rejected_reasons": dict(sorted(self.reasons.items())),
-            "length_quantiles": quantiles,
+            "length_quantiles": {
+                f"p{q}": int(np.searchsorted(ends, np.ceil(ends[-1] * q / 100))) for q in (50, 90, 99, 100)
+            },
             "length_histogram": [
-                {"from": i * width + 1, "to": min((i + 1) * width, longest), "rows": int(rows)}
-                for i, rows in enumerate(bins)
+                {"from": i * width + 1, "to": min((i + 1) * width, longest), "rows": rows}
+                for i, rows in enumerate(bins.tolist())
             ],
             "assistant_turns": {str(turns): rows for turns, rows in sorted(self.turns.items())},
             "distinct_supervised_tokens": int(np.count_nonzero(self.supervised)),

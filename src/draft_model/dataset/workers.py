@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from draft_model.dataset.encode import Encoder
@@ -35,101 +34,68 @@ def _start(encoder: Encoder) -> None:
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphan after kill -9
 
 
-def _encode_file(path: Path, shard: Path) -> dict[str, Any]:
-    assert _encoder is not None
-    piece = path.read_bytes()
+def _encode(path: Path, encoder: Encoder | None = None) -> dict[str, Any]:
+    """Encodes the lines of a file, and removes it; returns the counts. Without rows there is no shard."""
+    encoder = encoder or _encoder
+    assert encoder is not None
+    lines = path.read_bytes().split(b"\n")
     path.unlink()
-    return encode_piece(_encoder, piece, shard)
-
-
-def encode_piece(encoder: Encoder, piece: bytes, shard: Path) -> dict[str, Any]:
-    """Encodes the lines of a piece into a shard, which is not made without rows.
-
-    Returns:
-        The counts, as `Tally.add` takes them.
-    """
-    lines = piece.split(b"\n")
     rows = encoder.encode([(number, line) for number, line in enumerate(lines, start=1) if line.strip()])
     if len(rows.lengths):
-        write_shard(rows, shard)
+        write_shard(rows, path.with_suffix(".parquet"))
     return count(rows)
 
 
-class Workers:
-    """Encodes pieces on several processes, or in this one where the input is small; a context manager.
+def usable_processes(wanted: int, size: int) -> int:
+    """Lowers build_dataset_num_proc to the cores and the bytes of all input: a process takes a second to start."""
+    cores = _cores()
+    processes = max(1, min(wanted, cores, size // BYTES_PER_PROCESS))
+    if processes < wanted:
+        text = "build_dataset_num_proc: %d lowered to %d (%d cores, %.1f MB of input)"
+        log.info(text, wanted, processes, cores, size / 1e6)
+    return processes
+
+
+def encode_files(
+    encoder: Encoder, processes: int, jobs: Iterable[tuple[Tag, Path | None]]
+) -> Iterator[tuple[Tag, dict[str, Any] | None]]:
+    """Encodes files of lines to shards beside them (`.parquet`), on several processes or in this one.
 
     Args:
         encoder: sent to the processes as it is: loading the tokenizer anew takes seconds.
-        wanted: parameter build_dataset_num_proc; lowered to the cores and the input's size.
-        size: bytes of all input files. A process takes a second to start.
+        processes: how many; 1 is this one.
+        jobs: what to yield with each result, and the file; None where nothing is to be done.
+
+    Yields:
+        The counts of each, as `Tally.add` takes them; in order.
+
+    Raises:
+        DraftModelError: a process died, as it does where memory is short.
     """
-
-    def __init__(self, encoder: Encoder, wanted: int, size: int) -> None:
-        cores = _cores()
-        self._processes = max(1, min(wanted, cores, size // BYTES_PER_PROCESS))
-        if self._processes < wanted:
-            log.info("build_dataset_num_proc: %d lowered to %d (%d cores, %.1f MB of input)",
-                     wanted, self._processes, cores, size / 1e6)  # fmt: skip
-        self._encoder = encoder
-        self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> Workers:
-        if self._processes > 1:
-            # spawn: a fork after the tokenizer's threads have run can hang
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._processes, spawn, _start, (self._encoder,))
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self._pool:
-            self._pool.shutdown(cancel_futures=True)
-
-    def map(self, jobs: Iterable[tuple[Tag, tuple[bytes, Path] | None, Any]]) -> Iterator[tuple[Tag, Any]]:
-        """Runs jobs and yields their counts in order.
-
-        Args:
-            jobs: a tag to yield with the result; piece and shard to write, or None with a result that is known.
-
-        Raises:
-            DraftModelError: a process died, as it does where memory is short.
-        """
-        from tqdm import tqdm
-
-        pending: deque[tuple[Tag, Future[Any]]] = deque()
-
-        def finish() -> tuple[Tag, Any]:
-            tag, future = pending.popleft()
-            try:
-                counts = future.result()
-            except BrokenProcessPool as error:
-                raise DraftModelError(
-                    f"build_dataset_num_proc: one of {self._processes} processes died, most likely for lack of "
-                    "memory; lower it, or give the step more memory"
-                ) from error
-            if isinstance(counts, dict):
-                bar.update(sum(counts["lengths"][1]) + len(counts["rejected"]))
-            return tag, counts
-
-        with tqdm(desc="dataset", unit=" rows", unit_scale=True, mininterval=0.1 if os.isatty(2) else 10) as bar:
-            for tag, piece, known in jobs:
-                pending.append((tag, self._submit(*piece) if piece else _done(known)))
-                if len(pending) > self._processes + 1 or not self._pool:
-                    yield finish()
-            while pending:
-                yield finish()
-
-    def _submit(self, piece: bytes, shard: Path) -> Future[Any]:
-        if not self._pool:
-            return _done(encode_piece(self._encoder, piece, shard))
-        path = shard.with_suffix(".jsonl")  # not through the pool's pipe, whose waiting jobs stay in memory
-        path.write_bytes(piece)
-        return self._pool.submit(_encode_file, path, shard)
+    # spawn: a fork after the tokenizer's threads have run can hang
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, spawn, _start, (encoder,)) if processes > 1 else None
+    pending: deque[tuple[Tag, Future[dict[str, Any]] | dict[str, Any] | None]] = deque()
+    try:
+        for tag, path in jobs:
+            here = _encode(path, encoder) if path and not pool else None
+            pending.append((tag, pool.submit(_encode, path) if path and pool else here))
+            if len(pending) > processes + 1 or not pool:
+                yield _finish(*pending.popleft())
+        while pending:
+            yield _finish(*pending.popleft())
+    except BrokenProcessPool as error:
+        raise DraftModelError(
+            f"build_dataset_num_proc: one of {processes} processes died, most likely for lack of memory; lower it, or "
+            "give the step more memory"
+        ) from error
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 
-def _done(result: Any) -> Future[Any]:
-    future: Future[Any] = Future()
-    future.set_result(result)
-    return future
+def _finish(tag: Tag, result: Any) -> tuple[Tag, dict[str, Any] | None]:
+    return tag, result.result() if isinstance(result, Future) else result
 
 
 def _cores() -> int:
