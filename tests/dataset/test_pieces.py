@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import pyarrow as pa
 import pytest
@@ -156,3 +157,25 @@ def test_damaged_files_are_told_by_name(tmp_path, models, data):
         with pytest.raises(DraftModelError, match=rf"dataset_train_split: .*{name}: {said}"):
             run(config(tmp_path, models, data, "out"))
         damaged.unlink()
+
+
+class Sleeper:
+    """Holds on to the standard output."""
+
+    def encode(self, lines):
+        os.write(1, b"busy\n")
+        time.sleep(1000)
+
+
+def test_kill_9_leaves_no_process_behind(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"a")
+    program = (
+        "import sys; from pathlib import Path; from draft_model.dataset.workers import encode_files\n"
+        "from tests.dataset.test_pieces import Sleeper\n"
+        "if __name__ == '__main__': list(encode_files(Sleeper(), 2, [(0, Path(sys.argv[1]))]))"
+    )
+    arguments = [sys.executable, "-c", program, tmp_path / "a.jsonl"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as it:
+        assert it.stdout.readline() == b"busy\n"
+        it.kill()
+        assert it.stdout.read() == b"", "the pipe ends when the last process does"

@@ -25,19 +25,12 @@ _SHAPES = 4096
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation's text.
-
-    Attributes:
-        text: as the chat template writes it.
-        supervised: ranges of characters [start, stop) that the model has written, in order.
-        borders: characters before which a token must end: where an answer begins, and where a cut one ends.
-        turns: assistant turns.
-    """
+    """A conversation's text; positions are characters."""
 
     text: str
-    supervised: list[tuple[int, int]]
-    borders: list[int]
-    turns: int
+    supervised: list[tuple[int, int]]  # ranges [start, stop) that the model has written, in order
+    borders: list[int]  # before which a token must end: where an answer begins, and where a cut one ends
+    turns: int  # assistant turns
 
 
 class Renderer:
@@ -55,14 +48,13 @@ class Renderer:
         self.jinja = template_text(tokenizer, template, tools=tools)
         self._columns = _variables(self.jinja) - _OURS - set(tokenizer.special_tokens_map)
         self._reasons = bool(re.search(r"\b(?:reasoning_content|thinking)\b", self.jinja))
-        try:  # the scaffold: what the template writes after the header, before the model begins
-            prompt = self._write(_PROBE[:1], None, {}, add_generation_prompt=True)
+        try:  # what the template writes after the header, before the model begins
+            _, header, scaffold = self._write(_PROBE[:1], None, {}, ask=True).rpartition(template.header)
         except Rejected:
-            prompt = ""
-        scaffold = prompt.rpartition(template.header)[2] if template.header in prompt else ""
-        self._opens = bool(_OPENED.search(scaffold))
-        self._turns = template.turns(scaffold)
-        self._shapes: dict[Any, int | None] = {}
+            header = scaffold = ""
+        self._opens = bool(header and _OPENED.search(scaffold))
+        self._turns = template.turns(scaffold if header else "")
+        self._unwritten: dict[Any, int | None] = {}
 
     def render(self, row: Row) -> Rendered:
         """Writes one conversation.
@@ -70,16 +62,11 @@ class Renderer:
         Raises:
             Rejected: the chat template refuses it, does not write a part of it, or its turns cannot be told apart.
         """
-        if row.text:
-            text, spans = row.text, self._spans_of_text(row.text)
-        else:
-            text, spans = self._first_form(row, lambda messages, columns: self._conversation(messages, row, columns))
-        cut = (*row.cut, *itertools.repeat(False, len(spans)))
-        ignored = (*row.ignored, *itertools.repeat(False, len(spans)))
-        ranges = [(span.start, span.end if cut[turn] else span.close) for turn, span in enumerate(spans)]
-        learnt = [turn for turn in range(len(spans)) if not ignored[turn]]
-        borders = [(ranges[turn][0], *ranges[turn][1:][: cut[turn]]) for turn in learnt]
-        return Rendered(text, [ranges[turn] for turn in learnt], list(itertools.chain(*borders)), len(spans))
+        text, spans = (row.text, self._spans_of_text(row.text)) if row.text else self._in_a_form(row)
+        turns = list(zip(spans, _padded(row.cut, spans), _padded(row.ignored, spans), strict=True))
+        ranges = [(span.start, span.end if cut else span.close) for span, cut, ignored in turns if not ignored]
+        ends = [span.end for span, cut, ignored in turns if cut and not ignored]
+        return Rendered(text, ranges, sorted([*(start for start, _ in ranges), *ends]), len(spans))
 
     def prompt(self, row: Row) -> str:
         """Writes what an engine gives the model: the conversation without its last answer, then the header.
@@ -94,17 +81,10 @@ class Renderer:
             messages.pop()
         if not messages:
             raise Rejected("empty", "there is nothing to reply to")
+        return self._in_a_form(replace(row, messages=messages), ask=True)[0]
 
-        def write(messages: list[Message], columns: dict[str, Any]) -> str:
-            plain = messages if self._reasons else _without_reasoning(messages)
-            text = self._write(plain, row.tools, columns, add_generation_prompt=True)
-            self._refuse_unwritten(text, messages, row.tools, columns)
-            return text
-
-        return self._first_form(replace(row, messages=messages), write)
-
-    def _first_form(self, row: Row, write: Any) -> Any:
-        """Calls `write` with the messages in each form that templates want, until one is not refused."""
+    def _in_a_form(self, row: Row, *, ask: bool = False) -> tuple[str, list[Span]]:
+        """Writes the messages in the first form that the template takes; with `ask`, as a prompt without turns."""
         self.template.refuse_control_tokens(row)
         if self._reasons or self._opens:
             row = replace(row, messages=[_apart(message) for message in row.messages])
@@ -114,23 +94,17 @@ class Renderer:
         refusals: list[Rejected] = []
         for messages in _forms(row.messages):
             try:
-                return write(messages, columns)
+                if ask:
+                    plain = messages if self._reasons else _without_reasoning(messages)
+                    text, spans = self._write(plain, row.tools, columns, ask=True), []
+                else:
+                    text = self.conversation(messages, row.tools, columns)
+                    spans = self._check_turns(text, messages, row)
+                self._check_messages(text, messages, row.tools, columns)
+                return text, spans
             except Rejected as refusal:
                 refusals.append(refusal)
         raise refusals[0]
-
-    def _conversation(self, messages: list[Message], row: Row, columns: dict[str, Any]) -> tuple[str, list[Span]]:
-        text = self.conversation(messages, row.tools, columns)
-        spans, answers = self.spans(text), row.answers
-        if len(spans) != len(answers):
-            raise Rejected(
-                "assistant turns not found",
-                f"{len(answers)} assistant turns given, {len(spans)} in what the chat template makes of them",
-            )
-        cut = (*row.cut, *itertools.repeat(False, len(spans)))
-        checked = [self._check_turn(text, messages, *turn) for turn in zip(spans, answers, cut, strict=False)]
-        self._refuse_unwritten(text, messages, row.tools, columns)
-        return text, checked
 
     def conversation(
         self, messages: Sequence[Message], tools: Any = None, columns: Mapping[str, Any] | None = None
@@ -151,7 +125,7 @@ class Renderer:
             raise Rejected(_NOT_WRITTEN, "`reasoning_content`, which this chat template does not write")
         if not (self._opens and (generated := _generated(messages[-1]))):
             return self._write(plain, tools, columns)
-        prompt = self._write(plain[:-1], tools, columns, add_generation_prompt=True)
+        prompt = self._write(plain[:-1], tools, columns, ask=True)
         return f"{prompt}{generated}{self.template.ends[0]}"
 
     def spans(self, text: str) -> list[Span]:
@@ -167,36 +141,30 @@ class Renderer:
             raise Rejected("no assistant turn", f"`text` has no {self.template.header!r}")
         return spans
 
-    def _write(
-        self,
-        messages: Sequence[Message],
-        tools: Any,
-        columns: Mapping[str, Any],
-        *,
-        add_generation_prompt: bool = False,
-    ) -> str:
+    def _write(self, messages: Sequence[Message], tools: Any, columns: Mapping[str, Any], *, ask: bool = False) -> str:
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if self._reasons:  # gpt-oss calls it by another name
-            messages = [
-                {**message, "thinking": message["reasoning_content"]} if "reasoning_content" in message else message
-                for message in messages
-            ]
+            messages = [{**m, "thinking": m["reasoning_content"]} if "reasoning_content" in m else m for m in messages]
+        given = {"tools": tools, "add_generation_prompt": ask, **self.tokenizer.special_tokens_map, **columns}
         try:
             # `apply_chat_template` calls this too, but leaves out a content of None, which some templates ask for.
-            (text,), _ = render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=self.jinja,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-                **columns,
-            )
+            (text,), _ = render_jinja_template([messages], chat_template=self.jinja, **given)
             text.encode("utf-8")
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise Rejected("refused by the chat template", str(error)) from None
         return str(text)
+
+    def _check_turns(self, text: str, messages: list[Message], row: Row) -> list[Span]:
+        spans, answers = self.spans(text), row.answers
+        if len(spans) != len(answers):
+            raise Rejected(
+                "assistant turns not found",
+                f"{len(answers)} assistant turns given, {len(spans)} in what the chat template makes of them",
+            )
+        turns = zip(spans, answers, _padded(row.cut, spans), strict=True)
+        return [self._check_turn(text, messages, *turn) for turn in turns]
 
     def _check_turn(self, text: str, messages: list[Message], span: Span, index: int, is_cut: bool) -> Span:
         """Compares what a turn says with what is written of it; reasoning of earlier turns may be left out.
@@ -225,16 +193,16 @@ class Renderer:
             return replace(span, end=span.start + turn.rfind(reasoning) + len(reasoning))
         return span
 
-    def _refuse_unwritten(self, text: str, messages: Sequence[Message], tools: Any, columns: Mapping[str, Any]) -> None:
+    def _check_messages(self, text: str, messages: Sequence[Message], tools: Any, columns: Mapping[str, Any]) -> None:
         """Refuses messages of which the template writes nothing, or another text.
 
         A short message may be found by chance in another one. So the conversation is written once more with unique
         words for its messages: once for all conversations of the same shape, since that decides what is written.
         """
-        shape = (bool(tools), *columns, *(_shape(message) for message in messages))
-        if shape not in self._shapes:
-            if len(self._shapes) >= _SHAPES:
-                self._shapes.clear()
+        shape = (bool(tools), *columns, *map(_shape, messages))
+        if shape not in self._unwritten:
+            if len(self._unwritten) >= _SHAPES:
+                self._unwritten.clear()
             marked = [index for index, message in enumerate(messages) if _shape(message)[1] is False]
             probe = list(messages)
             for index in marked:
@@ -243,12 +211,17 @@ class Renderer:
                 written = self.conversation(probe, tools, columns)
             except Rejected:  # the template wants other contents than words
                 marked = []
-            self._shapes[shape] = next((index for index in marked if f"unique{index}word" not in written), None)
-        if (index := self._shapes[shape]) is not None:
-            raise _unwritten(index, "its text")
+            self._unwritten[shape] = next((index for index in marked if f"unique{index}word" not in written), None)
+        if (lost := self._unwritten[shape]) is not None:
+            raise _unwritten(lost, "its text")
         for index, message in enumerate(messages):
             if message["role"] in ("system", "user") and message["content"].strip() not in text:
                 raise _unwritten(index, "its text as it is")
+
+
+def _padded(flags: Sequence[bool], spans: Sequence[Span]) -> list[bool]:
+    """One flag for each turn: those of rendered text may have fewer or more."""
+    return [*flags, *itertools.repeat(False, len(spans))][: len(spans)]
 
 
 def _unwritten(index: int, what: str) -> Rejected:
@@ -302,14 +275,14 @@ def _forms(messages: list[Message]) -> Iterator[list[Message]]:
 
 
 def _in_form(message: Message, nothing: str | None, as_text: bool) -> Message:
-    content = nothing if message["content"] is None else message["content"]
-    if not as_text:
-        return {**message, "content": content}
-    calls = [
-        {**call, "function": {**call["function"], "arguments": as_json(call["function"]["arguments"])}}
-        for call in message["tool_calls"]
-    ]
-    return {**message, "content": content, "tool_calls": calls}
+    message = {**message, "content": nothing if message["content"] is None else message["content"]}
+    if as_text:
+        functions = [call["function"] for call in message["tool_calls"]]
+        texts = [{**function, "arguments": as_json(function["arguments"])} for function in functions]
+        message["tool_calls"] = [
+            {**call, "function": text} for call, text in zip(message["tool_calls"], texts, strict=True)
+        ]
+    return message
 
 
 def _without_reasoning(messages: Sequence[Message]) -> list[Message]:
@@ -345,34 +318,31 @@ def _apart(message: Message) -> Message:
     return {**message, "content": "", "reasoning_content": _OPENED.sub("", content)}
 
 
-_QUESTION, _ANSWER = "probing question", "probing answer"
-_PROBE: list[Message] = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+_ANSWER = "probing answer"
+_PROBE: list[Message] = [{"role": "user", "content": "probing question"}, {"role": "assistant", "content": _ANSWER}]
 
 
 def check_fit(tokenizer: Any, template: Template) -> None:
-    """Checks on a probe conversation that a tokenizer and a named template belong together.
-
-    Args:
-        tokenizer: the target's.
-        template: the one that parameter chat_template names.
+    """Checks on a probe conversation that a tokenizer and the template that chat_template names belong together.
 
     Raises:
         DraftModelError: the tokenizer lacks the template's turn markers, or its own chat template writes other ones;
             says what was found and which name fits. Or it makes other tokens of a prompt alone than of prompt and
             answer, so that no mask over the whole would be what is served.
     """
-    if _fits(tokenizer, template):
-        text, (span, *_) = _probe(tokenizer, template)
-        prompt, whole = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text[: span.start], text))
+    text, spans, fits = _probe(tokenizer, template)
+    if fits:
+        prompt, whole = (
+            tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text[: spans[0].start], text)
+        )
         if whole[: len(prompt)] != prompt:
             raise DraftModelError(f"model: its tokenizer makes other tokens of {text!r} than of its beginning alone")
         return
-    fitting = [other.name for other in TEMPLATES.values() if _fits(tokenizer, other)]
+    fitting = [name for name, other in TEMPLATES.items() if _probe(tokenizer, other)[2]]
     advice = f"use {' or '.join(fitting)}" if fitting else f"none of {', '.join(TEMPLATES)} fits this model"
-    if tokenizer.chat_template:
-        found = f"the tokenizer's own chat template writes {_probe(tokenizer, template)[0][-160:]!r}"
-    else:
-        absent = ", ".join(_absent(tokenizer, template))
+    found = f"the tokenizer's own chat template writes {text[-160:]!r}"
+    if not tokenizer.chat_template:
+        absent = ", ".join(_absent(tokenizer, template.control))
         found = f"the tokenizer has no chat template, and as tokens it lacks {absent}"
     raise DraftModelError(
         f"chat_template: given {template.name!r}, whose assistant turns begin with {template.header!r}; "
@@ -380,26 +350,19 @@ def check_fit(tokenizer: Any, template: Template) -> None:
     )
 
 
-def _probe(tokenizer: Any, template: Template) -> tuple[str, list[Span]]:
-    """What the tokenizer's template makes of the probe, and the turns in it."""
+def _probe(tokenizer: Any, template: Template) -> tuple[str, list[Span], bool]:
+    """What the tokenizer's template makes of the probe, the turns in it, and whether the named template fits."""
     renderer = Renderer(tokenizer, template)
     try:
         text = renderer.conversation(_PROBE)
     except Rejected as refusal:
-        return refusal.detail, []
-    return text, renderer.spans(text)
-
-
-def _fits(tokenizer: Any, template: Template) -> bool:
-    text, spans = _probe(tokenizer, template)
+        return refusal.detail, [], False
+    spans = renderer.spans(text)
     found = [text[span.start : span.end].strip() for span in spans]
-    return found == [template.opening + _ANSWER] and not _absent(tokenizer, template, text)
+    control = [token for token in template.control if token in text]
+    return text, spans, found == [template.opening + _ANSWER] and not _absent(tokenizer, control)
 
 
-def _absent(tokenizer: Any, template: Template, text: str | None = None) -> list[str]:
-    """The control tokens (of `text`, else all) that the tokenizer would spell in pieces."""
-    return [
-        token
-        for token in template.control
-        if (text is None or token in text) and len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1
-    ]
+def _absent(tokenizer: Any, control: Sequence[str]) -> list[str]:
+    """The control tokens that the tokenizer would spell in pieces."""
+    return [token for token in control if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1]
