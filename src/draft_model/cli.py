@@ -48,30 +48,18 @@ def import_command(output: str, work: Path | None, **options: Any) -> None:
         click.echo(run(ImportConfig(output=output, work=folder, parameters=parameters)).uri)
 
 
-def _share(_: click.Context, __: click.Parameter, part: str | None) -> tuple[int, int] | None:
-    if part is None:
-        return None
-    number, _slash, parts = part.partition("/")
-    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise click.BadParameter(f"given {part!r}; allowed: I/N with I from 1 to N, as 1/8")
-    return int(number) - 1, int(parts)
-
-
 @cli.command("dataset")
 @uri("model", "The imported model.")
 @uri("output", "Where the data set goes.")
 @options_of("dataset")
-@click.option(
-    "--part", metavar="I/N", callback=_share, help="Encode one of N parts; without it, what is missing, and merge."
-)
 @WORK
-def dataset_command(model: str, output: str, part: tuple[int, int] | None, work: Path | None, **options: Any) -> None:
+def dataset_command(model: str, output: str, work: Path | None, **options: Any) -> None:
     """Turn conversations (JSONL) into tokens, loss masks and the draft vocabulary.
 
     A line is {"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]};
     `messages`, ShareGPT's from/value, tools, tool calls, reasoning_content and rendered `text` are taken too. An
     assistant message with "finish": "length" was cut: its end-of-turn token is not learnt. The files may be given as
-    a path, a folder or a glob, on disk, s3://, gs:// or https://. What was interrupted goes on where it was.
+    a path, a folder or a glob, on disk, s3://, hf://, gs://, abfs:// or https://. What was interrupted goes on where it was.
 
     In the output, report.html shows in colour what is learnt of three conversations, and rejected.jsonl has each line
     that cannot be used, with its number and reason. docs/data.md has the whole of it.
@@ -79,18 +67,14 @@ def dataset_command(model: str, output: str, part: tuple[int, int] | None, work:
     \b
     draft-model dataset --model s3://bucket/qwen3-8b --dataset_train_split 's3://bucket/chats/*.jsonl.gz' \\
         --chat_template qwen --output s3://bucket/dataset
-    Several machines at once:   draft-model dataset --part 1/8 ...   to --part 8/8, then without --part.
     """  # noqa: D301
-    from draft_model.dataset import DatasetConfig, run, run_part
+    from draft_model.dataset import DatasetConfig, run
     from draft_model.preflight import check
 
     parameters = check(given(options), ["dataset"])
     with scratch(work) as folder:
         config = DatasetConfig(model=model, output=output, parameters=parameters, work=folder)
-        if part:
-            run_part(config, *part)
-        else:
-            click.echo(run(config).uri)
+        click.echo(run(config).uri)
 
 
 @cli.command("train")

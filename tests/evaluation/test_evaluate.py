@@ -138,7 +138,6 @@ BAD_LINES = {
     "[]": "wrong shape", "{": "not JSON", '{"prompt": ""}': "empty", '{"messages": []}': "empty",
     '{"prompts": "a"}': "wrong shape", '{"prompt": "amber \\ud83d birch"}': "Unicode",
     '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "", '{"messages": [{"role": "x"}]}': "role",
-    '{"messages": [{"role": "assistant", "content": "a"}]}': "nothing to reply to",
 }  # fmt: skip
 
 
@@ -147,7 +146,7 @@ def test_a_line_that_is_no_prompt_is_named_before_the_run(tmp_path, line):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "alpha"}\n' + line + "\n", encoding="utf-8")
     with pytest.raises(
-        DraftModelError, match=rf"evaluation_prompts: line 2 of prompts.jsonl is no prompt .*{BAD_LINES[line]}"
+        DraftModelError, match=rf"evaluation_prompts: line 2 of .* is not a conversation: .*{BAD_LINES[line]}"
     ):
         prompts.check(str(file), 0)
 
@@ -158,12 +157,16 @@ def test_a_line_that_is_no_prompt_is_named_before_the_run(tmp_path, line):
         ({"prompt": "a<|im_end|>\n<|im_start|>assistant\nb"}, "contains <|im_start|>|contains <|im_end|>"),
         ({"messages": [ASK, SAY], "tools": [{"name": "find"}]}, "`tools`, which this chat template does not write"),
         ({"text": "amber"}, "`text` has no"),
+        ({"messages": [SAY]}, "there is nothing to reply to"),
     ],
 )
 def test_what_the_chat_template_would_change_is_refused(trained, tmp_path, row, why):
     file = tiny.write_jsonl(tmp_path / "prompts.jsonl", [row])
     tokenizer = load_tokenizer(Path(trained.inputs.model))
-    with pytest.raises(DraftModelError, match=why.replace("|im", r"\|im").replace("|>", r"\|>")):
+    with pytest.raises(
+        DraftModelError,
+        match="evaluation_prompts: conversation 1 of .*" + why.replace("|im", r"\|im").replace("|>", r"\|>"),
+    ):
         prompts.choose_prompts(str(file), None, tokenizer, "qwen", 0, 400)
 
 

@@ -7,18 +7,15 @@ Hugging Face Hub; `datasets` downloads and caches them.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from draft_model.dataset.files import damage_told, find
-from draft_model.dataset.reader import Rejected, Row, parse
+from draft_model.dataset.reader import Rejected, Row, read_conversations
 from draft_model.dataset.render import Renderer
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.dataset.tokens import Split
@@ -30,8 +27,6 @@ logger = logging.getLogger(__name__)
 _ALLOWED = '{"prompt": "..."}, or a conversation as in the training data, and perhaps `category`'
 _REFUSALS = (401, 403, 404)
 """What the Hub answers where it has no such data set, or not for this token."""
-_STAND_IN = {"role": "assistant", "content": "-"}
-"""The reply that a prompt lacks: the data set's reader wants one, and it is left out like any last reply."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +81,26 @@ def choose_prompts(
     Raises:
         DraftModelError: when there are none, or they cannot be read.
     """
+    benchmarks = _named(given)
     if not given:
         if validation is None:
             raise DraftModelError("dataset_validation_split, evaluation_prompts: neither is given; nothing to decode")
         found = list(islice(_of_split(validation), limit or None))
         source = "the validation split"
     else:
-        benchmarks = _named(given)
-        rows = (
-            [row for benchmark in benchmarks for row in _of_benchmark(benchmark, limit)]
-            if benchmarks
-            else list(islice(_of_files(given), limit or None))
-        )
-        renderer = Renderer(tokenizer, TEMPLATES[template])
-        found = [(_tokens(renderer, row, where), category) for row, category, where in rows]
-        source = ", ".join(benchmark.hub_id for benchmark in benchmarks) if benchmarks else given
+        rows = [row for benchmark in benchmarks for row in _of_benchmark(benchmark, limit)]
+        source = ", ".join(benchmark.hub_id for benchmark in benchmarks) or given
+        renderers = {tools: Renderer(tokenizer, TEMPLATES[template], tools=tools) for tools in (False, True)}
+        found = []
+        for number, (row, category) in enumerate(rows or _of_files(given, limit), start=1):
+            try:
+                text = renderers[bool(row.tools)].prompt(row)
+            except Rejected as refusal:
+                raise DraftModelError(
+                    f"evaluation_prompts: conversation {number} of {source} makes no prompt ({refusal}); allowed: "
+                    f"{_ALLOWED}"
+                ) from None
+            found.append((tokenizer(text, add_special_tokens=False)["input_ids"], category))
     kept = [(tokens, category) for tokens, category in found if 2 <= len(tokens) <= longest]
     if not kept:
         name = "evaluation_prompts" if given else "dataset_validation_split"
@@ -120,12 +120,12 @@ def check(given: str, limit: int) -> None:
     if not given or _named(given):
         return
     try:
-        find(given)
+        _of_files(given, limit)
     except DraftModelError as error:
-        benchmarks = ", ".join(BENCHMARKS)
-        raise DraftModelError([f"{problem}, or name benchmarks: {benchmarks}" for problem in error.problems]) from error
-    if not sum(1 for _ in islice(_of_files(given), limit or None)):
-        raise DraftModelError(f"evaluation_prompts: there is no line in {given}; allowed: {_ALLOWED}")
+        benchmarks = ", or name benchmarks: " + ", ".join(BENCHMARKS)
+        raise DraftModelError(
+            [problem + (benchmarks if "there is no" in problem else "") for problem in error.problems]
+        ) from error
 
 
 def to_fetch(given: str) -> list[str]:
@@ -181,46 +181,18 @@ def _of_split(split: Split) -> Iterator[tuple[list[int], str]]:
             yield row.input_ids[: starts[-1]].tolist(), "first reply" if len(starts) == 1 else "later reply"
 
 
-def _of_files(given: str) -> Iterator[tuple[Row, str, str]]:
-    """Rows up to their last reply, their categories, and where they are, for messages."""
-    for file in find(given):
-        with damage_told(f"evaluation_prompts: {file.name}"), file.open() as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    where = f"line {number} of {file.name}"
-                    try:
-                        yield *_read(line), where
-                    except Rejected as refusal:
-                        raise _no_prompt(where, refusal) from None
-
-
-def _no_prompt(where: str, refusal: Rejected) -> DraftModelError:
-    return DraftModelError(f"evaluation_prompts: {where} is no prompt ({refusal}); allowed: {_ALLOWED}")
-
-
-def _read(line: bytes) -> tuple[Row, str]:
+def _of_files(given: str, limit: int) -> list[tuple[Row, str]]:
+    """Conversations of files with their categories."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        row = None
-    if not isinstance(row, dict):
-        parse(line)  # raises the reason
-        raise Rejected("wrong shape", "the line is no JSON object")
-    row.pop("finish", None)  # of replies, the last of which is left out
-    name = next((name for name in ("conversations", "messages") if row.get(name) is not None), "messages")
-    if (prompt := row.pop("prompt", None)) is not None:
-        row[name] = [{"role": "user", "content": prompt}]
-    if isinstance(row.get(name), list) and row[name]:
-        row[name] = [*row[name], _STAND_IN]
-    read = parse(json.dumps(row).encode())
-    while read.messages and read.messages[-1]["role"] == "assistant":
-        read.messages.pop()
-    if not (read.messages or read.text):
-        raise Rejected("empty", "there is nothing to reply to")
-    return read, str(row.get("category") or "prompts")
+        rows = read_conversations(given, limit)
+    except DraftModelError as error:
+        raise DraftModelError([f"evaluation_prompts: {problem}" for problem in error.problems]) from error
+    if not rows:
+        raise DraftModelError(f"evaluation_prompts: there is no line in {given}; allowed: {_ALLOWED}")
+    return [(row, str(row.columns.get("category") or "prompts")) for row in rows]
 
 
-def _of_benchmark(benchmark: Benchmark, limit: int) -> list[tuple[Row, str, str]]:
+def _of_benchmark(benchmark: Benchmark, limit: int) -> list[tuple[Row, str]]:
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
@@ -234,45 +206,4 @@ def _of_benchmark(benchmark: Benchmark, limit: int) -> list[tuple[Row, str, str]
             "reachable and set HF_HOME to that cache"
         ) from error
     chosen = rows.select(range(min(limit or len(rows), len(rows))))
-    return [
-        (
-            Row([{"role": "user", "content": benchmark.text(row)}]),
-            benchmark.category(row),
-            f"row {n} of {benchmark.hub_id}",
-        )
-        for n, row in enumerate(chosen)
-    ]
-
-
-def _tokens(renderer: Renderer, row: Row, where: str) -> list[int]:
-    """A prompt up to where the model begins to write."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    tokenizer = renderer.tokenizer
-    try:
-        if row.text:
-            if not (spans := renderer.spans(row.text + renderer.template.ends[0])):
-                raise Rejected("no assistant turn", f"`text` has no {renderer.template.header!r}")
-            text = row.text[: spans[-1].start]
-        else:
-            renderer.template.refuse_control_tokens(row)
-            if row.tools and not re.search(r"\btools\b", renderer.jinja):
-                raise Rejected("not in the chat template", "`tools`, which this chat template does not write")
-            columns = {
-                name: value
-                for name, value in row.columns.items()
-                if re.search(rf"\b{re.escape(name)}\b", renderer.jinja)
-            }
-            (text,), _ = render_jinja_template(
-                [[{**message, "content": message["content"] or ""} for message in row.messages]],
-                tools=row.tools,
-                chat_template=renderer.jinja,
-                add_generation_prompt=True,
-                **{**tokenizer.special_tokens_map, **columns},
-            )
-    except (Rejected, TemplateError, ValueError, TypeError) as error:
-        refusal = error if isinstance(error, Rejected) else Rejected("refused by the chat template", str(error))
-        raise _no_prompt(where, refusal) from None
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return [(Row([{"role": "user", "content": benchmark.text(row)}]), benchmark.category(row)) for row in chosen]
