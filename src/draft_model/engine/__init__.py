@@ -67,9 +67,12 @@ class Counts:
 
     def plus(self, other: Counts, sign: int = 1) -> Counts:
         """The sum of two counts, or their difference."""
-        by_position = [a + sign * b for a, b in zip(self.by_position, other.by_position, strict=True)]
-        ours, theirs = (self.rounds, self.drafted, self.accepted), (other.rounds, other.drafted, other.accepted)
-        return Counts(*(a + sign * b for a, b in zip(ours, theirs, strict=True)), by_position)
+        return Counts(
+            self.rounds + sign * other.rounds,
+            self.drafted + sign * other.drafted,
+            self.accepted + sign * other.accepted,
+            [a + sign * b for a, b in zip(self.by_position, other.by_position, strict=True)],
+        )
 
     @property
     def acceptance_length(self) -> float:

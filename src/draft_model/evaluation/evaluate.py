@@ -45,7 +45,7 @@ def evaluate(
     compared = [differences(alone, found) for found in (trained, *untrained)]
     records = [asdict(difference) for _, found in compared for difference in found]
     foreseen = (training["validation"] or [{}])[-1].get("acceptance_length_by_proposals") or []
-    tokens = [prompt for group in case.prompts.groups.values() for prompt in group]
+    tokens = case.prompts.tokens
     written = sum(len(reply) for group in trained.outputs for reply in group)
     return {
         "engine": alone.engine,
@@ -69,7 +69,7 @@ def evaluate(
             "ties": [record for record in records if record["tie"]],
             "differences": [record for record in records if not record["tie"]],
         },
-        "sample": _sample(case, tokens, trained),
+        "sample": _sample(case, trained),
         "prompt_tokens": tokens,
         "seconds": time.monotonic() - started,
     }
@@ -94,12 +94,12 @@ def _untrained(case: Case, trained: Eagle3Draft) -> list[Candidate]:
     return [Candidate("the untrained draft", draft, case.work / "untrained")]
 
 
-def _sample(case: Case, prompts: list[list[int]], trained: Measured) -> dict[str, Any]:
+def _sample(case: Case, trained: Measured) -> dict[str, Any]:
     """The reply of median length, token by token, and whether the draft proposed it where that is known."""
     replies = [reply for group in trained.outputs for reply in group]
     middle = sorted(range(len(replies)), key=lambda index: len(replies[index]))[len(replies) // 2]
     drafted = [own for group in trained.drafted for own in group][middle] if trained.drafted else [None] * 10**6
     return {
-        "prompt": case.tokenizer.decode(prompts[middle]),
+        "prompt": case.tokenizer.decode(case.prompts.tokens[middle]),
         "reply": [[case.tokenizer.decode([token]), its] for token, its in zip(replies[middle], drafted, strict=False)],
     }

@@ -36,6 +36,11 @@ class Prompts:
     groups: dict[str, list[list[int]]]
     source: str
 
+    @property
+    def tokens(self) -> list[list[int]]:
+        """All prompts, category by category."""
+        return [prompt for group in self.groups.values() for prompt in group]
+
 
 class Benchmark(NamedTuple):
     """A published benchmark: its data set, what a row asks, and a row's category."""
