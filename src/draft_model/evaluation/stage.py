@@ -71,7 +71,7 @@ def run(config: EvaluateConfig) -> EvaluateResult:
 
 
 def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
-    from draft_model.evaluation.card import write_card
+    from draft_model.evaluation.card import target_name, write_card
     from draft_model.evaluation.evaluate import evaluate
     from draft_model.evaluation.report import write_report
 
@@ -101,7 +101,9 @@ def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
         "hashes": hashes,
     }
     write_report(added["report.html"], content)
-    write_card(added["README.md"], training, evaluation, data, name=_name(training))
+    write_card(
+        added["README.md"], training, evaluation, data, name=f"{target_name(training).rpartition('/')[2]}-eagle3"
+    )
     added["report.json"].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if evaluation is not None:
         added["evaluation.json"] = config.work / "evaluation.json"
@@ -110,17 +112,22 @@ def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
     tracker.inputs({it["of"]: (it["uri"], it["sha256"]) for it in hashes})
     tracker.references({"final": config.final, **{name: storage.join(config.final, name) for name in added}})
     if failure is not None:
-        raise DraftModelError(
-            [
-                *failure.problems,
-                f"evaluation: nothing was measured; the draft in {config.final} is whole and can be served",
-            ]
-        ) from failure
+        whole = f"evaluation: nothing was measured; the draft in {config.final} is whole and can be served"
+        raise DraftModelError([*failure.problems, whole]) from failure
     result = EvaluateResult(config.final, added["report.html"], added["README.md"], False, 0.0, 0.0, [], 0)
     if evaluation is None:
         return result
     tracker.metrics(training["draft_step"], _tracked_metrics(evaluation))
-    _refuse_differences(evaluation["lossless"])
+    if different := evaluation["lossless"]["differences"]:
+        first = different[0]
+        margin = (
+            "one reply goes on" if first["margin"] is None else f"margin of the two best tokens {first['margin']:.2g}"
+        )
+        raise DraftModelError(
+            f"evaluation: speculative decoding changed the output of {len(different)} replies (first: prompt "
+            f"{first['prompt']}, token {first['position']}, {margin}); the draft must not be served before that is "
+            "understood: see report.html and evaluation.json beside it"
+        )
     return replace(
         result,
         measured=True,
@@ -155,12 +162,6 @@ def _tracked_metrics(evaluation: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _name(training: Mapping[str, Any]) -> str:
-    """What the model card calls the draft: its target's last name, without a revision."""
-    source: str = training["target"]["source"]
-    return f"{source.rstrip('/').rsplit('/', 1)[-1].partition('@')[0]}-eagle3"
-
-
 def _all_parameters(config: EvaluateConfig, trained: Mapping[str, Any]) -> dict[str, Any]:
     """The run's parameters, from the stages that read them, in the contract's order."""
     known: dict[str, Any] = {}
@@ -168,14 +169,3 @@ def _all_parameters(config: EvaluateConfig, trained: Mapping[str, Any]) -> dict[
         known.update(storage.read_manifest(uri, stage=stage).properties.get("parameters", {}))
     known = {**known, **trained, **config.parameters.of_stage("evaluate")}
     return {parameter.name: known[parameter.name] for parameter in PARAMETERS if parameter.name in known}
-
-
-def _refuse_differences(lossless: Mapping[str, Any]) -> None:
-    if lossless["identical"]:
-        return
-    first = lossless["differences"][0]
-    raise DraftModelError(
-        f"evaluation: speculative decoding changed the output of {len(lossless['differences'])} replies (first: prompt "
-        f"{first['prompt']}, token {first['position']}, margin of the target's two best tokens {first['margin']:.2g}); "
-        "the draft must not be served before that is understood: see report.html and evaluation.json beside it"
-    )
