@@ -70,7 +70,8 @@ def dataset_command(model: str, output: str, work: Path | None, **options: Any) 
     A line is {"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]};
     `messages`, ShareGPT's from/value, tools, tool calls, reasoning_content and rendered `text` are taken too. An
     assistant message with "finish": "length" was cut: its end-of-turn token is not learnt. The files may be given as
-    a path, a folder or a glob, on disk, s3://, gs:// or https://. What was interrupted goes on where it was.
+    a path, a folder or a glob, on disk, s3://, hf://, gs://, abfs:// or https://. What was interrupted goes on where
+    it was.
 
     In the output, report.html shows in colour what is learnt of three conversations, and rejected.jsonl has each line
     that cannot be used, with its number and reason. docs/data.md has the whole of it.

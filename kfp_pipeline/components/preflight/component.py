@@ -42,7 +42,7 @@ def preflight(  # noqa: D103
     evaluation_prompts: str, evaluation_temperature: float, register_model_name: str, training_backend: str,
     training_attempts: int, queue_limit: int, start_limit: int, run_limit: int, compute_map: str,
     object_store_secret: str, keep_checkpoints: int, final_checkpoint: str, checkpoint_path: str,
-    mlflow_tracking_uri: str,
+    mlflow_tracking_uri: str, evaluation_engine: str,
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Plan",
     [("model_import", dict), ("dataset", dict), ("train", dict), ("evaluate", dict), ("cpu", str), ("memory", str),
