@@ -192,6 +192,6 @@ def _find_or_create(what: str, find: Callable[[], Any], create: Callable[[], Any
         if found := find():  # another process was first
             return found[0], False
     raise DraftModelError(
-        f"{what}: the server says that it exists, but does not list it: it may be another user's, or not belong to this "
+        f"{what}: the server says that it exists, but does not list it: it may be another user's, or of another "
         "pipeline; `kubectl get pipelines,pipelineversions -A` lists a cluster's"
     )

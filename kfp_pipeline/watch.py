@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from draft_model.errors import DraftModelError
@@ -117,15 +117,17 @@ def _steps(spec: Mapping[str, Any], component: Mapping[str, Any]) -> Iterator[tu
             yield name, task.get("triggerPolicy", {}).get("strategy") == "ALL_UPSTREAM_TASKS_COMPLETED"
 
 
-def _tasks(run: Any, steps: Mapping[str, bool]) -> Iterator[tuple[str, str, str]]:
-    """Name, state and duration of each step that has begun; KFP's own nodes (drivers, executors) are left out."""
+def _tasks(run: Any, steps: Mapping[str, bool]) -> list[tuple[str, str, str]]:
+    """Name, state and duration of each step that has begun, in that order; KFP's own nodes are left out."""
+    found = []
     details = (run.run_details and run.run_details.task_details) or []
     for name in steps:
-        if not (own := [detail for detail in details if detail.display_name == name]):
-            continue
-        state = min((detail.state for detail in own), key=lambda s: _FIRST.index(s) if s in _FIRST else len(_FIRST))
-        times = [t for detail in own for t in (detail.start_time, detail.end_time) if t and t.year > 1970]
-        yield name, state, str(timedelta(seconds=round((max(times) - min(times)).total_seconds()))) if times else ""
+        if own := [detail for detail in details if detail.display_name == name]:
+            state = min((detail.state for detail in own), key=lambda s: _FIRST.index(s) if s in _FIRST else len(_FIRST))
+            times = [t for detail in own for t in (detail.start_time, detail.end_time) if t and t.year > 1970]
+            took = str(timedelta(seconds=round((max(times) - min(times)).total_seconds()))) if times else ""
+            found.append((min(times, default=datetime.max.replace(tzinfo=UTC)), name, state, took))
+    return [task for _, *task in sorted(found)]
 
 
 def _what_it_waits_for(server: Server, run_id: str) -> str:

@@ -309,7 +309,7 @@ class KfpApi:
             "task_id": str(uuid.uuid4()),
             "display_name": node["displayName"],
             "create_time": run["created_at"],
-            "start_time": run["created_at"],
+            "start_time": node["startedAt"],
             "end_time": _now() if ended else _NEVER,
             "state": node["phase"].upper(),
             "child_tasks": [{"pod_name": node["id"]}],

@@ -96,9 +96,7 @@ def test_two_that_submit_at_the_same_time_make_one_of_each(api):
 def test_what_is_there_but_not_shown_is_told(api, kind):
     submit(connect(api.host), VALUES)
     api.hidden = {kind}
-    with pytest.raises(
-        DraftModelError, match=rf"^{kind.split('_')[-1][:-1]} .*says that it exists, but does not list it"
-    ):
+    with pytest.raises(DraftModelError, match=rf"^{kind.split('_')[-1][:-1]} .*but does not list it"):
         submit(connect(api.host), VALUES)
     assert len(api.runs) == 1
 
@@ -257,7 +255,7 @@ def test_a_watch_ends_where_a_gateway_answers_for_the_server(api, monkeypatch, p
 
 @pytest.mark.parametrize(
     ("path", "page", "told"),
-    [("/runs$", "{}", "named none"), ("/runs$", LOGIN, "may ask for a login"), ("/healthz$", LOGIN, "may ask for a login"),
+    [("/runs$", "{}", "named none"), ("/runs$", LOGIN, "ask for a login"), ("/healthz$", LOGIN, "ask for a login"),
      ("/experiments$", "", "not JSON"), ("/upload_version$", '{"pipe', "not JSON")],
 )  # fmt: skip
 def test_a_gateways_answer_is_no_run(api, path, page, told):
