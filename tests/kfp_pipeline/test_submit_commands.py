@@ -121,7 +121,7 @@ def test_without_watch_it_ends_when_the_run_is_there(api, draft_model):
          ["Error (exit code 2)", *SENTENCES.splitlines()]),
         (failed("OOMKilled (exit code 137)", TRAINING), "lost a step, whose pod was killed",
          ["OOMKilled (exit code 137)", *TRAINING.splitlines()]),
-        (failed("Error (exit code 1)", f"F1127 13:00:00.000002 1 main.go:79] {DRIVER}\nError: exit status 1\n", "driver"),
+        (failed("Error (exit code 1)", f"F1127 13:00:00.000002 1 main.go:79] {DRIVER}\nError: exit 1\n", "driver"),
          "failed", ["Error (exit code 1)", f"KFP's driver failed before the step began: {DRIVER}"]),
     ],
     ids=["sentences", "killed", "driver"],
