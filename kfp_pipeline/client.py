@@ -13,8 +13,8 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,19 @@ from draft_model.errors import DraftModelError
 logger = logging.getLogger(__name__)
 
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
-NEEDED = (2, 16, 1)
-"""Oldest KFP that runs the pipeline; the UI draws choices as drop-downs from 2.17 on."""
 TIMEOUT = (10, 60)
 """Seconds to connect, and to wait for an answer."""
 _PORT_FORWARD = "kubectl -n kubeflow port-forward svc/ml-pipeline-ui 8080:80"
+_LOGIN = (
+    "it may ask for a login (--token-file, for example of `kubectl create token default-editor --audience "
+    "pipelines.kubeflow.org`, or a cookie in ~/.config/kfp/context.json), or --host lacks a path such as /pipeline"
+)
+_ADVICE = {
+    401: f"; {_LOGIN}",
+    403: "; is --namespace right, and is the token's account, or yours, a contributor of it?",
+    404: "; where the server has nothing at all, --host lacks a path such as /pipeline, or KFP is older than 2.16.1",
+    "tls": "--ca-file names the certificate of its authority",
+}
 
 
 class ServerAway(DraftModelError):
@@ -52,13 +60,13 @@ class Server:
     """A KFP API server.
 
     Attributes:
-        client: talks to it; its methods raise DraftModelError.
-        ui: address that links begin with.
+        client: a kfp.Client whose methods raise DraftModelError.
+        host: address of the API.
         namespace: of the runs on a multi-user server; empty on a single-user one.
     """
 
     client: Any
-    ui: str
+    host: str
     namespace: str = ""
 
     @classmethod
@@ -73,44 +81,35 @@ class Server:
             DraftModelError: where the server does not answer or refuses access, or the namespace does not fit.
         """
         _guard(client)
-        server = cls(client, client._get_url_prefix())
-        if not client.healthzs.healthz_service_get_healthz().multi_user:
-            if namespace:
-                raise DraftModelError(
-                    f"--namespace: given {namespace!r}, but {server.host} has a single user and namespace: leave it out"
-                )
-            return server
-        if not (namespace := namespace or client.get_user_namespace()):
+        host, several = client._existing_config.host, client.healthzs.healthz_service_get_healthz().multi_user
+        if namespace and not several:
+            raise DraftModelError(f"--namespace: given {namespace!r}, but {host} is for a single user: leave it out")
+        if several and not (namespace := namespace or client.get_user_namespace()):
             raise DraftModelError(
-                f"--namespace: not given, but {server.host} serves several users: name yours, of `kubectl get profiles`"
+                f"--namespace: not given, but {host} serves several users: name yours, of `kubectl get profiles`"
             )
-        return replace(server, namespace=namespace)
-
-    @property
-    def host(self) -> str:
-        """Address of the API."""
-        return str(self.client._existing_config.host)
+        return cls(client, host, namespace)
 
     def run_link(self, run_id: str) -> str:
         """Address of a run in the UI."""
-        return f"{self.ui.rstrip('/')}/#/runs/details/{run_id}"
+        return f"{self.client._get_url_prefix().rstrip('/')}/#/runs/details/{run_id}"
 
     def get(self, path: str) -> str:
         """The body of an answer that kfp.Client has no method for."""
-        api = self.client.runs.api_client
         with _explained(self.host):
-            answer = api.call_api(
-                path, "GET", auth_settings=["Bearer"], _preload_content=False, _return_http_data_only=True
+            return str(
+                self.client.runs.api_client.call_api(
+                    path, "GET", auth_settings=["Bearer"], _preload_content=False, _return_http_data_only=True
+                ).data.decode(errors="replace")
             )
-            return str(answer.data.decode(errors="replace"))
 
     def warn_if_old(self) -> None:
         """Logs a warning where the server says that it is older than the pipeline needs; not every build says so."""
         try:
-            tag = json.loads(self.get("/apis/v1beta1/healthz")).get("tag_name") or ""
-        except (DraftModelError, ValueError, AttributeError):
+            tag = str(json.loads(self.get("/apis/v1beta1/healthz"))["tag_name"])
+        except (DraftModelError, ValueError, LookupError, TypeError):
             return
-        if (found := re.match(r"v?(\d+)\.(\d+)\.(\d+)", tag)) and tuple(map(int, found.groups())) < NEEDED:
+        if (found := re.match(r"v?(\d+)\.(\d+)\.(\d+)", tag)) and tuple(map(int, found.groups())) < (2, 16, 1):
             logger.warning("%s is KFP %s; the pipeline needs 2.16.1 or newer", self.host, tag)
 
 
@@ -136,11 +135,8 @@ def connect(host: str = "", namespace: str = "", token_file: Path | None = None,
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its retries end in our own sentence
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "only works with v2.0.0-beta.2 and later"
-        client = _Client(
-            host=host or None,
-            credentials=_TokenFile(token_file) if token_file else None,
-            ssl_ca_cert=str(ca_file) if ca_file else None,
-        )
+        credentials = _TokenFile(token_file) if token_file else None
+        client = _Client(host=host or None, credentials=credentials, ssl_ca_cert=str(ca_file) if ca_file else None)
     return Server.of(client, namespace)
 
 
@@ -183,9 +179,8 @@ class _Client(kfp.Client):  # type: ignore[misc]
 
 
 def _guard(client: kfp.Client) -> None:
+    """Wraps the request of a client's ApiClient, which all its APIs share; a second time changes nothing."""
     api, host = client.runs.api_client, client._existing_config.host
-    if "request" in vars(api):  # done before
-        return
     original = api.request
 
     def request(method: str, url: str, **options: Any) -> Any:
@@ -195,20 +190,16 @@ def _guard(client: kfp.Client) -> None:
             _check_json(answer.data.decode(errors="replace"), host)
         return answer
 
-    api.request = request
+    if "request" not in vars(api):
+        api.request = request
 
 
 def _check_json(text: str, host: str) -> None:
-    try:
+    with suppress(ValueError):
         if isinstance(json.loads(text), dict):
             return
-    except ValueError:
-        pass
     if "<" in text[:200]:
-        raise NotLetIn(
-            f"{host} answers with a web page and not as KFP's API does: it may ask for a login (--token-file, or a "
-            "cookie in ~/.config/kfp/context.json), or --host lacks a path such as /pipeline"
-        )
+        raise NotLetIn(f"{host} answers with a web page: {_LOGIN}")
     raise ServerAway(f"{host} answers with {text[:60]!r}, which is not JSON")
 
 
@@ -217,40 +208,18 @@ def _explained(host: str) -> Iterator[None]:
     try:
         yield
     except kfp_server_api.ApiException as error:
-        raise _refusal(error, host) from error
+        said = f"{host} answers {error.status}: {_sentence(error.body) or error.reason or 'no reason given'}"
+        away = not error.status or error.status >= 500 or error.status == 429
+        kind = ServerAway if away else {401: NotLetIn, 409: Conflict}.get(error.status, DraftModelError)
+        raise kind(said + _ADVICE.get(error.status, "")) from error
     except urllib3.exceptions.HTTPError as error:
         reason = getattr(error, "reason", None) or error
         cause = str(reason).partition("): ")[2] or str(reason) or type(reason).__name__  # without urllib3's objects
-        if isinstance(reason, urllib3.exceptions.SSLError):
-            raise ServerAway(
-                f"--host: {host} cannot be trusted: {cause}; --ca-file names the certificate of its authority"
-            ) from error
+        tls = isinstance(reason, urllib3.exceptions.SSLError)
+        advice = _ADVICE["tls"] if tls else f"is it right, and does the port-forward run (`{_PORT_FORWARD}`)?"
         raise ServerAway(
-            f"--host: {host} does not answer: {cause}; is the address right, and does the port-forward run "
-            f"(`{_PORT_FORWARD}`)?"
+            f"--host: {host} {'is not trusted' if tls else 'does not answer'}: {cause}; {advice}"
         ) from error
-
-
-def _refusal(error: kfp_server_api.ApiException, host: str) -> DraftModelError:
-    said = _sentence(error.body) or error.reason or "no reason given"
-    if not error.status or error.status >= 500 or error.status == 429:
-        return ServerAway(f"{host} fails: {error.status}: {said}")
-    if error.status == 401:
-        return NotLetIn(
-            f"{host} does not accept these credentials (401: {said}): give a token by --token-file, for example of "
-            "`kubectl create token default-editor --audience pipelines.kubeflow.org`"
-        )
-    if error.status == 403:
-        return DraftModelError(
-            f"{host} does not allow this (403: {said}): is --namespace right, and is the token's account a contributor?"
-        )
-    if error.status == 404:
-        return DraftModelError(
-            f"{host} does not have this (404: {said}); where it has nothing at all, --host lacks a path such as "
-            "/pipeline, or KFP is older than 2.16.1"
-        )
-    kind = Conflict if error.status == 409 else DraftModelError
-    return kind(f"{host} refuses: {error.status}: {said}")
 
 
 def _sentence(body: str | bytes | None) -> str:
@@ -258,10 +227,7 @@ def _sentence(body: str | bytes | None) -> str:
     text = body.decode(errors="replace") if isinstance(body, bytes) else body or ""
     try:
         answer = json.loads(text)
-    except ValueError:
-        answer = None
-    if not isinstance(answer, dict):
+        found = [part["error_message"] for part in (answer, *answer.get("details", ())) if part.get("error_message")]
+        return str(found[0] if found else answer.get("message") or answer.get("error") or "")
+    except (ValueError, AttributeError, TypeError):
         return "" if "<" in text else text.strip()[:300]
-    details = [detail for detail in answer.get("details") or () if isinstance(detail, dict)]
-    found = [part["error_message"] for part in (answer, *details) if part.get("error_message")]
-    return str(found[0] if found else answer.get("message") or answer.get("error") or "")

@@ -1,4 +1,4 @@
-"""The commands of `draft-model` that have to do with Kubeflow: the whole pipeline, here or on a cluster."""
+"""The commands of `draft-model` for the whole pipeline, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -137,11 +137,7 @@ def submit_command(
 @_SERVER
 @click.argument("run")
 def watch_command(run: str, **where: Any) -> None:
-    """Follow a run on a cluster until it ends; where it fails, say why and exit with 1.
-
-    \b
-    draft-model watch --host http://127.0.0.1:8080 4f2c3c8e-5a0f-4f6c-9d5c-0d3f6f3f2a11
-    """  # noqa: D301
+    """Follow a run on a cluster until it ends; where it fails, say why and exit with 1."""
     from kfp_pipeline.client import connect
 
     raise_on_sigterm()
@@ -155,11 +151,7 @@ def watch_command(run: str, **where: Any) -> None:
 @click.argument("run")
 @click.argument("step", required=False, default="")
 def logs_command(run: str, step: str, **where: Any) -> None:
-    """Print a step's log without KFP's own lines; without STEP, why the failed steps of a run failed.
-
-    \b
-    draft-model logs --host http://127.0.0.1:8080 4f2c3c8e-5a0f-4f6c-9d5c-0d3f6f3f2a11 train-draft-model
-    """  # noqa: D301
+    """Print a step's log without KFP's own lines; without STEP, why the failed steps of a run failed."""
     from kfp_pipeline import logs
     from kfp_pipeline.client import connect
 
@@ -179,11 +171,7 @@ def logs_command(run: str, step: str, **where: Any) -> None:
 @_SERVER
 @click.argument("run")
 def terminate_command(run: str, **where: Any) -> None:
-    """End a run on a cluster; its exit task deletes the training job.
-
-    \b
-    draft-model terminate --host http://127.0.0.1:8080 4f2c3c8e-5a0f-4f6c-9d5c-0d3f6f3f2a11
-    """  # noqa: D301
+    """End a run on a cluster; its exit task deletes the training job."""
     from kfp_pipeline.client import connect
 
     server = connect(**where)
@@ -200,24 +188,20 @@ def _follow(server: Server, run_id: str, where: Mapping[str, Any]) -> None:
     try:
         ended = watch(server, run_id)
     except (KeyboardInterrupt, SystemExit, ServerAway, NotLetIn):
-        click.echo(
-            f"The run itself goes on.\nFollow it: draft-model watch {options}\nEnd it: draft-model terminate {options}",
-            err=True,
-        )
+        click.echo("The run itself goes on.", err=True)
+        click.echo(f"Follow it: draft-model watch {options}\nEnd it: draft-model terminate {options}", err=True)
         raise
     if ended.outcome == "succeeded":
         click.echo(f"succeeded: {server.run_link(run_id)}", err=True)
         return
-    lines = [f"error: the run {_OUTCOMES[ended.outcome]} (KFP: {ended.state}); {server.run_link(run_id)}"]
+    what = {"failed": "failed", "terminated": "was terminated", "lost": "lost a step, whose pod was killed"}
+    lines = [f"error: the run {what[ended.outcome]} (KFP: {ended.state}); {server.run_link(run_id)}"]
     for step, why in ended.failures.items():
         lines += [f"  - {step}:", *(f"      {line}" for line in why)]
     lines += [f"  {note}" for note in ended.notes]
     lines.append(f"logs: draft-model logs {options}" if ended.explained else f"logs: {_kubectl(server, run_id)}")
     click.echo("\n".join(lines), err=True)
     sys.exit(1)
-
-
-_OUTCOMES = {"failed": "failed", "terminated": "was terminated", "lost": "lost a step, whose pod was killed"}
 
 
 def _kubectl(server: Server, run_id: str) -> str:

@@ -19,27 +19,18 @@ from kfp_pipeline.client import Server
 _KLOG = re.compile(r"([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+\.go:\d+\] ?(.*)")
 _ARGO = re.compile(r'time="?\d{4}-|\{"time":|Error: exit status |\[KFP Executor ')
 _LOST = re.compile(r"pod deleted|OOMKilled|evict|preempt|low on resource|shut ?down|exit code 1(37|43)", re.IGNORECASE)
-_CHECKPOINT = re.compile(r"checkpoint .*\w+://\S+")
 _TAIL = 20
 
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod of a run.
-
-    Attributes:
-        step: of the pipeline.
-        name: of the pod.
-        phase: as Argo names it: Pending, Running, Succeeded, Failed, Error.
-        message: Argo's, such as "OOMKilled (exit code 137)"; often empty.
-        driver: whether it is KFP's own, which runs before the step's.
-    """
+    """A pod of a run: phase and message are Argo's; a driver is KFP's own pod, which runs before the step's."""
 
     step: str
     name: str
     phase: str
-    message: str = ""
-    driver: bool = False
+    message: str
+    driver: bool
 
     @property
     def failed(self) -> bool:
@@ -48,7 +39,7 @@ class Pod:
 
     @property
     def lost(self) -> bool:
-        """Whether it was ended from outside."""
+        """Whether it was ended from outside: out of memory, evicted, deleted."""
         return self.failed and bool(_LOST.search(self.message))
 
 
@@ -65,7 +56,7 @@ def workflow(server: Server, run_id: str) -> dict[str, Any]:
 
 
 def pods(found: dict[str, Any]) -> dict[str, Pod]:
-    """The last pod of each step, by the step's name, in the order in which they began."""
+    """The last pod of each step of a Workflow, by the step's name, in the order in which they began."""
     last: dict[str, Pod] = {}
     nodes = found.get("status", {}).get("nodes") or {}
     for node in sorted(nodes.values(), key=lambda node: node.get("startedAt") or ""):
@@ -75,20 +66,14 @@ def pods(found: dict[str, Any]) -> dict[str, Pod]:
         *_, parent, own = re.sub(r"\(\d+\)", "", node["name"]).split(".")
         driver = own.endswith("-driver")
         step = own.removesuffix("-driver") if driver else parent
-        v1 = found["metadata"].get("annotations", {}).get("workflows.argoproj.io/pod-name-format") == "v1"
-        template, suffix = node.get("templateName", ""), node["id"].rpartition("-")[2]
-        name = node["id"] if v1 else f"{found['metadata']['name']}-{template}-{suffix}"
-        last.pop(step, None)
+        name = f"{found['metadata']['name']}-{node['templateName']}-{node['id'].rpartition('-')[2]}"
+        last.pop(step, None)  # the new one comes last
         last[step] = Pod(step, name, node.get("phase", ""), node.get("message", ""), driver)
     return last
 
 
 def read(server: Server, run_id: str, pod: Pod) -> list[str]:
-    """The lines of a pod's log.
-
-    Raises:
-        DraftModelError: where the server does not give it.
-    """
+    """The lines of a pod's log; raises DraftModelError where the server does not give it."""
     return server.get(f"/apis/v1alpha1/runs/{run_id}/nodes/{pod.name}/log").splitlines()
 
 
@@ -105,8 +90,3 @@ def reason(pod: Pod, lines: list[str]) -> list[str]:
     own = own_lines(lines)
     starts = [at for at, line in enumerate(own) if line.startswith("error: ")]
     return own[starts[-1] :] if starts else own[-_TAIL:]
-
-
-def newest_checkpoint(lines: list[str]) -> str:
-    """The last line of a log that names a checkpoint with its URI; empty where none does."""
-    return next((found[0] for line in reversed(lines) if (found := _CHECKPOINT.search(line))), "")

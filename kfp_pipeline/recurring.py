@@ -1,9 +1,8 @@
-"""Recurring runs as a file in git lists them: KFP's own list is made to be the same.
+"""Recurring runs that a file in git lists: KFP's own list is made the same.
 
-KFP's schedules refer to each other's ids, which a cluster gives, so they cannot be manifests. This is what the Job of
-manifests/components/recurring-runs runs after each sync. It looks runs up by their names: what is missing is created,
-what differs is deleted and created, what the file no longer has is deleted. A hash in a run's description says what it
-was made from, so that a second time changes nothing; runs without one were made by somebody else and are left alone.
+KFP's schedules refer to ids that the cluster generates, so they cannot be manifests. The Job of
+manifests/components/recurring-runs runs this after each sync. A hash in a recurring run's description says what it was
+made from, so that a second time changes nothing; those without one were made by hand and are left alone.
 """
 
 from __future__ import annotations
@@ -33,16 +32,7 @@ _MARK = re.compile(r"\[draft-model ([0-9a-f]{12})\]$")
 
 
 class Schedule(BaseModel):
-    """One recurring run.
-
-    Attributes:
-        cron: second, minute, hour, day, month, weekday; UTC.
-        parameters: of the pipeline, by name; those left out have their defaults.
-        description: shown in the UI.
-        enabled: whether runs start.
-        max_concurrency: runs of this schedule at the same time.
-        catch_up: whether those that were missed are made up for.
-    """
+    """One recurring run: six fields of cron with seconds first, in UTC; parameters left out have their defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,25 +44,15 @@ class Schedule(BaseModel):
     catch_up: bool = False
 
     def typed(self) -> dict[str, Any]:
-        """The parameters with the types of the pipeline's inputs.
-
-        Raises:
-            DraftModelError: with all that is wrong with them.
-        """
+        """The parameters with the types of the pipeline's inputs; raises DraftModelError with all their problems."""
         # YAML reads `resume: true` as a truth value; the contract has a word there.
-        given = {n: str(v).lower() if isinstance(v, bool) else v for n, v in self.parameters.items()}
-        parameters = check(given)
-        return {name: getattr(parameters, name) for name in given}
+        values = {n: str(v).lower() if isinstance(v, bool) else v for n, v in self.parameters.items()}
+        parameters = check(values)
+        return {name: getattr(parameters, name) for name in values}
 
 
 class Schedules(BaseModel):
-    """The file.
-
-    Attributes:
-        experiment: that lists the runs; two files for one KFP have two experiments.
-        service_account: of the runs' pods.
-        runs: by name.
-    """
+    """The file. It owns what it has made in its experiment: two files for one KFP need two experiments."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -82,11 +62,7 @@ class Schedules(BaseModel):
 
 
 def read(file: Path) -> Schedules:
-    """Reads and validates a file of recurring runs.
-
-    Raises:
-        DraftModelError: with all problems at once.
-    """
+    """Reads and validates a file of recurring runs; raises DraftModelError with all problems at once."""
     try:
         found = Schedules.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -107,13 +83,8 @@ def read(file: Path) -> Schedules:
 def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
     """Makes KFP's recurring runs what the file says, without ending a run in progress.
 
-    Kubernetes deletes the runs of a schedule with it. So one with a run in progress is disabled and stays until a later
-    sync; the new one is created beside it.
-
-    Args:
-        server: whose recurring runs are meant.
-        wanted: what the file says.
-        version: of the pipeline, by its name.
+    Kubernetes deletes a schedule's runs with it. So one with a run in progress is disabled and stays until a later sync;
+    the new one is created beside it.
 
     Returns:
         What was done, a line each; empty where nothing had to change.
@@ -131,7 +102,10 @@ def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
             f"runs: {', '.join(foreign)}: a recurring run of this name exists that no file made: delete it in KFP, or "
             "choose another name"
         )
-    marks = {name: _hash(wanted, schedule, version) for name, schedule in wanted.runs.items()}
+    marks = {}
+    for name, schedule in wanted.runs.items():
+        content = json.dumps([schedule.model_dump(), wanted.service_account, version], sort_keys=True)
+        marks[name] = hashlib.sha256(content.encode()).hexdigest()[:12]
     done, kept = [], set()
     for run in filter(_mark, existing):
         name, run_id = run.display_name, run.recurring_run_id
@@ -195,11 +169,6 @@ def _pages(ask: Callable[..., Any], kind: str, experiment_id: str) -> Iterator[A
 def _mark(run: Any) -> str:
     found = _MARK.search(run.description or "")
     return found[1] if found else ""
-
-
-def _hash(wanted: Schedules, schedule: Schedule, version: str) -> str:
-    held = [schedule.model_dump(), wanted.service_account, version]
-    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @click.command()

@@ -6,12 +6,12 @@ GitOps applied under that name is used too.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import datetime
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,14 +40,7 @@ _URIS = [p.name for p in PARAMETERS if p.kind.startswith("uri_") or p.kind in ("
 
 @dataclass(frozen=True)
 class Submitted:
-    """A run that a server has accepted.
-
-    Attributes:
-        run_id: of the run.
-        link: address of the run in the UI.
-        version: name of the pipeline's version that it runs.
-        uploaded: whether that version is new on the server.
-    """
+    """A run that a server has accepted: its id, its address in the UI, and its pipeline's version, which may be new."""
 
     run_id: str
     link: str
@@ -81,45 +74,55 @@ def submit(
     server.warn_if_old()
     client, namespace = server.client, server.namespace or None
     pipeline, _ = _find_or_create(
-        f"pipeline {NAME} on {server.host}",
+        f"pipeline {NAME}",
         lambda: client.list_pipelines(namespace=namespace, filter=by_name(NAME)).pipelines,
         lambda: client.pipelines.pipeline_service_create_pipeline(
             kfp_server_api.V2beta1Pipeline(name=NAME, display_name=NAME, namespace=namespace)
         ),
     )
     with TemporaryDirectory() as folder:
-        file = Path(folder) / "pipeline.yaml"
+        file = Path(folder, "pipeline.yaml")
         file.write_text(as_text(documents), encoding="utf-8")
+        names = {"name": version, "display_name": version, "pipelineid": pipeline.pipeline_id}
         found, uploaded = _find_or_create(
-            f"version {version} of the pipeline {NAME} on {server.host}",
+            f"version {version} of the pipeline {NAME}",
             lambda: client.list_pipeline_versions(pipeline.pipeline_id, filter=by_name(version)).pipeline_versions,
-            lambda: client.pipeline_uploads.upload_pipeline_version(
-                str(file), name=version, display_name=version, pipelineid=pipeline.pipeline_id
-            ),
+            lambda: client.pipeline_uploads.upload_pipeline_version(str(file), **names),
         )
     logger.info("pipeline: %s, %s", version, "uploaded" if uploaded else "already on the server")
     listed, _ = _find_or_create(
-        f"experiment {experiment} on {server.host}",
+        f"experiment {experiment}",
         lambda: client.list_experiments(namespace=namespace, filter=by_name(experiment)).experiments,
         lambda: client.experiments.experiment_service_create_experiment(
             kfp_server_api.V2beta1Experiment(display_name=experiment, namespace=namespace)
         ),
     )
     source = parameters.huggingface_id or parameters.pytorch_model_path or parameters.mlflow_model_path
-    default_name = f"{source.rstrip('/').rpartition('/')[2]} {datetime.now():%Y-%m-%d %H:%M:%S}"
-    with contextlib.redirect_stdout(io.StringIO()):  # kfp.Client prints the link
+    run_name = run_name or f"{source.rstrip('/').rpartition('/')[2]} {datetime.now():%Y-%m-%d %H:%M:%S}"
+    with redirect_stdout(StringIO()):  # kfp.Client prints the link
         run_id = client.run_pipeline(
-            listed.experiment_id,
-            run_name or default_name,
+            listed.experiment_id, run_name, pipeline_id=pipeline.pipeline_id, version_id=found.pipeline_version_id,
             # Typed, because the server compares them with the types of the pipeline's inputs.
-            params={name: getattr(parameters, name) for name in values},
-            pipeline_id=pipeline.pipeline_id,
-            version_id=found.pipeline_version_id,
-            service_account=service_account,
-        ).run_id
+            params={name: getattr(parameters, name) for name in values}, service_account=service_account,
+        ).run_id  # fmt: skip
     if not run_id:
         raise DraftModelError(f"--host: {server.host} accepted a run and named none: this is not KFP's API")
     return Submitted(run_id, server.run_link(run_id), version, uploaded)
+
+
+def _find_or_create(what: str, find: Callable[[], Any], create: Callable[[], Any]) -> tuple[Any, bool]:
+    """An existing record or a new one, and whether it is new; one only, even where two submit at the same time."""
+    if found := find():
+        return found[0], False
+    try:
+        return create(), True
+    except Conflict:
+        if found := find():  # another process was first
+            return found[0], False
+    raise DraftModelError(
+        f"{what}: the server says that it exists, but does not list it: it may be another user's, or of another "
+        "pipeline; `kubectl get pipelines,pipelineversions -A` lists a cluster's"
+    )
 
 
 def check(values: Mapping[str, Any]) -> Parameters:
@@ -132,14 +135,18 @@ def check(values: Mapping[str, Any]) -> Parameters:
     parameters = Parameters()
     try:
         parameters = validate(values)
-        if not parameters.compute_map:  # a cluster's own map is not known here
-            problems += _unknown_nodes(parameters)
     except DraftModelError as error:
         problems += error.problems
+    # A cluster's own compute map is not known here. Of parameters that are not valid, the defaults pass.
+    for stage in () if parameters.compute_map else ("import", "train"):
+        try:
+            if stage == "import" or parameters.training_backend != "local":
+                compute.resolve(compute.built_in(), stage, parameters)
+        except DraftModelError as error:
+            problems += error.problems
     given = {name: value.strip() for name, value in values.items() if isinstance(value, str)}
-    backend = given.get("training_backend", "")
+    backend, prompts = given.get("training_backend", ""), given.get("evaluation_prompts", "")
     problems += [problem for name in _URIS if (problem := _unreachable(name, given.get(name, ""), backend))]
-    prompts = given.get("evaluation_prompts", "")
     benchmarks = BENCHMARKS.keys() >= {name.strip().lower() for name in prompts.split(",")}
     if not benchmarks and (problem := _unreachable("evaluation_prompts", prompts, backend)):
         problems.append(f"{problem}, or name benchmarks: {', '.join(BENCHMARKS)}")
@@ -169,29 +176,3 @@ def _unreachable(name: str, uri: str, backend: str) -> str:
     if not on_cluster() and Path(uri).exists():
         return f"{name}: given {uri!r}, which is on this machine; pods do not see it: copy it to a URI they can read"
     return ""
-
-
-def _unknown_nodes(parameters: Parameters) -> list[str]:
-    """What the built-in compute map does not have."""
-    problems = []
-    for stage in ("import", "train") if parameters.training_backend != "local" else ("import",):
-        try:
-            compute.resolve(compute.built_in(), stage, parameters)
-        except DraftModelError as error:
-            problems += error.problems
-    return problems
-
-
-def _find_or_create(what: str, find: Callable[[], Any], create: Callable[[], Any]) -> tuple[Any, bool]:
-    """An existing record or a new one, and whether it is new; one only, even where two submit at the same time."""
-    if found := find():
-        return found[0], False
-    try:
-        return create(), True
-    except Conflict:
-        if found := find():  # another process was first
-            return found[0], False
-    raise DraftModelError(
-        f"{what}: the server says that it exists, but does not list it: it may be another user's, or of another "
-        "pipeline; `kubectl get pipelines,pipelineversions -A` lists a cluster's"
-    )

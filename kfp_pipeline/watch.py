@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ PATIENCE = timedelta(minutes=30)
 """How long a server may be unreachable."""
 STALL = 120.0
 """Seconds without a change after which the run's Workflow is asked for what it waits for; doubled each time."""
+_CHECKPOINT = re.compile(r"checkpoint .*\w+://\S+")
 # Of several nodes of one name, the first state here that any of them has is shown.
 _FIRST = ("FAILED", "RUNNING", "PENDING", "CANCELING", "PAUSED", "CANCELED", SUCCEEDED, "SKIPPED")
 
@@ -35,15 +37,15 @@ class Ended:
         state: of the run, as KFP names it.
         outcome: succeeded, failed, terminated (by a person) or lost (a step's pod was killed from outside).
         failures: why each failed step did, several lines each, by the step's name.
-        notes: what else helps: the exit task's own lines, the newest checkpoint, how to go on.
+        notes: what the exit task says, the newest checkpoint, how to go on.
         explained: whether the server gave the logs.
     """
 
     state: str
     outcome: str
-    failures: dict[str, list[str]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    explained: bool = True
+    failures: Mapping[str, list[str]]
+    notes: list[str]
+    explained: bool
 
 
 def watch(server: Server, run_id: str) -> Ended:
@@ -127,7 +129,7 @@ def _tasks(run: Any, steps: Mapping[str, bool]) -> list[tuple[str, str, str]]:
             times = [t for detail in own for t in (detail.start_time, detail.end_time) if t and t.year > 1970]
             took = str(timedelta(seconds=round((max(times) - min(times)).total_seconds()))) if times else ""
             found.append((min(times, default=datetime.max.replace(tzinfo=UTC)), name, state, took))
-    return [task for _, *task in sorted(found)]
+    return [task[1:] for task in sorted(found)]
 
 
 def _what_it_waits_for(server: Server, run_id: str) -> str:
@@ -144,11 +146,10 @@ def _what_it_waits_for(server: Server, run_id: str) -> str:
 def explain(server: Server, run: Any, steps: Mapping[str, bool]) -> Ended:
     """Says how an ended run ended, from the logs of its steps."""
     if run.state == SUCCEEDED:
-        return Ended(run.state, "succeeded")
+        return Ended(run.state, "succeeded", {}, [], True)
     pods = logs.pods(logs.workflow(server, run.run_id))
-    failures: dict[str, list[str]] = {}
-    notes: list[str] = []
-    checkpoint, explained = "", bool(pods)
+    failures: dict[str, list[str]] = {name: [] for name, state, _ in _tasks(run, steps) if state == "FAILED"}
+    said, checkpoints, explained = [], [], bool(pods)
     for pod in pods.values():
         if not pod.failed and not steps.get(pod.step):
             continue
@@ -156,18 +157,15 @@ def explain(server: Server, run: Any, steps: Mapping[str, bool]) -> Ended:
             lines = logs.read(server, run.run_id, pod)
         except DraftModelError:
             lines, explained = [], False
-        checkpoint = logs.newest_checkpoint(lines) or checkpoint
+        checkpoints += [found[0] for line in lines if (found := _CHECKPOINT.search(line))]
         if pod.failed:
             failures[pod.step] = [*filter(None, [pod.message]), *logs.reason(pod, lines)]
         else:
-            notes += logs.own_lines(lines)[-6:]
-    for name, state, _ in _tasks(run, steps):
-        if state == "FAILED":
-            failures.setdefault(name, [])
+            said += logs.own_lines(lines)[-6:]
+    if checkpoints and not any("checkpoint" in line for line in said):
+        said.append(f"newest {checkpoints[-1]}")
+    if not any("Retry" in line for line in said):
+        said.append("Retry in KFP's UI runs what did not succeed; a training goes on from its newest checkpoint.")
     terminated = run.state == "CANCELED" or any(status.state == "CANCELING" for status in run.state_history or ())
     lost = any(pod.lost for pod in pods.values())
-    if checkpoint and not any("checkpoint" in note for note in notes):
-        notes.append(f"newest {checkpoint}")
-    notes.append("Retry in KFP's UI runs what did not succeed; a training goes on from its newest checkpoint.")
-    outcome = "terminated" if terminated else "lost" if lost else "failed"
-    return Ended(run.state, outcome, failures, notes, explained)
+    return Ended(run.state, "terminated" if terminated else "lost" if lost else "failed", failures, said, explained)

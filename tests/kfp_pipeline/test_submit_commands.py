@@ -213,7 +213,7 @@ def test_who_is_not_let_in_gets_a_sentence(api, draft_model):
     api.token = "other"
     done = draft_model("submit", "--host", api.host, *GIVEN)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {api.host} does not accept these credentials (401: ")
+    assert done.stderr.startswith(f"error: {api.host} answers 401: ")
     assert done.stderr.count("\n") == 1
 
 
@@ -236,7 +236,7 @@ def test_a_token_that_runs_out_may_be_renewed(api, started, tmp_path):
     process = started("submit", "--host", api.host, "--token-file", tmp_path / "token", *GIVEN, "--watch")
     read_until(process, "preflight: RUNNING")
     api.token = "second"
-    read_until(process, "does not accept these credentials")
+    read_until(process, "answers 401")
     api.story = DONE
     (tmp_path / "token").write_text("second")
     _, error = process.communicate(timeout=60)
