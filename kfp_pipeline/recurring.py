@@ -83,7 +83,7 @@ def read(file: Path) -> Schedules:
 def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
     """Makes KFP's recurring runs what the file says, without ending a run in progress.
 
-    Kubernetes deletes a schedule's runs with it. So one with a run in progress is disabled and stays until a later sync;
+    Kubernetes deletes a schedule's runs with it. So one with a run in progress is only disabled until a later sync, and
     the new one is created beside it.
 
     Returns:

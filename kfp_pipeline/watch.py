@@ -166,6 +166,10 @@ def explain(server: Server, run: Any, steps: Mapping[str, bool]) -> Ended:
         said.append(f"newest {checkpoints[-1]}")
     if not any("Retry" in line for line in said):
         said.append("Retry in KFP's UI runs what did not succeed; a training goes on from its newest checkpoint.")
-    terminated = run.state == "CANCELED" or any(status.state == "CANCELING" for status in run.state_history or ())
+    history = [status.state for status in run.state_history or ()]
+    since = (
+        len(history) - history[::-1].index("RUNNING") if "RUNNING" in history else 0
+    )  # of Retry's last attempt alone
+    terminated = run.state == "CANCELED" or "CANCELING" in history[since:]
     lost = any(pod.lost for pod in pods.values())
     return Ended(run.state, "terminated" if terminated else "lost" if lost else "failed", failures, said, explained)

@@ -219,6 +219,19 @@ def test_a_packed_status_is_told_and_read(api, monkeypatch, caplog):
     assert ended.failures == {"train": ["Error (exit code 2)", "error: seed: too large"]}
 
 
+@pytest.mark.parametrize(
+    ("history", "outcome"),
+    [("RUNNING CANCELING FAILED", "terminated"), ("RUNNING CANCELING FAILED RUNNING FAILED", "failed")],
+    ids=["terminated", "retried since"],
+)
+def test_a_terminated_run_is_told_from_a_failed_one(api, history, outcome):
+    server = connect(api.host)
+    run_id = submit(server, VALUES).run_id
+    api.story = [("FAILED", {})]
+    api.runs[run_id]["state_history"] = [{"state": state} for state in history.split()]
+    assert watch(server, run_id).outcome == outcome
+
+
 def test_who_follows_a_run_waits_for_the_server_only_so_long(api, monkeypatch, caplog):
     server = connect(api.host)
     run_id = submit(server, VALUES).run_id

@@ -1,4 +1,4 @@
-"""The compiled pipeline on a real KFP (`make test-kfp`): docs/testing.md says what it needs. Skipped without KFP_ENDPOINT.
+"""The compiled pipeline on a real KFP (`make test-kfp`); docs/testing.md says what it needs.
 
 Steps are not named: whatever the compiled pipeline has must be shown as ended.
 """
@@ -33,7 +33,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def start(server, tmp_path_factory):
-    """Starts runs of a tiny target, whose inputs and outputs lie under one folder of the store; cleans up at the end."""
+    """Starts runs of a tiny target, with inputs and outputs in one folder of the store; cleans up at the end."""
     root, data = storage.join(STORE, f"test-{uuid.uuid4().hex[:8]}"), tmp_path_factory.mktemp("data")
     tiny.write_target(data / "target")
     tiny.write_jsonl(data / "train.jsonl", tiny.conversations(24))
@@ -48,9 +48,10 @@ def start(server, tmp_path_factory):
         "draft_model_config": storage.join(root, "inputs/draft.json"),
         "object_store_secret": os.environ.get("KFP_STORE_SECRET", "mlpipeline-minio-artifact"),
         "chat_template": "qwen", "max_length": 64, "ttt_length": 2, "compute_dtype": "float32", "num_epochs": 2,
-        "evaluation_conversations": 2, "evaluation_max_new_tokens": 8, "instance_type_model_import": "",
-        "instance_type_draft_model_training": "", "number_of_gpu_to_use_draft_model_training": 1,
+        "evaluation_conversations": 2, "evaluation_max_new_tokens": 8, "number_of_gpu_to_use_draft_model_training": 1,
+        "compute_model_import": "cpu-pool", "compute_draft_model_training": "cpu-pool",
     }  # fmt: skip
+    values |= dict(setting.split("=", 1) for setting in os.environ.get("KFP_PARAMETERS", "").split())
     account, started = os.environ.get("KFP_SERVICE_ACCOUNT", "draft-model-coordinator"), []
 
     def begin(name, **more):
@@ -112,7 +113,7 @@ def test_a_second_run_reuses_model_and_dataset(server, start, finished):
         }
 
     before = reusable()
-    run_id, _ = start("second", storage_uri=uri, resume="false")
+    run_id, _ = start("second", storage_uri=uri)
     succeeds(server, run_id)
     assert before
     assert reusable() == before
