@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,20 @@ class Server:
             DraftModelError: where the server does not answer or refuses access, or the namespace does not fit.
         """
         _guard(client)
-        host, several = client._existing_config.host, client.healthzs.healthz_service_get_healthz().multi_user
+        server = cls(client, client._existing_config.host)
+        health = _json_of(server.get("/apis/v2beta1/healthz"), server.host)
+        several, tag = health.get("multi_user"), str(health.get("tag_name") or health.get("apiServerTagName") or "")
+        if (found := re.match(r"v?(\d+)\.(\d+)\.(\d+)", tag)) and tuple(map(int, found.groups())) < (2, 16, 1):
+            logger.warning("%s is KFP %s; the pipeline needs 2.16.1 or newer", server.host, tag)
         if namespace and not several:
-            raise DraftModelError(f"--namespace: given {namespace!r}, but {host} is for a single user: leave it out")
+            raise DraftModelError(
+                f"--namespace: given {namespace!r}, but {server.host} is for a single user: leave it out"
+            )
         if several and not (namespace := namespace or client.get_user_namespace()):
             raise DraftModelError(
-                f"--namespace: not given, but {host} serves several users: name yours, of `kubectl get profiles`"
+                f"--namespace: not given, but {server.host} serves several users: name yours, of `kubectl get profiles`"
             )
-        return cls(client, host, namespace)
+        return replace(server, namespace=namespace)
 
     def run_link(self, run_id: str) -> str:
         """Address of a run in the UI."""
@@ -102,15 +108,6 @@ class Server:
                     path, "GET", auth_settings=["Bearer"], _preload_content=False, _return_http_data_only=True
                 ).data.decode(errors="replace")
             )
-
-    def warn_if_old(self) -> None:
-        """Logs a warning where the server says that it is older than the pipeline needs; not every build says so."""
-        try:
-            tag = str(json.loads(self.get("/apis/v1beta1/healthz"))["tag_name"])
-        except (DraftModelError, ValueError, LookupError, TypeError):
-            return
-        if (found := re.match(r"v?(\d+)\.(\d+)\.(\d+)", tag)) and tuple(map(int, found.groups())) < (2, 16, 1):
-            logger.warning("%s is KFP %s; the pipeline needs 2.16.1 or newer", self.host, tag)
 
 
 def by_name(name: str) -> str:
@@ -187,17 +184,17 @@ def _guard(client: kfp.Client) -> None:
         with _explained(host):
             answer = original(method, url, **{**options, "_request_timeout": TIMEOUT})
         if options.get("_preload_content", True):
-            _check_json(answer.data.decode(errors="replace"), host)
+            _json_of(answer.data.decode(errors="replace"), host)
         return answer
 
     if "request" not in vars(api):
         api.request = request
 
 
-def _check_json(text: str, host: str) -> None:
+def _json_of(text: str, host: str) -> dict[str, Any]:
     with suppress(ValueError):
-        if isinstance(json.loads(text), dict):
-            return
+        if isinstance(answer := json.loads(text), dict):
+            return answer
     if "<" in text[:200]:
         raise NotLetIn(f"{host} answers with a web page: {_LOGIN}")
     raise ServerAway(f"{host} answers with {text[:60]!r}, which is not JSON")

@@ -1,7 +1,7 @@
 """Why a step failed: the pods of a run and their logs.
 
 KFP's tasks name neither a pod nor an error (kubeflow/pipelines#14007). The run's Argo Workflow does, and KFP's v1beta1
-API has it as text; its status is packed where it is longer than 1 MiB. Logs come from the pod, or from KFP's archive.
+API has it as text; its status is packed where it is longer than 1 MiB.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import base64
 import gzip
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,15 @@ _TAIL = 20
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod of a run: phase and message are Argo's; a driver is KFP's own pod, which runs before the step's."""
+    """A pod of a run: phase and message are Argo's; a driver is KFP's own, before the step's; created on a date."""
 
     step: str
     name: str
     phase: str
     message: str
     driver: bool
+    namespace: str
+    created: str
 
     @property
     def failed(self) -> bool:
@@ -58,6 +61,7 @@ def workflow(server: Server, run_id: str) -> dict[str, Any]:
 def pods(found: dict[str, Any]) -> dict[str, Pod]:
     """The last pod of each step of a Workflow, by the step's name, in the order in which they began."""
     last: dict[str, Pod] = {}
+    workflow = found.get("metadata", {})
     nodes = found.get("status", {}).get("nodes") or {}
     for node in sorted(nodes.values(), key=lambda node: node.get("startedAt") or ""):
         if node["type"] != "Pod":
@@ -66,15 +70,26 @@ def pods(found: dict[str, Any]) -> dict[str, Pod]:
         *_, parent, own = re.sub(r"\(\d+\)", "", node["name"]).split(".")
         driver = own.endswith("-driver")
         step = own.removesuffix("-driver") if driver else parent
-        name = f"{found['metadata']['name']}-{node['templateName']}-{node['id'].rpartition('-')[2]}"
+        name = f"{workflow['name']}-{node['templateName']}-{node['id'].rpartition('-')[2]}"
+        where = workflow.get("namespace", "kubeflow"), workflow.get("creationTimestamp", "")[:10]
         last.pop(step, None)  # the new one comes last
-        last[step] = Pod(step, name, node.get("phase", ""), node.get("message", ""), driver)
+        last[step] = Pod(step, name, node.get("phase", ""), node.get("message", ""), driver, *where)
     return last
 
 
 def read(server: Server, run_id: str, pod: Pod) -> list[str]:
-    """The lines of a pod's log; raises DraftModelError where the server does not give it."""
-    return server.get(f"/apis/v1alpha1/runs/{run_id}/nodes/{pod.name}/log").splitlines()
+    """The lines of a pod's log, from the pod or KFP's archive.
+
+    Raises:
+        DraftModelError: where the server does not give it.
+    """
+    query = f"podname={pod.name}&podnamespace={pod.namespace}&runid={run_id}&createdat={pod.created}"
+    for path in (f"/apis/v1alpha1/runs/{run_id}/nodes/{pod.name}/log", f"/k8s/pod/logs?{query}"):  # the API's, the UI's
+        with suppress(DraftModelError):
+            text = server.get(path)
+            if not re.match(r"\s*<(!doctype|html)", text, re.IGNORECASE):  # the UI's own page
+                return text.splitlines()
+    raise DraftModelError(f"{server.host} does not give the log of {pod.step}")
 
 
 def own_lines(lines: list[str]) -> list[str]:

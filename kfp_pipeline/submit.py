@@ -71,7 +71,6 @@ def submit(
     parameters = check(values)
     documents = compile_documents()
     version = version_name(documents)
-    server.warn_if_old()
     client, namespace = server.client, server.namespace or None
     pipeline, _ = _find_or_create(
         f"pipeline {NAME}",

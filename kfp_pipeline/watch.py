@@ -25,8 +25,6 @@ PATIENCE = timedelta(minutes=30)
 STALL = 120.0
 """Seconds without a change after which the run's Workflow is asked for what it waits for; doubled each time."""
 _CHECKPOINT = re.compile(r"checkpoint .*\w+://\S+")
-# Of several nodes of one name, the first state here that any of them has is shown.
-_FIRST = ("FAILED", "RUNNING", "PENDING", "CANCELING", "PAUSED", "CANCELED", SUCCEEDED, "SKIPPED")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Ended:
 
 
 def watch(server: Server, run_id: str) -> Ended:
-    """Logs the states of a run's tasks until the run has ended.
+    """Logs the states of a run's steps until the run has ended.
 
     Raises:
         DraftModelError: where there is no such run, or the server is unreachable for longer than PATIENCE.
@@ -59,13 +57,13 @@ def watch(server: Server, run_id: str) -> Ended:
     stall, changed, told = STALL, time.monotonic(), ""
     for run in _polls(server, run_id):
         steps = _steps_of(server, run) if steps is None else steps
-        for name, state, took in _tasks(run, steps):
+        for name, state, took in _states(run, steps or {}):
             if seen.get(name) != state:
                 seen[name], changed, stall = state, time.monotonic(), STALL
                 logger.info("%s: %s%s", name, state, f" after {took}" if state in ENDS and took else "")
         if run.state not in ENDS and time.monotonic() - changed > stall:
             stall *= 2
-            if (waits := _what_it_waits_for(server, run_id)) != told:
+            if (waits := _what_it_waits_for(server, run_id)) not in ("", told):
                 logger.info("%s", waits)
                 told = waits
     return explain(server, run, steps or {})
@@ -97,13 +95,15 @@ def _polls(server: Server, run_id: str) -> Iterator[Any]:
         pause = min(pause * 1.5, longest)
 
 
-def _steps_of(server: Server, run: Any) -> dict[str, bool]:
-    """The steps of the run's pipeline, and whether each is the exit task; none where the server does not say."""
+def _steps_of(server: Server, run: Any) -> dict[str, bool] | None:
+    """The steps of the run's pipeline, and whether each is the exit task; None where the server is away."""
     spec = run.pipeline_spec
     if reference := run.pipeline_version_reference:
         try:
             version = server.client.get_pipeline_version(reference.pipeline_id, reference.pipeline_version_id)
             spec = version.pipeline_spec
+        except (ServerAway, NotLetIn):
+            return None
         except DraftModelError as error:  # deleted since; the run does not need it any more
             logger.warning("the run's steps are not known: %s", error)
     spec = (spec or {}).get("pipeline_spec", spec or {})  # nested where a platform's part stands beside it
@@ -119,13 +119,13 @@ def _steps(spec: Mapping[str, Any], component: Mapping[str, Any]) -> Iterator[tu
             yield name, task.get("triggerPolicy", {}).get("strategy") == "ALL_UPSTREAM_TASKS_COMPLETED"
 
 
-def _tasks(run: Any, steps: Mapping[str, bool]) -> list[tuple[str, str, str]]:
+def _states(run: Any, steps: Mapping[str, bool]) -> list[tuple[str, str, str]]:
     """Name, state and duration of each step that has begun, in that order; KFP's own nodes are left out."""
     found = []
     details = (run.run_details and run.run_details.task_details) or []
     for name in steps:
         if own := [detail for detail in details if detail.display_name == name]:
-            state = min((detail.state for detail in own), key=lambda s: _FIRST.index(s) if s in _FIRST else len(_FIRST))
+            state = next((detail.state for detail in own if detail.state not in ENDS), own[-1].state)
             times = [t for detail in own for t in (detail.start_time, detail.end_time) if t and t.year > 1970]
             took = str(timedelta(seconds=round((max(times) - min(times)).total_seconds()))) if times else ""
             found.append((min(times, default=datetime.max.replace(tzinfo=UTC)), name, state, took))
@@ -148,7 +148,7 @@ def explain(server: Server, run: Any, steps: Mapping[str, bool]) -> Ended:
     if run.state == SUCCEEDED:
         return Ended(run.state, "succeeded", {}, [], True)
     pods = logs.pods(logs.workflow(server, run.run_id))
-    failures: dict[str, list[str]] = {name: [] for name, state, _ in _tasks(run, steps) if state == "FAILED"}
+    failures: dict[str, list[str]] = {name: [] for name, state, _ in _states(run, steps) if state == "FAILED"}
     said, checkpoints, explained = [], [], bool(pods)
     for pod in pods.values():
         if not pod.failed and not steps.get(pod.step):
@@ -167,9 +167,8 @@ def explain(server: Server, run: Any, steps: Mapping[str, bool]) -> Ended:
     if not any("Retry" in line for line in said):
         said.append("Retry in KFP's UI runs what did not succeed; a training goes on from its newest checkpoint.")
     history = [status.state for status in run.state_history or ()]
-    since = (
-        len(history) - history[::-1].index("RUNNING") if "RUNNING" in history else 0
-    )  # of Retry's last attempt alone
-    terminated = run.state == "CANCELED" or "CANCELING" in history[since:]
+    while "RUNNING" in history:  # of Retry's last attempt alone
+        history = history[history.index("RUNNING") + 1 :]
+    terminated = run.state == "CANCELED" or "CANCELING" in history
     lost = any(pod.lost for pod in pods.values())
     return Ended(run.state, "terminated" if terminated else "lost" if lost else "failed", failures, said, explained)

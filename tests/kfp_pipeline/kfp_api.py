@@ -23,6 +23,7 @@ from urllib.parse import parse_qs, urlsplit
 import yaml
 
 API = "/apis/v2beta1"
+PAGE = "<!doctype html><title>Kubeflow</title>"
 COOKIE = "session=of-the-login"
 _TYPES = {"STRING": str, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": (int, float)}
 _CODES = {400: 3, 401: 16, 403: 7, 404: 5, 409: 6, 500: 13, 503: 14}
@@ -49,14 +50,17 @@ class KfpApi:
         failing: status that every request gets; 0 for none.
         hidden: kinds whose lists do not show what exists.
         racing: kinds that another process creates in the moment before the caller does.
-        tag: version of the server, as v1beta1 says it; None where that API is gone.
+        tag: version of the server.
+        v1: whether it still has the v1beta1 API.
+        ui: whether the address is the UI's, which passes on v1beta1 and v2beta1 and has a way of its own to logs.
         packed: whether Argo has packed the Workflows' status, so that tasks stay as they were.
     """
 
     def __init__(self, namespaces=(), certificate=None) -> None:
         self.requests: list[tuple[str, str, str]] = []
         self.story: list = [("SUCCEEDED", {})]
-        self.token, self.namespaces, self.failing, self.tag, self.packed = "", set(namespaces), 0, "2.17.0", False
+        self.token, self.namespaces, self.failing, self.packed = "", set(namespaces), 0, False
+        self.tag, self.v1, self.ui = "2.17.0", True, False
         self.pages: dict[str, str] = {}
         self.hidden: set[str] = set()
         self.racing: set[str] = set()
@@ -137,7 +141,7 @@ class KfpApi:
 
     def _route(self, method: str, path: str, query: dict, headers, body: bytes):
         for verb, pattern, handle in (
-            ("GET", "/healthz", lambda: {"multi_user": bool(self.namespaces), "pipeline_store": "database"}),
+            ("GET", "/healthz", self._health),
             ("GET", "/pipelines", lambda: self._list("pipelines", self.pipelines, query)),
             ("POST", "/pipelines", lambda: self._add_pipeline(json.loads(body))),
             ("POST", "/pipelines/upload_version", lambda: self._upload(query, headers, body)),
@@ -153,9 +157,9 @@ class KfpApi:
             ("POST", "/recurringruns", lambda: self.add_recurring(json.loads(body))),
             ("POST", "/recurringruns/([^/:]+):(enable|disable)", self._switch),
             ("DELETE", "/recurringruns/([^/:]+)", self._delete_recurring),
-            ("GET", "/apis/v1beta1/healthz", self._health_v1),
             ("GET", "/apis/v1beta1/runs/([^/]+)", self._run_v1),
-            ("GET", "/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log", self._log),
+            ("GET", "/apis/v1alpha1/runs/([^/]+)/nodes/([^/]+)/log", lambda *pod: PAGE if self.ui else self._log(*pod)),
+            ("GET", "/k8s/pod/logs" if self.ui else "-", lambda: self._log(query["runid"], query["podname"])),
         ):
             if verb == method and (match := re.fullmatch(pattern, path)):
                 return handle(*match.groups())
@@ -315,13 +319,12 @@ class KfpApi:
             "child_tasks": [{"pod_name": node["id"]}],
         }
 
-    def _health_v1(self) -> dict:
-        if self.tag is None:
-            raise Refused(404, "Not Found")
-        return {"commit_sha": "unknown", "tag_name": self.tag, "multi_user": bool(self.namespaces)}
+    def _health(self) -> dict:
+        return {"multi_user": bool(self.namespaces), "apiServerTagName" if self.ui else "tag_name": self.tag}
 
     def _run_v1(self, run_id: str) -> dict:
-        self._health_v1()
+        if not self.v1:
+            raise Refused(404, "Not Found")
         run = self._get(self.runs, run_id)
         status: dict = {"nodes": self._nodes(run)}
         if self.packed:

@@ -10,7 +10,7 @@ import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from kfp_api import COOKIE, KfpApi
+from kfp_api import COOKIE, PAGE, KfpApi
 
 from draft_model.errors import DraftModelError
 from kfp_pipeline.client import NotLetIn, Server, ServerAway, connect
@@ -18,7 +18,6 @@ from kfp_pipeline.compile import compile_documents, compile_manifests
 from kfp_pipeline.submit import check, submit
 from kfp_pipeline.watch import watch
 
-LOGIN = "<!doctype html><title>Sign in</title>"
 VALUES = {"huggingface_id": "org/name@v1", "dataset_train_split": "s3://bucket/train.jsonl"}
 
 
@@ -252,7 +251,7 @@ def test_a_run_whose_version_is_gone_is_followed_all_the_same(api):
 
 @pytest.mark.parametrize(
     ("page", "told"),
-    [(LOGIN, "web page: it may ask for a login"), ("{}", "without the run"), ("", "''.* not JSON"),
+    [(PAGE, "web page: it may ask for a login"), ("{}", "without the run"), ("", "''.* not JSON"),
      ('{"run_id": "r", "st', "not JSON")],
     ids=["login", "empty object", "empty", "cut"],
 )  # fmt: skip
@@ -268,7 +267,7 @@ def test_a_watch_ends_where_a_gateway_answers_for_the_server(api, monkeypatch, p
 
 @pytest.mark.parametrize(
     ("path", "page", "told"),
-    [("/runs$", "{}", "named none"), ("/runs$", LOGIN, "ask for a login"), ("/healthz$", LOGIN, "ask for a login"),
+    [("/runs$", "{}", "named none"), ("/runs$", PAGE, "ask for a login"), ("/healthz$", PAGE, "ask for a login"),
      ("/experiments$", "", "not JSON"), ("/upload_version$", '{"pipe', "not JSON")],
 )  # fmt: skip
 def test_a_gateways_answer_is_no_run(api, path, page, told):
@@ -278,17 +277,16 @@ def test_a_gateways_answer_is_no_run(api, path, page, told):
     assert not api.runs
 
 
-@pytest.mark.parametrize(
-    ("tag", "old"), [("2.16.0", True), ("2.16.1", False), ("2.17.0", False), ("master", False), (None, False)]
-)
-def test_a_server_that_is_too_old_is_named(api, caplog, tag, old):
-    api.tag = tag
-    submit(connect(api.host), VALUES)
+@pytest.mark.parametrize(("tag", "old"), [("2.16.0", True), ("2.16.1", False), ("2.17.0", False), ("master", False)])
+@pytest.mark.parametrize("ui", [False, True])
+def test_a_server_that_is_too_old_is_named(api, caplog, tag, old, ui):
+    api.tag, api.ui = tag, ui
+    connect(api.host)
     assert (f"{api.host} is KFP {tag}; the pipeline needs 2.16.1" in caplog.text) == old
 
 
 def test_a_cookie_of_kfps_own_settings_gets_past_a_login_page(api, tmp_path):
-    api.pages = {"": LOGIN}
+    api.pages = {"": PAGE}
     (tmp_path / "context.json").write_text(json.dumps({"namespace": "", "client_authentication_cookie": COOKIE}))
     submit(connect(api.host), VALUES)
     assert len(api.runs) == 1

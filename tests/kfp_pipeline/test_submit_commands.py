@@ -144,8 +144,9 @@ def test_a_failed_run_says_why(api, draft_model, story, what, why):
     ]
 
 
-def test_logs_of_a_failed_run_and_of_a_step(api, draft_model):
-    api.story = failed("Error (exit code 2)", f"13:00:00 imported\n{SENTENCES}{LAUNCHER}")
+@pytest.mark.parametrize("ui", [False, True])
+def test_logs_of_a_failed_run_and_of_a_step(api, draft_model, ui):
+    api.ui, api.story = ui, failed("Error (exit code 2)", f"13:00:00 imported\n{SENTENCES}{LAUNCHER}")
     draft_model("submit", "--host", api.host, *GIVEN, "--watch")
     (run_id,) = api.runs
     told = draft_model("logs", "--host", api.host, run_id).stdout
@@ -159,7 +160,7 @@ def test_logs_of_a_failed_run_and_of_a_step(api, draft_model):
 
 
 def test_a_server_that_gives_no_logs(api, draft_model):
-    api.tag, api.story = None, failed("Error (exit code 2)", SENTENCES)
+    api.v1, api.story = False, failed("Error (exit code 2)", SENTENCES)
     done = draft_model("submit", "--host", api.host, *GIVEN, "--watch")
     (run_id,) = api.runs
     kubectl = f"kubectl logs -n kubeflow --selector pipeline/runid={run_id} --container main --prefix --tail 20"

@@ -14,7 +14,7 @@ from draft_model import storage
 from kfp_pipeline import logs
 from kfp_pipeline.client import connect
 from kfp_pipeline.submit import submit
-from kfp_pipeline.watch import SUCCEEDED, _steps_of, _tasks, watch
+from kfp_pipeline.watch import SUCCEEDED, _states, _steps_of, watch
 
 ENDPOINT, STORE = os.environ.get("KFP_ENDPOINT", ""), os.environ.get("KFP_STORE", "")
 MISSING = [name for name in ("KFP_ENDPOINT", "KFP_STORE", "DRAFT_MODEL_IMAGES") if not os.environ.get(name)]
@@ -79,7 +79,7 @@ def succeeds(server, run_id):
     assert ended.state == SUCCEEDED, (ended.failures, ended.notes)
     run = server.client.get_run(run_id)
     steps = _steps_of(server, run)
-    assert {name: state for name, state, _ in _tasks(run, steps)} == dict.fromkeys(steps, SUCCEEDED)
+    assert {name: state for name, state, _ in _states(run, steps)} == dict.fromkeys(steps, SUCCEEDED)
     found = logs.workflow(server, run_id)
     assert "compressedNodes" not in found["status"]
     assert {pod.phase for pod in logs.pods(found).values()} == {"Succeeded"}
