@@ -7,7 +7,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from draft_model.errors import DraftModelError
@@ -60,7 +60,7 @@ def watch(server: Server, run_id: str) -> Ended:
         for name, state, took in _states(run, steps or {}):
             if seen.get(name) != state:
                 seen[name], changed, stall = state, time.monotonic(), STALL
-                logger.info("%s: %s%s", name, state, f" after {took}" if state in ENDS and took else "")
+                logger.info("%s: %s%s", name, state, f" after {took}" if took else "")
         if run.state not in ENDS and time.monotonic() - changed > stall:
             stall *= 2
             if (waits := _what_it_waits_for(server, run_id)) not in ("", told):
@@ -121,15 +121,15 @@ def _steps(spec: Mapping[str, Any], component: Mapping[str, Any]) -> Iterator[tu
 
 def _states(run: Any, steps: Mapping[str, bool]) -> list[tuple[str, str, str]]:
     """Name, state and duration of each step that has begun, in that order; KFP's own nodes are left out."""
-    found = []
-    details = (run.run_details and run.run_details.task_details) or []
-    for name in steps:
-        if own := [detail for detail in details if detail.display_name == name]:
-            state = next((detail.state for detail in own if detail.state not in ENDS), own[-1].state)
-            times = [t for detail in own for t in (detail.start_time, detail.end_time) if t and t.year > 1970]
-            took = str(timedelta(seconds=round((max(times) - min(times)).total_seconds()))) if times else ""
-            found.append((min(times, default=datetime.max.replace(tzinfo=UTC)), name, state, took))
-    return [task[1:] for task in sorted(found)]
+    details = [d for d in (run.run_details and run.run_details.task_details) or [] if d.display_name in steps]
+    chosen = {d.display_name: d for d in sorted(details, key=lambda d: d.state not in ENDS)}  # what goes on wins
+    states = []
+    for detail in sorted(chosen.values(), key=lambda d: str(d.start_time)):
+        took = ""
+        if detail.state in ENDS and detail.start_time and detail.end_time:
+            took = str(timedelta(seconds=max(0, round((detail.end_time - detail.start_time).total_seconds()))))
+        states.append((detail.display_name, detail.state, took))
+    return states
 
 
 def _what_it_waits_for(server: Server, run_id: str) -> str:

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 
+import kfp
 import pytest
 from kfp_api import KfpApi
 
+from draft_model.cli import main
 from kfp_pipeline.compile import COMPILED
 
 DOCS = Path(__file__).parents[2] / "docs" / "client.md"
@@ -51,11 +54,24 @@ def environment(tmp_path):
 
 
 @pytest.fixture
-def draft_model(environment):
+def draft_model(environment, monkeypatch, capsys, tmp_path):
+    """Runs the program in this process, which has imported KFP's SDK."""
+
     def run(*arguments, **more):
-        return subprocess.run(
-            [PROGRAM, *map(str, arguments)], env=environment | more, capture_output=True, text=True, timeout=120
-        )
+        before = signal.getsignal(signal.SIGTERM)
+        with monkeypatch.context() as patch:
+            for name in (name for name in os.environ if name.startswith(("KF_", "KUBE", "DRAFT_MODEL_"))):
+                patch.delenv(name)
+            for name, value in {**more, "HOME": environment["HOME"]}.items():
+                patch.setenv(name, value)
+            patch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
+            patch.setattr(os, "environ", os.environ.copy())  # --image sets a variable
+            patch.setattr(sys, "argv", ["draft-model", *map(str, arguments)])
+            with pytest.raises(SystemExit) as ended:
+                main()
+        signal.signal(signal.SIGTERM, before)
+        printed = capsys.readouterr()
+        return SimpleNamespace(returncode=ended.value.code, stdout=printed.out, stderr=printed.err)
 
     return run
 
@@ -94,13 +110,14 @@ def states(text):
     return [line[9:].strip() for line in text.splitlines() if re.match(r"\d\d:\d\d:\d\d \S+: [A-Z]", line)]
 
 
-def test_a_run_is_followed_to_its_end(api, draft_model):
+def test_a_run_is_followed_to_its_end(api, started):
     api.story = [*RUNNING, *DONE]
-    done = draft_model("submit", "--host", api.host, *GIVEN, "--watch")
+    process = started("submit", "--host", api.host, *GIVEN, "--watch")
+    printed, error = process.communicate(timeout=60)
     (run_id,) = api.runs
-    assert (done.returncode, done.stdout) == (0, f"{run_id}\n")
-    assert f"succeeded: {api.host}/#/runs/details/{run_id}\n" in done.stderr
-    told = [line.partition(" after ")[0] for line in states(done.stderr)]
+    assert (process.returncode, printed) == (0, f"{run_id}\n")
+    assert f"succeeded: {api.host}/#/runs/details/{run_id}\n" in error
+    told = [line.partition(" after ")[0] for line in states(error)]
     assert told == ["preflight: RUNNING", "preflight: SUCCEEDED", "evaluate-draft-model: SUCCEEDED"]
     images = re.findall("registry.example/[a-z]+:1", str(api.versions))
     assert set(images) == {f"registry.example/{kind}:1" for kind in ("importer", "dataset", "trainer", "coordinator")}
