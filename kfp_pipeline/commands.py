@@ -161,7 +161,10 @@ def logs_command(run: str, step: str, **where: Any) -> None:
     if not pods or (step and step not in pods):
         known = f"its steps so far: {', '.join(pods)}" if pods else f"for its pods' logs: {_kubectl(server, run)}"
         raise DraftModelError(f"{step or run}: the server shows no pods of it; {known}")
-    for pod in [pods[step]] if step else [pod for pod in pods.values() if pod.failed]:
+    chosen = [pods[step]] if step else [pod for pod in pods.values() if pod.failed]
+    if not chosen:
+        click.echo(f"no step has failed; its steps: {', '.join(pods)}", err=True)
+    for pod in chosen:
         lines = logs.read(server, run, pod)
         why = [f"{pod.step}: {pod.message or pod.phase}", *(f"  {line}" for line in logs.reason(pod, lines))]
         click.echo("\n".join(logs.own_lines(lines) if step and not pod.driver else why))

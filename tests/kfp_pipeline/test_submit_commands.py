@@ -176,6 +176,14 @@ def test_logs_of_a_failed_run_and_of_a_step(api, draft_model, ui):
     assert "its steps so far: root, preflight, train-draft-model, clean-up" in unknown.stderr
 
 
+def test_logs_of_a_run_that_succeeded(api, draft_model):
+    api.story = DONE
+    draft_model("submit", "--host", api.host, *GIVEN, "--watch")
+    done = draft_model("logs", "--host", api.host, *api.runs)
+    told = (done.returncode, done.stdout, done.stderr)
+    assert told == (0, "", "no step has failed; its steps: root, preflight, evaluate-draft-model\n")
+
+
 def test_a_server_that_gives_no_logs(api, draft_model):
     api.v1, api.story = False, failed("Error (exit code 2)", SENTENCES)
     done = draft_model("submit", "--host", api.host, *GIVEN, "--watch")
