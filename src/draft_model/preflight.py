@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,16 +21,14 @@ from draft_model.dataset.files import find
 from draft_model.errors import DraftModelError, Problem, named_parameters
 from draft_model.evaluation import prompts
 from draft_model.parameters import PARAMETERS, STAGES, Parameters, Stage
-from draft_model.parameters.rules import problems_with, valid_values
+from draft_model.parameters.rules import MODEL_SOURCES, problems_with, valid_values
 from draft_model.shown import bullets, table
-from draft_model.storage.transfer import local_errors, run_all
+from draft_model.storage.transfer import in_parallel, local_errors
 
 if TYPE_CHECKING:
     from draft_model.jobs.compute import Compute
 
 _HUB_SECONDS = 10
-_FREE_CPUS, _FREE_MEMORY = "1000m", "4096Mi"
-"""What the import and data set steps ask for where no node type is known."""
 
 
 @dataclass(frozen=True)
@@ -134,32 +131,13 @@ def inspect_run(values: Mapping[str, Any], root: str, work: Path) -> Report:
 
 
 def _resolve_nodes(parameters: Parameters, report: Report) -> None:
-    """A default instance type names nodes of one cloud: it must not bind pods where nothing says that there are any."""
-    from draft_model.jobs.compute import INSTANCE_TYPE_LABEL, SERVERLESS
-    from draft_model.jobs.place import nodes_of
+    from draft_model.jobs.context import nodes_of
 
     try:
         report.nodes.update(nodes_of(parameters.model_dump()))
     except DraftModelError as error:
         report.problems.extend(error.problems)
-    for stage, suffix in (("import", "model_import"), ("train", "draft_model_training")):
-        name, node = f"instance_type_{suffix}", report.nodes.get(stage)
-        is_default = getattr(parameters, name) == Parameters.model_fields[name].default
-        serverless = getattr(parameters, f"compute_{suffix}") == SERVERLESS
-        if node is None or not is_default or not serverless or parameters.compute_map:
-            continue
-        how = f"name a type or a compute that this cluster has (compute_{suffix}, compute_map)"
-        if stage == "import":
-            report.nodes[stage] = replace(node, cpus=_FREE_CPUS, memory=_FREE_MEMORY, node_selector={}, tolerations=[])
-            report.notes.append(
-                f"{name}: left at its default, and without a compute_map nothing says that this cluster has such "
-                f"nodes: the import and data set steps may run on any node; to choose nodes, {how}"
-            )
-        elif INSTANCE_TYPE_LABEL in node.node_selector:
-            report.notes.append(
-                f"{name}: left at its default {getattr(parameters, name)}: the training job waits for nodes with "
-                f"that label, {parameters.start_limit} minutes at most (start_limit); if this cluster has none, {how}"
-            )
+    report.notes.extend(node.note for node in report.nodes.values() if node.note)
 
 
 def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
@@ -167,20 +145,16 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
     from draft_model.model_import import hub
     from draft_model.model_import.sources import resolve
 
-    sources = [
-        name for name in ("huggingface_id", "pytorch_model_path", "mlflow_model_path") if getattr(parameters, name)
-    ]
-    if len(sources) != 1 or report.has(sources[0]):
+    sources = [name for name in MODEL_SOURCES if getattr(parameters, name)]
+    if len(sources) != 1 or report.has(sources[0]) or parameters.mlflow_model_path.startswith(("models:/", "runs:/")):
         return
     try:
         if parameters.huggingface_id:
-            _, files = hub.find(parameters.huggingface_id, work, seconds=_HUB_SECONDS)
-        elif parameters.mlflow_model_path.startswith(("models:/", "runs:/")):
-            return
+            listing = hub.find(parameters.huggingface_id, work / "hub", seconds=_HUB_SECONDS)
+            files = listing.bring(["config.json"] if "config.json" in listing.files else [])
         else:
-            files = dict(resolve(parameters, work).files)
-        file = files.get("config.json")
-        config = json.loads(file.read(0, file.size)) if file is not None else {}
+            files = resolve(parameters, work).bring(["config.json"])
+        config = json.loads(files["config.json"].read_text(encoding="utf-8")) if files else {}
     except hub.Unreachable as error:
         report.notes.append(f"huggingface_id: not checked from here, the import does: {error}")
         return
@@ -200,7 +174,7 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
 
 def _inspect_benchmarks(parameters: Parameters, report: Report) -> None:
     """Asks the Hub for benchmarks; and says what the evaluation's pod must reach where this one does."""
-    from draft_model.jobs.place import on_cluster
+    from draft_model.jobs.context import on_cluster
 
     if report.has("evaluation_prompts"):
         return
@@ -236,7 +210,8 @@ def _inspect_store(parameters: Parameters, root: str, report: Report) -> None:
         try:
             if storage.is_remote(uri):
                 remote = True
-                _probe(uri)
+                if problems := storage.probe(uri, conditional=name == "checkpoint_path"):
+                    raise DraftModelError(problems)
         except DraftModelError as error:
             several = "/private-artifacts/" in root and scheme == "minio"
             only = "private-artifacts/<namespace>/, private/<namespace>/, artifacts/ and shared/"
@@ -248,30 +223,20 @@ def _inspect_store(parameters: Parameters, root: str, report: Report) -> None:
         report.notes.append(f"object_store_secret: {absent}; the pods' own role is enough")
 
 
-def _probe(uri: str) -> None:
-    if (probe := getattr(storage, "probe", None)) is not None:
-        probe(uri)
-        return
-    folder = storage.join(uri, f"preflight-{uuid.uuid4().hex}")
-    storage.write_bytes(storage.join(folder, "probe"), b"written")
-    storage.read_bytes(storage.join(folder, "probe"))
-    storage.remove(folder)
-
-
 def _inspect_cluster(parameters: Parameters, report: Report) -> None:
-    from draft_model.jobs.place import wants_cluster
+    from draft_model.jobs.context import wants_cluster
 
     if wants_cluster(parameters):
-        from draft_model.jobs.ready import look as inspect_cluster
+        from draft_model.jobs.context import check_cluster
 
-        problems, notes = inspect_cluster(parameters, report.nodes.get("train"))
+        problems, notes = check_cluster(parameters, report.nodes.get("train"))
         report.problems.extend(problems)
         report.notes.extend(notes)
 
 
 def _read_data(name: str, uri: str) -> None:
     """A byte of each file: a file that is listed may not be readable."""
-    run_all(lambda file: file.read(0, 1), find(uri))
+    in_parallel(lambda file, _: file.read(0, 1), find(uri))
 
 
 def _read_config(name: str, uri: str) -> None:

@@ -7,12 +7,10 @@ in the artifact's metadata, in a README.md at the artifact's path, and travels a
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -71,7 +69,7 @@ def import_model(
 
     with step("import") as work:
         p = Parameters.model_validate(parameters)
-        result = run(ImportConfig(work=work, parameters=p, **_output(ImportConfig, p, "model", model.uri, run_id)))
+        result = run(ImportConfig(work=work, parameters=p, **_output(p, "model", model.uri, run_id)))
         _describe(
             model, result.uri, source=result.source, revision=result.revision, licence=result.licence,
             architecture=result.architecture, parameter_count=result.parameter_count, bytes=result.size,
@@ -89,7 +87,7 @@ def build_dataset(
 
     with step("dataset") as work:
         p = Parameters.model_validate(parameters)
-        output = _output(DatasetConfig, p, "dataset", dataset.uri, run_id)
+        output = _output(p, "dataset", dataset.uri, run_id)
         result = run(DatasetConfig(model=model_uri, work=work, parameters=p, **output))
         _describe(dataset, result.uri, fingerprint=result.fingerprint, chat_template=p.chat_template)
         _record(metrics, **result.metrics())
@@ -154,13 +152,6 @@ def evaluation_sentence(result: Any) -> str:
     )
 
 
-_ENDED = dict.fromkeys(("COMPLETE", "SUCCEEDED", "CACHED"), "all steps succeeded")
-_ENDED |= {"FAILED": "a step failed; its log ends with the reason", "CANCELED": "the run was terminated"}
-_KILLED = (
-    "a person terminated the run, or a step's pod was killed or lost: KFP does not tell these apart (state {state})"
-)
-
-
 def clean_up(
     run_id: str, training_backend: str, storage_uri: str, checkpoint_path: str, status: Any, summary: Artifact
 ) -> None:
@@ -177,71 +168,33 @@ def clean_up(
     from draft_model import jobs
 
     with step("clean-up"):
-        state = (status.state or "").upper()
-        succeeded = _ENDED.get(state) == _ENDED["COMPLETE"]
-        lines = [_ENDED.get(state) or _KILLED.format(state=state or "empty"), *filter(None, [status.error_message])]
-        failure = None
-        try:
-            deleted = jobs.clean_up(run_id, training_backend)
-            lines += [f"the training step left {name}: deleted" for name in deleted] or ["no training job was left"]
-        except Exception as error:
-            failure = error
-            lines.append(
-                f"the cluster could not be asked for training jobs ({error}); one that is left ends by its limit"
-            )
-        if not succeeded:
-            root, in_run, _ = summary.uri.partition(f"/{run_id}/")
-            own = (
-                storage.join(storage_uri, "output_model_path") if storage_uri else f"{root}/{run_id}" if in_run else ""
-            )
-            lines += _newest_checkpoint(checkpoint_path or own)
+        root, in_run, _ = summary.uri.partition(f"/{run_id}/")
+        own = storage.join(storage_uri, "output_model_path") if storage_uri else f"{root}/{run_id}" if in_run else ""
+        lines = jobs.clean_up(
+            run_id, training_backend, state=status.state or "", message=status.error_message or "",
+            checkpoint_path=checkpoint_path, root=own,
+        )  # fmt: skip
         for line in lines:
             logger.info("%s", line)
         _write(summary, bullets(lines))
-        if failure is not None:
-            raise failure
 
 
-def _newest_checkpoint(folder: str) -> list[str]:
-    """Says which checkpoint below a folder is the newest, and how to go on from it."""
-    newest = ""
-    try:
-        names = storage.list_files(folder) if folder else {}
-        for index in (name for name in names if name.rpartition("/")[2] == "checkpoints.json"):
-            parent = index.removesuffix("checkpoints.json")
-            for checkpoint in json.loads(storage.read_bytes(storage.join(folder, index))):
-                if f"{parent}{checkpoint}/{storage.MANIFEST}" in names:
-                    newest = f"{folder}/{parent}{checkpoint}"
-    except (DraftModelError, ValueError) as error:
-        return [f"whether there is a checkpoint is not known: {error}"]
-    if not newest:
-        return ["the training has saved no checkpoint"]
-    how = f"a new run with resume=true and resume_from_checkpoint={newest}"
-    return [f"the newest checkpoint is {newest}: Retry in KFP's UI goes on from there, and so does {how}"]
-
-
-def _output(config: type, p: Parameters, name: str, artifact_uri: str, run_id: str) -> dict[str, str]:
+def _output(p: Parameters, name: str, artifact_uri: str, run_id: str) -> dict[str, str]:
     """The folder of this run that a stage writes to; and the one of all runs, where results are found again."""
     root, in_run, _ = artifact_uri.partition(f"/{run_id}/")
-    uris = {
-        "output": storage.join(p.storage_uri, name) if p.storage_uri else artifact_uri,
-        "root": p.storage_uri or (root if in_run else ""),
-    }
-    return {key: uri for key, uri in uris.items() if key in {field.name for field in fields(config)}}
+    output = storage.join(p.storage_uri, name) if p.storage_uri else artifact_uri
+    return {"output": output, "root": p.storage_uri or (root if in_run else "")}
 
 
 def _check_inputs(folders: Mapping[str, str]) -> None:
     """Refuses folders, by the stage that wrote them, that are gone or of which files are missing."""
-    problems: list[str] = []
-    for stage, uri in folders.items():
-        try:
-            whole = storage.is_whole(uri, storage.read_manifest(uri, stage=stage))
-            missing = [] if whole else [f"{uri}: files are missing that its manifest names"]
-        except DraftModelError as error:
-            missing = error.problems
-        problems += [f"{problem}; the {stage} step makes it again in a new run" for problem in missing]
-    if problems:
-        raise DraftModelError(problems)
+    from draft_model import jobs
+
+    lacking = [(stage, problem) for stage, uri in folders.items() for problem in jobs.lacking(uri, stage)]
+    if lacking:
+        raise DraftModelError(
+            [f"{problem}; the {stage} step makes it again in a new run" for stage, problem in lacking]
+        )
 
 
 def _describe(artifact: Artifact, uri: str, **metadata: Any) -> None:

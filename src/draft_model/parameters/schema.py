@@ -194,8 +194,8 @@ class Parameters(BaseModel):
         "", "MLflow server on which the stages are tracked, and that keeps a target named models:/; not given: "
         "MLFLOW_TRACKING_URI, which KFP's MLflow plugin sets.", *STAGES)
     evaluation_engine: Literal["auto", "vllm", "sglang", "transformers"] = _p(
-        "auto", "What the evaluation decodes with; auto: vLLM where it can be imported, else this project's own decoder "
-        "on transformers.", "evaluate")
+        "auto", "What the evaluation decodes with; auto: vLLM where it can be imported, else our own decoder on "
+        "transformers.", "evaluate")
     # fmt: on
 
     @model_validator(mode="before")
