@@ -78,25 +78,6 @@ def ours(model: Path, data: Path, work: Path, processes: int) -> Prepared:
     return counts.rows_kept, counts.tokens
 
 
-def ours_in_map(model: Path, data: Path, work: Path, processes: int) -> Prepared:
-    """This project's encoder, with `datasets` to read, to run the processes and to write."""
-    from datasets import load_dataset
-
-    from draft_model.dataset.encode import Encoder, EncoderSettings
-
-    encoder = Encoder(EncoderSettings(model, "qwen", MAX_LENGTH, 1 << 20))
-
-    def encode(batch: dict) -> dict:
-        rows = encoder.encode(list(enumerate(text.encode() for text in batch["text"])))
-        ends = rows.lengths.cumsum()
-        cut = [slice(end - length, end) for end, length in zip(ends, rows.lengths, strict=True)]
-        return {"input_ids": [rows.ids[part] for part in cut], "loss_mask": [rows.mask[part] for part in cut]}
-
-    raw = load_dataset("text", data_files=str(data), split="train", cache_dir=str(work))
-    made = raw.map(encode, batched=True, batch_size=256, num_proc=processes, remove_columns=["text"])
-    return len(made), _tokens(made)
-
-
 def plain(model: Path, data: Path, work: Path, processes: int) -> Prepared:
     """`datasets.map` over `apply_chat_template(return_assistant_tokens_mask=True)`."""
     from datasets import load_dataset
@@ -153,7 +134,6 @@ def _tokens(made: object) -> int:
 
 CONTENDERS: dict[str, Callable[[Path, Path, Path, int], Prepared]] = {
     "ours": ours,
-    "ours in datasets.map": ours_in_map,
     "datasets.map, apply_chat_template": plain,
     "SpecForge": specforge,
     "speculators": speculators,
@@ -161,7 +141,6 @@ CONTENDERS: dict[str, Callable[[Path, Path, Path, int], Prepared]] = {
 PEERS = ("SpecForge", "speculators")
 LIBRARIES = {
     "ours": ("draft_model.dataset",),
-    "ours in datasets.map": ("datasets", "draft_model.dataset.encode"),
     "datasets.map, apply_chat_template": ("datasets",),
     "SpecForge": ("datasets", "specforge.data.preprocessing"),
     "speculators": ("datasets", "speculators"),

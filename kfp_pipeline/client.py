@@ -1,7 +1,8 @@
-"""A KFP API server as `draft-model submit` meets it: who may talk to it, and what its refusals mean.
+"""A KFP API server, through kfp.Client: every answer is checked, and every failure becomes a sentence.
 
-All calls go through kfp.Client's generated API (`client.runs`, `client.pipelines`, ...): unlike its own methods, these
-take a time limit, so that a connection that nobody answers any more does not hold a CI job for ever.
+All requests of a kfp.Client go through one ApiClient. `Server.of` wraps that one's `request`: it gets a time limit, so
+that a dead connection never holds a CI job, and it raises ServerAway, NotLetIn or DraftModelError for what goes wrong,
+a login page with status 200 included. So kfp.Client's own methods are used everywhere as they are.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +21,26 @@ from typing import Any
 import kfp
 import kfp_server_api
 import urllib3
+from kfp.client.token_credentials_base import TokenCredentialsBase
 
 from draft_model.errors import DraftModelError
+
+logger = logging.getLogger(__name__)
 
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
 TIMEOUT = (10, 60)
 """Seconds to connect, and to wait for an answer."""
-_EQUALS = 1  # as kfp.Client writes the operation
-
 _PORT_FORWARD = "kubectl -n kubeflow port-forward svc/ml-pipeline-ui 8080:80"
-_TOKEN = "kubectl create token default-editor --audience pipelines.kubeflow.org"  # noqa: S105
+_LOGIN = (
+    "it may ask for a login (--token-file, for example of `kubectl create token default-editor --audience "
+    "pipelines.kubeflow.org`, or a cookie in ~/.config/kfp/context.json), or --host lacks a path such as /pipeline"
+)
+_ADVICE = {
+    401: f"; {_LOGIN}",
+    403: "; is --namespace right, and is the token's account, or yours, a contributor of it?",
+    404: "; where the server has nothing at all, --host lacks a path such as /pipeline, or KFP is older than 2.16.1",
+    "tls": "--ca-file names the certificate of its authority",
+}
 
 
 class ServerAway(DraftModelError):
@@ -36,7 +48,11 @@ class ServerAway(DraftModelError):
 
 
 class NotLetIn(DraftModelError):
-    """A server that does not know who asks: it may after a new token."""
+    """A server that asks for a login: a new token or cookie helps."""
+
+
+class Conflict(DraftModelError):
+    """A server that refuses to create what exists already."""
 
 
 @dataclass(frozen=True)
@@ -44,120 +60,95 @@ class Server:
     """A KFP API server.
 
     Attributes:
-        client: speaks with it.
-        ui: address that links begin with.
-        namespace: whose runs are meant on a server of several users; empty on one of a single user.
+        client: a kfp.Client whose methods raise DraftModelError.
+        host: address of the API.
+        namespace: of the runs on a multi-user server; empty on a single-user one.
     """
 
     client: Any
-    ui: str
+    host: str
     namespace: str = ""
 
     @classmethod
     def of(cls, client: kfp.Client, namespace: str = "") -> Server:
-        """The server that a client speaks with.
+        """Wraps a client, whose methods raise DraftModelError from then on.
 
         Args:
-            client: made with whatever the server asks for.
+            client: made with whatever credentials the server asks for.
             namespace: of the user; empty: that of the client's own settings.
 
         Raises:
-            DraftModelError: where the server does not answer or does not let in, or the namespace does not fit.
+            DraftModelError: where the server does not answer or refuses access, or the namespace does not fit.
         """
-        server = cls(client, client._get_url_prefix())
-        host = server.host
-        with server.asked():
-            answer = client.healthzs.healthz_service_get_healthz(_preload_content=False, _request_timeout=TIMEOUT)
-        try:
-            several = bool(json.loads(answer.data).get("multi_user"))
-        except (ValueError, AttributeError):
+        _guard(client)
+        server = cls(client, client._existing_config.host)
+        health = _json_of(server.get("/apis/v2beta1/healthz"), server.host)
+        several, tag = health.get("multi_user"), str(health.get("tag_name") or health.get("apiServerTagName") or "")
+        if (found := re.match(r"v?(\d+)\.(\d+)\.(\d+)", tag)) and tuple(map(int, found.groups())) < (2, 16, 1):
+            logger.warning("%s is KFP %s; the pipeline needs 2.16.1 or newer", server.host, tag)
+        if namespace and not several:
             raise DraftModelError(
-                f"--host: {host} answers with a page and not as KFP's API does: it may want a login first "
-                "(--token-file, or a cookie in ~/.config/kfp/context.json), or a path is missing, such as /pipeline"
-            ) from None
-        if not several:
-            if namespace:
-                raise DraftModelError(
-                    f"--namespace: given {namespace!r}, but {host} serves a single user in its own: leave it out"
-                )
-            return server
-        if not (namespace := namespace or client.get_user_namespace()):
+                f"--namespace: given {namespace!r}, but {server.host} is for a single user: leave it out"
+            )
+        if several and not (namespace := namespace or client.get_user_namespace()):
             raise DraftModelError(
-                f"--namespace: not given, but {host} serves several users: name yours, of `kubectl get profiles`"
+                f"--namespace: not given, but {server.host} serves several users: name yours, of `kubectl get profiles`"
             )
         return replace(server, namespace=namespace)
 
-    @property
-    def host(self) -> str:
-        """Address of the API."""
-        return str(self.client._existing_config.host)
-
     def run_link(self, run_id: str) -> str:
-        """Where the UI shows a run."""
-        return f"{self.ui.rstrip('/')}/#/runs/details/{run_id}"
+        """Address of a run in the UI."""
+        return f"{self.client._get_url_prefix().rstrip('/')}/#/runs/details/{run_id}"
 
-    @contextmanager
-    def asked(self) -> Iterator[None]:
-        """Turns what goes wrong while the server is asked into sentences.
-
-        Raises:
-            ServerAway: where it does not answer or fails.
-            NotLetIn: where it wants to know who asks.
-            DraftModelError: where it refuses.
-        """
-        with explained(self.host, self.namespace):
-            yield
+    def get(self, path: str) -> str:
+        """The body of an answer that kfp.Client has no method for."""
+        with _explained(self.host):
+            return str(
+                self.client.runs.api_client.call_api(
+                    path, "GET", auth_settings=["Bearer"], _preload_content=False, _return_http_data_only=True
+                ).data.decode(errors="replace")
+            )
 
 
-def named(name: str) -> str:
-    """Filter of a list that only what has this name passes."""
-    return json.dumps({"predicates": [{"operation": _EQUALS, "key": "display_name", "stringValue": name}]})
-
-
-class _Client(kfp.Client):  # type: ignore[misc]
-    """kfp's client, which asks for the server's health when it is made: five times, with a traceback each."""
-
-    def get_kfp_healthz(self, sleep_duration: int = 5) -> Any:
-        """Asks once."""
-        return self.healthzs.healthz_service_get_healthz(_request_timeout=TIMEOUT)
+def by_name(name: str) -> str:
+    """Filter of a list: the display name is this one."""
+    return json.dumps({"predicates": [{"operation": 1, "key": "display_name", "stringValue": name}]})  # 1: EQUALS
 
 
 def connect(host: str = "", namespace: str = "", token_file: Path | None = None, ca_file: Path | None = None) -> Server:
     """Connects as kfp.Client does, with its environment variables and settings.
 
     Args:
-        host: address of the UI or API; empty: the cluster that this pod or the kubeconfig means.
-        namespace: of the user, on a server of several.
-        token_file: holds a bearer token; it is read for each request, so that a new one takes effect.
+        host: address of the UI or API; empty: the cluster of this pod or of the kubeconfig.
+        namespace: of the user, on a multi-user server.
+        token_file: holds a bearer token; it is read for each request, so that a renewed one takes effect.
         ca_file: certificates to trust, PEM.
 
     Raises:
-        DraftModelError: where the server cannot be reached or does not let in.
+        DraftModelError: where the server cannot be reached or refuses access.
     """
     if problems := problems_with(host, token_file, ca_file):
         raise DraftModelError(problems)
-    from kfp.client import ServiceAccountTokenVolumeCredentials
-
-    # Its retries are told once, by us; kfp_server_api sets the level of its parent.
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    with explained(host or os.environ.get(ENDPOINT, ""), namespace), warnings.catch_warnings():
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its retries end in our own sentence
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "only works with v2.0.0-beta.2 and later"
-        client = _Client(
-            host=host or None,
-            credentials=ServiceAccountTokenVolumeCredentials(str(token_file)) if token_file else None,
-            ssl_ca_cert=str(ca_file) if ca_file else None,
-        )
+        credentials = _TokenFile(token_file) if token_file else None
+        client = _Client(host=host or None, credentials=credentials, ssl_ca_cert=str(ca_file) if ca_file else None)
     return Server.of(client, namespace)
 
 
 def problems_with(host: str, token_file: Path | None, ca_file: Path | None) -> list[str]:
-    """What is wrong with the options of `connect` before anybody is asked, a sentence each."""
-    problems = [
-        f"--{option}-file: {problem}"
-        for option, file in (("token", token_file), ("ca", ca_file))
-        if file and (problem := _unreadable(file))
-    ]
-    if not host and not os.environ.get(ENDPOINT) and not _finds_cluster():
+    """What is wrong with the options of `connect`, as far as it can be known without a request."""
+    problems = []
+    for option, file in (("token", token_file), ("ca", ca_file)):
+        try:
+            if file and not file.read_bytes().strip():
+                problems.append(f"--{option}-file: {file} is empty")
+        except OSError as error:
+            problems.append(f"--{option}-file: {file} cannot be read: {error.strerror}")
+    configs = os.environ.get("KUBECONFIG", "~/.kube/config").split(os.pathsep)
+    in_cluster = os.environ.get("KUBERNETES_SERVICE_HOST") or any(Path(f).expanduser().is_file() for f in configs)
+    if not (host or os.environ.get(ENDPOINT) or in_cluster):
         problems.append(
             f"--host: not given, and neither {ENDPOINT} nor a kubeconfig says where KFP is; for one in a cluster: "
             f"`{_PORT_FORWARD}`, then --host http://127.0.0.1:8080"
@@ -165,86 +156,75 @@ def problems_with(host: str, token_file: Path | None, ca_file: Path | None) -> l
     return problems
 
 
-def _unreadable(file: Path) -> str:
-    try:
-        return "" if file.read_bytes().strip() else f"{file} is empty"
-    except OSError as error:
-        return f"{file} cannot be read: {error.strerror}"
+class _TokenFile(TokenCredentialsBase):  # type: ignore[misc]
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def refresh_api_key_hook(self, config: Any) -> None:
+        try:
+            config.api_key["authorization"] = self.file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise DraftModelError(f"--token-file: {self.file} cannot be read: {error.strerror}") from error
 
 
-def _finds_cluster() -> bool:
-    kubeconfig = os.environ.get("KUBECONFIG", "~/.kube/config").split(os.pathsep)
-    return bool(os.environ.get("KUBERNETES_SERVICE_HOST")) or any(Path(f).expanduser().is_file() for f in kubeconfig)
+class _Client(kfp.Client):  # type: ignore[misc]
+    """kfp's client, whose constructor asks for the server's health: five times, with a traceback each."""
+
+    def get_kfp_healthz(self, sleep_duration: int = 5) -> Any:
+        _guard(self)
+        return self.healthzs.healthz_service_get_healthz()
+
+
+def _guard(client: kfp.Client) -> None:
+    """Wraps the request of a client's ApiClient, which all its APIs share; a second time changes nothing."""
+    api, host = client.runs.api_client, client._existing_config.host
+    original = api.request
+
+    def request(method: str, url: str, **options: Any) -> Any:
+        with _explained(host):
+            answer = original(method, url, **{**options, "_request_timeout": TIMEOUT})
+        if options.get("_preload_content", True):
+            _json_of(answer.data.decode(errors="replace"), host)
+        return answer
+
+    if "request" not in vars(api):
+        api.request = request
+
+
+def _json_of(text: str, host: str) -> dict[str, Any]:
+    with suppress(ValueError):
+        if isinstance(answer := json.loads(text), dict):
+            return answer
+    if "<" in text[:200]:
+        raise NotLetIn(f"{host} answers with a web page: {_LOGIN}")
+    raise ServerAway(f"{host} answers with {text[:60]!r}, which is not JSON")
 
 
 @contextmanager
-def explained(host: str, namespace: str = "") -> Iterator[None]:
-    """See Server.asked.
-
-    Args:
-        host: address of the API, for the sentences.
-        namespace: that was asked about; empty for none.
-    """
+def _explained(host: str) -> Iterator[None]:
     try:
         yield
     except kfp_server_api.ApiException as error:
-        raise _refusal(error, host, namespace) from error
+        said = f"{host} answers {error.status}: {_sentence(error.body) or error.reason or 'no reason given'}"
+        away = not error.status or error.status >= 500 or error.status == 429
+        kind = ServerAway if away else {401: NotLetIn, 409: Conflict}.get(error.status, DraftModelError)
+        raise kind(said + _ADVICE.get(error.status, "")) from error
     except urllib3.exceptions.HTTPError as error:
-        raise _no_answer(error, host) from error
-    except OSError as error:  # the token's file, which is read for each request
-        raise DraftModelError(f"--token-file: {error.filename} cannot be read: {error.strerror}") from error
+        reason = getattr(error, "reason", None) or error
+        cause = str(reason).partition("): ")[2] or str(reason) or type(reason).__name__  # without urllib3's objects
+        tls = isinstance(reason, urllib3.exceptions.SSLError)
+        advice = _ADVICE["tls"] if tls else f"is it right, and does the port-forward run (`{_PORT_FORWARD}`)?"
+        raise ServerAway(
+            f"--host: {host} {'is not trusted' if tls else 'does not answer'}: {cause}; {advice}"
+        ) from error
 
 
-def _refusal(error: kfp_server_api.ApiException, host: str, namespace: str) -> DraftModelError:
-    said = _said(error.body) or error.reason or "no reason given"
-    if not error.status or error.status >= 500 or error.status == 429:
-        return ServerAway(f"{host} fails: {error.status}: {said}")
-    if error.status == 401:
-        return NotLetIn(
-            f"{host} does not know who asks (401: {said}): give a token by --token-file, for example of `{_TOKEN}`"
-        )
-    if error.status == 403:
-        where = f"in the namespace {namespace!r}" if namespace else "there"
-        return DraftModelError(
-            f"{host} does not allow this {where} (403: {said}): is the name right, and is the account of the token, or "
-            "yours, a contributor of it?"
-        )
-    if error.status == 404:
-        return DraftModelError(
-            f"{host} does not have this (404: {said}); where it has nothing at all, a path such as /pipeline is "
-            "missing, or KFP is older than 2.16"
-        )
-    return DraftModelError(f"{host} refuses: {error.status}: {said}")
-
-
-def _said(body: str | bytes | None) -> str:
+def _sentence(body: str | bytes | None) -> str:
     """The server's own sentence: the gateway and the upload handler each have their own form."""
     text = body.decode(errors="replace") if isinstance(body, bytes) else body or ""
     try:
         answer = json.loads(text)
-    except ValueError:
+        found = [part["error_message"] for part in (answer, *answer.get("details", ())) if part.get("error_message")]
+        return str(found[0] if found else answer.get("message") or answer.get("error") or "")
+    except (ValueError, AttributeError, TypeError):
         return "" if "<" in text else text.strip()[:300]
-    if not isinstance(answer, dict):
-        return text.strip()[:300]
-    details = [detail for detail in answer.get("details") or () if isinstance(detail, dict)]
-    for found in (answer, *details):
-        if sentence := found.get("error_message"):
-            return str(sentence)
-    return str(answer.get("message") or answer.get("error") or "")
-
-
-def _no_answer(error: urllib3.exceptions.HTTPError, host: str) -> ServerAway:
-    reason = getattr(error, "reason", None) or error
-    if isinstance(reason, urllib3.exceptions.SSLError):
-        return ServerAway(
-            f"--host: {host} cannot be trusted: {_last(reason)}; --ca-file names the certificate that its own hangs on"
-        )
-    return ServerAway(
-        f"--host: {host} does not answer: {_last(reason)}; is the address right, and does the port-forward run "
-        f"(`{_PORT_FORWARD}`)?"
-    )
-
-
-def _last(reason: BaseException) -> str:
-    """The cause without the objects that urllib3 names before it."""
-    return str(reason).partition("): ")[2] or str(reason) or type(reason).__name__

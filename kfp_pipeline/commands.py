@@ -1,4 +1,4 @@
-"""The commands of `draft-model` that have to do with Kubeflow: the whole pipeline, here or on a cluster."""
+"""The commands of `draft-model` for the whole pipeline, on this machine or on a cluster."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 
 from draft_model.doors import raise_on_sigterm
 from draft_model.errors import DraftModelError
-from draft_model.options import VALUES, Command, together, values_of
+from draft_model.options import VALUES, together, values_of
 
 if TYPE_CHECKING:
     from kfp_pipeline.client import Server
@@ -33,7 +33,7 @@ _SERVER = together(
 )  # fmt: skip
 
 
-@click.command("run", cls=Command)
+@click.command("run")
 @VALUES
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("runs/local"), help="Where the run's files go.")
 def run_command(params: Path | None, settings: tuple[str, ...], folder: Path) -> None:
@@ -51,7 +51,7 @@ def run_command(params: Path | None, settings: tuple[str, ...], folder: Path) ->
     print_summary(run_local(values, folder.resolve()).final, folder)
 
 
-@click.command("compile", cls=Command)
+@click.command("compile")
 @click.option("--output", type=click.Path(path_type=Path), help="File for the IR, to upload.")
 @click.option("--manifest", type=click.Path(path_type=Path), help="File for the Kubernetes resources, to apply.")
 @_IMAGE
@@ -76,26 +76,25 @@ def compile_command(output: Path | None, manifest: Path | None, images: tuple[st
     click.echo("\n".join(map(str, write_compiled(output, manifest))))
 
 
-@click.command("submit", cls=Command)
+@click.command("submit")
 @_SERVER
 @VALUES
 @_IMAGE
 @click.option("--experiment", default="draft-model", envvar="KF_PIPELINES_DEFAULT_EXPERIMENT_NAME", show_envvar=True,
-              help="Lists the run; made where it is not there.")  # fmt: skip
+              help="Lists the run; created if missing.")  # fmt: skip
 @click.option(
     "--run-name", default="", show_default=False, help="Shown in the UI.  [default: the target's name and the time]"
 )
 @click.option("--service-account", default="draft-model-coordinator", help="Of the run's pods.")
-@click.option("--no-cache", is_flag=True, help="Import the model and build the data set even where a run has before.")
 @click.option("--watch", "follow", is_flag=True, help="Follow the run; exit with 1 where it fails.")
 def submit_command(
     params: Path | None, settings: tuple[str, ...], images: tuple[str, ...], experiment: str, run_name: str,
-    service_account: str, no_cache: bool, follow: bool, namespace: str, **where: Any,
+    service_account: str, follow: bool, namespace: str, **where: Any,
 ) -> None:  # fmt: skip
-    """Run the pipeline on a cluster; prints the run's id.
+    """Run the pipeline on a cluster (KFP 2.16.1 or newer); prints the run's id.
 
     The pipeline is uploaded once: its version's name carries the hash of its content. Parameters are checked before
-    anything is sent; the run's first step looks for the inputs that they name.
+    anything is sent; the run's first step checks the inputs that they name.
 
     \b
     draft-model submit --host http://127.0.0.1:8080 --image 'registry.example/team/{kind}:0.0.1' \\
@@ -125,7 +124,7 @@ def submit_command(
     raise_on_sigterm()
     server = connect(namespace=namespace, **where)
     submitted = submit(
-        server, values, cache=not no_cache, run_name=run_name, service_account=service_account,
+        server, values, run_name=run_name, service_account=service_account,
         experiment=os.environ.get("KF_PIPELINES_OVERRIDE_EXPERIMENT_NAME") or experiment,
     )  # fmt: skip
     click.echo(submitted.run_id)
@@ -134,15 +133,11 @@ def submit_command(
         _follow(server, submitted.run_id, {"namespace": namespace, **where})
 
 
-@click.command("watch", cls=Command)
+@click.command("watch")
 @_SERVER
 @click.argument("run")
 def watch_command(run: str, **where: Any) -> None:
-    """Follow a run on a cluster until it ends; exit with 1 where it fails.
-
-    \b
-    draft-model watch --host http://127.0.0.1:8080 4f2c3c8e-5a0f-4f6c-9d5c-0d3f6f3f2a11
-    """  # noqa: D301
+    """Follow a run on a cluster until it ends; where it fails, say why and exit with 1."""
     from kfp_pipeline.client import connect
 
     raise_on_sigterm()
@@ -151,45 +146,70 @@ def watch_command(run: str, **where: Any) -> None:
     _follow(server, run, where)
 
 
-@click.command("terminate", cls=Command)
+@click.command("logs")
+@_SERVER
+@click.argument("run")
+@click.argument("step", required=False, default="")
+def logs_command(run: str, step: str, **where: Any) -> None:
+    """Print a step's log without KFP's own lines; without STEP, why the failed steps of a run failed."""
+    from kfp_pipeline import logs
+    from kfp_pipeline.client import connect
+
+    server = connect(**where)
+    server.client.get_run(run)
+    pods = logs.pods(logs.workflow(server, run))
+    if not pods or (step and step not in pods):
+        known = f"its steps so far: {', '.join(pods)}" if pods else f"for its pods' logs: {_kubectl(server, run)}"
+        raise DraftModelError(f"{step or run}: the server shows no pods of it; {known}")
+    chosen = [pods[step]] if step else [pod for pod in pods.values() if pod.failed]
+    if not chosen:
+        click.echo(f"no step has failed; its steps: {', '.join(pods)}", err=True)
+    for pod in chosen:
+        lines = logs.read(server, run, pod)
+        why = [f"{pod.step}: {pod.message or pod.phase}", *(f"  {line}" for line in logs.reason(pod, lines))]
+        click.echo("\n".join(logs.own_lines(lines) if step and not pod.driver else why))
+
+
+@click.command("terminate")
 @_SERVER
 @click.argument("run")
 def terminate_command(run: str, **where: Any) -> None:
-    """End a run on a cluster; its exit task deletes the training job.
-
-    \b
-    draft-model terminate --host http://127.0.0.1:8080 4f2c3c8e-5a0f-4f6c-9d5c-0d3f6f3f2a11
-    """  # noqa: D301
-    from kfp_pipeline.client import TIMEOUT, connect
+    """End a run on a cluster; its exit task deletes the training job."""
+    from kfp_pipeline.client import connect
 
     server = connect(**where)
-    with server.asked():
-        server.client.runs.run_service_terminate_run(run, _request_timeout=TIMEOUT)
-    click.echo(f"is asked to end: {server.run_link(run)}", err=True)
+    server.client.terminate_run(run)
+    click.echo(f"termination requested: {server.run_link(run)}", err=True)
 
 
 def _follow(server: Server, run_id: str, where: Mapping[str, Any]) -> None:
-    """Shows a run until it ends, and exits with its result; `where` are the options that led to the server."""
+    """Watches a run until it ends, and exits with its result; `where` are the options that led to the server."""
     from kfp_pipeline.client import NotLetIn, ServerAway
-    from kfp_pipeline.watch import SUCCEEDED, watch
+    from kfp_pipeline.watch import watch
 
+    options = " ".join([*(f"--{name.replace('_', '-')} {value}" for name, value in where.items() if value), run_id])
     try:
         ended = watch(server, run_id)
     except (KeyboardInterrupt, SystemExit, ServerAway, NotLetIn):
-        again = " ".join([*(f"--{name.replace('_', '-')} {value}" for name, value in where.items() if value), run_id])
         click.echo("The run itself goes on.", err=True)
-        click.echo(f"Follow it: draft-model watch {again}\nEnd it: draft-model terminate {again}", err=True)
+        click.echo(f"Follow it: draft-model watch {options}\nEnd it: draft-model terminate {options}", err=True)
         raise
-    link = server.run_link(run_id)
-    if ended.state == SUCCEEDED:
-        click.echo(f"succeeded: {link}", err=True)
+    if ended.outcome == "succeeded":
+        click.echo(f"succeeded: {server.run_link(run_id)}", err=True)
         return
-    lines = [f"error: the run ended {ended.state}{f': {ended.error}' if ended.error else ''}; {link}"]
-    lines += [f"  - {task.name}: {task.error or 'says why in its log'}" for task in ended.failed]
-    pods = f"-n {server.namespace or 'kubeflow'} --selector pipeline/runid={run_id}"
-    lines.append(f"logs: kubectl logs {pods} --container main --prefix --tail 20")
+    what = {"failed": "failed", "terminated": "was terminated", "lost": "lost a step, whose pod was killed"}
+    lines = [f"error: the run {what[ended.outcome]} (KFP: {ended.state}); {server.run_link(run_id)}"]
+    for step, why in ended.failures.items():
+        lines += [f"  - {step}:", *(f"      {line}" for line in why)]
+    lines += [f"  {note}" for note in ended.notes]
+    lines.append(f"logs: draft-model logs {options}" if ended.explained else f"logs: {_kubectl(server, run_id)}")
     click.echo("\n".join(lines), err=True)
     sys.exit(1)
 
 
-COMMANDS = (run_command, compile_command, submit_command, watch_command, terminate_command)
+def _kubectl(server: Server, run_id: str) -> str:
+    pods = f"-n {server.namespace or 'kubeflow'} --selector pipeline/runid={run_id}"
+    return f"kubectl logs {pods} --container main --prefix --tail 20"
+
+
+COMMANDS = (run_command, compile_command, submit_command, watch_command, logs_command, terminate_command)

@@ -41,28 +41,16 @@ def _with_choices(spec: dict[str, Any]) -> dict[str, Any]:
     return spec
 
 
-def _without_cache(spec: dict[str, Any]) -> dict[str, Any]:
-    for component in (spec["root"], *spec["components"].values()):
-        for task in component.get("dag", {}).get("tasks", {}).values():
-            task.pop("cachingOptions", None)
-    return spec
-
-
-def compile_documents(cache: bool = True) -> list[dict[str, Any]]:
-    """The pipeline's IR: its specification, and what it asks of Kubernetes.
-
-    Args:
-        cache: whether KFP may take over the import and the data set of an earlier run. A run of a version cannot say
-            so itself, so that a pipeline without is a version of its own.
-    """
+def compile_documents() -> list[dict[str, Any]]:
+    """The pipeline's IR: its specification, and what it asks of Kubernetes."""
     spec, *platforms = _compiled()
-    spec = _with_choices(spec)
-    return [spec if cache else _without_cache(spec), *platforms]
+    return [_with_choices(spec), *platforms]
 
 
 def as_text(documents: list[dict[str, Any]]) -> str:
     """Documents as YAML, the same for the same content."""
-    return "---\n".join(map(_text, documents))
+    texts = (yaml.safe_dump(each, sort_keys=True, width=110, allow_unicode=True) for each in documents)
+    return "---\n".join(texts)
 
 
 def version_name(documents: list[dict[str, Any]]) -> str:
@@ -87,10 +75,6 @@ def compile_manifests() -> str:
     return as_text(documents)
 
 
-def _text(document: dict[str, Any]) -> str:
-    return yaml.safe_dump(document, sort_keys=True, width=110, allow_unicode=True)
-
-
 def committed() -> dict[Path, str]:
     """All that is written from the sources and committed beside them."""
     return {COMPILED: compile_pipeline(), MANIFEST: compile_manifests(), **readmes(COMPONENTS)}
@@ -100,8 +84,8 @@ def write_compiled(output: Path | None = None, manifest: Path | None = None) -> 
     """Writes the compiled pipeline.
 
     Args:
-        output: where the IR goes.
-        manifest: where the Kubernetes resources go. With neither, all committed files are written.
+        output: file for the IR.
+        manifest: file for the Kubernetes resources. With neither, all committed files are written.
 
     Returns:
         The files that were written.

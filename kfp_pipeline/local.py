@@ -28,6 +28,7 @@ from draft_model.doors import ERROR_FILE, TERMINATED, WORK_FOLDER, raise_on_sigt
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.preflight import check
+from draft_model.processes import ROOT
 from draft_model.storage.embedded import EmbeddedStore
 from draft_model.tracking import RUN
 from kfp_pipeline.compile import COMPILED
@@ -69,11 +70,11 @@ def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
         )
     folder.mkdir(parents=True, exist_ok=True)
     raise_on_sigterm()
-    error = folder / "error.json"
-    error.unlink(missing_ok=True)
+    error = folder / f"error-{uuid.uuid4().hex}.json"  # an orphan of an earlier run must not write into it
     work = folder / "work"
     work.mkdir(exist_ok=True)
     os.environ.update({ERROR_FILE: str(error.resolve()), WORK_FOLDER: str(work.resolve()), RUN: uuid.uuid4().hex})
+    os.environ[ROOT] = str(os.getpid())
     try:
         with _store(parameters, folder) as (uri, data), _no_orphans():
             try:
@@ -88,7 +89,9 @@ def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
             final = storage.fetch(storage.join(uri, "output_model_path", "final"), folder / "output" / "final")
             return LocalRun(final, data)
     finally:
-        del os.environ[ERROR_FILE], os.environ[WORK_FOLDER], os.environ[RUN]
+        for name in (ERROR_FILE, WORK_FOLDER, RUN, ROOT):
+            del os.environ[name]
+        error.unlink(missing_ok=True)
 
 
 @contextmanager

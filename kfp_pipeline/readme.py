@@ -1,82 +1,50 @@
-"""The README of each component's folder, from its docstring and its metadata.yaml.
+"""The README of each component's folder, from the docstring of its module and its metadata.yaml.
 
-The sections are those that kubeflow/pipelines-components asks for, so that a folder can be contributed as a copy.
-`draft-model compile` writes the files, and a test fails when one is out of date.
+The sections are those that kubeflow/pipelines-components asks for. `draft-model compile` writes the files, and a test
+fails when one is out of date.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import inspect
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import docstring_parser
 import yaml
 
+from draft_model.shown import table
+
 FOLDER = Path(__file__).parent / "components"
 
 
 def readmes(components: Iterable[Any]) -> dict[Path, str]:
-    """The README of each component, by the file that it belongs in.
-
-    Args:
-        components: of the pipeline; each lies in a folder of its own name.
-    """
-    named = {component.python_func.__name__: component for component in components}
-    return {FOLDER / name / "README.md": _readme(name, component) for name, component in named.items()}
+    """The README of each component, by the file that it belongs in."""
+    return {FOLDER / each.python_func.__name__ / "README.md": _readme(each) for each in components}
 
 
-def _readme(name: str, component: Any) -> str:
-    docstring = docstring_parser.parse(component.python_func.__doc__, docstring_parser.DocstringStyle.GOOGLE)
-    described = {each.arg_name: _line(each.description) for each in docstring.params}
-    returns = _line(docstring.returns.description if docstring.returns else None)
-    inputs = [
-        (f"`{key}`", each.type, _default(each), described[key]) for key, each in component.component_spec.inputs.items()
-    ]
-    outputs = [
-        (f"`{key}`", each.type.partition("@")[0], described.get(key, returns))
-        for key, each in (component.component_spec.outputs or {}).items()
-    ]
-    paragraphs = [docstring.short_description, *(docstring.long_description or "").split("\n\n")]
-    overview = "\n\n".join(_line(paragraph) for paragraph in paragraphs if paragraph)
-    title = name.replace("_", " ").capitalize()
-    example = (
-        f"```python\nfrom kfp_pipeline.components.{name} import {name}\n```\n\n"
-        "`component.py` names the kind of image that has the library, and `kfp_pipeline/components/images.py` the "
-        "image of each kind: in a copy of this folder, one line to change."
-    )
+def _readme(component: Any) -> str:
+    name = component.python_func.__name__
+    text, _, returns = (inspect.getdoc(sys.modules[component.python_func.__module__]) or "").partition("\nReturns:\n")
+    docstring = docstring_parser.parse(f"{text}\n{returns}", docstring_parser.DocstringStyle.GOOGLE)
+    described = {each.arg_name: " ".join((each.description or "").split()) for each in docstring.params}
+    spec, metadata = component.component_spec, yaml.safe_load((FOLDER / name / "metadata.yaml").read_text())
+    inputs = [(f"`{key}`", each.type, described[key]) for key, each in spec.inputs.items() if key in described]
+    if len(inputs) < len(spec.inputs):
+        inputs.append(("each of the pipeline's parameters", "", "`draft-model parameters` lists them"))
+    outputs = [(f"`{key}`", each.type.partition("@")[0], described[key]) for key, each in (spec.outputs or {}).items()]
+    needs = [f"{each['name']} {each['version']}" for kind in metadata["dependencies"].values() for each in kind]
+    facts = {"Stability": metadata["stability"], "Needs": ", ".join(needs), "Tags": ", ".join(metadata["tags"]),
+             "Last verified": f"{metadata['lastVerified']:%Y-%m-%d}"}  # fmt: skip
+    heads = ("name", "type", "description")
     sections = {
-        "Overview": overview,
-        "Inputs": _table(inputs, ("name", "type", "default", "description")),
-        "Outputs": _table(outputs, ("name", "type", "description")),
-        "Usage": example,
-        "Metadata": _metadata(FOLDER / name / "metadata.yaml"),
+        "Overview": text.partition("\n\nArgs:")[0],
+        "Inputs": table(inputs, heads, raw=True),
+        "Outputs": table(outputs, heads, raw=True),
+        "Usage": f"```python\nfrom kfp_pipeline.components.{name} import {name}\n```",
+        "Metadata": "\n".join(f"- {key}: {value}" for key, value in facts.items()),
     }
-    return f"# {title}\n\n" + "\n\n".join(f"## {head}\n\n{text.strip()}" for head, text in sections.items()) + "\n"
-
-
-def _table(rows: Sequence[tuple[str, ...]], heads: tuple[str, ...]) -> str:
-    lines = [heads, ("---",) * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _default(each: Any) -> str:
-    if not each.optional:
-        return "required"
-    return "empty" if each.default == "" else "given by KFP" if each.default is None else f"`{each.default}`"
-
-
-def _line(text: str | None) -> str:
-    return " ".join((text or "").split())
-
-
-def _metadata(path: Path) -> str:
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    needs = [f"{each['name']} {each['version']}" for kind in found["dependencies"].values() for each in kind]
-    lines = [
-        f"- Stability: {found['stability']}",
-        f"- Needs: {', '.join(needs)}",
-        f"- Tags: {', '.join(found['tags'])}",
-        f"- Last verified: {found['lastVerified']:%Y-%m-%d}",
-    ]
-    return "\n".join(lines)
+    title = name.replace("_", " ").capitalize()
+    return f"# {title}\n\n" + "\n\n".join(f"## {head}\n\n{part.strip()}" for head, part in sections.items()) + "\n"

@@ -1,18 +1,19 @@
-"""Recurring runs as a file in git lists them: KFP's own list is made to be the same.
+"""Recurring runs that a file in git lists: KFP's own list is made the same.
 
-KFP's schedules refer to each other's ids, which a cluster gives, so they cannot be manifests. This is what the Job of
-manifests/components/recurring-runs runs after each sync. It looks runs up by their names: what is missing is created,
-what differs is deleted and created, what the file no longer has is deleted. A hash in a run's description says what it
-was made from, so that a second time changes nothing; runs without one were made by somebody else and are left alone.
+KFP's schedules refer to ids that the cluster generates, so they cannot be manifests. The Job of
+manifests/components/recurring-runs runs this after each sync. A hash in a recurring run's description says what it was
+made from, so that a second time changes nothing; those without one were made by hand and are left alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from draft_model.doors import exit_code
 from draft_model.errors import DraftModelError
-from kfp_pipeline.client import Server, connect, named
+from kfp_pipeline.client import Server, by_name, connect
 from kfp_pipeline.pipeline import NAME
 from kfp_pipeline.submit import EXPERIMENT, SERVICE_ACCOUNT, check
+from kfp_pipeline.watch import ENDS
 
 _MARK = re.compile(r"\[draft-model ([0-9a-f]{12})\]$")
-_PAGE = 100
 
 
 class Schedule(BaseModel):
-    """One recurring run.
-
-    Attributes:
-        cron: second, minute, hour, day, month, weekday; UTC.
-        parameters: of the pipeline, by name; those left out have their defaults.
-        description: shown in the UI.
-        enabled: whether runs start.
-        max_concurrency: runs of this schedule at the same time.
-        catch_up: whether those that were missed are made up for.
-    """
+    """One recurring run: six fields of cron with seconds first, in UTC; parameters left out have their defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,25 +44,15 @@ class Schedule(BaseModel):
     catch_up: bool = False
 
     def typed(self) -> dict[str, Any]:
-        """The parameters with the types of the pipeline's inputs.
-
-        Raises:
-            DraftModelError: with all that is wrong with them.
-        """
+        """The parameters with the types of the pipeline's inputs; raises DraftModelError with all their problems."""
         # YAML reads `resume: true` as a truth value; the contract has a word there.
-        given = {n: str(v).lower() if isinstance(v, bool) else v for n, v in self.parameters.items()}
-        parameters = check(given)
-        return {name: getattr(parameters, name) for name in given}
+        values = {n: str(v).lower() if isinstance(v, bool) else v for n, v in self.parameters.items()}
+        parameters = check(values)
+        return {name: getattr(parameters, name) for name in values}
 
 
 class Schedules(BaseModel):
-    """The file.
-
-    Attributes:
-        experiment: that lists the runs; two files for one KFP have two experiments.
-        service_account: of the runs' pods.
-        runs: by name.
-    """
+    """The file. It owns what it has made in its experiment: two files for one KFP need two experiments."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -80,11 +62,7 @@ class Schedules(BaseModel):
 
 
 def read(file: Path) -> Schedules:
-    """Reads and validates a file of recurring runs.
-
-    Raises:
-        DraftModelError: with all problems at once.
-    """
+    """Reads and validates a file of recurring runs; raises DraftModelError with all problems at once."""
     try:
         found = Schedules.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -103,68 +81,73 @@ def read(file: Path) -> Schedules:
 
 
 def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
-    """Makes KFP's recurring runs what the file says.
+    """Makes KFP's recurring runs what the file says, without ending a run in progress.
 
-    Args:
-        server: whose runs are meant.
-        wanted: what the file says.
-        version: of the pipeline, by its name.
+    Kubernetes deletes a schedule's runs with it. So one with a run in progress is only disabled until a later sync, and
+    the new one is created beside it.
 
     Returns:
-        What was done, a line each; empty where all was so already.
+        What was done, a line each; empty where nothing had to change.
 
     Raises:
-        DraftModelError: where the version is not there, or a name is somebody else's.
+        DraftModelError: where the version does not exist, or a name is taken by a recurring run that no file made.
     """
-    with server.asked():
-        pipeline_id, version_id = _version(server, version)
-        experiment = server.client.create_experiment(wanted.experiment, namespace=server.namespace or None)
-        there = list(_recurring_runs(server, experiment.experiment_id))
-        if foreign := sorted({run.display_name for run in there if not _mark(run)} & wanted.runs.keys()):
-            raise DraftModelError(
-                f"runs: {', '.join(foreign)}: a recurring run of this name is there that no file made: delete it in "
-                "KFP, or take another name"
-            )
-        marks = {name: _hash(wanted, schedule, version) for name, schedule in wanted.runs.items()}
-        done, right = [], set()
-        for run in filter(_mark, there):
-            name = run.display_name
-            if marks.get(name) == _mark(run) and name not in right:
-                right.add(name)
-                continue
-            server.client.delete_recurring_run(run.recurring_run_id)
-            why = ", which was there twice" if name in right else ", which was different" if name in marks else ""
-            done.append(f"deleted {name}{why}")
-        for name in (name for name in wanted.runs if name not in right):
-            _create(server, experiment.experiment_id, name, wanted, (pipeline_id, version_id), marks[name])
-            done.append(f"created {name}")
+    client = server.client
+    pipeline_id, version_id = _version(server, version)
+    with contextlib.redirect_stdout(io.StringIO()):  # kfp.Client prints a link
+        experiment_id = client.create_experiment(wanted.experiment, namespace=server.namespace or None).experiment_id
+    existing = list(_pages(client.list_recurring_runs, "recurring_runs", experiment_id))
+    if foreign := sorted({run.display_name for run in existing if not _mark(run)} & wanted.runs.keys()):
+        raise DraftModelError(
+            f"runs: {', '.join(foreign)}: a recurring run of this name exists that no file made: delete it in KFP, or "
+            "choose another name"
+        )
+    marks = {}
+    for name, schedule in wanted.runs.items():
+        content = json.dumps([schedule.model_dump(), wanted.service_account, version], sort_keys=True)
+        marks[name] = hashlib.sha256(content.encode()).hexdigest()[:12]
+    done, kept = [], set()
+    for run in filter(_mark, existing):
+        name, run_id = run.display_name, run.recurring_run_id
+        if marks.get(name) == _mark(run) and name not in kept:
+            kept.add(name)
+            if wanted.runs[name].enabled and run.mode == "DISABLE":
+                client.enable_recurring_run(run_id)
+                done.append(f"enabled {name}")
+            continue
+        if run.mode != "DISABLE":  # first, so that no run starts in between
+            client.disable_recurring_run(run_id)
+        runs = _pages(client.list_runs, "runs", experiment_id)
+        if active := [each.run_id for each in runs if each.recurring_run_id == run_id and each.state not in ENDS]:
+            done.append(f"disabled {name}; it is deleted by a later sync, since its run {', '.join(active)} goes on")
+            continue
+        client.delete_recurring_run(run_id)
+        why = ", which existed twice" if name in kept else ", which was different" if name in marks else ""
+        done.append(f"deleted {name}{why}")
+    for name in (name for name in wanted.runs if name not in kept):
+        schedule = wanted.runs[name]
+        client.create_recurring_run(
+            experiment_id=experiment_id,
+            job_name=name,
+            description=f"{schedule.description} [draft-model {marks[name]}]".strip(),
+            cron_expression=schedule.cron,
+            max_concurrency=schedule.max_concurrency,
+            no_catchup=not schedule.catch_up,
+            params=schedule.typed(),
+            pipeline_id=pipeline_id,
+            version_id=version_id,
+            enabled=schedule.enabled,
+            service_account=wanted.service_account,
+        )
+        done.append(f"created {name}")
     return done
-
-
-def _create(
-    server: Server, experiment_id: str, name: str, wanted: Schedules, version: tuple[str, str], mark: str
-) -> None:
-    schedule = wanted.runs[name]
-    server.client.create_recurring_run(
-        experiment_id=experiment_id,
-        job_name=name,
-        description=f"{schedule.description} [draft-model {mark}]".strip(),
-        cron_expression=schedule.cron,
-        max_concurrency=schedule.max_concurrency,
-        no_catchup=not schedule.catch_up,
-        params=schedule.typed(),
-        pipeline_id=version[0],
-        version_id=version[1],
-        enabled=schedule.enabled,
-        service_account=wanted.service_account,
-    )
 
 
 def _version(server: Server, name: str) -> tuple[str, str]:
     """Ids of the pipeline and of its version."""
-    pipelines = server.client.list_pipelines(namespace=server.namespace or None, filter=named(NAME)).pipelines
+    pipelines = server.client.list_pipelines(namespace=server.namespace or None, filter=by_name(NAME)).pipelines
     for pipeline in pipelines or ():
-        versions = server.client.list_pipeline_versions(pipeline.pipeline_id, filter=named(name)).pipeline_versions
+        versions = server.client.list_pipeline_versions(pipeline.pipeline_id, filter=by_name(name)).pipeline_versions
         for version in versions or ():
             return pipeline.pipeline_id, version.pipeline_version_id
     raise DraftModelError(
@@ -173,11 +156,12 @@ def _version(server: Server, name: str) -> tuple[str, str]:
     )
 
 
-def _recurring_runs(server: Server, experiment_id: str) -> Iterator[Any]:
+def _pages(ask: Callable[..., Any], kind: str, experiment_id: str) -> Iterator[Any]:
+    """All records of a list that comes in pages."""
     token = ""
     while True:
-        page = server.client.list_recurring_runs(page_token=token, page_size=_PAGE, experiment_id=experiment_id)
-        yield from page.recurring_runs or ()
+        page = ask(page_token=token, page_size=100, experiment_id=experiment_id)
+        yield from getattr(page, kind) or ()
         if not (token := page.next_page_token or ""):
             return
 
@@ -185,11 +169,6 @@ def _recurring_runs(server: Server, experiment_id: str) -> Iterator[Any]:
 def _mark(run: Any) -> str:
     found = _MARK.search(run.description or "")
     return found[1] if found else ""
-
-
-def _hash(wanted: Schedules, schedule: Schedule, version: str) -> str:
-    held = [schedule.model_dump(), wanted.service_account, version]
-    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @click.command()

@@ -51,6 +51,35 @@ def test_a_fault_of_ours_keeps_its_traceback(run):
     assert "ZeroDivisionError" in done.stderr
 
 
+@pytest.mark.parametrize("code", ["ENOSPC", "EROFS", "EACCES", "EDQUOT"])
+def test_what_the_machine_refuses_is_told_with_the_file_and_what_to_do(run, code):
+    body = f"import errno, os; raise OSError(errno.{code}, os.strerror(errno.{code}), '/data/file')"
+    for entry in (through_exit_code(body), f"with step('train'):\n    {body}"):
+        done = run(entry)
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+        assert done.stderr.startswith("error: /data/file: ")
+
+
+def test_a_machine_without_a_usable_scratch_folder_is_told(run):
+    full = "tempfile.gettempdir = lambda: tempfile._get_default_tempdir(); tempfile._candidate_tempdir_list = list"
+    body = f"import tempfile; {full}; tempfile.TemporaryDirectory()"
+    done = run(through_exit_code(body))
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert done.stderr.startswith("error: No usable temporary directory found")
+    assert "TMPDIR" in done.stderr
+
+
+def test_escape_sequences_in_a_message_do_not_reach_the_terminal(run):
+    done = run(through_exit_code(r"raise DraftModelError('a: \x1b[2J\x07 b')"))
+    assert done.stderr == "error: a: \\x1b[2J\\x07 b\n"
+
+
+def test_a_path_that_the_locale_cannot_write_is_printed_all_the_same(run):
+    body = r"print('/data/\udce9t\xe9')"
+    done = run(through_exit_code(body), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert (done.returncode, done.stdout) == (0, "/data/\\udce9t\\xe9\n")
+
+
 def test_ctrl_c(run):
     done = run(through_exit_code("os.kill(os.getpid(), signal.SIGINT)"))
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
@@ -88,7 +117,7 @@ def test_the_process_that_asked_for_it_gets_the_problems_as_a_list(run, tmp_path
     ],
 )
 def test_a_component_ends_as_its_body_does_and_leaves_no_scratch_folder(run, tmp_path, body, code):
-    done = run(f"with component('train') as folder:\n    (folder / 'large').touch(); print(folder)\n    {body}")
+    done = run(f"with step('train') as folder:\n    (folder / 'large').touch(); print(folder)\n    {body}")
     assert done.returncode == code
     assert done.stdout.startswith(f"{tmp_path}/work/train-")
     assert ("Traceback" in done.stderr) == (code == 1)
@@ -100,8 +129,8 @@ def test_after_a_step_has_failed_no_other_is_started_but_the_clean_up(run, tmp_p
     told = tmp_path / "error.json"
     told.write_text('["one: bad"]')
     body = "    print('begun')\n    raise DraftModelError('two: bad')"
-    done = run(f"with component('import'):\n{body}", **{ERROR_FILE: str(told)})
+    done = run(f"with step('import'):\n{body}", **{ERROR_FILE: str(told)})
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "not started, since another step of this run has failed\n"
     assert json.loads(told.read_text()) == ["one: bad"]
-    assert run("with component('clean-up'):\n    print('begun')", **{ERROR_FILE: str(told)}).stdout == "begun\n"
+    assert run("with step('clean-up'):\n    print('begun')", **{ERROR_FILE: str(told)}).stdout == "begun\n"

@@ -11,8 +11,7 @@ import pytest
 from contract import CONTRACT
 from jobs.requests import request
 
-from draft_model.jobs.pytorchjob import PyTorchJobs
-from draft_model.jobs.trainjob import TrainJobs
+from draft_model.jobs.render import pytorchjob, trainjob
 
 TESTS = Path(__file__).parent
 EFFECTS = {
@@ -21,9 +20,9 @@ EFFECTS = {
         "number_of_gpu_to_use_draft_model_training": "test_nodes_are_pods_and_gpus_are_processes",
     },
     "test_parameters.py": {"dp_size": "test_data_parallelism_that_was_set_and_does_not_fit_is_refused"},
-    "../kfp_pipeline/components/resolve_compute/tests/test_component.py": {
-        "instance_type_model_import": "test_what_the_import_gets_and_what_is_shown",
-        "compute_model_import": "test_a_named_compute_wins_over_the_instance_type",
+    "test_steps.py": {
+        "instance_type_model_import": "test_the_pods_of_import_and_data_set_get_the_nodes_of_the_compute",
+        "compute_model_import": "test_the_pods_of_import_and_data_set_get_the_nodes_of_the_compute",
     },
     "jobs/test_compute.py": {
         "instance_type_draft_model_training": "test_three_clouds_and_any_case",
@@ -89,11 +88,11 @@ def test_the_tests_are_there(file):
 def test_nodes_are_pods_and_gpus_are_processes():
     world = {"num_nodes_draft_model_training": 3, "number_of_gpu_to_use_draft_model_training": 4}
     wanted = request(**world, draft_global_batch_size=12, instance_type_draft_model_training="Standard_ND96isr_H100_v5")
-    (job,) = PyTorchJobs.render(wanted)
+    (job,) = pytorchjob(wanted)
     replicas = job["spec"]["pytorchReplicaSpecs"]
     assert replicas["Master"]["replicas"] + replicas["Worker"]["replicas"] == 3
     assert job["spec"]["nprocPerNode"] == "4"
     pod = replicas["Worker"]["template"]["spec"]["containers"][0]["resources"]
     assert pod["limits"]["nvidia.com/gpu"] == "4"
-    trainer = TrainJobs.render(wanted)[-1]["spec"]["trainer"]
+    trainer = trainjob(wanted)[-1]["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (3, 4)

@@ -8,7 +8,7 @@ import json
 import pytest
 import tiny
 from browser import BROWSER, Browser
-from evaluation.report_inputs import make_dataset, make_evaluation, make_training
+from evaluation.report_inputs import make_report
 
 from draft_model.dataset import REPORT_PAGE, DatasetConfig, run
 from draft_model.evaluation.report import write_report
@@ -63,7 +63,7 @@ TEXTS = """
 def pages(tmp_path_factory):
     """All pages, from inputs that fill each of their parts."""
     folder = tmp_path_factory.mktemp("pages")
-    write_report(folder / "evaluation.html", make_training(), make_evaluation(), make_dataset())
+    write_report(folder / "evaluation.html", make_report())
     source = {"pytorch_model_path": str(tiny.write_target(folder / "target"))}
     model = describe(DescriptionConfig(str(folder / "model"), folder / "work", validate(source, ["import"]))).uri
     rows = [json.dumps(row) for row in tiny.conversations(60)]

@@ -1,5 +1,7 @@
 """The contract's names, types, defaults and limits; a refusal names everything at once and is never a traceback."""
 
+import json
+import pickle
 import subprocess
 import sys
 
@@ -8,8 +10,8 @@ from contract import CONTRACT, KINDS
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draft_model.errors import DraftModelError
-from draft_model.parameters import PARAMETERS, STAGES, Parameters
+from draft_model.errors import DraftModelError, Problem, named_parameters
+from draft_model.parameters import PARAMETERS, REMOVED, STAGES, Parameters
 from draft_model.parameters.rules import problems_with, validate
 
 GIVEN = {"huggingface_id": "org/name", "dataset_train_split": "train.jsonl"}
@@ -48,7 +50,8 @@ def test_additions_come_after_the_contract_and_are_marked():
 
 def test_each_parameter_has_a_sentence_and_is_read_by_a_stage():
     assert all(p.help.strip() for p in PARAMETERS)
-    assert all(p.stages for p in PARAMETERS if p.name not in ("storage_uri", "dataset_pods"))  # the pipeline's own
+    assert all(p.stages for p in PARAMETERS if p.name != "storage_uri")  # every step's
+    assert len(PARAMETERS) - 35 < 32
 
 
 def test_defaults_and_what_must_be_given_are_enough():
@@ -100,6 +103,51 @@ def test_a_login_in_a_uri_is_refused_and_not_shown():
     assert problems_with({"mlflow_tracking_uri": "sqlite:////runs/mlflow.db"}, ["train"]) == []
 
 
+@pytest.mark.parametrize("seed", [-1, 2**53, 2**64])
+def test_a_seed_that_the_random_generators_do_not_take_is_refused(seed):
+    assert only(seed=seed) == f"seed: given {seed}; allowed: an integer 0..9007199254740991"
+    assert validate({**GIVEN, "seed": 2**53 - 1}).seed == 2**53 - 1
+
+
+@pytest.mark.parametrize("name", ["dataset_train_split", "huggingface_id", "storage_uri", "mlflow_tracking_uri"])
+@pytest.mark.parametrize("inside", ["\n", "\r", "\x00", "\x1b[2J", "\x7f", "\u2028"])
+def test_a_line_break_at_the_end_is_cut_and_one_inside_is_refused(name, inside):
+    plain = {"huggingface_id": "a/b"}.get(name, "http://host/a")
+    assert getattr(validate({**GIVEN, name: f" {plain}\n"}), name) == plain
+    assert "it has a line break or control character inside" in only(**{name: plain + inside + "c"})
+
+
+@pytest.mark.parametrize("uri", ["mlflow:5000", "mlflow.example.com/path", "mlruns"])
+def test_a_tracking_server_has_a_scheme(uri):
+    assert only(mlflow_tracking_uri=uri).startswith(
+        f"mlflow_tracking_uri: given '{uri}'; it has no scheme: write http://{uri} or https://{uri}"
+    )
+    for taken in ("", "http://mlflow:5000", "databricks", "sqlite:////runs/mlflow.db", "./mlruns", "/mlruns"):
+        assert problems(mlflow_tracking_uri=taken) == []
+
+
+@pytest.mark.parametrize("name", ["", " ", "Mine", "a_b", "-a"])
+def test_a_secret_has_a_name_since_kfp_refuses_an_empty_one(name):
+    found = only(object_store_secret=name)
+    assert found.startswith(f"object_store_secret: given '{name.strip()}'; it must be the name of a Secret")
+    assert found.endswith("name one that does not exist, such as `none`")
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_a_parameter_that_was_taken_away_is_refused_with_the_reason(name):
+    assert only(**{name: "1"}) == f"{name}: no longer a parameter: {REMOVED[name]}; leave it out"
+
+
+def test_a_problem_knows_its_parameter_and_reads_as_a_sentence():
+    error = DraftModelError([Problem("a", "given 1"), "elsewhere: bad"])
+    assert str(error) == "2 problems:\n  - a: given 1\n  - elsewhere: bad"
+    assert named_parameters(error.problems) == {"a"}
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.problems, named_parameters(copy.problems)) == (error.problems, {"a"})
+    assert json.loads(json.dumps(error.problems)) == error.problems
+    assert Problem.of("a", "a: given 1") == Problem.of("a", "given 1") == "a: given 1"
+
+
 def test_all_problems_come_at_once_each_with_parameter_value_and_what_is_allowed():
     wrong = {
         "num_epochs": 0,
@@ -136,7 +184,7 @@ def test_all_problems_come_at_once_each_with_parameter_value_and_what_is_allowed
         (" 3 ", "num_epochs", 3),
         ("3.0", "num_epochs", 3),
         (3.0, "num_epochs", 3),  # as KFP hands integers over
-        ("-7", "seed", -7),
+        ("7", "seed", 7),
         ("5e-5", "learning_rate", 5e-5),
         ("1", "learning_rate", 1.0),
         (1, "warmup_ratio", 1.0),
@@ -272,7 +320,7 @@ values = st.one_of(
     st.lists(st.integers(), max_size=2), st.sampled_from(["1", "2", "1e-3", "true", "qwen", "a/b", "s3://b/k"]),
     st.text(st.characters(categories=["Cs"]), min_size=1, max_size=2),
 )  # fmt: skip
-names = st.one_of(st.sampled_from([p.name for p in PARAMETERS]), st.text(max_size=12))
+names = st.one_of(st.sampled_from([*REMOVED, *(p.name for p in PARAMETERS)]), st.text(max_size=12))
 
 
 @given(st.dictionaries(names, values, max_size=6), st.booleans())

@@ -15,7 +15,7 @@ from model_import.hub_server import TOKEN, Hub
 from draft_model import storage
 from draft_model.dataset import files
 from draft_model.errors import DraftModelError
-from draft_model.preflight import check, look
+from draft_model.preflight import check, inspect_run
 
 
 @pytest.fixture(params=["local", "file", "s3"])
@@ -237,8 +237,9 @@ def run(tmp_path):
     put(str(tmp_path), "train.jsonl")
 
     def run(root=None, **values):
-        given = {"huggingface_id": "org/name", "dataset_train_split": str(tmp_path / "train.jsonl"), **values}
-        return look(given, root or str(tmp_path), tmp_path / "work")
+        given = {"huggingface_id": "org/name", "dataset_train_split": str(tmp_path / "train.jsonl")}
+        given |= {"compute_model_import": "cpu-pool", **values}
+        return inspect_run(given, root or str(tmp_path), tmp_path / "work")
 
     return run
 
@@ -247,18 +248,42 @@ def run(tmp_path):
 def hub(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
-    put(str(tmp_path / "repository"), "config.json")
+    put(str(tmp_path / "repository"), "config.json", content=b'{"max_position_embeddings": 1024}')
     with Hub(tmp_path / "repository") as server:
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 
 
 def test_the_hub_is_asked_whether_it_has_the_model(hub, run):
-    assert (run().problems, run().notes) == ([], [])
+    found = run(max_length=1024)
+    assert (found.problems, found.notes) == ([], [])
     (found,) = run(huggingface_id="org/name@nowhere").problems
     assert found.startswith("huggingface_id: org/name@nowhere cannot be downloaded: it has no such revision")
-    assert not any(method == "GET" and "/api/" not in path for method, path, *_ in hub.requests)  # no file
+    files = {path.rpartition("/")[2] for method, path, *_ in hub.requests if method == "GET" and "/api/" not in path}
+    assert files == {"config.json"}
+
+
+def test_conversations_longer_than_the_target_knows_positions_are_a_note(hub, run, tmp_path):
+    (note,) = run().notes
+    assert note.startswith("max_length: given 2048, but the target's config.json has max_position_embeddings = 1024")
+    nested = b'{"text_config": {"max_position_embeddings": 512}}'
+    put(str(tmp_path), "model/config.json", content=nested)
+    (note,) = run(huggingface_id="", pytorch_model_path=str(tmp_path / "model"), max_length=513).notes
+    assert note.endswith("use max_length=512")
+
+
+def test_a_default_instance_type_binds_no_pod_where_nothing_says_that_the_cluster_has_it(hub, run, monkeypatch):
+    default = {"compute_model_import": "serverless", "max_length": 1024}
+    found = run(**default)
+    assert found.nodes["import"].node_selector == {}
+    (note,) = found.notes
+    assert note.startswith("instance_type_model_import: left at its default, and without a compute_map")
+    named = run(**default, instance_type_model_import="Standard_D8s_v5")
+    assert named.nodes["import"].node_selector == {"node.kubernetes.io/instance-type": "Standard_D8s_v5"}
+    assert named.notes == []
 
 
 def test_a_hub_that_cannot_be_reached_from_here_is_left_to_the_import(run, monkeypatch):
@@ -269,7 +294,7 @@ def test_a_hub_that_cannot_be_reached_from_here_is_left_to_the_import(run, monke
     assert found.problems == []
     (note,) = found.notes
     assert "http://127.0.0.1:9 cannot be reached" in note
-    assert note.startswith("not looked at from here")
+    assert note.startswith("huggingface_id: not checked from here")
 
 
 @pytest.fixture
@@ -335,9 +360,18 @@ def test_in_a_pod_a_note_says_what_the_evaluations_pod_must_reach(benchmarks, ru
 def test_the_object_store_is_written_to_with_the_later_steps_keys(hub, run, object_store):
     place = f"s3://{object_store.bucket}/{uuid.uuid4().hex}"
     put(place, "there.json")
-    for found in (run(place), run(storage_uri=place), run(place.replace("s3://", "minio://"))):
+    shared = {"max_length": 1024, "checkpoint_path": f"{place}/shared"}
+    for found in (run(place, **shared), run(storage_uri=place, **shared), run(place.replace("s3", "minio"), **shared)):
         assert (found.problems, found.notes) == ([], [])
-    assert list(storage.contents_of(place)) == ["there.json"]  # nothing is left
+    assert list(storage.list_files(place)) == ["there.json"]  # nothing is left
+
+
+def test_a_prefix_that_a_namespace_may_not_write_is_explained(hub, run, object_store, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    place = f"minio://{object_store.bucket}/private-artifacts/team/v2/artifacts"
+    (found,) = run(place, storage_uri=f"minio://{object_store.bucket}/mine").problems
+    assert found.startswith("storage_uri: ")
+    assert found.endswith("private-artifacts/<namespace>/, private/<namespace>/, artifacts/ and shared/")
 
 
 def test_a_store_that_refuses_is_told_with_the_secret_that_is_not_there(hub, run, object_store, monkeypatch):
@@ -354,10 +388,10 @@ def test_a_store_that_refuses_is_told_with_the_secret_that_is_not_there(hub, run
     assert secret.startswith("object_store_secret: given 'ours'; this pod has no keys: there is no Secret ours, or ")
 
 
-def test_a_pipeline_root_that_no_step_can_use_is_told(hub, run, monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    (found,) = run("gs://bucket/pipeline").problems
-    assert found.startswith("the pipeline root: gs://bucket/pipeline cannot be written, read and cleared: ")
+@pytest.mark.parametrize("root", ["gs://bucket/pipeline", "s3://bucket/pipeline?region=us-east-1"])
+def test_a_pipeline_root_that_no_step_can_use_is_told(hub, run, root):
+    (found,) = run(root).problems
+    assert found.startswith(f"the pipeline root: given {root}; steps and training pods read and write s3:// and minio")
 
 
 def test_everything_is_told_at_once_and_shown(hub, run, tmp_path):

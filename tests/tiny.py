@@ -74,7 +74,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def write_target(folder: Path, seed: int = 0) -> Path:
+def write_target(folder: Path, seed: int = 0, **changes) -> Path:
     """A Transformers folder: a tiny Llama with a ChatML tokenizer trained on the Greek letters."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -90,8 +90,9 @@ def write_target(folder: Path, seed: int = 0) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|im_end|>")
     tokenizer.chat_template = CHATML
     model = llama(
-        seed, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+        seed, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        **changes,
+    )  # fmt: skip
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

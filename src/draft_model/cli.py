@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from draft_model.doors import exit_code
+from draft_model.doors import exit_code, printable
 from draft_model.options import SETTINGS, WORK, Group, given, options_of, scratch, uri
-from draft_model.parameters import PARAMETERS
+from draft_model.parameters import PARAMETERS, Parameters, Stage
+from draft_model.shown import table
 from kfp_pipeline.commands import COMMANDS
 
 
@@ -30,6 +33,16 @@ def cli() -> None:
     """  # noqa: D301
 
 
+@contextmanager
+def _checked(stage: Stage, options: dict[str, Any], work: Path | None) -> Iterator[tuple[Parameters, Path]]:
+    """The parameters of a stage, with every input that they name read; and a scratch folder."""
+    from draft_model.preflight import check
+
+    parameters = check(given(options), [stage])
+    with scratch(work) as folder:
+        yield parameters, folder
+
+
 @cli.command("import")
 @uri("output", "Where the imported model goes.")
 @options_of("import")
@@ -41,37 +54,24 @@ def import_command(output: str, work: Path | None, **options: Any) -> None:
     draft-model import --huggingface_id Qwen/Qwen3-8B --output s3://bucket/qwen3-8b
     """  # noqa: D301
     from draft_model.model_import import ImportConfig, run
-    from draft_model.preflight import check
 
-    parameters = check(given(options), ["import"])
-    with scratch(work) as folder:
+    with _checked("import", options, work) as (parameters, folder):
         click.echo(run(ImportConfig(output=output, work=folder, parameters=parameters)).uri)
-
-
-def _share(_: click.Context, __: click.Parameter, part: str | None) -> tuple[int, int] | None:
-    if part is None:
-        return None
-    number, _slash, parts = part.partition("/")
-    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise click.BadParameter(f"given {part!r}; allowed: I/N with I from 1 to N, as 1/8")
-    return int(number) - 1, int(parts)
 
 
 @cli.command("dataset")
 @uri("model", "The imported model.")
 @uri("output", "Where the data set goes.")
 @options_of("dataset")
-@click.option(
-    "--part", metavar="I/N", callback=_share, help="Encode one of N parts; without it, what is missing, and merge."
-)
 @WORK
-def dataset_command(model: str, output: str, part: tuple[int, int] | None, work: Path | None, **options: Any) -> None:
+def dataset_command(model: str, output: str, work: Path | None, **options: Any) -> None:
     """Turn conversations (JSONL) into tokens, loss masks and the draft vocabulary.
 
     A line is {"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]};
     `messages`, ShareGPT's from/value, tools, tool calls, reasoning_content and rendered `text` are taken too. An
     assistant message with "finish": "length" was cut: its end-of-turn token is not learnt. The files may be given as
-    a path, a folder or a glob, on disk, s3://, gs:// or https://. What was interrupted goes on where it was.
+    a path, a folder or a glob, on disk, s3://, hf://, gs://, abfs:// or https://. What was interrupted goes on where
+    it was.
 
     In the output, report.html shows in colour what is learnt of three conversations, and rejected.jsonl has each line
     that cannot be used, with its number and reason. docs/data.md has the whole of it.
@@ -79,18 +79,11 @@ def dataset_command(model: str, output: str, part: tuple[int, int] | None, work:
     \b
     draft-model dataset --model s3://bucket/qwen3-8b --dataset_train_split 's3://bucket/chats/*.jsonl.gz' \\
         --chat_template qwen --output s3://bucket/dataset
-    Several machines at once:   draft-model dataset --part 1/8 ...   to --part 8/8, then without --part.
     """  # noqa: D301
-    from draft_model.dataset import DatasetConfig, run, run_part
-    from draft_model.preflight import check
+    from draft_model.dataset import DatasetConfig, run
 
-    parameters = check(given(options), ["dataset"])
-    with scratch(work) as folder:
-        config = DatasetConfig(model=model, output=output, parameters=parameters, work=folder)
-        if part:
-            run_part(config, *part)
-        else:
-            click.echo(run(config).uri)
+    with _checked("dataset", options, work) as (parameters, folder):
+        click.echo(run(DatasetConfig(model=model, output=output, parameters=parameters, work=folder)).uri)
 
 
 @cli.command("train")
@@ -107,11 +100,9 @@ def train_command(model: str, dataset: str, output: str, work: Path | None, **op
         --number_of_gpu_to_use_draft_model_training 8 --draft_global_batch_size 64
     """  # noqa: D301
     from draft_model import jobs
-    from draft_model.preflight import check
     from draft_model.training import TrainConfig
 
-    parameters = check(given(options), ["train"])
-    with scratch(work) as folder:
+    with _checked("train", options, work) as (parameters, folder):
         config = TrainConfig(model=model, dataset=dataset, output=output, work=folder, parameters=parameters)
         click.echo(jobs.run(config).final)
 
@@ -129,22 +120,17 @@ def evaluate_command(model: str, dataset: str, draft: str, work: Path | None, **
     draft-model evaluate --model s3://bucket/qwen3-8b --dataset s3://bucket/dataset --draft s3://bucket/draft/final
     """  # noqa: D301
     from draft_model.evaluation import EvaluateConfig, run
-    from draft_model.preflight import check
+    from draft_model.steps import evaluation_sentence
 
-    parameters = check(given(options), ["evaluate"])
-    with scratch(work) as folder:
+    with _checked("evaluate", options, work) as (parameters, folder):
         config = EvaluateConfig(model=model, dataset=dataset, final=draft, work=folder, parameters=parameters)
-        result = run(config)
-        click.echo(
-            f"acceptance length {result.acceptance_length:.2f} (untrained {result.untrained_acceptance_length:.2f}), "
-            f"{result.compared_tokens} tokens equal to the target's own; report beside {result.final}"
-        )
+        click.echo(evaluation_sentence(run(config)))
 
 
 @cli.command("compare")
 @uri("model", "The target, imported or a Transformers folder.")
 @click.option(
-    "--dataset", default="", show_default=False, metavar="URI", help="Built data set; its validation split is decoded."
+    "--dataset", default="", show_default=False, metavar="URI", help="Built data set, decoded by its validation split."
 )
 @click.option("--json", "file", type=click.Path(path_type=Path), help="File for the comparison as JSON.")
 @click.argument("drafts", nargs=-1, required=True, metavar="DRAFT DRAFT...")
@@ -161,21 +147,13 @@ def compare_command(
     """  # noqa: D301
     import json
 
-    from rich.console import Console
-    from rich.table import Table
+    from draft_model.evaluation import compare
 
-    from draft_model.preflight import check
-
-    parameters = check(given(options), ["evaluate"])
-    from draft_model.evaluation.compare import CompareConfig, compare, table
-
-    with scratch(work) as folder:
-        records = compare(CompareConfig(model, dataset, drafts, folder, parameters))
-    head, *rows = table(records)
-    shown = Table(*head, title=f"on {records[0]['hardware']}, {parameters.num_speculative_tokens} proposals, greedy")
-    for row in rows:
-        shown.add_row(*row)
-    Console().print(shown)
+    with _checked("evaluate", options, work) as (parameters, folder):
+        records = compare.compare(compare.CompareConfig(model, dataset, drafts, folder, parameters))
+    heads, *rows = compare.table(records)
+    title = f"on {records[0]['hardware']}, {parameters.num_speculative_tokens} proposals, greedy"
+    _print_table(rows, heads, title=title)
     if file is not None:
         file.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
@@ -203,19 +181,6 @@ def export_command(draft: str, form: Any, target: str, output: str, work: Path |
         click.echo(export(draft, form, output, folder, target))
 
 
-@cli.command("track")
-@click.argument("log", metavar="LOG")
-def track_command(log: str) -> None:
-    """Send MLflow the log that a stage kept because the tracking server was away; sending it again changes nothing.
-
-    \b
-    MLFLOW_TRACKING_URI=http://mlflow:5000 draft-model track s3://b/run/output_model_path/tracking-train-0a1b2c3d.jsonl
-    """  # noqa: D301
-    from draft_model.tracking import send_log
-
-    click.echo(send_log(log))
-
-
 @cli.command("plan")
 @click.option("--config", required=True, metavar="URI", help="The target's config.json, or its folder.")
 @click.option("--memory", default=80.0, help="Of a GPU, GB.")
@@ -235,9 +200,6 @@ def plan_command(
     draft-model plan --config docs/targets/llama-3.3-70b.json --tp_size 4 \\
         --number_of_gpu_to_use_draft_model_training 8 --draft_global_batch_size 64
     """  # noqa: D301
-    from rich.console import Console
-    from rich.table import Table
-
     from draft_model.preflight import check
     from draft_model.training import plan
 
@@ -246,10 +208,21 @@ def plan_command(
     target = plan.read_config(config)
     draft = plan.draft_of(target, parameters)
     made = plan.make_plan(target, draft, parameters, cluster, plan.Workload(tokens, supervised))
-    table = Table(show_header=False)
-    for name, value in plan.rows_of(made, parameters, cluster):
-        table.add_row(name, value)
-    Console(width=110).print(table)
+    _print_table(plan.rows_of(made, parameters, cluster), width=110)
+
+
+def _print_table(
+    rows: Iterable[Iterable[str]], heads: Iterable[str] = (), *, title: str = "", width: int | None = None
+) -> None:
+    """Prints a table; what stands in it may be a stranger's text, and is neither markup nor a terminal's command."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    shown = Table(*heads, title=escape(title), show_header=bool(heads))
+    for row in rows:
+        shown.add_row(*(escape(printable(value)) for value in row))
+    Console(width=width).print(shown)
 
 
 @cli.command("parameters")
@@ -264,14 +237,17 @@ def parameters_command() -> None:
 
 def parameter_table() -> str:
     """All parameters as a Markdown table, the contract's first."""
-    rows = ["| parameter | type | default | allowed | meaning |", "|---|---|---|---|---|"]
-    for p in PARAMETERS:
-        default = f"`{p.default}`" if p.default != "" and p.name != "total_steps" else "-"
-        allowed = ", ".join(f"`{choice}`" for choice in p.choices) or p.allowed
-        unit = f", {p.unit}" if p.unit else ""
-        name = f"{p.name} (addition)" if p.addition else p.name
-        rows.append(f"| {name} | {p.kind}{unit} | {default} | {allowed} | {p.help} |")
-    return "\n".join(rows)
+    rows = [
+        (
+            f"{p.name} (addition)" if p.addition else p.name,
+            f"{p.kind}, {p.unit}" if p.unit else p.kind,
+            f"`{p.default}`" if p.default != "" and p.name != "total_steps" else "-",
+            ", ".join(f"`{choice}`" for choice in p.choices) or p.allowed,
+            p.help,
+        )
+        for p in PARAMETERS
+    ]
+    return table(rows, ("parameter", "type", "default", "allowed", "meaning"), raw=True).rstrip("\n")
 
 
 for _command in COMMANDS:
@@ -279,7 +255,7 @@ for _command in COMMANDS:
 
 
 def main() -> None:
-    """The command line's door: 0, or 2 for a user's mistake, without a traceback."""
+    """The command line: exits with 0, or with 2 for a user's mistake, without a traceback."""
     sys.exit(exit_code(_command_line))
 
 

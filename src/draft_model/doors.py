@@ -1,10 +1,13 @@
-"""What every door does alike (command line, KFP component, job pod): logs, and how a run ends."""
+"""What all entry points share (command line, KFP component, job pod): logs, and how a process ends."""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -14,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from draft_model.errors import DraftModelError
+from draft_model.processes import end_with_root
 
 USER_ERROR = 2
 TERMINATED = 128 + signal.SIGTERM
@@ -21,9 +25,20 @@ TERMINATED = 128 + signal.SIGTERM
 ERROR_FILE = "DRAFT_MODEL_ERROR_FILE"
 """Environment variable: where a process of a job leaves its problems for the one that started it."""
 
-
 WORK_FOLDER = "DRAFT_MODEL_WORK"
 """Environment variable: where the KFP components put their scratch folders."""
+
+_NO_SPACE = (
+    "make room there (df -h, df -i), or work on another disk: --work or --folder, TMPDIR, and for the pipeline's steps "
+    f"{WORK_FOLDER}"
+)
+_MACHINE = {
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: _NO_SPACE,
+    errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: "change its permissions, or choose another",
+}
+"""What to do where the operating system refuses a file."""
 
 
 def set_up_logging() -> None:
@@ -41,69 +56,92 @@ def set_up_logging() -> None:
 
 
 def raise_on_sigterm() -> None:
-    """Turns SIGTERM into SystemExit, so that `finally` blocks end what was started."""
+    """Turns SIGTERM, and SIGHUP of a closed terminal, into SystemExit, so that `finally` ends what was started."""
 
     def terminate(*_: object) -> None:
         raise SystemExit(TERMINATED)
 
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, terminate)
+
+
+def user_error(error: BaseException) -> DraftModelError | None:
+    """The problems of an exception that the user can put right; None for a fault of ours."""
+    if isinstance(error, DraftModelError):
+        return error
+    if isinstance(error, OSError) and error.errno in _MACHINE and (error.filename or error.errno == errno.ENOSPC):
+        return DraftModelError(f"{error.filename or 'a disk'}: {error.strerror}; {_MACHINE[error.errno]}")
+    if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
+        return DraftModelError(f"{error.strerror}; {_NO_SPACE}")
+    return None
 
 
 def report(error: DraftModelError) -> None:
-    """Tells the user's mistake: to the process that started this one where it asked for it, and to standard error."""
+    """Prints the problems to standard error, or writes them to ERROR_FILE for the process that set it."""
     if path := os.environ.get(ERROR_FILE):
         # Several processes may fail at once, and the first end makes torchrun stop the others.
         own = Path(f"{path}.{os.getpid()}")
         own.write_text(json.dumps(error.problems), encoding="utf-8")
         own.replace(path)
     else:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Text of any origin for a terminal: control characters, which could be escape sequences, written out."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def exit_code(work: Callable[[], None]) -> int:
-    """Runs a door's work and says how it ended.
+    """Runs an entry point's work.
 
     Args:
-        work: what the door is for.
+        work: what the entry point is for.
 
     Returns:
-        0; 2 for a user's mistake, told without a traceback; 130 after Ctrl-C; 1 for a fault of ours, with its
-        traceback. SystemExit passes through.
+        0; 2 for a user's mistake, without a traceback; 130 after Ctrl-C; 1 for a fault of ours, with its traceback.
+        SystemExit passes through.
     """
     set_up_logging()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have bytes that the locale's encoding cannot write
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         work()
-    except DraftModelError as error:
-        report(error)
-        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except Exception:
-        traceback.print_exc()
-        return 1
+    except Exception as error:
+        if (mistake := user_error(error)) is None:
+            traceback.print_exc()
+            return 1
+        report(mistake)
+        return USER_ERROR
     return 0
 
 
 @contextmanager
-def component(stage: str) -> Iterator[Path]:
-    """The door of a KFP component: logs, a scratch folder, and an end without a traceback for a user's mistake.
+def step(name: str) -> Iterator[Path]:
+    """Runs the body of a KFP component: logs, a scratch folder, and no traceback for a user's mistake.
 
     Args:
-        stage: names the scratch folder.
+        name: of the step; names the scratch folder.
 
     Yields:
         A scratch folder below DRAFT_MODEL_WORK (default: the machine's temporary folder), removed at the end.
     """
     set_up_logging()
     raise_on_sigterm()
-    if stage != "clean-up" and (told := os.environ.get(ERROR_FILE)) and Path(told).exists():
-        # kfp.local goes on with steps that do not come after the one that failed.
+    end_with_root()
+    if name != "clean-up" and (path := os.environ.get(ERROR_FILE)) and Path(path).exists():
+        # kfp.local starts steps that do not depend on the one that failed.
         print("not started, since another step of this run has failed", file=sys.stderr)
         raise SystemExit(USER_ERROR)
-    with TemporaryDirectory(prefix=f"{stage}-", dir=os.environ.get(WORK_FOLDER)) as folder:
-        try:
+    try:
+        with TemporaryDirectory(prefix=f"{name}-", dir=os.environ.get(WORK_FOLDER)) as folder:
             yield Path(folder)
-        except DraftModelError as error:
-            report(error)
-            raise SystemExit(USER_ERROR) from None
+    except Exception as error:
+        if (mistake := user_error(error)) is None:
+            raise
+        report(mistake)
+        raise SystemExit(USER_ERROR) from None

@@ -1,19 +1,46 @@
-"""The one exception that a user's mistake raises: sentences to act on, all of them at once."""
+"""The exception for what a user can put right: sentences to act on, all of them at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 
-class DraftModelError(Exception):
-    """What the user can put right: a bad parameter, an unreadable file, a store that refuses.
+class Problem(str):
+    """A sentence about one parameter, `parameter: message`, that also knows which parameter it is about.
 
-    Every door (CLI, KFP component, job pod) prints the problems without a traceback and exits with 2. Anything
+    Args:
+        parameter: name of the parameter, or several names with commas between.
+        message: what was given, what is allowed and what to do.
+    """
+
+    parameter: str
+    message: str
+
+    def __new__(cls, parameter: str, message: str) -> Problem:
+        """Joins both into the sentence that users read."""
+        problem = super().__new__(cls, f"{parameter}: {message}")
+        problem.parameter, problem.message = parameter, message
+        return problem
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]  # exceptions are pickled between processes
+        """The arguments that make a copy."""
+        return self.parameter, self.message
+
+    @classmethod
+    def of(cls, parameter: str, problem: str) -> Problem:
+        """A sentence from elsewhere as one about this parameter, which it may name already."""
+        return cls(parameter, problem.removeprefix(f"{parameter}: "))
+
+
+class DraftModelError(Exception):
+    """A bad parameter, an unreadable file, a store that refuses.
+
+    Each entry point (CLI, KFP component, job pod) prints the problems without a traceback and exits with 2. Anything
     else that escapes is a fault of ours and keeps its traceback.
 
     Args:
-        problems: one sentence, or a list of them; each names the parameter or file, what was given, what is
-            allowed and what to do.
+        problems: one sentence, or several; each names the parameter or file, what was given, what is allowed and what
+            to do.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -28,3 +55,8 @@ class DraftModelError(Exception):
 
 class StoreUnavailable(DraftModelError):
     """An object store that cannot be reached, or is too busy to answer: worth another try later."""
+
+
+def named_parameters(problems: Sequence[str]) -> set[str]:
+    """The parameters that problems are about; sentences about none of them are left out."""
+    return {problem.parameter for problem in problems if isinstance(problem, Problem)}

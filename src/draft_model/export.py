@@ -8,13 +8,16 @@ under `layers.0`, and a configuration that names the target, so that `vllm serve
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
+
+logger = logging.getLogger(__name__)
 
 Format = Literal["vllm", "sglang", "speculators"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -54,16 +57,21 @@ def export(draft: str, form: Format, output: str, work: Path, target: str = "") 
 
     loaded = read_checkpoint(draft, work / "draft")
     source = fetched(draft, work / "draft")
+    layers = feature_layers(loaded.config)
     folder = work / "exported"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*_LEFT_OUT))
     config = loaded.config
     tensors = {name: tensor.contiguous() for name, tensor in loaded.tensors.items()}
     if form == "speculators":
-        config = _speculators(config, _target(source, target, draft))
+        config = _speculators(config, layers, _target(source, target, draft))
         tensors = {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in tensors.items()}
     else:
-        config = _ENGINES[form](config)
+        outside = {key: value for key, value in config.items() if key not in (_LAYERS, "eagle_config")}
+        nested: dict[str, Any] = {"use_aux_hidden_state": True}
+        if layers and form == "sglang":
+            nested[_LAYERS] = [layer - 1 for layer in layers]
+        config = outside | ({_LAYERS: layers} if layers and form == "vllm" else {}) | {"eagle_config": nested}
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -72,27 +80,34 @@ def export(draft: str, form: Format, output: str, work: Path, target: str = "") 
 
 
 def fetched(uri: str, work: Path) -> Path:
-    """A folder as a local one: verified where it has a manifest, else as it is."""
-    whole = storage.exists(storage.join(uri, storage.MANIFEST))
-    return storage.fetch(uri, work) if whole else storage.fetch_tree(uri, work)
+    """A folder as a local one: verified where it has a manifest; of another trainer as it is.
+
+    Raises:
+        DraftModelError: when it is a draft of this project without its manifest.
+    """
+    if storage.exists(storage.join(uri, storage.MANIFEST)):
+        return storage.fetch(uri, work)
+    if storage.exists(storage.join(uri, "training.json")):
+        raise DraftModelError(
+            f"{uri} has a training.json of this project but no {storage.MANIFEST}: it is incomplete, or was copied in "
+            "part; copy the whole folder"
+        )
+    logger.info("%s has no %s: its files are taken unchecked", uri, storage.MANIFEST)
+    return storage.fetch_tree(uri, work)
 
 
-def _vllm(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers as vLLM counts them: after how many of the target's layers."""
-    return {key: value for key, value in config.items() if key != "eagle_config"} | {
-        "eagle_config": {"use_aux_hidden_state": True}
-    }
+def feature_layers(config: Mapping[str, Any]) -> list[int] | None:
+    """After how many of the target's layers a draft's features are taken; None where its engine's default holds.
+
+    vLLM reads the top level and counts so. SGLang reads `eagle_config` and adds one. Others write one of them or none.
+    """
+    nested = (config.get("eagle_config") or {}).get(_LAYERS)
+    if config.get(_LAYERS) is not None:
+        return list(config[_LAYERS])
+    return None if nested is None else [layer + 1 for layer in nested]
 
 
-def _sglang(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers as SGLang counts them."""
-    return {key: value for key, value in config.items() if key != _LAYERS}
-
-
-_ENGINES: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"vllm": _vllm, "sglang": _sglang}
-
-
-def _speculators(config: Mapping[str, Any], verifier: Mapping[str, Any]) -> dict[str, Any]:
+def _speculators(config: Mapping[str, Any], layers: list[int] | None, verifier: Mapping[str, Any]) -> dict[str, Any]:
     """Configuration of a draft in the format of speculators 0.9 (models/eagle3/config.py, config.py)."""
     return {
         "architectures": ["Eagle3DraftModel"],
@@ -101,7 +116,7 @@ def _speculators(config: Mapping[str, Any], verifier: Mapping[str, Any]) -> dict
         "has_no_defaults_at_init": False,
         "draft_vocab_size": config["draft_vocab_size"],
         "target_hidden_size": config.get("target_hidden_size", config["hidden_size"]),
-        _LAYERS: config[_LAYERS],
+        **({_LAYERS: layers} if layers else {}),
         "norm_before_residual": False,
         "norm_before_fc": False,
         "embed_requires_grad": False,

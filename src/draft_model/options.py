@@ -1,4 +1,4 @@
-"""Options that the commands share, and parameters as options; mistakes are told all at once, with the nearest name."""
+"""Parameters as options of commands, and the options that commands share."""
 
 from __future__ import annotations
 
@@ -11,55 +11,16 @@ from typing import Any
 import click
 
 from draft_model.doors import raise_on_sigterm
-from draft_model.errors import DraftModelError
-from draft_model.parameters import PARAMETERS, Parameter, Stage, parameters_of
-from draft_model.parameters.rules import problems_with
+from draft_model.errors import DraftModelError, named_parameters
+from draft_model.parameters import PARAMETERS, REMOVED, Parameter, Stage, parameters_of
+from draft_model.parameters.rules import problems_with, unknown
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
-
 Decorator = Callable[[Any], Any]
-
-
-class Command(click.Command):
-    """A command that tells all that is wrong with its options, where click stops at the first."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parses as click does; a second look, only after a mistake, gathers the others."""
-        given = [*args]
-        try:
-            return super().parse_args(ctx, args)
-        except click.UsageError as first:
-            problems = list(self._problems(ctx, given))
-            if len(problems) < 2:
-                raise
-            listed = "\n".join([f"{len(problems)} problems:", *(f"  - {problem}" for problem in problems)])
-            raise click.UsageError(listed, ctx) from first
-
-    def _problems(self, ctx: click.Context, args: list[str]) -> Iterator[str]:
-        values: dict[str, Any] = {}
-        while args:
-            try:
-                values, *_ = self.make_parser(ctx).parse_args([*args])
-                break
-            except click.NoSuchOption as error:
-                yield error.format_message()
-                unknown = _normal(error.option_name)
-                left = [arg for arg in args if _normal(arg.partition("=")[0]) != unknown]
-                args = left if len(left) < len(args) else []
-            except click.UsageError as error:
-                yield error.format_message()
-                return
-        for param in self.get_params(ctx):
-            try:
-                param.handle_parse_result(ctx, values, [])
-            except click.UsageError as error:
-                yield error.format_message()
 
 
 class Group(click.Group):
     """Commands in the order in which they are used."""
-
-    command_class = Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """As they were added."""
@@ -80,14 +41,12 @@ SETTINGS = {
 
 def _option(parameter: Parameter) -> Decorator:
     """A click option of one parameter; its value stays text, so that validation sees all of them at once."""
-    notes = [f"Unit: {parameter.unit}."] if parameter.unit else []
-    notes += [f"Allowed: {parameter.allowed}."] if parameter.allowed else []
+    default = f"  [default: {parameter.default}]" if parameter.default != "" else ""
     return click.option(
         f"--{parameter.name}",
         metavar="|".join(parameter.choices) or _METAVARS[parameter.type],
         default=None,
-        help=" ".join([parameter.help, *notes])
-        + (f"  [default: {parameter.default}]" if parameter.default != "" else ""),
+        help=parameter.description + default,
         show_default=False,
     )
 
@@ -95,7 +54,15 @@ def _option(parameter: Parameter) -> Decorator:
 def options_of(stage: Stage, *others: str) -> Decorator:
     """The options of a stage's parameters, and of some others by name."""
     chosen = [*parameters_of(stage), *(parameter for parameter in PARAMETERS if parameter.name in others)]
-    return together(*map(_option, chosen))
+    return together(*map(_option, chosen), *map(_removed_option, REMOVED))
+
+
+def _removed_option(name: str) -> Decorator:
+    def refuse(_: click.Context, __: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            raise click.UsageError(f"--{unknown(name)}")
+
+    return click.option(f"--{name}", hidden=True, expose_value=False, callback=refuse)
 
 
 def together(*options: Decorator) -> Decorator:
@@ -161,7 +128,7 @@ def values_of(params: Path | None, settings: tuple[str, ...]) -> dict[str, Any]:
     if problems:
         others = problems_with(values)
         # What a file that was not read may hold is not missing.
-        problems += [o for o in others if o.partition(":")[0] in values] if unread else others
+        problems += [other for other in others if not unread or named_parameters([other]) <= values.keys()]
         raise DraftModelError(problems)
     return values
 

@@ -1,7 +1,7 @@
-"""What can be known to be wrong before any heavy step starts.
+"""Everything that can be known to be wrong before a heavy step starts.
 
-`check` looks at parameters and at every input that they name: the command line's door. `look` is the pipeline's first
-step: it also asks the Hub, writes to the object store as the later steps will, and asks the cluster for what the
+`check` reads parameters and every input that they name: what a command line does. `inspect_run` is the pipeline's
+first step: it also asks the Hub, writes to the object store as the later steps will, and asks the cluster for what the
 training job needs.
 """
 
@@ -9,55 +9,76 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from draft_model import storage
 from draft_model.dataset.files import find
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, Problem, named_parameters
 from draft_model.evaluation import prompts
 from draft_model.parameters import PARAMETERS, STAGES, Parameters, Stage
-from draft_model.parameters.rules import problems_with
+from draft_model.parameters.rules import MODEL_SOURCES, problems_with, valid_values
 from draft_model.shown import bullets, table
-from draft_model.storage.transfer import local_errors, run_all
+from draft_model.storage.transfer import in_parallel, local_errors
+
+if TYPE_CHECKING:
+    from draft_model.jobs.compute import Compute
 
 _HUB_SECONDS = 10
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the first step has found.
+    """What the first step finds.
 
     Attributes:
-        given: the run's parameters by name.
+        values: the run's parameters by name.
         problems: what keeps the run from starting, a sentence each.
-        notes: what is worth knowing, or could not be looked at from there.
+        notes: what is worth knowing, or could not be checked from here.
+        nodes: what the pods of `import` (the data set's too) and `train` ask for.
     """
 
-    given: Mapping[str, Any]
+    values: Mapping[str, Any]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    nodes: dict[str, Compute] = field(default_factory=dict)
 
     def markdown(self) -> str:
-        """What the KFP UI shows."""
+        """The page that the KFP UI shows."""
         count = len(self.problems)
-        said = f"# This run cannot start: {count} problem{'s' * (count != 1)}\n\n{bullets(self.problems)}\n"
-        notes = f"## To know\n\n{bullets(self.notes)}\n" if self.notes else ""
+        title = f"This run cannot start: {count} problem{'s' * (count != 1)}" if count else "This run can start"
+        parts = [f"# {title}\n", bullets(self.problems)] if count else [f"# {title}\n"]
+        if self.notes:
+            parts += ["## Notes\n", bullets(self.notes)]
+        if self.nodes:
+            heads = ("pods", "CPUs", "memory", "GPUs", "node labels", "queue")
+            parts += ["## Nodes\n", table(map(_node_row, self.nodes.items()), heads)]
         rows = [
-            (name, self.given.get(name, default), "" if self.given.get(name, default) == default else default)
-            for name, default in ((parameter.name, parameter.default) for parameter in PARAMETERS)
+            (p.name, value, "" if value == p.default else p.default)
+            for p in PARAMETERS
+            for value in [self.values.get(p.name, p.default)]
         ]
-        run = f"## The run\n\n{table(rows, ('parameter', 'value', 'default, where it is another'))}"
-        return (said if self.problems else "# All that the run names is there\n\n") + notes + run
+        parts += ["## Parameters\n", table(rows, ("parameter", "value", "default, where it is another"))]
+        return "\n".join(parts)
+
+    def has(self, parameter: str) -> bool:
+        """Whether a problem is about this parameter."""
+        return parameter in named_parameters(self.problems)
+
+
+def _node_row(item: tuple[str, Compute]) -> tuple[str, ...]:
+    stage, node = item
+    labels = ", ".join(f"{key}={value}" for key, value in node.node_selector.items())
+    gpus = f"{node.gpus} {node.gpu_resource}" if node.gpus else "none"
+    return {"import": "import, dataset"}.get(stage, stage), node.cpus, node.memory, gpus, labels, node.queue or "none"
 
 
 def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parameters:
-    """Validates parameters and looks for every input that they name.
+    """Validates parameters and reads every input that they name.
 
     Args:
         values: parameters by name; those left out have their defaults.
@@ -67,78 +88,101 @@ def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parame
         DraftModelError: with all problems at once.
     """
     stages = list(stages)
-    problems = problems_with(values, stages)
-    bad = {problem.partition(":")[0] for problem in problems}
-    for name, reader in _READERS.items():
-        uri = values.get(name)
-        if isinstance(uri, str) and uri and name not in bad:
-            problems += _problems(name, reader, uri)
-    if values.get("checkpoint_path") and "train" in stages and "checkpoint_path" not in bad:
-        problems += _problems("checkpoint_path", partial(_read_checkpoints, values), str(values["checkpoint_path"]))
-    valid = Parameters.model_validate({name: value for name, value in values.items() if name not in bad})
-    if valid.evaluation_prompts and "evaluate" in stages:
-        reader = partial(_read_prompts, valid.evaluation_conversations)
-        problems += _problems("evaluation_prompts", reader, valid.evaluation_prompts)
+    parameters, _ = valid_values(values)
+    problems: list[str] = [*problems_with(values, stages)]
+    readers = dict(_READERS)
+    if "train" in stages:
+        readers["checkpoint_path"] = partial(_read_checkpoints, parameters)
+    if "evaluate" in stages:  # a line that is no prompt must not be found after the training
+        readers["evaluation_prompts"] = lambda _, uri: prompts.check(uri, parameters.evaluation_conversations)
+    bad = named_parameters(problems)
+    for name, reader in readers.items():
+        if (uri := getattr(parameters, name)) and name not in bad:
+            try:
+                with local_errors(uri):
+                    reader(name, uri)
+            except DraftModelError as error:
+                problems += [Problem.of(name, problem) for problem in error.problems]
     if problems:
         raise DraftModelError(problems)
-    return Parameters.model_validate(dict(values))
+    return parameters
 
 
-def look(values: Mapping[str, Any], root: str, work: Path) -> Report:
-    """Looks at everything that a run in a cluster needs.
+def inspect_run(values: Mapping[str, Any], root: str, work: Path) -> Report:
+    """Checks everything that a run on a cluster needs.
 
     Args:
         values: parameters by name.
         root: URI of the folder that this step's own artifacts go to; the run's others go beside it.
         work: scratch folder on this machine.
     """
-    from draft_model.jobs.place import nodes_of
-
-    report = Report(values)
-    bad = {problem.partition(":")[0] for problem in problems_with(values, [])}
-    valid = {name: value for name, value in values.items() if name not in bad}
-    parameters = Parameters.model_validate(valid)
-    nodes: dict[str, Any] = {}
+    parameters, wrong = valid_values(values)
+    report = Report({**values, **parameters.model_dump(exclude=named_parameters(wrong))})
     try:
         check(values)
     except DraftModelError as error:
         report.problems.extend(error.problems)
-    try:
-        nodes = nodes_of(valid)
-    except DraftModelError as error:
-        report.problems.extend(error.problems)
-    _ask_hub(parameters, report, work)
-    _ask_for_prompts(parameters, report)
-    _try_store(parameters, root, report)
-    _ask_cluster(parameters, nodes.get("train"), report)
+    _resolve_nodes(parameters, report)
+    _inspect_target(parameters, report, work)
+    _inspect_benchmarks(parameters, report)
+    _inspect_store(parameters, root, report)
+    _inspect_cluster(parameters, report)
     return report
 
 
-def _ask_hub(parameters: Parameters, report: Report, work: Path) -> None:
-    from draft_model.model_import import hub
+def _resolve_nodes(parameters: Parameters, report: Report) -> None:
+    from draft_model.jobs.context import nodes_of
 
-    if not parameters.huggingface_id or any(problem.startswith("huggingface_id:") for problem in report.problems):
-        return
     try:
-        hub.find(parameters.huggingface_id, work, seconds=_HUB_SECONDS)
-    except hub.Unreachable as error:
-        report.notes.append(f"not looked at from here; the import's first, light step does: {error}")
+        report.nodes.update(nodes_of(parameters.model_dump()))
     except DraftModelError as error:
         report.problems.extend(error.problems)
+    report.notes.extend(node.note for node in report.nodes.values() if node.note)
 
 
-def _ask_for_prompts(parameters: Parameters, report: Report) -> None:
-    """Benchmarks, which the Hub has; and whatever this pod may be let to where the evaluation's is not."""
-    from draft_model.jobs.place import on_cluster
+def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
+    """Asks the Hub for the model, and compares max_length with the positions that the target knows."""
+    from draft_model.model_import import hub
+    from draft_model.model_import.sources import resolve
 
-    given = parameters.evaluation_prompts
-    if any(problem.startswith("evaluation_prompts:") for problem in report.problems):
+    sources = [name for name in MODEL_SOURCES if getattr(parameters, name)]
+    if len(sources) != 1 or report.has(sources[0]) or parameters.mlflow_model_path.startswith(("models:/", "runs:/")):
         return
-    benchmarks = prompts.to_fetch(given)
+    try:
+        if parameters.huggingface_id:
+            listing = hub.find(parameters.huggingface_id, work / "hub", seconds=_HUB_SECONDS)
+            files = listing.bring(["config.json"] if "config.json" in listing.files else [])
+        else:
+            files = resolve(parameters, work).bring(["config.json"])
+        config = json.loads(files["config.json"].read_text(encoding="utf-8")) if files else {}
+    except hub.Unreachable as error:
+        report.notes.append(f"huggingface_id: not checked from here, the import does: {error}")
+        return
+    except DraftModelError as error:
+        report.problems.extend(Problem.of(sources[0], problem) for problem in error.problems)
+        return
+    except ValueError:  # the import says what is wrong with a config.json
+        return
+    text = config.get("text_config", config) if isinstance(config, dict) else {}
+    longest = text.get("max_position_embeddings") if isinstance(text, dict) else None
+    if isinstance(longest, int) and longest < parameters.max_length:
+        report.notes.append(
+            f"max_length: given {parameters.max_length}, but the target's config.json has max_position_embeddings = "
+            f"{longest}, and knows no positions beyond; use max_length={longest}"
+        )
+
+
+def _inspect_benchmarks(parameters: Parameters, report: Report) -> None:
+    """Asks the Hub for benchmarks; and says what the evaluation's pod must reach where this one does."""
+    from draft_model.jobs.context import on_cluster
+
+    if report.has("evaluation_prompts"):
+        return
+    benchmarks = prompts.to_fetch(parameters.evaluation_prompts)
     problems, notes = prompts.ask_hub(benchmarks, _HUB_SECONDS)
     report.problems.extend(problems)
     report.notes.extend(notes)
-    outside = benchmarks or given.partition("://")[0].lower() in ("https", "gs")
+    outside = benchmarks or parameters.evaluation_prompts.partition("://")[0].lower() in ("https", "gs")
     if outside and on_cluster() and not problems and not notes:
         report.notes.append(
             "evaluation_prompts: found from here; the evaluation fetches them after the training, from its own pod: "
@@ -146,52 +190,53 @@ def _ask_for_prompts(parameters: Parameters, report: Report) -> None:
         )
 
 
-def _try_store(parameters: Parameters, root: str, report: Report) -> None:
-    """Writes, reads and removes an object, with the keys that the later steps get."""
-    place = parameters.storage_uri or root
-    secret = parameters.object_store_secret
+def _inspect_store(parameters: Parameters, root: str, report: Report) -> None:
+    """Writes, reads and removes as the later steps will, with the keys that they get."""
+    secret, keys = parameters.object_store_secret, bool(os.environ.get("AWS_ACCESS_KEY_ID"))
     absent = f"this pod has no keys: there is no Secret {secret}, or it lacks accesskey and secretkey"
-    keys = bool(os.environ.get("AWS_ACCESS_KEY_ID"))
-    try:
-        if not storage.is_remote(place):
-            return
-        probe = storage.join(place, f"preflight-{uuid.uuid4().hex}")
-        storage.write_bytes(storage.join(probe, "probe"), b"written")
-        storage.read_bytes(storage.join(probe, "probe"))
-        storage.remove(probe)
-    except DraftModelError as error:
-        why = f"object_store_secret: given {secret!r}; {absent}" if not keys else ""
-        name = "storage_uri" if parameters.storage_uri else "the pipeline root"
-        report.problems.append(f"{name}: {place} cannot be written, read and cleared: {error}")
-        report.problems.extend(filter(None, [why]))
-        return
-    if not keys:
-        report.notes.append(f"object_store_secret: {absent}; the pods' own role is enough for {place}")
+    folders = {"storage_uri" if parameters.storage_uri else "the pipeline root": parameters.storage_uri or root}
+    folders |= {"checkpoint_path": parameters.checkpoint_path} if parameters.checkpoint_path else {}
+    remote = False
+    for name, uri in folders.items():
+        scheme = uri.partition("://")[0] if "://" in uri else ""
+        if name == "the pipeline root" and (scheme not in ("", "file", "s3", "minio") or "?" in uri):
+            report.problems.append(
+                f"{name}: given {uri}; steps and training pods read and write s3:// and minio:// without a query: set "
+                "storage_uri to such a URI, or change the pipeline root"
+            )
+            continue
+        if report.has(name):
+            continue
+        try:
+            if storage.is_remote(uri):
+                remote = True
+                if problems := storage.probe(uri, conditional=name == "checkpoint_path"):
+                    raise DraftModelError(problems)
+        except DraftModelError as error:
+            several = "/private-artifacts/" in root and scheme == "minio"
+            only = "private-artifacts/<namespace>/, private/<namespace>/, artifacts/ and shared/"
+            reason = f"; where KFP serves several users, a namespace may only write under {only}" if several else ""
+            report.problems.append(Problem(name, f"{uri} cannot be written, read and cleared: {error}{reason}"))
+            if not keys and not report.has("object_store_secret"):
+                report.problems.append(Problem("object_store_secret", f"given {secret!r}; {absent}"))
+    if remote and not keys and not report.has("object_store_secret"):
+        report.notes.append(f"object_store_secret: {absent}; the pods' own role is enough")
 
 
-def _ask_cluster(parameters: Parameters, compute: Any, report: Report) -> None:
-    from draft_model.jobs.place import wants_cluster
+def _inspect_cluster(parameters: Parameters, report: Report) -> None:
+    from draft_model.jobs.context import wants_cluster
 
     if wants_cluster(parameters):
-        from draft_model.jobs.ready import look as look_at_cluster
+        from draft_model.jobs.context import check_cluster
 
-        problems, notes = look_at_cluster(parameters, compute)
+        problems, notes = check_cluster(parameters, report.nodes.get("train"))
         report.problems.extend(problems)
         report.notes.extend(notes)
 
 
-def _problems(name: str, reader: Callable[[str, str], Any], uri: str) -> list[str]:
-    try:
-        with local_errors(uri):
-            reader(name, uri)
-    except DraftModelError as error:
-        return [problem if problem.startswith(f"{name}:") else f"{name}: {problem}" for problem in error.problems]
-    return []
-
-
 def _read_data(name: str, uri: str) -> None:
-    """A byte of each file: that it is listed does not mean that it can be read."""
-    run_all(lambda file: file.read(0, 1), find(uri))
+    """A byte of each file: a file that is listed may not be readable."""
+    in_parallel(lambda file, _: file.read(0, 1), find(uri))
 
 
 def _read_config(name: str, uri: str) -> None:
@@ -206,31 +251,25 @@ def _read_config(name: str, uri: str) -> None:
         raise DraftModelError(f"{file} holds a JSON {type(content).__name__}; it must be an object")
 
 
-def _read_checkpoints(values: Mapping[str, Any], name: str, uri: str) -> None:
-    """What runs share can be looked into before the run: resume=true may be bound to find nothing."""
-    found = storage.exists(storage.join(uri, "checkpoints.json"))
-    if not found and values.get("resume") == "true" and not values.get("resume_from_checkpoint"):
+def _read_checkpoints(parameters: Parameters, name: str, uri: str) -> None:
+    """A folder that runs share is there before the run: resume=true may be bound to find nothing."""
+    there = storage.exists(storage.join(uri, "checkpoints.json"))
+    if not there and parameters.resume == "true" and not parameters.resume_from_checkpoint:
         raise DraftModelError(
             f"given {uri!r} with resume='true', but there is no checkpoint there, and resume_from_checkpoint is not "
             "given: name one there, or use resume=false"
         )
 
 
-def _read_prompts(limit: int, name: str, uri: str) -> None:
-    """As many as the evaluation decodes: a line that is no prompt is not to be found after the training."""
-    prompts.check(uri, limit)
-
-
 def _read_model(name: str, uri: str) -> None:
-    """Configuration and tokenizer, wherever the import finds them; what a registry keeps is left to the import."""
+    """Configuration and tokenizer, wherever the import finds them; a registry's models are left to the import."""
     if uri.startswith(("models:/", "runs:/")):
         return
     from draft_model.model_import.sources import resolve
 
     with TemporaryDirectory() as folder:
         source = resolve(Parameters.model_validate({name: uri}), Path(folder))
-        for content in map(source.files.__getitem__, source.described_by):
-            content.read(0, 1)
+        source.bring(source.described_by)
 
 
 _READERS: dict[str, Callable[[str, str], Any]] = {

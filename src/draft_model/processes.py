@@ -1,32 +1,71 @@
-"""How a process is asked to stop: by SIGTERM, also when the one that started it is gone."""
+"""How a process is asked to stop: by SIGTERM or SIGHUP, also when the processes that started it are gone."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import select
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+ROOT = "DRAFT_MODEL_ROOT_PID"
+"""Environment variable: process id of the command that a run on this machine belongs to."""
 _PR_SET_PDEATHSIG = 1
 
 
-def end_with_parent() -> None:
-    """Has Linux send this process SIGTERM when its parent is gone, be it by SIGKILL; a training saves its step then."""
+def set_death_signal() -> None:
+    """Has Linux send this process SIGTERM when its parent is gone, be it by SIGKILL; for pool workers and `preexec_fn`.
+
+    The parent is the thread that started it.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def end_with_parent() -> None:
+    """Gets SIGTERM when this process's parent, or the run's command, is gone; a training saves its step then."""
+    set_death_signal()
+    end_with_root()
+
+
+def end_with_root() -> None:
+    """Gets SIGTERM when the command of a run on this machine is gone.
+
+    Between it and a stage there are processes of others (kfp.local's shells), which outlive it.
+    """
+    root = int(os.environ.get(ROOT, "0"))
+    if root and root != os.getpid():
+        threading.Thread(target=_stop_after, args=(root,), name="run's command", daemon=True).start()
+
+
+def _stop_after(process: int) -> None:
+    try:
+        if sys.platform == "linux":
+            select.select([os.pidfd_open(process)], [], [])
+        else:
+            while os.kill(process, 0) is None:
+                time.sleep(0.5)
+    except OSError:  # it is gone already
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextmanager
 def catch_sigterm() -> Iterator[Callable[[], bool]]:
-    """Makes SIGTERM a question that is asked when there is time for it.
+    """Defers SIGTERM and SIGHUP (a closed terminal) to moments that suit.
 
     Yields:
-        Whether it came since.
+        Whether one of them has arrived.
     """
-    came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: came.append(number))
+    arrived: list[int] = []
+    signals = [s for s in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(s) is not signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in signals}
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(arrived)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

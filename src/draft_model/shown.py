@@ -1,4 +1,4 @@
-"""Markdown that the KFP UI shows of a step."""
+"""Markdown, for the pages that the KFP UI shows and for generated documentation."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from typing import Any
 
 
 def cell(value: Any) -> str:
-    """A value as a table's cell shows it: on one line, and never as markup."""
+    """A value on one line, and never as markup."""
     text = " ".join(str(value).split())
     for character in "\\|*_`<>[]":
         text = text.replace(character, "\\" + character)
     return text
 
 
-def table(rows: Mapping[str, Any] | Iterable[Iterable[Any]], heads: tuple[str, ...] = ("", "")) -> str:
+def table(
+    rows: Mapping[str, Any] | Iterable[Iterable[Any]], heads: tuple[str, ...] = ("", ""), *, raw: bool = False
+) -> str:
     """A Markdown table.
 
     Args:
         rows: names with their values, or rows of cells.
         heads: of the columns.
+        raw: whether the cells are Markdown already.
     """
     lines = rows.items() if isinstance(rows, Mapping) else rows
-    shown = [heads, ["---"] * len(heads), *([cell(value) for value in line] for line in lines)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in shown)
+    cells = [heads, ["---"] * len(heads), *([str(value) if raw else cell(value) for value in line] for line in lines)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def bullets(lines: Iterable[str]) -> str:

@@ -11,8 +11,8 @@ import yaml
 
 from cluster.apiserver import CRDS, NAMESPACE, ApiServer, missing
 from cluster.operator import Operator
+from draft_model.jobs.backends import ALL_KINDS
 from draft_model.jobs.cluster import Cluster
-from draft_model.jobs.place import ALL_KINDS
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = {
@@ -55,7 +55,7 @@ def server(tmp_path_factory):
                 continue
             server.define(yaml.load(file.read_text(), yaml.CSafeLoader))
         server.define(WORKFLOWS)
-        for name in ("base/coordinator", "base/worker", "components/trainer-v2/role", "components/reaper/account"):
+        for name in ("base/steps", "base/coordinator", "base/worker", "components/trainer-v2/role"):
             for document in yaml.safe_load_all((ROOT / f"manifests/{name}.yaml").read_text()):
                 for subject in document.get("subjects", ()):
                     subject["namespace"] = NAMESPACE
@@ -67,7 +67,7 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def coordinator(server):
-    """Kubeconfig of the account that the pipeline's steps run as."""
+    """Kubeconfig of the account that may create jobs."""
     return server.kubeconfig_of("draft-model-coordinator")
 
 
@@ -76,6 +76,7 @@ def as_coordinator(coordinator, monkeypatch):
     """This process is the coordinator's, as far as the cluster can see."""
     monkeypatch.setenv("KUBECONFIG", str(coordinator))
     monkeypatch.setenv("DRAFT_MODEL_IMAGE", "stage:test")
+    return coordinator
 
 
 @pytest.fixture(scope="session")

@@ -113,14 +113,19 @@ def begin(operator, coordinator, object_store, store_secret, tmp_path_factory):
     """Starts runs; ends what is left of them."""
     runs = []
 
-    def begin(program=STAND_IN, run_id=None, **parameters):
+    def begin(program=STAND_IN, run_id=None, more=(), **parameters):
         run_id = run_id or str(uuid.uuid4())
         root = f"s3://{object_store.bucket}/{run_id}"
         values = Parameters(**{**CPU_POOL, **parameters})
         config = TrainConfig(
             f"{root}/model", f"{root}/dataset", f"{root}/output", tmp_path_factory.mktemp("work"), values
         )
-        environment = {**os.environ, "KUBECONFIG": str(coordinator), "DRAFT_MODEL_IMAGE": "stage:test"}
+        environment = {
+            **os.environ,
+            "KUBECONFIG": str(coordinator),
+            "DRAFT_MODEL_IMAGE": "stage:test",
+            **dict(more),
+        }
         operator.programs[run_id] = program
         runs.append(Run(config, run_id, environment))
         return runs[-1].start()
@@ -189,6 +194,31 @@ def test_a_terminated_run_leaves_no_job(begin, jobs_there, operator):
     eventually(lambda: not operator.of_job(run.job))
 
 
+def test_an_evicted_step_leaves_its_job_and_a_terminated_one_does_not(begin, server, jobs_there, operator):
+    """KFP's Terminate sets the Workflow's deadline to 0 before it ends the pods; an eviction does not."""
+    custom, workflows = client.CustomObjectsApi(server.api), ("argoproj.io", "v1alpha1", NAMESPACE, "workflows")
+    body = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "metadata": {"name": "run-1"}, "spec": {}}
+    workflow = custom.create_namespaced_custom_object(*workflows, body)
+    owner = {"apiVersion": body["apiVersion"], "kind": "Workflow", "name": "run-1", "uid": workflow["metadata"]["uid"]}
+    metadata = {"name": "step-1", "ownerReferences": [owner]}
+    spec = {"containers": [{"name": "main", "image": "stage:test"}]}
+    server.create({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+
+    run = begin(more={"KFP_POD_NAME": "step-1"})
+    run.says("RUNNING")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 143
+    assert "runs on without this step" in run.text
+    assert jobs_there(run) == [run.job]
+    run.start()
+    run.says("took over the PyTorchJob")
+    custom.patch_namespaced_custom_object(*workflows, "run-1", {"spec": {"activeDeadlineSeconds": 0}})
+    run.process.send_signal(signal.SIGTERM)
+    eventually(lambda: not jobs_there(run), 10)
+    assert run.end() == 143
+    assert operator.started[f"{run.job}-master-0"] == 1
+
+
 def test_a_run_that_was_killed_is_cleaned_up_by_the_pipelines_exit_task(begin, jobs_there, coordinator, monkeypatch):
     from draft_model import jobs
 
@@ -196,9 +226,10 @@ def test_a_run_that_was_killed_is_cleaned_up_by_the_pipelines_exit_task(begin, j
     run.says("RUNNING")
     run.process.kill()
     monkeypatch.setenv("KUBECONFIG", str(coordinator))
-    assert jobs.clean_up("of-another-run", "pytorchjob") == []
+    assert "no training job was left" in jobs.clean_up("of-another-run", "pytorchjob", state="RUNNING")
     assert jobs_there(run) == [run.job]
-    assert jobs.clean_up(run.run_id, "pytorchjob") == [f"pytorchjobs/{run.job}"]
+    told = jobs.clean_up(run.run_id, "pytorchjob", state="RUNNING")
+    assert f"the training step left pytorchjobs/{run.job}: deleted" in told
     assert jobs_there(run) == []
 
 

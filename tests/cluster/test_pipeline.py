@@ -19,7 +19,7 @@ from cluster.apiserver import NAMESPACE
 from cluster.conftest import eventually
 from draft_model import jobs, storage
 from draft_model.jobs.cluster import Cluster
-from draft_model.jobs.pytorchjob import PYTORCHJOB
+from draft_model.jobs.render import PYTORCHJOB
 from draft_model.parameters import Parameters
 from draft_model.training import TrainConfig
 from kfp_pipeline.local import run_local

@@ -6,9 +6,9 @@ import pytest
 
 from cluster.apiserver import NAMESPACE
 from cluster.conftest import eventually
-from draft_model.jobs import ready
 from draft_model.jobs.cluster import Cluster
 from draft_model.jobs.compute import Compute
+from draft_model.jobs.context import check_cluster
 from draft_model.jobs.request import Kind
 from draft_model.parameters import Parameters
 
@@ -16,7 +16,9 @@ QUEUES = Kind("kueue.x-k8s.io", "v1beta2", "localqueues", "LocalQueue")
 
 
 def look(queue="", **values):
-    return ready.look(Parameters(compute_draft_model_training="research", **values), Compute("1", "1Gi", queue=queue))
+    return check_cluster(
+        Parameters(compute_draft_model_training="research", **values), Compute("1", "1Gi", queue=queue)
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "pytorchjob", "trainjob"])

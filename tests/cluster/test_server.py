@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 import pytest
+import yaml
 from jobs.requests import GOLDEN, OWNER, other_settings
 
 from draft_model.errors import DraftModelError
-from draft_model.jobs.backend import Unavailable
-from draft_model.jobs.cluster import Cluster, Gone
-from draft_model.jobs.kubernetes import delete_run
-from draft_model.jobs.place import ALL_KINDS, choose
-from draft_model.jobs.pytorchjob import PYTORCHJOB, PyTorchJobs
-from draft_model.jobs.request import Kind
+from draft_model.jobs import cluster as cluster_module
+from draft_model.jobs.backends import ALL_KINDS, Backend, choose, jobs_of_run
+from draft_model.jobs.cluster import Cluster, Unavailable
+from draft_model.jobs.render import PYTORCHJOB
+from draft_model.jobs.request import WORKFLOW
 from draft_model.jobs.states import State
-from draft_model.jobs.trainjob import TrainJobs
 
-BACKENDS = {"pytorchjob": PyTorchJobs, "trainjob": TrainJobs}
+BACKENDS = ("pytorchjob", "trainjob")
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def holds(there, wanted):
 @pytest.mark.parametrize("case", GOLDEN)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_published_schemas_take_what_is_rendered_whole(cluster, backend, case):
-    backend = BACKENDS[backend](cluster)
+    backend = Backend(cluster, backend)
     manifests = backend.render(GOLDEN[case])
     job = backend.create_or_adopt(GOLDEN[case])
     for kind, manifest in zip(backend.kinds, manifests, strict=True):
@@ -52,7 +52,7 @@ def test_the_published_schemas_take_what_is_rendered_whole(cluster, backend, cas
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_schemas_really_look(cluster, backend):
-    backend = BACKENDS[backend](cluster)
+    backend = Backend(cluster, backend)
     manifest = backend.render(GOLDEN["1x1"])[-1]
     spec = manifest["spec"].get("runPolicy", manifest["spec"])
     spec["activeDeadlineSeconds"] = "soon"
@@ -62,26 +62,28 @@ def test_the_schemas_really_look(cluster, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_adopted_by_name_and_hash_and_refused_otherwise(cluster, backend):
-    backend, wanted = BACKENDS[backend](cluster), GOLDEN["1x1"]
+    backend, wanted = Backend(cluster, backend), GOLDEN["1x1"]
     first = backend.create_or_adopt(wanted)
     again = backend.create_or_adopt(replace(wanted, owner=None))
     assert (first.adopted, again.adopted) == (False, True)
     assert first.uid == again.uid
-    assert backend.state(again).state is State.STARTING
+    assert backend.read(again)[0].state is State.STARTING
     with pytest.raises(DraftModelError, match="other settings"):
         backend.create_or_adopt(other_settings(wanted))
     with pytest.raises(DraftModelError, match=f"belongs to the run {wanted.run_id}"):
         backend.create_or_adopt(replace(wanted, run_id=wanted.run_id[:8] + "-another"))
     backend.delete(replace(wanted, run_id=wanted.run_id[:8] + "-another"))  # of another run: stays
-    assert backend.state(first).state is State.STARTING
+    assert backend.read(first)[0].state is State.STARTING
     backend.delete(wanted)
-    assert backend.state(first).state is State.DELETED
+    assert backend.read(first)[0].state is State.DELETED
     second = backend.create_or_adopt(wanted)
     assert not second.adopted
-    assert backend.state(first).state is State.DELETED  # another one of the same name is not it
-    assert delete_run(cluster, ALL_KINDS, wanted.run_id)
-    assert backend.state(second).state is State.DELETED
+    assert backend.read(first)[0].state is State.DELETED  # another one of the same name is not it
+    assert len(jobs_of_run(cluster, wanted.run_id)) == len(backend.kinds)
     backend.delete(wanted)
+    backend.delete(wanted)
+    assert backend.read(second)[0].state is State.DELETED
+    assert jobs_of_run(cluster, wanted.run_id) == []
 
 
 def test_pytorchjob_is_preferred_where_both_are_installed(cluster):
@@ -93,10 +95,9 @@ def test_pytorchjob_is_preferred_where_both_are_installed(cluster):
     ("what", "words"),
     [
         (lambda c: c.config_map("someone-elses"), "get configmaps"),
-        (lambda c: c.create(Kind("argoproj.io", "v1alpha1", "workflows", "Workflow"),
-                            {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "metadata": {"name": "w"}}),
-         "create workflows"),
-        (lambda c: c.delete(Kind("argoproj.io", "v1alpha1", "workflows", "Workflow"), "w"), "delete workflows"),
+        (lambda c: c.create(WORKFLOW, {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow",
+                                       "metadata": {"name": "w"}}), "create workflows"),
+        (lambda c: c.delete(WORKFLOW, "w"), "delete workflows"),
     ],
 )  # fmt: skip
 def test_what_the_role_does_not_grant_is_refused_in_words(cluster, what, words):
@@ -104,25 +105,43 @@ def test_what_the_role_does_not_grant_is_refused_in_words(cluster, what, words):
         what(cluster)
 
 
-def test_no_secret_can_be_read_but_the_object_stores(cluster):
-    for path in ("secrets", "secrets/somebody-elses"):
-        with pytest.raises(DraftModelError, match="does not let"):
-            cluster._listed(cluster._core(path), {}, "get secrets")
+def test_a_role_in_a_pod_with_the_coordinators_token(cluster, server, as_coordinator, tmp_path, monkeypatch):
+    """Where a step has the mounted token, it is the coordinator; its pod's own account may nothing here."""
+    config = yaml.safe_load(as_coordinator.read_text())
+    address = urlsplit(config["clusters"][0]["cluster"]["server"])
+    monkeypatch.delenv("KUBECONFIG")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", address.hostname)
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(address.port))
+    ca = (server.folder / "certs/apiserver.crt").read_text()
+    steps = yaml.safe_load(server.kubeconfig_of("draft-model-steps").read_text())
+    for name, account in (("coordinator", config), ("steps", steps)):
+        (tmp_path / name).mkdir()
+        for file, text in (("token", account["users"][0]["user"]["token"]), ("namespace", "team"), ("ca.crt", ca)):
+            (tmp_path / name / file).write_text(text)
+    monkeypatch.setattr(cluster_module, "_POD_ACCOUNT", tmp_path / "steps")
+    assert not Cluster.connect().may("create", "kubeflow.org", "pytorchjobs")
+    monkeypatch.setattr(cluster_module, "ACCOUNT", tmp_path / "coordinator")
+    assert Cluster.connect().may("create", "kubeflow.org", "pytorchjobs")
 
 
-def test_a_watch_from_a_version_that_is_too_old_says_so(cluster):
-    backend = PyTorchJobs(cluster)
+def test_a_watch_begins_with_what_is_there_and_follows_changes(cluster):
+    backend = Backend(cluster, "pytorchjob")
     backend.create_or_adopt(GOLDEN["1x1"])
-    with pytest.raises(Gone):
-        list(cluster.watch(PYTORCHJOB, GOLDEN["1x1"].name, "1"))
+    changes = cluster.watch(PYTORCHJOB, GOLDEN["1x1"].name)
+    next(changes)
+    backend.delete(GOLDEN["1x1"])
+    next(changes)
 
 
 def test_a_server_that_is_away_is_no_missing_job(cluster, server):
-    job = PyTorchJobs(cluster).create_or_adopt(GOLDEN["1x1"])
+    backend = Backend(cluster, "pytorchjob")
+    job = backend.create_or_adopt(GOLDEN["1x1"])
     server.stop()
     try:
-        with pytest.raises(Unavailable):
-            PyTorchJobs(cluster).state(job)
+        for ask in (lambda: backend.read(job), cluster.groups, lambda: cluster.has(PYTORCHJOB),
+                    lambda: cluster.may("get", "", "pods"), lambda: backend.workload(job)):  # fmt: skip
+            with pytest.raises(Unavailable):
+                ask()
     finally:
         server.start()
-    assert PyTorchJobs(cluster).state(job).state is State.STARTING
+    assert backend.read(job)[0].state is State.STARTING

@@ -262,3 +262,36 @@ def models(tmp_path_factory) -> dict[str, Path]:
         storage.publish(folder, str(folder), stage="import", properties={})
         folders[name] = folder
     return folders
+
+
+def sentencepiece(style):
+    """A ChatML tokenizer as sentencepiece makes them, which puts a space before each text, in one of four ways."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<unk>", *(f"<0x{code:02X}>" for code in range(256))]
+    learner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    corpus = [
+        text.replace(" ", "▁") for text in (" the quick brown fox jumps over the lazy dog", " what user assistant")
+    ]
+    learner.train_from_iterator(
+        corpus * 4, trainers.BpeTrainer(vocab_size=420, special_tokens=specials, show_progress=False)
+    )
+    model = json.loads(learner.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    core = Tokenizer(
+        models.BPE(vocab=model["vocab"], merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    )
+    if style == "legacy":
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=style, split=False)
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokens = ("<unk>", "<|im_start|>", "<|im_end|>")
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", unk_token="<unk>")
+    fast.chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    return fast

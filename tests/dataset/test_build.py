@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import numpy as np
 import pytest
 
 from draft_model import storage
-from draft_model.dataset import DatasetConfig, Split, encode, inputs, load_vocabulary, place, run
+from draft_model.dataset import DatasetConfig, Split, encode, load_vocabulary, run, workers
+from draft_model.dataset import build as stage
 from draft_model.dataset.encode import load_tokenizer
-from draft_model.dataset.words import WordTokenizer
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 
@@ -164,8 +165,9 @@ def test_cut_answers_have_no_supervised_end(tmp_path, build, models):
 
 
 def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path, build, monkeypatch):
-    monkeypatch.setattr(encode, "BYTES_PER_PROCESS", 1)
-    monkeypatch.setattr(encode, "_cores", lambda: 2)
+    monkeypatch.setattr(workers, "BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    monkeypatch.setattr(stage, "PIECE_BYTES", 100_000)
     data = [*some_rows(1500), b"no"]
     given = {
         "dataset_train_split": write(tmp_path / "train.jsonl", data),
@@ -176,7 +178,8 @@ def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path
         result = build(out=out, build_dataset_num_proc=processes, **given)
         assert not result.reused
     one = files(tmp_path / "one")
-    (shard,) = (name for name in one if name.endswith(".parquet"))
+    shards = {name for name in one if name.endswith(".parquet")}
+    assert len(shards) > 2
     assert set(one) == {
         "manifest.json",
         "rejected.jsonl",
@@ -184,13 +187,13 @@ def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path
         "report.html",
         "vocabulary.safetensors",
         "train/shards.json",
-        shard,
+        *shards,
     }
     assert one == files(tmp_path / "again") == files(tmp_path / "two")
 
 
 def test_processes_are_lowered_to_the_cores_and_said_once(tmp_path, build, monkeypatch, caplog):
-    monkeypatch.setattr(encode, "_cores", lambda: 1)
+    monkeypatch.setattr(workers, "_cores", lambda: 1)
     caplog.set_level("INFO")
     build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(3)), build_dataset_num_proc=96)
     said = [record.getMessage() for record in caplog.records if "build_dataset_num_proc" in record.getMessage()]
@@ -224,12 +227,12 @@ def change_the_template(tmp_path, model, monkeypatch):
 
 
 def change_the_code(tmp_path, model, monkeypatch):
-    monkeypatch.setattr(inputs, "FORMAT", inputs.FORMAT + 1)
+    monkeypatch.setattr(stage, "FORMAT", stage.FORMAT + 1)
 
 
 def change_a_library(tmp_path, model, monkeypatch):
-    versions = inputs.version
-    monkeypatch.setattr(inputs, "version", lambda name: versions(name) + (".1" if name == "transformers" else ""))
+    versions = stage.version
+    monkeypatch.setattr(stage, "version", lambda name: versions(name) + (".1" if name == "transformers" else ""))
 
 
 def draft_of(size):
@@ -277,14 +280,44 @@ def test_a_change_of_anything_that_shapes_it_builds_it_anew(tmp_path, models, mo
     assert second.fingerprint != first.fingerprint
 
 
-def test_pods_of_a_pipeline_meet_at_a_place_that_goes_by_what_shapes_the_data_set():
-    def at(version="1", uri="", **changed):
-        return place(Parameters(dataset_train_split="a.jsonl", **changed), "s3://b/model/", version, uri)
+@pytest.mark.parametrize("remote", [False, True])
+def test_below_a_root_the_content_and_the_settings_say_where(tmp_path, models, object_store, remote, monkeypatch):
+    root = f"s3://{object_store.bucket}/reuse" if remote else str(tmp_path / "root")
+    train = write(tmp_path / "train.jsonl", some_rows(20))
 
-    assert at().startswith("s3://b/model-datasets/")
-    assert at(build_dataset_num_proc=2, learning_rate=0.5, dataset_pods=8) == at()
-    assert len({at(), at(version="2"), at(max_length=64), at(chat_template="qwen")}) == 4
-    assert at(uri="s3://b/run") == "s3://b/run/dataset"
+    def build(work="work", **parameters):
+        given = Parameters(dataset_train_split=train, chat_template="qwen", build_dataset_num_proc=1, **parameters)
+        return run(DatasetConfig(str(models["qwen2"]), "", given, tmp_path / work, root))
+
+    first = build()
+    assert first.uri == f"{root}/datasets/{first.fingerprint[:24]}"
+    monkeypatch.setattr(encode, "load_tokenizer", None)
+    assert build(learning_rate=0.5) == replace(first, reused=True)
+    monkeypatch.undo()
+    assert build(max_length=2000).uri != first.uri
+    # What is half there is made again.
+    storage.remove_manifest(first.uri)
+    assert build() == first
+    shard = next(file for file in storage.read_manifest(first.uri).files if file.path.endswith(".parquet"))
+    storage.write_bytes(f"{first.uri}/{shard.path}", b"cut")
+    assert build() == first
+    storage.remove(first.uri)
+    assert build() == first
+    # Two at once: the second finds the first one's result when it is done.
+    storage.remove(first.uri)
+    describe = stage._describe
+
+    def describe_and_be_overtaken(*given):
+        monkeypatch.undo()
+        assert build("other") == first
+        return describe(*given)
+
+    monkeypatch.setattr(stage, "_describe", describe_and_be_overtaken)
+    assert build() == replace(first, reused=True)
+    storage.fetch(first.uri, tmp_path / "fetched")
+    # A changed file at the same URI is seen, also where size and time stay.
+    write(Path(train), some_rows(20, seed=1))
+    assert build().uri != first.uri
 
 
 def test_too_many_faulty_lines_stop_the_stage_with_the_first_ten_of_both_splits(tmp_path, build):
@@ -395,21 +428,21 @@ def test_a_chat_template_that_does_not_fit_is_refused_before_any_row_is_read(tmp
         build(dataset_train_split=write(tmp_path / "train.jsonl", [b"bad"]), chat_template="llama3")
 
 
-class Deadly:
-    """Lines that kill the process that they are sent to."""
+def test_a_process_that_dies_is_told_and_what_to_do(tmp_path, models):
+    encoder = encode.Encoder(encode.EncoderSettings(models["qwen2"], "qwen", 100, 600))
+    encoder.renderer = Deadly()
+    told = pytest.raises(DraftModelError, match=r"build_dataset_num_proc: .* memory")
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"{}")
+    with told:
+        list(workers.encode_files(encoder, 2, [(None, path)] * 2))
 
-    def __iter__(self):
-        return iter(())
+
+class Deadly:
+    """Kills the process that it is sent to."""
 
     def __reduce__(self):
         return os._exit, (9,)
-
-
-def test_a_process_that_dies_is_told_and_what_to_do(models):
-    encoder = encode.Encoder(encode.EncoderSettings(models["qwen2"], "qwen", 100, 600))
-    told = pytest.raises(DraftModelError, match=r"build_dataset_num_proc: .* memory")
-    with encode.Encoders(encoder, 2) as encoders, told:
-        list(encoders.map([(None, Deadly())] * 20))
 
 
 def test_everything_may_lie_in_an_object_store(tmp_path, models, object_store):
@@ -489,18 +522,13 @@ class Page(HTMLParser):
 
 def test_a_line_of_100_megabytes_is_cut_without_tokenising_it_all(tmp_path, build, models, monkeypatch):
     asked = []
-    own = WordTokenizer.encode
-
-    def counting(self, texts):
-        asked.append(sum(map(len, texts)))
-        return own(self, texts)
-
-    monkeypatch.setattr(WordTokenizer, "encode", counting)
+    shorten = encode._shorten
+    monkeypatch.setattr(encode, "_shorten", lambda *given: asked.append(shorten(*given)) or asked[-1])
     answer = "the quick brown fox " * 5_000_000  # 100 MB
     data = write(tmp_path / "train.jsonl", [row("?", answer), row("a", "b")])
     result = build(dataset_train_split=data, max_length=64)
     assert (result.train.rows_kept, result.train.rows_truncated) == (2, 1)
-    assert sum(asked) < 100_000
+    assert sum(map(len, asked)) < 100_000
     tokenizer = load_tokenizer(models["qwen2"])
     prompt = "<|im_start|>system\nYou are Qwen, a helpful assistant.<|im_end|>\n<|im_start|>user\n?<|im_end|>\n"
     text = f"{prompt}<|im_start|>assistant\n{answer[:4000]}"

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from draft_model import storage
+from draft_model.dataset import files
+from draft_model.dataset.files import _is_private as is_private
 from draft_model.dataset.files import find
 from draft_model.errors import DraftModelError
 from draft_model.preflight import check
@@ -57,7 +59,7 @@ def test_an_object_store_has_folders_globs_and_tags(folder, object_store):
     root = f"s3://{object_store.bucket}/files-test"
     for name in LAYOUT:
         storage.write_bytes(f"{root}/{name}", (folder / name).read_bytes())
-    assert named(root) == named(folder) | {"deep/.hidden.jsonl": b"deep/.hidden.jsonl" * 10}
+    assert named(root) == named(folder)
     assert named(f"{root.replace('s3', 'minio')}/b.jsonl") == {"b.jsonl": b"b.jsonl" * 10}
     assert list(named(f"{root}/*.jsonl*")) == ["a.jsonl.gz", "b.jsonl"]
     assert list(named(f"{root}/**/d.jsonl")) == ["deep/d.jsonl"]
@@ -116,6 +118,10 @@ class Server(http.server.BaseHTTPRequestHandler):
         cls.requests += 1
         if self.path.startswith("/absent"):
             return self.send_error(404)
+        if self.path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", self.path.removeprefix("/to/"))
+            return self.end_headers()
         if cls.requests % 2:
             return self.send_error(503)
         start, end = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"]).groups()
@@ -168,6 +174,26 @@ def test_https_is_read_by_ranges_and_a_failing_server_is_asked_again(https, monk
     monkeypatch.setattr(Server, "ranges", False)
     with pytest.raises(DraftModelError, match="does not serve byte ranges"):
         find(f"{https}/data/train.jsonl")
+
+
+def test_redirects_lead_to_https_and_from_public_addresses_to_public_ones(https, monkeypatch):
+    port = https.rpartition(":")[2]
+    (file,) = find(f"{https}/to/{https}/data/train.jsonl.gz")
+    assert file.size == len(Server.content), "a private address may lead to another"
+    for target in (f"http://127.0.0.1:{port}/a.jsonl", "ftp://example.org/a.jsonl"):
+        with pytest.raises(DraftModelError, match="redirects to another scheme than https"):
+            find(f"{https}/to/{target}")
+    # As if `localhost` were a public host; names of private ones are looked up as ever.
+    monkeypatch.setattr(files, "_is_private", lambda host: host != "localhost" and is_private(host))
+    for target in (f"https://127.0.0.1:{port}", "https://169.254.169.254", "https://[::ffff:10.0.0.1]"):
+        with pytest.raises(DraftModelError, match="redirects to a private address"):
+            find(f"{https}/to/{target}/a.jsonl")
+
+
+@pytest.mark.parametrize("given", ["http://example.org/a.jsonl", "simplecache::http://example.org/a.jsonl", "no://a/b"])
+def test_other_schemes_are_refused(given):
+    with pytest.raises(DraftModelError, match=re.escape(given)):
+        find(given)
 
 
 def test_preflight_looks_for_all_of_these(folder, tmp_path):

@@ -1,12 +1,14 @@
-"""Pieces: the same bytes from one pod and from eight, on from whole ones after a kill, no line lost between them."""
+"""Pieces: no line is lost between them, and after a kill the stage goes on from whole shards."""
 
 import gzip
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 
 import pyarrow as pa
 import pytest
@@ -14,9 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draft_model import storage
-from draft_model.dataset import DatasetConfig, Split, pieces, run, run_part
+from draft_model.dataset import DatasetConfig, Split, build, run
 from draft_model.dataset.files import find
-from draft_model.dataset.pieces import Reader, Source, share
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 
@@ -29,14 +30,10 @@ def compress(content, ending):
     return bytes(pa.Codec("zstd").compress(content)) if ending == ".zst" else content
 
 
-def sources_of(path):
-    return [Source("train", place, file.uri, file, file.name) for place, file in enumerate(find(str(path)))]
+line = st.binary(max_size=30).map(lambda content: re.sub(rb"\n|\xef\xbb\xbf|^[\[{\s]+", b"", content))
 
 
-line = st.binary(max_size=30).map(lambda content: content.replace(b"\n", b"").replace(b"\xef\xbb\xbf", b""))
-
-
-@settings(max_examples=120)
+@settings(max_examples=100)
 @given(
     lines=st.lists(line | st.just(b"") | st.just(b"x" * 50), max_size=25),
     size=st.integers(1, 40),
@@ -48,41 +45,19 @@ def test_every_line_is_in_one_piece_under_its_number(tmp_path_factory, lines, si
     content = b"\n".join(lines) + end
     path = tmp_path_factory.mktemp("data") / f"a.jsonl{ending}"
     path.write_bytes(compress(b"\xef\xbb\xbf" * bom + content, ending))
-    expected = [(n, text) for n, text in enumerate(io.BytesIO(content), start=1) if text.strip()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECE_BYTES", size)
-        (source,) = sources_of(path)
-        reader, found, before, number = Reader(source), [], 0, 0
-        while not reader.at_end:
-            found += [(before + n, text) for n, text in reader.read(number)]
-            before += reader.lines
-            number += 1
-        assert found == expected
-        if not ending:  # whoever builds one piece alone reads the same
-            assert number == source.count()
-            alone = [list(Reader(source).read(piece)) for piece in range(number)]
-            assert [text for piece in alone for _, text in piece] == [text for _, text in expected]
-
-
-@settings(max_examples=60)
-@given(sizes=st.lists(st.integers(0, 500), min_size=1, max_size=5), parts=st.integers(1, 12), zipped=st.booleans())
-def test_parts_share_all_pieces_and_none_twice(tmp_path_factory, sizes, parts, zipped):
-    folder = tmp_path_factory.mktemp("data")
-    for place, size in enumerate(sizes):
-        ending = ".gz" if zipped and place == 0 else ""
-        (folder / f"{place}.jsonl{ending}").write_bytes(compress(b"\n" * size, ending))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "PIECE_BYTES", 64)
-        sources = sources_of(folder)
-        shared = [unit for part in range(parts) for unit in share(sources, part, parts)]
-        found = [(s.place, n) for s, numbers in shared for n in (numbers if numbers is not None else [None])]
-        assert found == [(s.place, n) for s in sources for n in ([None] if s.count() is None else range(s.count()))]
+        patch.setattr(build, "PIECE_BYTES", size)
+        pieces = list(build._Source("train", 0, find(str(path))[0], "key").pieces())
+    found = [(before + n, text) for _, before, piece in pieces for n, text in enumerate(io.BytesIO(piece), start=1)]
+    assert found == list(enumerate(io.BytesIO(content), start=1))
+    assert len({name for name, *_ in pieces}) == len(pieces)
+    assert all(size <= len(piece) <= size + 51 for _, _, piece in pieces[:-1])
 
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """A folder of three files, of which one is compressed, with faulty lines, of several pieces each."""
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 8_000)
+    monkeypatch.setattr(build, "PIECE_BYTES", 8_000)
     folder = tmp_path / "data"
     folder.mkdir()
     write(folder / "a.jsonl", [*some_rows(60), b"bad", *some_rows(20, seed=2), b"", b"worse"])
@@ -99,41 +74,27 @@ def config(tmp_path, models, data, out):
     return DatasetConfig(str(models["qwen2"]), str(tmp_path / out), parameters, tmp_path / f"work-{out}")
 
 
-def test_one_pod_and_eight_give_the_same_bytes(tmp_path, models, data):
-    run(config(tmp_path, models, data, "one"))
-    eight = config(tmp_path, models, data, "eight")
-    for part in (5, 0, 7, 2, 1, 6, 4, 3):
-        run_part(eight, part, 8)
-    assert not storage.exists(eight.output)
-    result = run(eight)
+def test_lines_of_several_files_keep_their_names_and_numbers(tmp_path, models, data):
+    result = run(config(tmp_path, models, data, "out"))
     assert (result.train.rows_kept, result.train.rows_rejected) == (135, 3)
-    one = files(tmp_path / "one")
-    assert one == files(tmp_path / "eight")
-    assert sum(name.endswith(".parquet") for name in one) > 8
-    rejected = [json.loads(line) for line in one["rejected.jsonl"].splitlines()]
+    made = files(tmp_path / "out")
+    assert sum(name.endswith(".parquet") for name in made) > 8
+    rejected = [json.loads(line) for line in made["rejected.jsonl"].splitlines()]
     assert [(record["file"], record["line"]) for record in rejected] == [
         ("a.jsonl", 61), ("a.jsonl", 83), ("b.jsonl.gz", 51)
     ]  # fmt: skip
-    split = Split(tmp_path / "one" / "train")
-    assert [split.origin(place) for place in (0, 60, 80, 134)] == [
+    split = Split(tmp_path / "out" / "train")
+    assert [split.origin(index) for index in (0, 60, 80, 134)] == [
         ("a.jsonl", 1), ("a.jsonl", 62), ("b.jsonl.gz", 1), ("c.jsonl", 5)
     ]  # fmt: skip
-
-
-def test_pods_that_were_missing_are_made_up_for(tmp_path, models, data):
-    run(config(tmp_path, models, data, "one"))
-    few = config(tmp_path, models, data, "few")
-    run_part(few, 1, 3)
-    run(few)
-    assert files(tmp_path / "one") == files(tmp_path / "few")
 
 
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from draft_model.dataset import DatasetConfig, encode, pieces, run
+from draft_model.dataset import DatasetConfig, build, encode, run
 from draft_model.parameters import Parameters
-pieces.PIECE_BYTES = 8_000
+build.PIECE_BYTES = 8_000
 own = encode.Encoder.encode
 def slowly(encoder, lines):
     if lines and slowly.left <= 0:
@@ -198,11 +159,23 @@ def test_damaged_files_are_told_by_name(tmp_path, models, data):
         damaged.unlink()
 
 
-def test_started_again_at_once_there_is_nothing_left_to_encode(tmp_path, models, data, monkeypatch):
-    given = config(tmp_path, models, data, "out")
-    for part in range(2):
-        run_part(given, part, 2)
-    monkeypatch.setattr("draft_model.dataset.encode.Encoder.encode", None)
-    run_part(given, 0, 1)
-    result = run(given)
-    assert result.train.rows_kept == 135
+class Sleeper:
+    """Holds on to the standard output."""
+
+    def encode(self, lines):
+        os.write(1, b"busy\n")
+        time.sleep(1000)
+
+
+def test_kill_9_leaves_no_process_behind(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"a")
+    program = (
+        "import sys; from pathlib import Path; from draft_model.dataset.workers import encode_files\n"
+        "from tests.dataset.test_pieces import Sleeper\n"
+        "if __name__ == '__main__': list(encode_files(Sleeper(), 2, [(0, Path(sys.argv[1]))]))"
+    )
+    arguments = [sys.executable, "-c", program, tmp_path / "a.jsonl"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as it:
+        assert it.stdout.readline() == b"busy\n"
+        it.kill()
+        assert it.stdout.read() == b"", "the pipe ends when the last process does"

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draft_model.dataset.reader import Rejected, chunks, parse
+from draft_model.dataset.reader import Rejected, parse, read_conversations
+from draft_model.errors import DraftModelError
 
 TURNS = [("system", "be short"), ("user", "hi"), ("assistant", "hello")]
 MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
@@ -84,6 +85,74 @@ def test_finish_length_says_that_an_answer_was_cut():
         parse(as_line({"messages": plain, "finish": ["length"]}))
 
 
+def test_nulls_that_arrow_fills_in_are_taken_out(tmp_path):
+    from datasets import Dataset
+
+    def row(name, **arguments):
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        properties = {key: {"type": "string", "enum": ["a", None]} for key in arguments}
+        return {
+            "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}],
+            "tools": [{"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}],
+        }
+
+    given = [
+        row("weather", city="Ulm"),
+        row("price", item="oak"),
+        {"messages": [{"role": "assistant", "content": "a"}]},
+    ]
+    Dataset.from_list(given).to_json(tmp_path / "a.jsonl")
+    lines = (tmp_path / "a.jsonl").read_bytes().splitlines()
+    assert b"null" in lines[0]
+    for line, was in zip(lines, given, strict=True):
+        read, expected = parse(line), parse(as_line(was))
+        assert (read.messages, read.tools, read.columns) == (expected.messages, expected.tools, {})
+    # What is written as text is the user's own.
+    exact = json.dumps({"city": None})
+    line = as_line({"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": exact}]}]})
+    assert parse(line).messages[0]["tool_calls"][0]["function"]["arguments"] == {"city": None}
+
+
+def test_weights_of_zero_leave_an_answer_out():
+    weights = [{"weight": 0}, {"train": False}, {"loss": 0.0}, {"weight": 1, "train": None}, {}, {"loss": True}]
+    answers = [{"role": "assistant", "content": "a", **weight} for weight in weights]
+    asked = {"role": "user", "content": "?", "weight": 0}
+    assert parse(as_line({"messages": [asked, *answers]})).ignored == (True, True, True, False, False, False)
+
+
+def test_prompts_are_read_as_the_training_data_is(tmp_path):
+    ask = {"role": "user", "content": "a"}
+    rows = [
+        {"prompt": "a", "category": "x"},
+        {"conversations": [{"from": "human", "value": "a"}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+        {"messages": [ask], "prompt": None},
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\n\r\n".join(map(as_line, rows)))
+    read = read_conversations(str(path))
+    assert [row.messages for row in read] == [[ask]] * 4
+    assert read[0].columns == {"category": "x"}
+    assert len(read_conversations(str(path), 2)) == 2
+    for bad in (b'{"prompt": "\\ud83d"}', b'{"prompt": [1]}', b'{"x": 1}', b"no"):
+        path.write_bytes(as_line(rows[0]) + b"\n" + bad)
+        with pytest.raises(DraftModelError, match=r"line 2 of .*prompts.jsonl is not a conversation: "):
+            read_conversations(str(path))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("kind", [list, dict])
+def test_a_file_that_is_one_document_is_told_as_such(tmp_path, indent, kind):
+    rows = [{"messages": MESSAGES}] * 3
+    path = tmp_path / "a.json"
+    path.write_text("\ufeff" + json.dumps(rows if kind is list else rows[0], indent=indent), encoding="utf-8")
+    if kind is dict and not indent:
+        assert len(read_conversations(str(path))) == 1
+        return
+    with pytest.raises(DraftModelError, match=r"a\.json: is one JSON document; give one conversation per line"):
+        read_conversations(str(path))
+
+
 def messages(*pairs, **more):
     return as_line({"messages": [{"role": role, "content": content, **more} for role, content in pairs]})
 
@@ -115,6 +184,8 @@ def messages(*pairs, **more):
         (as_line({"messages": [{"role": "assistant", "content": "a"}], "tools": "x"}), "wrong shape", "`tools`"),
         (as_line({"messages": [{"role": "assistant", "content": "a"}], "tools": [1]}), "wrong shape", "`tools`"),
         (as_line({"text": " "}), "empty", "`text`"),
+        (messages(("assistant", "b"), weight=0.5), "wrong shape", "`weight` of an assistant message is 0.5"),
+        (messages(("assistant", "b"), train="no"), "wrong shape", "`train` of an assistant message is 'no'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_with_a_reason(line, reason, detail):
@@ -146,13 +217,3 @@ def test_no_line_does_worse_than_be_refused(line):
         refusal.detail.encode("utf-8")  # it can be written to rejected.jsonl
     else:
         assert row.answers or row.text
-
-
-@given(st.lists(st.sampled_from([1, 10, 3 << 20]), max_size=600))
-def test_chunks_keep_all_lines_in_order_and_stay_small(sizes):
-    buffer = bytes(max(sizes, default=0))
-    lines = [(number, buffer[:size]) for number, size in enumerate(sizes)]
-    made = list(chunks(lines))
-    assert [line for chunk in made for line in chunk] == lines
-    assert all(chunk and len(chunk) <= 256 for chunk in made)
-    assert all(sum(len(line) for _, line in chunk[:-1]) < 4 << 20 for chunk in made)

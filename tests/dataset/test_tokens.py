@@ -1,7 +1,6 @@
-"""Shards give back what was written, at random, however the rows arrived."""
+"""Shards give back what was written, at random."""
 
 import json
-from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -9,37 +8,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draft_model.dataset.encode import Encoded
-from draft_model.dataset.tokens import INDEX, Shard, ShardWriter, Split, write_index
+from draft_model.dataset.tokens import INDEX, Shard, Split, write_index, write_shard
 
 
-def write(folder, portions, rows_a_shard=None):
-    """Writes rows of these lengths; the ids count on, so they tell where each token belongs."""
-    token, line, shards, writer = 0, 1, [], None
-    folder.mkdir()
-    with ExitStack() as files:
-        for lengths in portions:
-            if writer is None or (rows_a_shard and writer.rows >= rows_a_shard):
-                name, before = f"part-{len(shards)}.parquet", line - 1
-                writer = files.enter_context(ShardWriter(folder / name))
-                shards.append((name, writer, before))
-            ids = np.arange(token, token + sum(lengths), dtype=np.int32)
-            numbers = np.arange(line, line + len(lengths)) - before
-            turns = np.ones(len(lengths), np.int64)
-            writer.add(Encoded(ids, ids % 3 == 0, np.array(lengths, np.int64), numbers, turns))
-            token, line = token + len(ids), line + len(lengths)
-    write_index([Shard(name, writer.rows, "a.jsonl", before) for name, writer, before in shards if writer.rows],
-                folder / INDEX)  # fmt: skip
+def write(folder, shards):
+    """Writes shards with rows of these lengths; the ids count on, so they tell where each token belongs."""
+    token, before, index = 0, 0, []
+    for number, lengths in enumerate(shards):
+        ids = np.arange(token, token + sum(lengths), dtype=np.int32)
+        numbers, turns = np.arange(1, len(lengths) + 1), np.ones(len(lengths), np.int64)
+        name = f"part-{number}.parquet"
+        write_shard(Encoded(ids, ids % 3 == 0, np.array(lengths, np.int64), numbers, turns), folder / name)
+        index.append(Shard(name, len(lengths), "a.jsonl", before))
+        token, before = token + len(ids), before + len(lengths)
+    write_index(index, folder / INDEX)
 
 
 @settings(max_examples=30)
 @given(
-    portions=st.lists(st.lists(st.integers(1, 5), max_size=200), min_size=1, max_size=5).filter(lambda p: any(p)),
+    shards=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=200), min_size=1, max_size=5),
     order=st.randoms(use_true_random=False),
 )
-def test_rows_come_back_in_any_order(tmp_path_factory, portions, order):
+def test_rows_come_back_in_any_order(tmp_path_factory, shards, order):
     folder = tmp_path_factory.mktemp("split")
-    write(folder / "a", portions, 100)
-    lengths = [length for portion in portions for length in portion]
+    write(folder / "a", shards)
+    lengths = [length for shard in shards for length in shard]
     split = Split(folder / "a")
     assert len(split) == len(lengths)
     assert split.lengths.tolist() == lengths
@@ -57,15 +50,8 @@ def test_rows_come_back_in_any_order(tmp_path_factory, portions, order):
         split[len(split)]
 
 
-def test_a_shard_depends_on_its_rows_and_not_on_their_portions(tmp_path):
-    lengths = [1 + n % 7 for n in range(300)]
-    write(tmp_path / "a", [lengths])
-    write(tmp_path / "b", [lengths[:1], lengths[1:180], [], lengths[180:]])
-    assert (tmp_path / "a" / "part-0.parquet").read_bytes() == (tmp_path / "b" / "part-0.parquet").read_bytes()
-
-
 def test_shards_that_the_index_does_not_name_are_not_read_and_missing_ones_are_noticed(tmp_path):
-    write(tmp_path / "split", [[1] * 100] * 2, 100)
+    write(tmp_path / "split", [[1] * 100] * 2)
     (tmp_path / "split" / "part-9.parquet").write_bytes(b"of an earlier build")
     assert len(Split(tmp_path / "split")) == 200
     (tmp_path / "split" / "part-1.parquet").unlink()
@@ -76,7 +62,7 @@ def test_shards_that_the_index_does_not_name_are_not_read_and_missing_ones_are_n
 def test_reading_holds_a_row_group_and_not_the_data_set(tmp_path):
     import pyarrow as pa
 
-    write(tmp_path / "split", [[500] * 256] * 40, 2048)  # 20 MB of tokens in five shards
+    write(tmp_path / "split", [[500] * 2048] * 5)  # 20 MB of tokens in five shards
     split = Split(tmp_path / "split")
     before = held = pa.total_allocated_bytes()
     for index in [*range(len(split)), *range(0, len(split), 97)]:  # in order, and here and there
@@ -88,7 +74,7 @@ def test_reading_holds_a_row_group_and_not_the_data_set(tmp_path):
 def test_the_datasets_library_reads_the_shards_that_the_index_names(tmp_path):
     from datasets import load_dataset
 
-    write(tmp_path / "train", [[3, 1, 2], [2]], 3)
+    write(tmp_path / "train", [[3, 1, 2], [2]])
     (tmp_path / "train" / "part-9.parquet").write_bytes(b"of an earlier build")
     names = [shard["name"] for shard in json.loads((tmp_path / "train" / INDEX).read_text())]
     files = [str(tmp_path / "train" / name) for name in names]

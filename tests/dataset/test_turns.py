@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from draft_model.dataset import inputs
-from draft_model.dataset.encode import Encoder, EncoderSettings
+from draft_model.dataset import build
+from draft_model.dataset.encode import Encoder, EncoderSettings, load_tokenizer
+from draft_model.dataset.reader import Rejected, parse
+from draft_model.dataset.render import Renderer, check_fit
+from draft_model.dataset.templates import TEMPLATES
+from draft_model.errors import DraftModelError
 
-from .conftest import KINDS
+from .conftest import KINDS, sentencepiece
 from .test_encode import supervised_runs
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -102,6 +106,137 @@ def test_what_the_template_would_drop_of_a_turn_is_a_reason_to_refuse(encode, ki
     reason, found = encode(kind, messages=messages)
     assert detail in found
     assert reason in ("not in the chat template", "refused by the chat template")
+
+
+SAYS = "this chat template does not write its"
+ASK = {"role": "user", "content": "how?"}
+ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "messages", "learnt"),
+    [
+        # A closing tag is a word too: where a template cuts at it, what it leaves is not the answer.
+        ("qwen3", [ASK, "Write </think> to close it."], None),
+        ("qwen3", [ASK, "Write </think> to close it.", ASK, "done"], None),
+        ("qwen3", [ASK, "<think>\nplan\n</think>\n\nThe tag </think> closes it."], None),
+        ("qwen3", [ASK, "Here:\n```\n<think>plan</think>\n```\nDone.", ASK, "done"], None),
+        ("qwen3-thinking", [ASK, "Write </think> to close it."], None),
+        ("deepseek", [ASK, "Write </think> to close it."], None),
+        ("deepseek", [ASK, "Write </think> to close it.", ASK, "done"], None),
+        ("qwen2", [ASK, "Write </think> to close it."], ["Write </think> to close it.<|im_end|>"]),
+        ("qwen3", [ASK, "<think>\nplan\n</think>\n\nSo."], ["<think>\nplan\n</think>\n\nSo.<|im_end|>"]),
+        # Of several system messages some templates keep the first one, some the last.
+        ("gpt-oss", ["s:First", ASK, "yes", "s:Second", ASK, "yes"], 4),
+        ("deepseek", ["s:First", ASK, "yes", "s:Second", ASK, "yes"], 1),
+        ("deepseek", ["s:yes", ASK, "yes", "s:First", ASK, "yes"], 1),  # its text is elsewhere in the conversation
+    ],
+)
+def test_all_of_a_conversation_is_compared_with_what_is_written(encode, kind, messages, learnt):
+    roles = {True: "system", False: "assistant"}
+    row = [
+        {"role": roles[m.startswith("s:")], "content": m.removeprefix("s:")} if isinstance(m, str) else m
+        for m in messages
+    ]
+    if isinstance(learnt, list):
+        assert encode(kind, messages=row)[0] == learnt
+        return
+    reason, detail = encode(kind, messages=row)
+    assert reason == "not in the chat template"
+    assert f"message {learnt or 2}: {SAYS} text" in detail
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "detail"),
+    [
+        ("+ message.content + '<|im_end|>' ", "+ message.content | upper + '<|im_end|>' ", "text"),
+        ("call.function.arguments | tojson", "call.function.arguments.keys() | list | tojson", "call of weather"),
+        ("+ message.content + '\n</tool_response>'", "+ '\n</tool_response>'", "text"),
+    ],
+)
+def test_what_a_template_drops_or_changes_is_found(models, tmp_path, before, after, detail):
+    model = tmp_path / "model"
+    shutil.copytree(models["qwen2"], model)
+    template = model / "chat_template.jinja"
+    assert before in template.read_text()
+    template.write_text(template.read_text().replace(before, after))
+    line = json.dumps({"messages": DIALOGUE}).encode()
+    ((_, reason, found),) = Encoder(EncoderSettings(model, "qwen", 1000, 700)).encode([(1, line)]).rejected
+    assert (reason, SAYS in found, detail in found) == ("not in the chat template", True, True)
+
+
+def test_of_several_named_templates_the_one_for_tools_writes_tools(models, tmp_path):
+    model, bare = tmp_path / "model", models["qwen-bare"]
+    shutil.copytree(bare, model)
+    shutil.copy(models["qwen3"] / "chat_template.jinja", model)
+    tokenizer = load_tokenizer(model)
+    whole = tokenizer.chat_template
+    tokenizer.chat_template = {"default": TEMPLATES["qwen"].jinja, "tool_use": whole, "rag": "{{ documents }}"}
+    tokenizer.save_pretrained(model)
+    encoder = Encoder(EncoderSettings(model, "qwen", 1000, 700))
+    check_fit(encoder.tokenizer, encoder.template)
+    rows = [{"messages": DIALOGUE, "tools": TOOLS}, {"messages": DIALOGUE[1:2] + DIALOGUE[4:]}]
+    encoded = encoder.encode([(n, json.dumps(row).encode()) for n, row in enumerate(rows)])
+    assert not encoded.rejected
+    text = encoder.tokenizer.decode(encoded.ids)
+    assert "# Tools" in text
+    assert "You are a helpful assistant." in text[len(text) // 2 :]
+    del tokenizer.chat_template["default"]
+    tokenizer.save_pretrained(model)
+    shutil.rmtree(model / "additional_chat_templates", ignore_errors=True)
+    for name in ("rag", "tool_use"):
+        (model / "additional_chat_templates").mkdir(exist_ok=True)
+        (model / "additional_chat_templates" / f"{name}.jinja").write_text(tokenizer.chat_template[name])
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(DraftModelError, match="chat templates rag, tool_use, but no `default`"):
+        Encoder(EncoderSettings(model, "qwen", 1000, 700))
+
+
+@pytest.mark.parametrize("style", ["legacy", "first", "always", "never"])
+def test_tokens_are_those_of_the_whole_text_where_a_texts_start_gets_a_space(tmp_path, style):
+    sentencepiece(style).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    encoder = Encoder(EncoderSettings(tmp_path, "qwen", 1000, 700))
+    check_fit(encoder.tokenizer, encoder.template)
+    turns = ["the fox", "lazy dog", "what", "\n brown  fox"]
+    messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+    encoded = encoder.encode([(1, json.dumps({"messages": messages}).encode())])
+    whole = encoder.tokenizer.apply_chat_template(messages, tokenize=False)
+    assert encoded.ids.tolist() == encoder.tokenizer(whole, add_special_tokens=False)["input_ids"]
+    tokens = encoder.tokenizer.convert_ids_to_tokens(encoded.ids[encoded.mask].tolist())
+    said = "".join(tokens).replace("<0x0A>", "\n").replace("▁", " ")
+    assert said == "lazy dog<|im_end|>\n brown  fox<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "ends"),
+    [
+        ({"messages": DIALOGUE, "tools": TOOLS}, "qwen3", f"sunny\n</tool_response>{ANSWER}"),
+        ({"messages": [ASK, {"role": "assistant", "content": "no"}]}, "qwen3-thinking", f"how?{ANSWER}<think>\n"),
+        ({"prompt": "how?"}, "llama3", "how?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"),
+        ({"text": f"<|im_start|>user\na{ANSWER}b"}, "qwen2", f"a{ANSWER}"),
+        ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, "qwen2", None),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "qwen2", None),
+    ],
+)  # fmt: skip
+def test_a_prompt_ends_where_the_last_answer_begins(models, row, kind, ends):
+    renderer = Renderer(load_tokenizer(models[kind]), TEMPLATES[KINDS[kind][0]], tools="tools" in row)
+    read = parse(json.dumps(row).encode(), needs_answer=False)
+    if ends is None:
+        with pytest.raises(Rejected, match=r"control token|nothing to reply to"):
+            renderer.prompt(read)
+        return
+    prompt = renderer.prompt(read)
+    assert prompt.endswith(ends)
+    if read.answers:
+        rendered = renderer.render(read)
+        assert rendered.text[: rendered.supervised[-1][0]].startswith(prompt)
+
+
+def test_an_answer_of_no_weight_is_not_supervised(encode):
+    messages = [ASK, {"role": "assistant", "content": "one", "weight": 0}, ASK, {"role": "assistant", "content": "two"}]
+    assert encode("qwen2", messages=messages)[0] == ["two<|im_end|>"]
+    assert encode("qwen2", messages=messages[:2])[0] == "nothing supervised"
 
 
 @pytest.mark.parametrize("kind", ["deepseek", "qwen-bare"])
@@ -234,7 +369,7 @@ def test_control_tokens_are_found_wherever_they_hide(encode):
 
 
 def test_what_becomes_of_the_same_lines_changes_only_with_the_format(encode):
-    """Where this fails on purpose, raise inputs.FORMAT too: else data sets of before will be taken for today's."""
+    """Where this fails on purpose, raise build.FORMAT too: else data sets of before will be taken for today's."""
     rows = [
         {"messages": REASONED},
         {"messages": REASONED[:2], "finish": "length"},
@@ -245,7 +380,7 @@ def test_what_becomes_of_the_same_lines_changes_only_with_the_format(encode):
     ]
     kinds = [kind for kind in KINDS if kind != "smol-bare"]
     made = json.dumps([encode(kind, **row) for kind in kinds for row in rows], ensure_ascii=False)
-    assert (inputs.FORMAT, hashlib.sha256(made.encode()).hexdigest()) == (
-        3,
+    assert (build.FORMAT, hashlib.sha256(made.encode()).hexdigest()) == (
+        4,
         "3d3fdb88e3699ff00cb3b3feb8307269cdb59078d2094e4e8d78a236dc471791",
     )

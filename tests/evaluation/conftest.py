@@ -69,7 +69,9 @@ def report(tmp_path: Path) -> Callable[..., str]:
     """Writes a report and reads it."""
 
     def write(*inputs: Any) -> str:
-        write_report(tmp_path / "report.html", *inputs)
+        training, evaluation, dataset, *hashes = inputs
+        content = {"training": training, "dataset": dataset, "evaluation": evaluation, "not_measured": "no prompts"}
+        write_report(tmp_path / "report.html", {**content, "hashes": hashes[0] if hashes else []})
         return (tmp_path / "report.html").read_text(encoding="utf-8")
 
     return write

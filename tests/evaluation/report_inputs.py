@@ -75,60 +75,38 @@ def make_evaluation() -> Json:
     reply = "A rain|bow| ap|pears| when| sun|light| meets| drops| of| water|.\n\n| Each| drop| bends| the| light"
     reply += "| and| splits| it| into| its| colours|,| from| red| to| violet|.<end>"
     tokens = reply.replace("<end>", "|<end>").split("|")
+    hardware = "Intel(R) Xeon(R) CPU @ 2.60GHz, 2 cores, 8 GiB"
+    speeds = [(1, 101.3, 137.8), (4, 310.0, 365.8)]
     return {
-        "num_speculative_tokens": 3, "prompts": 40, "max_new_tokens": 128, "dtype": "float32",
-        "seconds": 412.6,
-        "hardware": "Intel(R) Xeon(R) CPU @ 2.60GHz, 2 cores, 8 GiB",
+        "engine": "vLLM 0.32.0", "hardware": hardware, "dtype": "float32", "seconds": 412.6,
+        "num_speculative_tokens": 3, "prompts": 40, "max_new_tokens": 128, "prompts_source": "the validation split",
         "trained": {
             "acceptance_length": 1.9137, "rounds": 2526, "drafted": 7578, "accepted": 2308, "tokens": 4834,
             "acceptance_by_position": [0.5412, 0.2613, 0.1112],
             "conditional_acceptance_by_position": [0.5412, 0.4828, 0.4256],
         },
         "untrained": {
-            "acceptance_length": 1.0274, "rounds": 4705, "drafted": 14115, "accepted": 129, "tokens": 4834,
+            "acceptance_length": 1.0274, "rounds": 4705, "drafted": 14115, "accepted": 129,
             "acceptance_by_position": [0.0264, 0.001, 0.0],
             "conditional_acceptance_by_position": [0.0264, 0.0379, None],
         },
-        "prompts_source": "the validation split",
         "by_category": [
             {"category": "first reply", "prompts": 30, "rounds": 1900, "acceptance_length": 1.9311},
             {"category": "later reply", "prompts": 10, "rounds": 626, "acceptance_length": 1.8612},
         ],
-        "by_depth": [
-            {"from": 0, "to": 15, "rounds": 320, "acceptance_length": 2.1043},
-            {"from": 128, "to": None, "rounds": 2206, "acceptance_length": 1.8861},
-        ],
-        "more": [
+        "sampled": None,
+        "speed": [
             {
-                "name": "tree 3,2, greedy", "proposals": 9,
-                "acceptance_length": 2.2345, "rounds": 2163, "drafted": 4326, "accepted": 2671, "tokens": 4834,
-                "acceptance_by_position": [0.75, 0.4845], "conditional_acceptance_by_position": [0.75, 0.646],
+                "batch_size": size, "target_alone_tokens_per_second": alone, "tokens_per_second": helped,
+                "speed_up": helped / alone,
             }
+            for size, alone, helped in speeds
         ],
-        "prediction": {
-            "prompts": 16,
-            "costs": {
-                "context": 77, "target_seconds": 0.0312, "verify_cost": [1 + 0.04 * k for k in range(1, 11)],
-                "draft_cost": 0.0613, "hardware": "Intel(R) Xeon(R) CPU @ 2.60GHz, 2 cores, 8 GiB", "dtype": "float32",
-            },
-            "by_proposals": [
-                {
-                    "proposals": k, "acceptance_length": 1.9 + 0.01 * k, "speed_up": 1.4571 - 0.05 * k,
-                    "predicted_acceptance_length": 1.95 + 0.01 * k if k <= POSITIONS else None,
-                }
-                for k in range(1, 11)
-            ],
-            "recommended": 1,
-        },
-        "wall_clock": {
-            "target_alone_tokens_per_second": 101.3, "tokens_per_second": 137.8, "speed_up": 1.3603, "batch": 16,
-            "hardware": "Intel(R) Xeon(R) CPU @ 2.60GHz, 2 cores, 8 GiB", "dtype": "float32",
-        },
         "prompt_tokens": [[1, 2, 3]],
         "predicted_acceptance_length": make_training()["validation"][-1]["acceptance_length"],
         "lossless": {
             "prompts": 40, "compared_tokens": 9631, "identical": True,
-            "ties": [{"prompt": 17, "position": 63, "margin": 1.9e-06}],
+            "ties": [{"prompt": 17, "position": 63, "margin": 1.9e-06, "tie": True}],
             "differences": [],
         },
         "sample": {
@@ -171,4 +149,12 @@ def make_dataset(*, validation: bool = True) -> Json:
             ["\n<|im_start|>user\nWhich is the longest?<|im_end|>\n<|im_start|>assistant\n", False],
             *([word, True] for word in ("The", " Danube", ":", " 2,850", " km", ".", "<|im_end|>")),
         ]],
+    }  # fmt: skip
+
+
+def make_report() -> Json:
+    """Content of report.json."""
+    return {
+        "training": make_training(), "dataset": make_dataset(), "evaluation": make_evaluation(), "not_measured": "",
+        "hashes": [],
     }  # fmt: skip

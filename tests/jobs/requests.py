@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from draft_model.jobs.compute import Compute, ComputeMap, built_in, resolve
-from draft_model.jobs.pods import WORK
-from draft_model.jobs.request import JobRequest, ObjectStore
+from draft_model.jobs.render import WORK
+from draft_model.jobs.request import JobRequest, JobSpec
 from draft_model.parameters import Parameters
 from draft_model.training import TrainConfig
 
@@ -32,27 +32,34 @@ OWNER = {
 }
 
 
-def config(**parameters) -> TrainConfig:
+def spec(**parameters) -> JobSpec:
     """A training whose inputs and output are in an object store."""
-    return TrainConfig(
-        "s3://bucket/run/model", "s3://bucket/run/dataset", "s3://bucket/run/output", Path(WORK),
-        Parameters(**parameters), again=True,
+    p = Parameters(**parameters)
+    uris = {name: f"s3://bucket/run/{name}" for name in ("model", "dataset", "output")}
+    config = TrainConfig(**uris, work=Path(WORK), parameters=p, again=True)
+    return JobSpec(
+        "training", "draft_model.training", config.to_json(), uris, uris["output"], p,
+        p.num_nodes_draft_model_training, p.number_of_gpu_to_use_draft_model_training, check=list,
     )  # fmt: skip
 
 
 def request(compute: Compute | None = None, **parameters) -> JobRequest:
     """One attempt of a run's job."""
-    settings = config(**parameters)
+    settings = spec(**parameters)
+    key = {"name": "mlpipeline-minio-artifact", "optional": True}
     return JobRequest(
         run_id=RUN,
         attempt=0,
-        config=settings,
+        spec=settings,
         compute=compute or resolve(MAP, "train", settings.parameters),
         image="registry.example/draft-model/stage@sha256:" + "ab" * 32,
-        store=ObjectStore("http://seaweedfs.kubeflow:9000", "us-east-1", "mlpipeline-minio-artifact"),
+        variables={"AWS_ENDPOINT_URL": "http://seaweedfs.kubeflow:9000", "AWS_DEFAULT_REGION": "us-east-1"},
         namespace="team",
         owner=OWNER,
-    )
+        login={
+            "AWS_ACCESS_KEY_ID": {**key, "key": "accesskey"}, "AWS_SECRET_ACCESS_KEY": {**key, "key": "secretkey"}
+        },
+    )  # fmt: skip
 
 
 def _sized(nodes: int, gpus: int, **parameters) -> JobRequest:
@@ -72,5 +79,4 @@ GOLDEN = {
 
 def other_settings(wanted: JobRequest) -> JobRequest:
     """The same run, asked for something else."""
-    changed = wanted.config.parameters.model_copy(update={"seed": wanted.config.parameters.seed + 1})
-    return replace(wanted, config=replace(wanted.config, parameters=changed))
+    return replace(wanted, spec=replace(wanted.spec, config=wanted.spec.config.replace('"seed": 0', '"seed": 1')))

@@ -10,7 +10,7 @@ import pytest
 from draft_model.errors import DraftModelError
 from draft_model.jobs import compute
 from draft_model.jobs.compute import ComputeMap, built_in, load_map, resolve
-from draft_model.jobs.place import nodes_of
+from draft_model.jobs.context import nodes_of
 from draft_model.parameters import Parameters
 from jobs.requests import MAP
 
@@ -21,14 +21,21 @@ def train(**parameters):
     return resolve(MAP, "train", Parameters(**parameters))
 
 
-def test_the_contracts_defaults_are_in_the_built_in_map():
+def test_a_default_type_that_nobody_chose_pins_no_node():
+    """A cluster of another cloud has no such node: the pod would wait for ever."""
     defaults = Parameters()
     node = resolve(built_in(), "train", defaults)
-    assert node.node_selector == {"node.kubernetes.io/instance-type": "Standard_NC24rs_v3"}
-    assert node.gpus == 1
+    assert (node.node_selector, node.gpus, node.memory) == ({}, 1, "91750Mi")
     assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in node.tolerations
+    assert "may be none of this cluster's types" in node.note
     importing = resolve(built_in(), "import", defaults)
-    assert (importing.gpus, importing.cpus, importing.memory) == (0, "3200m", "22937Mi")
+    assert (importing.gpus, importing.cpus, importing.memory, importing.node_selector) == (0, "1000m", "4096Mi", {})
+    assert resolve(ComputeMap(), "train", defaults).node_selector == {}
+    # A map of the cluster's own that has the type, or another type: they were chosen.
+    assert train().node_selector == {"node.kubernetes.io/instance-type": "Standard_NC24rs_v3"}
+    assert not train().note
+    chosen = resolve(built_in(), "train", Parameters(instance_type_draft_model_training="p3.8xlarge"))
+    assert chosen.node_selector == {"node.kubernetes.io/instance-type": "p3.8xlarge"}
 
 
 @pytest.mark.parametrize("name", ["STANDARD_ND96ISR_H100_V5", "p5.48xlarge", "A3-HighGPU-8g"])
@@ -106,6 +113,21 @@ def test_a_map_that_breaks_the_schema_is_refused(tmp_path, text, words):
         load_map(str(tmp_path / "map.json"), lambda name: None)
     with pytest.raises(DraftModelError, match="no ConfigMap of that name"):
         load_map("absent", lambda name: None)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"computes": {"mine": {"cpus": 2, "memory_gib": 4, "priority_class": "system-node-critical"}}},
+        {"computes": {"mine": {"cpus": 2, "memory_gib": 4, "tolerations": [{"key": "control-plane"}]}}},
+        {"instance_types": {"mine": {"cpus": 2, "memory_gib": 4, "tolerations": [{"key": "control-plane"}]}}},
+    ],
+)
+def test_priority_and_tolerations_come_from_an_administrators_map_alone(tmp_path, entry):
+    (tmp_path / "map.json").write_text(json.dumps(entry))
+    with pytest.raises(DraftModelError, match="sets tolerations or a priority_class for mine; only a ConfigMap"):
+        load_map(str(tmp_path / "map.json"), lambda name: None)
+    assert load_map("admins", {"admins": {compute.KEY: json.dumps(entry)}}.get)
 
 
 @pytest.mark.parametrize(

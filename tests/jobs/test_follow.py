@@ -4,42 +4,41 @@ from __future__ import annotations
 
 import re
 import threading
+from pathlib import Path
 
 import pytest
 
-from draft_model.jobs import watch
-from draft_model.jobs.backend import Forbidden, Pod, Unavailable
-from draft_model.jobs.cluster import Gone
-from draft_model.jobs.failures import classify
+from draft_model.jobs import failures, logs
+from draft_model.jobs import follow as following
+from draft_model.jobs.backends import Backend
+from draft_model.jobs.cluster import Forbidden, Unavailable
 from draft_model.jobs.follow import Follower
-from draft_model.jobs.logs import LogStreams, Valve, prefixed
-from draft_model.jobs.pytorchjob import PyTorchJobs
-from draft_model.jobs.states import State
-from draft_model.jobs.trainjob import TrainJobs
+from draft_model.jobs.logs import LogStreams, prefixed
+from draft_model.jobs.states import _CONDITIONS, LIMITS, Pod, State, pod_of, status_of
 from jobs.fake import Clock, FakeCluster, pod, status
-from jobs.requests import GOLDEN, request
+from jobs.requests import GOLDEN, request, spec
 
 
 @pytest.fixture
 def follow(tmp_path, monkeypatch):
     """Follows a job through scripted looks; gives its end and the cluster."""
-    monkeypatch.setattr(watch, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(watch, "POLL_ALONE_SECONDS", 0.0)
+    for name in ("POLL_SECONDS", "POLL_ALONE_SECONDS"):
+        monkeypatch.setattr(following, name, 0.0)
 
     def follow(*script, wanted=None, prepare=None):
         clock = Clock()
         cluster = FakeCluster(script, clock)
-        backend = PyTorchJobs(cluster)
+        backend = Backend(cluster, "pytorchjob")
         job = backend.create_or_adopt(wanted or GOLDEN["1x1"])
         if prepare:
             prepare(cluster)
-        logs = LogStreams(backend, job, tmp_path, lambda line: None)
-        return Follower(backend, job, logs, clock).follow(), cluster
+        streams = LogStreams(backend.logs, tmp_path, lambda line: None)
+        return Follower(backend, job, streams, clock).follow(), cluster
 
     return follow
 
 
-STARTING, RUNNING, DONE = status("Created"), status("Running", active=1), status("Succeeded")
+STARTING, RUNNING, DONE = status("Created"), status("Running"), status("Succeeded")
 
 
 def test_the_states_in_a_row_are_told(follow, caplog):
@@ -54,9 +53,9 @@ def test_the_states_in_a_row_are_told(follow, caplog):
     ("script", "parameters", "reason", "words"),
     [
         ([STARTING], {"start_limit": 5}, "Start", "start_limit: .* exceeded 5 minutes"),
-        ([status(suspend=True)], {"queue_limit": 7}, "Queue", "queue_limit: .* exceeded 7 minutes"),
+        ([status("Suspended", suspend=True)], {"queue_limit": 7}, "Queue", "queue_limit: .* exceeded 7 minutes"),
         ([RUNNING], {"run_limit": 9}, "Run", "run_limit: .* exceeded 9 minutes"),
-        ([RUNNING, RUNNING, status(suspend=True), STARTING] * 9, {"run_limit": 12}, "Run", "run_limit"),
+        ([RUNNING, RUNNING, status("Suspended", suspend=True), STARTING] * 9, {"run_limit": 12}, "Run", "run_limit"),
     ],
 )
 def test_each_phase_has_its_own_limit(follow, script, parameters, reason, words):
@@ -67,7 +66,7 @@ def test_each_phase_has_its_own_limit(follow, script, parameters, reason, words)
 
 
 def test_a_long_queue_does_not_use_up_the_time_to_start_or_run(follow):
-    queued = [status(suspend=True)] * 50
+    queued = [status("Suspended", suspend=True)] * 50
     outcome, _ = follow(*queued, STARTING, RUNNING, DONE, wanted=request(start_limit=3, run_limit=3))
     assert outcome.state is State.SUCCEEDED
 
@@ -105,12 +104,12 @@ def test_a_queue_without_kueue_is_found_out_and_one_with_it_is_not(follow, caplo
     assert outcome.failure.reason == "UnmanagedQueue"
 
     def manage(cluster):
-        (job,) = cluster.objects_there.values()
+        (job,) = cluster.there.values()
         said = [{"type": "QuotaReserved", "message": "16 more GPUs are needed"}]
         owner = [{"uid": job["metadata"]["uid"]}]
         cluster.kueue = [{"metadata": {"ownerReferences": owner}, "status": {"conditions": said}}]
 
-    running = status("Running", active=2, suspend=False)
+    running = status("Running", suspend=False, pods=[pod(), pod("b")])
     outcome, _ = follow(*[waiting] * 5, running, DONE, wanted=GOLDEN["queue"], prepare=manage)
     assert outcome.state is State.SUCCEEDED
     assert any("queue research: 16 more GPUs are needed" in record.message for record in caplog.records)
@@ -166,13 +165,13 @@ PEER = Pod("p1", 1, ended=True, exit_code=1, finished="2026-01-01T00:00:03Z")
 )  # fmt: skip
 def test_the_cause_is_told_and_not_what_it_did_to_the_others(cause, tail, reason, retryable):
     tails = {"p0": tail, "p1": ["RuntimeError: Connection closed by peer [10.0.0.7]:4711"]}
-    failure = classify("job", "failed", [PEER, cause], tails)
+    failure = failures.classify("job", spec(), "failed", [PEER, cause], tails)
     assert (failure.reason, failure.retryable) == (reason, retryable)
 
 
 def test_a_pod_that_lost_its_peers_is_not_blamed_while_another_still_ends(follow, monkeypatch):
-    monkeypatch.setattr("draft_model.jobs.follow.DRAIN_SECONDS", 0.0)
-    monkeypatch.setattr("draft_model.jobs.logs._AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(following, "DRAIN_SECONDS", 0.0)
+    monkeypatch.setattr(logs, "AGAIN_SECONDS", 0.01)
     lost = pod("a", exitCode=1, message="Connection reset by peer", finishedAt="2026-01-01T00:00:01Z")
     killed = pod("b", exitCode=137, finishedAt="2026-01-01T00:00:09Z")
     looks = iter([[lost, pod("b")]] * 20)
@@ -187,33 +186,48 @@ def test_a_pod_that_lost_its_peers_is_not_blamed_while_another_still_ends(follow
 
 def test_a_trainers_problems_come_word_for_word_and_a_crash_with_its_last_lines():
     mistake = Pod("p0", 0, ended=True, exit_code=2, message='{"problems": ["a: given 1", "b: given 2"]}')
-    assert classify("job", "", [PEER, mistake], {}).problems == ["a: given 1", "b: given 2"]
-    crash = classify("job", "", [Pod("p0", 0, ended=True, exit_code=1)], {"p0": ["one", "KeyError: 'x'"]})
+    assert failures.classify("job", spec(), "", [PEER, mistake], {}).problems == ["a: given 1", "b: given 2"]
+    crash = failures.classify(
+        "job", spec(), "", [Pod("p0", 0, ended=True, exit_code=1)], {"p0": ["one", "KeyError: 'x'"]}
+    )
     assert crash.problems[-1].strip() == "KeyError: 'x'"
 
 
 def test_a_deadline_and_an_unknown_end_are_told():
-    late = classify("job", "Job job has failed because it was active longer than specified deadline", [], {})
+    late = failures.classify(
+        "job", spec(), "Job job has failed because it was active longer than specified deadline", [], {}
+    )
     assert late.reason == "Deadline"
-    assert "quota" in classify("job", "pods were refused: quota", [], {}).problems[0]
+    assert "quota" in failures.classify("job", spec(), "pods were refused: quota", [], {}).problems[0]
 
 
 @pytest.mark.parametrize(
-    ("conditions", "suspended", "phases", "expected"),
+    ("conditions", "suspended", "started", "expected"),
     [
-        ([], True, [], State.QUEUED),
-        ([], False, ["Running", "Pending"], State.STARTING),
-        ([], False, ["Running", "Running"], State.RUNNING),
-        (["Complete"], False, ["Succeeded", "Succeeded"], State.SUCCEEDED),
-        (["Failed"], False, ["Failed", "Running"], State.FAILED),
+        ([], True, 0, State.QUEUED),
+        ([], False, 1, State.STARTING),
+        ([], False, 2, State.RUNNING),
+        (["Complete"], False, 2, State.SUCCEEDED),
+        (["Failed"], False, 1, State.FAILED),
     ],
 )
-def test_the_states_of_a_trainjob(conditions, suspended, phases, expected):
+@pytest.mark.parametrize("where", ["runPolicy", ""])
+def test_the_states_of_a_job(conditions, suspended, started, expected, where):
+    policy = {"suspend": suspended}
     job = {
-        "spec": {"suspend": suspended, "trainer": {"numNodes": 2}},
+        "spec": {where: policy} if where else policy,
         "status": {"conditions": [{"type": kind, "status": "True"} for kind in conditions]},
     }
-    assert TrainJobs.status_of(job, [{"status": {"phase": phase}} for phase in phases]).state is expected
+    pods = [Pod(str(node), node, started=True) for node in range(started)]
+    assert status_of(job, pods, GOLDEN["queue"]).state is expected
+
+
+def test_the_table_of_the_docs_is_the_one_in_code():
+    docs = (Path(__file__).parents[2] / "docs/kubernetes.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in docs.splitlines() if line.startswith("| ")]
+    told = {row[0]: re.findall(r"`(\w+_limit)`", row[2]) for row in rows if row[0] in State.__members__}
+    assert told == {state.value: [LIMITS[state]] if state in LIMITS else [] for state in State}
+    assert set(_CONDITIONS.values()) <= set(State)
 
 
 def test_lines_carry_the_rank_that_wrote_them_and_a_bar_its_last_state():
@@ -222,34 +236,63 @@ def test_lines_carry_the_rank_that_wrote_them_and_a_bar_its_last_state():
     assert prefixed("[0] \rtraining: 10%[0] \rtraining: 20%", 0) == "[0] training: 20%"
 
 
-def test_too_many_lines_are_held_back_and_counted():
-    shown, clock = [], Clock()
-    valve = Valve(shown.append, clock)
-    for number in range(1000):
-        valve(str(number))
-    assert len(shown) == 200
-    clock.minutes += 1
-    valve("later")
-    assert shown[200:] == ["... 800 lines are only in the whole log", "later"]
+REJECTED = ["UnexpectedAdmissionError", "OutOfcpu", "OutOfmemory", "OutOfpods", "OutOfephemeral-storage",
+            "OutOfexample.com/gpu", "NodeAffinity", "NodeUnschedulable", "TaintToleration", "TopologyAffinityError",
+            "NodePorts", "Evicted", "NodeLost", "Preempting"]  # fmt: skip
 
 
-def test_a_watch_goes_on_where_it_was_and_starts_anew_when_that_is_gone(monkeypatch):
-    monkeypatch.setattr(watch, "_BACK_OFF", (0.0,))
-    asked, over = [], threading.Event()
-    answers = iter([["5", "7"], [], Gone(), ["9"], Unavailable("cut"), ["11"]])
+@pytest.mark.parametrize("reason", REJECTED)
+def test_a_pod_that_a_kubelet_rejects_is_the_machines_fault(reason):
+    rejected = pod_of(pod(reason=reason), 0)
+    assert failures.classify("job", spec(), "1 Master replica(s) failed", [rejected], {}).retryable
 
-    def follow(version):
-        asked.append(version)
-        answer = next(answers, None)
-        if answer is None:
-            over.set()
-            threading.Event().wait(0.01)
-            return
-        if isinstance(answer, Exception):
-            raise answer
-        yield from answer
 
-    with watch.Changes(follow) as changes:
-        assert over.wait(10)
-        changes.wait()
-    assert asked[:7] == ["", "7", "7", "", "9", "9", "11"]
+@pytest.mark.parametrize(
+    ("ended", "line", "retryable"),
+    [
+        ({"reason": "StartError", "exit_code": 128, "message": "nvidia-container-cli: driver error"}, "", True),
+        ({"reason": "StartError", "exit_code": 128, "message": 'exec: "pyhton": not found'}, "", False),
+        ({"exit_code": 1}, "CUDA error: uncorrectable ECC error encountered", True),
+    ],
+)  # fmt: skip
+def test_a_broken_gpu_or_driver_is_the_machines_fault(ended, line, retryable):
+    broken = Pod("p0", 0, ended=True, **ended)
+    assert failures.classify("job", spec(), "", [broken], {"p0": [line]}).retryable is retryable
+
+
+def test_a_job_that_no_operator_touches_is_told_within_minutes(follow):
+    outcome, cluster = follow({}, wanted=request(start_limit=60))
+    assert outcome.failure.reason == "NoOperator"
+    assert "PyTorchJob draft-3f2c9a10-a0 has no status" in outcome.failure.problems[0]
+    assert cluster.clock.minutes <= 4
+
+
+def test_what_a_start_waits_for_is_told(follow, caplog):
+    caplog.set_level("INFO", "draft_model")
+    old = pod("draft-3f2c9a10-a7-worker-0", job="draft-3f2c9a10-a7")
+    follow(status("Created", pods=[old]), RUNNING, DONE)
+    assert "earlier pods of this run still end and hold their GPUs: draft-3f2c9a10-a7-worker-0" in caplog.text
+
+
+def test_a_watch_that_breaks_is_made_anew_and_wakes_the_follower(follow):
+    seen = threading.Event()
+
+    def watched(cluster):
+        answers = iter([Unavailable("cut"), [None], Forbidden("no watch"), [None, None]])
+
+        def watch(kind, name):
+            answer = next(answers, None)
+            if answer is None:
+                seen.set()
+                threading.Event().wait(0.05)
+                return
+            if isinstance(answer, Exception):
+                raise answer
+            yield from answer
+
+        cluster.watch = watch
+        get = cluster.get
+        cluster.get = lambda *of: get(*of) if seen.wait(20) else None
+
+    outcome, _ = follow(RUNNING, DONE, prepare=watched)
+    assert outcome.state is State.SUCCEEDED

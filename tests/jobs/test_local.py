@@ -109,11 +109,12 @@ def test_a_killed_process_is_told_and_costs_what_came_after_the_last_checkpoint(
     assert resumed.read("final/model.safetensors") == long_run.read("final/model.safetensors")
 
 
-def test_sigterm_to_the_coordinating_process_ends_the_job_after_a_checkpoint(train, start, long_run):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_coordinating_process_ends_the_job_after_a_checkpoint(train, start, long_run, number):
     config = train.config(**LONG)
     process, _ = start(config, "step 5, ")
     (child,) = processes_below(process)
-    process.terminate()
+    process.send_signal(number)
     _, rest = process.communicate()
     assert process.returncode == 143
     assert not psutil.pid_exists(child.pid)
@@ -127,7 +128,7 @@ def test_sigterm_to_the_coordinating_process_ends_the_job_after_a_checkpoint(tra
 def instead(monkeypatch, body):
     """Has the job's process do something else than train."""
     code = f"import json, os, pathlib, signal, sys\n{body}"
-    monkeypatch.setattr(local, "command", lambda world: [sys.executable, "-c", code])
+    monkeypatch.setattr(local, "command", lambda module, world: [sys.executable, "-c", code])
 
 
 @pytest.fixture
@@ -158,7 +159,7 @@ def test_ctrl_c_ends_the_job(train, monkeypatch, tmp_path):
         ("os.kill(os.getpid(), signal.SIGKILL)", "exit code -9.*lack of memory"),
         ("sys.exit(137)", "exit code 137.*lack of memory"),
         ("sys.exit(1)", "exit code 1: its own messages are above$"),
-        ("", "exit code 0"),
+        ("", "exit code 0: it has left no result"),
     ],
 )
 def test_a_job_that_ends_without_a_result_is_told(train, monkeypatch, body, told):
@@ -174,3 +175,13 @@ def test_a_result_of_an_earlier_job_is_not_taken_for_this_ones(train, monkeypatc
     instead(monkeypatch, "")
     with pytest.raises(DraftModelError, match="exit code 0"):
         jobs.run(config)
+
+
+def test_two_runs_in_a_row_share_no_error_file(train, monkeypatch):
+    """An orphan of the first may still write when the second runs."""
+    instead(monkeypatch, "pathlib.Path(os.environ['DRAFT_MODEL_ERROR_FILE']).write_text(json.dumps(['a: bad']))")
+    with pytest.raises(DraftModelError, match="a: bad"):
+        jobs.run(train.config())
+    instead(monkeypatch, "sys.exit(1)")
+    with pytest.raises(DraftModelError, match="exit code 1"):
+        jobs.run(train.config())

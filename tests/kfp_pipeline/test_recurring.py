@@ -1,15 +1,13 @@
 """Recurring runs against a KFP API server: what the file says is there once, and a second time changes nothing."""
 
 import json
-import re
 import subprocess
 import sys
-import uuid
 
 import kfp
 import pytest
 import yaml
-from kfp_api import KfpApi, Refused
+from kfp_api import KfpApi
 
 from draft_model.errors import DraftModelError
 from kfp_pipeline.client import connect
@@ -24,11 +22,10 @@ WEEKLY = {
 
 
 class SchedulingApi(KfpApi):
-    """The server with its recurring runs; their names need not be unique, and a list comes in pages of two."""
+    """A server with the pipeline and its version, as GitOps applies them."""
 
     def __init__(self, **more) -> None:
         super().__init__(**more)
-        self.recurring: dict[str, dict] = {}
         self.pipelines["p"] = {
             "pipeline_id": "p", "display_name": "pipeline-draft-model", "namespace": min(self.namespaces, default=""),
         }  # fmt: skip
@@ -37,37 +34,21 @@ class SchedulingApi(KfpApi):
 
     def add_version(self, name: str, spec: dict) -> None:
         """As GitOps applies one."""
-        self.versions[name] = {
+        self.versions[f"id-of-{name}"] = {
             "pipeline_id": "p", "pipeline_version_id": f"id-of-{name}", "display_name": name, "pipeline_spec": spec,
         }  # fmt: skip
 
-    def _route(self, method, path, query, headers, body):
-        if (method, path) == ("GET", "/recurringruns"):
-            found = [r for r in self.recurring.values() if r["experiment_id"] == query["experiment_id"]]
-            start = int(query.get("page_token") or 0)
-            page = {"recurringRuns": found[start : start + 2]} if found else {}
-            return page | ({"next_page_token": str(start + 2)} if found[start + 2 :] else {})
-        if (method, path) == ("POST", "/recurringruns"):
-            return self._add_recurring(json.loads(body))
-        if method == "DELETE" and (match := re.fullmatch("/recurringruns/([^/:]+)", path)):
-            self._get(self.recurring, match[1])
-            del self.recurring[match[1]]
-            return {}
-        return super()._route(method, path, query, headers, body)
-
-    def _add_recurring(self, given: dict) -> dict:
-        self._get(self.experiments, given["experiment_id"])
-        reference = given["pipeline_version_reference"]
-        (version,) = (v for v in self.versions.values() if v["pipeline_version_id"] == reference["pipeline_version_id"])
-        self._check(version["pipeline_spec"], given["runtime_config"]["parameters"])
-        if len(given["trigger"]["cron_schedule"]["cron"].split()) != 6:
-            raise Refused(400, "The cron expression is invalid")
-        run = given | {"recurring_run_id": str(uuid.uuid4())}
-        self.recurring[run["recurring_run_id"]] = run
-        return run
+    def trigger(self, name: str, state: str) -> str:
+        """Starts a run of a schedule, as the controller does."""
+        schedule, run_id = self.by_name()[name], f"run-{len(self.runs)}"
+        self.runs[run_id] = {
+            "run_id": run_id, "experiment_id": schedule["experiment_id"], "state": state,
+            "recurring_run_id": schedule["recurring_run_id"],
+        }  # fmt: skip
+        return run_id
 
     def by_name(self) -> dict[str, dict]:
-        """What is there; no name twice."""
+        """All recurring runs; no name twice."""
         found = {run["display_name"]: run for run in self.recurring.values()}
         assert len(found) == len(self.recurring)
         return found
@@ -139,7 +120,7 @@ def test_what_differs_is_deleted_and_created(api, file, change):
 
 def test_a_new_version_of_the_pipeline_is_taken_up_and_rolled_back(api, file):
     apply(connect(api.host), file({"weekly": WEEKLY}), VERSION)
-    api.add_version("tomorrow", api.versions[VERSION]["pipeline_spec"])
+    api.add_version("tomorrow", api.versions[f"id-of-{VERSION}"]["pipeline_spec"])
     for version in ("tomorrow", VERSION):
         assert apply(connect(api.host), file({"weekly": WEEKLY}), version)
         assert api.by_name()["weekly"]["pipeline_version_reference"]["pipeline_version_id"] == f"id-of-{version}"
@@ -148,12 +129,12 @@ def test_a_new_version_of_the_pipeline_is_taken_up_and_rolled_back(api, file):
 def test_what_the_file_no_longer_has_is_deleted_and_others_are_left_alone(api, file):
     server = connect(api.host)
     apply(server, file({"weekly": WEEKLY, "nightly": WEEKLY}), VERSION)
-    by_hand = api._add_recurring(api.by_name()["nightly"] | {"display_name": "by-hand", "description": "mine"})
+    by_hand = api.add_recurring(api.by_name()["nightly"] | {"display_name": "by-hand", "description": "mine"})
     apply(server, file({"weekly": WEEKLY}, experiment="somebody-elses"), VERSION)
     assert apply(server, file({"weekly": WEEKLY}), VERSION) == ["deleted nightly"]
     assert by_hand["recurring_run_id"] in api.recurring
     assert len(api.recurring) == 3
-    with pytest.raises(DraftModelError, match="by-hand: a recurring run of this name is there that no file made"):
+    with pytest.raises(DraftModelError, match="by-hand: a recurring run of this name exists that no file made"):
         apply(server, file({"by-hand": WEEKLY}), VERSION)
     assert len(api.recurring) == 3
 
@@ -161,9 +142,41 @@ def test_what_the_file_no_longer_has_is_deleted_and_others_are_left_alone(api, f
 def test_a_run_that_is_there_twice_stays_once(api, file):
     server = connect(api.host)
     apply(server, file({"weekly": WEEKLY}), VERSION)
-    api._add_recurring(api.by_name()["weekly"])
-    assert apply(server, file({"weekly": WEEKLY}), VERSION) == ["deleted weekly, which was there twice"]
+    api.add_recurring(api.by_name()["weekly"])
+    assert apply(server, file({"weekly": WEEKLY}), VERSION) == ["deleted weekly, which existed twice"]
     assert api.by_name().keys() == {"weekly"}
+
+
+@pytest.mark.parametrize("left", [{}, {"weekly": WEEKLY | {"cron": "0 0 3 * * 6"}}], ids=["taken out", "changed"])
+def test_a_run_in_progress_outlives_its_schedule(api, file, left):
+    server = connect(api.host)
+    apply(server, file({"weekly": WEEKLY}), VERSION)
+    (old,) = api.recurring
+    for state in ("SUCCEEDED", "FAILED"):  # two pages of the list
+        api.trigger("weekly", state)
+    run = api.trigger("weekly", "RUNNING")
+    created = ["created weekly"] if left else []
+    for more in (created, []):  # a second sync, while the run still goes on
+        kept = f"disabled weekly; it is deleted by a later sync, since its run {run} goes on"
+        assert apply(server, file(left), VERSION) == [kept, *more]
+        assert (api.recurring[old]["mode"], api.runs[run]["state"]) == ("DISABLE", "RUNNING")
+        assert len(api.recurring) == 1 + len(left)
+    api.runs[run]["state"] = "SUCCEEDED"
+    (done,) = apply(server, file(left), VERSION)
+    assert done.startswith("deleted weekly")
+    assert old not in api.recurring
+    assert api.by_name().keys() == left.keys()
+
+
+def test_a_change_that_is_taken_back_while_a_run_goes_on(api, file):
+    server = connect(api.host)
+    apply(server, file({"weekly": WEEKLY}), VERSION)
+    (old,) = api.recurring
+    api.trigger("weekly", "RUNNING")
+    apply(server, file({"weekly": WEEKLY | {"catch_up": True}}), VERSION)
+    done = apply(server, file({"weekly": WEEKLY}), VERSION)
+    assert done == ["enabled weekly", "deleted weekly, which existed twice"]
+    assert (list(api.recurring), api.recurring[old]["mode"]) == ([old], "ENABLE")
 
 
 def test_on_a_server_of_several_users_by_the_pods_token_and_namespace(file, tmp_path, monkeypatch):

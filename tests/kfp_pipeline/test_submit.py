@@ -10,7 +10,7 @@ import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from kfp_api import COOKIE, KfpApi
+from kfp_api import COOKIE, PAGE, KfpApi
 
 from draft_model.errors import DraftModelError
 from kfp_pipeline.client import NotLetIn, Server, ServerAway, connect
@@ -85,20 +85,6 @@ def test_a_run_has_the_targets_name_and_the_coordinators_account_by_default(api)
     assert only(api.runs)["service_account"] == "draft-model-coordinator"
 
 
-def cached(version):
-    spec = version["pipeline_spec"]["pipeline_spec"]
-    dags = [part["dag"] for part in (spec["root"], *spec["components"].values()) if "dag" in part]
-    return [name for dag in dags for name, task in dag["tasks"].items() if task.get("cachingOptions")]
-
-
-def test_without_the_cache_it_is_another_version(api):
-    names = [submit(connect(api.host), VALUES, cache=cache).version for cache in (True, False, False)]
-    assert names[0] != names[1] == names[2]
-    with_cache, without = api.versions.values()
-    assert {"import-model", "build-dataset"} <= set(cached(with_cache))
-    assert cached(without) == []
-
-
 def test_two_that_submit_at_the_same_time_make_one_of_each(api):
     api.racing = {"pipelines", "pipeline_versions", "experiments"}
     assert not submit(connect(api.host), VALUES).uploaded
@@ -109,7 +95,7 @@ def test_two_that_submit_at_the_same_time_make_one_of_each(api):
 def test_what_is_there_but_not_shown_is_told(api, kind):
     submit(connect(api.host), VALUES)
     api.hidden = {kind}
-    with pytest.raises(DraftModelError, match=rf"^{kind.split('_')[-1][:-1]} .*there is one, but does not show it"):
+    with pytest.raises(DraftModelError, match=rf"^{kind.split('_')[-1][:-1]} .*but does not list it"):
         submit(connect(api.host), VALUES)
     assert len(api.runs) == 1
 
@@ -119,7 +105,7 @@ def test_what_the_server_refuses_is_told_in_its_words(api):
     del only(api.versions)["pipeline_spec"]["pipeline_spec"]["root"]["inputDefinitions"]["parameters"]["seed"]
     with pytest.raises(DraftModelError) as caught:
         submit(connect(api.host), VALUES | {"seed": 1})
-    assert str(caught.value) == f"{api.host} refuses: 400: parameter seed is not an input of the pipeline"
+    assert str(caught.value) == f"{api.host} answers 400: parameter seed is not an input of the pipeline"
 
 
 def test_several_users(shared):
@@ -137,7 +123,7 @@ def test_the_namespace_of_kfps_own_settings_counts(shared, tmp_path):
 def test_a_namespace_that_is_missing_unknown_or_too_much(api, shared):
     with pytest.raises(DraftModelError, match=r"--namespace: not given, but .* several users"):
         connect(shared.host)
-    with pytest.raises(DraftModelError, match=r"does not allow this in the namespace 'team-b' \(403: User 'me' is not"):
+    with pytest.raises(DraftModelError, match=r"answers 403: User 'me' is not .*Namespace:team-b.*--namespace"):
         submit(connect(shared.host, "team-b"), VALUES)
     with pytest.raises(DraftModelError, match=r"--namespace: given 'team-a', but .* single user"):
         connect(api.host, "team-a")
@@ -205,8 +191,44 @@ def test_a_server_that_is_not_there(api):
 
 def test_a_server_that_fails(api):
     api.failing = 503
-    with pytest.raises(ServerAway, match=r"fails: 503: upstream connect error"):
+    with pytest.raises(ServerAway, match=r"answers 503: upstream connect error"):
         connect(api.host)
+
+
+def test_what_a_run_waits_for_is_told_once(api, monkeypatch, caplog):
+    monkeypatch.setattr("kfp_pipeline.watch.STALL", -1.0)
+    monkeypatch.setattr("kfp_pipeline.watch.PAUSES", (0.01, 0.01))
+    server = connect(api.host)
+    pending = ("RUNNING", {"preflight": "SUCCEEDED", "train": ("PENDING", "ImagePullBackOff: no such image", "")})
+    api.story = [pending, pending, pending, ("SUCCEEDED", {})]
+    with caplog.at_level("INFO"):
+        assert watch(server, submit(server, VALUES).run_id).state == "SUCCEEDED"
+    assert caplog.text.count("train waits: ImagePullBackOff: no such image") == 1
+
+
+def test_a_packed_status_is_told_and_read(api, monkeypatch, caplog):
+    monkeypatch.setattr("kfp_pipeline.watch.STALL", -1.0)
+    monkeypatch.setattr("kfp_pipeline.watch.PAUSES", (0.01, 0.01))
+    api.packed, server = True, connect(api.host)
+    running = ("RUNNING", {"preflight": "RUNNING"})
+    api.story = [running, running, ("FAILED", {"train": ("FAILED", "Error (exit code 2)", "error: seed: too large")})]
+    with caplog.at_level("INFO"):
+        ended = watch(server, submit(server, VALUES).run_id)
+    assert caplog.text.count("shows no further progress") == 1
+    assert ended.failures == {"train": ["Error (exit code 2)", "error: seed: too large"]}
+
+
+@pytest.mark.parametrize(
+    ("history", "outcome"),
+    [("RUNNING CANCELING FAILED", "terminated"), ("RUNNING CANCELING FAILED RUNNING FAILED", "failed")],
+    ids=["terminated", "retried since"],
+)
+def test_a_terminated_run_is_told_from_a_failed_one(api, history, outcome):
+    server = connect(api.host)
+    run_id = submit(server, VALUES).run_id
+    api.story = [("FAILED", {})]
+    api.runs[run_id]["state_history"] = [{"state": state} for state in history.split()]
+    assert watch(server, run_id).outcome == outcome
 
 
 def test_who_follows_a_run_waits_for_the_server_only_so_long(api, monkeypatch, caplog):
@@ -227,14 +249,44 @@ def test_a_run_whose_version_is_gone_is_followed_all_the_same(api):
     assert watch(server, run_id).state == "SUCCEEDED"
 
 
-def test_a_page_is_no_api(api):
-    api.page = True
-    with pytest.raises(DraftModelError, match="may want a login first"):
-        connect(api.host)
+@pytest.mark.parametrize(
+    ("page", "told"),
+    [(PAGE, "web page: it may ask for a login"), ("{}", "without the run"), ("", "''.* not JSON"),
+     ('{"run_id": "r", "st', "not JSON")],
+    ids=["login", "empty object", "empty", "cut"],
+)  # fmt: skip
+def test_a_watch_ends_where_a_gateway_answers_for_the_server(api, monkeypatch, page, told):
+    monkeypatch.setattr("kfp_pipeline.watch.PATIENCE", timedelta(0))
+    monkeypatch.setattr("kfp_pipeline.watch.PAUSES", (0.01, 0.01))
+    server = connect(api.host)
+    run_id = submit(server, VALUES).run_id
+    api.pages = {"/runs/": page}
+    with pytest.raises((ServerAway, NotLetIn), match=told):
+        watch(server, run_id)
+
+
+@pytest.mark.parametrize(
+    ("path", "page", "told"),
+    [("/runs$", "{}", "named none"), ("/runs$", PAGE, "ask for a login"), ("/healthz$", PAGE, "ask for a login"),
+     ("/experiments$", "", "not JSON"), ("/upload_version$", '{"pipe', "not JSON")],
+)  # fmt: skip
+def test_a_gateways_answer_is_no_run(api, path, page, told):
+    api.pages = {path: page}
+    with pytest.raises(DraftModelError, match=told):
+        submit(connect(api.host), VALUES)
+    assert not api.runs
+
+
+@pytest.mark.parametrize(("tag", "old"), [("2.16.0", True), ("2.16.1", False), ("2.17.0", False), ("master", False)])
+@pytest.mark.parametrize("ui", [False, True])
+def test_a_server_that_is_too_old_is_named(api, caplog, tag, old, ui):
+    api.tag, api.ui = tag, ui
+    connect(api.host)
+    assert (f"{api.host} is KFP {tag}; the pipeline needs 2.16.1" in caplog.text) == old
 
 
 def test_a_cookie_of_kfps_own_settings_gets_past_a_login_page(api, tmp_path):
-    api.page = True
+    api.pages = {"": PAGE}
     (tmp_path / "context.json").write_text(json.dumps({"namespace": "", "client_authentication_cookie": COOKIE}))
     submit(connect(api.host), VALUES)
     assert len(api.runs) == 1
@@ -266,7 +318,7 @@ def certificate(tmp_path):
 
 def test_tls(certificate):
     with KfpApi(certificate=certificate / "server.pem") as api:
-        with pytest.raises(ServerAway, match=r"cannot be trusted: .*certificate.*--ca-file"):
+        with pytest.raises(ServerAway, match=r"is not trusted: .*certificate.*--ca-file"):
             connect(api.host)
         submit(connect(api.host, ca_file=certificate / "ca.pem"), VALUES)
         assert len(api.runs) == 1
@@ -297,6 +349,7 @@ def test_parameters_are_checked_before_the_server_is_asked(api):
         ({"number_of_gpu_to_use_draft_model_training": 64, "draft_global_batch_size": 64}, "per node: use at most 4"),
         ({"tp_size": 3}, "tp_size: given 3; it must divide"),
         ({"evaluation_prompts": "mtbench"}, "or name benchmarks: mt-bench, gsm8k"),
+        ({"object_store_secret": ""}, "name a Secret that does not exist"),
         ({"draft_model_config": "ftp://host/draft.json"}, "allowed: a local path, file:///path, s3://bucket/key"),
     ],
 )

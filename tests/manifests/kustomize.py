@@ -49,10 +49,8 @@ def pods_of(documents: list[dict]) -> dict[str, dict]:
     """Pod templates by the name of what has them."""
     found = {}
     for document in documents:
-        spec = document.get("spec") or {}
-        spec = spec.get("jobTemplate", {}).get("spec", spec)
-        if document["kind"] in ("CronJob", "Job"):
-            found[document["metadata"]["name"]] = spec["template"]
+        if document["kind"] == "Job":
+            found[document["metadata"]["name"]] = document["spec"]["template"]
     return found
 
 

@@ -29,8 +29,9 @@ def model(target, tmp_path):
 def bring(tmp_path):
     """Imports a model; gives the result."""
 
-    def bring(output=None, **source):
-        return run(ImportConfig(output or str(tmp_path / "out"), tmp_path / "work", validate(source, ["import"])))
+    def bring(output=None, root="", **source):
+        output = output or str(tmp_path / "out")
+        return run(ImportConfig(output, tmp_path / "work", validate(source, ["import"]), root=root))
 
     return bring
 
@@ -58,3 +59,18 @@ def only(refusal):
         return problem
 
     return only
+
+
+@pytest.fixture
+def upload(object_store):
+    """Puts a folder into the object store; gives its URI."""
+    import uuid
+
+    def upload(folder, below=""):
+        uri = f"s3://{object_store.bucket}/{uuid.uuid4().hex}"
+        for path in folder.rglob("*"):
+            if path.is_file():
+                storage.write_bytes(f"{uri}{below}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+        return uri
+
+    return upload

@@ -25,6 +25,9 @@ class Hub:
     Attributes:
         requests: method, path, range and whether a token came, of every request.
         cuts: how the answers for large files end, one after the other: `close` and `reset` half way.
+        busy: statuses that the next requests are answered with, one after the other.
+        sizes: whether it says how large files are.
+        leaves_out: a header or field that the answers lack.
         refuses: `gated`, `private` or a status that every API request is answered with.
         ranges: whether the file host knows ranges.
         arrived: whether the client has written some of an answer that is to be reset.
@@ -35,7 +38,9 @@ class Hub:
         self.requests: list[tuple[str, str, str, bool]] = []
         self.cuts: list[str] = []
         self.refuses: str | int = ""
-        self.ranges = True
+        self.busy: list[int] = []
+        self.ranges = self.sizes = True
+        self.leaves_out = ""
         self.arrived = lambda: True
         self.sent: dict[str, bytes] = {}
         hub = self
@@ -75,7 +80,9 @@ class Hub:
         token = request.headers.get("Authorization", "") == f"Bearer {TOKEN}"
         self.requests.append((request.command, path, request.headers.get("Range", ""), token))
         at_cdn = request.server is self._servers[1]
-        if at_cdn:
+        if self.busy and not at_cdn:
+            self._send(request, self.busy.pop(0), {"Retry-After": "0"})
+        elif at_cdn:
             self._send_range(request, path.rpartition("/")[2], body)
         elif match := re.fullmatch(r"/api/models/org/name(?:/revision/(.+))?", path):
             self._describe(request, match[1])
@@ -104,8 +111,9 @@ class Hub:
         if revision not in (None, "main", "v1", COMMIT):
             return self._send(request, 404, {"X-Error-Code": "RevisionNotFound"})
         siblings = [self._sibling(name, data) for name, data in sorted(self.files.items())]
-        text = json.dumps({"id": "org/name", "modelId": "org/name", "sha": COMMIT, "siblings": siblings, "tags": []})
-        return self._send(request, 200, {"Content-Type": "application/json"}, text.encode())
+        answer = {"id": "org/name", "modelId": "org/name", "sha": COMMIT, "siblings": siblings, "tags": []}
+        answer.pop(self.leaves_out, None)
+        return self._send(request, 200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
     def _tree(self) -> list[dict]:
         found = []
@@ -118,6 +126,8 @@ class Hub:
 
     def _sibling(self, name: str, data: bytes) -> dict:
         found = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
+        if not self.sizes:
+            return {"rfilename": name}
         if self._large(name):
             found["lfs"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 134}
         return found
@@ -130,6 +140,7 @@ class Hub:
             return self._send(request, 404, {"X-Error-Code": "EntryNotFound"})
         data = self.files[name]
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}
+        headers.pop(self.leaves_out, None)
         if not self._large(name):
             return self._send(request, 200, {**headers, "Content-Length": str(len(data))}, data)
         linked = {"X-Linked-Size": str(len(data)), "X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"'}

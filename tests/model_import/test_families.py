@@ -1,11 +1,11 @@
 """Which models can be targets is decided by their structure: each family as a tiny random model of transformers'."""
 
-import json
-import shutil
-
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
+
+from draft_model.model_import.check import inspect
 
 from .case import change_config
 
@@ -46,51 +46,86 @@ REFUSED = {
     "BloomConfig": {"n_layer": 6, "n_head": 4},
     "GPTNeoXConfig": {},
     "MambaConfig": {},
-    "BertConfig": {},
 }
+LINEAR = {f"linear_{kind}": 8 for kind in ("key_head_dim", "value_head_dim")} | {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+}  # fmt: skip
+RECURRENT = {
+    "Qwen3NextConfig": {**EXPERTS, **LINEAR, "num_experts": 4, "head_dim": 8, "shared_expert_intermediate_size": 16},
+    "GraniteMoeHybridConfig": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 16,
+                               "mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"] * 3},
+    "MiniMaxConfig": {"num_local_experts": 4, "head_dim": 8},
+    "Lfm2Config": {"layer_types": ["conv", "full_attention"] * 3},
+}  # fmt: skip
 
 
-def save(model_folder, name, **changes):
+QUANTISED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
+def save(folder, name, **changes):
     """Replaces a folder's model by a random one of another family."""
     import transformers
 
     torch.manual_seed(0)
     settings = {key: value for key, value in {**SHAPE, **changes}.items() if value is not None}
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**settings))
-    (model_folder / "model.safetensors").unlink()
-    model.save_pretrained(model_folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
     return model
 
 
-def tensors(folder):
-    from safetensors.torch import load_file
+def facts(folder):
+    """What the check finds in this process; the other tests have it in its limited one."""
+    return inspect(str(folder), [path.name for path in folder.glob("*.safetensors")])
 
+
+def problem(folder):
+    (found,) = facts(folder)["problems"]
+    return found
+
+
+def tensors(folder):
     return load_file(folder / "model.safetensors")
 
 
-def drop(folder, name):
-    from safetensors.torch import save_file
-
-    kept = {key: value for key, value in tensors(folder).items() if key != name}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+def rewrite(folder, change):
+    save_file(change(tensors(folder)), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_a_family_of_the_structure_is_imported_and_counted_exactly(model, name, bring):
+def test_a_family_of_the_structure_is_taken_and_counted_exactly(model, name):
     saved = save(model, name, **SUPPORTED[name])
-    result = bring(pytorch_model_path=str(model))
-    assert result.architecture == type(saved).__name__
-    assert result.parameter_count == sum(weight.numel() for weight in set(saved.parameters()))
+    found = facts(model)
+    assert found["problems"] == []
+    assert found["architecture"] == type(saved).__name__
+    assert found["parameter_count"] == sum(weight.numel() for weight in set(saved.parameters()))
+    assert found["max_positions"] == 256
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_model_of_another_structure_is_refused(model, name, only):
+def test_a_model_of_another_structure_is_refused(model, name):
     save(model, name, **REFUSED[name])
-    problem = only(model)
-    assert "Llama's structure" in problem
+    assert "Llama's structure" in problem(model)
 
 
-def test_logits_that_the_training_does_not_know_are_refused(model, only, monkeypatch):
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_model_with_a_recurrent_state_is_refused_by_its_layers(model, name):
+    save(model, name, **RECURRENT[name])
+    assert "recurrent state" in problem(model)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("BertConfig", "(bert) is no decoder-only model"), ("T5Config", "'t5'")])
+def test_encoders_are_refused(model, kind, said):
+    import transformers
+
+    config = getattr(transformers, kind)(
+        hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=48
+    )
+    config.save_pretrained(model)
+    assert said in problem(model)
+
+
+def test_logits_that_the_training_does_not_know_are_refused(model, monkeypatch):
     from transformers import LlamaForCausalLM
 
     forward = LlamaForCausalLM.forward
@@ -101,56 +136,151 @@ def test_logits_that_the_training_does_not_know_are_refused(model, only, monkeyp
         return outputs
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", squared)
-    assert "its logits are no plain function of its head" in only(model)
+    assert "its logits are no plain function of its head" in problem(model)
 
 
 @pytest.mark.parametrize("name", ["LlamaConfig", "Qwen3MoeConfig", "GptOssConfig", "Gemma2Config"])
 @pytest.mark.parametrize("which", [0, 7, -1])
-def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_the_tensor_named(model, name, which, only):
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_and_the_tensor_named(model, name, which):
     save(model, name, **SUPPORTED[name])
     lost = sorted(tensors(model))[which]
-    drop(model, lost)
-    problem = only(model)
-    assert "its weights lack " in problem
-    assert lost in problem
+    rewrite(model, lambda found: {key: value for key, value in found.items() if key != lost})
+    said = problem(model)
+    assert "its weights lack " in said
+    assert lost in said
 
 
-def test_a_tied_head_is_nothing_that_lacks(model, bring):
+def test_a_tied_head_is_not_missing(model):
     saved = save(model, "Qwen2Config", tie_word_embeddings=True)
     assert "lm_head.weight" not in tensors(model)
-    assert bring(pytorch_model_path=str(model)).parameter_count == saved.num_parameters()
+    assert facts(model)["parameter_count"] == saved.num_parameters()
 
 
-def test_many_missing_tensors_are_counted(model, only):
-    change_config(model, num_hidden_layers=8)
-    assert "model.layers.6.input_layernorm.weight" in only(model)
-    assert " and 13 more" in only(model)
+def test_checkpoints_that_contradict_their_configuration(model):
+    change_config(model, intermediate_size=64)
+    assert "model.layers.0.mlp.down_proj.weight [32, 48], where config.json asks for [32, 64]" in problem(model)
+    change_config(model, intermediate_size=48, num_hidden_layers=8)
+    assert "model.layers.6.input_layernorm.weight" in problem(model)
+    assert " and 13 more" in problem(model)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"model": {"type": "BPE"}}'])
-def test_a_broken_tokenizer_is_refused(model, content, only):
-    (model / "tokenizer.json").write_text(content)
-    assert "its tokenizer cannot be loaded" in only(model)
+def fp8(found):
+    made = {}
+    for name, weight in found.items():
+        made[name] = weight.to(torch.bfloat16)
+        if name.endswith("_proj.weight"):
+            scale = weight.abs().max() / 448
+            made[name] = (weight / scale).to(torch.float8_e4m3fn)
+            made[f"{name}_scale_inv"] = torch.full((1, 1), float(scale))
+    return made
 
 
-def test_a_tokenizer_that_needs_its_own_code_is_refused_and_the_code_not_run(model, tmp_path, only):
-    path = model / "tokenizer_config.json"
-    settings = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.Mine", None]}}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
-    (model / "code.py").write_text(f"open({str(tmp_path / 'was run')!r}, 'w')")
-    (model / "tokenizer.json").rename(model / "vocab.json")
-    only(model)
-    assert not (tmp_path / "was run").exists()
+def mxfp4(found):
+    made = {}
+    for name, weight in found.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, inputs, outputs = weight.shape
+            made[f"{name}_blocks"] = torch.zeros(experts, outputs, inputs // 32, 16, dtype=torch.uint8)
+            made[f"{name}_scales"] = torch.full((experts, outputs, inputs // 32), 120, dtype=torch.uint8)
+        else:
+            made[name] = weight
+    return made
 
 
-def test_the_model_is_opened_without_memory_for_its_weights(target, tmp_path, only):
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_quantised_weights_that_transformers_can_run_are_taken_as_they_are(model, method):
+    from draft_model.target.model import load_model
+
+    if method == "fp8":
+        save(model, "LlamaConfig")
+        settings = QUANTISED
+    else:
+        save(model, "GptOssConfig", **{**SUPPORTED["GptOssConfig"], "hidden_size": 64, "intermediate_size": 64})
+        kept = ["lm_head", "model.embed_tokens", "model.layers.*.mlp.router", "model.layers.*.self_attn"]
+        settings = {"quant_method": method, "modules_to_not_convert": kept}
+    before = tensors(model)
+    rewrite(model, {"fp8": fp8, "mxfp4": mxfp4}[method])
+    change_config(model, quantization_config=settings)
+    found = facts(model)
+    assert found["problems"] == []
+    assert found["quantization"] == method
+    loaded = load_model(model, torch.float32).state_dict()
+    if method == "fp8":
+        name = "model.layers.0.mlp.down_proj.weight"
+        assert torch.allclose(loaded[name], before[name], atol=0.1 * float(before[name].abs().max()))
+    rewrite(model, lambda found: {key: value for key, value in found.items() if "layers.2." not in key})
+    assert "its weights lack model.layers.2." in problem(model)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors", "bitsandbytes", "no such"])
+def test_other_quantisations_are_refused_by_name(model, method):
+    change_config(model, quantization_config={"quant_method": method})
+    assert f"it is quantised by '{method}'" in problem(model)
+
+
+ROPE = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("rope", "works"),
+    [
+        ({"rope_type": "linear"}, True),
+        ({"rope_type": "dynamic"}, True),
+        ({"rope_type": "yarn"}, True),
+        ({"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}, True),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, True),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}, False),
+        ({"rope_type": "proportional"}, False),
+        ({"rope_type": "mine"}, False),
+    ],
+)
+def test_a_rotary_embedding_works_in_the_draft_or_is_refused(model, rope, works):
+    change_config(model, rope_parameters={**ROPE, **rope})
+    found = facts(model)["problems"]
+    assert (found == []) == works
+    assert works or "its rotary embedding" in found[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"model_type": "mine"}, {"num_attention_heads": 0}, {"hidden_size": "many"}, {"hidden_act": "mine"},
+     {"num_hidden_layers": 3}],
+)  # fmt: skip
+def test_a_config_that_cannot_be_used(model, changes):
+    change_config(model, **changes)
+    assert problem(model)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe{}", b"", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_config_that_is_no_json_object(model, name, content):
+    (model / name).write_bytes(content)
+    assert f"its {name} cannot be read: " in problem(model)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 1000, -1, "pointer"])
+def test_damaged_weights(model, kept):
+    path = model / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n" if kept == "pointer" else data[:kept])
+    assert "model.safetensors is damaged or cut short: " in problem(model)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"model": {"type": "BPE"}}', None])
+def test_a_broken_tokenizer_is_refused(model, content):
+    if content is None:
+        (model / "tokenizer.json").unlink()
+        assert "it has no tokenizer (tokenizer.json," in problem(model)
+    else:
+        (model / "tokenizer.json").write_text(content)
+        assert "its tokenizer cannot be loaded" in problem(model)
+
+
+def test_the_model_is_opened_without_memory_for_its_weights(model):
     """A model of 70 billion parameters: its check reads a header and no tensor."""
-    folder = shutil.copytree(target, tmp_path / "large")
-    (folder / "model.safetensors").unlink()
+    (model / "model.safetensors").unlink()
     tiny.llama_config(
         vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80,
         num_attention_heads=64, num_key_value_heads=8, head_dim=128,
-    ).save_pretrained(folder)  # fmt: skip
-    from draft_model.model_import.check import check_model
-
-    assert check_model(folder, "large", [], weights=False).parameters == 70_553_706_496
+    ).save_pretrained(model)  # fmt: skip
+    assert inspect(str(model), [])["parameter_count"] == 70_553_706_496

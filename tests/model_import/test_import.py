@@ -5,127 +5,193 @@ import os
 import shutil
 import subprocess
 import sys
-import uuid
+import threading
 
 import pytest
 import tiny
 
 from draft_model import storage
-from draft_model.model_import import is_weight
+from draft_model.errors import DraftModelError
+from draft_model.model_import import ImportConfig, is_weight, run
+from draft_model.parameters.rules import validate
 
 from .case import CANONICAL, change_config, names, same_weights
 
 
-def replace_model(folder, model):
-    (folder / "model.safetensors").unlink()
-    model.save_pretrained(folder)
-
-
-def test_a_transformers_folder(target, bring):
+def test_a_transformers_folder(target, model, bring):
     from transformers import AutoTokenizer
 
-    result = bring(pytorch_model_path=str(target))
+    for name in ("pytorch_model.bin", "modeling_mine.py", "optimizer.pt", "consolidated.safetensors",
+                 "tokenizer_extra.json"):  # fmt: skip
+        (model / name).write_bytes(b"---")
+    (model / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [el]\n---\n# Letters\n")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    result = bring(pytorch_model_path=str(model))
     assert names(result.uri) == CANONICAL
     assert same_weights(result.uri, target)
     tokenizer, original = AutoTokenizer.from_pretrained(result.uri), AutoTokenizer.from_pretrained(target)
     assert tokenizer("alpha beta").input_ids == original("alpha beta").input_ids
     assert tokenizer.chat_template == tiny.CHATML
     assert result.size == sum(file.stat().st_size for file in target.iterdir())
-
-
-def test_the_manifest_says_what_was_imported(model, bring):
-    (model / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [el]\n---\n# Letters\n")
-    result = bring(pytorch_model_path=str(model))
-    count = sum(weight.numel() for weight in tiny.llama(vocab_size=_vocabulary(model)).parameters())
+    vocabulary = json.loads(before["config.json"])["vocab_size"]
     said = {
         "source": str(model),
         "revision": "",
         "licence": "apache-2.0",
         "architecture": "LlamaForCausalLM",
-        "parameter_count": count,
+        "parameter_count": sum(weight.numel() for weight in tiny.llama(vocab_size=vocabulary).parameters()),
+        "max_positions": 512,
+        "quantization": "",
     }
     properties = storage.read_manifest(result.uri, stage="import").properties
     assert {name: properties[name] for name in said} == said
     assert {name: getattr(result, name) for name in said} == said
     assert properties["parameters"]["pytorch_model_path"] == str(model)
-
-
-def _vocabulary(folder):
-    return json.loads((folder / "config.json").read_text())["vocab_size"]
-
-
-def test_what_no_later_stage_reads_stays_behind_and_the_source_stays_as_it_is(model, tmp_path, bring):
-    for name in (
-        "pytorch_model.bin",
-        "modeling_mine.py",
-        "README.md",
-        "optimizer.pt",
-        "consolidated.safetensors",
-    ):
-        (model / name).write_bytes(b"---")
-    before = {path.name: path.read_bytes() for path in model.iterdir()}
-    result = bring(pytorch_model_path=str(model))
-    assert names(result.uri) == CANONICAL
+    (model.parent / "out/config.json").write_text("{}")  # the copy is no second name of the user's file
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
-    copy = tmp_path / "out/config.json"
-    copy.write_text("{}")  # the copy is no second name of the user's file
-    assert (model / "config.json").read_bytes() == before["config.json"]
 
 
-@pytest.mark.parametrize("place", ["model", "model_artifact/model", "data/model"])
-def test_a_folder_that_has_the_model_below_it(target, place, tmp_path, bring):
-    shutil.copytree(target, tmp_path / "outer" / place)
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [("license: mit", "mit"), ("license:\n- mit\n- other", "mit"), ("license: 'gpl-3.0'", "gpl-3.0"),
+     ("licence: mit", ""), ("a: &a [x, x]\nlicense: *a", "")],
+)  # fmt: skip
+def test_the_licence_of_a_model_card(tmp_path, card, licence):
+    from draft_model.model_import.files import File, Listing
+    from draft_model.model_import.sources import Source
+    from draft_model.model_import.stage import _licence
+
+    (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext")
+    listing = Listing({"README.md": File(1, "")}, lambda names: {name: tmp_path / name for name in names})
+    assert _licence(Source("", "", listing, {"README.md": "README.md"})) == licence
+
+
+@pytest.mark.parametrize("below", ["model", "model_artifact/model", "data/model"])
+def test_a_folder_that_has_the_model_below_it(target, below, tmp_path, bring):
+    shutil.copytree(target, tmp_path / "outer" / below)
     result = bring(pytorch_model_path=str(tmp_path / "outer"))
     assert names(result.uri) == CANONICAL
     assert result.source == str(tmp_path / "outer")
 
 
-def test_sharded_weights_come_with_their_index(model, target, bring):
-    from transformers import AutoModelForCausalLM
+def test_named_chat_templates_come_along(model, bring):
+    from transformers import AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(model)
-    (model / "model.safetensors").unlink()
-    loaded.save_pretrained(model, max_shard_size="100KB")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates/tool_use.jinja").write_text("tools")
+    (model / "additional_chat_templates/.hidden").write_text("no")
     result = bring(pytorch_model_path=str(model))
-    shards = {name for name in names(result.uri) if is_weight(name)}
-    assert len(shards) >= 3
-    assert "model.safetensors.index.json" in shards
-    assert names(result.uri) == (CANONICAL - {"model.safetensors"}) | shards
-    assert same_weights(result.uri, target)
-    assert result.parameter_count == sum(weight.numel() for weight in loaded.parameters())
+    assert names(result.uri) == CANONICAL | {"additional_chat_templates/tool_use.jinja"}
+    templates = AutoTokenizer.from_pretrained(result.uri).chat_template
+    assert templates == {"default": tiny.CHATML, "tool_use": "tools"}
+
+
+def test_nothing_that_would_run_code_is_published(model, bring):
+    code = {"auto_map": {"AutoConfig": "code.Config"}, "attn_implementation": "org/kernel"}
+    change_config(model, **code, _attn_implementation="org/kernel", nested={"auto_map": 1, "kept": 2})
+    path = model / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["code.Mine", None]}}))
+    result = bring(pytorch_model_path=str(model))
+    config, tokenizer = (storage.read_bytes(f"{result.uri}/{name}") for name in ("config.json", path.name))
+    assert json.loads(config)["nested"] == {"kept": 2}
+    assert b"auto_map" not in config + tokenizer
+    assert b"kernel" not in config
 
 
 @pytest.mark.parametrize("remote", [False, True])
-def test_the_same_source_again_is_a_look_at_the_manifest_and_another_is_copied(
-    model, remote, object_store, tmp_path, bring
-):
-    uri, output = str(model), str(tmp_path / "out")
-    if remote:
-        uri = f"s3://{object_store.bucket}/{uuid.uuid4().hex}"
-        for path in model.iterdir():
-            storage.write_bytes(f"{uri}/{path.name}", path.read_bytes())
+def test_the_same_content_again_is_not_copied_and_another_is(model, remote, upload, tmp_path, bring):
+    uri, output = upload(model) if remote else str(model), tmp_path / "out"
     first = bring(pytorch_model_path=uri)
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
-    assert bring(pytorch_model_path=uri) == first
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
-    (tmp_path / "out/model.safetensors").unlink()  # a copy that is not whole is made whole
-    assert bring(pytorch_model_path=uri) == first
+    assert not first.reused
+    before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    again = bring(pytorch_model_path=uri)
+    assert again.reused
+    assert again.uri == first.uri
+    assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
+    (output / "model.safetensors").unlink()  # a copy that is not whole is made whole
+    assert not bring(pytorch_model_path=uri).reused
     assert same_weights(output, model)
     change_config(model, rms_norm_eps=1e-3)
+    (model / "added_tokens.json").write_text("{}")
     storage.write_bytes(f"{uri}/config.json", (model / "config.json").read_bytes())
     bring(pytorch_model_path=uri)
-    assert json.loads((tmp_path / "out/config.json").read_text())["rms_norm_eps"] == 1e-3
+    assert json.loads((output / "config.json").read_text())["rms_norm_eps"] == 1e-3
+    assert (output / "added_tokens.json").exists() == (not remote)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_runs_share_models_by_their_content(model, remote, upload, object_store, tmp_path, bring):
+    root = f"s3://{object_store.bucket}/{tmp_path.name}-{remote}" if remote else str(tmp_path / "root")
+    first = bring(root=root, pytorch_model_path=str(model))
+    assert first.uri.startswith(f"{root}/models/")
+    assert not storage.exists(str(tmp_path / "out"))
+    assert bring(root=root, pytorch_model_path=str(model)).reused
+    storage.remove(first.uri)  # deleted since
+    again = bring(root=root, pytorch_model_path=str(model))
+    assert (again.uri, again.reused) == (first.uri, False)
+    storage.remove_manifest(first.uri)  # left half-written
+    assert not bring(root=root, pytorch_model_path=str(model)).reused
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))  # the same name and size
+    other = bring(root=root, pytorch_model_path=str(model))
+    assert other.uri != first.uri
+    assert same_weights(storage.fetch(other.uri, tmp_path / "back"), model)
+    assert storage.is_whole(first.uri, storage.read_manifest(first.uri))
+
+
+def test_two_runs_at_once_leave_one_whole_model(model, tmp_path):
+    parameters = validate({"pytorch_model_path": str(model)}, ["import"])
+    uris = []
+
+    def one(number):
+        config = ImportConfig("", tmp_path / f"work-{number}", parameters, root=str(tmp_path / "root"))
+        uris.append(run(config).uri)
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(uris) == 3
+    assert len(set(uris)) == 1
+    assert same_weights(storage.fetch(uris[0], tmp_path), model)
 
 
 @pytest.mark.parametrize("below", ["", "/model"])
 @pytest.mark.parametrize("scheme", ["s3", "minio"])
-def test_from_an_object_store_to_an_object_store(target, below, scheme, object_store, tmp_path, bring):
-    prefix = f"{scheme}://{object_store.bucket}/{uuid.uuid4().hex}"
-    for path in target.iterdir():
-        storage.write_bytes(f"{prefix}/mine{below}/{path.name}", path.read_bytes())
-    result = bring(output=f"{prefix}/out", pytorch_model_path=f"{prefix}/mine")
-    assert names(f"{prefix}/out") == CANONICAL
+def test_from_an_object_store_to_an_object_store(target, below, scheme, upload, tmp_path, bring):
+    uri = upload(target, below).replace("s3://", f"{scheme}://")
+    result = bring(output=f"{uri}-out", pytorch_model_path=uri)
+    assert names(f"{uri}-out") == CANONICAL
     assert same_weights(storage.fetch(result.uri, tmp_path / "back"), target)
+
+
+def test_weights_stay_in_the_object_store_where_it_can_copy_them(model, upload, tmp_path, bring):
+    if not hasattr(storage, "copy") or not hasattr(storage, "read_range"):
+        pytest.skip("this storage copies nothing itself")
+    result = bring(output=f"{upload(model)}-out", pytorch_model_path=(uri := upload(model)))
+    assert not (tmp_path / "work/source/model.safetensors").exists()
+    assert same_weights(storage.fetch(result.uri, tmp_path / "back"), model)
+    data = (model / "model.safetensors").read_bytes()
+    storage.write_bytes(f"{uri}/model.safetensors", data[:-1])
+    with pytest.raises(DraftModelError, match="damaged or cut short"):
+        bring(output=f"{uri}-damaged", pytorch_model_path=uri)
+
+
+def test_links_lead_nowhere_but_into_the_folder_or_the_hubs_cache(model, tmp_path, bring, refusal):
+    secret = tmp_path / "credentials"
+    secret.write_text("secret")
+    (model / "added_tokens.json").symlink_to(secret)
+    (problem,) = refusal(pytorch_model_path=str(model))
+    assert "added_tokens.json is a link that leads out of the folder" in problem
+    (model / "added_tokens.json").unlink()
+    blobs, snapshot = tmp_path / "models--org--name/blobs", tmp_path / "models--org--name/snapshots/c0ffee"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in model.iterdir():
+        path.rename(blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert names(bring(pytorch_model_path=str(snapshot)).uri) == CANONICAL
 
 
 def test_the_other_parameter_is_named_when_they_are_mixed_up(model, refusal):
@@ -146,6 +212,8 @@ def test_the_other_parameter_is_named_when_they_are_mixed_up(model, refusal):
         ("flavors: [", "cannot be read"),
         ("", "cannot be read"),
         ("just words", "cannot be read"),
+        ("a: &a [x]\nflavors: *a", "it has YAML aliases"),
+        ("[" * 5000, "cannot be read"),
     ],
 )
 def test_an_mlmodel_file_of_another_kind_or_damaged(model, content, said, refusal):
@@ -155,62 +223,29 @@ def test_an_mlmodel_file_of_another_kind_or_damaged(model, content, said, refusa
     assert said in problem
 
 
-def test_mlflow_without_a_model_below(tmp_path, refusal):
+def test_folders_without_a_model_name_what_is_looked_for(model, tmp_path, refusal):
     (tmp_path / "mlflow").mkdir()
     (tmp_path / "mlflow/MLmodel").write_text("flavors: {transformers: {}}")
     (problem,) = refusal(mlflow_model_path=str(tmp_path / "mlflow"))
     assert "holds no model with a config.json" in problem
-
-
-def test_a_folder_without_a_model_names_the_places_that_were_tried(model, refusal):
-    (model / "config.json").unlink()
+    (model / "config.json").rename(model / "model.gguf")
     (problem,) = refusal(pytorch_model_path=str(model))
     assert problem.startswith(f"pytorch_model_path: {model} has no config.json")
-    assert all(place in problem for place in ("`model/`", "`model_artifact/model/`", "`data/model/`"))
+    assert all(text in problem for text in ("`model/`", "`model_artifact/model/`", "`data/model/`", "GGUF"))
 
 
 @pytest.mark.parametrize("uri", ["/none", "s3://{bucket}/none"])
 def test_a_folder_that_is_not_there(uri, object_store, refusal):
     uri = uri.format(bucket=object_store.bucket)
     (problem,) = refusal(pytorch_model_path=uri)
-    assert problem.startswith(f"pytorch_model_path: {uri} ")
-
-
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe{}", b""])
-def test_a_config_that_is_no_json_object(model, content, only):
-    (model / "config.json").write_bytes(content)
-    assert "its config.json cannot be read: " in only(model)
-
-
-def test_no_tokenizer(model, only):
-    (model / "tokenizer.json").unlink()
-    assert "it has no tokenizer (tokenizer.json," in only(model)
-
-
-def test_no_weights(model, only):
-    (model / "model.safetensors").unlink()
-    assert "it has no weights (safetensors, " in only(model)
-
-
-@pytest.mark.parametrize("kept", [0, 4, 1000, -1, "pointer"])
-def test_damaged_weights(model, kept, only):
-    path = model / "model.safetensors"
-    data = path.read_bytes()
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n" if kept == "pointer" else data[:kept])
-    assert "model.safetensors is damaged or cut short: " in only(model)
+    assert problem.startswith(f"pytorch_model_path: {uri}")
 
 
 @pytest.mark.parametrize(
     ("index", "said"),
     [
-        (
-            {"weight_map": {"a": "model.safetensors", "b": "two.safetensors"}},
-            "two.safetensors is missing, which ",
-        ),
-        (
-            {"weight_map": {"a": "../elsewhere.safetensors"}},
-            "names ../elsewhere.safetensors, which is not beside it",
-        ),
+        ({"weight_map": {"a": "model.safetensors", "b": "two.safetensors"}}, "two.safetensors is missing, which "),
+        ({"weight_map": {"a": "../elsewhere.safetensors"}}, "names ../elsewhere.safetensors, which is not beside it"),
         ({}, "its model.safetensors.index.json cannot be read"),
         ([], "its model.safetensors.index.json cannot be read"),
         ("{", "its model.safetensors.index.json cannot be read"),
@@ -224,34 +259,11 @@ def test_an_index_that_leads_nowhere(model, index, said, only):
 
 def test_everything_wrong_with_a_model_is_told_at_once(model, refusal):
     (model / "tokenizer.json").unlink()
-    (model / "model.safetensors").write_bytes(b"")
+    (model / "model.safetensors").rename(model / "model.gguf")
     change_config(model, num_hidden_layers=2)
-    assert len(refusal(pytorch_model_path=str(model))) == 3
-
-
-def test_too_few_layers(model, only):
-    change_config(model, num_hidden_layers=3)
-    problem = only(model)
-    assert "3 layers" in problem
-    assert "at least 4 layers" in problem
-
-
-def test_an_encoder_is_refused(model, only):
-    from transformers import BertConfig, BertForMaskedLM
-
-    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=48)
-    replace_model(model, BertForMaskedLM(config))
-    assert "(bert) is no decoder-only model" in only(model)
-
-
-def test_an_encoder_with_a_decoder_is_refused(model, only):
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=6, num_heads=4)
-    replace_model(model, T5ForConditionalGeneration(config))
-    problem = only(model)
-    assert "'t5'" in problem
-    assert "decoder-only" in problem
+    problems = refusal(pytorch_model_path=str(model))
+    assert len(problems) == 3
+    assert any("GGUF weights" in problem for problem in problems)
 
 
 def test_a_model_that_needs_its_own_code_is_refused_and_the_code_not_run(model, tmp_path, only):
@@ -262,24 +274,31 @@ def test_a_model_that_needs_its_own_code_is_refused_and_the_code_not_run(model, 
     assert not (tmp_path / "was run").exists()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"model_type": "mine"}, {"num_attention_heads": 0}, {"hidden_size": "many"}, {"hidden_act": "mine"}],
-)
-def test_a_config_that_transformers_cannot_use(model, changes, only):
-    change_config(model, **changes)
-    only(model)
+def test_sharded_weights_come_with_their_index(model, target, bring):
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    (model / "model.safetensors").unlink()
+    loaded.save_pretrained(model, max_shard_size="100KB")
+    result = bring(pytorch_model_path=str(model))
+    shards = {name for name in names(result.uri) if is_weight(name)}
+    assert len(shards) >= 3
+    assert "model.safetensors.index.json" in shards
+    assert names(result.uri) == (CANONICAL - {"model.safetensors"}) | shards
+    assert same_weights(result.uri, target)
+    assert result.parameter_count == sum(weight.numel() for weight in loaded.parameters())
 
 
 def test_the_hub_that_cannot_be_reached_is_told_without_the_token(tmp_path):
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_never_shown"}
-    command = ["import", "--huggingface_id", "org/name@v1", "--output", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-c", "from draft_model.cli import main; main()", *command],
-        env=environment, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
+    environment = {**os.environ, "HF_ENDPOINT": "http://me:hf_never_shown@127.0.0.1:9", "HF_TOKEN": "hf_never_shown"}
+    program = (
+        "from draft_model.model_import import hub; hub.WAIT = 0; from draft_model.cli import main; import sys; "
+        f"sys.argv[1:] = ['import', '--huggingface_id', 'org/name@v1', '--output', {str(tmp_path / 'out')!r}]; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: huggingface_id: org/name@v1 cannot be downloaded: ")
-    assert "HF_ENDPOINT" in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("error: huggingface_id: org/name@v1 cannot be downloaded: http://127.0.0.1:9 cannot be")
+    assert "HF_ENDPOINT" in said
     assert "Traceback" not in done.stderr
     assert "hf_never_shown" not in done.stdout + done.stderr

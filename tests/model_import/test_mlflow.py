@@ -1,18 +1,20 @@
 """Models that MLflow itself logged, on a real tracking server with a database, imported by every form of their URI."""
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 import yaml
-
-from draft_model import storage
 
 from .case import CANONICAL, TOKENIZER, names, same_weights
 
@@ -80,6 +82,9 @@ def log_models(target, s3, root):
     found["server alias"] = "models:/server@best"
     found["local"] = mlflow.artifacts.download_artifacts("models:/server/1", dst_path=str(root / "local"))
     found["s3"] = mlflow.MlflowClient().get_logged_model(info.model_id).artifact_location
+    address = os.environ["MLFLOW_TRACKING_URI"]
+    mlflow.set_tracking_uri(None)  # so that the variable counts again, as in a process that has not set it
+    os.environ["MLFLOW_TRACKING_URI"] = address
     return found
 
 
@@ -102,11 +107,6 @@ def test_a_server_that_the_parameter_names(logged, form, target, bring, monkeypa
     assert same_weights(result.uri, target)
 
 
-def test_a_model_in_an_object_store_is_read_from_there(logged, tmp_path, bring):
-    bring(mlflow_model_path=logged["s3 models:"])
-    assert not (tmp_path / "work/mlflow").exists()
-
-
 @pytest.mark.parametrize("uri", ["models:/nothing/1", "runs:/0123456789abcdef0123456789abcdef/model"])
 def test_a_model_that_mlflow_cannot_find(logged, uri, refusal):
     (problem,) = refusal(mlflow_model_path=uri)
@@ -123,17 +123,86 @@ def test_a_model_that_mlflow_cannot_find(logged, uri, refusal):
     ],
 )
 @pytest.mark.parametrize("remote", [False, True])
-def test_the_layouts_of_mlflow(target, places, remote, object_store, tmp_path, bring):
+def test_the_layouts_of_mlflow(target, places, remote, upload, tmp_path, bring):
     root = tmp_path / "mlflow"
     for place, files in places.items():
         (root / place).mkdir(parents=True)
         for name in files:
             shutil.copyfile(target / name, root / place / name)
     (root / "MLmodel").write_text(yaml.safe_dump({"flavors": {"transformers": {"task": "text-generation"}}}))
-    uri = str(root)
-    if remote:
-        uri = f"s3://{object_store.bucket}/{uuid.uuid4().hex}"
-        for path in root.rglob("*"):
-            if path.is_file():
-                storage.write_bytes(f"{uri}/{path.relative_to(root).as_posix()}", path.read_bytes())
+    uri = upload(root) if remote else str(root)
     assert names(bring(mlflow_model_path=uri).uri) == set().union(*places.values())
+
+
+@pytest.fixture
+def server():
+    """Starts an HTTP server; `answer(path)` gives the JSON of a request, or None for 404."""
+    started = []
+
+    def start(answer):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                found = answer(self.path.partition("?")[0], parse_qs(urlsplit(self.path).query))
+                content = b"<title>404</title>" if found is None else found
+                self.send_response(404 if found is None else 200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_POST = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        started.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=started[-1].serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://me:s3cret@127.0.0.1:{started[-1].server_port}"
+
+    yield start
+    for one in started:
+        one.shutdown()
+        one.server_close()
+
+
+def test_a_server_of_2_x_keeps_a_runs_model_among_its_files(model, server, target, bring):
+    (model / "MLmodel").write_text("flavors: {transformers: {}}")
+    run = "0123456789abcdef0123456789abcdef"
+
+    def answer(path, query):
+        if "/runs/get" in path:
+            info = {"run_id": run, "run_uuid": run, "experiment_id": "0", "status": "FINISHED"}
+            info |= {"lifecycle_stage": "active", "artifact_uri": f"mlflow-artifacts:/0/{run}/artifacts"}
+            return json.dumps({"run": {"info": info, "data": {}}}).encode()
+        below = f"0/{run}/artifacts/model"
+        if path.endswith("/mlflow-artifacts/artifacts"):
+            found = model.iterdir() if query.get("path") == [below] else []
+            files = [{"path": file.name, "is_dir": False, "file_size": file.stat().st_size} for file in found]
+            return json.dumps({"files": files}).encode()
+        if f"/artifacts/{below}/" in path:
+            return (model / path.rpartition("/")[2]).read_bytes()
+        return None
+
+    result = bring(mlflow_model_path=f"runs:/{run}/model", mlflow_tracking_uri=server(answer).replace("me:s3cret@", ""))
+    assert same_weights(result.uri, target)
+
+
+@pytest.mark.parametrize("scheme", ["wasbs", "abfss", "sftp", "gs", "r2", "nosuch"])
+def test_a_model_in_a_store_whose_client_is_not_installed(server, scheme, refusal, monkeypatch):
+    def answer(path, _query):
+        if "get-download-uri" in path:
+            return json.dumps({"artifact_uri": f"{scheme}://u:s3cret@host/m"}).encode()
+        return b'{"registered_model": {"name": "target"}}' if "/registered-models/get" in path else None
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server(answer))
+    (problem,) = refusal(mlflow_model_path="models:/target/3")
+    assert f"it lies at {scheme}://host/m" in problem
+    assert "s3cret" not in problem
+
+
+def test_a_password_in_the_servers_uri_stays_out_of_errors(refusal, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
+    (problem,) = refusal(mlflow_model_path="models:/target/3")
+    assert "127.0.0.1" in problem
+    assert "s3cret" not in problem

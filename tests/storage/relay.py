@@ -1,4 +1,4 @@
-"""A relay before the object store: it sees every request, whoever sends it, and can cut connections in the middle."""
+"""A relay before the object store: sees every request, refuses some, cuts connections, or is away."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ _KEPT_OUT = {"connection", "transfer-encoding", "content-length", "expect"}
 
 
 class Relay:
-    """Hands requests on to the store, as they were signed.
+    """Forwards requests to the store, as they were signed.
 
     Attributes:
         seen: method and key of every request for an object, without the bucket.
-        answered: bytes of the objects that were sent to clients.
         cuts: how often the next answers to a method and the end of a key are cut; sent and answered half.
+        refuse: gets a request; gives the status and error code to answer with, or None to forward it.
+        lose: how often a forwarded request gets no answer.
+        away: requests so many more are cut off at once.
         endpoint: its URL.
     """
 
     def __init__(self, store: str, tls: ssl.SSLContext | None = None) -> None:
         self.seen: list[tuple[str, str]] = []
-        self.answered = 0
         self.cuts: Counter[tuple[str, str]] = Counter()
+        self.refuse = lambda request: None
+        self.lose = self.away = 0
         self._store, self._lock = urlsplit(store).netloc, threading.Lock()
         relay = self
 
@@ -63,12 +66,18 @@ class Relay:
         key = unquote(urlsplit(request.path).path.lstrip("/").partition("/")[2])
         if key:
             self.seen.append((request.command, key))
+        with self._lock:
+            self.away, away = max(self.away - 1, 0), self.away > 0
+        if away:
+            return self._end(request)
         cut = self._is_cut(request.command, key)
         length = int(request.headers.get("Content-Length") or 0)
         if cut and request.command == "PUT":
             request.rfile.read(length // 2)
             return self._end(request)
         body = _chunks(request.rfile) if request.headers.get("Transfer-Encoding") else request.rfile.read(length)
+        if refused := self.refuse(request):
+            return self._answer(request, *refused)
         connection = http.client.HTTPConnection(self._store)
         with contextlib.closing(connection):
             connection.putrequest(request.command, request.path, skip_host=True, skip_accept_encoding=True)
@@ -79,6 +88,10 @@ class Relay:
             connection.endheaders(body)
             answer = connection.getresponse()
             data = answer.read()
+        with self._lock:
+            self.lose, lost = max(self.lose - 1, 0), self.lose > 0
+        if lost:
+            return self._end(request)
         request.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in {*_KEPT_OUT, "date", "server"}:
@@ -88,10 +101,21 @@ class Relay:
         request.end_headers()
         if cut:
             data = data[: len(data) // 2]
-        with self._lock:
-            self.answered += len(data) if request.command == "GET" else 0
         request.wfile.write(data)
         return self._end(request) if cut else None
+
+    def _answer(self, request, status: int, code: str, headers: dict[str, str] | None = None) -> None:
+        body = f"<Error><Code>{code}</Code><Message>invented</Message></Error>".encode()
+        if not code:  # said to be done, and is not
+            body = b""
+        if request.path == "/":  # STS
+            body = b"<ErrorResponse>" + body + b"</ErrorResponse>"
+        request.send_response(status)
+        for name, value in {"Content-Type": "application/xml", "Content-Length": len(body), **(headers or {})}.items():
+            request.send_header(name, str(value))
+        request.end_headers()
+        if request.command != "HEAD":
+            request.wfile.write(body)
 
     def _is_cut(self, method: str, key: str) -> bool:
         with self._lock:

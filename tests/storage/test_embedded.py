@@ -1,11 +1,15 @@
 """The embedded store keeps its data, keeps to itself, and ends with whoever started it."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 import psutil
 import pytest
@@ -53,7 +57,9 @@ def test_a_second_start_has_the_objects_and_the_keys_of_the_first(tmp_path, use)
         use(store)
         storage.write_bytes("s3://draft-model/a", b"kept")
         keys = store.environment["AWS_SECRET_ACCESS_KEY"]
-        assert (tmp_path / "data/keys.json").stat().st_mode & 0o777 == 0o600
+        for name in ("keys.json", "security.toml"):
+            assert (tmp_path / "data" / name).stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
     with EmbeddedStore(tmp_path / "data") as store:
         use(store)
         assert store.environment["AWS_SECRET_ACCESS_KEY"] == keys
@@ -73,6 +79,37 @@ def test_two_at_once_are_two_stores_and_neither_can_be_reached_from_outside(tmp_
         use(object_store)
         assert not storage.exists("s3://draft-model/only-here")
         assert listening == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "POST", "DELETE"])
+def test_nothing_answers_a_request_without_keys(object_store, method):
+    data = random.Random(0).randbytes(100_000)
+    storage.write_bytes(f"s3://{object_store.bucket}/secret/a", data)
+    paths = {
+        "s3": [f"/{object_store.bucket}/secret/a", "/"],
+        "filer": [f"/buckets/{object_store.bucket}/secret/a", "/etc/iam/identity.json"],
+        "master": ["/dir/assign", "/dir/lookup?fileId=1,01637037d6", "/col/delete?collection=draft-model"],
+        "volume": [f"/{volume},01637037d6" for volume in range(1, 8)],
+    }
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    for port, path in [(port, path) for port, below in paths.items() for path in below]:
+        url = f"http://127.0.0.1:{object_store._ports[f'{port}.port']}{path}"
+        body = b"evil" if method in ("PUT", "POST") else None
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            opener.open(urllib.request.Request(url, body, method=method), timeout=20)
+        assert refused.value.code in (400, 401, 403, 404, 405), url
+        assert "Access-Control-Allow-Origin" not in refused.value.headers
+    assert storage.read_bytes(f"s3://{object_store.bucket}/secret/a") == data
+
+
+def test_sockets_of_killed_stores_are_removed(object_store, monkeypatch):
+    path = Path(f"/tmp/seaweedfs-test-{os.getpid()}.sock")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    monkeypatch.setattr(embedded, "_SOCKET_AGE", -1)
+    embedded._remove_old_sockets()
+    assert not path.exists()
+    assert not storage.exists(f"s3://{object_store.bucket}")  # its own sockets stay, and it answers
 
 
 def test_a_folder_that_is_in_use_is_refused(object_store):

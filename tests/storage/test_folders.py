@@ -1,27 +1,21 @@
 """A folder is handed over whole or not at all, on a disk and in an object store alike."""
 
+import hashlib
 import json
 import os
 import sys
-import uuid
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
-from draft_model.storage import join
-from draft_model.storage.transfer import check_free_disk, local_errors, progress, run_all
+from draft_model.storage import folders, join, local
+from draft_model.storage.transfer import check_free_disk, in_parallel, local_errors
 
 FILES = {"config.json": b"{}", "weights/model-1.bin": b"\0\1\2" * 1000, "weights/ü n.txt": b"x", "empty": b""}
-
-
-@pytest.fixture(params=["local", "s3"])
-def place(request, tmp_path):
-    """The URI of a folder that does not exist yet."""
-    if request.param == "local":
-        return str(tmp_path / "place")
-    return f"s3://{request.getfixturevalue('object_store').bucket}/{uuid.uuid4().hex}"
 
 
 @pytest.fixture
@@ -39,16 +33,6 @@ def make(folder, files):
 
 def content(folder, names=FILES):
     return {name: (folder / name).read_bytes() for name in names}
-
-
-def remove(uri):
-    if storage.is_remote(uri):
-        from draft_model.storage import s3
-
-        bucket, _, key = uri.removeprefix("s3://").partition("/")
-        s3.client().delete_object(Bucket=bucket, Key=key)
-    else:
-        Path(uri).unlink()
 
 
 def test_what_is_published_can_be_fetched(place, source, tmp_path):
@@ -119,7 +103,7 @@ def test_a_file_that_was_changed_is_found(place, source, tmp_path, data, complai
 
 def test_a_file_that_is_gone_is_found_and_nothing_half_written_stays(place, source, tmp_path):
     storage.publish(source, place, stage="dataset", properties={})
-    remove(join(place, "weights/model-1.bin"))
+    storage.delete(join(place, "weights/model-1.bin"))
     with pytest.raises(DraftModelError, match=r"weights/model-1\.bin"):
         storage.fetch(place, tmp_path / "into")
     assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
@@ -154,6 +138,157 @@ def test_extend_adds_and_replaces_files_and_properties(place, source, tmp_path):
     expected = FILES | {"checkpoints/2/c": b"checkpoint", "config.json": b"[]"}
     assert content(storage.fetch(place, tmp_path / "into"), expected) == expected
     assert {file.path for file in extended.files} == set(expected)
+
+
+@pytest.mark.parametrize("names", [("report.html",), ("report.html", "new")])
+def test_extend_that_was_killed_leaves_the_folder_whole_without_the_files(place, source, tmp_path, monkeypatch, names):
+    storage.publish(source, place, stage="train", properties={})
+    new = make(tmp_path / "new", dict.fromkeys(names, b"first"))
+    storage.extend(place, {"report.html": new / "report.html"})
+    make(new, dict.fromkeys(names, b"second"))
+    with monkeypatch.context() as killed:
+        killed.setattr(type(folders.folder_of(place)), "put", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            storage.extend(place, {name: new / name for name in names})
+    assert content(storage.fetch(place, tmp_path / "into")) == FILES
+    assert "report.html" not in {file.path for file in storage.read_manifest(place).files}
+    storage.extend(place, {name: new / name for name in names})
+    assert (storage.fetch(place, tmp_path / "into") / "report.html").read_bytes() == b"second"
+
+
+def test_a_folder_grows_file_by_file_and_is_whole_at_the_end(place, source, tmp_path):
+    storage.publish(source, place, stage="dataset", properties={})
+    sources = {"config.json": "config.json", "shard": "weights/model-1.bin"}
+    records = [storage.put_file(source / path, join(place, name)) for name, path in sources.items()]
+    manifest = storage.write_manifest(place, "dataset", records, {"rows": 1})
+    assert storage.read_manifest(place) == manifest
+    assert storage.is_whole(place, manifest)
+    assert set(storage.list_files(place)) == {*sources, "manifest.json"}
+    storage.write_bytes(join(place, "config.json"), b"longer")
+    assert not storage.is_whole(place, manifest)
+
+
+def test_a_listing_has_sizes_and_stamps_that_change_with_the_content(place):
+    storage.write_bytes(join(place, "a/b"), b"one")
+    before = storage.list_files(place)
+    assert {name: size for name, (size, _) in before.items()} == {"a/b": 3}
+    assert (
+        storage.list_files(place)
+        == before
+        == {f"a/{name}": at for name, at in storage.list_files(f"{place}/a/b").items()}
+    )
+    storage.write_bytes(join(place, "a/b"), b"two")
+    assert storage.list_files(place) != before
+
+
+def test_a_version_is_replaced_or_removed_only_while_it_is_the_newest(place):
+    file = join(place, "lease.json")
+    assert storage.read_versioned(file) is None
+    assert not storage.replace(file, b"x", "none")
+    assert storage.create(file, b"one")
+    assert not storage.create(file, b"two")
+    _, one = storage.read_versioned(file)
+    assert storage.replace(file, b"three", one)
+    assert not storage.replace(file, b"four", one)
+    assert not storage.delete(file, one)
+    data, three = storage.read_versioned(file)
+    assert data == b"three"
+    assert storage.delete(file, three)
+    assert not storage.delete(file, three)
+    assert storage.read_file(file) is None
+    assert storage.delete(file)
+    assert [name for name in storage.list_files(place) if "lock" in name] == []
+
+
+@pytest.mark.parametrize("change", ["create", "replace"])
+def test_of_many_writers_at_once_one_succeeds(place, change):
+    file, begin = join(place, "file"), threading.Barrier(8)
+    if change == "replace":
+        storage.create(file, b"old")
+        version = storage.read_versioned(file)[1]
+
+    def write(number):
+        data = f"of {number}".encode()
+        begin.wait()
+        return storage.create(file, data) if change == "create" else storage.replace(file, data, version)
+
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(write, range(8)))
+    assert made.count(True) == 1
+    assert storage.read_file(file) == f"of {made.index(True)}".encode()
+
+
+def test_the_lock_of_a_killed_process_expires(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "LOCK_SECONDS", 0.05)
+    storage.create(str(tmp_path / "lease"), b"one")
+    (tmp_path / "lease.lock.draft-model-partial").write_bytes(b"of a killed process")
+    assert storage.replace(str(tmp_path / "lease"), b"two", storage.read_versioned(str(tmp_path / "lease"))[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["lease"]
+
+
+def test_a_holder_whose_lock_was_broken_writes_nothing(tmp_path, monkeypatch):
+    file = tmp_path / "lease"
+    storage.create(str(file), b"one")
+    flush = local._flush
+
+    def stopped(path):  # until another process has broken the lock and written
+        if file.read_bytes() == b"one" and (lock := tmp_path / "lease.lock.draft-model-partial").exists():
+            lock.write_bytes(b"of another process")
+            file.write_bytes(b"of another process")
+        flush(path)
+
+    version = storage.read_versioned(str(file))[1]
+    monkeypatch.setattr(local, "_flush", stopped)
+    assert not storage.replace(str(file), b"two", version)
+    assert file.read_bytes() == b"of another process"
+
+
+@pytest.mark.parametrize("scheme", ["s3", "minio"])
+def test_probe_finds_nothing_wrong_with_a_good_place_and_leaves_nothing(place, scheme):
+    place = place.replace("s3://", f"{scheme}://")
+    assert storage.probe(place) == []
+    assert storage.list_files(place) == {}
+
+
+def test_a_link_that_somebody_planted_leads_no_write_and_no_removal_out(source, tmp_path):
+    victim = make(tmp_path / "victim", {"precious": b"kept", "manifest.json": b"kept"})
+    shared = tmp_path / "shared"
+    storage.publish(source, str(shared), stage="train", properties={})
+    record = json.loads((shared / "manifest.json").read_bytes())
+    record["files"].append({"path": "link/precious", "size": 4, "sha256": hashlib.sha256(b"kept").hexdigest()})
+    (shared / "manifest.json").write_text(json.dumps(record))
+    (shared / "link").symlink_to(victim)
+    (shared / "plain").mkdir()
+    (shared / "plain/manifest.json").symlink_to(victim / "manifest.json")
+    (shared / "read").symlink_to(victim / "precious")
+    assert storage.read_bytes(f"{shared}/read") == b"kept"  # as in the cache of the Hub
+    for attempt in (
+        lambda: storage.fetch(str(shared), tmp_path / "into"),
+        lambda: storage.put_file(source / "empty", f"{shared}/link/precious"),
+        lambda: storage.write_bytes(f"{shared}/link/precious", b""),
+        lambda: storage.delete(f"{shared}/link/precious"),
+        lambda: storage.remove_manifest(f"{shared}/link"),
+        lambda: storage.remove(f"{shared}/link"),
+        lambda: storage.read_manifest(f"{shared}/plain"),
+        lambda: storage.publish(source, str(shared), stage="train", properties={}),
+    ):
+        with pytest.raises(DraftModelError, match="symbolic link"):
+            attempt()
+    (shared / "file").symlink_to(victim / "precious")
+    storage.write_bytes(f"{shared}/file", b"new")  # replaces the link
+    assert content(victim, ["precious", "manifest.json"]) == {"precious": b"kept", "manifest.json": b"kept"}
+
+
+def test_a_manifest_is_a_plain_file_of_limited_size(source, tmp_path):
+    storage.publish(source, str(tmp_path / "a"), stage="train", properties={})
+    with (tmp_path / "a/manifest.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(DraftModelError, match="larger than"):
+        storage.read_manifest(str(tmp_path / "a"))
+    (tmp_path / "b").mkdir()
+    os.mkfifo(tmp_path / "b/manifest.json")
+    with pytest.raises(DraftModelError, match=r"has no manifest\.json"):
+        storage.read_manifest(str(tmp_path / "b"))
 
 
 def test_extend_needs_a_whole_folder_and_safe_names(place, source):
@@ -271,7 +406,7 @@ def test_foreign_local_things_are_used_in_place(source, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/sys and /dev/full are Linux's")
 def test_a_place_that_takes_no_files_is_refused_in_words(source):
-    with pytest.raises(DraftModelError, match=r"/sys/draft-model: .*choose another place"):
+    with pytest.raises(DraftModelError, match=r"/sys/draft-model: .*choose another folder"):
         storage.publish(source, "/sys/draft-model", stage="dataset", properties={})
     with pytest.raises(DraftModelError, match="/dev/full: the disk is full"), local_errors("/dev/full"):
         Path("/dev/full").write_bytes(b"x")
@@ -284,23 +419,18 @@ def test_a_download_that_does_not_fit_is_refused_before_it_starts(tmp_path):
 
 @pytest.mark.parametrize("size", [10**6, 2 * 10**9])
 def test_a_large_transfer_shows_its_speed_in_few_lines(size, capsys):
-    with progress("to s3://bucket/run", size) as advance:
-        for _ in range(1000):
-            advance(size // 1000)
+    in_parallel(lambda part, advance: advance(part), [size // 1000] * 1000, "to s3://bucket/run", size)
     shown = capsys.readouterr().err
     assert ("B/s" in shown and "to s3://bucket/run" in shown) == (size >= 10**9)
     assert len(shown.split("\r")) < 10
 
 
 def test_the_first_failure_ends_the_work_that_is_under_way():
-    import threading
-
-    aborted = threading.Event()
-
-    def work(number):
+    def work(number, advance):
         if number == 0:
             raise ValueError("first")
-        assert aborted.wait(60)
+        assert advance.stop.wait(60)
+        advance(1)
 
     with pytest.raises(ValueError, match="first"):
-        run_all(work, range(50), abort=aborted.set)
+        in_parallel(work, range(50))

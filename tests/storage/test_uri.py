@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from draft_model.errors import DraftModelError
 from draft_model.storage import is_remote, join
-from draft_model.storage.uri import ObjectAddress, name_problem, parse
+from draft_model.storage.uri import ObjectAddress, name_problem, parse, split, without_credentials
 
 TRICKY = st.text(alphabet=st.sampled_from("ab.:/\\\0~ é\udc80C"), max_size=12)
 
@@ -26,7 +26,7 @@ TRICKY = st.text(alphabet=st.sampled_from("ab.:/\\\0~ é\udc80C"), max_size=12)
         ("s3://bucket/a/b", ObjectAddress("bucket", "a/b")),
         ("s3://bucket/a/b/", ObjectAddress("bucket", "a/b")),
         ("s3://bucket", ObjectAddress("bucket", "")),
-        ("minio://bucket/a/b", ObjectAddress("bucket", "a/b")),
+        ("minio://bucket/a/b", ObjectAddress("bucket", "a/b", "minio")),
         ("S3://bucket/a", ObjectAddress("bucket", "a")),
     ],
 )
@@ -40,13 +40,33 @@ def test_a_uri_is_taken_apart(uri, expected):
     [
         "", "https://host/file", "gs://bucket/key", "file://host/data", "file://", "s3://", "s3:///key",
         "s3://bucket/a/../b", "s3://bucket/../b", "s3://bucket//a", "s3://bucket/a\\b", "s3://bucket/C:/a",
-        "s3://bucket/a\0b", "data\0", "minio://bucket/./a",
+        "s3://bucket/a\0b", "data\0", "minio://bucket/./a", "s3://bucket/a\n", "data\n", "s3://bucket/\x1b[2J",
     ],
 )  # fmt: skip
 def test_what_is_no_place_is_refused_with_the_uri_in_the_sentence(uri):
     with pytest.raises(DraftModelError) as refused:
         parse(uri)
     assert repr(uri) in str(refused.value)
+
+
+def test_google_cloud_storage_is_refused_with_the_way_to_use_it():
+    with pytest.raises(DraftModelError, match=r"AWS_ENDPOINT_URL=https://storage.googleapis.com .* s3://bucket/a"):
+        parse("gs://bucket/a")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["401 for url: http://user:SECRET@host:5000/api?x=1", "https://:SECRET@host", "proxy http://u:p@SECRET@host/",
+     "GET https://b.s3.amazonaws.com/k?X-Amz-Credential=SECRET&X-Amz-Signature=SECRET", "a?sig=SECRET&x=1"],
+)  # fmt: skip
+def test_credentials_are_taken_out_of_foreign_texts(text):
+    cleaned = without_credentials(ValueError(text))
+    assert "SECRET" not in cleaned
+    assert without_credentials(cleaned) == cleaned
+    assert "host" in cleaned or "=" in cleaned
+    assert (
+        without_credentials("mail me@example.com about s3://bucket/a@b") == "mail me@example.com about s3://bucket/a@b"
+    )
 
 
 def test_a_query_says_where_the_endpoint_belongs():
@@ -72,6 +92,11 @@ def test_join_names_what_is_inside(uri, parts, expected):
 
 def test_join_quotes_in_a_file_uri():
     assert parse(join("file:///data", "50% of it/a b")) == Path("/data/50% of it/a b")
+
+
+def test_a_file_keeps_its_scheme_when_it_is_taken_apart():
+    assert split("minio://bucket/a/b") == ("minio://bucket/a", "b")
+    assert split("s3://bucket/a") == ("s3://bucket", "a")
 
 
 @pytest.mark.parametrize("part", ["..", "../a", "a/../../b", "/etc/passwd", "a//b", "C:\\x", "c:x", "", "a\0"])

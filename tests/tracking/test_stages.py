@@ -8,8 +8,7 @@ import tiny
 
 from draft_model import dataset, evaluation, model_import, training
 from draft_model.parameters import Parameters
-from draft_model.tracking import forwarded
-from draft_model.tracking.server import RUN
+from draft_model.tracking import RUN, forwarded
 from draft_model.training.job import run as train
 
 

@@ -15,7 +15,6 @@ import pytest
 
 from draft_model import jobs, storage
 from draft_model.errors import DraftModelError
-from draft_model.storage import growing
 from draft_model.training import job, lease
 from draft_model.training.lease import Lease, hold
 from draft_model.training.trainer import Interrupted
@@ -40,7 +39,7 @@ def place(request, tmp_path):
 
 
 def held(place):
-    return json.loads(growing.read(f"{place}/lease.json") or b"null")
+    return json.loads(storage.read_file(f"{place}/lease.json") or b"null")
 
 
 class Crash(Exception):
@@ -59,7 +58,7 @@ def test_of_many_that_make_a_file_at_once_one_does(place):
 
     def make(number):
         begin.wait()
-        made[number] = growing.create(f"{place}/file", str(number).encode())
+        made[number] = storage.create(f"{place}/file", str(number).encode())
 
     threads = [threading.Thread(target=make, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -67,7 +66,7 @@ def test_of_many_that_make_a_file_at_once_one_does(place):
     for thread in threads:
         thread.join()
     (first,) = [number for number, was in made.items() if was]
-    assert growing.read(f"{place}/file") == str(first).encode()
+    assert storage.read_file(f"{place}/file") == str(first).encode()
 
 
 def test_a_second_run_is_refused_while_the_first_is_there(place, short):

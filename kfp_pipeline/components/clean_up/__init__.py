@@ -1,5 +1,3 @@
-"""The component `clean_up`."""
-
 from .component import clean_up
 
 __all__ = ["clean_up"]

@@ -1,4 +1,13 @@
-"""At the end of a run, however it ended: what its training left on the cluster is deleted."""
+"""Ends a run, however it went: deletes what its training left on the cluster, and says how to go on.
+
+Args:
+    run_id: of the pipeline's run, which is a label of its jobs.
+    training_backend: of the run.
+    storage_uri: of the run.
+    checkpoint_path: of the run.
+    status: of all steps together; KFP fills it in.
+    summary: how the run ended, what was deleted, and where the newest checkpoint is.
+"""
 
 from kfp import dsl
 from kfp.dsl import Markdown, Output, PipelineTaskFinalStatus
@@ -7,25 +16,10 @@ from kfp_pipeline.components.images import IMAGES
 
 
 @dsl.component(base_image=IMAGES["coordinator"], install_kfp_package=False)
-def clean_up(
-    run_id: str, summary: Output[Markdown], status: PipelineTaskFinalStatus, training_backend: str = "auto"
-) -> None:
-    """Deletes the run's training job, where the training step was killed before it could.
+def clean_up(  # noqa: D103
+    run_id: str, training_backend: str, storage_uri: str, checkpoint_path: str,
+    status: PipelineTaskFinalStatus, summary: Output[Markdown],
+) -> None:  # fmt: skip
+    from draft_model import steps
 
-    Args:
-        run_id: of the pipeline's run, which is a label of its jobs.
-        summary: how the run ended, and what was deleted.
-        status: of all steps together; KFP fills it in.
-        training_backend: who trained.
-    """
-    from pathlib import Path
-
-    from draft_model import jobs
-    from draft_model.doors import component
-    from draft_model.shown import bullets
-
-    with component("clean-up"):
-        deleted = jobs.clean_up(run_id, training_backend)
-        lines = [f"the steps ended: {status.state}", *filter(None, [status.error_message])]
-        lines += [f"the training step left {name}: deleted" for name in deleted] or ["no training job was left"]
-        Path(summary.path).write_text(bullets(lines), encoding="utf-8")
+    steps.clean_up(run_id, training_backend, storage_uri, checkpoint_path, status, summary)

@@ -1,5 +1,3 @@
-"""The component `evaluate_draft_model`."""
-
 from .component import evaluate_draft_model
 
 __all__ = ["evaluate_draft_model"]

@@ -1,5 +1,3 @@
-"""The component `preflight`."""
-
 from .component import preflight
 
 __all__ = ["preflight"]

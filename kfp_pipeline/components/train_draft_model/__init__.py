@@ -1,5 +1,3 @@
-"""The component `train_draft_model`."""
-
 from .component import train_draft_model
 
 __all__ = ["train_draft_model"]

@@ -1,27 +1,25 @@
 """The dataset stage: conversations in JSONL become tokens, loss masks and the draft vocabulary.
 
-`run` builds the folder, `run_part` a part of it for `run` to find; `Split` and `load_vocabulary` are how the later
-stages read it.
+`run` builds the folder; `Split` and `load_vocabulary` are how the later stages read it. `read_conversations` reads the
+same files for prompts.
 """
 
-from draft_model.dataset.build import DatasetConfig, DatasetResult, place, run, run_part
-from draft_model.dataset.inputs import data_files, data_version
-from draft_model.dataset.merge import REPORT_PAGE
+from draft_model.dataset.build import REPORT_PAGE, DatasetConfig, DatasetResult, run
+from draft_model.dataset.reader import Rejected, Row, read_conversations
 from draft_model.dataset.tally import SplitSummary
 from draft_model.dataset.tokens import Conversation, Split
 from draft_model.dataset.vocabulary import load_vocabulary
 
 __all__ = [
+    "REPORT_PAGE",
     "Conversation",
     "DatasetConfig",
     "DatasetResult",
+    "Rejected",
+    "Row",
     "Split",
     "SplitSummary",
-    "REPORT_PAGE",
-    "data_files",
-    "data_version",
     "load_vocabulary",
-    "place",
+    "read_conversations",
     "run",
-    "run_part",
 ]

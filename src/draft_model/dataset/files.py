@@ -1,17 +1,13 @@
-"""The files that conversations come from, wherever they lie, read by byte ranges and never fetched whole.
-
-What is given may be one file, a folder or a glob, on disk, in an object store, at an https:// address, or at gs://
-where the package `gcsfs` is installed. A file has an identity that changes with its content: the store's own tag of the
-object where there is one, else the SHA-256 of its bytes.
-"""
+"""Files of conversations on a disk, in an object store, on the Hub or at an https address, read by byte ranges."""
 
 from __future__ import annotations
 
-import glob
 import gzip
 import hashlib
 import io
+import ipaddress
 import re
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -20,53 +16,42 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar, cast
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from draft_model.errors import DraftModelError
-from draft_model.storage import exists
-from draft_model.storage.transfer import local_errors
-from draft_model.storage.uri import ObjectAddress, parse
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
-"""Of the files that are taken from a folder; a file that is named may have any, for its content is looked at."""
+"""File names that are taken from a folder. A file that is named itself may have any ending."""
 
-_WILD = re.compile(r"[*?\[]")
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_GIVE = f"give a file of JSON lines ({', '.join(ENDINGS)}), a folder of them or a glob"
+_BOM = b"\xef\xbb\xbf"
+_ONE_DOCUMENT = re.compile(rb"\s*(\[\s*(\{.*)?|\{\s*)", re.DOTALL)  # as the first line
 _BLOCK = 8 << 20
 _ATTEMPTS = 4
-_PAUSE = 0.2
-"""Seconds before a request is tried again, growing fourfold."""
-_GIVE = f"give a file of JSON lines ({', '.join(ENDINGS)}), a folder of them or a glob"
+_PAUSE = 0.2  # seconds; four times as long before each further retry
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of conversations.
+    """One file of conversations."""
 
-    Attributes:
-        name: relative to what was given; in reports.
-        uri: as in messages.
-        size: bytes, compressed or not.
-        tag: the store's tag of the content; empty where there is none.
-        fetch: gives bytes [start, start + length) of the file, which are inside it.
-    """
-
-    name: str
-    uri: str
-    size: int
-    tag: str
-    fetch: Callable[[int, int], bytes]
+    name: str  # relative to the folder or glob that was given
+    uri: str  # for messages: without query and password
+    size: int  # bytes as stored
+    tag: str  # the store's version of the content (ETag, generation, blob id); empty where there is none
+    fetch: Callable[[int, int], bytes]  # bytes [start, start + length), which lie inside the file
 
     def read(self, start: int, length: int) -> bytes:
-        """Bytes [start, start + length), fewer where the file ends."""
+        """Reads bytes [start, start + length), fewer at the end of the file."""
         length = min(length, self.size - start)
         return self.fetch(start, length) if length > 0 else b""
 
     def identity(self) -> str:
-        """Changes with the content."""
+        """Returns what changes with the content: size and tag, else the SHA-256 of all bytes."""
         if self.tag:
             return f"{self.size}:{self.tag}"
         digest = hashlib.sha256()
@@ -74,63 +59,57 @@ class File:
             digest.update(self.read(start, _BLOCK))
         return f"sha256:{digest.hexdigest()}"
 
-    def is_compressed(self) -> bool:
-        """Whether it is gzip or zstd, told by its first bytes."""
-        return self.read(0, 4).startswith((_GZIP, _ZSTD))
-
-    def open(self, start: int = 0) -> BinaryIO:
-        """A stream of what is in the file, decompressed.
-
-        Args:
-            start: where to begin; 0 for a compressed file.
+    def open(self) -> io.BufferedReader:
+        """Opens the lines as a stream, without byte-order mark, decompressed where it begins as gzip or zstd does.
 
         Raises:
-            OSError, EOFError, zlib.error: in reading, where the compressed data is damaged.
+            DraftModelError: the file is one JSON document instead of one per line.
         """
-        raw = io.BufferedReader(_Ranges(self, start), _BLOCK)
+        stream = io.BufferedReader(_Ranges(self), _BLOCK)
         head = self.read(0, 4)
-        if head.startswith(_GZIP):
-            return cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-        if head.startswith(_ZSTD):
+        if head.startswith(b"\x1f\x8b"):
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _BLOCK)  # type: ignore[arg-type]
+        elif head == b"\x28\xb5\x2f\xfd":
             import pyarrow as pa
 
-            return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(raw, "zstd"), _BLOCK))
-        return cast(BinaryIO, raw)
+            stream = io.BufferedReader(pa.CompressedInputStream(stream, "zstd"), _BLOCK)
+        if stream.peek(3).startswith(_BOM):
+            stream.read(3)
+        if _ONE_DOCUMENT.fullmatch(stream.peek(4096)[:4096].lstrip().split(b"\n", 1)[0]):
+            raise DraftModelError(
+                f"{self.uri}: is one JSON document; give one conversation per line: jq -c '.[]' FILE > FILE.jsonl"
+            )
+        return stream
 
 
 class _Ranges(io.RawIOBase):
-    """A file as a stream of range requests, so that no connection stays open while workers are busy."""
+    """A file as a stream of range requests: no connection stays open while the workers are busy."""
 
-    def __init__(self, file: File, start: int) -> None:
-        self._file = file
-        self._at = start
+    def __init__(self, file: File) -> None:
+        self._file, self._offset = file, 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        data = self._file.read(self._at, len(buffer))
+        data = self._file.read(self._offset, len(buffer))
         buffer[: len(data)] = data
-        self._at += len(data)
+        self._offset += len(data)
         return len(data)
 
 
 @contextmanager
-def damage_told(name: str) -> Iterator[None]:
-    """Says that a file cannot be read or decompressed.
-
-    Args:
-        name: the parameter and the file.
-
-    Raises:
-        DraftModelError: in place of what the decompressors raise.
-    """
+def read_errors(uri: str, parameter: str = "") -> Iterator[None]:
+    """Turns the errors of reading and decompressing a file into a DraftModelError that names parameter and file."""
+    prefix = f"{parameter}: " if parameter else ""
     try:
         yield
+    except DraftModelError as error:
+        raise DraftModelError([f"{prefix}{problem}" for problem in error.problems]) from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DraftModelError(f"{name}: is damaged gzip data ({error}); give a whole file") from error
+        raise DraftModelError(f"{prefix}{uri}: is damaged gzip data ({error}); give a whole file") from error
     except OSError as error:
-        raise DraftModelError(f"{name}: cannot be read ({error}); give a whole, readable file") from error
+        raise DraftModelError(f"{prefix}{uri}: cannot be read ({error}); give a whole, readable file") from error
 
 
 def find(given: str) -> list[File]:
@@ -138,174 +117,125 @@ def find(given: str) -> list[File]:
 
     Args:
         given: path or URI of a file, of a folder (all files below it with one of ENDINGS) or a glob (`**` for
-            any depth).
+            any depth). Any scheme of fsspec whose package is installed.
 
     Returns:
-        At least one file, in the order of their names.
+        At least one file, sorted by name.
 
     Raises:
         DraftModelError: there is none, or it cannot be reached.
     """
-    scheme = given.partition("://")[0].lower() if "://" in given else ""
+    scheme = given.partition("://")[0].lower() if "://" in given else "file"
     if scheme == "https":
-        return [_at_address(given)]
-    if scheme == "gs":
-        return _by_fsspec(given)
-    address = parse(given.split("*", 1)[0] if scheme else given)
-    found = _in_store(given) if isinstance(address, ObjectAddress) else _on_disk(given, parse(given))
-    if not found:
-        raise DraftModelError(f"{given} has no file of conversations; {_GIVE}")
-    return found
-
-
-def _on_disk(given: str, path: Path | ObjectAddress) -> list[File]:
-    assert isinstance(path, Path)
-    with local_errors(given):
-        if path.is_dir():
-            names = sorted(entry.relative_to(path).as_posix() for entry in path.rglob("*") if _is_data(entry))
-            return [_local(path / name, name) for name in names]
-        if path.is_file():
-            return [_local(path, path.name)]
-        if not _WILD.search(str(path)):
-            raise DraftModelError(f"given {given!r}, but there is no {given}; {_GIVE}")
-        top = _WILD.split(str(path))[0].rpartition("/")[0] or "/"
-        names = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - `Path.glob` takes no absolute pattern
-        return [_local(Path(name), Path(name).relative_to(top).as_posix()) for name in names if Path(name).is_file()]
-
-
-def _is_data(path: Path) -> bool:
-    return path.name.endswith(ENDINGS) and not path.name.startswith(".") and path.is_file()
-
-
-def _local(path: Path, name: str) -> File:
-    def read(start: int, length: int) -> bytes:
-        with path.open("rb") as stream:
-            stream.seek(start)
-            return stream.read(length)
-
-    return File(name, str(path), path.stat().st_size, "", read)
-
-
-def _in_store(given: str) -> list[File]:
-    from draft_model.storage.s3 import S3Folder
-
-    fixed, wild = _fixed_part(given)
-    address = parse(fixed)
-    assert isinstance(address, ObjectAddress)
-    if not wild and not address.key.endswith(ENDINGS) and address.key:
-        listed = {item.name: item for item in S3Folder(address, fixed).list_objects()}
-        if listed:
-            return _stored(address, fixed, [name for name in listed if name.endswith(ENDINGS)], listed)
-    if not wild and address.key:
-        if not exists(given):
-            raise DraftModelError(f"given {given!r}, but there is no {given}; {_GIVE}")
-        parent, _, name = address.key.rpartition("/")
-        above = ObjectAddress(address.bucket, parent)
-        looked = S3Folder(above, f"s3://{address.bucket}/{parent}".removesuffix("/")).look(name)
-        return _stored(above, fixed.rpartition("/")[0], [name], {name: looked})
-    listed = {item.name: item for item in S3Folder(address, fixed).list_objects()}
-    matches = _matcher(wild) if wild else None
-    names = [name for name in listed if (matches.fullmatch(name) if matches else name.endswith(ENDINGS))]
-    return _stored(address, fixed, names, listed)
-
-
-def _fixed_part(given: str) -> tuple[str, str]:
-    """The folder before the first wildcard, and what follows it; a URI has no `?`."""
-    wild = re.search(r"[*\[]", given)
-    if wild is None:
-        return given, ""
-    cut = given.rfind("/", 0, wild.start())
-    return given[:cut], given[cut + 1 :]
-
-
-def _matcher(pattern: str) -> re.Pattern[str]:
-    from fsspec.utils import glob_translate
-
-    return re.compile(glob_translate(pattern))
-
-
-def _stored(address: ObjectAddress, uri: str, names: list[str], listed: dict) -> list[File]:  # type: ignore[type-arg]
-    from draft_model.storage.s3 import S3Folder
-
-    folder = S3Folder(address, uri)
-
-    def file(name: str) -> File:
-        def read(start: int, length: int) -> bytes:
-            return folder.read_range(name, start, length, listed[name].etag)
-
-        return File(name, f"{uri}/{name}", listed[name].size, listed[name].etag, read)
-
-    return [file(name) for name in sorted(names)]
-
-
-def _by_fsspec(given: str) -> list[File]:
-    import fsspec
-
+        return [_https_file(given)]
+    if scheme in ("http", "ftp") or "::" in scheme:
+        raise DraftModelError(f"{given}: {scheme}:// is not read; use https://, or copy the file to s3:// or a disk")
     try:
-        store, path = fsspec.core.url_to_fs(given)
-        if _WILD.search(path):
-            top, paths = _WILD.split(path)[0].rpartition("/")[0], store.glob(path)
+        store, path = _open_store(scheme, given)
+        marks = set("*?[") & set(path)
+        if marks and not (scheme == "file" and Path(path).exists()):
+            top = path[: min(map(path.index, marks))].rpartition("/")[0]
+            infos = {found: info for found, info in store.glob(path, detail=True).items() if info["type"] == "file"}
         elif store.isdir(path):
-            top, paths = path, [found for found in store.find(path) if found.endswith(ENDINGS)]
+            top, infos = path.rstrip("/"), store.find(path, detail=True)
+            names = [name for name in infos if name.endswith(ENDINGS) and "/." not in name[len(top) :]]
+            infos = {name: infos[name] for name in names}
         else:
-            top, paths = path.rpartition("/")[0], [path]
-        infos = {found: store.info(found) for found in sorted(paths)}
-    except ImportError as error:
-        raise DraftModelError(f"{given}: {error}; install it, or copy the file to s3://") from error
+            top, infos = path.rpartition("/")[0], {path: store.info(path)}
+    except FileNotFoundError:
+        infos = {}
+    except (ImportError, ValueError) as error:
+        raise DraftModelError(f"{given}: {error}; install what is missing, or copy the file to s3://") from error
     except OSError as error:
         raise DraftModelError(f"{given}: cannot be read ({error}); {_GIVE}") from error
     if not infos:
-        raise DraftModelError(f"{given} has no file of conversations; {_GIVE}")
+        raise DraftModelError(f"{given}: there is no file of conversations; {_GIVE}")
 
-    def file(found: str) -> File:
-        def read(start: int, length: int) -> bytes:
-            return bytes(_again(lambda: store.cat_file(found, start=start, end=start + length), given))
+    def make(path: str, info: dict[str, Any]) -> File:
+        uri = path if scheme == "file" else store.unstrip_protocol(path)
 
-        name = found.removeprefix(top).lstrip("/")
-        return File(name, store.unstrip_protocol(found), infos[found]["size"], store.ukey(found), read)
+        def fetch(start: int, length: int) -> bytes:
+            return _retry(lambda: bytes(store.cat_file(path, start=start, end=start + length)), uri)
 
-    return [file(found) for found in infos]
+        # Times on a disk can lie, and some stores tell no version: then the content itself is hashed.
+        versioned = scheme != "file" and info.keys() - {"name", "size", "type"}
+        return File(path[len(top) :].lstrip("/"), uri, info["size"], store.ukey(path) if versioned else "", fetch)
+
+    return [make(path, infos[path]) for path in sorted(infos)]
 
 
-def _at_address(given: str) -> File:
-    """A file at an https:// address; the server has to know byte ranges, as every server of files does."""
+def _open_store(scheme: str, given: str) -> tuple[Any, str]:
+    import fsspec
 
-    def request(**headers: str) -> tuple[bytes, int, dict[str, str]]:
-        asked = urllib.request.Request(given, headers={"Accept-Encoding": "identity", **headers})  # noqa: S310
-        with urllib.request.urlopen(asked, timeout=60) as answer:  # noqa: S310 - the scheme is https
+    if scheme in ("s3", "minio"):
+        from draft_model.dataset.s3 import S3FileSystem
+
+        return S3FileSystem(), given.partition("://")[2].rstrip("/")
+    if given.lower().startswith("file://"):
+        given = url2pathname(urlsplit(given).path)
+    store, path = fsspec.core.url_to_fs(str(Path(given).expanduser()) if scheme == "file" else given)
+    store.invalidate_cache()  # listings are kept for the life of the process
+    return store, path
+
+
+def _https_file(given: str) -> File:
+    """A file at an https address; its server has to support byte ranges."""
+    parts = urlsplit(given)
+    shown = f"https://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    opener = urllib.request.build_opener(_Redirects(shown, private=_is_private(parts.hostname)))
+
+    def request(start: int, length: int) -> tuple[bytes, int, dict[str, str]]:
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={start}-{start + length - 1}"}
+        asked = urllib.request.Request(given, headers=headers)  # noqa: S310 - the scheme is https
+        with opener.open(asked, timeout=60) as answer:
             named = {name.lower(): value for name, value in answer.headers.items()}
-            return (answer.read() if answer.status == 206 else b""), answer.status, named
+            return (answer.read(length + 1) if answer.status == 206 else b""), answer.status, named
 
-    def read(start: int, length: int) -> bytes:
-        end = start + length - 1
-        data, status, _ = _again(lambda: request(Range=f"bytes={start}-{end}"), shown)
-        if status != 206 or len(data) != length:
+    def fetch(start: int, length: int) -> bytes:
+        data, _, headers = _retry(lambda: request(start, length), shown)
+        if len(data) != length or headers.get("etag", "") != etag:
             raise DraftModelError(f"{shown}: the file changed, or was cut off, while it was read; try again")
         return data
 
-    parts = urlsplit(given)
-    shown = f"https://{parts.netloc.rpartition('@')[2]}{parts.path}"  # a signature or password stays out of messages
-    _, status, headers = _again(lambda: request(Range="bytes=0-0"), shown)
-    total = headers.get("content-range", "").rpartition("/")[2]
+    _, status, headers = _retry(lambda: request(0, 1), shown)
+    etag, total = headers.get("etag", ""), headers.get("content-range", "").rpartition("/")[2]
     if status != 206 or not total.isdigit():
         raise DraftModelError(f"{shown}: its server does not serve byte ranges; download the file and give its path")
-    size = int(total)
-    tag = headers.get("etag", "")
-    return File(parts.path.rpartition("/")[2] or parts.netloc, shown, size, "" if tag.startswith("W/") else tag, read)
+    tag = "" if etag.startswith("W/") else etag
+    return File(parts.path.rpartition("/")[2] or parts.netloc, shown, int(total), tag, fetch)
 
 
-def _again(step: Callable[[], T], what: str) -> T:
-    """Tries a request a few times: servers and connections fail for a moment."""
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https only, and to private addresses only from a private one."""
+
+    def __init__(self, shown: str, *, private: bool) -> None:
+        self._shown, self._private = shown, private
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        target = urlsplit(newurl)
+        if target.scheme != "https" or (not self._private and _is_private(target.hostname)):
+            kind = "a private address" if target.scheme == "https" else "another scheme than https"
+            raise DraftModelError(f"{self._shown}: the server redirects to {kind}; give the file's own address")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _is_private(host: str | None) -> bool:
+    try:
+        found = {ipaddress.ip_address(info[4][0]) for info in socket.getaddrinfo(host, 443, type=socket.SOCK_STREAM)}
+    except OSError:
+        return False  # nothing to connect to
+    return not all((getattr(address, "ipv4_mapped", None) or address).is_global for address in found)
+
+
+def _retry(request: Callable[[], T], shown: str) -> T:
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return step()
-        except urllib.error.HTTPError as error:
-            if error.code < 500 or attempt == _ATTEMPTS:
-                raise DraftModelError(
-                    f"{what}: the server answers {error.code} {error.reason}; check the address"
-                ) from None
+            return request()
         except OSError as error:
-            if attempt == _ATTEMPTS:
-                raise DraftModelError(f"{what}: cannot be reached ({error}); check the address and network") from error
+            code = error.code if isinstance(error, urllib.error.HTTPError) else 0
+            final = isinstance(error, (FileNotFoundError, PermissionError)) or (0 < code < 500 and code != 429)
+            if final or attempt == _ATTEMPTS:
+                why = f"the server answers {code}" if code else f"cannot be read ({error})"
+                raise DraftModelError(f"{shown}: {why}; check the address and the network") from None
         time.sleep(_PAUSE * 4**attempt)
     raise AssertionError

@@ -1,19 +1,22 @@
-"""JSONL lines become conversations of one shape, or a reason why not.
+"""JSON lines become conversations of one shape, or a reason why not.
 
-Dialects that are read: `conversations` or `messages` of role/content, ShareGPT's from/value, and `text` that a chat
-template rendered before. Messages come out as chat templates take them, tools, tool calls and reasoning included.
-Whatever would be trained on wrongly if it were passed over is refused by name, never dropped.
+Dialects: `conversations` or `messages` of role/content, ShareGPT's from/value, and `text` that a chat template has
+rendered before. Messages come out as chat templates take them. A part that cannot be honoured is refused by name.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from draft_model.dataset.files import find, read_errors
+from draft_model.errors import DraftModelError
+
 Line = tuple[int, bytes]
-"""1-based number, and the content."""
+"""Number from 1, and content."""
 Message = dict[str, Any]
 
 _ROLES = {
@@ -22,24 +25,21 @@ _ROLES = {
 }  # fmt: skip
 _MESSAGES = ("conversations", "messages")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_READ_COLUMNS = {*_MESSAGES, "text", "tools", "system", "finish"}
-
-# A chunk is what one worker is handed at a time. It depends on the file alone, so the result does too.
-_CHUNK_LINES = 256
-_CHUNK_BYTES = 4 << 20
+_WEIGHTS = ("weight", "train", "loss")
+_READ_COLUMNS = {*_MESSAGES, "text", "prompt", "tools", "system", "finish"}
 
 
 class Rejected(Exception):
-    """One line that cannot be used.
+    """A line that cannot be used.
 
     Args:
-        reason: the kind of fault, the same words for each line that has it: what the report counts.
+        reason: the kind of fault, in the same words for each such line; the report counts by it.
         detail: where in the line, and what was found.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
         self.reason = reason
-        self.detail = detail.encode("utf-8", "backslashreplace").decode()  # what the line holds need not be Unicode
+        self.detail = detail.encode("utf-8", "backslashreplace").decode()  # lone surrogates cannot be written
         super().__init__(f"{reason}: {self.detail}")
 
 
@@ -50,73 +50,82 @@ class Row:
     Attributes:
         messages: role (system, user, assistant, tool) and content; an assistant's may have `tool_calls` and
             `reasoning_content`, a tool's `name` and `tool_call_id`.
-        cut: of each assistant turn, whether generation was cut off there (`"finish": "length"`): the speaker did
-            not end the turn. Of `text`, of its turns as far as there are entries.
+        cut: of each assistant turn, whether generation stopped at a length limit (`"finish": "length"`), so that the
+            model did not end the turn. For `text`, of its turns as far as there are entries.
+        ignored: of each assistant turn, whether it is not supervised (`weight`, `train` or `loss` of 0).
         tools: functions that the assistant may call.
-        columns: the row's other columns, which a chat template may want.
-        text: in place of messages, what a chat template made of them.
+        columns: the row's other columns, which a chat template may read.
+        text: in place of messages, a conversation that a chat template has rendered.
     """
 
     messages: list[Message] = field(default_factory=list)
     cut: tuple[bool, ...] = ()
+    ignored: tuple[bool, ...] = ()
     tools: list[dict[str, Any]] | None = None
     columns: dict[str, Any] = field(default_factory=dict)
     text: str = ""
 
     @property
-    def answers(self) -> int:
-        """Assistant turns."""
-        return sum(message["role"] == "assistant" for message in self.messages)
+    def answers(self) -> list[int]:
+        """Positions of the assistant's messages."""
+        return [index for index, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
-def chunks(lines: Iterable[Line]) -> Iterator[list[Line]]:
-    """Groups lines into what is encoded together: at most 256 of them, and few where they are long."""
-    chunk: list[Line] = []
-    size = 0
-    for line in lines:
-        chunk.append(line)
-        size += len(line[1])
-        if len(chunk) == _CHUNK_LINES or size >= _CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def read_conversations(uri: str, limit: int = 0) -> list[Row]:
+    """Reads the conversations of files, for prompts: `{"prompt": "..."}` and rows without an answer are taken too.
+
+    Args:
+        uri: file, folder or glob, as `find` takes it.
+        limit: read no more rows than this; 0 for all.
+
+    Raises:
+        DraftModelError: there is no such file, or one of its lines is not a conversation; names file and line.
+    """
+
+    def rows() -> Iterator[Row]:
+        for file in find(uri):
+            with read_errors(file.uri), file.open() as stream:
+                for number, line in enumerate(stream, start=1):
+                    if not line.strip():
+                        continue
+                    try:
+                        yield parse(line, needs_answer=False)
+                    except Rejected as refusal:
+                        raise DraftModelError(f"line {number} of {file.uri} is not a conversation: {refusal}") from None
+
+    return list(itertools.islice(rows(), limit or None))
 
 
-def parse(line: bytes) -> Row:
+def parse(line: bytes, *, needs_answer: bool = True) -> Row:
     """Reads one line.
 
     Args:
         line: one JSON object, UTF-8.
-
-    Returns:
-        The conversation, with at least one turn of the assistant's, or text that a template rendered before.
+        needs_answer: whether a conversation without an assistant turn is refused.
 
     Raises:
         Rejected: the line is not a conversation that can be used.
     """
     row = _json_object(line)
     messages = next((row[name] for name in _MESSAGES if row.get(name) is not None), None)
+    columns = {name: value for name, value in row.items() if name not in _READ_COLUMNS and value is not None}
     if messages is None and isinstance(row.get("text"), str):
-        return Row(text=_unicode(_filled(row["text"], "`text`"), "`text`"), cut=_cuts(row, []))
+        return Row(text=_unicode(_filled(row["text"], "`text`"), "`text`"), cut=_cuts(row, []), columns=columns)
+    if messages is None and not needs_answer and row.get("prompt") is not None:
+        messages = [{"role": "user", "content": row["prompt"]}]
     if not isinstance(messages, list):
         found = "of another type" if messages is not None else f"absent; the row has {_names(row)}"
         raise Rejected("wrong shape", f"`conversations` or `messages` must be a list; it is {found}")
     if not messages:
         raise Rejected("empty", "the list of messages is empty")
     turns = [_message(message, f"message {number}") for number, message in enumerate(messages, start=1)]
+    own = [message for message, turn in zip(messages, turns, strict=True) if turn["role"] == "assistant"]
+    if needs_answer and not own:
+        raise Rejected("no assistant turn", f"the roles are {', '.join(turn['role'] for turn in turns)}"[:200])
     system = row.get("system")
     if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
         turns.insert(0, {"role": "system", "content": _unicode(system, "`system`")})
-    if not any(turn["role"] == "assistant" for turn in turns):
-        raise Rejected("no assistant turn", f"the roles are {', '.join(turn['role'] for turn in turns)}"[:200])
-    own = [message for message, turn in zip(messages, turns[-len(messages) :], strict=True) if _is_answer(turn)]
-    columns = {name: value for name, value in row.items() if name not in _READ_COLUMNS}
-    return Row(messages=turns, cut=_cuts(row, own), tools=_tools(row.get("tools")), columns=columns)
-
-
-def _is_answer(turn: Message) -> bool:
-    return bool(turn["role"] == "assistant")
+    return Row(turns, _cuts(row, own), tuple(map(_is_ignored, own)), _tools(row.get("tools")), columns)
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
@@ -131,8 +140,8 @@ def _json_object(line: bytes) -> dict[str, Any]:
     return row
 
 
-def _cuts(row: dict[str, Any], answers: list[dict[str, Any]]) -> tuple[bool, ...]:
-    """Whether each answer was cut off: `finish` of the message, or of the row, a list with an entry for each answer."""
+def _cuts(row: Mapping[str, Any], answers: list[dict[str, Any]]) -> tuple[bool, ...]:
+    """Reads `finish` of each assistant message, or of the row as a list with an entry for each of them."""
     finish = row.get("finish")
     if not isinstance(finish, list):
         return tuple(answer.get("finish") == "length" for answer in answers) if answers else (finish == "length",)
@@ -141,13 +150,27 @@ def _cuts(row: dict[str, Any], answers: list[dict[str, Any]]) -> tuple[bool, ...
     return tuple(entry == "length" for entry in finish)
 
 
+def _is_ignored(answer: Mapping[str, Any]) -> bool:
+    given = {name: answer[name] for name in _WEIGHTS if answer.get(name) is not None}
+    if wrong := next((name for name, value in given.items() if value not in (0, 1)), None):  # true is 1, false is 0
+        raise Rejected("wrong shape", f"`{wrong}` of an assistant message is {given[wrong]!r:.40}; allowed: 0 or 1")
+    return 0 in given.values()
+
+
 def _tools(given: Any) -> list[dict[str, Any]] | None:
     if not given:
         return None
-    tools = _from_json(given, "`tools`") if isinstance(given, str) else given
+    tools = _from_json(given, "`tools`") if isinstance(given, str) else _without_nulls(given)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise Rejected("wrong shape", "`tools` must be a list of objects, or that as a JSON string")
     return tools or None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives each object the keys of all rows, with null for those it lacked; a JSON string keeps its nulls."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _message(message: Any, where: str) -> Message:
@@ -178,21 +201,24 @@ def _message(message: Any, where: str) -> Message:
 
 
 def _tool_calls(given: Any, where: str) -> list[dict[str, Any]]:
-    """The calls as chat templates want them: a list of functions, their arguments an object."""
+    """Returns the calls as chat templates want them: a list of functions, their arguments an object."""
     calls = _from_json(given, f"{where}: its tool calls") if isinstance(given, str) else given
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
         raise Rejected("wrong shape", f"{where} has tool calls that are not a list")
-    return [_tool_call(call, where) for call in calls]
+    exact = isinstance(given, str)  # Arrow adds no nulls inside a string
+    return [_tool_call(call, where, exact=exact) for call in calls]
 
 
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
+def _tool_call(call: Any, where: str, *, exact: bool) -> dict[str, Any]:
+    function = (call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise Rejected("wrong shape", f"{where} has a tool call without the name of its function")
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments") if function.get("arguments") is not None else {}
     if isinstance(arguments, str):
         arguments = _from_json(arguments or "{}", f"{where}: the arguments of {function['name'][:40]}")
+    elif not exact:
+        arguments = _without_nulls(arguments)
     made = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
     return {"id": call["id"], **made} if isinstance(call.get("id"), str) else made
 
@@ -222,15 +248,12 @@ def _filled(text: str, what: str) -> str:
 
 
 def _unicode(text: str, where: str) -> str:
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise Rejected(
-                "not Unicode", f"{where} has half of a surrogate pair at character {error.start + 1}"
-            ) from None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise Rejected("not Unicode", f"{where} has half of a surrogate pair at character {error.start + 1}") from None
     return text
 
 
-def _names(row: dict[str, Any]) -> str:
+def _names(row: Mapping[str, Any]) -> str:
     return ", ".join(f"`{name[:40]}`" for name in list(row)[:8]) or "no fields"

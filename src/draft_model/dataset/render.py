@@ -1,15 +1,16 @@
-"""Conversations as the tokenizer's own chat template writes them, and the assistant's turns in that text.
+"""Conversations as the tokenizer's own chat template writes them, and the supervised characters of that text.
 
-A chat template may leave out reasoning of earlier turns, as an engine does. Whatever else of a turn it would leave out
-is a reason to refuse the row: a mask over the rest would teach what nobody said.
+A chat template may leave out the reasoning of earlier turns, as an engine does. A row of which anything else is left
+out or changed is refused: a mask over the rest would teach what nobody said.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from draft_model.dataset.reader import Message, Rejected, Row
@@ -19,6 +20,17 @@ from draft_model.errors import DraftModelError
 _OURS = {"messages", "tools", "add_generation_prompt", "continue_final_message", "strftime_now", "raise_exception"}
 _NOT_WRITTEN = "not in the chat template"
 _OPENED = re.compile(r"\A\s*<think>\n?")
+_SHAPES = 4096
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation's text; positions are characters."""
+
+    text: str
+    supervised: list[tuple[int, int]]  # ranges [start, stop) that the model has written, in order
+    borders: list[int]  # before which a token must end: where an answer begins, and where a cut one ends
+    turns: int  # assistant turns
 
 
 class Renderer:
@@ -27,31 +39,54 @@ class Renderer:
     Args:
         tokenizer: the target's.
         template: the one that parameter chat_template names.
+        tools: whether to write with the tokenizer's template for conversations with tools, where it has another.
     """
 
-    def __init__(self, tokenizer: Any, template: Template) -> None:
+    def __init__(self, tokenizer: Any, template: Template, *, tools: bool = False) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self.jinja = template_text(tokenizer, template)
+        self.jinja = template_text(tokenizer, template, tools=tools)
         self._columns = _variables(self.jinja) - _OURS - set(tokenizer.special_tokens_map)
         self._reasons = bool(re.search(r"\b(?:reasoning_content|thinking)\b", self.jinja))
-        self.scaffold = self._scaffold()
-        self._turns = template.turns(self.scaffold)
+        try:  # what the template writes after the header, before the model begins
+            _, header, scaffold = self._write(_PROBE[:1], None, {}, ask=True).rpartition(template.header)
+        except Rejected:
+            header = scaffold = ""
+        self._opens = bool(header and _OPENED.search(scaffold))
+        self._turns = template.turns(scaffold if header else "")
+        self._unwritten: dict[Any, int | None] = {}
 
-    def render(self, row: Row) -> tuple[str, list[Span]]:
+    def render(self, row: Row) -> Rendered:
         """Writes one conversation.
 
-        Returns:
-            Its text, and the assistant's turns in it.
+        Raises:
+            Rejected: the chat template refuses it, does not write a part of it, or its turns cannot be told apart.
+        """
+        text, spans = (row.text, self._spans_of_text(row.text)) if row.text else self._in_a_form(row)
+        turns = list(zip(spans, _padded(row.cut, spans), _padded(row.ignored, spans), strict=True))
+        ranges = [(span.start, span.end if cut else span.close) for span, cut, ignored in turns if not ignored]
+        ends = [span.end for span, cut, ignored in turns if cut and not ignored]
+        return Rendered(text, ranges, sorted([*(start for start, _ in ranges), *ends]), len(spans))
+
+    def prompt(self, row: Row) -> str:
+        """Writes what an engine gives the model: the conversation without its last answer, then the header.
 
         Raises:
-            Rejected: the chat template refuses the conversation, does not write a part of it, or its turns cannot
-                be told apart.
+            Rejected: as `render`, or nothing is left to reply to.
         """
         if row.text:
-            return row.text, self._spans_of_text(row.text)
+            return row.text[: self._spans_of_text(row.text)[-1].start]
+        messages = list(row.messages)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            raise Rejected("empty", "there is nothing to reply to")
+        return self._in_a_form(replace(row, messages=messages), ask=True)[0]
+
+    def _in_a_form(self, row: Row, *, ask: bool = False) -> tuple[str, list[Span]]:
+        """Writes the messages in the first form that the template takes; with `ask`, as a prompt without turns."""
         self.template.refuse_control_tokens(row)
-        if self._reasons or _OPENED.search(self.scaffold):
+        if self._reasons or self._opens:
             row = replace(row, messages=[_apart(message) for message in row.messages])
         if row.tools and not re.search(r"\btools\b", self.jinja):
             raise Rejected(_NOT_WRITTEN, "the row has `tools`, which this chat template does not write")
@@ -59,16 +94,22 @@ class Renderer:
         refusals: list[Rejected] = []
         for messages in _forms(row.messages):
             try:
-                text = self.conversation(messages, row.tools, columns)
-                return text, self._spans_of_turns(text, row)
+                if ask:
+                    plain = messages if self._reasons else _without_reasoning(messages)
+                    text, spans = self._write(plain, row.tools, columns, ask=True), []
+                else:
+                    text = self.conversation(messages, row.tools, columns)
+                    spans = self._check_turns(text, messages, row)
+                self._check_messages(text, messages, row.tools, columns)
+                return text, spans
             except Rejected as refusal:
                 refusals.append(refusal)
         raise refusals[0]
 
     def conversation(
-        self, messages: Sequence[Message], tools: Any = None, columns: dict[str, Any] | None = None
+        self, messages: Sequence[Message], tools: Any = None, columns: Mapping[str, Any] | None = None
     ) -> str:
-        """The text of a conversation.
+        """Returns the text of a conversation.
 
         A template may open the model's reasoning and write none, as that of DeepSeek-R1's distills does. The last turn
         is then put as the model has generated it; the reasoning of earlier turns is left out, as an engine does.
@@ -76,81 +117,143 @@ class Renderer:
         Raises:
             Rejected: the chat template refuses it.
         """
-        given = columns or {}
+        columns = columns or {}
         if self._reasons:
-            return self._write(messages, tools, given)
-        last, opens = messages[-1], bool(_OPENED.search(self.scaffold))
-        plain = [{k: v for k, v in message.items() if k != "reasoning_content"} for message in messages]
-        if plain != list(messages) and not opens:
+            return self._write(messages, tools, columns)
+        plain = _without_reasoning(messages)
+        if plain != list(messages) and not self._opens:
             raise Rejected(_NOT_WRITTEN, "`reasoning_content`, which this chat template does not write")
-        if not (opens and (generated := _generated(last))):
-            return self._write(plain, tools, given)
-        prompt = self._write(plain[:-1], tools, given, add_generation_prompt=True)
+        if not (self._opens and (generated := _generated(messages[-1]))):
+            return self._write(plain, tools, columns)
+        prompt = self._write(plain[:-1], tools, columns, ask=True)
         return f"{prompt}{generated}{self.template.ends[0]}"
 
     def spans(self, text: str) -> list[Span]:
-        """The assistant turns of a rendered conversation, in order."""
+        """Finds the assistant turns of a rendered conversation, in order."""
         return [Span(m.start("content"), m.end("content"), m.end("end")) for m in self._turns.finditer(text)]
-
-    def _spans_of_turns(self, text: str, row: Row) -> list[Span]:
-        spans = self.spans(text)
-        if len(spans) != row.answers:
-            raise Rejected(
-                "assistant turns not found",
-                f"{row.answers} assistant turns given, {len(spans)} in what the chat template makes of them",
-            )
-        answers = [number for number, message in enumerate(row.messages, start=1) if message["role"] == "assistant"]
-        cut = itertools.chain(row.cut, itertools.repeat(False))
-        return [_whole(text, row, *turn) for turn in zip(spans, answers, cut, strict=False)]
 
     def _spans_of_text(self, text: str) -> list[Span]:
         """The turns of text that was rendered elsewhere; the last one may lack its end."""
         spans = self.spans(text)
-        end = self.template.ends[0]
-        if len(open_ended := self.spans(text + end)) > len(spans):
+        if len(open_ended := self.spans(text + self.template.ends[0])) > len(spans):
             spans.append(Span(open_ended[-1].start, len(text), len(text)))
         if not spans:
             raise Rejected("no assistant turn", f"`text` has no {self.template.header!r}")
         return spans
 
-    def _write(
-        self, messages: Sequence[Message], tools: Any, columns: dict[str, Any], *, add_generation_prompt: bool = False
-    ) -> str:
+    def _write(self, messages: Sequence[Message], tools: Any, columns: Mapping[str, Any], *, ask: bool = False) -> str:
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if self._reasons:  # gpt-oss calls it by another name
-            messages = [
-                {**message, "thinking": message["reasoning_content"]} if "reasoning_content" in message else message
-                for message in messages
-            ]
+            messages = [{**m, "thinking": m["reasoning_content"]} if "reasoning_content" in m else m for m in messages]
+        given = {"tools": tools, "add_generation_prompt": ask, **self.tokenizer.special_tokens_map, **columns}
         try:
-            # What `apply_chat_template` calls too, which leaves out a content of None that some templates ask for.
-            (text,), _ = render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=self.jinja,
-                add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
-                **columns,
-            )
-            if not text.isascii():
-                text.encode("utf-8")
+            # `apply_chat_template` calls this too, but leaves out a content of None, which some templates ask for.
+            (text,), _ = render_jinja_template([messages], chat_template=self.jinja, **given)
+            text.encode("utf-8")
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise Rejected("refused by the chat template", str(error)) from None
         return str(text)
 
-    def _scaffold(self) -> str:
-        """What the template writes after the header, where the model is to begin."""
-        try:
-            prompt = self._write(_PROBE[:1], None, {}, add_generation_prompt=True)
-        except Rejected:
-            return ""
-        return prompt.rpartition(self.template.header)[2] if self.template.header in prompt else ""
+    def _check_turns(self, text: str, messages: list[Message], row: Row) -> list[Span]:
+        spans, answers = self.spans(text), row.answers
+        if len(spans) != len(answers):
+            raise Rejected(
+                "assistant turns not found",
+                f"{len(answers)} assistant turns given, {len(spans)} in what the chat template makes of them",
+            )
+        turns = zip(spans, answers, _padded(row.cut, spans), strict=True)
+        return [self._check_turn(text, messages, *turn) for turn in turns]
+
+    def _check_turn(self, text: str, messages: list[Message], span: Span, index: int, is_cut: bool) -> Span:
+        """Compares what a turn says with what is written of it; reasoning of earlier turns may be left out.
+
+        Returns:
+            The span; of a turn that was cut while it reasoned, up to the reasoning's end: the closing tag after it is
+            the template's.
+        """
+        message, turn = messages[index], text[span.start : span.end]
+        content, reasoning = (message["content"] or "").strip(), message.get("reasoning_content", "").strip()
+        if content not in turn:
+            inline = _split_reasoning(content, opens=self._opens)
+            if inline is None or inline[1] not in turn:
+                raise _unwritten(index, "its text")
+            reasoning, content = reasoning or inline[0], inline[1]
+        calls = [call["function"] for call in message.get("tool_calls", ())]
+        names = [call["name"] for call in calls]
+        plain = turn.replace("\\", "")
+        for call in calls:
+            said = _strings(call["arguments"])
+            if turn.count(call["name"]) < names.count(call["name"]) or not all(_is_in(one, plain) for one in said):
+                raise _unwritten(index, f"its call of {call['name'][:40]}")
+        if index + 1 == len(messages) and reasoning not in turn:
+            raise _unwritten(index, "its reasoning")
+        if is_cut and not content and not names and reasoning in turn:
+            return replace(span, end=span.start + turn.rfind(reasoning) + len(reasoning))
+        return span
+
+    def _check_messages(self, text: str, messages: Sequence[Message], tools: Any, columns: Mapping[str, Any]) -> None:
+        """Refuses messages of which the template writes nothing, or another text.
+
+        A short message may be found by chance in another one. So the conversation is written once more with unique
+        words for its messages: once for all conversations of the same shape, since that decides what is written.
+        """
+        shape = (bool(tools), *columns, *map(_shape, messages))
+        if shape not in self._unwritten:
+            if len(self._unwritten) >= _SHAPES:
+                self._unwritten.clear()
+            marked = [index for index, message in enumerate(messages) if _shape(message)[1] is False]
+            probe = list(messages)
+            for index in marked:
+                probe[index] = {**messages[index], "content": f"unique{index}word"}
+            try:
+                written = self.conversation(probe, tools, columns)
+            except Rejected:  # the template wants other contents than words
+                marked = []
+            self._unwritten[shape] = next((index for index in marked if f"unique{index}word" not in written), None)
+        if (lost := self._unwritten[shape]) is not None:
+            raise _unwritten(lost, "its text")
+        for index, message in enumerate(messages):
+            if message["role"] in ("system", "user") and message["content"].strip() not in text:
+                raise _unwritten(index, "its text as it is")
+
+
+def _padded(flags: Sequence[bool], spans: Sequence[Span]) -> list[bool]:
+    """One flag for each turn: those of rendered text may have fewer or more."""
+    return [*flags, *itertools.repeat(False, len(spans))][: len(spans)]
+
+
+def _unwritten(index: int, what: str) -> Rejected:
+    return Rejected(_NOT_WRITTEN, f"message {index + 1}: this chat template does not write {what}")
+
+
+def _shape(message: Message) -> tuple[Any, ...]:
+    """What decides whether a template writes a message: role, text (False: without tags), reasoning, calls."""
+    text = message["content"] and (message["role"] == "assistant" and "think>" in message["content"])
+    arguments = [type(call["function"]["arguments"]) for call in message.get("tool_calls", ())]
+    return (message["role"], text, "reasoning_content" in message, *arguments)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from itertools.chain(value, *map(_strings, value.values()))
+    elif isinstance(value, list):
+        yield from itertools.chain.from_iterable(map(_strings, value))
+    else:
+        yield json.dumps(value)
+
+
+def _is_in(text: str, plain: str) -> bool:
+    """Whether a turn without backslashes has a text, as it is or in JSON."""
+    forms = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
+    return any(form.replace("\\", "").strip() in plain for form in forms)
 
 
 def _variables(jinja: str) -> set[str]:
-    """What a template reads from outside."""
+    """Names that a template reads from outside."""
     import jinja2
     from jinja2 import meta
 
@@ -163,11 +266,7 @@ def _variables(jinja: str) -> set[str]:
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
-    """A conversation in the forms that templates want it in.
-
-    Where a message is nothing but calls, its content is empty text to some and nothing to others; the arguments of a
-    call are an object to most and JSON text to some.
-    """
+    """A message of nothing but calls has an empty or no content, and arguments are objects or text, by template."""
     if not any("tool_calls" in message for message in messages):
         yield messages
         return
@@ -176,80 +275,74 @@ def _forms(messages: list[Message]) -> Iterator[list[Message]]:
 
 
 def _in_form(message: Message, nothing: str | None, as_text: bool) -> Message:
-    content = nothing if message["content"] is None else message["content"]
-    if not as_text:
-        return {**message, "content": content}
-    functions = [call["function"] for call in message["tool_calls"]]
-    written = [{**function, "arguments": as_json(function["arguments"])} for function in functions]
-    calls = [{**call, "function": function} for call, function in zip(message["tool_calls"], written, strict=True)]
-    return {**message, "content": content, "tool_calls": calls}
+    message = {**message, "content": nothing if message["content"] is None else message["content"]}
+    if as_text:
+        functions = [call["function"] for call in message["tool_calls"]]
+        texts = [{**function, "arguments": as_json(function["arguments"])} for function in functions]
+        message["tool_calls"] = [
+            {**call, "function": text} for call, text in zip(message["tool_calls"], texts, strict=True)
+        ]
+    return message
+
+
+def _without_reasoning(messages: Sequence[Message]) -> list[Message]:
+    return [{name: value for name, value in m.items() if name != "reasoning_content"} for m in messages]
+
+
+def _split_reasoning(content: str, *, opens: bool) -> tuple[str, str] | None:
+    """Splits an answer as it was generated into reasoning and text; None where it has no reasoning.
+
+    The prompt may have opened it; then the closing tag has to begin or end a line, for it may also be a word.
+    """
+    head, tag, answer = content.partition("</think>")
+    if tag and (_OPENED.match(content) or (opens and (head.endswith("\n") or answer[:1] in ("", "\n")))):
+        return _OPENED.sub("", head).strip(), answer.strip()
+    return None
 
 
 def _generated(message: Message) -> str:
-    """What a model wrote whose prompt had opened its reasoning; nothing where it did not reason."""
+    """What a model wrote whose prompt had opened its reasoning; empty where it did not reason."""
     content: str = message["content"] or ""
     if message["role"] != "assistant" or "tool_calls" in message:
         return ""
     if reasoning := message.get("reasoning_content"):
         return f"{reasoning}\n</think>\n\n{content}" if content else str(reasoning)
-    return _OPENED.sub("", content) if "</think>" in content else ""
+    return _OPENED.sub("", content) if _split_reasoning(content, opens=True) else ""
 
 
 def _apart(message: Message) -> Message:
-    """Reasoning that was cut off in the text of an answer, beside it: a template would write it as what was said."""
+    """Moves reasoning that was cut off out of an answer's text: a template would write it as what was said."""
     content: str = message["content"] or ""
     if message["role"] != "assistant" or "</think>" in content or not _OPENED.search(content):
         return message
     return {**message, "content": "", "reasoning_content": _OPENED.sub("", content)}
 
 
-def _whole(text: str, row: Row, span: Span, number: int, is_cut: bool) -> Span:
-    """A turn's span, once all that the model wrote is seen to be in it; reasoning of earlier turns may be left out.
-
-    Where it was cut off while it reasoned, its end is that of the reasoning: the closing tag is the template's.
-
-    Raises:
-        Rejected: the template did not write the turn's text, its reasoning, or one of its calls.
-    """
-    message = row.messages[number - 1]
-    turn = text[span.start : span.end]
-    content = (message["content"] or "").rpartition("</think>")[2].strip()
-    if content not in turn:
-        raise Rejected(_NOT_WRITTEN, f"message {number}: this chat template does not write its text")
-    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
-    if lost := next((name for name in names if turn.count(name) < names.count(name)), None):
-        raise Rejected(_NOT_WRITTEN, f"message {number}: this chat template does not write its call of {lost[:40]}")
-    reasoning = message.get("reasoning_content", "").strip()
-    if number == len(row.messages) and reasoning not in turn:
-        raise Rejected(_NOT_WRITTEN, f"message {number}: this chat template does not write its reasoning")
-    if is_cut and not content and not names and reasoning in turn:
-        return replace(span, end=span.start + turn.rfind(reasoning) + len(reasoning))
-    return span
-
-
-_QUESTION, _ANSWER = "probing question", "probing answer"
-_PROBE = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+_ANSWER = "probing answer"
+_PROBE: list[Message] = [{"role": "user", "content": "probing question"}, {"role": "assistant", "content": _ANSWER}]
 
 
 def check_fit(tokenizer: Any, template: Template) -> None:
-    """Sees that a tokenizer and a named template belong together, on a probe conversation.
-
-    Args:
-        tokenizer: the target's.
-        template: the one that parameter chat_template names.
+    """Checks on a probe conversation that a tokenizer and the template that chat_template names belong together.
 
     Raises:
-        DraftModelError: the tokenizer lacks the template's turn markers, or its own chat template writes
-            other ones; says what was found and which of the four names fits.
+        DraftModelError: the tokenizer lacks the template's turn markers, or its own chat template writes other ones;
+            says what was found and which name fits. Or it makes other tokens of a prompt alone than of prompt and
+            answer, so that no mask over the whole would be what is served.
     """
-    if _fits(tokenizer, template):
+    text, spans, fits = _probe(tokenizer, template)
+    if fits:
+        prompt, whole = (
+            tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text[: spans[0].start], text)
+        )
+        if whole[: len(prompt)] != prompt:
+            raise DraftModelError(f"model: its tokenizer makes other tokens of {text!r} than of its beginning alone")
         return
-    fitting = [other.name for other in TEMPLATES.values() if _fits(tokenizer, other)]
+    fitting = [name for name, other in TEMPLATES.items() if _probe(tokenizer, other)[2]]
     advice = f"use {' or '.join(fitting)}" if fitting else f"none of {', '.join(TEMPLATES)} fits this model"
-    if tokenizer.chat_template:
-        found = f"the tokenizer's own chat template writes {_probe(tokenizer, template)[0][-160:]!r}"
-    else:
-        absent = ", ".join(_absent(tokenizer, template))
+    found = f"the tokenizer's own chat template writes {text[-160:]!r}"
+    if not tokenizer.chat_template:
+        absent = ", ".join(_absent(tokenizer, template.control))
         found = f"the tokenizer has no chat template, and as tokens it lacks {absent}"
     raise DraftModelError(
         f"chat_template: given {template.name!r}, whose assistant turns begin with {template.header!r}; "
@@ -257,25 +350,19 @@ def check_fit(tokenizer: Any, template: Template) -> None:
     )
 
 
-def _probe(tokenizer: Any, template: Template) -> tuple[str, list[str]]:
-    """What the tokenizer's template makes of the probe, and the contents of the turns that are found in it."""
+def _probe(tokenizer: Any, template: Template) -> tuple[str, list[Span], bool]:
+    """What the tokenizer's template makes of the probe, the turns in it, and whether the named template fits."""
     renderer = Renderer(tokenizer, template)
     try:
         text = renderer.conversation(_PROBE)
     except Rejected as refusal:
-        return refusal.detail, []
-    return text, [text[span.start : span.end] for span in renderer.spans(text)]
+        return refusal.detail, [], False
+    spans = renderer.spans(text)
+    found = [text[span.start : span.end].strip() for span in spans]
+    control = [token for token in template.control if token in text]
+    return text, spans, found == [template.opening + _ANSWER] and not _absent(tokenizer, control)
 
 
-def _fits(tokenizer: Any, template: Template) -> bool:
-    text, found = _probe(tokenizer, template)
-    return [turn.strip() for turn in found] == [template.opening + _ANSWER] and not _absent(tokenizer, template, text)
-
-
-def _absent(tokenizer: Any, template: Template, text: str | None = None) -> list[str]:
-    """The control tokens (of `text`, else all) that the tokenizer would spell in pieces."""
-    return [
-        token
-        for token in template.control
-        if (text is None or token in text) and len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1
-    ]
+def _absent(tokenizer: Any, control: Sequence[str]) -> list[str]:
+    """The control tokens that the tokenizer would spell in pieces."""
+    return [token for token in control if len(tokenizer(token, add_special_tokens=False)["input_ids"]) != 1]

@@ -1,7 +1,4 @@
-"""The report of a data set: one HTML page, without scripts and without anything from outside, and three conversations.
-
-Everything that comes from the data is escaped: it may hold markup.
-"""
+"""The report of a data set: one HTML page without scripts, whose text from the data is escaped."""
 
 from __future__ import annotations
 
@@ -12,20 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from draft_model.dataset.tally import Tally
+from draft_model.dataset.vocabulary import coverage_by_size
+
 _SHOWN_CHARACTERS = 6000
 
 
 def colour(tokenizer: Any, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> list[tuple[str, bool]]:
-    """A conversation as text, token by token, with what is supervised: to check the mask by eye.
+    """Returns a conversation (ids int32 [T], mask bool [T]) as pairs of text and supervision, to check by eye.
 
-    Args:
-        tokenizer: the target's.
-        ids: int32 [T].
-        mask: bool [T].
-
-    Returns:
-        Pairs of text and supervision; tokens that only together make up a character share a pair. It ends where a
-        reader would have stopped long before.
+    Tokens that only together make up a character share a pair. It stops after some pages.
     """
     pairs: list[tuple[str, bool]] = []
     waiting: list[int] = []
@@ -43,23 +36,34 @@ def colour(tokenizer: Any, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> l
     return pairs
 
 
-def write_report(report: Mapping[str, Any], path: Path) -> None:
-    """Writes the page.
+def write_report(
+    properties: Mapping[str, Any], sources: Mapping[str, Any], tallies: Mapping[str, Tally], tokenizer: Any, path: Path
+) -> dict[str, Any]:
+    """Writes the page; returns what it shows, for report.json.
 
     Args:
-        report: what report.json holds.
-        path: the file to write.
+        properties: the manifest's.
+        sources: the names of each split's files.
+        tallies: the counts of each split.
+        tokenizer: the target's.
+        path: the page to write.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    train, validation = tallies["train"], tallies.get("validation")
+    report = {
+        **properties,
+        "sources": sources,
+        "splits": {split: counts | tallies[split].details() for split, counts in properties["splits"].items()},
+        "coverage_by_size": coverage_by_size(train.supervised, validation.supervised if validation else None),
+        "samples": [colour(tokenizer, ids, mask) for ids, mask in train.samples],
+    }
+    loader = PackageLoader("draft_model", "dataset")
     environment = Environment(
-        loader=PackageLoader("draft_model", "dataset"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["count"] = lambda number: f"{number:,}"
     environment.filters["percent"] = lambda share: "-" if share is None else f"{100 * share:.2f} %"
     page = environment.get_template("report.html.j2").render(report=report)
     path.write_text(page, encoding="utf-8")
+    return report

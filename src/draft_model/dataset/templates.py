@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draft_model.dataset.reader import Rejected, Row
+from draft_model.errors import DraftModelError
 
 # A template that writes today's date would make another data set each day.
 _ONE_DATE = "{% macro strftime_now(format) %}{{ {'%d %b %Y': '26 Jul 2024'}.get(format, '2024-07-26') }}{% endmacro +%}"
@@ -22,46 +23,28 @@ _ONE_DATE = "{% macro strftime_now(format) %}{{ {'%d %b %Y': '26 Jul 2024'}.get(
 
 @dataclass(frozen=True)
 class Span:
-    """An assistant turn, as character offsets into the rendered text.
+    """An assistant turn, as character offsets into the rendered text."""
 
-    Attributes:
-        start: first character of the content.
-        end: one past the content; the end-of-turn token begins here.
-        close: one past the end-of-turn token.
-    """
-
-    start: int
-    end: int
-    close: int
+    start: int  # of the content
+    end: int  # one past the content: the end-of-turn token begins here
+    close: int  # one past the end-of-turn token
 
 
 @dataclass(frozen=True)
 class Template:
-    """What one `chat_template` name stands for.
-
-    Attributes:
-        name: the parameter's value.
-        header: what an engine writes before the assistant's content.
-        headers: expression for it, where it takes other forms too.
-        ends: the tokens that end a turn; the first is the one that the model writes after an answer.
-        control: tokens that frame turns; a tokenizer of this kind has each as one token, a message may have
-            none.
-        jinja: for a tokenizer without a chat template.
-        content: expression for the content.
-        opening: what the model writes before the text of an answer.
-    """
+    """What one `chat_template` name stands for."""
 
     name: str
-    header: str
-    headers: str
-    ends: tuple[str, ...]
-    control: tuple[str, ...]
-    jinja: str
-    content: str = ".*?"
-    opening: str = ""
+    header: str  # what an engine writes before the assistant's content
+    headers: str  # expression for it, where it takes other forms too
+    ends: tuple[str, ...]  # tokens that end a turn; the first is the one after an answer
+    control: tuple[str, ...]  # tokens that frame turns: each is one token of such a tokenizer, and in no message
+    jinja: str  # for a tokenizer without a chat template
+    content: str = ".*?"  # expression for the content
+    opening: str = ""  # what the model writes before the text of an answer
 
     def turns(self, scaffold: str = "") -> re.Pattern[str]:
-        """An assistant turn in rendered text, with the groups `content` and `end`.
+        """Returns an expression for an assistant turn, with the groups `content` and `end`.
 
         Args:
             scaffold: what the tokenizer's template writes between header and generation.
@@ -71,25 +54,20 @@ class Template:
         return re.compile(f"{header}(?P<content>{self.content})(?P<end>{ends})", re.DOTALL)
 
     def refuse_control_tokens(self, row: Row) -> None:
-        """Refuses text that the tokenizer would take for a marker.
+        """Refuses rows with text that the tokenizer would take for a marker.
 
         Raises:
             Rejected: a message, or a tool, has one of the template's control tokens in its text.
         """
-        for number, message in enumerate(row.messages, start=1):
-            where = f"message {number} ({message['role']})"
-            for value in message.values():
-                self._refuse_in(value if isinstance(value, str) else as_json(value), where)
-        if row.tools:
-            self._refuse_in(as_json(row.tools), "`tools`")
-
-    def _refuse_in(self, text: str, where: str) -> None:
-        if "<" in text and (found := next((token for token in self.control if token in text), None)):
-            raise Rejected("control token", f"{where} contains {found}")
+        texts = [(f"message {n} ({m['role']})", value) for n, m in enumerate(row.messages, 1) for value in m.values()]
+        for where, value in [*texts, ("`tools`", row.tools)]:
+            text = value if isinstance(value, str) else as_json(value)
+            if "<" in text and (found := next((token for token in self.control if token in text), None)):
+                raise Rejected("control token", f"{where} contains {found}")
 
 
 def as_json(value: Any) -> str:
-    """JSON text, as templates write it; nothing for None."""
+    """Returns JSON text as templates write it; empty for None."""
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
@@ -174,7 +152,21 @@ DEEPSEEK = Template(
 TEMPLATES: dict[str, Template] = {template.name: template for template in (LLAMA3, QWEN, GPT_OSS, DEEPSEEK)}
 
 
-def template_text(tokenizer: Any, template: Template) -> str:
-    """The Jinja text to render with: the tokenizer's own, else the named one's; its date is fixed."""
-    text: str = tokenizer.get_chat_template() if tokenizer.chat_template else template.jinja
-    return _ONE_DATE + text if "strftime_now" in text else text
+def template_text(tokenizer: Any, template: Template, *, tools: bool = False) -> str:
+    """Returns the Jinja text to render with: the tokenizer's own, else the named one's; its date is fixed.
+
+    Of several templates that a tokenizer has by name, engines take `tool_use` for tools, if there is one, or `default`.
+
+    Raises:
+        DraftModelError: the tokenizer has several templates and no default.
+    """
+    own = tokenizer.chat_template or template.jinja
+    if isinstance(own, dict):
+        name = "tool_use" if tools and "tool_use" in own else "default"
+        if name not in own and len(own) > 1:
+            names = ", ".join(sorted(own))
+            raise DraftModelError(
+                f"model: its tokenizer has chat templates {names}, but no `default`; rename the right one to `default`"
+            )
+        own = own.get(name) or next(iter(own.values()))
+    return _ONE_DATE + own if "strftime_now" in own else str(own)

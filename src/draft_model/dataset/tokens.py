@@ -1,7 +1,6 @@
 """Tokenised conversations on disk: Parquet shards, written in order and read at random.
 
-A row is one conversation. Row groups are small, so that reading one conversation decodes a few dozen and no more: a
-data set of any size costs a reader the memory of one group and 8 bytes a row.
+Row groups are small: whatever its size, a data set costs a reader the memory of one group and 8 bytes a conversation.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -26,92 +24,41 @@ _OPEN_SHARDS = 64
 
 @dataclass(frozen=True)
 class Conversation:
-    """One tokenised conversation of T tokens.
+    """One tokenised conversation of T tokens."""
 
-    Attributes:
-        input_ids: int32 [T].
-        loss_mask: bool [T], true on the assistant's content and end-of-turn tokens.
-    """
-
-    input_ids: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
+    input_ids: NDArray[np.int32]  # [T]
+    loss_mask: NDArray[np.bool_]  # [T], true on the assistant's content and end-of-turn tokens
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file of a split.
+    """One Parquet file of a split."""
 
-    Attributes:
-        name: in the split's folder.
-        rows: conversations.
-        file: the input file that they come from.
-        lines_before: lines of that file before those that the shard's column `line` counts.
-    """
-
-    name: str
+    name: str  # in the split's folder
     rows: int
-    file: str
-    lines_before: int
+    file: str  # the input file that they come from
+    lines_before: int  # lines of that file before those that the shard's column `line` counts
 
 
-class ShardWriter:
-    """Writes one shard; the file depends on the rows alone, which arrive in any portions. A context manager.
+def write_shard(rows: Encoded, path: Path) -> None:
+    """Writes one shard; the file's bytes depend on the rows alone."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    Args:
-        path: the file; it is made with the first rows.
-
-    Attributes:
-        rows: conversations that were added.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.rows = 0
-        self._path = path
-        self._waiting: Any = None
-        self._file: Any = None
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
-        if kind is None and self._waiting is not None and self._waiting.num_rows:
-            self._write(self._waiting)
-        if self._file is not None:
-            self._file.close()
-
-    def add(self, rows: Encoded) -> None:
-        """Appends one chunk's kept rows."""
-        import pyarrow as pa
-
-        if not len(rows.lengths):
-            return
-        self.rows += len(rows.lengths)
-        offsets = pa.array(np.concatenate([[0], np.cumsum(rows.lengths)]), pa.int32())
-        table = pa.table(
-            {
-                "input_ids": pa.ListArray.from_arrays(offsets, pa.array(rows.ids, pa.int32())),
-                "loss_mask": pa.ListArray.from_arrays(offsets, pa.array(rows.mask, pa.bool_())),
-                "length": pa.array(rows.lengths, pa.int32()),
-                "line": pa.array(rows.numbers, pa.int64()),
-            }
-        )
-        if self._waiting is not None:
-            table = pa.concat_tables([self._waiting, table]).combine_chunks()
-        whole = table.num_rows // GROUP_ROWS * GROUP_ROWS
-        for start in range(0, whole, GROUP_ROWS):
-            self._write(table.slice(start, GROUP_ROWS))
-        self._waiting = table.slice(whole)
-
-    def _write(self, group: Any) -> None:
-        import pyarrow.parquet as pq
-
-        if self._file is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            # Token ids repeat too seldom for a dictionary: without one, files are smaller and faster to write.
-            self._file = pq.ParquetWriter(
-                self._path, group.schema, compression="zstd", use_dictionary=False, write_statistics=False
-            )
-        self._file.write_table(group)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(rows.lengths)]), pa.int32())
+    table = pa.table(
+        {
+            "input_ids": pa.ListArray.from_arrays(offsets, pa.array(rows.ids, pa.int32())),
+            "loss_mask": pa.ListArray.from_arrays(offsets, pa.array(rows.mask, pa.bool_())),
+            "length": pa.array(rows.lengths, pa.int32()),
+            "line": pa.array(rows.numbers, pa.int64()),
+        }
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Token ids repeat too seldom for a dictionary: without one, files are smaller and faster to write.
+    pq.write_table(
+        table, path, row_group_size=GROUP_ROWS, compression="zstd", use_dictionary=False, write_statistics=False
+    )
 
 
 def write_index(shards: Sequence[Shard], path: Path) -> None:
@@ -133,15 +80,13 @@ class Split:
     def __init__(self, folder: Path) -> None:
         import pyarrow.parquet as pq
 
-        self._folder = folder
         self._shards = [Shard(**shard) for shard in json.loads((folder / INDEX).read_text(encoding="utf-8"))]
-        columns = [
-            pq.read_table(folder / shard.name, columns=["length"])["length"].to_numpy() for shard in self._shards
-        ]
+        paths = [folder / shard.name for shard in self._shards]
+        columns = [pq.read_table(path, columns=["length"])["length"].to_numpy() for path in paths]
         self._lengths = np.concatenate(columns or [np.zeros(0, np.int32)]).astype(np.int64)
         self._first = np.cumsum([0, *(shard.rows for shard in self._shards)])
-        self._open = functools.lru_cache(_OPEN_SHARDS)(self._open_shard)
-        self._held: tuple[tuple[int, int], Any] | None = None
+        self._open = functools.lru_cache(_OPEN_SHARDS)(lambda shard: pq.ParquetFile(paths[shard], memory_map=True))
+        self._group: tuple[tuple[int, int], Any] = ((-1, -1), None)
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -152,33 +97,27 @@ class Split:
         return self._lengths
 
     def __getitem__(self, index: int) -> Conversation:
-        columns, row = self._row(index)
+        _, columns, row = self._row(index)
         ids, mask = columns["input_ids"][row].values, columns["loss_mask"][row].values
         return Conversation(ids.to_numpy().astype(np.int32), mask.to_numpy(zero_copy_only=False).astype(np.bool_))
 
     def origin(self, index: int) -> tuple[str, int]:
-        """The input file and line that a conversation comes from."""
-        columns, row = self._row(index)
-        shard = self._shards[int(np.searchsorted(self._first, index % len(self), side="right")) - 1]
+        """Returns the input file and line that a conversation comes from."""
+        shard, columns, row = self._row(index)
         return shard.file, shard.lines_before + columns["line"][row].as_py()
 
     def line(self, index: int) -> int:
-        """The line of its input file that a conversation comes from."""
+        """Returns the line of its input file that a conversation comes from."""
         return self.origin(index)[1]
 
-    def _row(self, index: int) -> tuple[Any, int]:
-        """The row group that has a conversation, and its place there."""
+    def _row(self, index: int) -> tuple[Shard, Any, int]:
+        """Returns the shard and row group that have a conversation, and its index in the group."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"conversation {index} of {len(self)}")
         index %= len(self)
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         group, row = divmod(index - int(self._first[shard]), GROUP_ROWS)
-        if self._held is None or self._held[0] != (shard, group):
+        if self._group[0] != (shard, group):
             table = self._open(shard).read_row_group(group, columns=["input_ids", "loss_mask", "line"])
-            self._held = ((shard, group), table.combine_chunks())
-        return self._held[1], row
-
-    def _open_shard(self, shard: int) -> Any:
-        import pyarrow.parquet as pq
-
-        return pq.ParquetFile(self._folder / self._shards[shard].name, memory_map=True)
+            self._group = ((shard, group), table.combine_chunks())
+        return self._shards[shard], self._group[1], row

@@ -1,7 +1,6 @@
-"""The draft vocabulary: the tokens that answers are made of, most of them in a fraction of the rows.
+"""The draft vocabulary: the D target tokens that are supervised most often, a row each in the draft's lm_head.
 
-The draft's lm_head has a row for each of the D target tokens that were supervised most often. `t2d` says
-which target tokens those are; `d2t` leads back, as an OFFSET: target id = draft id + d2t[draft id].
+`t2d` says which target tokens those are; `d2t` leads back, as an OFFSET: target id = draft id + d2t[draft id].
 """
 
 from __future__ import annotations
@@ -26,33 +25,24 @@ def choose(counts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
         size: D, at most V.
 
     Returns:
-        Target ids, int64 [D], ascending: the most frequent ones, of equally frequent ones the lower ids; so
-        never seen tokens fill up what is left in ascending order.
+        Target ids, int64 [D], ascending: the most frequent ones; of equally frequent (or never seen) ones the lower.
     """
     return np.sort(_by_frequency(counts)[:size])
 
 
 def coverage(counts: NDArray[np.int64], ids: NDArray[np.int64]) -> float:
-    """The share of supervised tokens that lies in the vocabulary.
-
-    Args:
-        counts: how often each target token is supervised, int64 [V].
-        ids: the vocabulary's target ids, int64 [D].
-    """
+    """Returns the share of supervised tokens (counts, int64 [V]) that lies in a vocabulary (ids, int64 [D])."""
     return round(float(counts[ids].sum() / max(1, counts.sum())), 6)
 
 
 def coverage_by_size(
     train: NDArray[np.int64], validation: NDArray[np.int64] | None
 ) -> list[dict[str, int | float | None]]:
-    """What other sizes of the draft vocabulary would cover, chosen from the training split as `choose` does.
+    """Returns what vocabularies of other sizes, powers of two from 1,024 and V, chosen from `train` would cover.
 
     Args:
         train: how often each target token is supervised in training, int64 [V].
         validation: the same in validation, where there is any.
-
-    Returns:
-        One record per size: powers of two from 1,024, and V.
     """
     order = _by_frequency(train)
     sizes = [size for size in (1 << power for power in range(10, 31)) if size < len(train)] + [len(train)]
@@ -67,13 +57,7 @@ def coverage_by_size(
 
 
 def save_vocabulary(ids: NDArray[np.int64], vocab_size: int, path: Path) -> None:
-    """Writes `t2d` bool [V] and `d2t` int64 [D].
-
-    Args:
-        ids: the vocabulary's target ids, int64 [D], ascending.
-        vocab_size: V.
-        path: the file to write.
-    """
+    """Writes `t2d` bool [V] and `d2t` int64 [D] for ascending target ids, int64 [D]."""
     from safetensors.numpy import save_file
 
     t2d = np.zeros(vocab_size, np.bool_)
@@ -82,15 +66,7 @@ def save_vocabulary(ids: NDArray[np.int64], vocab_size: int, path: Path) -> None
 
 
 def load_vocabulary(path: Path) -> tuple[Tensor, Tensor]:
-    """Reads the vocabulary back.
-
-    Args:
-        path: the file, or the data set's folder.
-
-    Returns:
-        t2d, bool [V]: whether a target token is in the draft vocabulary; d2t, int64 [D]: target id - draft
-        id.
-    """
+    """Reads t2d, bool [V], and d2t, int64 [D], from the file or the data set's folder."""
     from safetensors.torch import load_file
 
     tensors = load_file(path / FILE if path.is_dir() else path)

@@ -1,119 +1,171 @@
-"""Decodes all prompts, with a draft and without, and holds the replies against the target's own."""
+"""Drafts of one target on the same prompts: in an engine where there is one, else by our own greedy decoder."""
 
 from __future__ import annotations
 
-import sys
-import time
+import json
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+import torch
 
-from draft_model.evaluation.speculative import Reply, SpeculativeDecoder, greedy_replies, margin_at
-from draft_model.target.model import Target
+from draft_model import engine as engines
+from draft_model.dataset.encode import load_tokenizer
+from draft_model.dataset.templates import TEMPLATES
+from draft_model.dataset.tokens import Split
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.engine import Difference, Job, Measured
+from draft_model.errors import DraftModelError
+from draft_model.evaluation import greedy
+from draft_model.evaluation.prompts import Prompts, choose_prompts
+from draft_model.parameters import Parameters
+from draft_model.target.model import Target, load_target
 
-TIE_MARGIN = 1e-4  # logits; float32 sums in another order differ by less
-BATCH = 16  # prompts decoded at once; a CPU does 16 rows in about the time of one
-
-
-def batches(prompts: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    """Indices of prompts of like length, `size` at a time."""
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def batch_size(target: Target) -> int:
-    """Prompts at once: one for targets with sliding-window layers, whose caches must have no masked columns."""
-    return 1 if slides(target) else BATCH
-
-
-def slides(target: Target) -> bool:
-    """Whether a target has layers that do not see the whole context."""
-    layers = getattr(target.config, "layer_types", None) or []
-    return any(kind != "full_attention" for kind in layers)
-
-
-def _bar(what: str, prompts: int) -> Any:
-    interval = 0.5 if sys.stderr.isatty() else 15.0
-    return tqdm(total=prompts, desc=what, unit="prompt", mininterval=interval, dynamic_ncols=True)
-
-
-def reference(
-    target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_tokens: Sequence[int]
-) -> tuple[list[list[int]], float]:
-    """The target's own greedy reply to each prompt, and the seconds that they took."""
-    replies: list[list[int]] = [[] for _ in prompts]
-    started = time.perf_counter()
-    with _bar("target alone", len(prompts)) as bar:
-        for indices in batches(prompts, batch_size(target)):
-            batch = greedy_replies(target, [prompts[index] for index in indices], max_new_tokens, end_tokens)
-            for index, reply in zip(indices, batch, strict=True):
-                replies[index] = reply
-            bar.update(len(indices))
-    return replies, time.perf_counter() - started
-
-
-def decode(
-    decoder: SpeculativeDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, what: str
-) -> tuple[list[Reply], float]:
-    """The reply to each prompt with the draft's help, and the seconds that they took."""
-    replies = [Reply() for _ in prompts]
-    started = time.perf_counter()
-    with _bar(what, len(prompts)) as bar:
-        for indices in batches(prompts, batch_size(decoder.target)):
-            batch = decoder.decode([prompts[index] for index in indices], max_new_tokens)
-            for index, reply in zip(indices, batch, strict=True):
-                replies[index] = reply
-            bar.update(len(indices))
-    return replies, time.perf_counter() - started
+BATCH_SIZES = [1, 4, 16, 64]
+"""Requests at once, at which an engine's throughput is timed."""
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Decoded replies beside the target's own.
+class Case:
+    """What all measurements of an evaluation share."""
 
-    Attributes:
-        compared_tokens: tokens that were compared, up to a reply's end or first difference.
-        ties: differences where the target's two best logits lie within 1e-4: prompt, position and margin.
-        differences: other differences, likewise; any of them means that the draft changed the output.
+    parameters: Parameters
+    model: Path  # folder of the target
+    tokenizer: Any
+    prompts: Prompts
+    end_tokens: list[int]  # ids that end a reply
+    engine: str  # vllm, sglang, or transformers: our own decoder
+    work: Path
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A draft to measure: its name in messages, its weights, and the folder where an engine reads it."""
+
+    name: str
+    draft: Eagle3Draft
+    folder: Path
+
+
+def check_engine(p: Parameters) -> str:
+    """The engine to measure in.
+
+    Raises:
+        DraftModelError: when it is not installed, or something that it cannot do is asked for.
     """
-
-    compared_tokens: int
-    ties: list[dict[str, Any]]
-    differences: list[dict[str, Any]]
-
-    def __add__(self, other: Comparison) -> Comparison:
-        return Comparison(
-            self.compared_tokens + other.compared_tokens,
-            self.ties + other.ties,
-            self.differences + other.differences,
+    engine = engines.choose(p.evaluation_engine)
+    if p.evaluation_temperature and engine == "transformers":
+        raise DraftModelError(
+            f"evaluation_temperature: given {p.evaluation_temperature:g}, but only an engine measures sampling, and "
+            "there is none here: install vLLM, or leave it out"
         )
+    return engine
 
 
-def compare(
-    target: Target,
-    prompts: Sequence[Sequence[int]],
-    decoded: Sequence[Reply],
-    expected: Sequence[Sequence[int]],
-) -> Comparison:
-    """Holds decoded replies against the target's own, token for token.
+def open_case(p: Parameters, model: Path, dataset: Path | None, template: str, longest: int, work: Path) -> Case:
+    """Chooses the engine and the prompts.
 
     Args:
-        target: judges ties.
-        prompts: token ids.
-        decoded: with a draft.
-        expected: without.
+        p: of the run.
+        model: folder of the target.
+        dataset: folder of the data set; None where evaluation_prompts names prompts.
+        template: name of the chat template, for a comparison without a data set.
+        longest: positions that the draft has.
+        work: scratch folder.
     """
-    total = Comparison(0, [], [])
-    for number, (prompt, reply, own) in enumerate(zip(prompts, decoded, expected, strict=True)):
-        length = min(len(reply.tokens), len(own))
-        place = next((i for i in range(length) if reply.tokens[i] != own[i]), length)
-        total = total + Comparison(place, [], [])
-        if place == len(reply.tokens) == len(own):
-            continue
-        margin = margin_at(target, [*prompt, *own[:place]])
-        record = {"prompt": number, "position": place, "margin": margin}
-        tie = place < length and margin < TIE_MARGIN
-        total = total + Comparison(0, [record] if tie else [], [] if tie else [record])
-    return total
+    engine = check_engine(p)
+    tokenizer = load_tokenizer(model)
+    if dataset is not None:
+        template = json.loads((dataset / "report.json").read_text(encoding="utf-8"))["chat_template"]
+    split = Split(dataset / "validation") if dataset and (dataset / "validation").is_dir() else None
+    longest -= p.evaluation_max_new_tokens + p.num_speculative_tokens + 1
+    prompts = choose_prompts(p.evaluation_prompts, split, tokenizer, template, p.evaluation_conversations, longest)
+    return Case(p, model, tokenizer, prompts, end_tokens(model, tokenizer, template), engine, work)
+
+
+def end_tokens(model: Path, tokenizer: Any, template: str) -> list[int]:
+    """Ids that end a reply, as in engines: generation_config's, the tokenizer's and the template's end of turn."""
+    files = (path for name in ("generation_config.json", "config.json") if (path := model / name).exists())
+    configs = (json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") for path in files)
+    configured: int | list[int] = next((eos for eos in configs if eos is not None), [])
+    ids = {configured} if isinstance(configured, int) else set(configured)
+    end_of_turn = tokenizer.convert_tokens_to_ids(TEMPLATES[template].ends[0])
+    return sorted((ids | {end_of_turn, tokenizer.eos_token_id}) - {None, tokenizer.unk_token_id})
+
+
+def measure(case: Case, candidates: Sequence[Candidate]) -> list[Measured]:
+    """Decodes the prompts with the target alone, which comes first, and with each draft.
+
+    Raises:
+        DraftModelError: when the engine fails, or the target does not fit in memory.
+    """
+    if case.engine != "transformers":
+        return [
+            engines.measure(case.engine, _job(case, folder), case.work / "engine")
+            for folder in ("", *(str(candidate.folder) for candidate in candidates))
+        ]
+    try:
+        return _by_our_decoder(case, candidates)
+    except torch.OutOfMemoryError as error:
+        raise DraftModelError(
+            f"evaluation: out of GPU memory while decoding in float32 ({str(error).splitlines()[0]}); install vLLM for "
+            "evaluation_engine=vllm, which decodes in the target's own type on several GPUs"
+        ) from error
+
+
+def _job(case: Case, draft: str) -> Job:
+    p = case.parameters
+    return Job(
+        target=str(case.model),
+        draft=draft,
+        method="eagle3",
+        proposals=p.num_speculative_tokens,
+        groups=list(case.prompts.groups.values()),
+        max_new_tokens=p.evaluation_max_new_tokens,
+        end_tokens=case.end_tokens,
+        temperature=p.evaluation_temperature,
+        seed=p.seed,
+        batch_sizes=BATCH_SIZES,
+    )
+
+
+def _by_our_decoder(case: Case, candidates: Sequence[Candidate]) -> list[Measured]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    layers = [candidate.draft.config.aux_layers for candidate in candidates]
+    target = load_target(case.model, layers[0], torch.float32, device)
+    hardware = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    found = [greedy.run(_job(case, ""), target, None, "target alone", hardware)]
+    for candidate, its in zip(candidates, layers, strict=True):
+        draft = candidate.draft.to(device)
+        found.append(
+            greedy.run(_job(case, "draft"), Target(target.model, its), draft, f"with {candidate.name}", hardware)
+        )
+    return found
+
+
+def differences(alone: Measured, found: Measured) -> tuple[int, list[Difference]]:
+    """Tokens compared with the target's own replies, and where a draft's replies differ; see `compare_replies`."""
+    expected = [reply for group in alone.outputs for reply in group]
+    margins = [own for group in alone.margins for own in group]
+    return engines.compare_replies(
+        [reply for group in found.outputs for reply in group], expected, margins, alone.dtype
+    )
+
+
+def speed_table(alone: Measured, found: Measured) -> list[dict[str, Any]]:
+    """Tokens per second of the target alone and with a draft, by batch size."""
+    names = ("batch_size", "target_alone_tokens_per_second", "tokens_per_second", "speed_up")
+    rows = ((size, speed, found.speed[size], found.speed[size] / speed) for size, speed in alone.speed.items())
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def category_table(case: Case, found: Measured) -> list[dict[str, Any]]:
+    """Acceptance length by category of the prompts."""
+    names = ("category", "prompts", "rounds", "acceptance_length")
+    pairs = zip(case.prompts.groups.items(), found.counts, strict=True)
+    rows = ((category, len(prompts), its.rounds, its.acceptance_length) for (category, prompts), its in pairs)
+    return [dict(zip(names, row, strict=True)) for row in rows]

@@ -1,61 +1,49 @@
 """What the evaluation decodes: the validation split, prompts of a file, or published benchmarks.
 
-A line of a file is `{"prompt": "..."}`, or `messages` or `conversations` as in the training data, whose last reply is
-left out; `category` is kept. Benchmarks come from the Hugging Face Hub; `datasets` fetches and caches them.
+A line of a file is `{"prompt": "..."}`, or a conversation as in the training data, whose last reply is left out; the
+data set's reader and the tokenizer's chat template make a prompt of it. `category` is kept. Benchmarks come from the
+Hugging Face Hub; `datasets` downloads and caches them.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from draft_model.dataset.files import File, damage_told, find
-from draft_model.dataset.templates import TEMPLATES, template_text
+from draft_model.dataset.reader import Rejected, Row, read_conversations
+from draft_model.dataset.render import Renderer
+from draft_model.dataset.templates import TEMPLATES
 from draft_model.dataset.tokens import Split
 from draft_model.errors import DraftModelError
 from draft_model.hub import hub_address
 
 logger = logging.getLogger(__name__)
 
-Messages = list[dict[str, str]]
-
-_LINE = '{"prompt": "..."}, or `messages` with role and content, and perhaps `category`'
+_ALLOWED = '{"prompt": "..."}, or a conversation as in the training data, and perhaps `category`'
 _REFUSALS = (401, 403, 404)
 """What the Hub answers where it has no such data set, or not for this token."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts to decode.
+    """Prompts to decode: token ids up to where the reply begins, by category; and where they come from, in words."""
 
-    Attributes:
-        tokens: of each, up to where the reply begins.
-        categories: of each.
-        source: where they come from, in words.
-    """
-
-    tokens: list[list[int]]
-    categories: list[str]
+    groups: dict[str, list[list[int]]]
     source: str
 
+    @property
+    def tokens(self) -> list[list[int]]:
+        """All prompts, category by category."""
+        return [prompt for group in self.groups.values() for prompt in group]
 
-@dataclass(frozen=True)
-class Benchmark:
-    """A published benchmark.
 
-    Attributes:
-        hub_id: of the data set.
-        config: its configuration; empty for the default.
-        split: of it.
-        text: what a row asks.
-        category: a row's.
-    """
+class Benchmark(NamedTuple):
+    """A published benchmark: its data set, what a row asks, and a row's category."""
 
     hub_id: str
     config: str
@@ -64,8 +52,8 @@ class Benchmark:
     category: Callable[[Mapping[str, Any]], str]
 
 
-def _alpaca(row: Mapping[str, Any]) -> str:
-    return f"{row['instruction']}\n\n{row['input']}" if row["input"] else str(row["instruction"])
+def _plain(hub_id: str, config: str, split: str, name: str, form: str) -> Benchmark:
+    return Benchmark(hub_id, config, split, lambda row: form.format_map(row).strip(), lambda _: name)
 
 
 BENCHMARKS = {
@@ -73,50 +61,51 @@ BENCHMARKS = {
         "HuggingFaceH4/mt_bench_prompts", "", "train",
         lambda row: row["prompt"][0], lambda row: f"mt-bench {row['category']}",
     ),
-    "gsm8k": Benchmark("openai/gsm8k", "main", "test", lambda row: row["question"], lambda _: "gsm8k"),
-    "humaneval": Benchmark(
-        "openai/openai_humaneval", "", "test",
-        lambda row: f"Complete this Python function:\n\n```python\n{row['prompt']}```", lambda _: "humaneval",
+    "gsm8k": _plain("openai/gsm8k", "main", "test", "gsm8k", "{question}"),
+    "humaneval": _plain(
+        "openai/openai_humaneval", "", "test", "humaneval", "Complete this Python function:\n\n```python\n{prompt}```"
     ),
-    "alpaca": Benchmark("tatsu-lab/alpaca", "", "train", _alpaca, lambda _: "alpaca"),
-    "cnn-dm": Benchmark(
-        "abisee/cnn_dailymail", "3.0.0", "test",
-        lambda row: f"Summarize this article:\n\n{row['article']}", lambda _: "cnn-dm",
-    ),
+    "alpaca": _plain("tatsu-lab/alpaca", "", "train", "alpaca", "{instruction}\n\n{input}"),
+    "cnn-dm": _plain("abisee/cnn_dailymail", "3.0.0", "test", "cnn-dm", "Summarize this article:\n\n{article}"),
 }  # fmt: skip
 
 
 def choose_prompts(
     given: str, validation: Split | None, tokenizer: Any, template: str, limit: int, longest: int
 ) -> Prompts:
-    """The prompts that parameter evaluation_prompts means.
+    """Reads the prompts that parameter evaluation_prompts names.
 
     Args:
-        given: its value: a file, names of benchmarks with commas between them, or empty for the validation split.
+        given: files, names of benchmarks with commas between them, or empty for the validation split.
         validation: validation split; None where there is none.
         tokenizer: the target's.
-        template: name of the chat template, for a tokenizer that has none.
-        limit: how many of the validation split, of the file or of each benchmark; 0 for all.
+        template: name of the chat template.
+        limit: how many of the validation split, of the files or of each benchmark; 0 for all.
         longest: longer prompts than this are left out, in tokens.
 
     Raises:
-        DraftModelError: when there are none, or they cannot be had.
+        DraftModelError: when there are none, or they cannot be read.
     """
+    benchmarks = _named(given)
     if not given:
         if validation is None:
-            return Prompts([], [], "")
+            raise DraftModelError("dataset_validation_split, evaluation_prompts: neither is given; nothing to decode")
         found = list(islice(_of_split(validation), limit or None))
         source = "the validation split"
     else:
-        benchmarks = _named(given)
-        rows = (
-            [row for benchmark in benchmarks for row in _of_benchmark(benchmark, limit)]
-            if benchmarks
-            else list(islice(_of_files(find(given)), limit or None))
-        )
-        jinja = template_text(tokenizer, TEMPLATES[template])
-        found = [(_tokens(tokenizer, jinja, messages), category) for messages, category in rows]
-        source = ", ".join(benchmark.hub_id for benchmark in benchmarks) if benchmarks else given
+        rows = [row for benchmark in benchmarks for row in _of_benchmark(benchmark, limit)]
+        source = ", ".join(benchmark.hub_id for benchmark in benchmarks) or given
+        renderers = {tools: Renderer(tokenizer, TEMPLATES[template], tools=tools) for tools in (False, True)}
+        found = []
+        for number, (row, category) in enumerate(rows or _of_files(given, limit), start=1):
+            try:
+                text = renderers[bool(row.tools)].prompt(row)
+            except Rejected as refusal:
+                raise DraftModelError(
+                    f"evaluation_prompts: conversation {number} of {source} makes no prompt ({refusal}); allowed: "
+                    f"{_ALLOWED}"
+                ) from None
+            found.append((tokenizer(text, add_special_tokens=False)["input_ids"], category))
     kept = [(tokens, category) for tokens, category in found if 2 <= len(tokens) <= longest]
     if not kept:
         name = "evaluation_prompts" if given else "dataset_validation_split"
@@ -125,29 +114,23 @@ def choose_prompts(
         logger.info(
             "%d of %d prompts are left out: not 2 to %d tokens long", len(found) - len(kept), len(found), longest
         )
-    return Prompts([tokens for tokens, _ in kept], [category for _, category in kept], source)
+    groups: dict[str, list[list[int]]] = {}
+    for tokens, category in kept:
+        groups.setdefault(category, []).append(tokens)
+    return Prompts(groups, source)
 
 
 def check(given: str, limit: int) -> None:
-    """Reads prompts of files before anything runs, as the evaluation will; benchmarks are left to `ask_hub`.
-
-    Args:
-        given: value of evaluation_prompts.
-        limit: how many will be decoded; 0 for all.
-
-    Raises:
-        DraftModelError: they are not there, cannot be read, or are no prompts.
-    """
+    """Reads as many prompts of files as the evaluation will, before anything runs; benchmarks are left to `ask_hub`."""
     if not given or _named(given):
         return
     try:
-        files = find(given)
+        _of_files(given, limit)
     except DraftModelError as error:
-        benchmarks = ", ".join(BENCHMARKS)
-        raise DraftModelError([f"{problem}, or name benchmarks: {benchmarks}" for problem in error.problems]) from error
-    if not sum(1 for _ in islice(_of_files(files), limit or None)):
-        names = ", ".join(file.uri for file in files[:3])
-        raise DraftModelError(f"evaluation_prompts: there is no line in {names}; allowed: {_LINE}")
+        benchmarks = ", or name benchmarks: " + ", ".join(BENCHMARKS)
+        raise DraftModelError(
+            [problem + (benchmarks if "there is no" in problem else "") for problem in error.problems]
+        ) from error
 
 
 def to_fetch(given: str) -> list[str]:
@@ -156,15 +139,7 @@ def to_fetch(given: str) -> list[str]:
 
 
 def ask_hub(names: Sequence[str], seconds: float) -> tuple[list[str], list[str]]:
-    """Asks the Hub whether it has benchmarks; downloads nothing.
-
-    Args:
-        names: their ids there.
-        seconds: to wait for each answer.
-
-    Returns:
-        Problems; and notes, where it does not answer from here.
-    """
+    """Asks the Hub whether it has benchmarks; returns problems, and notes where it does not answer from here."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
@@ -211,40 +186,18 @@ def _of_split(split: Split) -> Iterator[tuple[list[int], str]]:
             yield row.input_ids[: starts[-1]].tolist(), "first reply" if len(starts) == 1 else "later reply"
 
 
-def _of_files(files: Sequence[File]) -> Iterator[tuple[Messages, str]]:
-    for file in files:
-        yield from _of_file(file)
+def _of_files(given: str, limit: int) -> list[tuple[Row, str]]:
+    """Conversations of files with their categories."""
+    try:
+        rows = read_conversations(given, limit)
+    except DraftModelError as error:
+        raise DraftModelError([f"evaluation_prompts: {problem}" for problem in error.problems]) from error
+    if not rows:
+        raise DraftModelError(f"evaluation_prompts: there is no line in {given}; allowed: {_ALLOWED}")
+    return [(row, str(row.columns.get("category") or "prompts")) for row in rows]
 
 
-def _of_file(file: File) -> Iterator[tuple[Messages, str]]:
-    with damage_told(f"evaluation_prompts: {file.name}"), file.open() as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    yield _messages(row), str(row.get("category", "prompts"))
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
-                    raise DraftModelError(
-                        f"evaluation_prompts: line {number} of {file.name} is no prompt ({error}); allowed: {_LINE}"
-                    ) from error
-
-
-def _messages(row: Mapping[str, Any]) -> Messages:
-    if "prompt" in row:
-        text = row["prompt"]
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError("`prompt` is no text")
-        return [{"role": "user", "content": text}]
-    given = row["messages"] if "messages" in row else row["conversations"]
-    messages = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in given]
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        raise ValueError("there is nothing to reply to")
-    return messages
-
-
-def _of_benchmark(benchmark: Benchmark, limit: int) -> list[tuple[Messages, str]]:
+def _of_benchmark(benchmark: Benchmark, limit: int) -> list[tuple[Row, str]]:
     import datasets
 
     datasets.utils.logging.set_verbosity_error()
@@ -258,10 +211,4 @@ def _of_benchmark(benchmark: Benchmark, limit: int) -> list[tuple[Messages, str]
             "reachable and set HF_HOME to that cache"
         ) from error
     chosen = rows.select(range(min(limit or len(rows), len(rows))))
-    return [([{"role": "user", "content": benchmark.text(row)}], benchmark.category(row)) for row in chosen]
-
-
-def _tokens(tokenizer: Any, jinja: str, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, chat_template=jinja, add_generation_prompt=True, tokenize=False)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return [(Row([{"role": "user", "content": benchmark.text(row)}]), benchmark.category(row)) for row in chosen]

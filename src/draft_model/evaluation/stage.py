@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +19,27 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """One evaluation.
+    """One evaluation."""
 
-    Attributes:
-        model: URI of the imported target.
-        dataset: URI of the data set.
-        final: URI of the trained draft; the report, its data and the model card are added to it.
-        work: scratch folder on this machine.
-        parameters: of the run.
-    """
-
-    model: str
-    dataset: str
-    final: str
-    work: Path
+    model: str  # URI of the imported target
+    dataset: str  # URI of the data set
+    final: str  # URI of the trained draft; the report, its data and the model card are added to it
+    work: Path  # scratch folder on this machine
     parameters: Parameters
 
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What an evaluation leaves.
+    """What an evaluation leaves."""
 
-    Attributes:
-        final: URI of the draft, with report.html, evaluation.json and README.md beside it.
-        report: the report on this machine.
-        card: the model card on this machine.
-        measured: whether there were validation prompts to measure on.
-        acceptance_length: tokens per forward pass of the target, with the trained draft; 0 where not measured.
-        untrained_acceptance_length: with the same draft before training.
-        acceptance_by_position: share of rounds that kept the k-th proposal, [K].
-        compared_tokens: tokens that were found equal to the target's own.
-    """
-
-    final: str
-    report: Path
-    card: Path
-    measured: bool
-    acceptance_length: float
-    untrained_acceptance_length: float
-    acceptance_by_position: list[float]
-    compared_tokens: int
+    final: str  # URI of the draft, with report.html, evaluation.json and README.md beside it
+    report: Path  # on this machine
+    card: Path  # on this machine
+    measured: bool  # whether there were prompts to measure on
+    acceptance_length: float  # tokens per forward pass of the target, with the trained draft; 0 where not measured
+    untrained_acceptance_length: float  # with the same draft before training; 0 where not measured
+    acceptance_by_position: list[float]  # share of rounds that kept the k-th proposal, [K]
+    compared_tokens: int  # tokens that were found equal to the target's own
 
 
 def run(config: EvaluateConfig) -> EvaluateResult:
@@ -68,26 +49,31 @@ def run(config: EvaluateConfig) -> EvaluateResult:
         config: what to evaluate.
 
     Raises:
-        DraftModelError: when an input is missing, or a decoded token is not the target's own; the report is
-            written all the same.
+        DraftModelError: when an input is missing, nothing could be measured, or a decoded token is not the target's
+            own. In the last two cases report and card are written all the same and say so.
     """
-    with track("evaluate", config.work, config.final, config.parameters.mlflow_tracking_uri) as tracker:
-        tracker.parameters(config.parameters.of_stage("evaluate"))
+    from draft_model.evaluation.measure import check_engine
+
+    p = config.parameters
+    check_engine(p)
+    with track("evaluate", p.mlflow_tracking_uri) as tracker:
+        tracker.parameters(p.of_stage("evaluate"))
         result = _run(config, tracker)
-        if name := config.parameters.register_model_name:
-            tracker.register(name, config.final)
+        if p.register_model_name:
+            tracker.register(p.register_model_name, config.final)
             if not tracker.active:
                 logger.warning(
                     "register_model_name: %s is not registered: neither mlflow_tracking_uri nor MLFLOW_TRACKING_URI "
                     "is set",
-                    name,
+                    p.register_model_name,
                 )
         return result
 
 
 def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
-    from draft_model.evaluation.card import write_card
-    from draft_model.evaluation.report import contents, write_report
+    from draft_model.evaluation.card import target_name, write_card
+    from draft_model.evaluation.evaluate import evaluate
+    from draft_model.evaluation.report import write_report
 
     config.work.mkdir(parents=True, exist_ok=True)
     model = storage.fetch(config.model, config.work / "model")
@@ -96,41 +82,57 @@ def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
     training = json.loads((final / "training.json").read_text(encoding="utf-8"))
     training["parameters"] = _all_parameters(config, training["parameters"])
     data = json.loads((dataset / "report.json").read_text(encoding="utf-8"))
-    evaluation = None
+    evaluation, failure = None, None
+    not_measured = "neither dataset_validation_split nor evaluation_prompts was given"
     if (dataset / "validation").is_dir() or config.parameters.evaluation_prompts:
-        from draft_model.evaluation.evaluate import evaluate
-
-        evaluation = evaluate(config.parameters, model, dataset, final, training)
-    else:
-        logger.info(
-            "neither dataset_validation_split nor evaluation_prompts was given: nothing is measured, the report shows "
-            "the training alone"
-        )
-    report, card = config.work / "report.html", config.work / "README.md"
+        try:
+            evaluation = evaluate(config.parameters, model, dataset, final, training, config.work)
+        except DraftModelError as error:
+            not_measured, failure = str(error), error
+    if evaluation is None:
+        logger.warning("not measured, the report shows the training alone: %s", not_measured)
     hashes = _hashes(config)
-    write_report(report, training, evaluation, data, hashes)
-    write_card(card, training, evaluation, data, name=_name(training))
-    added = {"report.html": report, "README.md": card}
-    written = {"report.json": contents(training, evaluation, data, hashes)}
+    added = {name: config.work / name for name in ("report.html", "report.json", "README.md")}
+    content = {
+        "training": {name: value for name, value in training.items() if name != "dataset"},
+        "dataset": data,
+        "evaluation": evaluation,
+        "not_measured": "" if evaluation else not_measured,
+        "hashes": hashes,
+    }
+    write_report(added["report.html"], content)
+    write_card(
+        added["README.md"], training, evaluation, data, name=f"{target_name(training).rpartition('/')[2]}-eagle3"
+    )
+    added["report.json"].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if evaluation is not None:
-        written["evaluation.json"] = evaluation
-    for name, values in written.items():
-        added[name] = config.work / name
-        added[name].write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        added["evaluation.json"] = config.work / "evaluation.json"
+        added["evaluation.json"].write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
     storage.extend(config.final, added)
     tracker.inputs({it["of"]: (it["uri"], it["sha256"]) for it in hashes})
     tracker.references({"final": config.final, **{name: storage.join(config.final, name) for name in added}})
+    if failure is not None:
+        whole = f"evaluation: nothing was measured; the draft in {config.final} is whole and can be served"
+        raise DraftModelError([*failure.problems, whole]) from failure
+    result = EvaluateResult(config.final, added["report.html"], added["README.md"], False, 0.0, 0.0, [], 0)
     if evaluation is None:
-        return EvaluateResult(config.final, report, card, False, 0.0, 0.0, [], 0)
+        return result
     tracker.metrics(training["draft_step"], _tracked_metrics(evaluation))
-    _refuse_differences(evaluation["lossless"])
-    return EvaluateResult(
-        final=config.final,
-        report=report,
-        card=card,
+    if different := evaluation["lossless"]["differences"]:
+        first = different[0]
+        margin = (
+            "one reply goes on" if first["margin"] is None else f"margin of the two best tokens {first['margin']:.2g}"
+        )
+        raise DraftModelError(
+            f"evaluation: speculative decoding changed the output of {len(different)} replies (first: prompt "
+            f"{first['prompt']}, token {first['position']}, {margin}); the draft must not be served before that is "
+            "understood: see report.html and evaluation.json beside it"
+        )
+    return replace(
+        result,
         measured=True,
         acceptance_length=evaluation["trained"]["acceptance_length"],
-        untrained_acceptance_length=evaluation["untrained"]["acceptance_length"],
+        untrained_acceptance_length=(evaluation["untrained"] or {}).get("acceptance_length", 0.0),
         acceptance_by_position=evaluation["trained"]["acceptance_by_position"],
         compared_tokens=evaluation["lossless"]["compared_tokens"],
     )
@@ -149,21 +151,15 @@ def _hashes(config: EvaluateConfig) -> list[dict[str, str]]:
 
 
 def _tracked_metrics(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    found = {f"{draft}_acceptance_length": evaluation[draft]["acceptance_length"] for draft in ("trained", "untrained")}
+    measured = {name: evaluation[name] for name in ("trained", "untrained", "sampled") if evaluation[name]}
+    trained = evaluation["trained"]
     return {
-        **found,
-        "acceptance_by_position": evaluation["trained"]["acceptance_by_position"],
-        "conditional_acceptance_by_position": evaluation["trained"]["conditional_acceptance_by_position"],
-        "wall_clock_speed_up": evaluation["wall_clock"]["speed_up"],
-        "recommended_proposals": evaluation["prediction"]["recommended"],
+        **{f"{name}_acceptance_length": values["acceptance_length"] for name, values in measured.items()},
+        "acceptance_by_position": trained["acceptance_by_position"],
+        "conditional_acceptance_by_position": trained["conditional_acceptance_by_position"],
+        **{f"speed_up_at_batch_size_{row['batch_size']}": row["speed_up"] for row in evaluation["speed"]},
         "lossless": float(evaluation["lossless"]["identical"]),
     }
-
-
-def _name(training: Mapping[str, Any]) -> str:
-    """What the model card calls the draft: its target's last name, without a revision."""
-    source: str = training["target"]["source"]
-    return f"{source.rstrip('/').rsplit('/', 1)[-1].partition('@')[0]}-eagle3"
 
 
 def _all_parameters(config: EvaluateConfig, trained: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,14 +169,3 @@ def _all_parameters(config: EvaluateConfig, trained: Mapping[str, Any]) -> dict[
         known.update(storage.read_manifest(uri, stage=stage).properties.get("parameters", {}))
     known = {**known, **trained, **config.parameters.of_stage("evaluate")}
     return {parameter.name: known[parameter.name] for parameter in PARAMETERS if parameter.name in known}
-
-
-def _refuse_differences(lossless: Mapping[str, Any]) -> None:
-    if lossless["identical"]:
-        return
-    first = lossless["differences"][0]
-    raise DraftModelError(
-        f"evaluation: speculative decoding changed the output of {len(lossless['differences'])} replies (first: prompt "
-        f"{first['prompt']}, token {first['position']}, margin of the target's two best logits {first['margin']:.2g}); "
-        "the draft must not be served before that is understood: see report.html and evaluation.json beside it"
-    )

@@ -1,74 +1,152 @@
-"""The training step as a job: rendered, started, followed and ended from the coordinating process.
+"""The pipeline's heavy stages as jobs: created, followed and ended from a coordinating process.
 
-`run` is the one door. On a cluster a PyTorchJob or a TrainJob trains and this process coordinates; elsewhere torchrun
-trains on this machine.
+On a cluster a PyTorchJob or a TrainJob computes and this process coordinates; elsewhere torchrun on this machine does.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from draft_model import storage
+from draft_model.errors import DraftModelError, StoreUnavailable
+
 if TYPE_CHECKING:
+    from draft_model.jobs.request import JobSpec
     from draft_model.training.config import TrainConfig, TrainResult
 
-__all__ = ["clean_up", "run"]
+__all__ = ["clean_up", "lacking", "run", "run_job"]
 
 logger = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig, run_id: str = "") -> TrainResult:
-    """Trains a draft as a job and waits for its end.
-
-    Args:
-        config: of the job.
-        run_id: of the pipeline's run; jobs are named and found again by it.
-
-    Raises:
-        DraftModelError: why there is no trained draft.
-    """
-    from draft_model.jobs.place import choose, connect, request_for, wants_cluster
+    """Trains a draft as a job and waits for its end; see `run_job`."""
+    from draft_model.jobs.context import wants_cluster
+    from draft_model.jobs.request import JobSpec
     from draft_model.training.lease import hold, own_run_id
 
-    place = config.parameters.checkpoint_path
-    if not wants_cluster(config.parameters):
+    p, final = config.parameters, storage.join(config.output, "final")
+    result = config.work / "result.json"
+    result.unlink(missing_ok=True)
+    on_cluster = wants_cluster(p)
+    if on_cluster:
+        from draft_model.jobs.render import WORK
+
+        # A run that Kubeflow has not started is known by its output. Whatever a queue or an operator starts again goes
+        # on from this run's own checkpoints.
+        run_id = run_id or f"cli-{hashlib.sha256(config.output.encode()).hexdigest()[:16]}"
+        job = replace(config, work=Path(WORK), run_id=run_id, again=True)
+    else:
+        job = replace(config, run_id=run_id or own_run_id())
+    spec = JobSpec(
+        stage="training",
+        module="draft_model.training",
+        config=job.to_json(),
+        uris={
+            "model": config.model, "dataset": config.dataset, "output": config.output,
+            "checkpoint_path": config.checkpoints,
+        },
+        output=config.output,
+        parameters=p,
+        nodes=p.num_nodes_draft_model_training,
+        processes=p.number_of_gpu_to_use_draft_model_training,
+        # On this machine the output may hold an earlier run's draft, which a mistake in this one must not remove.
+        check=lambda: lacking(final, "train") if on_cluster or result.exists() else ["it has left no result"],
+        prepare=lambda: _prepare(config),
+    )  # fmt: skip
+    with hold(p.checkpoint_path, job.run_id, outermost=True):
+        run_job(spec, job.run_id, config.work)
+    return _result(config, final)
+
+
+def run_job(spec: JobSpec, run_id: str, work: Path) -> None:
+    """Runs a stage as a job and waits for its end.
+
+    Args:
+        spec: of the job.
+        run_id: of the pipeline's run; jobs are named and found again by it.
+        work: scratch folder of this process.
+
+    Raises:
+        DraftModelError: why its output is not whole.
+    """
+    from draft_model.jobs.context import connect, request_for, wants_cluster
+
+    if not wants_cluster(spec.parameters):
         from draft_model.jobs import local
 
-        config = replace(config, run_id=run_id or own_run_id())
-        with hold(place, config.run_id, outermost=True):
-            return local.run(config)
+        local.run(spec, work)
+        return
     from draft_model.doors import raise_on_sigterm
-    from draft_model.jobs.coordinate import Coordinator
+    from draft_model.jobs.coordinate import Coordinator, patiently
 
-    logger.info("the training job runs on the cluster; this process coordinates it")
+    logger.info("the %s job runs on the cluster; this process coordinates it", spec.stage)
     raise_on_sigterm()
-    cluster = connect()
-    backend = choose(cluster, config.parameters.training_backend)
-    request = request_for(cluster, config, run_id)
-    retried = os.environ.get("KFP_RETRY_INDEX", "0") not in ("", "0")
-    with hold(place, request.run_id, outermost=True):
-        return Coordinator(backend, request, config.work, retried).run()
+    cluster, retried = connect(), os.environ.get("KFP_RETRY_INDEX", "0") not in ("", "0")
+    patiently(lambda: Coordinator(cluster, request_for(cluster, spec, run_id), work, retried=retried)).run()
 
 
-def clean_up(run_id: str, training_backend: str) -> list[str]:
-    """Deletes what a run's training step may have left: nothing, unless that step was killed.
+def lacking(uri: str, stage: str) -> list[str]:
+    """What a stage's output lacks; empty where its manifest and all files are there."""
+    try:
+        whole = storage.is_whole(uri, storage.read_manifest(uri, stage=stage))
+        return [] if whole else [f"{uri}: files that its manifest lists are missing"]
+    except StoreUnavailable:
+        raise
+    except DraftModelError as error:
+        return error.problems
+
+
+def _prepare(config: TrainConfig) -> None:
+    """Keeps what an earlier run left under this output from being taken for this one's."""
+    storage.remove_manifest(storage.join(config.output, "final"))
+    index = storage.join(config.checkpoints, "checkpoints.json")
+    if config.parameters.resume == "false" and storage.exists(index):
+        for name in json.loads(storage.read_bytes(index)):
+            storage.remove_manifest(storage.join(config.checkpoints, name))
+        storage.write_bytes(index, b"[]")
+
+
+def _result(config: TrainConfig, final: str) -> TrainResult:
+    """What a finished training recorded beside its draft."""
+    from draft_model.training.config import TrainResult
+
+    record = json.loads(storage.read_bytes(storage.join(final, "training.json")))
+    log, validation = record["log"], record["validation"]
+    # `final` may be an earlier checkpoint than the last one (final_checkpoint=best).
+    of_draft = [each for each in validation if each["step"] == record.get("draft_step", record["steps"])]
+    measured = of_draft or validation or log
+    return TrainResult(
+        output=config.output,
+        final=final,
+        steps=record["steps"],
+        loss=log[-1]["loss"][0] if log else 0.0,
+        acceptance_length=float(measured[-1]["acceptance_length"]) if measured else 1.0,
+    )
+
+
+def clean_up(
+    run_id: str, training_backend: str, *, state: str = "", message: str = "", checkpoint_path: str = "", root: str = ""
+) -> list[str]:
+    """Ends what a run left on the cluster, and says what a person should know after it.
 
     Args:
         run_id: of the pipeline's run.
         training_backend: the run's parameter.
+        state: how the steps ended, in MLMD's words (COMPLETE, FAILED, RUNNING, empty) or kfp.local's.
+        message: of the failure, where the server gives one.
+        checkpoint_path: the run's parameter.
+        root: URI that the run's own outputs are below.
 
     Returns:
-        What was deleted.
+        A sentence each.
     """
-    from draft_model.jobs.kubernetes import delete_run
-    from draft_model.jobs.place import ALL_KINDS, connect, wants_cluster
-    from draft_model.parameters import Parameters
+    from draft_model.jobs.cleanup import run
 
-    if not wants_cluster(Parameters(training_backend=training_backend)):  # type: ignore[arg-type]
-        return []
-    deleted = delete_run(connect(), ALL_KINDS, run_id)
-    for name in deleted:
-        logger.warning("the training step left %s: deleted", name)
-    return deleted
+    return run(run_id, training_backend, state, message, checkpoint_path, root)

@@ -1,60 +1,61 @@
-"""The Kubernetes API as far as a training job needs it: JSON objects of one namespace, watches and logs.
+"""One namespace of a Kubernetes cluster, by the official client, with objects as JSON.
 
-The official client brings credentials, TLS and connections; the requests are plain paths. One mapping turns what the
-API server answers into what a caller can act on: None (not there), `Unavailable` (ask again), or a sentence for the
-user.
+A call gives an answer, None (no such object), `Unavailable` (ask again), or a sentence for the user: no error of the
+API server is taken for a missing or failed job.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 import urllib3
-from kubernetes import client, config
+from kubernetes import client, config, watch
+from kubernetes.config.incluster_config import InClusterConfigLoader
 
 from draft_model.errors import DraftModelError
-from draft_model.jobs.backend import Forbidden, Unavailable
 from draft_model.jobs.request import Kind, Manifest
 
-_NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+_POD_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+ACCOUNT = Path("/var/run/secrets/draft-model/coordinator")
+"""Where a step that manages jobs has the token of the account that may; other steps have their pod's own account."""
 _TIMEOUT = (5, 30)  # seconds to connect, and between two bytes
-WATCH_SECONDS = 60
+_WATCH_SECONDS = 60
 _LOG_SILENCE = 120  # seconds without a line after which the connection is made anew
+_CLOCK_SKEW = 60  # seconds
 
 
-class Gone(Exception):
-    """A watch asked for a version that the API server no longer has; look at everything anew."""
+class Unavailable(Exception):
+    """The API server does not answer now, or not sensibly; the same question may be asked again."""
+
+
+class Forbidden(DraftModelError):
+    """The service account lacks a right; for some seconds after its start an API server says so of everything."""
 
 
 class Cluster:
-    """One namespace of a cluster.
-
-    Args:
-        api: connected client of the official library.
-        namespace: that all objects are in.
-    """
+    """One namespace of a cluster, by a connected client."""
 
     def __init__(self, api: client.ApiClient, namespace: str) -> None:
-        self._api, self.namespace = api, namespace
+        self.namespace = namespace
+        self._custom, self._core = client.CustomObjectsApi(api), client.CoreV1Api(api)
+        self._apis, self._authorization = client.ApisApi(api), client.AuthorizationV1Api(api)
 
     @classmethod
     def connect(cls) -> Cluster:
-        """Connects as this pod's service account, or as KUBECONFIG says.
-
-        Raises:
-            DraftModelError: where there is neither.
-        """
+        """Connects as KUBECONFIG says, or as a service account: the coordinator's where its token is mounted."""
         configuration = client.Configuration()
         try:
             if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
-                config.load_incluster_config(configuration)
-                namespace = _NAMESPACE_FILE.read_text(encoding="utf-8").strip()
+                account = ACCOUNT if (ACCOUNT / "token").exists() else _POD_ACCOUNT
+                InClusterConfigLoader(str(account / "token"), str(account / "ca.crt")).load_and_set(configuration)
+                namespace = (account / "namespace").read_text(encoding="utf-8").strip()
             else:
                 file = os.environ.get("KUBECONFIG")
                 config.load_kube_config(file, client_configuration=configuration)
@@ -67,177 +68,122 @@ class Cluster:
             ) from error
         if not configuration.verify_ssl:
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
-        logging.getLogger("urllib3").setLevel(logging.ERROR)  # what it tries again is told once, as `Unavailable`
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # its retries are reported once, as `Unavailable`
         return cls(client.ApiClient(configuration), namespace)
 
     def groups(self) -> dict[str, str]:
-        """The API groups that the server has, each with the version that it prefers."""
-        return {group["name"]: group["preferredVersion"]["version"] for group in self._json("GET", "/apis")["groups"]}
+        """The server's API groups, each with its preferred version."""
+        found = self._call("list API groups", "", self._apis.get_api_versions) or {}
+        return {group["name"]: group["preferredVersion"]["version"] for group in found.get("groups", ())}
 
     def has(self, kind: Kind) -> bool:
         """Whether the server has a kind of objects."""
-        try:
-            resources = self._json("GET", f"/apis/{kind.group}/{kind.version}")["resources"]
-        except client.ApiException:
+        if kind.group not in self.groups():
             return False
-        return any(resource["name"] == kind.plural for resource in resources)
+        resources = self._custom.get_api_resources
+        try:
+            found = self._call(f"list resources of {kind.group}", "", resources, kind.group, kind.version)
+        except Unavailable as error:
+            if str(error).startswith("404"):  # the group, in other versions only
+                return False
+            raise
+        return any(resource["name"] == kind.plural for resource in (found or {})["resources"])
 
     def may(self, verb: str, group: str, resource: str) -> bool:
-        """Whether this service account may do that in the namespace; `pods/log` is pods with the part `log`."""
+        """Whether this account may do that in the namespace; `pods/log` is the subresource `log` of pods."""
         name, _, part = resource.partition("/")
         asked = {"namespace": self.namespace, "verb": verb, "group": group, "resource": name, "subresource": part}
-        review = {
-            "apiVersion": "authorization.k8s.io/v1",
-            "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": asked},
-        }
-        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
-        return bool(self._json("POST", path, body=review)["status"]["allowed"])
+        create = self._authorization.create_self_subject_access_review
+        found = self._call("create access reviews", "", create, {"spec": {"resourceAttributes": asked}})
+        return bool((found or {})["status"]["allowed"])
 
     def create(self, kind: Kind, manifest: Manifest) -> Manifest | None:
         """Creates an object; None where one of that name exists."""
-        try:
-            return self._json("POST", self._path(kind), body=manifest)
-        except client.ApiException as error:
-            if error.status == 409:
-                return None
-            raise self._refused(error, f"create {kind.plural}", manifest["metadata"]["name"]) from None
+        create, name = self._custom.create_namespaced_custom_object, manifest["metadata"]["name"]
+        return self._call(f"create {kind.plural}", name, create, *self._of(kind), manifest)
 
     def get(self, kind: Kind, name: str) -> Manifest | None:
-        """An object, or None where there is none of that name."""
-        return self._get(f"{self._path(kind)}/{name}", f"get {kind.plural}", name)
-
-    def pod(self, name: str) -> Manifest | None:
-        """A pod, or None."""
-        return self._get(f"{self._core('pods')}/{name}", "get pods", name)
-
-    def config_map(self, name: str) -> dict[str, str] | None:
-        """The data of a ConfigMap, or None where there is none of that name."""
-        found = self._get(f"{self._core('configmaps')}/{name}", "get configmaps", name)
-        return None if found is None else found.get("data") or {}
+        """An object, or None."""
+        get = self._custom.get_namespaced_custom_object
+        return self._call(f"get {kind.plural}", name, get, *self._of(kind), name)
 
     def objects(self, kind: Kind, selector: str = "") -> list[Manifest]:
         """Objects by label selector."""
-        query = {"labelSelector": selector} if selector else {}
-        return list(self._listed(self._path(kind), query, f"list {kind.plural}")["items"])
-
-    def pods(self, selector: str) -> list[Manifest]:
-        """Pods by label selector."""
-        return list(self._listed(self._core("pods"), {"labelSelector": selector}, "list pods")["items"])
-
-    def warnings(self) -> list[Manifest]:
-        """The namespace's warning events."""
-        return list(self._listed(self._core("events"), {"fieldSelector": "type=Warning"}, "list events")["items"])
+        find = self._custom.list_namespaced_custom_object
+        return self._items(f"list {kind.plural}", find, *self._of(kind), label_selector=selector)
 
     def delete(self, kind: Kind, name: str) -> None:
         """Deletes an object and what it owns; that there is none is no error."""
-        try:
-            self._json("DELETE", f"{self._path(kind)}/{name}", {"propagationPolicy": "Background"})
-        except client.ApiException as error:
-            if not _not_found(error, name):
-                raise self._refused(error, f"delete {kind.plural}", name) from None
+        delete = self._custom.delete_namespaced_custom_object
+        self._call(f"delete {kind.plural}", name, delete, *self._of(kind), name, propagation_policy="Background")
 
-    def watch(self, kind: Kind, name: str, version: str) -> Iterator[str]:
-        """Follows one object's changes for a while.
+    def pod(self, name: str) -> Manifest | None:
+        """A pod, or None."""
+        return self._call("get pods", name, self._core.read_namespaced_pod, name, self.namespace)
 
-        Args:
-            kind: of the object.
-            name: of the object.
-            version: resource version to go on from; empty for now.
+    def pods(self, selector: str) -> list[Manifest]:
+        """Pods by label selector."""
+        return self._items("list pods", self._core.list_namespaced_pod, self.namespace, label_selector=selector)
 
-        Yields:
-            The resource version after each change, so that a next watch can go on from there.
+    def config_map(self, name: str) -> dict[str, str] | None:
+        """The data of a ConfigMap, or None."""
+        found = self._call("get configmaps", name, self._core.read_namespaced_config_map, name, self.namespace)
+        return None if found is None else found.get("data") or {}
 
-        Raises:
-            Gone: where the version is too old.
-            Unavailable: when the connection breaks.
-        """
-        query = {"fieldSelector": f"metadata.name={name}"}
-        if not version:
-            version = self._listed(self._path(kind), query, f"list {kind.plural}")["metadata"]["resourceVersion"]
-            yield version
-        query |= {
-            "watch": "true",
-            "allowWatchBookmarks": "true",
-            "timeoutSeconds": str(WATCH_SECONDS),
-            "resourceVersion": version,
-        }
-        for line in self._lines(self._path(kind), query, WATCH_SECONDS + 15, f"watch {kind.plural}"):
-            event = json.loads(line)
-            if event["type"] == "ERROR":
-                if event["object"].get("code") == 410:
-                    raise Gone
-                raise Unavailable(str(event["object"].get("message")))
-            yield event["object"]["metadata"]["resourceVersion"]
+    def warnings(self) -> list[Manifest]:
+        """The namespace's warning events."""
+        find = self._core.list_namespaced_event
+        return self._items("list events", find, self.namespace, field_selector="type=Warning")
+
+    def watch(self, kind: Kind, name: str) -> Iterator[None]:
+        """Yields now and at each change of an object, until the server ends the watch after a minute."""
+        stream = watch.Watch().stream(
+            self._custom.list_namespaced_custom_object, *self._of(kind), field_selector=f"metadata.name={name}",
+            timeout_seconds=_WATCH_SECONDS, _request_timeout=(_TIMEOUT[0], _WATCH_SECONDS + 15),
+        )  # fmt: skip
+        yield from (None for _ in self._streamed(f"watch {kind.plural}", stream))
 
     def log(self, pod: str, container: str, since: str) -> Iterator[str]:
-        """Lines of a container's log, each after its time, until the container ends.
+        """Lines of a container's log after their times, until it ends; from a line's time on, some come again."""
+        limit = {}
+        if since:
+            age = datetime.now(UTC) - datetime.fromisoformat(since[:19] + "+00:00")
+            limit = {"since_seconds": max(1, math.ceil(age.total_seconds()) + _CLOCK_SKEW)}
+        stream = watch.Watch().stream(
+            self._core.read_namespaced_pod_log, pod, self.namespace, container=container, timestamps=True,
+            _request_timeout=(_TIMEOUT[0], _LOG_SILENCE), **limit,
+        )  # fmt: skip
+        yield from self._streamed("get pods/log", stream)
 
-        Raises:
-            Unavailable: when the connection breaks; go on from the last line's time.
-        """
-        query = {"container": container, "follow": "true", "timestamps": "true"} | (
-            {"sinceTime": since} if since else {}
-        )
-        yield from self._lines(f"{self._core('pods')}/{pod}/log", query, _LOG_SILENCE, "get pods/log")
+    def _of(self, kind: Kind) -> tuple[str, str, str, str]:
+        return kind.group, kind.version, self.namespace, kind.plural
 
-    def _core(self, resource: str) -> str:
-        return f"/api/v1/namespaces/{self.namespace}/{resource}"
+    def _items(self, verb: str, method: Callable[..., Any], /, *args: str, **query: str) -> list[Manifest]:
+        return list((self._call(verb, "", method, *args, **query) or {})["items"])
 
-    def _path(self, kind: Kind) -> str:
-        return f"/apis/{kind.group}/{kind.version}/namespaces/{self.namespace}/{kind.plural}"
-
-    def _get(self, path: str, verb: str, name: str) -> Manifest | None:
+    def _call(self, verb: str, name: str, method: Callable[..., Any], /, *args: Any, **more: Any) -> Manifest | None:
+        """The answer as JSON; None where the object named is missing, or exists already and was to be created."""
         try:
-            return self._json("GET", path)
+            response = method(*args, **more, _preload_content=False, _request_timeout=_TIMEOUT)
+            return dict(json.loads(response.data))
         except client.ApiException as error:
-            if _not_found(error, name):
+            status = _status(error)
+            missing = status.get("reason") == "NotFound" and status.get("details", {}).get("name") == name
+            if name and ((error.status == 404 and missing) or (error.status == 409 and verb.startswith("create "))):
                 return None
             raise self._refused(error, verb, name) from None
-
-    def _listed(self, path: str, query: Mapping[str, str], verb: str) -> Manifest:
-        try:
-            return self._json("GET", path, query)
-        except client.ApiException as error:
-            raise self._refused(error, verb, "") from None
-
-    def _json(
-        self, method: str, path: str, query: Mapping[str, str] | None = None, body: Manifest | None = None
-    ) -> Manifest:
-        response = self._send(method, path, query or {}, _TIMEOUT, body)
-        try:
-            return dict(json.loads(response.data))
-        except (urllib3.exceptions.HTTPError, ValueError) as error:
-            raise Unavailable(str(error)) from error
-
-    def _lines(self, path: str, query: Mapping[str, str], silence: float, verb: str) -> Iterator[str]:
-        try:
-            response = self._send("GET", path, query, (_TIMEOUT[0], silence), None)
-        except client.ApiException as error:
-            raise self._refused(error, verb, "") from None
-        try:
-            for line in response:
-                yield line.decode(errors="replace").rstrip("\n")
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            raise Unavailable(str(error)) from error
-        finally:
-            response.close()
-
-    def _send(
-        self, method: str, path: str, query: Mapping[str, str], timeout: tuple[float, float], body: Manifest | None
-    ) -> Any:
-        try:
-            return self._api.call_api(
-                path + (f"?{urlencode(query)}" if query else ""), method,
-                header_params={"Accept": "application/json, */*", "Content-Type": "application/json"}, body=body,
-                auth_settings=["BearerToken"], _preload_content=False, _return_http_data_only=True,
-                _request_timeout=timeout,
-            )  # fmt: skip
-        except (urllib3.exceptions.HTTPError, OSError) as error:
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             raise Unavailable(str(getattr(error, "reason", error))) from error
 
+    def _streamed(self, verb: str, stream: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from stream
+        except client.ApiException as error:
+            raise self._refused(error, verb, "") from None
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+            raise Unavailable(str(error)) from error
+
     def _refused(self, error: client.ApiException, verb: str, name: str) -> Exception:
-        """What an answer that nobody expected means."""
         said = _status(error).get("message") or str(error.body or error.reason)
         if error.status == 403:
             return Forbidden(
@@ -253,12 +199,6 @@ class Cluster:
 def _status(error: client.ApiException) -> Manifest:
     try:
         found = json.loads(error.body)
-        return found if isinstance(found, dict) else {}
     except (TypeError, ValueError):
         return {}
-
-
-def _not_found(error: client.ApiException, name: str) -> bool:
-    """Whether just this object is not there; a path that the server does not serve (yet) is something else."""
-    status = _status(error)
-    return error.status == 404 and status.get("reason") == "NotFound" and status.get("details", {}).get("name") == name
+    return found if isinstance(found, dict) else {}

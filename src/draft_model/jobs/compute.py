@@ -1,20 +1,22 @@
 """Which nodes a step gets: from a compute's name or an instance type to what a pod asks for.
 
-The compute map lists both. It is data of the cluster, not of a run: a ConfigMap of the administrator's (key
-`compute_map.json`), or the one that ships here. Its JSON schema is in docs/compute_map.schema.json.
+The compute map lists both. It describes the cluster, not a run: a ConfigMap of the administrator's (key
+`compute_map.json`), or the built-in one, which knows clouds but not the cluster. Schema: docs/compute_map.schema.json.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 
@@ -87,29 +89,18 @@ class ComputeMap(BaseModel):
 
 @dataclass(frozen=True)
 class Compute:
-    """What one pod asks for.
+    """What one pod asks for."""
 
-    Attributes:
-        cpus: CPUs, a Kubernetes quantity.
-        memory: memory, a Kubernetes quantity.
-        gpus: GPUs; 0 on a CPU pool.
-        gpu_resource: their resource name.
-        node_selector: labels of the nodes.
-        tolerations: of the nodes' taints, as a pod has them.
-        queue: Kueue LocalQueue; empty for none.
-        priority_class: empty for none.
-        restarts: of an elastic job; 0: the job is not elastic.
-    """
-
-    cpus: str
+    cpus: str  # a Kubernetes quantity, as memory
     memory: str
-    gpus: int = 0
+    gpus: int = 0  # 0 on a CPU pool
     gpu_resource: str = "nvidia.com/gpu"
     node_selector: dict[str, str] = field(default_factory=dict)
-    tolerations: list[dict[str, str]] = field(default_factory=list)
-    queue: str = ""
+    tolerations: list[dict[str, str]] = field(default_factory=list)  # as a pod has them
+    queue: str = ""  # Kueue LocalQueue
     priority_class: str = ""
-    restarts: int = 0
+    restarts: int = 0  # of an elastic job; 0: the job is not elastic
+    note: str = ""  # what the user should know of the choice
 
 
 def built_in() -> ComputeMap:
@@ -122,13 +113,8 @@ def load_map(name: str, config_map: Callable[[str], dict[str, str] | None]) -> C
 
     Args:
         name: a ConfigMap; a path or URI of a JSON file where it has a slash; empty for the built-in map.
-        config_map: gives the data of a ConfigMap by its name, or None where there is none.
-
-    Raises:
-        DraftModelError: where there is no such map, or it breaks the schema.
+        config_map: gives the data of a ConfigMap by its name, or None.
     """
-    from draft_model import storage
-
     if not name:
         return built_in()
     if "/" in name:
@@ -142,26 +128,26 @@ def load_map(name: str, config_map: Callable[[str], dict[str, str] | None]) -> C
             )
         text = data[KEY]
     try:
-        return ComputeMap.model_validate_json(text)
+        found = ComputeMap.model_validate_json(text)
     except ValidationError as error:
         raise DraftModelError(
             [f"compute_map: {name}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         ) from None
+    privileged = [key for key, each in found.instance_types.items() if each.tolerations]
+    privileged += [key for key, each in found.computes.items() if each.tolerations or each.priority_class]
+    if "/" in name and privileged:
+        raise DraftModelError(
+            f"compute_map: {name} sets tolerations or a priority_class for {', '.join(privileged)}; only a ConfigMap "
+            f"of the cluster's administrator may: put the map there (key {KEY}), or remove them"
+        )
+    return found
 
 
 def resolve(compute_map: ComputeMap, stage: Literal["import", "train"], p: Parameters) -> Compute:
-    """What a pod of a stage asks for.
-
-    Args:
-        compute_map: what there is.
-        stage: `import` runs on CPUs, whatever the node has.
-        p: of the run.
-
-    Raises:
-        DraftModelError: for an unknown compute or instance type, or more GPUs than a node has.
-    """
+    """What a pod of a stage asks for; `import` runs on CPUs, whatever the node has."""
     suffix = "model_import" if stage == "import" else "draft_model_training"
     name, type_name = getattr(p, f"compute_{suffix}"), getattr(p, f"instance_type_{suffix}")
+    gpus = p.number_of_gpu_to_use_draft_model_training if stage == "train" else 0
     if name != SERVERLESS:
         if name not in compute_map.computes:
             raise DraftModelError(
@@ -169,29 +155,42 @@ def resolve(compute_map: ComputeMap, stage: Literal["import", "train"], p: Param
                 f"{_some(compute_map.computes, name)}: use one of them, or {SERVERLESS} with an instance type"
             )
         logger.info("compute_%s: %s is a named compute, so instance_type_%s is not used", suffix, name, suffix)
-        named, what = compute_map.computes[name], f"compute {name!r}"
-    else:
-        found = _find(compute_map.instance_types, type_name)
-        if found is None:
-            raise DraftModelError(
-                f"instance_type_{suffix}: given {type_name!r}, which the compute map does not have; it has "
-                f"{_some(compute_map.instance_types, type_name)}: use one of them, name a compute in "
-                f"compute_{suffix}, or add the type to the map (compute_map)"
-            )
-        named, what = NamedCompute(instance_type=found), f"instance type {found}"
-    gpus = p.number_of_gpu_to_use_draft_model_training if stage == "train" else 0
-    return _sized(compute_map, named, gpus, what)
+        return _sized(compute_map, compute_map.computes[name], gpus, f"compute {name!r}")
+    known, default = built_in(), getattr(Parameters(), f"instance_type_{suffix}")
+    found = _find(compute_map.instance_types, type_name)
+    if type_name.lower() == default.lower() and (compute_map == known or not found):
+        return _any_node(known, default, gpus, f"instance_type_{suffix}")
+    if found is None:
+        raise DraftModelError(
+            f"instance_type_{suffix}: given {type_name!r}, which the compute map does not have; it has "
+            f"{_some(compute_map.instance_types, type_name)}: use one of them, name a compute in compute_{suffix}, or "
+            "add the type to the map (compute_map)"
+        )
+    return _sized(compute_map, NamedCompute(instance_type=found), gpus, f"instance type {found}")
+
+
+def _any_node(known: ComputeMap, default: str, gpus: int, parameter: str) -> Compute:
+    """For the default instance type on a cluster that may not have it: its GPUs' share of a node, but no node label.
+
+    A pod that no node fits would wait for ever. Without GPUs it asks for little, and may use what the node has.
+    """
+    asked = replace(
+        _sized(known, NamedCompute(instance_type=default), gpus, f"instance type {default}"),
+        node_selector={},
+        note=f"{parameter}: the default {default} may be none of this cluster's types, so the pods may run on any "
+        "node that has the resources; name a type, or a compute of a compute map of the cluster, to choose nodes",
+    )
+    logger.warning("%s", asked.note)
+    return asked if gpus else replace(asked, cpus="1000m", memory="4096Mi")
 
 
 def _find(names: Iterable[str], wanted: str) -> str | None:
-    """The name in the map's own writing: hosted pipelines write instance types in any case."""
+    """The name as the map writes it: hosted pipelines write instance types in any case."""
     return next((name for name in names if name.lower() == wanted.lower()), None)
 
 
 def _some(names: Iterable[str], wanted: str) -> str:
-    """The names, those that look like the wanted one first."""
-    import difflib
-
+    """The names, those that are like the wanted one first."""
     by_lower = {name.lower(): name for name in names}
     near = [by_lower[name] for name in difflib.get_close_matches(wanted.lower(), by_lower, n=3)]
     ordered = list(dict.fromkeys([*near, *by_lower.values()]))
@@ -200,7 +199,7 @@ def _some(names: Iterable[str], wanted: str) -> str:
 
 
 def _sized(compute_map: ComputeMap, named: NamedCompute, gpus: int, what: str) -> Compute:
-    """The share of the node that goes with so many of its GPUs; all of it where no GPU is asked for or there."""
+    """The share of the node for so many of its GPUs; all of it where no GPU is asked for or the node has none."""
     type_name = _find(compute_map.instance_types, named.instance_type)
     if named.instance_type and type_name is None:
         raise DraftModelError(
@@ -219,14 +218,13 @@ def _sized(compute_map: ComputeMap, named: NamedCompute, gpus: int, what: str) -
         )
     used = min(gpus, there)
     share = used / there if used else 1.0
-    tolerations = [*(base.tolerations if base else []), *named.tolerations]
     return Compute(
         cpus=f"{int(cpus * share * 1000)}m",
         memory=f"{int(memory * share * 1024)}Mi",
         gpus=used,
         gpu_resource=named.gpu_resource or (base.gpu_resource if base else "nvidia.com/gpu"),
         node_selector={**({INSTANCE_TYPE_LABEL: type_name} if type_name else {}), **named.node_selector},
-        tolerations=[toleration.manifest() for toleration in tolerations],
+        tolerations=[each.manifest() for each in (*(base.tolerations if base else ()), *named.tolerations)],
         queue=named.queue,
         priority_class=named.priority_class,
         restarts=named.restarts,

@@ -1,8 +1,11 @@
-"""Coordinating a training job on a cluster: attempts, the proof of success, and leaving nothing behind.
+"""Coordinating a job on a cluster: attempts, the proof of success, and leaving nothing behind.
 
-This process trains nothing and needs little memory. Whatever ends it, the job does not outlive the run: `finally`
-and SIGTERM delete it here, the pipeline's exit task deletes by the run's id, the owner reference goes with the
-Workflow, and the job has a deadline of its own. One that was killed and started again takes its job over.
+This process computes nothing and needs little memory. A job whose end is known is deleted here. One whose coordinator
+is lost runs on: the step that KFP starts again adopts it; where none is, the exit task decides (`clean_up`), the owner
+reference ends it with the Workflow, and Kubernetes at its deadline.
+
+<output>/<stage>_job.json       attempts, their ends and reasons
+<output>/logs/<job>/<pod>.log   the whole logs
 """
 
 from __future__ import annotations
@@ -11,182 +14,178 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from draft_model import storage
-from draft_model.errors import DraftModelError
-from draft_model.jobs.backend import Forbidden, Job, Unavailable
+from draft_model.errors import DraftModelError, StoreUnavailable
+from draft_model.jobs.backends import Job, choose
+from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
+from draft_model.jobs.context import run_ended
 from draft_model.jobs.failures import Failure
-from draft_model.jobs.follow import Follower, Outcome
-from draft_model.jobs.kubernetes import KubernetesBackend
+from draft_model.jobs.follow import Follower
 from draft_model.jobs.logs import LogStreams
-from draft_model.jobs.record import Record, load
+from draft_model.jobs.render import GRACE_SECONDS, pytorchjob
 from draft_model.jobs.request import SPEC_HASH, JobRequest
 from draft_model.jobs.states import State
-from draft_model.training.config import TrainConfig, TrainResult
 
 logger = logging.getLogger(__name__)
 
-_AGAIN_SECONDS = 2.0
+AGAIN_SECONDS = 2.0
+_AWAY_SECONDS = 15 * 60.0  # that an object store or an API server may be away
 _DELETE_SECONDS = 120.0  # that an API server may be away while a job is to be deleted
-_GONE_SECONDS = 330.0  # a pod's grace period, and some
+_GONE_SECONDS = GRACE_SECONDS + 30.0
+_WAITING_SECONDS = 60.0  # between two lines about what is waited for
+Answer = TypeVar("Answer")
 
 
 @dataclass
+class Record:
+    """What is kept of a run's job beside its output, so that nothing is trained twice."""
+
+    run_id: str
+    spec_sha256: str  # of the first attempt, so that other settings are not taken for the same job
+    state: State = State.QUEUED  # before the first attempt has ended; RESTARTING where another one follows; the end
+    attempts: list[dict[str, Any]] = field(default_factory=list)  # name, state, reason, problems of those that ended
+
+
 class Coordinator:
-    """Brings one run's training job to its end.
+    """Brings one run's job to its end; `retried` where KFP starts its step again after it failed."""
 
-    Attributes:
-        backend: runs the job.
-        request: the first attempt; its configuration's work folder is one in the pods.
-        work: scratch folder of this process.
-        retried: whether KFP starts this step again after it failed, rather than the first time.
-        sleep: waits so many seconds.
-    """
+    def __init__(self, cluster: Cluster, request: JobRequest, work: Path, *, retried: bool = False) -> None:
+        self._cluster, self._request, self._work, self._retried = cluster, request, work, retried
+        self._wanted, self._output = request.spec.parameters.training_backend, request.spec.output
+        self._file = storage.join(self._output, f"{request.spec.stage}_job.json")
+        self._backend = choose(cluster, self._wanted, request.run_id)
 
-    backend: KubernetesBackend
-    request: JobRequest
-    work: Path
-    retried: bool = False
-    sleep: Callable[[float], None] = time.sleep
-
-    def run(self) -> TrainResult:
-        """Runs attempts until one succeeds or another makes no sense.
-
-        Raises:
-            DraftModelError: why there is no trained draft.
-        """
-        config = self.request.config
-        digest = self.backend.render(self.request)[-1]["metadata"]["annotations"][SPEC_HASH]
-        record = load(config.output, self.request.run_id, digest)
+    def run(self) -> None:
+        """Runs attempts until one succeeds or another makes no sense."""
+        # Of the PyTorchJob whatever the back end: `auto` may choose another one in a later attempt.
+        digest = pytorchjob(self._request)[0]["metadata"]["annotations"][SPEC_HASH]
+        record = patiently(lambda: self._load(digest))
         if record and record.state is State.SUCCEEDED:
-            logger.info("this run has trained already: %s", config.output)
-            return result_of(config)
-        if record and record.state is State.FAILED and self.retried:
-            raise DraftModelError(record.problems)
+            logger.info("this run has trained already: %s", self._output)
+            return
+        if record and record.state is State.FAILED and self._retried:
+            raise DraftModelError(record.attempts[-1]["problems"])
         if record is None or record.state is State.FAILED:
-            record = Record(self.request.run_id, digest)
-            self._begin()
-            record.save(config.output)
-        return self._attempts(record)
+            record = Record(self._request.run_id, digest)
+            patiently(self._request.spec.prepare)
+            self._save(record)
+        while failure := self._attempt(replace(self._request, attempt=len(record.attempts)), record):
+            if failure.reason == "NoOperator" and record.state is not State.FAILED:
+                logger.warning("%s", failure.problems[0])
+                self._backend = choose(self._cluster, self._wanted, without=self._backend.name)
+            elif record.state is State.FAILED:
+                tried = f"training_attempts: this was attempt {len(record.attempts)} of as many: raise it, or look why"
+                raise DraftModelError([*failure.problems, *([f"{tried} the machines fail"] * failure.retryable)])
 
-    def _begin(self) -> None:
-        """What an earlier run left under this output is not taken for this one's."""
-        config = self.request.config
-        storage.remove_manifest(storage.join(config.output, "final"))
-        index = storage.join(config.checkpoints, "checkpoints.json")
-        if config.parameters.resume == "false" and storage.exists(index):
-            for name in json.loads(storage.read_bytes(index)):
-                storage.remove_manifest(storage.join(config.checkpoints, name))
-            storage.write_bytes(index, b"[]")
+    def _load(self, digest: str) -> Record | None:
+        """The record of this run under these settings; a damaged one is no reason not to train."""
+        try:
+            values = json.loads(storage.read_bytes(self._file))
+            record = Record(**{**values, "state": State(values["state"])})
+        except StoreUnavailable:
+            raise
+        except (DraftModelError, ValueError, TypeError, KeyError):
+            return None
+        return record if (record.run_id, record.spec_sha256) == (self._request.run_id, digest) else None
 
-    def _attempts(self, record: Record) -> TrainResult:
-        parameters = self.request.config.parameters
-        while True:
-            request = replace(self.request, attempt=len(record.attempts))
-            failure = self._attempt(request, record)
-            if failure is None:
-                return result_of(self.request.config)
-            if record.state is State.FAILED:
-                raise DraftModelError(self._told(failure, record))
-            logger.warning(
-                "%s failed (%s): attempt %d of %d follows, from the newest checkpoint: %s",
-                request.name, failure.reason, len(record.attempts) + 1, parameters.training_attempts,
-                failure.problems[0].removesuffix("; its last lines:"),
-            )  # fmt: skip
-
-    def _note(self, record: Record, request: JobRequest, failure: Failure | None) -> None:
-        """Writes down how an attempt ended, before its job is deleted: nobody shall repeat it."""
-        if failure is None:
-            record.add(request.name, State.SUCCEEDED, "", [])
-        else:
-            again = failure.retryable and len(record.attempts) + 1 < self.request.config.parameters.training_attempts
-            state = State.RESTARTING if again else State.FAILED
-            record.add(request.name, state, failure.reason, failure.problems)
-        record.save(self.request.config.output)
-
-    def _told(self, failure: Failure, record: Record) -> list[str]:
-        problems = list(failure.problems)
-        if failure.retryable:
-            problems.append(
-                f"training_attempts: this was attempt {len(record.attempts)} of as many: raise it, or look why "
-                "the machines fail"
-            )
-        return problems
+    def _save(self, record: Record) -> None:
+        data = json.dumps(asdict(record), indent=1).encode()
+        patiently(lambda: storage.write_bytes(self._file, data))
 
     def _attempt(self, request: JobRequest, record: Record) -> Failure | None:
-        """One attempt, and its end: deleted whatever happens, its logs kept. Gives why it failed."""
-        logs = None
+        """One attempt and its end; gives why it failed. A job whose end is not known is not deleted."""
+        job, ended = None, False
+        logs = LogStreams(self._backend.logs, self._work / "logs" / request.name)
         try:
             job = self._create(request)
-            logs = LogStreams(self.backend, job, self.work / "logs" / request.name)
-            outcome = Follower(self.backend, job, logs).follow()
-            if outcome.state is State.SUCCEEDED:
-                outcome = self._proven(job)
-            self._note(record, request, outcome.failure)
-            return outcome.failure
+            outcome = Follower(self._backend, job, logs).follow()
+            ended, failure = True, outcome.failure
+            if failure is None and (lacks := patiently(request.spec.check)):
+                problems = [f"{job.name} ended with success, but without its output: {each}" for each in lacks]
+                failure = Failure("NoOutput", False, problems)
+            self._note(record, request, failure)
+            return failure
+        except BaseException as error:
+            # Terminated by a person, or lost: evicted, drained, or refused by an API server that has lost its Roles.
+            ended = ended or isinstance(error, KeyboardInterrupt) or bool(run_ended(self._cluster, request.owner))
+            raise
         finally:
-            # First, since a terminated run leaves this process about a second.
-            self._delete(request)
-            if logs is not None:
-                logs.finish(0)
-                self._keep(logs.folder, request)
+            if job is not None and ended:
+                self._delete(request)  # first, since a terminated run leaves this process about a second
+            elif job is not None:
+                logger.warning("%s runs on without this step, which adopts it when it is started again", job.name)
+            logs.finish(0)
+            self._keep(logs.folder, request)
+
+    def _note(self, record: Record, request: JobRequest, failure: Failure | None) -> None:
+        """Records how an attempt ended before its job is deleted, so that it is not repeated."""
+        attempts, limit = len(record.attempts) + 1, request.spec.parameters.training_attempts
+        if failure and failure.reason == "NoOperator" and self._wanted == "auto" and self._other_backend():
+            return
+        record.state = State.SUCCEEDED
+        if failure:
+            record.state = State.RESTARTING if failure.retryable and attempts < limit else State.FAILED
+        reason, problems = (failure.reason, failure.problems) if failure else ("", [])
+        record.attempts.append(
+            {"name": request.name, "state": record.state.value, "reason": reason, "problems": problems}
+        )
+        self._save(record)
+        if failure and record.state is State.RESTARTING:
+            logger.warning(
+                "%s failed (%s): attempt %d of %d follows, from the newest checkpoint: %s", request.name,
+                failure.reason, attempts + 1, limit, failure.problems[0].removesuffix("; its last lines:"),
+            )  # fmt: skip
+
+    def _other_backend(self) -> bool:
+        try:
+            return bool(choose(self._cluster, "auto", without=self._backend.name))
+        except (DraftModelError, Unavailable):
+            return False
 
     def _create(self, request: JobRequest) -> Job:
-        while True:
-            try:
-                job = self.backend.create_or_adopt(request)
-                break
-            except Unavailable as error:
-                logger.warning("the API server does not answer (%s): asking again", error)
-                self.sleep(_AGAIN_SECONDS)
+        job = patiently(lambda: self._backend.create_or_adopt(request))
         logger.info(
-            "%s: %s %s, %d pod(s) x %d process(es)",
-            job.name, "took over the" if job.adopted else "created the", self.backend.kind.kind, request.nodes,
-            request.processes,
+            "%s: %s %s, %d pod(s) x %d process(es)", job.name, "took over the" if job.adopted else "created the",
+            self._backend.kind.kind, request.spec.nodes, request.spec.processes,
         )  # fmt: skip
         return job
 
-    def _proven(self, job: Job) -> Outcome:
-        """Success is the output, not an exit code: its manifest is there and each file it lists."""
-        final = storage.join(self.request.config.output, "final")
-        try:
-            whole = storage.is_whole(final, storage.read_manifest(final, stage="train"))
-            problems = [] if whole else [f"{final}: files that its manifest lists are missing"]
-        except DraftModelError as error:
-            problems = error.problems
-        if not problems:
-            return Outcome(State.SUCCEEDED)
-        told = [f"{job.name} ended with success, but without its output: {problem}" for problem in problems]
-        return Outcome(State.FAILED, Failure("NoOutput", False, told))
-
     def _delete(self, request: JobRequest) -> None:
-        """Deletes the job and waits until its pods are gone: their GPUs are free, and nobody writes any more."""
+        """Deletes the job and waits until its pods are gone: their GPUs are free, and nothing writes any more."""
         deadline = time.monotonic() + _DELETE_SECONDS
         while True:
             try:
-                self.backend.delete(request)
+                self._backend.delete(request)
                 break
             except (Unavailable, Forbidden) as error:
                 if time.monotonic() > deadline:
                     logger.warning("%s could not be deleted (%s): its deadline will end it", request.name, error)
                     return
-                self.sleep(_AGAIN_SECONDS)
-        deadline = time.monotonic() + _GONE_SECONDS
+                time.sleep(AGAIN_SECONDS)
+        deadline, next_line = time.monotonic() + _GONE_SECONDS, time.monotonic() + 5
         while time.monotonic() < deadline:
-            with suppress(Unavailable, Forbidden):
-                if not self.backend.pods(Job(request, "")):
+            try:
+                pods = [pod["metadata"]["name"] for pod in self._backend.pods_of_run(request)]
+                if not pods:
                     return
-            self.sleep(0.5)
-        logger.warning("%s is deleted, but its pods are still there", request.name)
+                if time.monotonic() > next_line:
+                    logger.info("%s is deleted; waiting for its pods, which still hold their GPUs: %s; they have %d s "
+                                "to save a checkpoint", request.name, ", ".join(pods), GRACE_SECONDS)  # fmt: skip
+                    next_line = time.monotonic() + _WAITING_SECONDS
+            except (Unavailable, Forbidden):
+                pass
+            time.sleep(0.5)
+        logger.warning("%s is deleted, but its pods still exist", request.name)
 
     def _keep(self, folder: Path, request: JobRequest) -> None:
         """Puts the whole logs beside the output; that they cannot be is no reason to fail."""
         if not folder.is_dir():
             return
-        uri = storage.join(self.request.config.output, "logs", request.name)
+        uri = storage.join(self._output, "logs", request.name)
         try:
             storage.publish(folder, uri, stage="logs", properties={"job": request.name})
             logger.info("the whole logs: %s", uri)
@@ -194,16 +193,14 @@ class Coordinator:
             logger.warning("the logs could not be kept: %s", error)
 
 
-def result_of(config: TrainConfig) -> TrainResult:
-    """What a finished training says of itself in its output."""
-    final = storage.join(config.output, "final")
-    record = json.loads(storage.read_bytes(storage.join(final, "training.json")))
-    log, validation = record["log"], record["validation"]
-    measured = validation or log
-    return TrainResult(
-        output=config.output,
-        final=final,
-        steps=record["steps"],
-        loss=log[-1]["loss"][0] if log else 0.0,
-        acceptance_length=float(measured[-1]["acceptance_length"]) if measured else 1.0,
-    )
+def patiently(ask: Callable[[], Answer]) -> Answer:
+    """Asks an object store or an API server again while it is away: minutes of it are no reason to lose hours."""
+    deadline = time.monotonic() + _AWAY_SECONDS
+    while True:
+        try:
+            return ask()
+        except (StoreUnavailable, Unavailable) as error:
+            if time.monotonic() > deadline:
+                raise DraftModelError(f"no answer for {_AWAY_SECONDS / 60:.0f} minutes: {error}") from error
+            logger.warning("no answer (%s): asking again", error)
+            time.sleep(AGAIN_SECONDS)

@@ -1,169 +1,196 @@
-"""Following one job to its end: what is shown, what is waited for, and when waiting is over."""
+"""Following one job to its end: what is logged, what is waited for, and when waiting is over."""
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from draft_model.jobs.backend import Forbidden, Job, Pod, Unavailable
+from draft_model.errors import DraftModelError
+from draft_model.jobs.backends import Backend, Job
+from draft_model.jobs.cluster import Forbidden, Unavailable
 from draft_model.jobs.failures import Failure, classify, limit_exceeded, never_starts
-from draft_model.jobs.kubernetes import KubernetesBackend
 from draft_model.jobs.logs import LogStreams
-from draft_model.jobs.states import Clock, State, Status
+from draft_model.jobs.states import Clock, Pod, State, Status
 
 logger = logging.getLogger(__name__)
 
 QUEUE_SECONDS = 30.0  # by then Kueue has a Workload for every job that it manages
 STUCK_SECONDS = 60.0  # an image that a registry refused once may come a moment later
-FORBIDDEN_SECONDS = 60.0  # an API server that was started anew has read its Roles by then
+FORBIDDEN_SECONDS = 60.0  # an API server that was just started has read its Roles by then
+OPERATOR_SECONDS = 120.0  # by then an operator has written a status
 DRAIN_SECONDS = 15.0
 CAUSE_SECONDS = 60.0  # a pod whose process was killed ends after its other processes have
+POLL_SECONDS = 10.0  # with a watch: for pods, limits and events, which it does not cover
+POLL_ALONE_SECONDS = 2.0  # without one
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended.
-
-    Attributes:
-        state: SUCCEEDED, FAILED or DELETED.
-        failure: why, unless it succeeded.
-    """
+    """How a job ended: SUCCEEDED, FAILED or DELETED, and unless it succeeded why."""
 
     state: State
     failure: Failure | None = None
 
 
 class Follower:
-    """Follows one job.
-
-    Args:
-        backend: that runs it.
-        job: the job.
-        logs: of its pods.
-        clock: seconds, of any origin.
-    """
+    """Follows one job and the logs of its pods."""
 
     def __init__(
-        self, backend: KubernetesBackend, job: Job, logs: LogStreams, clock: Callable[[], float] = time.monotonic
+        self, backend: Backend, job: Job, logs: LogStreams, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._backend, self._job, self._logs, self._now = backend, job, logs, clock
-        self._started = clock()
-        self._clock = Clock(job.request.config.parameters, self._started)
-        self._shown: Status | None = None
+        self._started = self._answered = clock()
+        self._clock = Clock(job.request.spec.parameters, self._started)
+        self._shown: tuple[Status, str] | None = None
+        self._before = State.STARTING
         self._warned: list[str] = []
         self._away = False
-        self._seen: float | None = None
         self._stuck_since: float | None = None
         self._queue_known = not job.request.compute.queue
+        self._changed, self._closed, self._watching = threading.Event(), threading.Event(), False
 
     def follow(self) -> Outcome:
         """Waits for the job's end, or for the moment from which waiting makes no sense.
 
         An API server that does not answer ends nothing: the job goes on without it, and so does the waiting.
         """
-        with self._backend.changes(self._job) as changes:
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+        known = False
+        try:
             while True:
                 try:
-                    outcome = self._look()
-                    self._say_away(None)
-                    self._seen = self._now()
-                except Forbidden as error:
-                    if self._seen is None or self._now() - self._seen > FORBIDDEN_SECONDS:
+                    outcome = self._read()
+                    if self._away:
+                        logger.info("the API server answers again")
+                    self._away, known, self._answered = False, True, self._now()
+                    if outcome is not None:
+                        return outcome
+                except (Unavailable, Forbidden) as error:
+                    refused = isinstance(error, Forbidden)
+                    if refused and (not known or self._now() - self._answered > FORBIDDEN_SECONDS):
                         raise
-                    self._say_away(error)
-                    outcome = None
-                except Unavailable as error:
-                    self._say_away(error)
-                    outcome = None
-                if outcome is not None:
-                    return outcome
-                changes.wait()
+                    if not self._away:
+                        logger.warning(
+                            "the API server does not answer (%s): the job goes on without it; asking again", error
+                        )
+                    self._away = True
+                self._changed.wait(POLL_SECONDS if self._watching else POLL_ALONE_SECONDS)
+                self._changed.clear()
+        finally:
+            self._closed.set()
 
-    def _look(self) -> Outcome | None:
-        job, parameters = self._job, self._job.request.config.parameters
-        status = self._backend.state(job)
-        self._show(status)
+    def _watch(self) -> None:
+        """Wakes the follower when the job may have changed: an event that is lost costs seconds and nothing else."""
+        failures = 0
+        while not self._closed.is_set():
+            try:
+                for _ in self._backend.cluster.watch(self._backend.kind, self._job.name):
+                    self._watching, failures = True, 0
+                    self._changed.set()
+                    if self._closed.is_set():
+                        return
+                continue  # the server ends a watch after a minute
+            except (Unavailable, DraftModelError) as error:
+                if not failures:
+                    logger.info("no watch now, so the job is read every %.0f s (%s)", POLL_ALONE_SECONDS, error)
+            self._watching = False
+            self._closed.wait(min(10.0, 0.5 * 2**failures))
+            failures += 1
+
+    def _read(self) -> Outcome | None:
+        job, parameters = self._job, self._job.request.spec.parameters
+        status, pods, earlier = self._backend.read(job)
+        detail = self._detail(status, earlier)
+        self._log(status, detail)
         if status.state is State.DELETED:
-            problem = (
-                f"{job.name} was deleted while it was {self._before}: run again with resume=true to go on from its "
-            )
-            return Outcome(status.state, Failure("Deleted", False, [problem + "newest checkpoint"]))
-        pods = self._backend.pods(job)
+            problem = f"{job.name} was deleted while it was {self._before}: run again with resume=true to go on from "
+            return Outcome(status.state, Failure("Deleted", False, [problem + "its newest checkpoint"]))
         self._logs.follow(pods)
         if status.state is State.SUCCEEDED:
             self._logs.finish(DRAIN_SECONDS)
             return Outcome(status.state)
-        if status.state is not State.RUNNING:
-            self._show_warnings()
         if status.state is State.FAILED:
             return Outcome(status.state, self._cause(status.detail))
-        failure = self._unmanaged(status) or self._stuck(pods)
+        if status.state is not State.RUNNING:
+            for line in self._backend.warnings(job):
+                if line not in self._warned:
+                    self._warned.append(line)
+                    logger.warning("%s", line)
+        failure = self._no_operator(status) or self._unmanaged(status) or self._stuck(pods)
         if limit := self._clock.enter(status.state, self._now()):
-            minutes = getattr(parameters, limit)
-            failure = failure or limit_exceeded(job.name, limit, minutes, self._detail(status), pods, self._warned)
+            failure = failure or limit_exceeded(job.name, limit, getattr(parameters, limit), detail, pods)
+            failure.problems.extend(self._warned[-3:])
         return Outcome(State.FAILED, failure) if failure else None
 
     def _cause(self, detail: str) -> Failure:
         """Why the job failed. A pod that lost its peers may end, and fail the job, before the one that is to blame."""
-        self._logs.drain(DRAIN_SECONDS)
-        if (failure := self._classified(detail)).reason == "Collective":
-            self._logs.drain(CAUSE_SECONDS)
-            failure = self._classified(detail)
+        pods: list[Pod] = []
+        for seconds in (DRAIN_SECONDS, CAUSE_SECONDS):
+            deadline = time.monotonic() + seconds
+            while not pods or (time.monotonic() < deadline and not all(pod.ended for pod in pods)):
+                pods = self._backend.read(self._job)[1] or pods
+                self._logs.follow(pods)
+                if not pods:
+                    break
+                self._changed.wait(POLL_SECONDS / 20)
+            self._logs.drain(DRAIN_SECONDS)
+            failure = classify(self._job.name, self._job.request.spec, detail, pods, self._logs.tails)
+            if failure.reason != "Collective":
+                break
         self._logs.finish(0)
         return failure
 
-    def _classified(self, detail: str) -> Failure:
-        return classify(self._job.name, detail, self._backend.pods(self._job), self._logs.tails)
-
-    def _show(self, status: Status) -> None:
+    def _log(self, status: Status, detail: str) -> None:
         """A line for each change of state, and for each other detail while the job starts."""
-        if self._shown is None or status != self._shown:
-            detail = self._detail(status)
-            seconds = self._now() - self._started
-            logger.info("%s: %s%s (%.0f s)", self._job.name, status.state, f", {detail}" if detail else "", seconds)
-            self._before = self._shown.state if self._shown else State.STARTING
-            self._shown = status
+        if (status, detail) == self._shown:
+            return
+        seconds = self._now() - self._started
+        logger.info("%s: %s%s (%.0f s)", self._job.name, status.state, f", {detail}" if detail else "", seconds)
+        self._before = self._shown[0].state if self._shown else State.STARTING
+        self._shown = (status, detail)
 
-    def _detail(self, status: Status) -> str:
-        if status.state is State.QUEUED and self._job.request.compute.queue:
-            said = self._backend.workload(self._job)
-            return f"queue {self._job.request.compute.queue}: {said or 'no word from Kueue yet'}"
+    def _detail(self, status: Status, earlier: Sequence[str]) -> str:
+        queue = self._job.request.compute.queue
+        if status.state is State.QUEUED and queue:
+            return f"queue {queue}: {self._backend.workload(self._job) or 'no word from Kueue yet'}"
+        if status.state is State.STARTING and earlier:
+            pods = f"{', '.join(earlier[:3])}{' and more' if len(earlier) > 3 else ''}"
+            return f"{status.detail}; earlier pods of this run still end and hold their GPUs: {pods}"
         return status.detail
 
-    def _show_warnings(self) -> None:
-        for line in self._backend.warnings(self._job):
-            if line not in self._warned:
-                self._warned.append(line)
-                logger.warning("%s", line)
-
-    def _unmanaged(self, status: Status) -> Failure | None:
-        """A queue was asked for and nobody manages it: the job would wait for ever."""
-        if self._queue_known or self._now() - self._started < QUEUE_SECONDS:
+    def _no_operator(self, status: Status) -> Failure | None:
+        """The kind's definition is installed, but nothing acts on its objects."""
+        if status.touched or self._now() - self._started < OPERATOR_SECONDS:
             return None
-        self._queue_known = True
-        if status.state is not State.QUEUED or self._backend.workload(self._job) is not None:
-            return None
-        queue, kind = self._job.request.compute.queue, self._backend.kind.kind
+        kind = self._backend.kind.kind
         return Failure(
-            "UnmanagedQueue", False,
-            [f"queue {queue!r} of the compute map: after {QUEUE_SECONDS:.0f} s Kueue has no Workload for "
-             f"{self._job.name}, so it would wait for ever: have Kueue manage {kind} (`integrations.frameworks`; not "
-             "by default since 0.19) and make the LocalQueue, or use a compute without a queue"],
+            "NoOperator", False,
+            [f"training_backend: after {OPERATOR_SECONDS:.0f} s {kind} {self._job.name} has no status: the cluster "
+             f"knows the kind {kind}, but its operator does not run: start it, or choose another training_backend"],
         )  # fmt: skip
 
-    def _stuck(self, pods: list[Pod]) -> Failure | None:
+    def _unmanaged(self, status: Status) -> Failure | None:
+        """A queue was asked for and nothing manages it: the job would wait for ever."""
+        if self._queue_known or self._now() - self._started < QUEUE_SECONDS:
+            return None
+        if status.state is State.QUEUED and self._backend.workload(self._job) is None:
+            return Failure(
+                "UnmanagedQueue", False,
+                [f"queue {self._job.request.compute.queue!r} of the compute map: after {QUEUE_SECONDS:.0f} s Kueue has "
+                 f"no Workload for {self._job.name}, so it would wait for ever: have Kueue manage "
+                 f"{self._backend.kind.kind} (`integrations.frameworks`; not by default since 0.19) and make the "
+                 "LocalQueue, or use a compute without a queue"],
+            )  # fmt: skip
+        self._queue_known = True
+        return None
+
+    def _stuck(self, pods: Sequence[Pod]) -> Failure | None:
         failure = never_starts(pods)
         if failure is None:
             self._stuck_since = None
             return None
         self._stuck_since = self._now() if self._stuck_since is None else self._stuck_since
         return failure if self._now() - self._stuck_since >= STUCK_SECONDS else None
-
-    def _say_away(self, error: Exception | None) -> None:
-        if error and not self._away:
-            logger.warning("the API server does not answer (%s): the job goes on without it; asking again", error)
-        if self._away and not error:
-            logger.info("the API server answers again")
-        self._away = error is not None

@@ -1,19 +1,19 @@
-"""What is asked of a back end: one attempt of one run's training job."""
+"""What a job is: the stage's command and the check of its output, and what one attempt asks of a cluster."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from draft_model.jobs.compute import Compute
-from draft_model.training.config import TrainConfig
+from draft_model.parameters import Parameters
 
 Manifest = dict[str, Any]
-"""A Kubernetes object as JSON has it."""
+"""A Kubernetes object as JSON."""
 
 LABEL = "draft-model"
 RUN_ID = f"{LABEL}/run-id"
@@ -24,14 +24,7 @@ QUEUE = "kueue.x-k8s.io/queue-name"
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of custom objects.
-
-    Attributes:
-        group: API group.
-        version: of the group.
-        plural: the kind's name in paths.
-        kind: the kind's name in objects.
-    """
+    """A kind of custom objects: API group, its version, plural (in paths) and kind (in objects)."""
 
     group: str
     version: str
@@ -44,104 +37,64 @@ class Kind:
         return f"{self.group}/{self.version}"
 
 
+WORKFLOW = Kind("argoproj.io", "v1alpha1", "workflows", "Workflow")
+
+
 @dataclass(frozen=True)
-class ObjectStore:
-    """How the job's pods reach the object store; never a credential itself.
+class JobSpec:
+    """One of the pipeline's heavy stages as a job: its command, and the check of its output."""
 
-    Attributes:
-        endpoint: URL; empty for AWS' own.
-        region: empty for the default.
-        secret: Secret with the keys `accesskey` and `secretkey`; it need not exist.
-    """
-
-    endpoint: str = ""
-    region: str = ""
-    secret: str = ""
+    stage: Literal["training", "regenerate", "evaluate"]  # part of names, labels and the record's file name
+    module: str  # each process runs `python -m` this
+    config: str  # JSON that each process reads from the environment variable DRAFT_MODEL_JOB
+    uris: Mapping[str, str]  # that the pods read and write, by parameter
+    output: str  # URI that record and logs go beside
+    parameters: Parameters  # limits, attempts, compute map, object store's Secret
+    nodes: int  # pods of the job
+    processes: int  # per pod
+    check: Callable[[], list[str]]  # what the output lacks: exit code 0 alone is no success
+    prepare: Callable[[], None] = lambda: None  # clears an earlier run's output before a run's first attempt
+    image: str = ""  # of the pods; empty for the one that DRAFT_MODEL_IMAGE names
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """One attempt of a run's training job.
-
-    Attributes:
-        run_id: of the pipeline run.
-        attempt: from 0.
-        config: what the processes are told; its work folder is one inside the pods.
-        compute: what each pod asks for.
-        image: of the pods.
-        store: how they reach the object store.
-        namespace: where the job is made.
-        owner: object whose end ends the job, as an owner reference.
-        tracking: environment variables that lead to the experiment tracking.
-        login: references to the Secrets' keys that log in there, by environment variable.
-    """
+    """One attempt of a run's job; holds no credential."""
 
     run_id: str
-    attempt: int
-    config: TrainConfig
-    compute: Compute = field(default_factory=lambda: Compute("", ""))
-    image: str = ""
-    store: ObjectStore = ObjectStore()
+    attempt: int  # from 0
+    spec: JobSpec
+    compute: Compute
+    image: str
     namespace: str = "default"
-    owner: Manifest | None = None
-    tracking: Mapping[str, str] = field(default_factory=dict)
-    login: Mapping[str, Manifest] = field(default_factory=dict)
+    owner: Manifest | None = None  # owner reference; the job is garbage-collected with that object
+    variables: Mapping[str, str] = field(default_factory=dict)  # that lead to object store and experiment tracking
+    login: Mapping[str, Manifest] = field(default_factory=dict)  # references to Secret keys, by environment variable
 
     @property
     def name(self) -> str:
-        """The job's name, the same whoever asks: eight characters of the run's id, and the attempt."""
-        return f"{name_of_run(self.run_id)}-a{self.attempt}"
-
-    @property
-    def nodes(self) -> int:
-        """Pods of the job."""
-        return self.config.parameters.num_nodes_draft_model_training
-
-    @property
-    def processes(self) -> int:
-        """Processes per pod."""
-        return self.config.parameters.number_of_gpu_to_use_draft_model_training
+        """The job's name: eight characters of the run's id, the stage (unless training) and the attempt."""
+        short = re.sub("[^a-z0-9]", "", self.run_id.lower())[:8]
+        if len(short) < 8:  # not the UUID that Kubeflow gives
+            short = hashlib.sha256(self.run_id.encode()).hexdigest()[:8]
+        stage = "" if self.spec.stage == "training" else f"-{self.spec.stage}"
+        return f"draft-{short}{stage}-a{self.attempt}"
 
     @property
     def deadline(self) -> int:
-        """Seconds after which Kubernetes itself ends the job, whoever still watches it."""
-        return 60 * (self.config.parameters.start_limit + self.config.parameters.run_limit)
+        """Seconds after which Kubernetes itself ends the job."""
+        return 60 * (self.spec.parameters.start_limit + self.spec.parameters.run_limit)
 
     def labels(self) -> dict[str, str]:
         """Labels of the job and of its pods."""
         return {
             "app.kubernetes.io/name": "draft-model",
-            "app.kubernetes.io/component": "training",
+            "app.kubernetes.io/component": self.spec.stage,
             RUN_ID: self.run_id,
             ATTEMPT: str(self.attempt),
         }
 
-    def metadata(self) -> Manifest:
-        """Metadata of the job, without the hash of its specification."""
-        metadata: Manifest = {"name": self.name, "namespace": self.namespace, "labels": self.labels()}
-        if self.compute.queue:
-            metadata["labels"][QUEUE] = self.compute.queue
-        if self.owner:
-            metadata["ownerReferences"] = [self.owner]
-        return metadata
 
-
-def name_of_run(run_id: str) -> str:
-    """What the names of a run's jobs begin with."""
-    short = re.sub("[^a-z0-9]", "", run_id.lower())[:8]
-    if len(short) < 8:  # not the UUID that Kubeflow gives
-        short = hashlib.sha256(run_id.encode()).hexdigest()[:8]
-    return f"draft-{short}"
-
-
-def with_hash(manifests: list[Manifest]) -> list[Manifest]:
-    """Adds the hash that says whether a job that is there already is the one that was asked for.
-
-    It covers the specifications: not the owner, which a coordinator that was started again may not get to know.
-    """
-    digest = hashlib.sha256(
-        json.dumps([manifest["spec"] for manifest in manifests], sort_keys=True).encode()
-    ).hexdigest()
-    for manifest in manifests:
-        manifest["metadata"].setdefault("annotations", {})[SPEC_HASH] = digest
-    return manifests
+def digest(specs: Any) -> str:
+    """SHA-256 of specifications: of what is asked for, not of the owner, which a retried step may not get to know."""
+    return hashlib.sha256(json.dumps(specs, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""torchrun that ends without a traceback of its own: its processes have said already why they ended."""
+"""torchrun without tracebacks of its own: its processes have said why they ended; and SIGTERM always ends it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from draft_model.doors import ERROR_FILE
@@ -20,20 +21,45 @@ _TERMINATION_BYTES = 4096
 
 
 def main() -> int:
-    """Runs torchrun, and leaves the user's mistake that ended it, if one did, where the job's coordinator finds it.
+    """Runs torchrun, and leaves the user's mistake that ended it, if one did, where the job's coordinator reads it.
 
     Returns:
-        What `torchrun` returns.
+        0, or what the first process that failed ended with; 128 + the signal's number where a signal ended it.
     """
     if path := os.environ.get(ERROR_FILE):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    code = torchrun()
+    _end_on_signals()
+    code = _torchrun()
     if path and code:
-        _tell(Path(path))
+        _report(Path(path))
     return code
 
 
-def _tell(error: Path) -> None:
+def _end_on_signals() -> None:
+    """Ends this process at once on SIGTERM or SIGHUP while it has started no processes, which torchrun stops itself.
+
+    It waits in a rendezvous then, with nothing to save. As a container's first process it would ignore the signals, and
+    in the rendezvous' C++ code no Python handler runs; so a thread waits for them. torchrun replaces the handlers when
+    it starts processes.
+    """
+
+    def end(number: int, _: object) -> None:
+        os._exit(128 + number)
+
+    def wait() -> None:
+        while number := os.read(receive, 1)[0]:
+            if signal.getsignal(number) is end:
+                os._exit(128 + number)
+
+    receive, send = os.pipe()
+    os.set_blocking(send, False)
+    signal.set_wakeup_fd(send, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, end)
+    threading.Thread(target=wait, name="signals", daemon=True).start()
+
+
+def _report(error: Path) -> None:
     """Puts the problems into the pod's log, and into its status where there is one."""
     end = os.environ.get(TERMINATION_LOG)
     if not end or not error.exists():
@@ -47,12 +73,7 @@ def _tell(error: Path) -> None:
     Path(end).write_bytes(text)
 
 
-def torchrun() -> int:
-    """Runs torchrun on this process's arguments.
-
-    Returns:
-        0, or what the first process that failed ended with; 128 + the signal's number where a signal ended it.
-    """
+def _torchrun() -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as run

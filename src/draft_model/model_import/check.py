@@ -1,150 +1,163 @@
-"""Whether a model can be a target: decided by its structure, before anything large is copied.
+"""Whether a model can be a target: decided by its structure, in a limited child process (`sandbox`).
 
-What is checked is a skeleton: configuration, tokenizer, and the weights' headers with holes where the tensors are.
-transformers opens it on the meta device, so a model of any size takes little memory and no disk.
+transformers opens the model on the meta device, so one of any size takes little memory. Code of its repository is never
+run, and settings by which a later reader would run some are taken out of its files.
 """
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
 from draft_model.drafts.eagle3.config import draft_config_for
+from draft_model.drafts.eagle3.model import Rotary
 from draft_model.errors import DraftModelError
+from draft_model.model_import.convert import first_line
+from draft_model.model_import.files import INDEX
+from draft_model.target.model import head_logits
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_QUANTISED = ("fp8", "mxfp4")  # what transformers reads alone, and dequantises where a GPU cannot run it
+_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")  # what engines apply in a draft, too
+_STATEFUL = {"linear_attention", "conv", "hybrid", "hybrid_sliding"} | {
+    f"{kind}_attention" for kind in ("compressed_sparse", "heavily_compressed")
+}
+_CODE = {"auto_map", "custom_pipelines"} | {
+    f"{prefix}{kind}_implementation{suffix}"  # may name a kernel of the Hub
+    for kind in ("attn", "experts") for prefix in ("", "_") for suffix in ("", "_internal", "_autoset")
+}  # fmt: skip
 _MOST_NAMED = 5
+_LACK = "its weights lack {}; save the whole model again"
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a check found.
+def inspect(folder: str, weights: list[str]) -> dict[str, Any]:
+    """Checks configuration, structure, tokenizer, chat templates and, where they are there, weights.
 
-    Attributes:
-        architecture: transformers' class.
-        parameters: number of weights; those that are used twice count once.
-    """
-
-    architecture: str
-    parameters: int
-
-
-def check_model(folder: Path, name: str, problems: list[str], weights: bool) -> ModelFacts:
-    """Checks configuration, structure, tokenizer and, where they are there, that no weight is missing.
+    Rewrites JSON files that name code to run; writes an index where several weight files have none.
 
     Args:
-        folder: the skeleton.
-        name: what errors call the model.
-        problems: what is known to be wrong with it.
-        weights: whether the weights' headers are in the folder.
+        folder: configuration and tokenizer files, and the weight files or their headers with holes for the tensors.
+        weights: safetensors files in the folder; empty: they are not here yet.
 
-    Raises:
-        DraftModelError: with everything that keeps it from being used.
+    Returns:
+        `problems`, and where there are none `architecture`, `parameter_count`, `quantization`, `max_positions`.
     """
-    problems = list(problems)
-    config: dict[str, Any] = {}
-    wrong = len(problems)
+    path, config, model = Path(folder), {}, None
+    problems: list[str] = []
     try:
-        config = _json_object(folder / "config.json")
-        draft_config_for(config)
-    except (OSError, ValueError) as error:
-        problems.append(f"its config.json cannot be read: {error}")
+        config, own_code = _without_code(path / "config.json")
+        if (path / "tokenizer_config.json").exists():
+            _without_code(path / "tokenizer_config.json")
+        problems += _config_problems(config)
+        model = None if problems else _open(path, config, own_code)
     except DraftModelError as error:
         problems += error.problems
-    model = None
-    with _quiet_transformers():
-        if len(problems) == wrong:
-            model = _open(folder, config, problems)
-        if model is not None:
-            problems += _structure_problems(model)
-            if weights and len(problems) == wrong == 0:
-                problems += _weight_problems(folder, model)
-        problems += _tokenizer_problems(folder, loads=model is not None)
+    if model is not None:
+        problems += _structure_problems(model)
+        if weights and not problems:
+            problems += _weight_problems(path, weights, model)
+    problems += _tokenizer_problems(path, loads=model is not None)
     if problems or model is None:
-        raise DraftModelError([f"target model {name}: {problem}" for problem in problems])
-    return ModelFacts(type(model).__name__, model.num_parameters())
+        return {"problems": problems}
+    return {
+        "problems": [],
+        "architecture": type(model).__name__,
+        "parameter_count": model.num_parameters(),
+        "quantization": str((config.get("quantization_config") or {}).get("quant_method", "")),
+        "max_positions": int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0),
+    }
 
 
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Its warnings and bars speak of what is told here in words."""
-    from transformers.utils import logging as transformers_logging
+def _without_code(path: Path) -> tuple[dict[str, Any], bool]:
+    """Takes settings out of a JSON file that would have code run; gives the rest, and whether it had `auto_map`."""
 
-    logger = logging.getLogger("transformers")
-    before, bars = logger.level, transformers_logging.is_progress_bar_enabled()
-    logger.setLevel(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(item) for key, item in value.items() if key not in _CODE}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
     try:
-        yield
-    finally:
-        logger.setLevel(before)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+        cleaned = clean(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DraftModelError(f"its {path.name} cannot be read: {first_line(error)}") from error
+    if cleaned != content:
+        path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return cleaned, "auto_map" in content
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("it holds no JSON object")
-    return content
+def _config_problems(config: dict[str, Any]) -> list[str]:
+    draft, problems = draft_config_for(config), []
+    quantisation = config.get("quantization_config") or {}
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+    if quantisation and method not in _QUANTISED:
+        problems.append(
+            f"it is quantised by {method!r} (quantization_config), which cannot be trained on here; allowed: none, "
+            f"{', '.join(_QUANTISED)}. Use the model that it was made from: the draft serves both"
+        )
+    rope = str(draft.rope_parameters.get("rope_type", "default"))
+    try:
+        if rope not in _ROPE_TYPES:
+            raise ValueError(f"allowed: {', '.join(_ROPE_TYPES)}")
+        table = Rotary(draft, torch.device("cpu")).table(2, torch.float32)
+        if table.shape[-1] != draft.head_dim:
+            raise ValueError(f"it rotates {table.shape[-1]} of a head's {draft.head_dim} dimensions")
+    except Exception as error:  # settings may make transformers raise anything
+        problems.append(f"its rotary embedding (rope_type {rope!r}) cannot be a draft's, too: {first_line(error)}")
+    return problems
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _open(folder: Path, config: dict[str, Any], problems: list[str]) -> Any:
-    """The model on the meta device, without weights; None where transformers has none like it."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def _open(folder: Path, config: dict[str, Any], own_code: bool) -> Any:
+    """The model on the meta device, without weights."""
     try:
         settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(settings, trust_remote_code=False)
+    except MemoryError:
+        raise
     except Exception as error:  # a configuration may make transformers raise anything
-        if "auto_map" in config:
-            problems.append("it needs code from its repository (trust_remote_code), which is never run here")
-        else:
-            problems.append(
-                f"model_type {config.get('model_type')!r} is no decoder for text generation that transformers loads: "
-                f"{_first_line(error)}"
-            )
-        return None
+        raise DraftModelError(
+            "it needs code from its repository (trust_remote_code), which is never run here"
+            if own_code
+            else f"model_type {config.get('model_type')!r} is no decoder for text generation that transformers loads: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def _structure_problems(model: Any) -> list[str]:
-    name = type(model).__name__
-    start = f"{name} ({model.config.model_type}) is no decoder-only model of Llama's structure: "
+    start = f"{type(model).__name__} ({model.config.model_type}) is no decoder-only model of Llama's structure: "
     if getattr(model.config, "is_encoder_decoder", False):
         return [f"{start}it has an encoder"]
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or []) & _STATEFUL
+    if kinds or getattr(model, "_is_stateful", False):
+        return [
+            f"{start}it has layers with a recurrent state ({', '.join(sorted(kinds)) or 'state space'}), which cannot "
+            "be rolled back after a rejected proposal here; allowed: full, sliding or chunked attention in every layer"
+        ]
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
-    if not layers or getattr(norm, "weight", None) is None:
+    if not getattr(decoder, "layers", None) or getattr(getattr(decoder, "norm", None), "weight", None) is None:
         return [f"{start}it has not both decoder layers and a final norm"]
-    head = model.get_output_embeddings()
-    if getattr(head, "weight", None) is None or model.get_input_embeddings() is None:
+    if getattr(model.get_output_embeddings(), "weight", None) is None or model.get_input_embeddings() is None:
         return [f"{start}it has no input embedding or no output head"]
     return _head_problems(model, start)
 
 
 def _head_problems(model: Any, start: str) -> list[str]:
-    """Whether the logits are what the training takes them for: asked of the model's own forward pass.
+    """Whether the logits are what the training takes them for, by the model's own forward pass.
 
-    Its decoder is replaced by one that answers with known states, its head by a small one.
+    Its decoder is replaced by one that returns known states, its head by a small one.
     """
-    import torch
-    from transformers.modeling_outputs import MoeModelOutputWithPast
-
-    from draft_model.target.model import head_logits
-
     decoder, old = model.get_decoder(), model.get_output_embeddings()
-    text = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, 3, old.weight.shape[1], generator=generator)
     head = torch.nn.Linear(old.weight.shape[1], 16, bias=getattr(old, "bias", None) is not None)
@@ -156,72 +169,70 @@ def _head_problems(model: Any, start: str) -> list[str]:
             for weight in head.parameters():
                 weight.copy_(torch.randn(weight.shape, generator=generator))
             logits = model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False).logits
-            expected = head_logits(states, head.weight, head.bias, text)
+            expected = head_logits(states, head.weight, head.bias, model.config.get_text_config())
         if not torch.allclose(logits.float(), expected, rtol=1e-3, atol=1e-3):
             return [f"{start}its logits are no plain function of its head that the training knows"]
     except Exception as error:  # a forward pass may raise anything
-        return [f"{start}its head cannot be taken apart from its decoder ({_first_line(error)})"]
+        return [f"{start}its head cannot be taken apart from its decoder ({first_line(error)})"]
     finally:
         decoder.forward = forward
         model.set_output_embeddings(old)
     return []
 
 
-def _weight_problems(folder: Path, model: Any) -> list[str]:
-    """Has transformers load the skeleton: a tensor that no file holds would be drawn at random without a word."""
-    from transformers import AutoModelForCausalLM
-
+def _weight_problems(folder: Path, names: list[str], model: Any) -> list[str]:
+    """Has transformers load the headers: a tensor that no file holds would be drawn at random without a word."""
+    where: dict[str, str] = {}
+    problems = []
+    for name in names:
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                where |= dict.fromkeys(file.keys(), name)
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{name} is damaged or cut short: {first_line(error)}")
+    if problems:
+        return problems
+    if len(names) > 1 and not (folder / INDEX).exists():
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}, indent=2), encoding="utf-8")
     try:
         _, info = AutoModelForCausalLM.from_pretrained(
-            folder, device_map="meta", output_loading_info=True, use_safetensors=True, trust_remote_code=False
-        )
-    except Exception as error:  # transformers raises anything
-        return _compared(folder, model) or [f"transformers cannot load its weights: {_first_line(error)}"]
-    missing = sorted(info["missing_keys"])
-    return _named(missing, "its weights lack {}; save the whole model again") if missing else []
-
-
-def _compared(folder: Path, model: Any) -> list[str]:
-    """What differs between the tensors that the configuration asks for and those of the files' headers."""
-    from safetensors import safe_open
-    from transformers.core_model_loading import revert_weight_conversion
-
-    expected = {
-        name: list(tensor.shape) for name, tensor in revert_weight_conversion(model, model.state_dict()).items()
-    }
-    found: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="numpy") as file:
-            found |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  (not a dict)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    missing = sorted(expected.keys() - found.keys() - tied)
-    other = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
-    said = [f"{name} {found[name]}, where config.json asks for {expected[name]}" for name in other]
+            folder, device_map="meta", output_loading_info=True, use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    except Exception as error:  # transformers raises anything, such as where one of the experts that it joins lacks
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        missing = revert_weight_conversion(model, model.state_dict()).keys() - where.keys() - tied
+        return _named(sorted(missing), _LACK) or [f"transformers cannot load its weights: {first_line(error)}"]
+    other = [
+        f"{name} {list(found)}, where config.json asks for {list(wanted)}"
+        for name, found, wanted in sorted(info["mismatched_keys"])
+    ]
     return [
-        *(_named(missing, "its weights lack {}; save the whole model again") if missing else []),
-        *(_named(said, "its weights have another shape than its config.json says: {}") if said else []),
+        *_named(sorted(info["missing_keys"]), _LACK),
+        *_named(other, "its weights have another shape than its config.json says: {}"),
     ]
 
 
 def _named(names: list[str], sentence: str) -> list[str]:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return [sentence.format(", ".join(names[:_MOST_NAMED]) + more)]
+    return [sentence.format(", ".join(names[:_MOST_NAMED]) + more)] if names else []
 
 
 def _tokenizer_problems(folder: Path, loads: bool) -> list[str]:
     if not any((folder / file).exists() for file in _TOKENIZERS):
         return ["it has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)"]
-    if not loads:  # transformers looks into config.json for the tokenizer too
+    if not loads:  # transformers reads config.json for the tokenizer too
         return []
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if tokenizer("a").input_ids:
-            return []
-        reason = "it makes no tokens of text"
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not tokenizer("a").input_ids:
+            raise ValueError("it makes no tokens of text")
+    except MemoryError:
+        raise
     except Exception as error:  # a broken file makes tokenizers raise anything
-        reason = _first_line(error)
-    if "trust_remote_code" in reason:
-        return ["its tokenizer needs code from its repository (trust_remote_code), which is never run here"]
-    return [f"its tokenizer cannot be loaded ({reason}); save it again with save_pretrained"]
+        return [f"its tokenizer cannot be loaded ({first_line(error)}); save it again with save_pretrained"]
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {None: tokenizer.chat_template}
+    for name in named:  # one that never ends, or fills the memory, ends here; what it refuses is the data set's matter
+        with suppress(Exception):
+            tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=name, tokenize=False)
+    return []

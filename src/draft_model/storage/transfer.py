@@ -1,4 +1,4 @@
-"""What every transfer needs: files in parallel, a progress bar, a look at the free disk, errors in words."""
+"""What every transfer needs: files in parallel, one progress bar, and how long to wait for a store that is away."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import ContextVar, copy_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,43 +17,92 @@ from draft_model.errors import DraftModelError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-Advance = Callable[[int], object]
-"""Is told of bytes that have gone through."""
-Accept = Callable[[str, Path, tuple[int, ...]], None]
-"""Looks at a file that has come, its name and its ranges' CRC-32C, before it gets that name; raises to refuse it."""
-
-
-class Stopped(Exception):
-    """Ends the transfers that are under way when another one has failed."""
-
 
 FILES_AT_ONCE = 8
 SHOW_PROGRESS_FROM = 100 * 10**6
 """Bytes; a smaller transfer is over before its bar is read."""
+PATIENCE = ContextVar("PATIENCE", default=600.0)
+"""Seconds that a store which has answered before may be away until a request of a stage fails."""
 
+_DENIED = "permission denied; give this user access or choose another folder"
 _SENTENCES = {
-    errno.ENOSPC: "the disk is full; free some space or choose another place",
-    errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
-    errno.EROFS: "the file system is read-only; choose another place",
-    errno.EACCES: "permission denied; give this user access or choose another place",
-    errno.EPERM: "permission denied; give this user access or choose another place",
-    errno.ENOTDIR: "a folder is needed where there is a file; remove the file or choose another place",
-    errno.EISDIR: "a file is needed where there is a folder; remove the folder or choose another place",
-    errno.EEXIST: "a folder is needed where there is a file; remove the file or choose another place",
+    errno.ENOSPC: "the disk is full (or has no inodes left); free some space or choose another folder",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
+    errno.EROFS: "the file system is read-only; choose another folder",
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.ENOTDIR: "a folder is needed where there is a file; remove the file or choose another folder",
+    errno.EISDIR: "a file is needed where there is a folder; remove the folder or choose another folder",
+    errno.EEXIST: "a folder is needed where there is a file; remove the file or choose another folder",
     errno.ENAMETOOLONG: "a name is longer than this file system allows; choose a shorter one",
+    errno.EIO: "the file system reports an input/output error; check the disk or the network volume",
+    errno.ESTALE: "the network volume was mounted anew or removed meanwhile; run again",
 }
 
 
 @contextmanager
-def local_errors(where: str) -> Iterator[None]:
-    """Says what the file system refuses, where the user can put it right.
+def patience(seconds: float) -> Iterator[None]:
+    """Waits for a store that is away only so long within the block, as a lease must."""
+    before = PATIENCE.set(seconds)
+    try:
+        yield
+    finally:
+        PATIENCE.reset(before)
+
+
+class Stopped(Exception):
+    """Ends a transfer that is under way when another one has failed."""
+
+
+class Advance:
+    """Progress of transfers: called with a number of bytes, from any thread; raises Stopped once `stop` is set."""
+
+    def __init__(self, update: Callable[[float], object]) -> None:
+        self._update, self._lock, self.stop = update, threading.Lock(), threading.Event()
+
+    def __call__(self, count: float) -> None:
+        """Moves the progress bar."""
+        if self.stop.is_set():
+            raise Stopped
+        with self._lock:
+            self._update(count)
+
+
+def in_parallel(
+    work: Callable[[Item, Advance], Result], items: Iterable[Item], what: str = "", size: int = 0
+) -> list[Result]:
+    """Calls `work` on each item in threads; the first failure, or Ctrl-C, ends all of them.
 
     Args:
-        where: the path or URI that is worked on.
-
-    Raises:
-        DraftModelError: in place of the operating system's errors that are no fault of ours.
+        work: gets an item and the progress to report to.
+        items: files or names, in the order of the results.
+        what: label of the progress bar.
+        size: bytes of all items; a bar is shown for a large transfer.
     """
+    from tqdm import tqdm
+
+    with (
+        tqdm(
+            total=size, desc=what, unit="B", unit_scale=True, disable=size < SHOW_PROGRESS_FROM,
+            mininterval=0.1 if sys.stderr.isatty() else 10,
+        ) as bar,
+        ThreadPoolExecutor(FILES_AT_ONCE) as pool,
+    ):  # fmt: skip
+        advance = Advance(bar.update)
+        futures = [pool.submit(copy_context().run, work, item, advance) for item in items]
+        try:
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
+        except BaseException:
+            advance.stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+@contextmanager
+def local_errors(where: str) -> Iterator[None]:
+    """Turns what the file system refuses and the user can correct into a DraftModelError about `where`."""
     try:
         yield
     except OSError as error:
@@ -63,81 +113,12 @@ def local_errors(where: str) -> Iterator[None]:
 
 
 def check_free_disk(folder: Path, needed: int) -> None:
-    """Refuses a download that would fill the disk, before its first byte.
-
-    Args:
-        folder: where it is to go; need not exist yet.
-        needed: bytes.
-
-    Raises:
-        DraftModelError: says how much is needed and how much there is.
-    """
+    """Refuses a transfer of `needed` bytes that would fill the disk of a folder, which need not exist yet."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     total, _, free = shutil.disk_usage(existing)
     if needed > free and total:  # some file systems cannot say and answer 0
+        need, have, lack = (f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+                            for size in (needed, free, needed - free))  # fmt: skip
         raise DraftModelError(
-            f"{folder}: {_readable(needed)} are needed and {_readable(free)} are free; free "
-            f"{_readable(needed - free)} or choose a place on a larger disk"
+            f"{folder}: {need} are needed and {have} are free; free {lack} or choose a folder on a larger disk"
         )
-
-
-def _readable(size: int) -> str:
-    for unit, name in ((10**9, "GB"), (10**6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size} bytes"
-
-
-def run_all(
-    work: Callable[[Item], Result],
-    items: Iterable[Item],
-    abort: Callable[[], object] = lambda: None,
-    at_once: int = FILES_AT_ONCE,
-) -> list[Result]:
-    """Works on several files at once; the first failure, or Ctrl-C, stops all.
-
-    Args:
-        work: is called once for each item, in a thread.
-        items: what to work on.
-        abort: makes calls of `work` that are under way end early.
-        at_once: threads.
-
-    Returns:
-        The results in the items' order.
-    """
-    with ThreadPoolExecutor(at_once) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
-                future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            abort()
-            raise
-    return [future.result() for future in futures]
-
-
-@contextmanager
-def progress(what: str, size: int) -> Iterator[Advance]:
-    """Shows a bar with bytes per second, where the transfer is a large one.
-
-    Args:
-        what: goes before the bar.
-        size: bytes to transfer.
-
-    Yields:
-        A function to call with each number of bytes, from any thread.
-    """
-    from tqdm import tqdm
-
-    lock = threading.Lock()
-    with tqdm(
-        total=size, desc=what, unit="B", unit_scale=True, disable=size < SHOW_PROGRESS_FROM,
-        mininterval=0.1 if sys.stderr.isatty() else 10,
-    ) as bar:  # fmt: skip
-
-        def advance(count: int) -> None:
-            with lock:
-                bar.update(count)
-
-        yield advance

@@ -1,7 +1,7 @@
-"""Where things lie: a local path, `file://`, or `s3://` (`minio://`, as Kubeflow writes it, is the same).
+"""URIs: a local path, `file://`, `s3://`, or `minio://` (as Kubeflow Pipelines writes its own store).
 
-A name inside a folder (a manifest's path, the key below a prefix) is held to stricter rules than the folder's
-own URI: it may lead nowhere but into that folder, on any operating system.
+A name inside a folder (a manifest's path, the key below a prefix) is held to stricter rules than the folder's own URI:
+it must stay below that folder on any operating system.
 """
 
 from __future__ import annotations
@@ -15,75 +15,77 @@ from urllib.request import url2pathname
 from draft_model.errors import DraftModelError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CREDENTIALS = re.compile(
+    r"(?P<keep>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s'\"]*@"  # user:password@ of a URL
+    r"|(?P<name>(?:X-Amz-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|token|sig)=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
 _ALLOWED = "allowed: a local path, file:///path, s3://bucket/key or minio://bucket/key"
 
 
 @dataclass(frozen=True)
 class ObjectAddress:
-    """An object, or the prefix of a folder of them.
+    """An object, or the prefix of a folder of objects.
 
     Attributes:
-        bucket: the bucket's name.
+        bucket: name of the bucket.
         key: without a slash at either end; empty for the bucket itself.
+        scheme: `s3`, or `minio`: without AWS_ENDPOINT_URL that is the store of Kubeflow Pipelines, not AWS.
     """
 
     bucket: str
     key: str
+    scheme: str = "s3"
 
 
 def parse(uri: str) -> Path | ObjectAddress:
-    """Takes a URI apart.
-
-    Args:
-        uri: a local path (`~` is the home folder), `file://`, `s3://` or `minio://`.
-
-    Returns:
-        A path for what is local, an address for what is in an object store.
+    """Takes a URI apart: a path for what is local (`~` is the home folder), an address for an object store.
 
     Raises:
-        DraftModelError: where it is none of these, or its key would lead out of its folder.
+        DraftModelError: the URI has another scheme, or its key would leave its folder.
     """
-    scheme = _SCHEME.match(uri)
-    if not uri or "\0" in uri:
+    if not uri:
         raise DraftModelError(f"given {uri!r} as a path or URI; {_ALLOWED}")
-    if scheme is None:
+    if _CONTROL.search(uri):
+        raise DraftModelError(
+            f"given {uri!r}, which has a line break or control character; write it on one line (in YAML without `|`)"
+        )
+    match = _SCHEME.match(uri)
+    if match is None:
         return Path(uri).expanduser()
-    rest = uri[scheme.end() :]
-    match scheme[1].lower():
-        case "file":
-            host, slash, path = rest.partition("/")
-            if host not in ("", "localhost") or not path:
-                raise DraftModelError(f"given {uri!r}; a file URI has three slashes: file:///path")
-            return Path(url2pathname(slash + path))
-        case "s3" | "minio":
-            return _object_address(uri, rest)
-    raise DraftModelError(f"given {uri!r}; {_ALLOWED}")
-
-
-def _object_address(uri: str, rest: str) -> ObjectAddress:
+    scheme, rest = match[1].lower(), uri[match.end() :]
+    if scheme == "file":
+        host, slash, path = rest.partition("/")
+        if host not in ("", "localhost") or not path:
+            raise DraftModelError(f"given {uri!r}; a file URI has three slashes: file:///path")
+        return Path(url2pathname(slash + path))
+    if scheme == "gs":
+        raise DraftModelError(
+            f"given {uri!r}; Google Cloud Storage is used by its S3 interface: set AWS_ENDPOINT_URL="
+            f"https://storage.googleapis.com and HMAC keys, and give s3://{rest}"
+        )
+    if scheme not in ("s3", "minio"):
+        raise DraftModelError(f"given {without_credentials(uri)!r}; {_ALLOWED}")
     bucket, _, key = rest.partition("/")
     key = key.removesuffix("/")
     if "?" in rest:
         raise DraftModelError(
-            f"given {uri!r}; a URI has no query here: give the store's endpoint and region by the "
-            "environment variables AWS_ENDPOINT_URL and AWS_DEFAULT_REGION"
+            f"given {uri!r}; a query is not supported: give the endpoint and region of the store by the environment "
+            "variables AWS_ENDPOINT_URL and AWS_DEFAULT_REGION"
         )
     if not bucket:
         raise DraftModelError(f"given {uri!r}, which names no bucket; {_ALLOWED}")
     if key and (problem := name_problem(key)):
         raise DraftModelError(f"given {uri!r}, whose key {problem}; use a key of plain segments: s3://bucket/a/b")
-    return ObjectAddress(bucket, key)
+    return ObjectAddress(bucket, key, scheme)
 
 
 def name_problem(name: str) -> str | None:
-    """Says why a name could lead out of the folder that it is in, or None where it cannot.
-
-    Args:
-        name: relative, with forward slashes.
-    """
+    """Says why a relative name with forward slashes could leave its folder, or None."""
     segments = name.split("/")
-    if "\0" in name or "\\" in name:
-        return "has a NUL or a backslash"
+    if _CONTROL.search(name) or "\\" in name:
+        return "has a control character or a backslash"
     if name.startswith("/") or name[1:2] == ":":
         return "is absolute, or so on Windows"
     if not all(segments):
@@ -98,45 +100,19 @@ def name_problem(name: str) -> str | None:
 
 
 def check_name(name: str, where: str) -> str:
-    """Refuses a name that could lead out of its folder.
-
-    Args:
-        name: relative, with forward slashes.
-        where: the folder, for the message.
-
-    Returns:
-        The name.
-
-    Raises:
-        DraftModelError: where it could.
-    """
+    """Returns the name, or raises DraftModelError where it could leave the folder `where`."""
     if problem := name_problem(name):
         raise DraftModelError(f"{where}: the file name {name!r} {problem}; rename the file or remove it")
     return name
 
 
 def is_remote(uri: str) -> bool:
-    """Whether the URI is in an object store, so that reading it means downloading it.
-
-    Raises:
-        DraftModelError: where it is no URI we can read.
-    """
+    """Whether the URI is in an object store, so that reading it means downloading it."""
     return isinstance(parse(uri), ObjectAddress)
 
 
 def join(uri: str, *parts: str) -> str:
-    """Names something inside a folder.
-
-    Args:
-        uri: the folder.
-        parts: relative names, each of one or more segments.
-
-    Returns:
-        The URI of the same scheme.
-
-    Raises:
-        DraftModelError: where a part could lead out of the folder, or the URI is none we can read.
-    """
+    """URI of something inside a folder; raises DraftModelError where a relative name could leave the folder."""
     parse(uri)
     names = [check_name(part, uri) for part in parts]
     if uri.lower().startswith("file://"):
@@ -145,18 +121,16 @@ def join(uri: str, *parts: str) -> str:
 
 
 def split(uri: str) -> tuple[str, str]:
-    """Takes a file's URI apart into the folder's URI and the file's name.
-
-    Args:
-        uri: of one file.
-
-    Raises:
-        DraftModelError: where it can name no file: a bucket, a path that ends in `..`.
-    """
+    """Takes the URI of a file apart into the URI of its folder and its name."""
     match parse(uri):
-        case ObjectAddress(bucket, key) if key:
+        case ObjectAddress(bucket, key, scheme) if key:
             folder, _, name = key.rpartition("/")
-            return f"s3://{bucket}/{folder}".removesuffix("/"), name
+            return f"{scheme}://{bucket}/{folder}".removesuffix("/"), name
         case Path() as path if path.name:
             return str(path.parent), check_name(path.name, str(path.parent))
-    raise DraftModelError(f"given {uri!r}, which is a folder; give the URI of a file")
+    raise DraftModelError(f"given {uri!r}, which is a folder or bucket; give the URI of a file")
+
+
+def without_credentials(text: object) -> str:
+    """Text of a foreign exception or a URL without user, password, signature or token of the URLs in it."""
+    return _CREDENTIALS.sub(lambda found: found["keep"] or f"{found['name']}***", str(text))

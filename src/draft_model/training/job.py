@@ -66,9 +66,7 @@ def run(config: TrainConfig) -> TrainResult:
         with FileLock(config.work / "inputs.lock"):
             model = storage.fetch(config.model, config.work / "model")
             dataset = storage.fetch(config.dataset, config.work / "dataset")
-        tracking = (
-            track(STAGE, work, config.output, p.mlflow_tracking_uri) if ranks.first else nullcontext(Tracker(None))
-        )
+        tracking = track(STAGE, p.mlflow_tracking_uri) if ranks.first else nullcontext(Tracker(None))
         keeping = Keeping(p.keep_checkpoints, p.final_checkpoint == "best")
         with tracking as tracker, Output(config.checkpoints, work, keeping, config.output, lease) as output:
             resumed, go_on = _checkpoint(config, output, work)

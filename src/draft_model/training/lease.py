@@ -25,7 +25,6 @@ from typing import Any
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
-from draft_model.storage import growing
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class Lease:
             DraftModelError: where another run is at work there.
         """
         seen, since = b"", time.monotonic()
-        while not growing.create(self._uri, self._text()):
+        while not storage.create(self._uri, self._text()):
             found = self._read()
             held = _parsed(found)
             if held.get("run_id") == self.run_id:
@@ -78,7 +77,7 @@ class Lease:
                 seen, since = found, time.monotonic()
             if found and time.monotonic() - since >= float(held.get("seconds", SECONDS)):
                 logger.warning("checkpoint_path: run %s is gone, and its lease taken over", _name(held))
-                growing.remove(self.place, [FILE])
+                storage.delete(self._uri)
             else:
                 time.sleep(SECONDS / RENEWALS / 4)
         return True
@@ -121,12 +120,12 @@ class Lease:
             self._ended.set()
         try:
             if release and _parsed(self._read()).get("run_id") == self.run_id:
-                growing.remove(self.place, [FILE])
+                storage.delete(self._uri)
         except DraftModelError as error:
             logger.warning("checkpoint_path: the lease is left to run out: %s", error)
 
     def _read(self) -> bytes:
-        return growing.read(self._uri) or b""
+        return storage.read_file(self._uri) or b""
 
     def _text(self) -> bytes:
         now = datetime.now(UTC).isoformat(timespec="microseconds")

@@ -1,5 +1,0 @@
-"""The component `plan_dataset`."""
-
-from .component import plan_dataset
-
-__all__ = ["plan_dataset"]

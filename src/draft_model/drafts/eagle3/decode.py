@@ -1,0 +1,85 @@
+"""Greedy proposals of a chain: the draft's one layer with its keys and values in a cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary, rotate
+from draft_model.target.model import Target
+
+
+class Proposer:
+    """Proposes tokens for the rows of a batch.
+
+    Args:
+        draft: the draft.
+        target: its target.
+        length: positions that decoding may reach, proposals included.
+    """
+
+    def __init__(self, draft: Eagle3Draft, target: Target, length: int) -> None:
+        self.weights = draft.weights(torch.float32)
+        self.head = draft.lm_head.weight
+        self.target_ids = draft.target_ids
+        self.rotary = Rotary(draft.config, target.device).table(length, torch.float32)
+        self.embedding = target.embedding.float()
+        heads, size = draft.config.num_key_value_heads, draft.config.head_dim
+        self.keys = self.values = torch.empty(0, heads, 0, size, device=target.device)  # [B, kv_heads, C, d]
+
+    def propose(
+        self, features: Tensor, tokens: Tensor, positions: Tensor, visible: Tensor, ends: Tensor, count: int
+    ) -> Tensor:
+        """Reads new columns, then continues from each row's last one on the draft's own output.
+
+        Args:
+            features: the target's, of Q new columns, [B, Q, 3H].
+            tokens: the token after each column, int64 [B, Q].
+            positions: rotary positions, int64 [B, Q].
+            visible: columns that a row may see, the new ones included, bool [B, C + Q].
+            ends: each row's last accepted new column, int64 [B].
+            count: K, how many tokens to propose.
+
+        Returns:
+            Token ids of the target, int64 [B, K].
+        """
+        rows = torch.arange(len(ends), device=ends.device)
+        columns, width = visible.shape[1], tokens.shape[1]
+        # Causal among the new columns; a masked column still sees itself, so that no softmax is empty.
+        order = torch.ones(width, columns, dtype=torch.bool, device=ends.device).tril(columns - width)
+        own = torch.eye(width, columns, dtype=torch.bool, device=ends.device).roll(columns - width, 1)
+        mask = (visible.unsqueeze(1) & order) | own  # [B, Q, C + Q]
+        hidden = self._step(functional.linear(features.float(), self.weights.fc), tokens, positions, mask)
+        hidden, position = hidden[rows, ends].unsqueeze(1), positions[rows, ends].unsqueeze(1)
+        proposed = [self._best(hidden)]
+        for depth in range(1, count):
+            mask = torch.cat((visible, visible.new_ones(len(rows), depth)), 1).unsqueeze(1)
+            hidden = self._step(hidden, proposed[-1], position + depth, mask)
+            proposed.append(self._best(hidden))
+        self.keys, self.values = self.keys[:, :, :columns], self.values[:, :, :columns]
+        return torch.cat(proposed, 1)
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps some rows of the batch, int64 [B']."""
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+    def _best(self, hidden: Tensor) -> Tensor:
+        logits = functional.linear(self.weights.rms_norm(hidden, self.weights.norm), self.head)  # [B, 1, D]
+        return self.target_ids[logits.argmax(-1)]
+
+    def _step(self, hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        """One pass of the layer over Q columns, whose keys and values stay in the cache: [B, Q, H] -> [B, Q, H]."""
+        w, shape = self.weights, tokens.shape
+        embedded = functional.embedding(tokens, self.embedding).flatten(0, 1)
+        qkv = w.project_embedding(embedded) + w.project_hidden(hidden.flatten(0, 1))
+        q, k, v = w.split_heads(qkv)  # [BQ, heads, d]
+        table = self.rotary[:, positions.flatten()]
+        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (rotate(q, table), rotate(k, table), v))
+        if self.keys.shape[2]:
+            k, v = torch.cat((self.keys, k), 2), torch.cat((self.values, v), 2)
+        self.keys, self.values = k, v
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(1), enable_gqa=True)
+        attended = attended.transpose(1, 2).flatten(0, 1)  # [BQ, heads, d]
+        following: Tensor = w.finish_layer(hidden.flatten(0, 1), attended).unflatten(0, shape)
+        return following

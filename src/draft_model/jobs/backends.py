@@ -1,0 +1,258 @@
+"""PyTorchJobs and TrainJobs alike: created or adopted, read and deleted; and which of them a cluster has."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from draft_model.errors import DraftModelError
+from draft_model.jobs import render
+from draft_model.jobs.cluster import Cluster, Forbidden
+from draft_model.jobs.render import PYTORCHJOB, RUNTIME, TRAINJOB
+from draft_model.jobs.request import RUN_ID, SPEC_HASH, JobRequest, Kind, Manifest
+from draft_model.jobs.states import Pod, State, Status, pod_of, status_of
+
+logger = logging.getLogger(__name__)
+
+_KUEUE = "kueue.x-k8s.io"
+_GOING_SECONDS = 360  # an object under deletion is gone by then, its pods' grace period included
+_BY_KUEUE = ("suspend", "nodeSelector", "tolerations", "labels", "annotations")
+"""Fields that Kueue changes when it admits a job."""
+_DEFAULTS = (*_BY_KUEUE, "managedBy", "ports", "dnsPolicy", "schedulerName", "apiGroup", "successPolicy", "network",
+             "restartStrategy", "groupName", "replicas")  # fmt: skip
+"""Fields that schemas and operators may fill in besides what was asked for."""
+
+
+class _Type(NamedTuple):
+    kinds: tuple[Kind, ...]  # in the order of creation; the job is the last
+    render: Callable[[JobRequest], list[Manifest]]
+    container: str
+    name_label: str  # of a pod: the job that it belongs to
+    rank_label: str  # label or annotation of a pod: its index in its job or replica type
+
+
+_TYPES = {
+    "pytorchjob": _Type(
+        (PYTORCHJOB,), render.pytorchjob, "pytorch", "training.kubeflow.org/job-name",
+        "training.kubeflow.org/replica-index",
+    ),
+    "trainjob": _Type(
+        (RUNTIME, TRAINJOB), render.trainjob, "node", "jobset.sigs.k8s.io/jobset-name",
+        "batch.kubernetes.io/job-completion-index",
+    ),
+}  # fmt: skip
+ALL_KINDS = [kind for kinds, *_ in _TYPES.values() for kind in reversed(kinds)]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job that was created or adopted; one of the same name with another uid is another job."""
+
+    request: JobRequest
+    uid: str
+    adopted: bool = False
+
+    @property
+    def name(self) -> str:
+        """The job's name."""
+        return self.request.name
+
+
+class Backend:
+    """Runs jobs as objects of one type: `pytorchjob` or `trainjob`."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.cluster, self.name = cluster, name
+        self.kinds, self.render, self._container, self._name_label, self._rank_label = _TYPES[name]
+        self.kind = self.kinds[-1]
+
+    def create_or_adopt(self, request: JobRequest) -> Job:
+        """Creates the job's objects, or adopts those of the same run and specification."""
+        job = Job(request, "")
+        for kind, manifest in zip(self.kinds, self.render(request), strict=True):
+            found, adopted = self._create_or_adopt(kind, manifest)
+            job = Job(request, found["metadata"]["uid"], adopted)
+        return job
+
+    def _create_or_adopt(self, kind: Kind, manifest: Manifest) -> tuple[Manifest, bool]:
+        name, deadline, waiting = manifest["metadata"]["name"], time.monotonic() + _GOING_SECONDS, False
+        while True:
+            if created := self.cluster.create(kind, manifest):
+                return created, False
+            existing = self.cluster.get(kind, name)
+            if existing is None:
+                continue
+            if "deletionTimestamp" not in existing["metadata"]:
+                _refuse_other(kind, existing, manifest)
+                return existing, True
+            if time.monotonic() > deadline:
+                raise DraftModelError(f"{kind.kind} {name} is being deleted and does not go: see its finalizers")
+            if not waiting:
+                logger.info("waiting until the deleted %s %s is gone", kind.kind, name)
+                waiting = True
+            time.sleep(1)
+
+    def read(self, job: Job) -> tuple[Status, list[Pod], list[str]]:
+        """The job's status, its pods by node, and the names of pods that earlier jobs of its run still have."""
+        found = self.cluster.get(self.kind, job.name)
+        if found is None or found["metadata"]["uid"] != job.uid or "deletionTimestamp" in found["metadata"]:
+            return Status(State.DELETED, "somebody deleted it"), [], []
+        pods, earlier = [], []
+        for pod in self.pods_of_run(job.request):
+            owners = pod["metadata"].get("ownerReferences", ())
+            own = pod["metadata"]["labels"].get(self._name_label) == job.name and not any(
+                owner["kind"] == self.kind.kind and owner["uid"] != job.uid for owner in owners
+            )
+            if own:
+                pods.append(pod_of(pod, self._rank(pod, job.request)))
+            elif pod.get("status", {}).get("phase") not in ("Succeeded", "Failed"):
+                earlier.append(pod["metadata"]["name"])
+        pods.sort(key=lambda pod: pod.node)
+        return status_of(found, pods, job.request), pods, earlier
+
+    def _rank(self, pod: Manifest, request: JobRequest) -> int:
+        labels = {**pod["metadata"].get("annotations", {}), **pod["metadata"]["labels"]}
+        worker = labels.get("training.kubeflow.org/replica-type") == "worker"
+        return int(labels.get(self._rank_label, "0")) + (worker and "Master" in render.replicas_of(request))
+
+    def pods_of_run(self, request: JobRequest) -> list[Manifest]:
+        """Pods of all attempts of the run's job."""
+        stage = f"app.kubernetes.io/component={request.spec.stage}"
+        return self.cluster.pods(f"{RUN_ID}={request.run_id},{stage}")
+
+    def logs(self, pod: str, since: str) -> Iterator[tuple[str, str]]:
+        """Time and text of each line that a pod writes after a time, until its container ends."""
+        for line in self.cluster.log(pod, self._container, since):
+            moment, _, text = line.partition(" ")
+            if moment > since:
+                yield moment, text
+
+    def delete(self, request: JobRequest) -> None:
+        """Deletes the attempt's objects, where they are this run's."""
+        for kind in reversed(self.kinds):
+            found = self.cluster.get(kind, request.name)
+            if found and found["metadata"].get("labels", {}).get(RUN_ID) == request.run_id:
+                self.cluster.delete(kind, request.name)
+
+    def warnings(self, job: Job) -> list[str]:
+        """The warning events of the job and of its pods, a line each."""
+        lines = []
+        for event in self.cluster.warnings():
+            about = event.get("involvedObject", {}).get("name", "")
+            if about == job.name or about.startswith(f"{job.name}-"):
+                lines.append(f"{about}: {event.get('reason', '')}: {event.get('message', '')}")
+        return lines
+
+    def workload(self, job: Job) -> str | None:
+        """What Kueue says of the job in its queue; None where Kueue does not know the job."""
+        version = self.cluster.groups().get(_KUEUE)
+        if version is None:
+            return None
+        try:
+            workloads = self.cluster.objects(Kind(_KUEUE, version, "workloads", "Workload"))
+        except Forbidden as error:
+            logger.info("Kueue's workloads cannot be read: %s", error)
+            return ""
+        for workload in workloads:
+            if any(owner["uid"] == job.uid for owner in workload["metadata"].get("ownerReferences", ())):
+                said = [c.get("message", "") for c in workload.get("status", {}).get("conditions", ())]
+                return said[-1] if said else ""
+        return None
+
+
+def _refuse_other(kind: Kind, existing: Manifest, wanted: Manifest) -> None:
+    """Adopts nothing but the very job that was asked for: labels and annotations can be forged."""
+    name, run_id = wanted["metadata"]["name"], wanted["metadata"]["labels"][RUN_ID]
+    owner = existing["metadata"].get("labels", {}).get(RUN_ID)
+    if owner != run_id:
+        whose = f"belongs to the run {owner}" if owner else "was not made by this pipeline"
+        raise DraftModelError(
+            f"{kind.kind} {name} exists and {whose}, not to the run {run_id}: it is left alone; delete it, or start "
+            "the run again, which gives it another id"
+        )
+    field = _difference(existing["spec"], wanted["spec"])
+    if (
+        not field
+        and existing["metadata"].get("annotations", {}).get(SPEC_HASH) == (wanted["metadata"]["annotations"][SPEC_HASH])
+    ):
+        return
+    raise DraftModelError(
+        f"{kind.kind} {name} exists, of this run but with other settings ({field or SPEC_HASH}): delete it, and run "
+        "this step again"
+    )
+
+
+def _difference(existing: Any, wanted: Any, path: str = "spec") -> str:
+    """Path of the first field that differs; empty where both ask for the same."""
+    if isinstance(existing, dict) and isinstance(wanted, dict):
+        for name in sorted(existing.keys() | wanted.keys()):
+            if name in _BY_KUEUE or (name in _DEFAULTS and name not in wanted):
+                continue
+            if found := _difference(existing.get(name), wanted.get(name), f"{path}.{name}"):
+                return found
+        return ""
+    if isinstance(existing, list) and isinstance(wanted, list) and len(existing) == len(wanted):
+        each = (_difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(existing, wanted, strict=True)))
+        return next(filter(None, each), "")
+    return "" if existing == wanted else path
+
+
+def choose(cluster: Cluster, wanted: str, run_id: str = "", without: str = "") -> Backend:
+    """The back end that the parameter training_backend means on a cluster.
+
+    `auto` is the one that has a job of the run, else the first that the cluster has, `without` one that does not work.
+    """
+    names = [name for name in _TYPES if wanted in ("auto", name) and name != without]
+    found = [Backend(cluster, name) for name in names if cluster.has(_TYPES[name].kinds[-1])]
+    if not found:
+        kinds = " or ".join(_TYPES[name].kinds[-1].kind for name in names)
+        raise DraftModelError(
+            f"training_backend: given {wanted!r}, but this cluster has no {kinds}: install Kubeflow's training "
+            "operator, or use training_backend=local, which trains in this step's own pod"
+        )
+    if len(found) > 1 and run_id:
+        with suppress(Forbidden):  # without the right to list TrainJobs there are none of this run
+            found.sort(key=lambda backend: not cluster.objects(backend.kind, f"{RUN_ID}={run_id}"))
+    logger.info("training_backend: %s", found[0].name)
+    return found[0]
+
+
+def jobs_of_run(cluster: Cluster, run_id: str) -> list[tuple[Kind, Manifest]]:
+    """All objects of a run's jobs; of the kinds that this account may list, since it has made no others."""
+    found, refused = [], None
+    kinds = [kind for kind in ALL_KINDS if cluster.has(kind)]
+    for kind in kinds:
+        try:
+            found += [(kind, each) for each in cluster.objects(kind, f"{RUN_ID}={run_id}")]
+        except Forbidden as error:
+            refused, kinds = error, [other for other in kinds if other != kind]
+    if refused and not kinds:
+        raise refused
+    return found
+
+
+def check(cluster: Cluster, wanted: str, queue: str, compute: str) -> tuple[list[str], list[str]]:
+    """What keeps a cluster from running a job, and what cannot be seen with this account's rights."""
+    problems, notes = [], []
+    verbs = ("create", "get", "list", "watch", "delete")
+    rights = [(verb, kind.group, kind.plural) for kind in choose(cluster, wanted).kinds for verb in verbs]
+    rights += [("get", "", "pods"), ("list", "", "pods"), ("get", "", "pods/log")]
+    if missing := [f"{verb} {resource}" for verb, group, resource in rights if not cluster.may(verb, group, resource)]:
+        problems.append(
+            f"training_backend: this run's service account may not {', '.join(missing)} in namespace "
+            f"{cluster.namespace}: mount the token of draft-model-coordinator (manifests/base has its Role), or start "
+            "runs as that account"
+        )
+    start = f"compute_draft_model_training: {compute} waits in the queue {queue}"
+    version = cluster.groups().get(_KUEUE) if queue else ""
+    if version is None:
+        problems.append(f"{start}, but this cluster has no Kueue: install it, or choose a compute without a queue")
+    elif version and not cluster.may("get", _KUEUE, "localqueues"):
+        notes.append(f"{start}; whether it exists cannot be seen with this service account's rights")
+    elif version and cluster.get(Kind(_KUEUE, version, "localqueues", "LocalQueue"), queue) is None:
+        problems.append(f"{start}, but namespace {cluster.namespace} has no LocalQueue of that name: create it")
+    return problems, notes

@@ -1,0 +1,99 @@
+"""The end of a run, however it ended: what became of its jobs, and how to go on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+
+from draft_model import storage
+from draft_model.errors import DraftModelError
+from draft_model.jobs.backends import jobs_of_run
+from draft_model.jobs.cluster import Cluster, Unavailable
+from draft_model.jobs.context import connect, own_pod, owner_of, run_ended, wants_cluster
+from draft_model.jobs.render import RUNTIME
+from draft_model.jobs.request import Manifest
+from draft_model.parameters import Parameters
+
+logger = logging.getLogger(__name__)
+
+AWAY_SECONDS = 120.0  # that the API server may be away
+_SUCCEEDED = ("COMPLETE", "SUCCEEDED", "CACHED")  # of MLMD, of kfp.local
+_STATES = {
+    "FAILED": "a step failed: the last lines of its log say why",
+    "CANCELED": "the run was terminated",
+    "CANCELLED": "the run was terminated",
+}
+_LOST = "a step was lost: its pod was killed or evicted, or could not start"
+"""MLMD says RUNNING, or nothing, of a step that could not report its end."""
+
+
+def run(run_id: str, training_backend: str, state: str, message: str, checkpoint_path: str, root: str) -> list[str]:
+    """See `draft_model.jobs.clean_up`."""
+    state, ended = state.upper(), None
+    lines: list[str] = []
+    if wants_cluster(Parameters(training_backend=training_backend)):  # type: ignore[arg-type]
+        deadline = time.monotonic() + AWAY_SECONDS
+        while True:
+            try:
+                cluster = connect()
+                ended, lines = _end_jobs(cluster, run_id, succeeded=state in _SUCCEEDED)
+                break
+            except (Unavailable, DraftModelError) as error:
+                if isinstance(error, DraftModelError) or time.monotonic() > deadline:
+                    lines = [
+                        f"whether a training job is left is not known ({error}): look with `kubectl get "
+                        f"pytorchjobs,trainjobs -l draft-model/run-id={run_id}`; it ends at its deadline at the latest"
+                    ]
+                    break
+                time.sleep(2.0)
+    if state in _SUCCEEDED:
+        return ["all steps succeeded", *lines]
+    what = "the run was terminated" if ended else _STATES.get(state, _LOST)
+    return [f"{what}{f' ({message})' if message else ''}", *lines, *_how_to_go_on(checkpoint_path, root)]
+
+
+def _end_jobs(cluster: Cluster, run_id: str, *, succeeded: bool) -> tuple[bool | None, list[str]]:
+    """Deletes what is left, but a running job only where a person ended the run, or nobody can tell."""
+    owner = owner_of(own_pod(cluster))
+    ended = run_ended(cluster, owner) if owner else None
+    found = jobs_of_run(cluster, run_id)
+    running = [job for kind, job in found if kind != RUNTIME and not _has_ended(job)]
+    if running and ended is False and not succeeded:
+        names = ", ".join(f"{job['kind']} {job['metadata']['name']}" for job in running)
+        return ended, [
+            f"{names} runs on: the step that followed it was lost, and nobody terminated the run. Retry in the UI "
+            "follows it again; its output is whole once it has ended, and it is deleted with the run's Workflow"
+        ]
+    lines = []
+    for kind, job in found:
+        cluster.delete(kind, job["metadata"]["name"])
+        lines.append(f"the training step left {kind.plural}/{job['metadata']['name']}: deleted")
+        logger.warning("%s", lines[-1])
+    return ended, lines or ["no training job was left"]
+
+
+def _has_ended(job: Manifest) -> bool:
+    conditions = job.get("status", {}).get("conditions") or ()
+    return any(c["type"] in ("Succeeded", "Complete", "Failed") and c["status"] == "True" for c in conditions)
+
+
+def _how_to_go_on(checkpoint_path: str, root: str) -> list[str]:
+    """Where the newest whole checkpoint is, and what goes on from it."""
+    try:
+        uris = [checkpoint_path] if checkpoint_path else []
+        if not uris and root:
+            indexes = [name for name in storage.list_files(root) if name.rpartition("/")[2] == "checkpoints.json"]
+            uris = [storage.join(root, *name.split("/")[:-1]) for name in indexes]
+        for uri in uris:
+            for name in reversed(json.loads(storage.read_file(storage.join(uri, "checkpoints.json")) or b"[]")):
+                newest = storage.join(uri, name)
+                if storage.exists(storage.join(newest, storage.MANIFEST)):
+                    new = f"resume_from_checkpoint={newest} and resume=true"
+                    return [
+                        f"the newest checkpoint: {newest}",
+                        f"Retry in the UI goes on from it; so does a run with {new}",
+                    ]
+    except (DraftModelError, ValueError) as error:
+        return [f"the object store does not say whether there is a checkpoint ({error})"]
+    return ["there is no whole checkpoint; Retry in the UI starts the step that failed again"]

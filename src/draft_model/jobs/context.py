@@ -1,0 +1,185 @@
+"""The run that this process belongs to: its cluster, pod and Workflow, and what its job's pods inherit from them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+
+from draft_model import storage
+from draft_model.errors import DraftModelError
+from draft_model.jobs import compute
+from draft_model.jobs.compute import Compute
+from draft_model.jobs.request import WORKFLOW, JobRequest, JobSpec, Manifest
+from draft_model.parameters import Parameters
+from draft_model.tracking import LOGIN, forwarded
+
+if TYPE_CHECKING:
+    from draft_model.jobs.cluster import Cluster
+
+logger = logging.getLogger(__name__)
+
+IMAGE = "DRAFT_MODEL_IMAGE"
+"""Environment variable: image of the job's pods, where it is not this pod's own."""
+STORE = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_MAX_ATTEMPTS", "AWS_REQUEST_CHECKSUM_CALCULATION",
+         "AWS_RESPONSE_CHECKSUM_VALIDATION", "AWS_CA_BUNDLE")  # fmt: skip
+"""What the ConfigMap of the object store may set; the job's pods get the same as the step."""
+
+
+def on_cluster() -> bool:
+    """Whether this process is in a pod."""
+    return bool(os.environ.get("KUBERNETES_SERVICE_HOST"))
+
+
+def wants_cluster(parameters: Parameters) -> bool:
+    """Whether the training is to run as pods of a cluster."""
+    wanted = parameters.training_backend
+    return on_cluster() if wanted == "auto" else wanted != "local"
+
+
+def connect() -> Cluster:
+    """The cluster that this process is in, or that KUBECONFIG names."""
+    from draft_model.jobs.cluster import Cluster  # the client takes a second to import
+
+    return Cluster.connect()
+
+
+def nodes_of(values: Mapping[str, Any]) -> dict[str, Compute]:
+    """What the pods of the import and of the training ask for, by stage; nothing where parameters are invalid."""
+    try:
+        parameters = Parameters.model_validate(dict(values))
+    except ValidationError:
+        return {}
+    found = compute.load_map(parameters.compute_map, lambda name: connect().config_map(name))
+    nodes, problems = {}, []
+    for stage in ("import", "train") if wants_cluster(parameters) else ("import",):
+        try:
+            nodes[stage] = compute.resolve(found, stage, parameters)
+        except DraftModelError as error:
+            problems += error.problems
+    if problems:
+        raise DraftModelError(problems)
+    return nodes
+
+
+def check_cluster(parameters: Parameters, wanted: Compute | None) -> tuple[list[str], list[str]]:
+    """What keeps a run's job from running on the cluster, and what cannot be seen from here; creates nothing."""
+    from draft_model.jobs.backends import check
+    from draft_model.jobs.cluster import Unavailable
+
+    queue, name = wanted.queue if wanted else "", parameters.compute_draft_model_training
+    try:
+        return check(connect(), parameters.training_backend, queue, name)
+    except DraftModelError as error:
+        return error.problems, []
+    except Unavailable as error:
+        return [f"training_backend: the API server does not answer ({error}): start the run again later"], []
+
+
+def request_for(cluster: Cluster, spec: JobSpec, run_id: str) -> JobRequest:
+    """The first attempt of a run's job."""
+    for name, uri in spec.uris.items():
+        if not storage.is_remote(uri):
+            raise DraftModelError(
+                f"{name}: given {uri!r}; the pods of a job see no folder of this machine: use an s3:// URI, or "
+                "training_backend=local"
+            )
+    pod, secret = own_pod(cluster), spec.parameters.object_store_secret
+    login = login_of(pod)
+    for name, key in (("AWS_ACCESS_KEY_ID", "accesskey"), ("AWS_SECRET_ACCESS_KEY", "secretkey")) if secret else ():
+        login[name] = {"name": secret, "key": key, "optional": True}
+    image = spec.image or os.environ.get(IMAGE) or _image_of(pod)
+    if not image:
+        raise DraftModelError(f"the image of the job's pods is not known here: name it in {IMAGE}")
+    return JobRequest(
+        run_id=run_id,
+        attempt=0,
+        spec=spec,
+        compute=compute.resolve(
+            compute.load_map(spec.parameters.compute_map, cluster.config_map), "train", spec.parameters
+        ),
+        image=image,
+        namespace=cluster.namespace,
+        owner=owner_of(pod),
+        variables={**forwarded(os.environ), **store_variables(os.environ)},
+        login=login,
+    )
+
+
+def store_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The object store's variables for a pod, without the newline that `echo | base64` leaves."""
+    found = {name: environment.get(name, "").strip() for name in (*STORE, "AWS_ENDPOINT_URL_S3", "AWS_REGION")}
+    endpoint, region = found.pop("AWS_ENDPOINT_URL_S3"), found.pop("AWS_REGION")
+    found["AWS_ENDPOINT_URL"] = endpoint or found["AWS_ENDPOINT_URL"]
+    found["AWS_DEFAULT_REGION"] = found["AWS_DEFAULT_REGION"] or region
+    if "@" in urlsplit(found["AWS_ENDPOINT_URL"]).netloc:
+        raise DraftModelError(
+            "AWS_ENDPOINT_URL: holds a name or password, which a job's manifest would show: put the keys into the "
+            "Secret that object_store_secret names"
+        )
+    return {name: value for name, value in found.items() if value}
+
+
+def own_pod(cluster: Cluster) -> Manifest | None:
+    """The pod of this process; None where it is in none, or may not see it."""
+    name = os.environ.get("KFP_POD_NAME") or (os.environ.get("HOSTNAME") if on_cluster() else None)
+    try:
+        return cluster.pod(name) if name else None
+    except DraftModelError as error:
+        logger.warning("%s", error)
+        return None
+
+
+def _image_of(pod: Manifest | None) -> str:
+    containers = pod["spec"]["containers"] if pod else []
+    return str(next((c["image"] for c in containers if c["name"] == "main"), containers[0]["image"] if pod else ""))
+
+
+def login_of(pod: Manifest | None) -> dict[str, Manifest]:
+    """How a pod logs in to the tracking server: its references to Secrets, by variable, and no value itself."""
+    entries = [entry for container in pod["spec"]["containers"] for entry in container.get("env", ())] if pod else []
+    references = {entry["name"]: entry.get("valueFrom", {}).get("secretKeyRef") for entry in entries}
+    return {name: references[name] for name in LOGIN if references.get(name)}
+
+
+def owner_of(pod: Manifest | None) -> Manifest | None:
+    """An owner reference to the pod's Workflow, so that the job goes when the run is deleted; else to the pod.
+
+    The pod's own owner reference has the Workflow's uid, which is not the run's id.
+    """
+    if pod is not None:
+        owners = pod["metadata"].get("ownerReferences", ())
+        workflow = next((owner for owner in owners if owner["kind"] == WORKFLOW.kind), None)
+        reference = workflow or {"apiVersion": "v1", "kind": "Pod", **pod["metadata"]}
+    elif uid := os.environ.get("KFP_POD_UID"):
+        reference = {"apiVersion": "v1", "kind": "Pod", "name": os.environ["KFP_POD_NAME"], "uid": uid}
+    else:
+        return None
+    kept = {name: reference[name] for name in ("apiVersion", "kind", "name", "uid")}
+    return {**kept, "controller": False, "blockOwnerDeletion": False}
+
+
+def run_ended(cluster: Cluster, owner: Manifest | None) -> bool | None:
+    """Whether a person ended the run: terminated it (KFP sets the Workflow's deadline to 0) or deleted it.
+
+    Returns:
+        None where that cannot be seen. A process that no Workflow owns was started, and is ended, by a person.
+    """
+    from draft_model.jobs.cluster import Unavailable
+
+    if owner is None:
+        return True
+    if owner["kind"] != WORKFLOW.kind:
+        return None
+    try:
+        workflow = cluster.get(WORKFLOW, owner["name"])
+    except (Unavailable, DraftModelError):
+        return None
+    if workflow is None or "deletionTimestamp" in workflow["metadata"]:
+        return True
+    spec = workflow.get("spec", {})
+    return spec.get("activeDeadlineSeconds") == 0 or bool(spec.get("shutdown"))

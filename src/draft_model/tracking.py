@@ -1,0 +1,239 @@
+"""Experiment tracking by MLflow, where a server is named; it never stops or slows what it tracks.
+
+A daemon thread sends what a stage reports. While the server is away, records are dropped after one warning: the same
+numbers are in the stage's output (training.json, the reports). MLflow's own asynchronous logging is not used because
+its exit handler waits for every queued batch, also of a server that is gone.
+
+Kubeflow Pipelines 2.17 makes a run for each task and sets MLFLOW_RUN_ID; that run is written to, and KFP ends it.
+Elsewhere each stage makes a run of its own, below a parent that all stages of one DRAFT_MODEL_RUN share.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import wraps
+from queue import SimpleQueue
+from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
+
+from draft_model.hub import without_credentials
+from draft_model.parameters import Stage
+
+logger = logging.getLogger(__name__)
+
+RUN = "DRAFT_MODEL_RUN"
+"""Environment variable: what the stages of one pipeline run have in common."""
+LOGIN = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+"""Environment variables with a secret in them."""
+_FORWARDED = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME",
+              "MLFLOW_WORKSPACE", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_INSECURE_TLS", RUN)  # fmt: skip
+_DEFAULTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+             "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}  # fmt: skip
+_PARENT = "mlflow.parentRunId"
+_LONGEST_VALUE = 6000
+END_SECONDS, FAILED_SECONDS = 120.0, 10.0
+"""How long the end of a stage waits for the server; a pod that failed or was asked to stop has half a minute."""
+PAUSE = 60.0
+"""Seconds after a failure in which records are dropped."""
+Stagelike = TypeVar("Stagelike", bound=Callable[..., Any])
+
+
+def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that the pods of a training job need of the environment of the step that starts it.
+
+    A URI with a password in it stays behind: a pod's variables are readable in the cluster.
+    """
+    found = {name: environment[name] for name in _FORWARDED if environment.get(name)}
+    return {} if "@" in urlsplit(found.get("MLFLOW_TRACKING_URI", "")).netloc else found
+
+
+class Tracker:
+    """Reports a stage to MLflow. Its methods return at once and raise nothing.
+
+    Args:
+        stage: names the run.
+        uri: of the server or store; empty: nothing is tracked.
+    """
+
+    def __init__(self, stage: str | None = None, uri: str = "") -> None:
+        self._stage, self._uri = stage, uri
+        self._queue: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
+        self._client: Any = None
+        self._parent, self._lost, self._failed_at = "", 0, -math.inf
+        # Ids in the environment are those of the environment's server.
+        here = os.environ if uri == os.environ.get("MLFLOW_TRACKING_URI") else {}
+        self._run, self._experiment = here.get("MLFLOW_RUN_ID", ""), here.get("MLFLOW_EXPERIMENT_ID", "")
+        self._ends_run = not self._run
+
+    @property
+    def active(self) -> bool:
+        """Whether tracking is set up."""
+        return bool(self._uri)
+
+    def metrics(self, step: int, values: Mapping[str, Any]) -> None:
+        """Tracks numbers of one step.
+
+        Args:
+            step: optimizer steps done.
+            values: by name; a list becomes `name_1`, `name_2`, ...; None and what is not finite are left out.
+        """
+        flat = []
+        for name, value in values.items():
+            items = enumerate(value, 1) if isinstance(value, list | tuple) else [(0, value)]
+            flat += [(f"{name}_{index}" if index else name, x) for index, x in items if x is not None]
+        now = time.time_ns() // 1_000_000
+        self._batch("metrics", "Metric", [(name, float(x), now, step) for name, x in flat if math.isfinite(x)])
+
+    def parameters(self, values: Mapping[str, Any]) -> None:
+        """Tracks parameters; those that are empty are left out."""
+        self._batch("params", "Param", [(name, str(x)[:_LONGEST_VALUE]) for name, x in values.items() if x != ""])
+
+    def references(self, values: Mapping[str, str]) -> None:
+        """Tracks where artifacts are, by name; nothing is copied."""
+        self._batch("tags", "RunTag", [(f"artifact.{name}", uri[:_LONGEST_VALUE]) for name, uri in values.items()])
+
+    def _batch(self, kind: str, entity: str, values: list[Any]) -> None:
+        def send() -> None:
+            from mlflow import entities
+
+            self._client.log_batch(self._run, **{kind: [getattr(entities, entity)(*one) for one in values]})
+
+        self._send(send)
+
+    def inputs(self, values: Mapping[str, tuple[str, str]]) -> None:
+        """Tracks what went in: URI and digest, by name (`target`, `dataset`)."""
+
+        def send() -> None:
+            from mlflow.entities import Dataset, DatasetInput, InputTag
+
+            for name, (uri, digest) in values.items():
+                data = Dataset(name, digest[:36], "draft-model", json.dumps({"uri": uri}))
+                self._client.log_inputs(self._run, [DatasetInput(data, [InputTag("mlflow.data.context", name)])])
+
+        self._send(send)
+
+    def register(self, name: str, uri: str) -> None:
+        """Registers a model version of this run."""
+
+        def send() -> None:
+            from mlflow.exceptions import MlflowException
+
+            with suppress(MlflowException):  # there is one by this name; what else it may be, the next call meets, too
+                self._client.create_registered_model(name)
+            self._client.create_model_version(name, source=uri, run_id=self._run)
+
+        self._send(send)
+
+    def _send(self, request: Callable[[], Any]) -> None:
+        if self.active:
+            self._queue.put(request)
+
+    def work(self) -> None:
+        """Sends what is reported, until the end; runs in a thread of its own."""
+        for request in iter(self._queue.get, None):
+            if time.monotonic() < self._failed_at + PAUSE:
+                self._lost += 1
+                continue
+            try:
+                self._open()
+                request()
+            except Exception as error:  # MLflow has no common ancestor for what a network can do
+                if not self._lost:
+                    reason = str(error).partition("\n")[0][:300]
+                    self._warn(f"{type(error).__name__}: {reason}; what it misses is in the stage's output")
+                self._lost, self._failed_at = self._lost + 1, time.monotonic()
+
+    def end(self, status: str, thread: threading.Thread) -> None:
+        """Says how the stage ended, and waits a little for the server."""
+        self._failed_at = -math.inf
+        self._queue.put(lambda: self._end(status))
+        self._queue.put(None)
+        thread.join(END_SECONDS if status == "FINISHED" else FAILED_SECONDS)
+        lost = self._lost + max(self._queue.qsize() - 1, 0)
+        if lost or thread.is_alive():
+            self._warn(f"has not taken {max(lost, 1)} records; their numbers are in the stage's output")
+
+    def _warn(self, what: str) -> None:
+        logger.warning("tracking: %s: %s", without_credentials(self._uri).partition("?")[0], without_credentials(what))
+
+    def _open(self) -> None:
+        """Finds or makes the run; of two parents that are made at once the older one counts."""
+        if self._client is None:
+            from mlflow import MlflowClient
+
+            self._client = MlflowClient(self._uri, self._uri)
+        if self._run:
+            return
+        client, group = self._client, os.environ.get(RUN, "")
+        if not self._experiment:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "draft-model")
+            found = client.get_experiment_by_name(name)
+            self._experiment = found.experiment_id if found else client.create_experiment(name)
+        if group and not self._parent:
+            wanted = f"tags.`draft_model.run` = '{group}'"
+            if not (parents := self._oldest_first(wanted)):
+                made = client.create_run(self._experiment, run_name="draft-model", tags={"draft_model.run": group})
+                parents = self._oldest_first(wanted)
+                if parents[0].info.run_id != made.info.run_id:
+                    client.delete_run(made.info.run_id)
+            self._parent = parents[0].info.run_id
+        tags = {_PARENT: self._parent} if self._parent else {}
+        self._run = client.create_run(self._experiment, run_name=self._stage, tags=tags).info.run_id
+
+    def _oldest_first(self, wanted: str) -> list[Any]:
+        order = ["attributes.start_time ASC", "attributes.run_id ASC"]
+        return list(self._client.search_runs([self._experiment], wanted, order_by=order))
+
+    def _end(self, status: str) -> None:
+        """Ends the run, and the parent: failed where the newest run of some stage has, running while one is."""
+        if self._ends_run:
+            self._client.set_terminated(self._run, status)
+        if self._parent:
+            children = self._oldest_first(f"tags.`{_PARENT}` = '{self._parent}'")
+            newest = {child.info.run_name: child.info.status for child in children}.values()
+            if "FAILED" in newest or "RUNNING" not in newest:
+                self._client.set_terminated(self._parent, "FAILED" if "FAILED" in newest else "FINISHED")
+
+
+@contextmanager
+def track(stage: str, uri: str = "") -> Iterator[Tracker]:
+    """Tracks one stage as a run on the server at a URI, or at MLFLOW_TRACKING_URI; on neither, nothing is tracked."""
+    tracker = Tracker(stage, uri or os.environ.get("MLFLOW_TRACKING_URI", ""))
+    if not tracker.active:
+        yield tracker
+        return
+    os.environ.update({name: value for name, value in _DEFAULTS.items() if name not in os.environ})
+    import mlflow.tracking  # noqa: F401  (not first in the thread: a stage may import it at the same time)
+
+    thread = threading.Thread(target=tracker.work, daemon=True, name="tracking")
+    thread.start()
+    status = "FAILED"
+    try:
+        yield tracker
+        status = "FINISHED"
+    finally:
+        tracker.end(status, thread)
+
+
+def tracked(stage: Stage, artifact: str) -> Callable[[Stagelike], Stagelike]:
+    """Tracks a stage's function (config -> result): parameters, how it ended, and the result's URI as an artifact."""
+
+    def wrap(run: Stagelike) -> Stagelike:
+        @wraps(run)
+        def run_tracked(config: Any) -> Any:
+            with track(stage, config.parameters.mlflow_tracking_uri) as tracker:
+                tracker.parameters(config.parameters.of_stage(stage))
+                result = run(config)
+                tracker.references({artifact: result.uri})
+                return result
+
+        return cast(Stagelike, run_tracked)
+
+    return wrap

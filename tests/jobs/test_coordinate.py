@@ -1,0 +1,240 @@
+"""What ends a job and what does not: a person, a lost coordinator, an API server or a store that is away."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+
+from draft_model import jobs, storage
+from draft_model.errors import DraftModelError, StoreUnavailable
+from draft_model.jobs import cleanup, context, coordinate, follow
+from draft_model.jobs.backends import Backend, _difference
+from draft_model.jobs.cluster import Forbidden, Unavailable
+from draft_model.jobs.coordinate import Coordinator
+from draft_model.jobs.render import PYTORCHJOB, RUNTIME, TRAINJOB, pytorchjob
+from draft_model.training import TrainConfig
+from jobs.fake import Clock, FakeCluster, status
+from jobs.requests import GOLDEN, OWNER, RUN
+
+KEY = {"name": "mlflow-login", "key": "token"}
+RUNNING, DONE = status("Running"), status("Succeeded", pods=[])
+WORKFLOW = {"metadata": {"name": OWNER["name"]}, "spec": {}}
+ENDS = [
+    ({**WORKFLOW, "spec": {"activeDeadlineSeconds": 0}}, True),  # KFP's Terminate
+    ({**WORKFLOW, "spec": {"shutdown": "Terminate"}}, True),  # Argo's
+    ({**WORKFLOW, "metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}}, True),
+    (None, True),  # the run was deleted
+    ({**WORKFLOW, "spec": {"activeDeadlineSeconds": 86400}}, False),
+    (WORKFLOW, False),
+]
+
+
+@pytest.fixture
+def coordinate_(tmp_path, monkeypatch):
+    """Coordinates a job through scripted looks; gives the cluster, and lets the test change the rest."""
+    for name in ("POLL_SECONDS", "POLL_ALONE_SECONDS"):
+        monkeypatch.setattr(follow, name, 0.0)
+    monkeypatch.setattr(coordinate, "AGAIN_SECONDS", 0.0)
+    cluster = FakeCluster(clock=Clock())
+
+    def run(*script, **changes):
+        cluster.script = [*script]
+        spec = replace(GOLDEN["1x1"].spec, output=str(tmp_path / "output"), **changes)
+        Coordinator(cluster, replace(GOLDEN["1x1"], spec=spec), tmp_path / "work").run()
+        return json.loads((tmp_path / "output/training_job.json").read_text())
+
+    run.cluster = cluster
+    return run
+
+
+def test_success_is_the_output_and_is_not_repeated(coordinate_):
+    assert coordinate_(RUNNING, DONE)["state"] == "SUCCEEDED"
+    assert coordinate_.cluster.there == {}
+    assert coordinate_(Unavailable("never asked"))["state"] == "SUCCEEDED"
+    lacks = iter([["no manifest"]])
+    with pytest.raises(DraftModelError, match="ended with success, but without its output: no manifest"):
+        coordinate_(RUNNING, DONE, check=lambda: next(lacks), config="another job")
+
+
+@pytest.mark.parametrize(("workflow", "ended"), ENDS)
+def test_sigterm_ends_the_job_only_where_a_person_ended_the_run(coordinate_, workflow, ended):
+    coordinate_.cluster.workflow = workflow
+    with pytest.raises(SystemExit):
+        coordinate_(RUNNING, SystemExit(143))
+    assert (coordinate_.cluster.there == {}) is ended
+    if not ended:  # the step is started again, and adopts the job
+        assert coordinate_(RUNNING, DONE)["attempts"][0]["name"] == "draft-3f2c9a10-a0"
+
+
+@pytest.mark.parametrize("error", [Forbidden("may not get pytorchjobs"), RuntimeError("a fault of ours")])
+def test_an_error_of_the_coordinator_ends_no_healthy_job(coordinate_, error):
+    coordinate_.cluster.workflow = WORKFLOW
+    with pytest.raises(type(error)):
+        coordinate_(error)
+    assert len(coordinate_.cluster.there) == 1
+
+
+def test_a_store_that_is_away_costs_no_finished_job(coordinate_):
+    answers = iter([StoreUnavailable("away"), StoreUnavailable("away"), []])
+
+    def check():
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert coordinate_(RUNNING, DONE, check=check)["state"] == "SUCCEEDED"
+
+
+def test_auto_takes_the_other_kind_where_an_operator_does_not_run(coordinate_, caplog, monkeypatch):
+    monkeypatch.setattr(follow, "OPERATOR_SECONDS", 0.0)
+    coordinate_.cluster.kinds = (PYTORCHJOB, TRAINJOB, RUNTIME)
+    parameters = GOLDEN["1x1"].spec.parameters
+    record = coordinate_(*[{}] * 3, status("Complete"))
+    assert record["state"] == "SUCCEEDED"
+    assert "its operator does not run" in caplog.text
+    fixed = parameters.model_copy(update={"training_backend": "pytorchjob"})
+    with pytest.raises(DraftModelError, match="its operator does not run"):
+        coordinate_({}, parameters=fixed, config="another")
+
+
+def test_a_forged_job_is_not_adopted():
+    """Labels and annotations are anybody's to set; what Kueue and schemas fill in is no difference."""
+    cluster, wanted = FakeCluster(script=[{}]), GOLDEN["4x8"]
+    backend = Backend(cluster, "pytorchjob")
+    job = backend.create_or_adopt(wanted)
+    there = cluster.there[PYTORCHJOB, job.name]
+    template = there["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
+    template["nodeSelector"] = {"flavour": "spot"}
+    assert backend.create_or_adopt(wanted).adopted
+    for change in (
+        {"hostPID": True},
+        {"initContainers": [{"name": "x", "image": "x"}]},
+        {"volumes": [*template["volumes"], {"name": "root", "hostPath": {"path": "/"}}]},
+        {"containers": [{**template["containers"][0], "image": "evil"}]},
+    ):
+        before = {key: template.get(key) for key in change}
+        template.update(change)
+        with pytest.raises(DraftModelError, match=f"other settings .*Master.template.spec.{next(iter(change))}"):
+            backend.create_or_adopt(wanted)
+        template.update(before)
+        for key in [key for key, value in before.items() if value is None]:
+            del template[key]
+    assert _difference(there["spec"], pytorchjob(wanted)[0]["spec"]) == ""
+
+
+@pytest.fixture
+def clean(tmp_path, monkeypatch):
+    """Cleans up after a run whose output is in a folder of its own."""
+    cluster = FakeCluster(script=[{}])
+    monkeypatch.setattr(cleanup, "connect", lambda: cluster)
+    monkeypatch.setattr(cleanup, "owner_of", lambda pod: OWNER)
+    monkeypatch.setattr(cleanup, "AWAY_SECONDS", 0.0)
+
+    def run(state, message=""):
+        return jobs.clean_up(RUN, "pytorchjob", state=state, message=message, root=str(tmp_path))
+
+    run.cluster, run.root = cluster, tmp_path
+    return run
+
+
+@pytest.mark.parametrize(
+    ("state", "terminated", "said"),
+    [
+        ("COMPLETE", False, "all steps succeeded"),
+        ("SUCCEEDED", False, "all steps succeeded"),
+        ("FAILED", False, "a step failed: the last lines of its log say why (no GPU)"),
+        ("RUNNING", False, "a step was lost: its pod was killed or evicted, or could not start (no GPU)"),
+        ("", False, "a step was lost"),
+        ("RUNNING", True, "the run was terminated (no GPU)"),
+        ("CANCELLED", True, "the run was terminated"),
+    ],
+)
+def test_the_end_is_told_in_words_with_the_checkpoint_to_go_on_from(clean, state, terminated, said):
+    clean.cluster.workflow = ENDS[0][0] if terminated else WORKFLOW
+    output = clean.root / "train/output"
+    for name in ("epoch_1", "step_1694"):
+        (output / name).mkdir(parents=True)
+        (output / name / storage.MANIFEST).write_text("{}")
+    (output / "checkpoints.json").write_text('["epoch_1", "step_1694", "half-written"]')
+    Backend(clean.cluster, "pytorchjob").create_or_adopt(GOLDEN["1x1"])
+    lines = clean(state, "no GPU" if "SUCC" not in said.upper() else "")
+    assert lines[0].startswith(said)
+    kept = state in ("RUNNING", "", "FAILED") and not terminated
+    assert any("runs on" in line for line in lines) is kept
+    assert bool(clean.cluster.there) is kept
+    clean.cluster.there.clear()
+    told = "\n".join(clean(state))
+    assert "no training job was left" in told
+    assert (f"the newest checkpoint: {output}/step_1694" in told) is ("succeeded" not in said)
+    assert ("Retry in the UI goes on from it" in told) is ("succeeded" not in said)
+
+
+def test_a_job_whose_run_cannot_be_seen_is_deleted(clean, monkeypatch):
+    monkeypatch.setattr(cleanup, "owner_of", lambda pod: None)
+    Backend(clean.cluster, "pytorchjob").create_or_adopt(GOLDEN["1x1"])
+    assert any("pytorchjobs/draft-3f2c9a10-a0: deleted" in line for line in clean("RUNNING"))
+    assert clean.cluster.there == {}
+
+
+@pytest.mark.parametrize("error", [Unavailable("503"), Forbidden("list pytorchjobs")])
+def test_an_outage_is_no_clean_cluster(clean, monkeypatch, error):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(clean.cluster, "objects", refuse)
+    told = "\n".join(clean("FAILED"))
+    assert "whether a training job is left is not known" in told
+    assert "no training job was left" not in told
+
+
+def test_the_pods_get_the_stores_variables_clean_and_no_credential(monkeypatch):
+    given = {
+        "AWS_ENDPOINT_URL": "http://minio:9000\n", "AWS_REGION": "eu-1\n", "AWS_MAX_ATTEMPTS": "9", "HOME": "/",
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_SECRET_ACCESS_KEY": "x",
+    }  # fmt: skip
+    assert context.store_variables(given) == {
+        "AWS_ENDPOINT_URL": "http://minio:9000", "AWS_DEFAULT_REGION": "eu-1", "AWS_MAX_ATTEMPTS": "9",
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    }  # fmt: skip
+    with pytest.raises(DraftModelError, match="AWS_ENDPOINT_URL: holds a name or password"):
+        context.store_variables({"AWS_ENDPOINT_URL": "http://me:secret@minio"})
+
+
+def test_the_pods_log_in_to_the_tracking_server_by_reference(monkeypatch):
+    """As Kubeflow Pipelines 2.17 makes the pod of a task where its MLflow plugin logs in by a Secret."""
+    env = [
+        {"name": "MLFLOW_TRACKING_URI", "value": "https://mlflow"},
+        {"name": "MLFLOW_TRACKING_TOKEN", "valueFrom": {"secretKeyRef": KEY}},
+        {"name": "MLFLOW_TRACKING_PASSWORD", "value": "written in the open"},
+        {"name": "OTHER", "valueFrom": {"secretKeyRef": KEY}},
+    ]
+    own = {"metadata": OWNER, "spec": {"containers": [{"name": "main", "image": "i", "env": env}, {"name": "wait"}]}}
+    cluster = FakeCluster()
+    cluster.pod = lambda name: own
+    monkeypatch.setenv("KFP_POD_NAME", "own")
+    made = context.request_for(cluster, GOLDEN["1x1"].spec, RUN)
+    assert made.image == os.environ.get(context.IMAGE, "i")
+    text = json.dumps(pytorchjob(made))
+    assert json.dumps({"name": "MLFLOW_TRACKING_TOKEN", "valueFrom": {"secretKeyRef": KEY}}) in text
+    assert "written in the open" not in text
+    assert '"key": "accesskey", "optional": true' in text
+
+
+def test_a_local_folder_is_refused_before_anything_is_created(tmp_path):
+    with pytest.raises(DraftModelError, match="dataset: given '/data'"):
+        context.request_for(FakeCluster(), replace(GOLDEN["1x1"].spec, uris={"dataset": "/data"}), RUN)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(2, 1.5), (4, 1.25)])
+def test_the_acceptance_length_is_that_of_the_draft_that_is_served(tmp_path, step, expected):
+    """With final_checkpoint=best that is an earlier one than the last; locally and on a cluster alike."""
+    validation = [{"step": 2, "acceptance_length": 1.5}, {"step": 4, "acceptance_length": 1.25}]
+    record = {"steps": 4, "draft_step": step, "log": [{"loss": [1.0]}], "validation": validation}
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final/training.json").write_text(json.dumps(record))
+    config = TrainConfig("m", "d", str(tmp_path), tmp_path, GOLDEN["1x1"].spec.parameters)
+    assert jobs._result(config, f"{tmp_path}/final").acceptance_length == expected

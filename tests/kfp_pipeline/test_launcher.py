@@ -1,0 +1,160 @@
+"""Each component as KFP's launcher runs it, one after another on a tiny target, with a root in a real S3 store."""
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+
+import pytest
+import tiny
+from launcher import Launcher
+
+from draft_model import storage
+from draft_model.parameters import PARAMETERS
+
+RUN = "0f8c1d1e-6a5b-4c7d-9e3f-2b4a6c8d0e1f"
+DEFAULTS = {parameter.name: parameter.default for parameter in PARAMETERS}
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("launcher")]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Parameters of a run on a tiny target."""
+    data = tmp_path_factory.mktemp("data")
+    (data / "draft.json").write_text('{"draft_vocab_size": 200}')
+    return {
+        **DEFAULTS,
+        "pytorch_model_path": str(tiny.write_target(data / "target")),
+        "dataset_train_split": str(tiny.write_jsonl(data / "train.jsonl", tiny.conversations(16))),
+        "dataset_validation_split": str(tiny.write_jsonl(data / "validation.jsonl", tiny.conversations(4, seed=1))),
+        "draft_model_config": str(data / "draft.json"), "chat_template": "qwen", "max_length": 64, "ttt_length": 2,
+        "num_epochs": 1, "compute_dtype": "float32", "training_backend": "local",
+        "evaluation_conversations": 2, "evaluation_max_new_tokens": 8,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory, object_store):
+    root = f"minio://{object_store.bucket}/{uuid.uuid4().hex}/pipeline-draft-model/{RUN}"
+    return Launcher(tmp_path_factory.mktemp("pods"), root, {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def planned(launcher, inputs):
+    return launcher.run("preflight", run_id=RUN, **inputs)
+
+
+@pytest.fixture(scope="module")
+def imported(launcher, planned):
+    return launcher.run("import-model", run_id=RUN, parameters=planned.accepted()["model_import"])
+
+
+@pytest.fixture(scope="module")
+def built(launcher, planned, imported):
+    uris = {"model_uri": imported.accepted()["Output"]}
+    return launcher.run("build-dataset", run_id=RUN, parameters=planned.accepted()["dataset"], **uris)
+
+
+@pytest.fixture(scope="module")
+def uris(imported, built):
+    return {"model_uri": imported.accepted()["Output"], "dataset_uri": built.accepted()["Output"]}
+
+
+@pytest.fixture(scope="module")
+def trained(launcher, planned, uris):
+    return launcher.run("train-draft-model", run_id=RUN, parameters=planned.accepted()["train"], **uris)
+
+
+@pytest.fixture(scope="module")
+def evaluated(launcher, planned, uris, trained):
+    draft = trained.accepted()["Output"]
+    return launcher.run("evaluate-draft-model", parameters=planned.accepted()["evaluate"], draft_uri=draft, **uris)
+
+
+def test_the_preflight_gives_each_stage_its_parameters_and_the_pods_their_nodes(planned):
+    plan = planned.accepted()
+    assert plan["train"]["num_epochs"] == 1
+    assert "num_epochs" not in plan["dataset"]
+    # The default instance type is of one cloud, and nothing says that this cluster has it.
+    assert (plan["cpu"], plan["memory"], plan["node_selector"]) == ("1000m", "4096Mi", {})
+    page = planned.uploaded("summary")
+    assert page.startswith("# This run can start\n")
+    assert "instance\\_type\\_model\\_import: left at its default" in page
+    assert "| num\\_epochs | 1 | 2 |\n" in page
+
+
+def test_the_imported_folder_is_named_in_metadata_and_output(imported):
+    uri = imported.accepted()["Output"]
+    assert storage.read_manifest(uri, stage="import").files
+    assert imported.metadata("model")["uri"] == uri
+    assert imported.metadata("metrics")["parameters"] > 0
+    assert "LlamaForCausalLM" in imported.uploaded("summary")
+    own = f"{imported.root}/import-model/"
+    assert uri.startswith(own) or imported.uploaded("model") == {"README.md": f"The files are in {uri}\n"}
+
+
+def test_the_data_set_has_its_report_and_counts(built):
+    uri = built.accepted()["Output"]
+    assert storage.read_manifest(uri, stage="dataset").files
+    assert built.metadata("dataset")["uri"] == uri
+    assert built.metadata("metrics")["train_rows_kept"] == 16
+    assert "<html" in built.uploaded("report").lower()
+
+
+def test_the_draft_is_at_the_artifacts_uri(trained):
+    final = trained.accepted()["Output"]
+    assert storage.read_manifest(final, stage="train").files
+    artifact = trained.metadata("output_model_path")
+    assert artifact["final"] == final == f"{artifact['uri']}/final"
+    assert trained.metadata("metrics")["steps"] == 2
+
+
+def test_the_evaluation_ends_its_log_with_its_result(evaluated):
+    evaluated.accepted()
+    last = evaluated.process.stderr.splitlines()[-1]
+    assert f"acceptance length {evaluated.metadata('metrics')['acceptance_length']:.2f} " in last
+    assert "<html" in evaluated.uploaded("report").lower()
+    assert evaluated.uploaded("card").startswith("---\n")
+
+
+def test_the_clean_up_of_a_run_whose_training_was_killed_names_the_newest_checkpoint(launcher, trained):
+    final = trained.accepted()["Output"]
+    status = {"state": "RUNNING", "pipelineJobResourceName": "runs/x", "pipelineTaskName": "train-a-draft-model"}
+    shared = {"training_backend": "local", "storage_uri": "", "checkpoint_path": ""}
+    ended = launcher.run("clean-up", run_id=RUN, status=status, **shared)
+    ended.accepted()
+    page = ended.uploaded("summary")
+    assert "a person terminated the run, or a step's pod was killed or lost" in page
+    newest = final.replace("/final", "/epoch\\_1").replace("output_model_path", "output\\_model\\_path")
+    assert f"the newest checkpoint is {newest}: Retry in KFP's UI goes on from there" in page
+
+
+def test_a_run_that_cannot_start_ends_in_the_preflight_with_the_reasons_last(launcher, inputs, tmp_path):
+    wrong = {"num_epochs": 0, "dataset_validation_split": "/none.jsonl", "compute_model_import": "nowhere"}
+    ended = Launcher(tmp_path, launcher.root).run("preflight", run_id=RUN, **{**inputs, **wrong})
+    assert ended.process.returncode == 2
+    assert "Traceback" not in ended.process.stderr
+    last = ended.process.stderr.splitlines()[-4:]
+    assert last[0] == "error: 3 problems:"
+    assert [line.removeprefix("  - ").partition(":")[0] for line in last[1:]] == list(wrong)
+    assert not ended.file.exists()
+    assert ended.uploaded("summary").startswith("# This run cannot start: 3 problems\n")
+
+
+@pytest.mark.parametrize("missing", ["all of it", "a file"])
+def test_inputs_that_were_deleted_end_the_training_before_a_job_starts(launcher, planned, uris, tmp_path, missing):
+    copy = storage.fetch(uris["dataset_uri"], tmp_path / "copy")
+    if missing == "a file":
+        next(path for path in sorted(Path(copy).rglob("*.parquet"))).unlink()
+    else:
+        shutil.rmtree(copy)
+    given = {"parameters": planned.accepted()["train"], "model_uri": uris["model_uri"], "dataset_uri": str(copy)}
+    ended = Launcher(tmp_path / "pods", launcher.root).run("train-draft-model", run_id=RUN, **given)
+    assert ended.process.returncode == 2
+    (problem,) = [line for line in ended.process.stderr.splitlines() if line.startswith("error: ")]
+    assert str(copy) in problem
+    assert problem.endswith("the dataset step makes it again in a new run")
+
+
+def test_every_value_of_the_plan_fits_a_parameter_of_kfp(planned):
+    assert json.loads(json.dumps(planned.accepted(), allow_nan=False)) == planned.accepted()

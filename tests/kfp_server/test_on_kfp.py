@@ -1,0 +1,168 @@
+"""The compiled pipeline on a real KFP (`make test-kfp`); docs/testing.md says what it needs.
+
+Steps are not named: whatever the compiled pipeline has must be shown as ended.
+"""
+
+import os
+import time
+import uuid
+
+import pytest
+import tiny
+
+from draft_model import storage
+from kfp_pipeline import logs
+from kfp_pipeline.client import connect
+from kfp_pipeline.submit import submit
+from kfp_pipeline.watch import SUCCEEDED, _states, _steps_of, watch
+
+ENDPOINT, STORE = os.environ.get("KFP_ENDPOINT", ""), os.environ.get("KFP_STORE", "")
+MISSING = [name for name in ("KFP_ENDPOINT", "KFP_STORE", "DRAFT_MODEL_IMAGES") if not os.environ.get(name)]
+LIMIT = 1800
+pytestmark = [
+    pytest.mark.skipif(bool(MISSING), reason=f"not set: {', '.join(MISSING)} (docs/testing.md)"),
+    pytest.mark.timeout(LIMIT),
+    pytest.mark.xdist_group("kfp"),
+]
+
+
+@pytest.fixture(scope="module")
+def server():
+    return connect(ENDPOINT)
+
+
+@pytest.fixture(scope="module")
+def start(server, tmp_path_factory):
+    """Starts runs of a tiny target, with inputs and outputs in one folder of the store; cleans up at the end."""
+    root, data = storage.join(STORE, f"test-{uuid.uuid4().hex[:8]}"), tmp_path_factory.mktemp("data")
+    tiny.write_target(data / "target")
+    tiny.write_jsonl(data / "train.jsonl", tiny.conversations(24))
+    tiny.write_jsonl(data / "validation.jsonl", tiny.conversations(6, seed=1))
+    (data / "draft.json").write_text('{"draft_vocab_size": 200}')
+    for file in (path for path in data.rglob("*") if path.is_file()):
+        storage.put_file(file, storage.join(root, "inputs", file.relative_to(data).as_posix()))
+    values = {
+        "pytorch_model_path": storage.join(root, "inputs/target"),
+        "dataset_train_split": storage.join(root, "inputs/train.jsonl"),
+        "dataset_validation_split": storage.join(root, "inputs/validation.jsonl"),
+        "draft_model_config": storage.join(root, "inputs/draft.json"),
+        "object_store_secret": os.environ.get("KFP_STORE_SECRET", "mlpipeline-minio-artifact"),
+        "chat_template": "qwen", "max_length": 64, "ttt_length": 2, "compute_dtype": "float32", "num_epochs": 2,
+        "evaluation_conversations": 2, "evaluation_max_new_tokens": 8, "number_of_gpu_to_use_draft_model_training": 1,
+        "compute_model_import": "cpu-pool", "compute_draft_model_training": "cpu-pool",
+    }  # fmt: skip
+    values |= dict(setting.split("=", 1) for setting in os.environ.get("KFP_PARAMETERS", "").split())
+    account, started = os.environ.get("KFP_SERVICE_ACCOUNT", "draft-model-coordinator"), []
+
+    def begin(name, **more):
+        given = values | {"storage_uri": storage.join(root, name), "training_backend": "local", **more}
+        run = submit(server, given, experiment=f"draft-model-{root[-8:]}", run_name=name, service_account=account)
+        started.append(run.run_id)
+        return run.run_id, given["storage_uri"]
+
+    yield begin
+    for run_id in started:
+        if server.client.get_run(run_id).state in ("PENDING", "RUNNING"):
+            server.client.terminate_run(run_id)
+            watch(server, run_id)
+        server.client.delete_run(run_id)
+    if started:
+        server.client.delete_experiment(
+            server.client.get_experiment(experiment_name=f"draft-model-{root[-8:]}").experiment_id
+        )
+    storage.remove(root)
+
+
+def succeeds(server, run_id):
+    """Watches a run to its success; every step of the pipeline is shown as ended."""
+    ended = watch(server, run_id)
+    assert ended.state == SUCCEEDED, (ended.failures, ended.notes)
+    run = server.client.get_run(run_id)
+    steps = _steps_of(server, run)
+    assert {name: state for name, state, _ in _states(run, steps)} == dict.fromkeys(steps, SUCCEEDED)
+    found = logs.workflow(server, run_id)
+    assert "compressedNodes" not in found["status"]
+    assert {pod.phase for pod in logs.pods(found).values()} == {"Succeeded"}
+    return logs.pods(found)
+
+
+def drafts(uri):
+    """The files of the drafts that lie below a URI."""
+    return [name for name in storage.list_files(uri) if name.endswith("final/model.safetensors")]
+
+
+@pytest.fixture(scope="module")
+def finished(server, start):
+    run_id, uri = start("first")
+    return run_id, uri, succeeds(server, run_id)
+
+
+def test_a_whole_run(server, finished):
+    run_id, uri, pods = finished
+    assert drafts(uri)
+    for pod in pods.values():  # from the pod, or from the archive
+        assert pod.driver or logs.own_lines(logs.read(server, run_id, pod)) != []
+
+
+def test_a_second_run_reuses_model_and_dataset(server, start, finished):
+    _, uri, _ = finished
+
+    def reusable():
+        return {
+            name: stamp for name, stamp in storage.list_files(uri).items() if name.startswith(("models/", "datasets/"))
+        }
+
+    before = reusable()
+    run_id, _ = start("second", storage_uri=uri)
+    succeeds(server, run_id)
+    assert before
+    assert reusable() == before
+
+
+def test_pytorchjob(server, start):
+    kubernetes = pytest.importorskip("kubernetes")
+    try:
+        kubernetes.config.load_config()
+        jobs = kubernetes.client.CustomObjectsApi()
+        jobs.list_namespaced_custom_object(
+            "kubeflow.org", "v1", os.environ.get("KFP_NAMESPACE", "kubeflow"), "pytorchjobs"
+        )
+    except Exception as error:
+        pytest.skip(f"no PyTorchJob operator answers: {str(error).splitlines()[0]}")
+    run_id, uri = start("job", training_backend="pytorchjob")
+    succeeds(server, run_id)
+    assert drafts(uri)
+
+
+def test_a_mistake_is_told_with_its_sentence(server, start):
+    run_id, _ = start("mistake", pytorch_model_path=storage.join(STORE, "no-such-folder"))
+    ended = watch(server, run_id)
+    assert ended.outcome == "failed"
+    assert "pytorch_model_path" in str(ended.failures)
+
+
+def wait_for(server, run_id, words):
+    """Waits until a running step has logged the words."""
+    end = time.monotonic() + LIMIT / 3
+    while time.monotonic() < end:
+        for pod in logs.pods(logs.workflow(server, run_id)).values():
+            if (
+                pod.phase == "Running"
+                and not pod.driver
+                and any(words in line for line in logs.read(server, run_id, pod))
+            ):
+                return
+        assert server.client.get_run(run_id).state in ("PENDING", "RUNNING")
+        time.sleep(5)
+    pytest.fail(f"no step says {words!r}")
+
+
+def test_terminate_and_retry_go_on_from_the_checkpoint(server, start):
+    run_id, _ = start("terminated", num_epochs=100_000)
+    wait_for(server, run_id, "checkpoint epoch_1")
+    server.client.terminate_run(run_id)
+    ended = watch(server, run_id)
+    assert ended.outcome == "terminated"
+    assert "checkpoint" in str(ended.notes)
+    server.client.runs.run_service_retry_run(run_id)
+    wait_for(server, run_id, "resumed from")

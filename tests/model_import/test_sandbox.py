@@ -1,0 +1,88 @@
+"""What takes all memory or never ends in a stranger's files ends as a sentence, and finds no key."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from draft_model.errors import DraftModelError
+from draft_model.model_import import sandbox
+
+from .case import change_config
+
+GIB = sandbox.GIB
+
+
+def inspect(folder, **limits):
+    return sandbox.run("inspect", folder=str(folder), weights=["model.safetensors"], **limits)
+
+
+def template(text):
+    def spoil(model):
+        (model / "chat_template.jinja").write_text(text)
+
+    return spoil
+
+
+def normalizer(model):
+    content = json.loads((model / "tokenizer.json").read_text())
+    replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 40}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [replace] * 12}
+    (model / "tokenizer.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        template("{{ 9**9**9 }}"),
+        template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
+        template("{{ 'a' * 9999999999 }}"),
+        normalizer,
+        lambda model: change_config(model, num_hidden_layers=10**7),
+    ],
+    ids=["power", "loops", "text", "normalizer", "layers"],
+)
+def test_hostile_files_end_as_a_sentence(model, target, spoil):
+    spoil(model)
+    try:
+        problems = inspect(model, cpu=3, memory=2 * GIB)["problems"]
+    except DraftModelError as error:
+        problems = error.problems
+        assert "took more than" in problems[0]
+    else:  # transformers limits some of these itself
+        assert problems == [] or "MemoryError" in problems[0]
+    assert inspect(target)["problems"] == []  # the next goes on
+
+
+def test_a_wall_clock_limit_and_a_tensor_expanded_from_one_number(model, tmp_path):
+    template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")(model)
+    with pytest.raises(DraftModelError, match="took more than 1 s and was stopped"):
+        inspect(model, wall=1)
+    path = tmp_path / "expanded.bin"
+    torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, path)
+    with pytest.raises(DraftModelError, match=r"took more than 6 GiB of memory"):
+        sandbox.run("convert", paths=[str(path)], into=str(tmp_path))
+
+
+def test_the_checking_process_has_no_keys_and_ends_with_its_caller(model):
+    program = (
+        "import sys, os; from draft_model.model_import import sandbox; "
+        f"sandbox.run('inspect', folder={str(model)!r}, weights=[]); print(sandbox._server.pid, flush=True); "
+        "sys.stdin.read()"
+    )
+    names = ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "OTHER_API_KEY")
+    caller = subprocess.Popen([sys.executable, "-c", program], env=os.environ | dict.fromkeys(names, "never shown"),
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    pid = int(caller.stdout.readline())
+    environment = Path(f"/proc/{pid}/environ").read_bytes()
+    assert b"PATH=" in environment
+    assert b"never shown" not in environment
+    server = os.pidfd_open(pid)
+    caller.kill()
+    caller.communicate()
+    assert select.select([server], [], [], 60)[0]  # readable once it has ended
