@@ -207,10 +207,10 @@ def _headers(source: Source, weights: Weights, folder: Path, uri: str) -> list[s
         return []
     for name in weights.names:
         file, size = storage.join(source.listing.uri, source.paths[name]), source.files[name].size or 0
-        start = storage.read_range(file, 0, 8)
-        length = min(int.from_bytes(start, "little"), size, 10**8)
         with (folder / name).open("wb") as header:
-            header.write(start + storage.read_range(file, 8, length))
+            if size > 8:
+                length = int.from_bytes(start := storage.read_range(file, 0, 8), "little")
+                header.write(start + storage.read_range(file, 8, min(max(length, 1), size, 10**8)))
             header.truncate(size)
     return weights.names
 
