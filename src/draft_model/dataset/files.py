@@ -59,16 +59,16 @@ class File:
             digest.update(self.read(start, _BLOCK))
         return f"sha256:{digest.hexdigest()}"
 
-    def open(self) -> io.BufferedReader:
+    def open(self) -> io.BufferedReader[Any]:
         """Opens the lines as a stream, without byte-order mark, decompressed where it begins as gzip or zstd does.
 
         Raises:
             DraftModelError: the file is one JSON document instead of one per line.
         """
-        stream = io.BufferedReader(_Ranges(self), _BLOCK)
+        stream: io.BufferedReader[Any] = io.BufferedReader(_Ranges(self), _BLOCK)
         head = self.read(0, 4)
         if head.startswith(b"\x1f\x8b"):
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _BLOCK)  # type: ignore[arg-type]
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _BLOCK)
         elif head == b"\x28\xb5\x2f\xfd":
             import pyarrow as pa
 

@@ -29,9 +29,14 @@ def _start(encoder: Encoder) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = encoder
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphan after kill -9
+    parent.join()  # also where it was killed with -9
+    os._exit(1)
 
 
 def _encode(path: Path, encoder: Encoder | None = None) -> dict[str, Any]:
