@@ -99,7 +99,7 @@ class Renderer:
                     text, spans = self._write(plain, row.tools, columns, ask=True), []
                 else:
                     text = self.conversation(messages, row.tools, columns)
-                    spans = self._check_turns(text, messages, row)
+                    spans = self._check_turns(text, row)
                 self._check_messages(text, messages, row.tools, columns)
                 return text, spans
             except Rejected as refusal:
@@ -156,7 +156,7 @@ class Renderer:
             raise Rejected("refused by the chat template", str(error)) from None
         return str(text)
 
-    def _check_turns(self, text: str, messages: list[Message], row: Row) -> list[Span]:
+    def _check_turns(self, text: str, row: Row) -> list[Span]:
         spans, answers = self.spans(text), row.answers
         if len(spans) != len(answers):
             raise Rejected(
@@ -164,7 +164,7 @@ class Renderer:
                 f"{len(answers)} assistant turns given, {len(spans)} in what the chat template makes of them",
             )
         turns = zip(spans, answers, _padded(row.cut, spans), strict=True)
-        return [self._check_turn(text, messages, *turn) for turn in turns]
+        return [self._check_turn(text, row.messages, *turn) for turn in turns]
 
     def _check_turn(self, text: str, messages: list[Message], span: Span, index: int, is_cut: bool) -> Span:
         """Compares what a turn says with what is written of it; reasoning of earlier turns may be left out.
@@ -236,14 +236,13 @@ def _shape(message: Message) -> tuple[Any, ...]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
+    """All texts and numbers of a call's arguments; of other values templates write `true` or `True`, null or None."""
+    if isinstance(value, dict):
         yield from itertools.chain(value, *map(_strings, value.values()))
     elif isinstance(value, list):
         yield from itertools.chain.from_iterable(map(_strings, value))
-    else:
-        yield json.dumps(value)
+    elif not isinstance(value, bool) and value is not None:
+        yield str(value)
 
 
 def _is_in(text: str, plain: str) -> bool:
