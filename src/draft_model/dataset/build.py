@@ -276,8 +276,11 @@ def _build(config: DatasetConfig, inputs: _Inputs, output: str, folder: Path) ->
     records += [_put(folder / name, output, name) for name in names]
     if found := _find_built(output, inputs.fingerprint):  # its manifest would be gone for a moment
         return found, True
-    storage.write_manifest(output, "dataset", records, properties)
+    manifest = storage.write_manifest(output, "dataset", records, properties)
     storage.remove(storage.join(output, _PIECES))
+    if not storage.is_whole(output, manifest):
+        storage.remove_manifest(output)
+        raise DraftModelError(f"{output}: shards of an earlier attempt are missing; run the dataset stage again")
     return properties, False
 
 

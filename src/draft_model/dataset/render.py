@@ -36,10 +36,7 @@ class Rendered:
 class Renderer:
     """Writes conversations as the target reads them, and finds the assistant's turns in them.
 
-    Args:
-        tokenizer: the target's.
-        template: the one that parameter chat_template names.
-        tools: whether to write with the tokenizer's template for conversations with tools, where it has another.
+    With `tools`, by the tokenizer's template for conversations with tools, where it has another for them.
     """
 
     def __init__(self, tokenizer: Any, template: Template, *, tools: bool = False) -> None:
@@ -169,9 +166,7 @@ class Renderer:
     def _check_turn(self, text: str, messages: list[Message], span: Span, index: int, is_cut: bool) -> Span:
         """Compares what a turn says with what is written of it; reasoning of earlier turns may be left out.
 
-        Returns:
-            The span; of a turn that was cut while it reasoned, up to the reasoning's end: the closing tag after it is
-            the template's.
+        Returns its span. If it was cut while it reasoned, that ends before the closing tag, which is the template's.
         """
         message, turn = messages[index], text[span.start : span.end]
         content, reasoning = (message["content"] or "").strip(), message.get("reasoning_content", "").strip()
@@ -276,10 +271,9 @@ def _forms(messages: list[Message]) -> Iterator[list[Message]]:
 def _in_form(message: Message, nothing: str | None, as_text: bool) -> Message:
     message = {**message, "content": nothing if message["content"] is None else message["content"]}
     if as_text:
-        functions = [call["function"] for call in message["tool_calls"]]
-        texts = [{**function, "arguments": as_json(function["arguments"])} for function in functions]
         message["tool_calls"] = [
-            {**call, "function": text} for call, text in zip(message["tool_calls"], texts, strict=True)
+            {**call, "function": {**call["function"], "arguments": as_json(call["function"]["arguments"])}}
+            for call in message["tool_calls"]
         ]
     return message
 
