@@ -147,10 +147,7 @@ MISTAKES = [
         ["train", "--modle", "m", "--outptu=o"],
         ["'--modle'", "'--outptu'", *(f"Missing option '--{name}'" for name in ("model", "dataset", "output"))],
     ),
-    (
-        ["dataset", "--part", "9/8"],
-        ["'--part': given '9/8'; allowed: I/N", "Missing option '--model'", "Missing option '--output'"],
-    ),
+    (["dataset"], ["Missing option '--model'", "Missing option '--output'"]),
     (["compare"], ["Missing option '--model'", "Missing argument 'DRAFT DRAFT...'"]),
     (["export", "--format", "vlm"], ["'vlm' is not one of", "Missing option '--draft'", "Missing option '--output'"]),
     (["plan", "--config", "c", "--memory", "a", "--peak", "b"], ["'a' is not a valid float", "'b' is not a valid"]),

@@ -1,6 +1,6 @@
 """Builds the data set: pieces of the input become shards on several processes, and the manifest makes them whole.
 
-A piece is about 16 MB of whole lines after decompression, so where it begins and ends depends on the file alone. Its
+A piece is about 8 MB of whole lines after decompression, so where it begins and ends depends on the file alone. Its
 shard is uploaded as soon as it is encoded, then a small file with its counts: what has both is not encoded again after
 a kill. Both are named after the content of the file and all settings, so the same inputs give the same bytes, on any
 number of processes, and two runs at once write the same files.
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4
 """Raised whenever this package would make something else of the same inputs."""
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 8 << 20
 REPORT = "report.json"
 REPORT_PAGE = "report.html"
 REJECTED = "rejected.jsonl"
@@ -170,10 +170,10 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
             return step(*given)
         except DraftModelError as error:
             told = (problem.removeprefix(f"{name}: ") for problem in error.problems)
-            problems.extend(f"{name}: {problem}" for problem in told)
+            problems.extend(f"{name}: {problem}" if name else problem for problem in told)
             return None
 
-    model = attempt("model", _fetch_model, config.model, config.work / "model")
+    model = attempt("", _fetch_model, config.model, config.work / "model")
     tokenizer, vocab_size, hashes = model or (Path(), 0, {})
     wanted = attempt("draft_model_config", _draft_vocab_size, parameters.draft_model_config, config.work)
     splits = {split: getattr(parameters, f"dataset_{split}_split") for split in _SPLITS}
@@ -215,7 +215,7 @@ def _fetch_model(uri: str, into: Path) -> tuple[Path, int, dict[str, str]]:
     """Returns the folder with tokenizer and configuration, V, and the files' hashes."""
     manifest = storage.read_manifest(uri, stage="import")
     folder = storage.fetch(uri, into, only=lambda name: name.startswith(_MODEL_FILES))
-    config = _json(folder / "config.json", f"config.json of {uri}")
+    config = _json(folder / "config.json", f"model: config.json of {uri}")
     text_config = config.get("text_config")
     vocab_size = config.get("vocab_size") or (text_config.get("vocab_size") if isinstance(text_config, dict) else None)
     if not isinstance(vocab_size, int):

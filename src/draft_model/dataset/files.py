@@ -227,11 +227,11 @@ def _retry(request: Callable[[], T], shown: str) -> T:
         try:
             return request()
         except FileNotFoundError as error:
-            raise DraftModelError(f"{shown}: there is no such file; {_GIVE}") from error
+            raise DraftModelError(f"given {shown!r}, but there is no {shown}; {_GIVE}") from error
         except OSError as error:
             code: int = getattr(error, "code", 0) or getattr(getattr(error, "response", None), "status_code", 0)
             if attempt == _ATTEMPTS or isinstance(error, PermissionError) or (0 < code < 500 and code != 429):
-                why = f"the server answers {code}" if code else f"cannot be read ({error})"
+                why = f"the server answers {code}" if code else f"cannot be reached ({error})"
                 raise DraftModelError(f"{shown}: {why}; check the address and the network") from None
         time.sleep(_PAUSE * 4**attempt)
     raise AssertionError

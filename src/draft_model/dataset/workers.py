@@ -21,7 +21,7 @@ from draft_model.errors import DraftModelError
 log = logging.getLogger(__name__)
 Tag = TypeVar("Tag")
 
-BYTES_PER_PROCESS = 16 << 20
+BYTES_PER_PROCESS = 8 << 20
 _encoder: Encoder | None = None
 
 
