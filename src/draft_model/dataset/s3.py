@@ -31,7 +31,7 @@ class S3FileSystem(AbstractFileSystem):  # type: ignore[misc]
         found = {info["name"]: info for info in infos}
         return found if options.get("detail") else sorted(found)
 
-    def info(self, path: str, **_: Any) -> dict[str, Any]:  # noqa: D102
+    def info(self, path: str, **__: Any) -> dict[str, Any]:  # noqa: D102
         if path in self._infos:
             return self._infos[path]
         bucket, _, key = path.partition("/")
@@ -48,7 +48,7 @@ class S3FileSystem(AbstractFileSystem):  # type: ignore[misc]
                 return {"name": path, "size": 0, "type": "directory"}
         raise FileNotFoundError(path)
 
-    def cat_file(self, path: str, start: int = 0, end: int = 0, **_: Any) -> bytes:  # noqa: D102
+    def cat_file(self, path: str, start: int = 0, end: int = 0, **__: Any) -> bytes:  # noqa: D102
         bucket, _, key = path.partition("/")
         with errors(f"s3://{path}"):
             answer = client().get_object(
