@@ -61,8 +61,8 @@ LOGS = {
         "See root cause above.\n", "failed: ValueError: There is no module or parameter named 'fc_norm'",
     ),
     "a draft of another shape, as vLLM 0.32 says it": (
-        1, "(Worker pid=9) ERROR 11-27 14:28 [multiproc_executor.py:953] RuntimeError: start (0) + length (77) exceeds "
-        "dimension size (48).\n(EngineCore pid=7) ERROR 11-27 14:28 [core.py:1510] Exception: WorkerProc initialization "
+        1, "(Worker pid=9) ERROR 11-27 [multiproc_executor.py:953] RuntimeError: start (0) + length (77) exceeds "
+        "dimension size (48).\n(EngineCore pid=7) ERROR 11-27 [core.py:1510] Exception: WorkerProc initialization "
         "failed due to an exception in a background process. See stack trace for root cause.\n"
         "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n",
         "failed: RuntimeError: start (0) + length (77) exceeds dimension size (48).",
