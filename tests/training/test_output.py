@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
-from draft_model.training import output as outputs
+from draft_model.training import patience
 from draft_model.training.output import Keeping, Output
 from training.case import when_logged
 from training.processes import start, train_killed_in
@@ -156,7 +156,7 @@ def behind_a_proxy(store, monkeypatch):
     proxy = Proxy(endpoint.port)
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
-    monkeypatch.setattr(outputs, "_PAUSES", (0.02, 0.1))
+    monkeypatch.setattr(patience, "PAUSES", (0.02, 0.1))
     try:
         yield proxy
     finally:
@@ -195,7 +195,7 @@ def test_training_goes_on_while_the_store_is_away_and_nothing_is_lost(train, pla
 def test_a_store_that_stays_away_ends_the_training_and_the_checkpoint_stays_here(
     train, plain, object_store, monkeypatch
 ):
-    monkeypatch.setattr(outputs, "PATIENCE", 0.3)
+    monkeypatch.setattr(patience, "PATIENCE", 0.3)
     with behind_a_proxy(object_store, monkeypatch) as proxy:
         proxy.cut_after(150_000)
         with pytest.raises(DraftModelError) as caught:

@@ -18,9 +18,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
-import psutil
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from draft_model import drafts, storage
@@ -34,7 +32,7 @@ from draft_model.training.lease import Lease, hold, own_run_id
 from draft_model.training.output import CHECKPOINTS_AT_ONCE, Keeping, Output
 from draft_model.training.patience import patiently
 from draft_model.training.plan import STATE_BYTES
-from draft_model.training.prepare import prepare
+from draft_model.training.prepare import fetch_inputs, prepare
 from draft_model.training.ranks import PeerLost, Ranks, start_ranks
 from draft_model.training.record import announce, parameters_of, record
 from draft_model.training.trainer import Interrupted, Training, train
@@ -72,15 +70,14 @@ def run(config: TrainConfig) -> TrainResult:
         work = config.work / f"rank_{ranks.rank}"
         shutil.rmtree(work, ignore_errors=True)  # what a killed attempt left
         work.mkdir(parents=True)
-        model, dataset = fetch_inputs(config)
-        source = storage.read_manifest(str(model), stage="import").properties
+        inputs = fetch_inputs(config)
         tracking = (
             track(STAGE, work, config.output, p.mlflow_tracking_uri) if ranks.first else nullcontext(Tracker(None))
         )
         keeping = Keeping(p.keep_checkpoints, p.final_checkpoint == "best")
         with tracking as tracker, Output(config.checkpoints, work, keeping, config.output, leases) as output:
             resumed, go_on = _checkpoint(config, output, work)
-            training = prepare(config, ranks, model, dataset, resumed, go_on, work)
+            training = prepare(config, ranks, inputs, resumed, go_on, work)
             _check_disk(training, work)
             ranks.any(False)  # all have read what there was before any of it goes
             if ranks.first:
@@ -88,16 +85,16 @@ def run(config: TrainConfig) -> TrainResult:
             announce(training)
             training.tracker = tracker
             tracker.parameters(p.of_stage("train"))
-            target = (config.model, source.get("digest", ""))
+            target = (config.model, inputs.source.get("digest", ""))
             tracker.inputs({"target": target, "dataset": (config.dataset, training.dataset)})
 
             def complete(folder: Path, step: int) -> None:
                 """Puts beside the weights what a served draft has: tokenizer files and the training's record."""
-                for path in sorted(model.iterdir()):
+                for path in sorted(inputs.model.iterdir()):
                     others = path.name in ("config.json", storage.MANIFEST) or is_weight(path.name)
                     if path.is_file() and not others:
                         shutil.copyfile(path, folder / path.name)
-                text = json.dumps(record(training, source, dataset, step), indent=1)
+                text = json.dumps(record(training, inputs.source, inputs.dataset, step), indent=1)
                 (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
             def save(name: str, epoch: int, random: list[Tensor]) -> None:
@@ -120,7 +117,9 @@ def run(config: TrainConfig) -> TrainResult:
                 step = _publish_final(output, training, complete, work) if ranks.first else 0
                 step = int(ranks.sum(torch.tensor(float(step))))
             tracker.references({"output": config.output, "checkpoints": config.checkpoints, "final": output.final})
-        return TrainResult.from_record(config.output, output.final, record(training, source, dataset, step))
+        return TrainResult.from_record(
+            config.output, output.final, record(training, inputs.source, inputs.dataset, step)
+        )
 
 
 @contextmanager
@@ -157,28 +156,6 @@ def _leases(config: TrainConfig, ranks: Ranks) -> Iterator[list[Lease]]:
         ]
         ranks.any(False)  # no process reads what is there while another run may change it
         yield [lease for lease in held if lease]
-
-
-def fetch_inputs(config: TrainConfig) -> tuple[Path, Path]:
-    """Local folders of model and data set, verified once on each machine.
-
-    The first of torchrun's processes on a machine downloads and reads every byte, and leaves a marker that the others
-    trust; a later start does not.
-    """
-    marker, start = config.work / "inputs.json", ""
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:  # all of them are children of one torchrun
-        parent = psutil.Process(os.getppid())
-        start = f"{parent.pid} {parent.create_time()} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
-    config.work.mkdir(parents=True, exist_ok=True)
-    with FileLock(config.work / "inputs.lock"):
-        known = json.loads(marker.read_text(encoding="utf-8")) if start and marker.exists() else {}
-        if known.get("start") == start and start:
-            return Path(known["model"]), Path(known["dataset"])
-        model = patiently(lambda: storage.fetch(config.model, config.work / "model"), config.model)
-        dataset = patiently(lambda: storage.fetch(config.dataset, config.work / "dataset"), config.dataset)
-        found = {"start": start, "model": str(model), "dataset": str(dataset)}
-        marker.write_text(json.dumps(found), encoding="utf-8")
-    return model, dataset
 
 
 def _checkpoint(config: TrainConfig, output: Output, work: Path) -> tuple[Loaded | None, bool]:

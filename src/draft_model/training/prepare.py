@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from filelock import FileLock
 
 from draft_model import drafts, storage
 from draft_model.dataset import vocabulary
@@ -27,16 +31,58 @@ from draft_model.training.trainer import Training, check_position, planned_steps
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a training reads.
+
+    Attributes:
+        model: local folder of the target.
+        dataset: local folder of the data set.
+        source: what the target's manifest says of it.
+        fingerprint: of the data set.
+    """
+
+    model: Path
+    dataset: Path
+    source: dict[str, Any]
+    fingerprint: str
+
+
+def fetch_inputs(config: TrainConfig) -> Inputs:
+    """Fetches model and data set, verified once on each machine.
+
+    The first of torchrun's processes on a machine downloads and reads every byte, and leaves a marker that the others
+    trust; a later start does not.
+    """
+    marker, start = config.work / "inputs.json", ""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:  # all of them are children of one torchrun
+        parent = psutil.Process(os.getppid())
+        start = f"{parent.pid} {parent.create_time()} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    config.work.mkdir(parents=True, exist_ok=True)
+    with FileLock(config.work / "inputs.lock"):
+        known = json.loads(marker.read_text(encoding="utf-8")) if start and marker.exists() else {}
+        if not start or known.pop("start", "") != start:
+            model, source = _fetch(config.model, config.work / "model", "import")
+            dataset, properties = _fetch(config.dataset, config.work / "dataset", "dataset")
+            known = {"model": model, "dataset": dataset, "source": source, "fingerprint": properties["fingerprint"]}
+            marker.write_text(json.dumps({**known, "start": start}), encoding="utf-8")
+    return Inputs(**{**known, "model": Path(known["model"]), "dataset": Path(known["dataset"])})
+
+
+def _fetch(uri: str, into: Path, stage: str) -> tuple[str, dict[str, Any]]:
+    properties = patiently(lambda: storage.read_manifest(uri, stage=stage), uri).properties
+    return str(patiently(lambda: storage.fetch(uri, into), uri)), dict(properties)
+
+
 def prepare(
-    config: TrainConfig, ranks: Ranks, model: Path, dataset: Path, resumed: Loaded | None, go_on: bool, work: Path
+    config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded | None, go_on: bool, work: Path
 ) -> Training:
     """Puts a training together.
 
     Args:
         config: of the job.
         ranks: this process among the others.
-        model: local folder of the target.
-        dataset: local folder of the data set.
+        inputs: local.
         resumed: a checkpoint to go on from, or to start from the weights of.
         go_on: which of the two.
         work: scratch folder of this process.
@@ -45,6 +91,7 @@ def prepare(
         DraftModelError: where the parts do not fit one another.
     """
     p, family = config.parameters, drafts.family()
+    model, dataset = inputs.model, inputs.dataset
     dtype = torch.bfloat16 if p.compute_dtype == "bfloat16" else torch.float32
     default = family.default_shape(read_config(str(model)))
     if resumed is None:
@@ -83,9 +130,8 @@ def prepare(
     )
     torch.manual_seed(p.seed * ranks.world + ranks.rank)
     objective: Any = family.objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest)
-    properties = storage.read_manifest(str(dataset), stage="dataset").properties
     training = Training(
-        p, ranks, target, draft, optimizer, objective, train_split, validation, total, work, properties["fingerprint"]
+        p, ranks, target, draft, optimizer, objective, train_split, validation, total, work, inputs.fingerprint
     )
     if resumed is not None and go_on:
         if problems := check_position(resumed, training.position(0)):
