@@ -6,6 +6,7 @@ reference `_compute_loss`. On a GPU both are its own.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Callable
@@ -30,8 +31,9 @@ def build(scene: Scene, attention: str) -> Callable[[], float]:
     """SpecForge's parts, wired as its Eagle3TrainStrategy and its trainer do."""
     on_cpu = scene.device.type == "cpu"
     if on_cpu:
-        import torch._inductor.compile_fx  # before the stand-in, which must not pass for the real one
-
+        importlib.import_module(
+            "torch._inductor.compile_fx"
+        )  # before the stand-in, which must not pass for the real one
         _stand_in_for_triton()
     from specforge.algorithms.eagle3 import model as eagle3
     from specforge.core.loss import _compute_loss

@@ -86,14 +86,21 @@ class Target:
         Under causal attention no real token sees the padding on the right, so there is no mask.
 
         Args:
-            batch: B conversations.
+            batch: B conversations, on the host.
 
         Returns:
             Per conversation the features and the hidden states after the final norm, [T_b, 3H + H].
         """
-        final = self.decoder(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        final = self.decoder(input_ids=to_device(batch.tokens, self.device), use_cache=False).last_hidden_state
         states = torch.cat((self.features(), final), -1)
         return [states[row, :length] for row, length in enumerate(batch.lengths.tolist())]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on another device, without waiting for the transfer."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, config: Any) -> Tensor:

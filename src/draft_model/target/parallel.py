@@ -88,7 +88,7 @@ def load_share(
     model = _load_in_parts(folder, dtype, ranks, skeleton, spread)
     target = ShardedTarget(model, aux_layers, spread)
     try:
-        target.states(collate([(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool))]).to(ranks.device))
+        target.states(collate([(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool))]))
     except RuntimeError as error:
         if is_a_peers(error):
             raise

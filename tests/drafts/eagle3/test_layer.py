@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from draft_model.drafts.eagle3.layer import normed_linear, residual_swiglu
 
 from .case import relative_error
