@@ -30,7 +30,6 @@ from draft_model.training.checkpoint import RECORD, STATE, Loaded, read_checkpoi
 from draft_model.training.config import TrainConfig, TrainResult
 from draft_model.training.lease import Lease, hold, own_run_id
 from draft_model.training.output import CHECKPOINTS_AT_ONCE, Keeping, Output
-from draft_model.training.patience import patiently
 from draft_model.training.plan import STATE_BYTES
 from draft_model.training.prepare import fetch_inputs, prepare
 from draft_model.training.ranks import PeerLost, Ranks, start_ranks
@@ -79,7 +78,7 @@ def run(config: TrainConfig) -> TrainResult:
             resumed, go_on = _checkpoint(config, output, work)
             training = prepare(config, ranks, inputs, resumed, go_on, work)
             _check_disk(training, work)
-            ranks.any(False)  # all have read what there was before any of it goes
+            ranks.barrier()  # all have read what there was before any of it goes
             if ranks.first:
                 output.tidy() if go_on else output.clear()
             announce(training)
@@ -111,7 +110,7 @@ def run(config: TrainConfig) -> TrainResult:
                     train(training, save, lambda: stop() or any(lease.lost for lease in leases))
                 except Interrupted:
                     output.finish()
-                    ranks.any(False)  # no process's end may cut the last upload short
+                    ranks.barrier()  # no process's end may cut the last upload short
                     raise
                 output.finish()
                 step = _publish_final(output, training, complete, work) if ranks.first else 0
@@ -154,7 +153,7 @@ def _leases(config: TrainConfig, ranks: Ranks) -> Iterator[list[Lease]]:
             for uri, parameter in folders.items()
             if ranks.first
         ]
-        ranks.any(False)  # no process reads what is there while another run may change it
+        ranks.barrier()  # no process reads what is there while another run may change it
         yield [lease for lease in held if lease]
 
 
@@ -165,8 +164,7 @@ def _checkpoint(config: TrainConfig, output: Output, work: Path) -> tuple[Loaded
     if (any_run or config.run_id) and (newest := output.newest("" if any_run else config.run_id)):
         return newest, True
     if p.resume_from_checkpoint:
-        uri = p.resume_from_checkpoint
-        return patiently(lambda: read_checkpoint(uri, work / "resumed"), uri), p.resume == "true"
+        return read_checkpoint(p.resume_from_checkpoint, work / "resumed"), p.resume == "true"
     if p.resume == "true":
         raise DraftModelError(
             f"resume: given 'true', but there is no whole checkpoint under {config.checkpoints}, and "
@@ -200,7 +198,7 @@ def _publish_final(output: Output, training: Training, complete: Callable[[Path,
             )  # fmt: skip
     else:
         uri = storage.join(output.uri, name)
-        found = patiently(lambda: storage.fetch(uri, work / "best"), uri)
+        found = storage.fetch(uri, work / "best")
         step = int(storage.read_manifest(uri).properties["step"])
         shutil.copytree(found, folder, ignore=shutil.ignore_patterns(STATE, storage.MANIFEST))
         logger.info("final is %s, of the highest simulated acceptance length: step %d of %d", name, step, training.done)

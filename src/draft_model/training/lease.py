@@ -28,7 +28,6 @@ import psutil
 
 from draft_model import storage
 from draft_model.errors import DraftModelError, StoreUnavailable
-from draft_model.training.patience import patiently
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,10 @@ class Lease:
         seen: bytes | None = None
         started = time.monotonic()
         while not storage.create(self._uri, self._text([])):
+            asked = time.monotonic()
             found = storage.read_versioned(self._uri)
+            if time.monotonic() - asked > SECONDS / RENEWALS:
+                started = time.monotonic()  # the store was away, for the holder too
             if found is None:
                 continue
             data, version = found
@@ -115,7 +117,8 @@ class Lease:
         """Renews until the end; a store that is away may come back."""
         while not self._ended.wait(SECONDS / RENEWALS):
             try:
-                self.renew()
+                with storage.patience(SECONDS / RENEWALS):
+                    self.renew()
             except DraftModelError as error:
                 logger.warning("%s", error)
                 if self.lost:
@@ -234,7 +237,7 @@ def hold(folder: str, run_id: str, *, outermost: bool, parameter: str = "checkpo
         return
     lease = Lease(folder, run_id, parameter)
     try:
-        taken = patiently(lease.acquire, folder)
+        taken = lease.acquire()
     except Leased:
         raise
     except DraftModelError as error:

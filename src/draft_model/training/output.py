@@ -24,12 +24,13 @@ from draft_model import storage
 from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.training.checkpoint import Loaded, read_checkpoint
 from draft_model.training.lease import Lease
-from draft_model.training.patience import patiently
 
 logger = logging.getLogger(__name__)
 
 INDEX = "checkpoints.json"
 STAGE = "checkpoint"
+PATIENCE = 15 * 60.0
+"""Seconds that an object store may be away before the training fails for it."""
 CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on this disk that are not published yet, the one being written among them; then the training waits."""
 _NAME = re.compile(r"(epoch|step)_\d{1,12}")
@@ -93,7 +94,7 @@ class Output:
     def names(self) -> list[str]:
         """Names of the checkpoints, oldest first; the last may be half-written. Read once: this run alone writes."""
         if self._names is None:
-            self._names = patiently(self._read_names, self.uri)
+            self._names = self._read_names()
         return list(self._names)
 
     def _read_names(self) -> list[str]:
@@ -141,7 +142,7 @@ class Output:
     def tidy(self) -> None:
         """Removes what a killed process left half-written."""
         names = self.names()
-        torn = [name for name in names if not patiently(partial(self._whole, name), self.uri)]
+        torn = [name for name in names if not self._whole(name)]
         for name in torn:
             self._publish(partial(storage.remove, self._at(name)))
             logger.info("checkpoint %s was not whole and is removed: %s", name, self._at(name))
@@ -154,21 +155,15 @@ class Output:
         Args:
             run_id: of the run whose checkpoints alone count; empty: anybody's.
         """
-
-        def read(uri: str) -> Loaded | None:
-            found = storage.read_manifest(uri, stage=STAGE)
-            if run_id and found.properties.get("run_id") != run_id:
-                return None
-            return read_checkpoint(uri, self.work / "resumed")
-
-        for uri in map(self._at, reversed(self.names())):
+        for name in reversed(self.names()):
             try:
-                if loaded := patiently(partial(read, uri), uri):
-                    return loaded
+                found = storage.read_manifest(self._at(name), stage=STAGE)
+                if not run_id or found.properties.get("run_id") == run_id:
+                    return read_checkpoint(self._at(name), self.work / "resumed")
             except StoreUnavailable:
                 raise
             except DraftModelError as error:
-                logger.warning("checkpoint %s is passed over: %s", uri, error)
+                logger.warning("checkpoint %s is passed over: %s", self._at(name), error)
         return None
 
     def save(self, name: str, write: Callable[[Path], None], properties: dict[str, Any]) -> None:
@@ -214,25 +209,27 @@ class Output:
             self._thin_out(names)
 
         try:
-            self._publish(publish, 0.0 if self._given_up else None)
+            with storage.patience(0.0 if self._given_up else PATIENCE):
+                self._publish(publish)
         except DraftModelError as error:
             self._given_up = True
-            kept = _keep(folder, self.work, properties)
+            # Out of the scratch folders, which end with the process.
+            kept = self.work.parent.parent / f"{self.work.parent.name}-unpublished" / folder.name
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(folder, kept)
+            storage.publish(kept, str(kept), stage=STAGE, properties=properties)
             raise DraftModelError(
                 [*error.problems, f"{uri}: the checkpoint of step {step} could not be put there; it stays in {kept}, "
                  "which resume_from_checkpoint may name"]
             ) from error  # fmt: skip
         shutil.rmtree(folder)
 
-    def _publish(self, work: Callable[[], object], patience: float | None = None) -> None:
-        """Changes what is published, with patience, and only while the leases are this run's."""
-
-        def leased() -> None:
-            for lease in self._leases:
-                lease.renew()
-            work()
-
-        patiently(leased, self.uri, patience)
+    def _publish(self, work: Callable[[], object]) -> None:
+        """Changes what is published, if the folders are still leased to this run."""
+        for lease in self._leases:
+            lease.renew()
+        work()
 
     def _thin_out(self, names: list[str]) -> None:
         """Removes what is not to be kept. The newest is whole by now, so a whole one is left whatever happens."""
@@ -247,7 +244,7 @@ class Output:
 
     def best(self) -> str | None:
         """The checkpoint of the highest simulated acceptance length, the earliest of equals; None without any."""
-        return patiently(lambda: self._best(self.names()), self.uri)
+        return self._best(self.names())
 
     def _best(self, names: list[str]) -> str | None:
         lengths = {name: (self._whole(name) or {}).get("acceptance_length") for name in names}
@@ -270,13 +267,3 @@ class Output:
     def _write_index(self, names: list[str]) -> None:
         storage.write_bytes(self._index, json.dumps(names).encode())
         self._names = names
-
-
-def _keep(folder: Path, work: Path, properties: dict[str, Any]) -> Path:
-    """Moves a checkpoint out of the scratch folders, which end with the process, and makes it whole there."""
-    kept = work.parent.parent / f"{work.parent.name}-unpublished" / folder.name
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(folder, kept)
-    storage.publish(kept, str(kept), stage=STAGE, properties=properties)
-    return kept

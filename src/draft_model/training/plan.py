@@ -233,24 +233,25 @@ def beside_target(folder: Path, shape: Shape, p: Parameters, longest: int) -> fl
     return sum(_beside(sizes_of(read_config(str(folder))), shape, costs, p, supervised=1.0).values())
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """Reads a target's configuration.
+def read_config(path: str, parameter: str = "config") -> dict[str, Any]:
+    """Reads a configuration.
 
     Args:
-        path: its config.json, or the folder that it is in.
+        path: a JSON file, or for a target the folder that its config.json is in.
+        parameter: that named it, for errors.
 
     Raises:
         DraftModelError: where there is none, or it is no JSON object.
     """
     from draft_model import storage
 
-    uri = path if path.endswith(".json") else storage.join(path, "config.json")
+    uri = path if path.endswith(".json") or parameter != "config" else storage.join(path, "config.json")
     try:
         config = json.loads(storage.read_bytes(uri))
     except ValueError as error:
-        raise DraftModelError(f"config: {uri} is not JSON: {error}") from error
+        raise DraftModelError(f"{parameter}: {uri} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise DraftModelError(f"config: {uri} holds no JSON object")
+        raise DraftModelError(f"{parameter}: {uri} holds no JSON object")
     return config
 
 
@@ -266,7 +267,8 @@ def draft_of(config: Mapping[str, Any], p: Parameters) -> Shape:
     """
     family = drafts.family()
     default = family.default_shape(config)
-    return family.adapt(default, read_config(p.draft_model_config)) if p.draft_model_config else default
+    given = p.draft_model_config
+    return family.adapt(default, read_config(given, "draft_model_config")) if given else default
 
 
 def context_problem(config: Mapping[str, Any], max_length: int) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from draft_model.target.model import Target
 from draft_model.target.parallel import load_share
 from draft_model.training.checkpoint import Loaded
 from draft_model.training.config import TrainConfig
-from draft_model.training.patience import patiently
-from draft_model.training.plan import beside_target, read_config
+from draft_model.training.plan import beside_target, draft_of, read_config
 from draft_model.training.ranks import Ranks
 from draft_model.training.trainer import Training, check_position, planned_steps
 
@@ -70,8 +68,8 @@ def fetch_inputs(config: TrainConfig) -> Inputs:
 
 
 def _fetch(uri: str, into: Path, stage: str) -> tuple[str, dict[str, Any]]:
-    properties = patiently(lambda: storage.read_manifest(uri, stage=stage), uri).properties
-    return str(patiently(lambda: storage.fetch(uri, into), uri)), dict(properties)
+    properties = storage.read_manifest(uri, stage=stage).properties
+    return str(storage.fetch(uri, into)), dict(properties)
 
 
 def prepare(
@@ -93,9 +91,9 @@ def prepare(
     p, family = config.parameters, drafts.family()
     model, dataset = inputs.model, inputs.dataset
     dtype = torch.bfloat16 if p.compute_dtype == "bfloat16" else torch.float32
-    default = family.default_shape(read_config(str(model)))
+    target_config = read_config(str(model))
     if resumed is None:
-        shape = family.adapt(default, _draft_model_config(p.draft_model_config, work))
+        shape = draft_of(target_config, p)
         t2d, d2t = vocabulary.load_vocabulary(dataset / vocabulary.FILE)
         if shape.draft_vocab_size != len(d2t):
             raise DraftModelError(
@@ -104,6 +102,7 @@ def prepare(
             )
     else:
         # The checkpoint's shape and vocabulary win: its head's rows mean them.
+        default = family.default_shape(target_config)
         shape = family.adapt(default, resumed.config, f"resume_from_checkpoint: {resumed.uri}")
         t2d, d2t = family.vocabulary(resumed.tensors, shape)
     train_split = Split(dataset / "train")
@@ -141,14 +140,6 @@ def prepare(
         load_weights(draft, resumed.tensors, resumed.uri)
         logger.info("the draft starts from the weights of %s", resumed.uri)
     return training
-
-
-def _draft_model_config(uri: str, work: Path) -> Mapping[str, Any]:
-    if not uri:
-        return {}
-    path = patiently(lambda: storage.fetch_file(uri, work / "draft_config"), uri)
-    given: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return given
 
 
 def check_finite(target: Target) -> None:
