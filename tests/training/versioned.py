@@ -19,11 +19,11 @@ def replace(uri, data, version):
     return True
 
 
-def delete(uri, version):
+def delete(uri, version=None):
     from draft_model.storage import growing
 
     found = read_versioned(uri)
-    if found is None or found[1] != version:
+    if found is None or version not in (None, found[1]):
         return False
     parent, _, name = uri.rpartition("/")
     growing.remove(parent, [name])

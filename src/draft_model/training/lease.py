@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -238,11 +238,14 @@ def hold(folder: str, run_id: str, *, outermost: bool, parameter: str = "checkpo
     lease = Lease(folder, run_id, parameter)
     try:
         taken = lease.acquire()
+        lease.renew()  # finds a store that creates conditionally and does not replace so
     except Leased:
         raise
     except DraftModelError as error:
-        if parameter == "checkpoint_path":
+        if parameter == "checkpoint_path" or lease.lost:
             raise
+        with suppress(DraftModelError):
+            storage.delete(storage.join(folder, FILE))
         logger.warning("%s: %s has no lease, so a second run there would not be noticed: %s", parameter, folder, error)
         yield None
         return
