@@ -25,6 +25,7 @@ from draft_model import drafts, storage
 from draft_model.errors import DraftModelError
 from draft_model.model_import import is_weight
 from draft_model.processes import catch_sigterm
+from draft_model.scratch import working_in
 from draft_model.tracking import Tracker, track
 from draft_model.training.checkpoint import RECORD, STATE, Loaded, read_checkpoint, write_checkpoint
 from draft_model.training.config import TrainConfig, TrainResult
@@ -62,6 +63,7 @@ def run(config: TrainConfig) -> TrainResult:
     p = config.parameters
     with (
         _disk_errors(config.work),
+        working_in(config.work),
         start_ranks(timedelta(minutes=p.dist_timeout), p.tp_size) as ranks,
         _leases(config, ranks) as leases,
     ):
