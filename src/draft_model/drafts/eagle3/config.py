@@ -28,15 +28,16 @@ _FIXED: dict[str, Any] = {
     "mlp_bias": False,
     "hidden_act": "silu",
 }
-# What engines and trainers write and no engine's Llama layer reads. `partial_rotary_factor`, `layer_types` and the like
-# are read, and checked in `_maths_problems`.
+# What engines' Llama layer reads, with the values that change nothing.
+_NEUTRAL: dict[str, Any] = {"partial_rotary_factor": 1, "logit_scale": 1, "layer_types": ["full_attention"]}
+# What engines and trainers write and no engine's Llama layer reads.
 _IGNORED = {
     "_name_or_path", "attention_dropout", "auto_map", "bos_token_id", "decoder_sparse_step", "dtype", "eagle_config",
-    "embd_pdrop", "eos_token_id", "initializer_range", "layer_types", "logit_scale", "max_window_layers",
+    "embd_pdrop", "eos_token_id", "initializer_range", "max_window_layers",
     "mlp_only_layers", "moe_intermediate_size", "n_routed_experts", "norm_topk_prob", "num_aux_hidden_states",
     "num_experts", "num_experts_per_tok", "num_local_experts", "original_max_position_embeddings",
-    "output_router_logits", "pad_token_id", "partial_rotary_factor", "pretraining_tp", "resid_pdrop", "rope_scaling",
-    "rope_theta", "router_aux_loss_coef", "shared_expert_intermediate_size", "sliding_window", "torch_dtype",
+    "output_router_logits", "pad_token_id", "pretraining_tp", "resid_pdrop", "rope_scaling", "rope_theta",
+    "router_aux_loss_coef", "shared_expert_intermediate_size", "sliding_window", "torch_dtype",
     "transformers_version", "use_cache",
 }  # fmt: skip
 _SIZES = (
@@ -293,25 +294,13 @@ def _choose_layers(default: DraftConfig, given: Mapping[str, Any]) -> tuple[tupl
     return layers, []
 
 
-def _maths_problems(given: Mapping[str, Any]) -> list[str]:
-    """Settings that the engines' Llama layer reads and the draft trained here does not have."""
-    one = {"partial_rotary_factor": 1, "logit_scale": 1}
-    problems = [
-        f"`{key}` is {given[key]!r}; the draft trained here has {value}"
-        for key, value in one.items()
-        if given.get(key, value) != value
-    ]
-    if set(given.get("layer_types", ())) - {"full_attention"}:
-        problems.append(f"`layer_types` is {given['layer_types']!r}; the draft's layer attends to everything")
-    return problems
-
-
 def _problems(default: DraftConfig, given: Mapping[str, Any], foreign: bool) -> list[str]:
     known = {field.name for field in fields(DraftConfig)} - {"aux_layers"} | {LAYER_IDS, "target_hidden_size"}
+    fixed = _FIXED | _NEUTRAL
     problems = [
-        f"`{key}` is {value!r}; allowed: {_FIXED[key]!r}"
+        f"`{key}` is {value!r}; allowed: {fixed[key]!r}"
         for key, value in given.items()
-        if key in _FIXED and key != "model_type" and value != _FIXED[key]
+        if key in fixed and key != "model_type" and value != fixed[key]
     ]
     sizes = {"hidden_size": default.hidden_size, "target_hidden_size": default.hidden_size}
     problems += [
@@ -320,9 +309,8 @@ def _problems(default: DraftConfig, given: Mapping[str, Any], foreign: bool) -> 
         if key in given and given[key] != value
     ]
     problems += _size_problems(default, given) + _rope_problems(given) + _choose_layers(default, given)[1]
-    problems += _maths_problems(given)
     # What is switched off changes nothing: `use_sliding_window: false` stands in many published drafts.
-    known |= set(_FIXED) | _IGNORED
+    known |= fixed.keys() | _IGNORED
     unknown = sorted(key for key in set(given) - known if given[key] is not False)
     if foreign:  # its tensors are ours to the last name, and engines read no other settings than the ones checked
         unknown = [key for key in unknown if key.startswith(("use_sliding", "norm_", "fc_norm", "quant"))]
@@ -345,6 +333,8 @@ def with_overrides(default: DraftConfig, given: Mapping[str, Any], source: str =
     given = {key: value for key, value in given.items() if value is not None}
     if given.get("architectures") == ["Eagle3LlamaForCausalLM"]:  # vLLM's other name for the same class
         given["architectures"] = [ARCHITECTURE]
+    if isinstance(given.get("layer_types"), list):  # one for each of the target's layers
+        given["layer_types"] = sorted(set(given["layer_types"]))
     if problems := _problems(default, given, source != USER):
         raise DraftModelError([f"{source}: {problem}" for problem in problems])
     if ignored := sorted(key for key in ("model_type", "sliding_window") if given.get(key) not in (None, "llama")):
