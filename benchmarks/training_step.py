@@ -1,9 +1,9 @@
 """Times one whole training step (target, draft, loss, optimizer) beside the same step of the peers.
 
 Each trainer runs in a process of its own, in an environment of its own (`make bench-peers`) or in this one where the
-peer is installed there, on the same random target and batch (steps/common.py). All start at once. On a CPU they take
-turns step by step, so that a busy machine slows all of them alike; on a GPU one after the other, for their memory would
-not fit together. Printed, as soon as it is known: tokens per second (median), peak memory, the ratio to each peer, and
+peer is installed there, on the same random target and batch (steps/common.py). All start at once and then take turns
+step by step, so that a busy machine slows all of them alike; a GPU has to hold them together (two of the large shape
+need 60 GB). Printed, as soon as it is known: tokens per second (median), peak memory, the ratio to each peer, and
 the share of the floor, which is the time that the step's necessary multiply-adds take at the rate of the machine's
 matrix product (steps/floor.py). A trainer that does not answer in time is ended, and its row says so.
 
@@ -39,8 +39,8 @@ NOTES = {
     "empties the CUDA cache in every step",
     "specforge-cached": "the same without emptying the cache",
     "speculators": "vLLM speculators 0.9.0, kl_div (fused on a GPU, eager on a CPU); conversations packed with "
-    "document ids; target features by hooks as ours, teacher logits over the draft vocabulary as it does. It never trains its "
-    "lm_head, about 15 % less work",
+    "document ids; target features by hooks as ours, teacher logits over the draft vocabulary as it does. It never "
+    "trains its lm_head, about 15 % less work",
 }
 
 
@@ -88,38 +88,34 @@ class Trainer:
                 self.answers.put(line)
         self.answers.put(json.dumps({"error": "its process ended; its output is above"}))
 
-    def ask(self, line: str) -> dict[str, Any]:
-        """Sends a line and waits for the answer; ends the process where none comes in time."""
-        if self.problem:
-            return {}
-        try:
+    def send(self, line: str) -> None:
+        """Asks for something; `receive` waits for the answer."""
+        if self.process.poll() is None:
             assert self.process.stdin
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
+
+    def receive(self) -> dict[str, Any]:
+        """The answer; ends the process where none comes in time."""
+        try:
             answer: dict[str, Any] = json.loads(self.answers.get(timeout=self.limit))
-        except (queue.Empty, OSError):
+        except queue.Empty:
             self.process.kill()
             answer = {"error": f"no answer within {self.limit:.0f} s"}
         self.problem = answer.get("error", "")
         return answer
 
     def build(self, settings: dict[str, Any]) -> None:
-        """Makes a scene in it."""
-        self.seconds, self.peak = [], 0
-        if self.process.poll() is None:
-            self.problem = ""
-        own = {"empty_cache": self.name != "specforge-cached"}
-        self.ask(json.dumps(settings | own))
+        """Has it make a scene; `receive` waits until it is made."""
+        self.seconds, self.first, self.peak, self.problem = [], 0.0, 0, ""
+        self.send(json.dumps(settings | {"empty_cache": self.name != "specforge-cached"}))
 
-    def step(self, number: int, warm_up: int) -> None:
-        """Does one step."""
-        answer = self.ask("step")
-        if answer and not self.problem:
+    def note(self, answer: dict[str, Any], timed: bool) -> None:
+        """Keeps what a step took."""
+        if not self.problem:
             self.peak = answer["peak"]
-            if number == 0:
-                self.first = answer["seconds"]
-            if number >= warm_up:
-                self.seconds.append(answer["seconds"])
+            self.first = self.first or answer["seconds"]
+            self.seconds += [answer["seconds"]] if timed else []
 
     def stop(self) -> None:
         """Ends the process."""
@@ -179,28 +175,28 @@ def main() -> None:
 def _time(trainers: list[Trainer], settings: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
     from tqdm import tqdm
 
-    total = options.warm_up + options.rounds
-    in_turn = settings["device"] == "cuda"
     rates = [_gemm_rate(settings)]
-    rows: list[dict[str, Any]] = []
-    with tqdm(total=len(trainers) * total, desc=settings["shape"], leave=False) as progress:
-        for group in [[trainer] for trainer in trainers] if in_turn else [trainers]:
-            for trainer in group:
-                attention = options.our_attention if trainer.name == "ours" else ""
-                trainer.build({**settings, "attention": attention or options.attention})
-            for number in range(total):
-                if not in_turn:
-                    rates.append(_gemm_rate(settings))
-                for trainer in group:
-                    trainer.step(number, options.warm_up)
-                    progress.update()
-            for trainer in group:
-                if in_turn:
-                    rows.append(_row(trainer, trainers[0], settings, statistics.median(rates)))
-                    trainer.ask("free")
-    if not in_turn:
-        rows = [_row(trainer, trainers[0], settings, statistics.median(rates)) for trainer in trainers]
-    return rows
+    with tqdm(total=options.warm_up + options.rounds, desc=settings["shape"], leave=False) as progress:
+        for trainer in trainers:
+            attention = options.our_attention if trainer.name == "ours" else ""
+            trainer.build({**settings, "attention": attention or options.attention})
+        for trainer in trainers:
+            trainer.receive()
+        for _ in range(options.warm_up):  # at the same time, for kernels are compiled
+            going = [trainer for trainer in trainers if not trainer.problem]
+            for trainer in going:
+                trainer.send("step")
+            for trainer in going:
+                trainer.note(trainer.receive(), timed=False)
+            progress.update()
+        for _ in range(options.rounds):
+            rates.append(_gemm_rate(settings))
+            for trainer in trainers:
+                if not trainer.problem:
+                    trainer.send("step")
+                    trainer.note(trainer.receive(), timed=True)
+            progress.update()
+    return [_row(trainer, trainers[0], settings, statistics.median(rates)) for trainer in trainers]
 
 
 def _row(trainer: Trainer, ours: Trainer, settings: dict[str, Any], rate: float) -> dict[str, Any]:

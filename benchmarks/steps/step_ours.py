@@ -15,7 +15,7 @@ from draft_model.target.model import Target
 from draft_model.training.gradients import Gradients
 
 
-def build(scene: Scene, attention: str) -> Callable[[], float]:
+def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
     """The trainer's own parts: target, objective, clipping, AdamW."""
     config = with_overrides(
         draft_config_for(scene.model.config.to_dict()),
@@ -30,14 +30,14 @@ def build(scene: Scene, attention: str) -> Callable[[], float]:
     optimizer = torch.optim.AdamW(draft.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     batch = collate(list(zip(scene.tokens.cpu(), scene.loss_mask.cpu(), strict=True)))
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         gradients.clear()
         loss, sums = objective(batch, target.states(batch))
         loss.backward()
         norm = gradients.norm(sums.supervised[0])
         useful = norm.isfinite() & (sums.supervised[0] > 0)
         gradients.update(optimizer, sums.supervised[0], norm, MAX_GRAD_NORM, useful)
-        return float(loss.detach() / sums.supervised[0])
+        return loss.detach() / sums.supervised[0]
 
     return step
 

@@ -40,7 +40,7 @@ class _StandIns:
         """Nothing to run."""
 
 
-def build(scene: Scene, attention: str) -> Callable[[], float]:
+def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
     """Its model on a folder that holds the target's embedding, norm and head, which is all it reads of it."""
     sys.meta_path.append(_StandIns())  # type: ignore[arg-type]
     from speculators.losses import resolve_loss_config
@@ -79,7 +79,7 @@ def build(scene: Scene, attention: str) -> Callable[[], float]:
     documents = torch.arange(batch, device=scene.device).repeat_interleave(length).unsqueeze(0)
     positions = 1 + torch.arange(length, device=scene.device).repeat(batch).unsqueeze(0)
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         hidden, final = features(scene.tokens)
         _, loss, _ = draft(
             hidden_states=hidden.flatten(0, 1).unsqueeze(0),
@@ -96,7 +96,7 @@ def build(scene: Scene, attention: str) -> Callable[[], float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
-        return float(loss.detach())
+        return loss.detach()
 
     return step
 

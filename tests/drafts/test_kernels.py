@@ -178,3 +178,20 @@ def test_distillation(dtype):
     assert torch.equal(sums[:, 2] > 0, counts & (exact.argmax(-1) == taught[2].cpu()[rows.cpu()]))
     overlap = torch.minimum(p, log_q.exp()).sum(-1) * counts
     assert_close([sums[:, 0], sums[:, 3], z], [losses.detach(), overlap.detach(), exact.grad], dtype)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rotation_of_the_targets_heads(dtype, batch):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    from draft_model.drafts import triton_kernels
+
+    q = random(2, 5, 3, 8, dtype=dtype).transpose(1, 2)
+    angles = random(batch, 5, 4, seed=1).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    truth, _ = apply_rotary_pos_emb(*(x.cpu().double() for x in (q, q, cos, sin)))
+    found = triton_kernels.rotate(q, cos, sin)
+    assert found.stride() == q.stride()
+    assert_close([found], [truth], dtype)

@@ -91,10 +91,10 @@ def rms_norm_backward(
 
 def swiglu(both: Tensor) -> Tensor:
     """silu(gate) * up of [N, 2I], gate first: [N, I]."""
-    if fused(both):
-        product: Tensor = _triton().swiglu(both)
-        return product
     gate, up = both.chunk(2, -1)
+    if fused(both):
+        product: Tensor = _triton().swiglu(gate, up)
+        return product
     return functional.silu(gate).mul_(up)
 
 

@@ -16,7 +16,7 @@ _PROGRAMS = 264  # of kernels that sum over rows: two per multiprocessor of an H
 
 
 def _warps(block: int) -> int:
-    return 4 if block <= 2048 else 8
+    return 1 if block <= 512 else 4 if block <= 2048 else 8
 
 
 @triton.jit(do_not_specialize=["eps"], do_not_specialize_on_alignment=["rows"])
@@ -89,21 +89,21 @@ def rms_norm_backward(
 
 
 @triton.jit
-def _swiglu(both, product, I, BLOCK: tl.constexpr):
+def _swiglu(gates, ups, product, I, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < I
-    gate = tl.load(both + row * 2 * I + column, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(both + row * 2 * I + I + column, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gates + row * stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(ups + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(product + row * I + column, gate / (1.0 + tl.exp(-gate)) * up, mask=inside)
 
 
-def swiglu(both: Tensor) -> Tensor:
-    """See `kernels.swiglu`."""
-    count, size = len(both), both.shape[1] // 2
-    product = both.new_empty(count, size)
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of two matrices [N, I] of like strides."""
+    count, size = gate.shape
+    product = gate.new_empty(count, size)
     block = min(1024, triton.next_power_of_2(size))
-    _swiglu[(count, triton.cdiv(size, block))](both, product, size, block, num_warps=4)
+    _swiglu[(count, triton.cdiv(size, block))](gate, up, product, size, gate.stride(0), block, num_warps=4)
     return product
 
 
@@ -170,7 +170,8 @@ def rotate_heads(
     heads = min(16, triton.next_power_of_2(total))
     grid = (len(qkv), triton.cdiv(total, heads))
     _rotate_heads[grid](
-        qkv, token_part, tokens, table, time, step, *(qkv if x is None else x for x in (q, k, v)), table.shape[1], token_part.shape[1], column,
+        qkv, token_part, tokens, table, time, step, *(qkv if x is None else x for x in (q, k, v)),
+        table.shape[1], token_part.shape[1], column,
         table.shape[2], query_heads, kv_heads, size, heads, triton.next_power_of_2(size), num_warps=4,
     )  # fmt: skip
 
@@ -218,7 +219,8 @@ def rotate_heads_backward(
     dqkv = torch.empty(len(time), total * size, dtype=dtype, device=table.device)
     grid = (len(time), triton.cdiv(total, heads))
     _rotate_heads_backward[grid](
-        *(dqkv if x is None else x for x in (dq, dk, dv)), table, time, step, tokens, dqkv, token_grad, table.shape[1], token_grad.shape[1], column,
+        *(dqkv if x is None else x for x in (dq, dk, dv)), table, time, step, tokens, dqkv, token_grad,
+        table.shape[1], token_grad.shape[1], column,
         table.shape[2], query_heads, kv_heads, size, heads, triton.next_power_of_2(size), num_warps=4,
     )  # fmt: skip
     return dqkv
@@ -431,8 +433,42 @@ def distill(
     """
     logits, normaliser, top = teacher
     sums = z.new_empty(len(z), 4, dtype=torch.float32)
-    block = min(2048, triton.next_power_of_2(z.shape[1]))
+    block = min(4096, triton.next_power_of_2(z.shape[1]))
+    # Many warps for few rows at once: the second pass over a row finds it in the cache.
     _distill[(len(z),)](
-        z, logits, normaliser, top, teachers, weights, sums, z.shape[1], learn, block, num_warps=8
+        z, logits, normaliser, top, teachers, weights, sums, z.shape[1], learn, block, num_warps=16
     )  # fmt: skip
     return sums
+
+
+@triton.jit(do_not_specialize=["T"])
+def _rotate(
+    x, cosines, sines, out, T, heads, sb, sh, st, tb, tt,
+    D: tl.constexpr, HEADS: tl.constexpr, DP: tl.constexpr,
+):  # fmt: skip
+    batch, time = tl.program_id(0).to(tl.int64) // T, tl.program_id(0).to(tl.int64) % T
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    place = tl.arange(0, DP)[None, :]
+    inside = (head < heads) & (place < D)
+    partner = tl.where(place < D // 2, place + D // 2, place - D // 2)
+    base = batch * sb + time * st + head * sh
+    value = tl.load(x + base + place, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(x + base + partner, mask=inside, other=0.0).to(tl.float32)
+    at = batch * tb + time * tt + place
+    cosine = tl.load(cosines + at, mask=place < D, other=0.0).to(tl.float32)
+    sine = tl.load(sines + at, mask=place < D, other=0.0).to(tl.float32)
+    turned = value * cosine + tl.where(place < D // 2, -1.0, 1.0) * other * sine
+    tl.store(out + base + place, turned, mask=inside)
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary embedding of [B, heads, T, d], of any strides but the last, by tables [B or 1, T, d]."""
+    batch, heads, time, size = x.shape
+    out = torch.empty_like(x)  # of the same strides
+    block = min(16, triton.next_power_of_2(heads))
+    _rotate[(batch * time, triton.cdiv(heads, block))](
+        x, cosines, sines, out, time, heads, x.stride(0), x.stride(1), x.stride(2),
+        cosines.stride(0) if len(cosines) == batch else 0, cosines.stride(1),
+        size, block, triton.next_power_of_2(size), num_warps=4,
+    )  # fmt: skip
+    return out

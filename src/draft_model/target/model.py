@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from draft_model.drafts.eagle3.batch import Batch
 from draft_model.errors import DraftModelError
+from draft_model.target.fused import fuse, multiplier
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class Target:
         self.aux_layers = aux_layers
         self.device = next(model.parameters()).device
         self._taken: dict[int, Tensor] = {}
+        if self.device.type == "cuda":
+            fuse(self.decoder)
         for layer in aux_layers:
             self.decoder.layers[layer - 1].register_forward_hook(self._take(layer))
 
@@ -61,7 +64,7 @@ class Target:
     @property
     def norm(self) -> Tensor:
         """What the final norm multiplies by, [H]: its weight, or 1 + weight in Gemma."""
-        return _multiplier(self.decoder.norm)
+        return multiplier(self.decoder.norm)
 
     @property
     def last_layer(self) -> dict[str, Tensor]:
@@ -69,7 +72,7 @@ class Target:
         layer = self.decoder.layers[-1]
         norms = {name: module for name, module in layer.named_children() if name.endswith("layernorm")}
         weights: dict[str, Tensor] = dict(layer.named_parameters())
-        return weights | {f"{name}.weight": _multiplier(module) for name, module in norms.items()}
+        return weights | {f"{name}.weight": multiplier(module) for name, module in norms.items()}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., H] -> [..., V]."""
@@ -119,13 +122,6 @@ def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, config: Any) 
         logits = logits * factor
     cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap
-
-
-def _multiplier(norm: Any) -> Tensor:
-    weight: Tensor = norm.weight
-    # Ones pass a norm unchanged but for its epsilon, so what comes out tells weight from 1 + weight.
-    passed: Tensor = norm(torch.ones_like(weight))
-    return weight + (passed - weight).round()
 
 
 def load_target(folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Target:

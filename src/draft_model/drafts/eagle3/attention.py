@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 64  # queries that the CPU's flash kernel takes at once
 FLEX_BLOCK = 128
+CUDNN_BLOCK = 128
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -104,7 +105,13 @@ def causal_attention(backend: str, windows: Windows, k0: Tensor, v0: Tensor) -> 
     """
     if backend == "flex_attention":
         return _Flex(windows, k0, v0)
-    return _FlashOnGpu(windows, k0, v0) if k0.is_cuda else _FlashOnCpu(windows, k0, v0)
+    if not k0.is_cuda:
+        return _FlashOnCpu(windows, k0, v0)
+    return (
+        _Cudnn(windows, k0, v0)
+        if windows.square and _cudnn_works(k0.shape[-1], k0.device)
+        else _FlashOnGpu(windows, k0, v0)
+    )
 
 
 class _FlashOnGpu:
@@ -146,6 +153,87 @@ class _FlashOnGpu:
         assert self._dk is not None
         assert self._dv is not None
         return self._dk, self._dv
+
+
+@functools.cache
+def _cudnn_works(size: int, device: torch.device) -> bool:
+    """Whether cuDNN's attention and its backward run here, for heads of this size."""
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    probe = torch.zeros(1, 1, CUDNN_BLOCK, size, device=device, dtype=torch.bfloat16)
+    try:
+        out, lse, *state = _cudnn_forward(probe, probe, probe)
+        _cudnn_backward(probe, probe, probe, probe, out, lse, *state)
+    except (RuntimeError, IndexError) as error:
+        logger.info("attention: cuDNN's does not run here (%s); flash attention does", str(error).partition("\n")[0])
+        return False
+    return True
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Causal attention [B, heads, S, d], its log-sum-exp [B, heads, S, 1], and a random state that nothing uses."""
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)
+    return found[0], found[1], found[6], found[7]
+
+
+def _cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    length = q.shape[2]
+    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    found = backward(grad, q, k, v, out, lse, seed, offset, None, None, None, length, length, 0.0, True)
+    return cast("tuple[Tensor, Tensor, Tensor]", found)
+
+
+class _Cudnn:
+    """cuDNN's attention over whole conversations padded to one length, twice as fast as the other on Hopper.
+
+    It makes a plan for each shape, so lengths are rounded up. All heads get keys of their own, for it takes no groups.
+    """
+
+    def __init__(self, windows: Windows, k0: Tensor, v0: Tensor) -> None:
+        self._batch, self._length = windows.batch, -(-windows.longest_key // CUDNN_BLOCK) * CUDNN_BLOCK
+        self._rows = windows.row_conversation * self._length + windows.row_time  # flat in [B, S]
+        self._keys = windows.conversation * self._length + windows.key_time
+        self._kv_heads = k0.shape[1]
+        self._k0, self._v0 = k0, v0
+        self._kv: tuple[Tensor, Tensor] | None = None
+        self._gradients: list[Tensor] = []
+
+    def _spread(self, rows: Tensor, places: Tensor) -> Tensor:
+        """Rows [N, heads, d] in [B, heads, S, d], zero elsewhere."""
+        size = self._batch * self._length
+        if len(rows) < size:
+            rows = rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, places, rows)
+        return rows.view(self._batch, self._length, *rows.shape[1:]).transpose(1, 2)
+
+    def _expanded(self, heads: int) -> tuple[Tensor, Tensor]:
+        if self._kv is None:
+            group = heads // self._kv_heads
+            k, v = (self._spread(x.repeat_interleave(group, 1), self._keys) for x in (self._k0, self._v0))
+            self._kv = k, v
+        return self._kv
+
+    def forward(self, q: Tensor) -> Attended:
+        queries = self._spread(q, self._rows)
+        out, lse, seed, offset = _cudnn_forward(queries, *self._expanded(q.shape[1]))
+        flat = out.transpose(1, 2).reshape(-1, *q.shape[1:])
+        by_head = lse.view(self._batch, q.shape[1], self._length).transpose(0, 1).flatten(1)
+        return Attended(flat, by_head, self._rows, (lse.shape, seed, offset))
+
+    def backward(self, given: Attended, q: Tensor, grad: Tensor, merged: Tensor, total: Tensor) -> Tensor:
+        shape, seed, offset = given.kept
+        spread = total.new_zeros(total.shape[0], self._batch * self._length).index_copy_(1, self._rows, total)
+        lse = spread.view(-1, self._batch, self._length).transpose(0, 1).contiguous().view(shape)
+        queries, dout, out = (self._spread(x, self._rows) for x in (q, grad, merged))
+        dq, dk, dv = _cudnn_backward(dout, queries, *self._expanded(q.shape[1]), out, lse, seed, offset)
+        new = [x.unflatten(1, (self._kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv)]
+        self._gradients = [a.add_(b) for a, b in zip(self._gradients, new, strict=True)] if self._gradients else new
+        return dq.transpose(1, 2).reshape(-1, *q.shape[1:])
+
+    def key_gradients(self) -> tuple[Tensor, Tensor]:
+        dk, dv = (x.transpose(1, 2).flatten(0, 1).index_select(0, self._keys) for x in self._gradients)
+        return dk, dv
 
 
 class _FlashOnCpu:
@@ -211,6 +299,11 @@ class _FlashOnCpu:
         return dk, dv
 
 
+def _flex_length(length: int) -> int:
+    """Whole blocks, and two at least: PyTorch compiles anew for a size of one."""
+    return max(-(-length // FLEX_BLOCK), 2) * FLEX_BLOCK
+
+
 @functools.cache
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
@@ -229,12 +322,12 @@ class _Flex:
 
     def _padded(self, x: Tensor) -> Tensor:
         """[L, heads, d] -> [1, heads, whole blocks, d]."""
-        return functional.pad(x, (0, 0, 0, 0, 0, -len(x) % FLEX_BLOCK)).transpose(0, 1).unsqueeze(0)
+        return functional.pad(x, (0, 0, 0, 0, 0, _flex_length(len(x)) - len(x))).transpose(0, 1).unsqueeze(0)
 
     def forward(self, q: Tensor) -> Attended:
         w = self._windows
         spread = q if w.dense else q.new_zeros(w.size, *q.shape[1:]).index_copy_(0, w.places, q)
-        leaves = [x.detach().requires_grad_() for x in (self._padded(spread), *self._kv)]
+        leaves = [x.detach().requires_grad_(x.is_cuda) for x in (self._padded(spread), *self._kv)]
         with torch.enable_grad():
             out, lse = _compiled_flex()(*leaves, block_mask=self._mask, enable_gqa=True, return_lse=True)
         packed = out.detach()[0].transpose(0, 1).contiguous()
@@ -268,7 +361,7 @@ def _block_mask(windows: Windows, device: torch.device) -> Any:
     conversations = torch.arange(len(offsets), device=device)
 
     def padded(values: Tensor, fill: int) -> Tensor:
-        return functional.pad(values, (0, -len(values) % FLEX_BLOCK), value=fill)
+        return functional.pad(values, (0, _flex_length(len(values)) - len(values)), value=fill)
 
     sizes = (starts[1:] - starts[:-1], ends[1:] - ends[:-1])
     of_query, of_key = (

@@ -112,7 +112,8 @@ class _Loss(torch.autograd.Function):
         sums.head.addcmul_(heads.grad_head, grad)
         sums.norm.addcmul_(heads.grad_norm, grad)
         del heads.grad_head
-        d_features = unroll.backward(heads.grads.mul_(grad), sums)
+        torch._foreach_mul_([heads.grads], grad.to(heads.grads.dtype))  # a plain mul_ by a GPU's scalar is slower
+        d_features = unroll.backward(heads.grads, sums)
         d_packed = None
         if ctx.needs_input_grad[3]:  # never in training: the target is frozen
             d_packed = d_features.new_zeros(ctx.shape)
