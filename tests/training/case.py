@@ -10,7 +10,6 @@ from pathlib import Path
 
 import tiny
 
-import training.versioned  # noqa: F401
 from draft_model import dataset, model_import, storage
 from draft_model.parameters import Parameters
 from draft_model.training import TrainConfig, TrainResult

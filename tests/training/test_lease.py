@@ -146,7 +146,7 @@ def test_of_two_that_take_over_at_once_one_does(place, short, elsewhere, monkeyp
 
 
 def test_a_killed_run_of_this_machine_is_known_to_be_gone(tmp_path):
-    command = "import os, signal, sys, training.versioned; from draft_model.training.lease import Lease; "
+    command = "import os, signal, sys; from draft_model.training.lease import Lease; "
     command += "Lease(sys.argv[1], 'killed').acquire(); os.kill(os.getpid(), signal.SIGKILL)"
     assert subprocess.run([sys.executable, "-c", command, str(tmp_path)], env=ENVIRONMENT).returncode == -9
     begun = time.monotonic()

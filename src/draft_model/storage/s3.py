@@ -27,6 +27,8 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
@@ -92,7 +94,7 @@ _SENTENCES = {
 }
 _BY_CODE = {code: sentence for codes, sentence in _SENTENCES.items() for code in codes}
 _BUSY = {"429", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
-_UNREACHABLE = (HTTPClientError, IncompleteReadError)
+_UNREACHABLE = (HTTPClientError, EndpointConnectionError, ConnectTimeoutError, IncompleteReadError)
 _FOREIGN = (ClientError, BotoCoreError, Boto3Error, OSError, RecursionError)
 
 

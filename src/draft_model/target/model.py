@@ -29,7 +29,7 @@ class Target:
     spread = False
     """Whether its layers are spread over the copies of other processes, so that all must run it equally often."""
 
-    def __init__(self, model: Any, aux_layers: tuple[int, int, int]) -> None:
+    def __init__(self, model: Any, aux_layers: tuple[int, ...]) -> None:
         self.model = model.eval().requires_grad_(False)
         self.decoder = model.get_decoder()
         self.config = model.config.get_text_config()
@@ -118,7 +118,7 @@ def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, config: Any) 
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def load_target(folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Target:
+def load_target(folder: Path, aux_layers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Target:
     """Loads an imported model.
 
     Args:
@@ -157,7 +157,7 @@ def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **setti
         raise DraftModelError(f"the target model in {folder} cannot be loaded: {error}") from error
 
 
-def check_structure(model: Any, aux_layers: tuple[int, int, int]) -> Any:
+def check_structure(model: Any, aux_layers: tuple[int, ...]) -> Any:
     """Gives a loaded model back where EAGLE-3 can take its features.
 
     Args:

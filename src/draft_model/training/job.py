@@ -68,7 +68,7 @@ def run(config: TrainConfig) -> TrainResult:
     ):
         if ranks.device.type == "cpu":  # on a GPU it costs speed and memory, and flash attention is not deterministic
             torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         logging.getLogger("draft_model").setLevel(logging.INFO if ranks.first else logging.ERROR)
         work = config.work / f"rank_{ranks.rank}"
         shutil.rmtree(work, ignore_errors=True)  # what a killed attempt left
