@@ -8,7 +8,7 @@ from draft_model.drafts.eagle3.batch import collate, plan_unroll
 from draft_model.drafts.eagle3.config import draft_config_for
 from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary
 from draft_model.drafts.eagle3.step import Objective
-from draft_model.drafts.eagle3.unroll import unroll
+from draft_model.drafts.eagle3.unroll import Unroll
 from draft_model.engine import Counts, Job
 from draft_model.evaluation.greedy import Reply, batch_size, counts_of, decode, is_recurrent, reference
 from draft_model.target.model import Target
@@ -118,11 +118,11 @@ def foreseen_rounds(target, draft, tokens, prompt_length, proposals):
     hidden_size = draft.config.hidden_size
     weights = draft.weights(torch.float32)
     rotary = Rotary(draft.config, target.device).table(len(tokens) + proposals, torch.float32)
-    embedded = torch.nn.functional.embedding(batch.tokens.flatten(), target.embedding)
+    embedded = torch.nn.functional.embedding(plan.tokens, target.embedding)
     features = states[:, : 3 * hidden_size]
-    hidden = torch.stack(unroll(weights, rotary, embedded, features, plan, "sdpa"))
+    hidden = Unroll(weights, rotary, plan, "sdpa").forward(embedded, features, keep=False)
     proposed = draft.target_ids[(weights.rms_norm(hidden, weights.norm) @ draft.lm_head.weight.T).argmax(-1)]
-    row = {int(time): number for number, time in enumerate(plan.time)}
+    row = {int(time): number for number, time in enumerate(plan.windows.row_time)}
     rounds, start = [], prompt_length - 1
     while start + 2 + proposals <= len(tokens):
         found = 0
