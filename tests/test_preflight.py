@@ -280,7 +280,7 @@ def test_a_default_instance_type_binds_no_pod_where_nothing_says_that_the_cluste
     found = run(**default)
     assert found.nodes["import"].node_selector == {}
     (note,) = found.notes
-    assert note.startswith("instance_type_model_import: left at its default, and without a compute_map")
+    assert note.startswith("instance_type_model_import: the default ")
     named = run(**default, instance_type_model_import="Standard_D8s_v5")
     assert named.nodes["import"].node_selector == {"node.kubernetes.io/instance-type": "Standard_D8s_v5"}
     assert named.notes == []
