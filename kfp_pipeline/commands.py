@@ -45,7 +45,7 @@ def run_command(params: Path | None, settings: tuple[str, ...], folder: Path) ->
     `draft-model parameters` lists the names.
     """  # noqa: D301
     values = values_of(params, settings)
-    from draft_model.summary import print_summary
+    from draft_model.evaluation.card import print_summary
     from kfp_pipeline.local import run_local
 
     print_summary(run_local(values, folder.resolve()).final, folder)

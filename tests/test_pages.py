@@ -12,7 +12,8 @@ from evaluation.report_inputs import make_report
 
 from draft_model.dataset import REPORT_PAGE, DatasetConfig, run
 from draft_model.evaluation.report import write_report
-from draft_model.model_import import DescriptionConfig, describe
+from draft_model.model_import import ImportConfig
+from draft_model.model_import import run as import_model
 from draft_model.parameters.rules import validate
 
 pytestmark = [
@@ -65,7 +66,8 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     write_report(folder / "evaluation.html", make_report())
     source = {"pytorch_model_path": str(tiny.write_target(folder / "target"))}
-    model = describe(DescriptionConfig(str(folder / "model"), folder / "work", validate(source, ["import"]))).uri
+    parameters = validate(source, ["import"])
+    model = import_model(ImportConfig(str(folder / "model"), folder / "work", parameters)).uri
     rows = [json.dumps(row) for row in tiny.conversations(60)]
     rows[7], rows[11] = "no JSON", json.dumps({"conversations": [{"role": "user", "content": "<b>&amp;" * 40}]})
     train = folder / "a-rather-long-name-of-a-file-that-nothing-in-it-can-be-broken-at.jsonl"

@@ -197,7 +197,7 @@ def test_prompts_that_are_not_there_are_told_among_all_problems(root):
     [
         ("prompts.jsonl", PROMPT + b'{"prompts": "beta"}\n', "line 2 of prompts.jsonl is no prompt"),
         ("prompts.jsonl", b"\n", "there is no line in"),
-        ("prompts.jsonl.gz", gzip.compress(PROMPT)[:-4], "prompts.jsonl.gz: is damaged gzip data"),
+        ("prompts.jsonl.gz", gzip.compress(PROMPT, mtime=0)[:-4], "prompts.jsonl.gz: is damaged gzip data"),
     ],
 )
 def test_prompts_that_the_evaluation_could_not_decode_are_told(root, name, content, told):

@@ -7,10 +7,12 @@ what the target says: every supervised position then costs its full work.
 
 from __future__ import annotations
 
+import gc
 import json
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -171,22 +173,59 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def serve(build: Callable[[Scene, str], Callable[[], float]]) -> None:
-    """Obeys the benchmark: one line of settings, then a step for every further line; answers in JSON lines.
+def serve(build: Callable[[Scene, str], Callable[[], Tensor]]) -> None:
+    """Obeys the benchmark: a line of settings makes a scene, `step` does a step, `free` lets the scene go.
+
+    Answers in JSON lines; what fails is answered as an error, and the next scene may do better.
 
     Args:
         build: makes the trainer of a scene and an attention backend; what it returns does one whole step, from the
             target's forward pass to the changed weights, and gives the loss.
     """
-    settings = json.loads(sys.stdin.readline())
-    torch.set_num_threads(settings["threads"])
-    device = torch.device(settings["device"])
-    shape = replace(SHAPES[settings["shape"]], **settings["changes"])
-    scene = make_scene(shape, settings["supervised"], device, getattr(torch, settings["dtype"]))
-    step = build(scene, settings["attention"])
-    print(json.dumps({"ready": True}), flush=True)
-    for _ in sys.stdin:
-        started = now(device)
-        loss = step()
-        seconds = now(device) - started
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak_memory(device)}), flush=True)
+    step: Callable[[], Tensor] | None = None
+    device = torch.device("cpu")
+    for line in sys.stdin:
+        try:
+            if line.startswith("{"):
+                settings = json.loads(line)
+                step = None
+                torch.set_num_threads(settings["threads"])
+                device = torch.device(settings["device"])
+                shape = replace(SHAPES[settings["shape"]], **settings["changes"])
+                if device.type == "cuda":
+                    _release()
+                    if not settings["empty_cache"]:
+                        torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
+                scene = make_scene(shape, settings["supervised"], device, getattr(torch, settings["dtype"]))
+                step = build(scene, settings["attention"])
+                del scene
+                answer: dict[str, Any] = {"ready": True}
+            elif line.startswith("free"):
+                step = None
+                _release()
+                answer = {}
+            else:
+                assert step
+                # On a GPU several steps in a row, as in a training: the host may run ahead.
+                count = 4 if device.type == "cuda" else 1
+                started = now(device)
+                for _ in range(count):
+                    loss = step()
+                seconds = (now(device) - started) / count
+                answer = {"seconds": seconds, "loss": float(loss), "peak": peak_memory(device)}
+        except Exception as error:  # the benchmark goes on with the other trainers
+            traceback.print_exc(limit=-4)
+            answer = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"}
+            step = None
+        print(json.dumps(answer), flush=True)
+
+
+def _release() -> None:
+    """Gives memory back to the machine."""
+    gc.collect()
+    if torch.cuda.is_available():
+        _empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+_empty_cache = torch.cuda.empty_cache

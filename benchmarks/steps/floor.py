@@ -28,10 +28,10 @@ def multiply_adds(shape: Shape, tokens: torch.Tensor, loss_mask: torch.Tensor) -
     query, key_value = shape.heads * head_dim, 2 * shape.kv_heads * head_dim
     layer = hidden * (query + key_value) + query * hidden + 3 * hidden * inner  # of the target
     pairs = shape.batch * shape.tokens * (shape.tokens + 1) // 2  # query and key under the causal mask
-    all_tokens, valid, rows, teachers = shape.batch * shape.tokens, len(plan.valid), len(plan.time), len(plan.teachers)
+    all_tokens, valid, rows, teachers = shape.batch * shape.tokens, len(plan.keys), len(plan.rows), len(plan.teachers)
     taught = int((plan.students >= 0).sum())
     target = shape.target_layers * (all_tokens * layer + 2 * pairs * query) + teachers * vocab * hidden
-    draft_pairs = int((plan.time + 1).sum())
+    draft_pairs = int((plan.windows.row_time + 1).sum())
     both = FORWARD + BACKWARD
     # The frozen inputs (features, embeddings) need no gradient of their own.
     draft = 2 * valid * 3 * hidden * hidden + 2 * all_tokens * hidden * (query + key_value)

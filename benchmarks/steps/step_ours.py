@@ -12,9 +12,10 @@ from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.step import Objective
 from draft_model.target.model import Target
+from draft_model.training.gradients import Gradients
 
 
-def build(scene: Scene, attention: str) -> Callable[[], float]:
+def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
     """The trainer's own parts: target, objective, clipping, AdamW."""
     config = with_overrides(
         draft_config_for(scene.model.config.to_dict()),
@@ -25,21 +26,18 @@ def build(scene: Scene, attention: str) -> Callable[[], float]:
     draft.initialise(0, target)
     draft.to(scene.device)
     objective = Objective(draft, target, TTT_LENGTH, attention, scene.dtype, scene.shape.tokens)
-    parameters = list(draft.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
-    batch = collate(list(zip(scene.tokens.cpu(), scene.loss_mask.cpu(), strict=True))).to(scene.device)
+    gradients = Gradients(draft.parameters())
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+    batch = collate(list(zip(scene.tokens.cpu(), scene.loss_mask.cpu(), strict=True)))
 
-    def step() -> float:
+    def step() -> torch.Tensor:
+        gradients.clear()
         loss, sums = objective(batch, target.states(batch))
         loss.backward()
-        supervised = float(sums.supervised[0])
-        for parameter in parameters:
-            assert parameter.grad is not None
-            parameter.grad.div_(supervised)
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach()) / supervised
+        norm = gradients.norm(sums.supervised[0])
+        useful = norm.isfinite() & (sums.supervised[0] > 0)
+        gradients.update(optimizer, sums.supervised[0], norm, MAX_GRAD_NORM, useful)
+        return loss.detach() / sums.supervised[0]
 
     return step
 

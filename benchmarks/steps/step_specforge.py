@@ -6,6 +6,7 @@ reference `_compute_loss`. On a GPU both are its own.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from collections.abc import Callable
@@ -26,12 +27,13 @@ def _stand_in_for_triton() -> None:
     sys.modules |= {"triton": triton, "triton.language": language}
 
 
-def build(scene: Scene, attention: str) -> Callable[[], float]:
+def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
     """SpecForge's parts, wired as its Eagle3TrainStrategy and its trainer do."""
     on_cpu = scene.device.type == "cpu"
     if on_cpu:
-        import torch._inductor.compile_fx  # before the stand-in, which must not pass for the real one
-
+        importlib.import_module(
+            "torch._inductor.compile_fx"
+        )  # before the stand-in, which must not pass for the real one
         _stand_in_for_triton()
     from specforge.algorithms.eagle3 import model as eagle3
     from specforge.core.loss import _compute_loss
@@ -54,7 +56,7 @@ def build(scene: Scene, attention: str) -> Callable[[], float]:
     features = Features(scene.model)
     attention_mask = torch.ones_like(scene.tokens)
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         hidden, final = features(scene.tokens)
         with torch.no_grad():  # what its TargetHead does: all positions, all logits, shifted by one
             target = scene.model.lm_head(padding(final, left=False))
@@ -69,7 +71,7 @@ def build(scene: Scene, attention: str) -> Callable[[], float]:
         total: torch.Tensor = sum(0.8**place * loss for place, loss in enumerate(losses))  # type: ignore[assignment]
         total.backward()
         optimizer.step()
-        return float(total.detach())
+        return total.detach()
 
     return step
 

@@ -1,13 +1,19 @@
 """One training step of vLLM speculators: its draft model with its losses and AdamW, on the scene of the benchmark.
 
-Conversations are packed into one row with document ids, as its data loader does.
+Conversations are packed into one row with document ids, as its data loader does. What that loader alone imports (the
+OpenAI client, datasets) is replaced by empty stand-ins where it is not installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import tempfile
+import types
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,8 +21,34 @@ from safetensors.torch import save_file
 from common import AUX_LAYERS, LEARNING_RATE, MAX_GRAD_NORM, TTT_LENGTH, Features, Scene, serve
 
 
-def build(scene: Scene, attention: str) -> Callable[[], float]:
+class _StandIns:
+    """Finds empty modules for packages that are not installed and that the step does not use."""
+
+    names = frozenset(name for name in ("openai", "datasets", "pyarrow") if not importlib.util.find_spec(name))
+
+    def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
+        """A specification of an empty package."""
+        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in self.names else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        """A module each of whose attributes is an empty class."""
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = self._attribute  # type: ignore[method-assign]
+        return module
+
+    @staticmethod
+    def _attribute(name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing to run."""
+
+
+def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
     """Its model on a folder that holds the target's embedding, norm and head, which is all it reads of it."""
+    sys.meta_path.append(_StandIns())  # type: ignore[arg-type]
     from speculators.losses import resolve_loss_config
     from speculators.models.eagle3.core import Eagle3DraftModel
 
@@ -53,7 +85,7 @@ def build(scene: Scene, attention: str) -> Callable[[], float]:
     documents = torch.arange(batch, device=scene.device).repeat_interleave(length).unsqueeze(0)
     positions = 1 + torch.arange(length, device=scene.device).repeat(batch).unsqueeze(0)
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         hidden, final = features(scene.tokens)
         _, loss, _ = draft(
             hidden_states=hidden.flatten(0, 1).unsqueeze(0),
@@ -70,7 +102,7 @@ def build(scene: Scene, attention: str) -> Callable[[], float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
-        return float(loss.detach())
+        return loss.detach()
 
     return step
 

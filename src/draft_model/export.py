@@ -53,11 +53,12 @@ def export(draft: str, form: Format, output: str, work: Path, target: str = "") 
     """
     from safetensors.torch import save_file
 
+    from draft_model.drafts.eagle3.config import layers_of, to_sglang
     from draft_model.training.checkpoint import read_checkpoint
 
     loaded = read_checkpoint(draft, work / "draft")
     source = fetched(draft, work / "draft")
-    layers = feature_layers(loaded.config)
+    layers = layers_of(loaded.config)
     folder = work / "exported"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*_LEFT_OUT))
@@ -70,7 +71,7 @@ def export(draft: str, form: Format, output: str, work: Path, target: str = "") 
         outside = {key: value for key, value in config.items() if key not in (_LAYERS, "eagle_config")}
         nested: dict[str, Any] = {"use_aux_hidden_state": True}
         if layers and form == "sglang":
-            nested[_LAYERS] = [layer - 1 for layer in layers]
+            nested[_LAYERS] = to_sglang(tuple(layers), str(loaded.config.get("target_model_type", "")))
         config = outside | ({_LAYERS: layers} if layers and form == "vllm" else {}) | {"eagle_config": nested}
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)
@@ -94,17 +95,6 @@ def fetched(uri: str, work: Path) -> Path:
         )
     logger.info("%s has no %s: its files are taken unchecked", uri, storage.MANIFEST)
     return storage.fetch_tree(uri, work)
-
-
-def feature_layers(config: Mapping[str, Any]) -> list[int] | None:
-    """After how many of the target's layers a draft's features are taken; None where its engine's default holds.
-
-    vLLM reads the top level and counts so. SGLang reads `eagle_config` and adds one. Others write one of them or none.
-    """
-    nested = (config.get("eagle_config") or {}).get(_LAYERS)
-    if config.get(_LAYERS) is not None:
-        return list(config[_LAYERS])
-    return None if nested is None else [layer + 1 for layer in nested]
 
 
 def _speculators(config: Mapping[str, Any], layers: list[int] | None, verifier: Mapping[str, Any]) -> dict[str, Any]:

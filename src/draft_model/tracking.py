@@ -46,10 +46,7 @@ Stagelike = TypeVar("Stagelike", bound=Callable[..., Any])
 
 
 def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that the pods of a training job need of the environment of the step that starts it.
-
-    A URI with a password in it stays behind: a pod's variables are readable in the cluster.
-    """
+    """Variables that a job's pods need of their step's; a URI with a password stays behind, as pods are readable."""
     found = {name: environment[name] for name in _FORWARDED if environment.get(name)}
     return {} if "@" in urlsplit(found.get("MLFLOW_TRACKING_URI", "")).netloc else found
 
@@ -63,27 +60,18 @@ class Tracker:
     """
 
     def __init__(self, stage: str | None = None, uri: str = "") -> None:
-        self._stage, self._uri = stage, uri
+        self._stage, self._uri, self.active = stage, uri, bool(uri)
         self._queue: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
         self._client: Any = None
+        self._last: Callable[[], Any] | None = None
         self._parent, self._lost, self._failed_at = "", 0, -math.inf
         # Ids in the environment are those of the environment's server.
         here = os.environ if uri == os.environ.get("MLFLOW_TRACKING_URI") else {}
         self._run, self._experiment = here.get("MLFLOW_RUN_ID", ""), here.get("MLFLOW_EXPERIMENT_ID", "")
         self._ends_run = not self._run
 
-    @property
-    def active(self) -> bool:
-        """Whether tracking is set up."""
-        return bool(self._uri)
-
     def metrics(self, step: int, values: Mapping[str, Any]) -> None:
-        """Tracks numbers of one step.
-
-        Args:
-            step: optimizer steps done.
-            values: by name; a list becomes `name_1`, `name_2`, ...; None and what is not finite are left out.
-        """
+        """Tracks numbers of an optimizer step; a list becomes `name_1`, ...; None and NaN are left out."""
         flat = []
         for name, value in values.items():
             items = enumerate(value, 1) if isinstance(value, list | tuple) else [(0, value)]
@@ -138,7 +126,7 @@ class Tracker:
     def work(self) -> None:
         """Sends what is reported, until the end; runs in a thread of its own."""
         for request in iter(self._queue.get, None):
-            if time.monotonic() < self._failed_at + PAUSE:
+            if request is not self._last and time.monotonic() < self._failed_at + PAUSE:
                 self._lost += 1
                 continue
             try:
@@ -152,8 +140,8 @@ class Tracker:
 
     def end(self, status: str, thread: threading.Thread) -> None:
         """Says how the stage ended, and waits a little for the server."""
-        self._failed_at = -math.inf
-        self._queue.put(lambda: self._end(status))
+        self._last = lambda: self._end(status)
+        self._queue.put(self._last)
         self._queue.put(None)
         thread.join(END_SECONDS if status == "FINISHED" else FAILED_SECONDS)
         lost = self._lost + max(self._queue.qsize() - 1, 0)
@@ -195,11 +183,10 @@ class Tracker:
         """Ends the run, and the parent: failed where the newest run of some stage has, running while one is."""
         if self._ends_run:
             self._client.set_terminated(self._run, status)
-        if self._parent:
-            children = self._oldest_first(f"tags.`{_PARENT}` = '{self._parent}'")
-            newest = {child.info.run_name: child.info.status for child in children}.values()
-            if "FAILED" in newest or "RUNNING" not in newest:
-                self._client.set_terminated(self._parent, "FAILED" if "FAILED" in newest else "FINISHED")
+        children = self._oldest_first(f"tags.`{_PARENT}` = '{self._parent}'") if self._parent else []
+        newest = {child.info.run_name: child.info.status for child in children}.values()
+        if newest and ("FAILED" in newest or "RUNNING" not in newest):
+            self._client.set_terminated(self._parent, "FAILED" if "FAILED" in newest else "FINISHED")
 
 
 @contextmanager
@@ -209,12 +196,11 @@ def track(stage: str, uri: str = "") -> Iterator[Tracker]:
     if not tracker.active:
         yield tracker
         return
-    os.environ.update({name: value for name, value in _DEFAULTS.items() if name not in os.environ})
+    os.environ.update(_DEFAULTS | os.environ)
     import mlflow.tracking  # noqa: F401  (not first in the thread: a stage may import it at the same time)
 
-    thread = threading.Thread(target=tracker.work, daemon=True, name="tracking")
+    thread, status = threading.Thread(target=tracker.work, daemon=True, name="tracking"), "FAILED"
     thread.start()
-    status = "FAILED"
     try:
         yield tracker
         status = "FINISHED"

@@ -227,6 +227,12 @@ def test_a_template_that_hides_or_refuses_turns_is_noticed(models):
     assert "no system role here" in encoded.rejected[0][2]
 
 
+def test_a_line_that_is_nested_too_deeply_is_rejected(encoders):
+    deep = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "tools": [{"a": '
+    encoded = encoders["qwen2"].encode([(1, deep + b"[" * 900 + b"]" * 900 + b"}]}")])
+    assert [reason for _, reason, _ in encoded.rejected] in (["wrong shape"], ["not JSON"])
+
+
 def test_tokens_beyond_the_embedding_are_refused(models, encoders):
     tokenizer = encoders["qwen2"].tokenizer
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -40,6 +40,12 @@ def test_a_file_a_folder_and_a_glob(folder):
     assert named(f"file://{folder}/notes.txt") == {"notes.txt": b"notes.txt" * 10}, "what is named is taken"
     assert list(named(folder / "*.jsonl*")) == ["a.jsonl.gz", "b.jsonl"]
     assert list(named(f"{folder}/**/[cd].jsonl*")) == ["deep/d.jsonl", "deep/er/c.jsonl.zst"]
+    (folder / "..data").symlink_to(folder / "deep")  # as Kubernetes mounts a ConfigMap
+    (folder / "link.jsonl").symlink_to("..data/d.jsonl")
+    assert list(named(folder)) == [*IN_FOLDER, "link.jsonl"]
+    assert named(folder / "l*.jsonl") == {"link.jsonl": b"deep/d.jsonl" * 10}
+    (folder / "a[1].jsonl").write_bytes(b"it")
+    assert named(folder / "a[1].jsonl") == {"a[1].jsonl": b"it"}
     for absent in ("x.jsonl", "*.parquet", "deep/x*/y"):
         with pytest.raises(DraftModelError, match=re.escape(absent)):
             find(str(folder / absent))

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,10 +123,17 @@ def test_after_kill_9_it_goes_on_from_whole_shards(tmp_path, models, data):
     shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed" / "train").iterdir()}
     assert 2 <= len(shards) <= 6
     assert not storage.exists(given.output)
+    shutil.copytree(given.output, tmp_path / "holed")
     run(given)
     assert {path: path.stat().st_mtime_ns for path in shards} == shards, "they were not written again"
     run(config(tmp_path, models, data, "one"))
     assert files(tmp_path / "one") == files(tmp_path / "killed")
+    holed = config(tmp_path, models, data, "holed")
+    min((tmp_path / "holed" / "train").iterdir()).unlink()
+    with pytest.raises(DraftModelError, match="run the dataset stage again"):
+        run(holed)
+    run(holed)
+    assert files(tmp_path / "one") == files(tmp_path / "holed")
 
 
 def test_a_changed_file_is_built_anew_and_what_is_no_longer_used_is_removed(tmp_path, models, data):

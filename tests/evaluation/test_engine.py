@@ -60,6 +60,13 @@ LOGS = {
         "or parameter named 'fc_norm' in Eagle3LlamaForCausalLM\nRuntimeError: Engine core initialization failed. "
         "See root cause above.\n", "failed: ValueError: There is no module or parameter named 'fc_norm'",
     ),
+    "a draft of another shape, as vLLM 0.32 says it": (
+        1, "(Worker pid=9) ERROR 11-27 [multiproc_executor.py:953] RuntimeError: start (0) + length (77) exceeds "
+        "dimension size (48).\n(EngineCore pid=7) ERROR 11-27 [core.py:1510] Exception: WorkerProc initialization "
+        "failed due to an exception in a background process. See stack trace for root cause.\n"
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n",
+        "failed: RuntimeError: start (0) + length (77) exceeds dimension size (48).",
+    ),
     "a signal": (-11, "bye\n", "was ended by signal 11 (SIGSEGV)"),
     "nothing said": (3, "", "failed with exit status 3: it wrote no log"),
 }  # fmt: skip
@@ -121,6 +128,7 @@ def test_a_failed_engine_leaves_the_draft_whole_and_a_report_that_says_so(traine
     assert report["evaluation"] is None
     assert "this draft is not mine" in (tmp_path / "final/report.html").read_text()
     assert "Not measured" in (tmp_path / "final/README.md").read_text()
+    assert not (tmp_path / "final/evaluation.json").exists()
 
 
 @pytest.mark.skipif(not SERVING.exists(), reason="`make check-serving` installs vLLM for CPU")

@@ -8,8 +8,8 @@ from draft_model.drafts.eagle3.batch import collate, plan_unroll
 from draft_model.drafts.eagle3.config import draft_config_for
 from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary
 from draft_model.drafts.eagle3.step import Objective
-from draft_model.drafts.eagle3.unroll import unroll
-from draft_model.engine import Counts
+from draft_model.drafts.eagle3.unroll import Unroll
+from draft_model.engine import Counts, Job
 from draft_model.evaluation.greedy import Reply, batch_size, counts_of, decode, is_recurrent, reference
 from draft_model.target.model import Target
 
@@ -30,24 +30,29 @@ def pair(vocabulary: int, known: int, seed: int = 0, **changes):
     return target, draft
 
 
+def job(proposals, limit, end=()):
+    """What is decoded."""
+    return Job("", "", "eagle3", proposals, [], limit, list(end), 0.0, 0, [])
+
+
 def own(target, prompts, limit, end=()):
     """The target's own replies."""
-    return [reply.tokens for reply, _ in reference(target, prompts, limit, end)]
+    return [reply.tokens for reply, _ in reference(target, prompts, job(1, limit, end))]
 
 
 @pytest.mark.parametrize("proposals", [1, 3, 6])
 @pytest.mark.parametrize("end", [(), (4,)])
 def test_decodes_the_targets_own_tokens(proposals, end):
     target, draft = pair(vocabulary=8, known=6, seed=2)
-    replies = decode(target, draft, PROMPTS, proposals, 40, end)
+    replies = decode(target, draft, PROMPTS, job(proposals, 40, end))
     assert [reply.tokens for reply in replies] == own(target, PROMPTS, 40, end)
     assert any(reply.accepted and max(reply.accepted) > 0 for reply in replies)
 
 
 def test_a_batch_decodes_each_prompt_as_if_it_were_alone():
     target, draft = pair(vocabulary=12, known=12, seed=1)
-    together = decode(target, draft, PROMPTS, 4, 30, (5,))
-    assert together == [decode(target, draft, [prompt], 4, 30, (5,))[0] for prompt in PROMPTS]
+    together = decode(target, draft, PROMPTS, job(4, 30, (5,)))
+    assert together == [decode(target, draft, [prompt], job(4, 30, (5,)))[0] for prompt in PROMPTS]
 
 
 HYBRID = {
@@ -79,7 +84,7 @@ def test_targets_with_sliding_windows_or_recurrent_layers_decode_their_own_token
     assert batch_size(target) == 1
     assert is_recurrent(target) == (name == "Qwen3NextConfig")
     for prompt in PROMPTS[:4]:
-        (reply,) = decode(target, draft, [prompt], 2, 20, ())
+        (reply,) = decode(target, draft, [prompt], job(2, 20))
         assert [reply.tokens] == own(target, [prompt], 20)
 
 
@@ -113,11 +118,11 @@ def foreseen_rounds(target, draft, tokens, prompt_length, proposals):
     hidden_size = draft.config.hidden_size
     weights = draft.weights(torch.float32)
     rotary = Rotary(draft.config, target.device).table(len(tokens) + proposals, torch.float32)
-    embedded = torch.nn.functional.embedding(batch.tokens.flatten(), target.embedding)
+    embedded = torch.nn.functional.embedding(plan.tokens, target.embedding)
     features = states[:, : 3 * hidden_size]
-    hidden = torch.stack(unroll(weights, rotary, embedded, features, plan, "sdpa"))
+    hidden = Unroll(weights, rotary, plan, "sdpa").forward(embedded, features, keep=False)
     proposed = draft.target_ids[(weights.rms_norm(hidden, weights.norm) @ draft.lm_head.weight.T).argmax(-1)]
-    row = {int(time): number for number, time in enumerate(plan.time)}
+    row = {int(time): number for number, time in enumerate(plan.windows.row_time)}
     rounds, start = [], prompt_length - 1
     while start + 2 + proposals <= len(tokens):
         found = 0
@@ -130,7 +135,7 @@ def foreseen_rounds(target, draft, tokens, prompt_length, proposals):
 
 def test_rounds_accept_what_the_training_time_unroll_foresees():
     target, draft = pair(vocabulary=8, known=6, seed=2)
-    replies = decode(target, draft, PROMPTS, 3, 60, ())
+    replies = decode(target, draft, PROMPTS, job(3, 60))
     for prompt, reply in zip(PROMPTS, replies, strict=True):
         foreseen = foreseen_rounds(target, draft, prompt + reply.tokens, len(prompt), 3)
         assert len(foreseen) > 10
@@ -140,7 +145,7 @@ def test_rounds_accept_what_the_training_time_unroll_foresees():
 
 def test_training_foresees_the_acceptance_length():
     target, draft = pair(vocabulary=8, known=6, seed=2)
-    replies = decode(target, draft, PROMPTS, 3, 60, ())
+    replies = decode(target, draft, PROMPTS, job(3, 60))
     rows = [(torch.tensor(prompt + reply.tokens), len(prompt)) for prompt, reply in zip(PROMPTS, replies, strict=True)]
     batch = collate([(tokens, torch.arange(len(tokens)) >= start) for tokens, start in rows])
     objective = Objective(draft, target, 3, "sdpa", torch.float32, 80)
@@ -161,7 +166,7 @@ def test_acceptance_counts_rounds_and_positions():
 
 def test_the_reference_says_by_how_much_each_token_was_the_best():
     target, _ = pair(vocabulary=8, known=6, seed=2)
-    (reply, margins), *_ = reference(target, PROMPTS[:1], 5, ())
+    (reply, margins), *_ = reference(target, PROMPTS[:1], job(1, 5))
     for index, margin in enumerate(margins):
         tokens = torch.tensor([PROMPTS[0] + reply.tokens[:index]])
         best = target.model(tokens).logits[0, -1].topk(2)

@@ -16,8 +16,8 @@ import tiny
 from safetensors.torch import load_file
 
 from draft_model import storage
-from draft_model.storage.embedded import EmbeddedStore
 from draft_model.evaluation.card import print_summary
+from draft_model.storage.embedded import EmbeddedStore
 from kfp_pipeline.local import run_local
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"

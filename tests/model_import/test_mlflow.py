@@ -187,7 +187,7 @@ def test_a_server_of_2_x_keeps_a_runs_model_among_its_files(model, server, targe
     assert same_weights(result.uri, target)
 
 
-@pytest.mark.parametrize("scheme", ["wasbs", "abfss", "sftp", "gs", "r2", "nosuch"])
+@pytest.mark.parametrize("scheme", ["wasbs", "abfss", "sftp", "nosuch"])
 def test_a_model_in_a_store_whose_client_is_not_installed(server, scheme, refusal, monkeypatch):
     def answer(path, _query):
         if "get-download-uri" in path:

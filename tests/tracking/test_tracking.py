@@ -128,11 +128,14 @@ def test_without_a_tracking_uri_nothing_is_tracked(uri, tmp_path, monkeypatch):
 
 def test_a_server_that_comes_back_gets_what_follows(uri, client, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tracking, "PAUSE", 0.0)
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
     away = tmp_path / "away"
+    away.write_text("no folder, so there can be no database in it")
     with track("train", f"sqlite:///{away}/mlflow.db") as tracker:
         tracker.metrics(1, {"loss": 1.0})
         while not caplog.records:
             threading.Event().wait(0.01)
+        away.unlink()
         away.mkdir()
         tracker.metrics(2, {"loss": 2.0})
     from mlflow import MlflowClient

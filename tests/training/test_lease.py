@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -14,13 +16,14 @@ from pathlib import Path
 import pytest
 
 from draft_model import jobs, storage
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.training import job, lease
 from draft_model.training.lease import Lease, hold
 from draft_model.training.trainer import Interrupted
 from training.case import Trained, when_logged
 from training.processes import start, train_all
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 SHORT = 0.4
 """Seconds that a lease of these tests holds."""
 
@@ -66,7 +69,7 @@ def test_of_many_that_make_a_file_at_once_one_does(place):
     for thread in threads:
         thread.join()
     (first,) = [number for number, was in made.items() if was]
-    assert storage.read_file(f"{place}/file") == str(first).encode()
+    assert storage.read_bytes(f"{place}/file") == str(first).encode()
 
 
 def test_a_second_run_is_refused_while_the_first_is_there(place, short):
@@ -76,17 +79,32 @@ def test_a_second_run_is_refused_while_the_first_is_there(place, short):
             pass
         (problem,) = caught.value.problems
         assert problem.startswith(f"checkpoint_path: given '{place}', where run first (process ")
-        assert "wait for its end, or give this run another path" in problem
+        assert f"has been at work since {held(place)['since']}: wait for its end, or give this run another" in problem
         assert held(place)["run_id"] == "first"
     with hold(place, "second", outermost=True):  # now it may
         assert held(place)["run_id"] == "second"
     assert held(place) is None
 
 
-def test_a_run_that_is_gone_loses_its_lease(place, short, caplog):
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Gives the lease of a run on another machine, whose processes cannot be looked up here."""
+
+    def taken(place, run_id="gone"):
+        other = Lease(place, run_id)
+        with monkeypatch.context() as there:
+            there.setattr(
+                lease, "this_process", lambda: {"name": "there:7", "table": "another", "pid": 7, "started": 0.0}
+            )
+            assert other.acquire()
+        return other
+
+    return taken
+
+
+def test_a_run_that_is_gone_loses_its_lease(place, short, elsewhere, caplog):
     caplog.set_level(logging.INFO, "draft_model")
-    gone = Lease(place, "gone")
-    assert gone.acquire()
+    gone = elsewhere(place)
     begun = time.monotonic()
     with hold(place, "next", outermost=True):
         assert time.monotonic() - begun >= SHORT
@@ -96,8 +114,70 @@ def test_a_run_that_is_gone_loses_its_lease(place, short, caplog):
         assert gone.lost
         gone.end(release=True)
         assert held(place)["run_id"] == "next"
-    assert "has the lease of run gone" in caplog.text
-    assert "run gone (process " in caplog.text
+    assert "has the lease of run gone (process there:7)" in caplog.text
+    assert "run gone (process there:7) is gone, and its lease taken over" in caplog.text
+
+
+def test_a_holder_that_slept_while_another_came_and_ended_writes_nothing_more(place, short, elsewhere):
+    slow = elsewhere(place, "slow")
+    with hold(place, "next", outermost=True):
+        pass
+    with pytest.raises(DraftModelError, match="is no longer leased to this run"):
+        slow.renew()
+    assert slow.lost
+    assert held(place) is None
+
+
+def test_of_two_that_take_over_at_once_one_does(place, short, elsewhere, monkeypatch):
+    elsewhere(place)
+    both = {name: Lease(place, name) for name in ("one", "two")}
+    replace_file, found = storage.replace, {}
+
+    def overtaken(uri, data, version):
+        monkeypatch.setattr(storage, "replace", replace_file)
+        found["two"] = both["two"].acquire()  # between the first one's reading and its writing
+        return replace_file(uri, data, version)
+
+    monkeypatch.setattr(storage, "replace", overtaken)
+    with pytest.raises(DraftModelError, match="where run two"):
+        both["one"].acquire()
+    assert found == {"two": True}
+    assert held(place)["run_id"] == "two"
+
+
+def test_a_killed_run_of_this_machine_is_known_to_be_gone(tmp_path):
+    command = "import os, signal, sys; from draft_model.training.lease import Lease; "
+    command += "Lease(sys.argv[1], 'killed').acquire(); os.kill(os.getpid(), signal.SIGKILL)"
+    assert subprocess.run([sys.executable, "-c", command, str(tmp_path)], env=ENVIRONMENT).returncode == -9
+    begun = time.monotonic()
+    with hold(str(tmp_path), "next", outermost=True):
+        assert time.monotonic() - begun < lease.SECONDS / lease.RENEWALS
+
+
+@pytest.mark.parametrize("request_", ["create", "replace"])
+def test_an_output_in_a_store_without_conditional_writes_goes_without_a_lease(place, monkeypatch, caplog, request_):
+    def refuse(uri, *_):
+        raise DraftModelError(f"{uri}: the store does not support conditional writes")
+
+    monkeypatch.setattr(storage, request_, refuse)
+    with hold(place, "run", outermost=True, parameter="output") as none:
+        assert none is None
+        assert held(place) is None
+    assert "a second run there would not be noticed" in caplog.text
+    with pytest.raises(DraftModelError, match="conditional writes"), hold(place, "run", outermost=True):
+        pass
+
+
+def test_two_runs_at_once_do_not_share_an_output(train, plain, tmp_path):
+    output = str(tmp_path / "shared")
+    with hold(output, "first", outermost=True, parameter="output"):
+        with pytest.raises(
+            DraftModelError, match=r"output: given .*, where run first \(process .*\) has been at work since"
+        ):
+            train(output)
+        assert [path.name for path in (tmp_path / "shared").iterdir()] == ["lease.json"]
+    assert train(output).losses == plain.losses
+    assert held(output) is None
 
 
 def test_processes_of_one_run_share_its_lease_until_the_outermost_ends(place, short):
@@ -123,16 +203,16 @@ def test_a_lease_that_was_left_half_written_runs_out(tmp_path, short):
 
 def test_a_lease_is_renewed_again_when_the_store_is_back(place, short, monkeypatch, caplog):
     with hold(place, "run", outermost=True):
-        write, tried = storage.write_bytes, threading.Event()
+        write, tried = storage.replace, threading.Event()
 
-        def away(uri, data):
+        def away(uri, data, version):
             tried.set()
-            raise DraftModelError(f"{uri}: the object store cannot be reached")
+            raise StoreUnavailable(f"{uri}: the object store cannot be reached")
 
-        monkeypatch.setattr(storage, "write_bytes", away)
+        monkeypatch.setattr(storage, "replace", away)
         assert tried.wait(10)
         before = held(place)
-        monkeypatch.setattr(storage, "write_bytes", write)
+        monkeypatch.setattr(storage, "replace", write)
         deadline = time.monotonic() + 10
         while held(place) == before:
             assert time.monotonic() < deadline
@@ -144,7 +224,7 @@ def test_a_later_run_goes_on_where_an_earlier_one_stopped(train, plain, place):
     with when_logged("step 5, ", terminate), pytest.raises(Interrupted):
         job.run(first)
     assert json.loads(storage.read_bytes(f"{place}/checkpoints.json")) == ["epoch_1", "step_5"]
-    assert not Path(first.output).exists()
+    assert not list(Path(first.output).iterdir())
     second = replace(train.config(checkpoint_path=place, resume="true"), run_id="second")
     trained = Trained(job.run(second))
     assert trained.losses == plain.losses
@@ -172,13 +252,6 @@ def test_a_run_without_resume_begins_anew_and_its_attempts_go_on_from_its_own(tr
     assert f"resumed from {place}/epoch_2 at step 6" in caplog.text
 
 
-def test_a_run_that_is_started_twice_is_told_of_the_first(train, tmp_path, short):
-    place = str(tmp_path / "shared")
-    with hold(place, "first", outermost=True), pytest.raises(DraftModelError, match="where run first"):
-        train(checkpoint_path=place)
-    assert not Path(f"{place}/checkpoints.json").exists()
-
-
 def train_with_a_short_lease(config):
     lease.SECONDS = SHORT
     return train_all([config], [0])
@@ -203,7 +276,7 @@ def test_a_run_whose_lease_went_to_another_stops_and_writes_nothing_more(train, 
     place = tmp_path / "shared"
 
     def take_over():
-        (place / "lease.json").write_text(json.dumps({"run_id": "other", "process": "there:1"}))
+        (place / "lease.json").write_text(json.dumps({"run_id": "other", "processes": [{"name": "there:1"}]}))
 
     lost = pytest.raises(DraftModelError, match="belongs to run other")
     with when_logged("checkpoint epoch_1: ", take_over), lost as caught:

@@ -1,5 +1,6 @@
 """Which checkpoints stay, which one is served, and what happens while the object store is away."""
 
+import errno
 import json
 import shutil
 import socket
@@ -11,12 +12,15 @@ from urllib.parse import urlsplit
 
 import boto3
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
+from draft_model.storage import s3 as transfers
+from draft_model.training import job
 from draft_model.training import output as outputs
 from draft_model.training.output import Keeping, Output
+from draft_model.training.prepare import fetch_inputs
 from training.case import when_logged
 from training.processes import start, train_killed_in
 
@@ -156,7 +160,7 @@ def behind_a_proxy(store, monkeypatch):
     proxy = Proxy(endpoint.port)
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
-    monkeypatch.setattr(outputs, "_PAUSES", (0.02, 0.1))
+    monkeypatch.setattr(transfers, "_PAUSES", (0.02, 0.1))
     try:
         yield proxy
     finally:
@@ -173,16 +177,16 @@ def test_training_goes_on_while_the_store_is_away_and_nothing_is_lost(train, pla
     with behind_a_proxy(object_store, monkeypatch) as proxy:
         proxy.cut_after(150_000)  # in the middle of the first checkpoint's state
         back = threading.Barrier(2, proxy.come_back)  # when three more epochs are trained, and the upload was retried
-        once = {text: threading.Thread(target=back.wait) for text in ("step 9, ", "the next try is in")}
+        once = {text: threading.Thread(target=back.wait) for text in ("step 9, ", "next try in")}
         with ExitStack() as both:
             for text, thread in once.items():
                 both.enter_context(when_logged(text, partial(start_once, thread)))
             trained = train(uri)
         assert trained.losses == plain.losses
-        messages = [record.getMessage() for record in caplog.records if record.name.startswith("draft_model.training")]
+        messages = [record.getMessage() for record in caplog.records if record.name.startswith("draft_model")]
         (first, *_), retried = (
             [number for number, text in enumerate(messages) if part in text]
-            for part in ("checkpoint epoch_1: ", "training goes on, the next try is in")
+            for part in ("checkpoint epoch_1: ", "next try in")
         )
         reached = next(number for number, text in enumerate(messages) if text.startswith("step 9, "))
         assert retried
@@ -200,9 +204,8 @@ def test_a_store_that_stays_away_ends_the_training_and_the_checkpoint_stays_here
         proxy.cut_after(150_000)
         with pytest.raises(DraftModelError) as caught:
             train(f"s3://{object_store.bucket}/gone")
-    reason, given_up, kept = caught.value.problems
+    reason, kept = caught.value.problems
     assert "cannot be reached" in reason
-    assert "given up after" in given_up
     folder = kept.partition("it stays in ")[2].partition(",")[0]
     assert "resume_from_checkpoint" in kept
     assert not Path(folder).is_relative_to(train.folder / "work-1")  # doors remove that one
@@ -219,7 +222,82 @@ def test_refused_keys_are_not_tried_again(train, object_store, monkeypatch, capl
 
     with when_logged("step 2, ", lose_the_keys), pytest.raises(DraftModelError, match="refuses the keys"):
         train(uri)
-    assert "the next try is in" not in caplog.text
+    assert "next try in" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("index", "told"), [(None, "is missing"), ('["epoch_1", "epo', "is damaged"), ('{"epoch_1": 1}', "is damaged")]
+)
+def test_checkpoints_are_found_without_their_index(train, plain, tmp_path, caplog, index, told):
+    output = shutil.copytree(plain.output, tmp_path / "output")
+    (output / "checkpoints.json").unlink()
+    (output / "epoch_4/manifest.json").unlink()
+    if index is not None:
+        (output / "checkpoints.json").write_text(index)
+    resumed = train(str(output), resume="true")
+    found = f"checkpoints.json {told}; whole checkpoints there: epoch_1, epoch_2, epoch_3"
+    assert found in caplog.text
+    assert resumed.losses == plain.losses
+    assert resumed.checkpoints == ["epoch_1", "epoch_2", "epoch_3", "epoch_4"]
+
+
+def test_an_index_cannot_name_other_folders(tmp_path):
+    (tmp_path / "checkpoints.json").write_text(json.dumps(["epoch_1", "../other", "/etc", "epoch_1/x", 7]))
+    assert Output(str(tmp_path), tmp_path).names() == ["epoch_1"]
+
+
+def test_the_last_says_where_the_best_was(train, caplog):
+    settings = {"learning_rate": 0.3, "warmup_ratio": 0.0, "num_epochs": 6, "num_speculative_tokens": 3}
+    with caplog.at_level("INFO", "draft_model"):
+        record = train(**settings).record
+    lengths = {each["step"]: each["acceptance_length"] for each in record["validation"]}
+    best = max(lengths, key=lengths.__getitem__)
+    assert record["best"] == {"step": best, "epoch": record["best"]["epoch"], "acceptance_length": lengths[best]}
+    assert record["acceptance_length"] == lengths[record["steps"]]
+    assert f"the best on the validation split was step {best}, epoch {record['best']['epoch']}" in caplog.text
+    assert "final_checkpoint=best would have served it" in caplog.text
+
+
+def test_a_full_disk_is_a_sentence_and_what_a_killed_attempt_left_is_swept(train, monkeypatch, tmp_path):
+    config = train.config()
+    left = config.work / "rank_0/checkpoints/epoch_1/model.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"left")
+
+    def full(folder, *_):
+        assert not left.exists()
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    monkeypatch.setattr(job, "write_checkpoint", full)
+    with pytest.raises(DraftModelError, match=r"disk: .*epoch_1: No space left on device: free some space"):
+        train.run(config)
+
+
+def test_a_target_of_nan_is_refused_before_the_first_step(train, inputs, tmp_path):
+    manifest = storage.read_manifest(inputs.model)
+    folder = shutil.copytree(inputs.model, tmp_path / "nan")
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    storage.publish(folder, str(folder), stage=manifest.stage, properties=manifest.properties)
+    with pytest.raises(DraftModelError, match=r"its weight model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        train(model=str(folder))
+
+
+def test_the_first_process_of_a_machine_verifies_the_inputs_and_the_others_trust_it(train, inputs, monkeypatch):
+    config, fetched = train.config(), []
+    fetch = storage.fetch
+    monkeypatch.setattr(storage, "fetch", lambda uri, into: fetched.append(uri) or fetch(uri, into))
+    for processes, expected in (("2", 2), ("2", 2), ("1", 4)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        found = fetch_inputs(config)
+        assert (str(found.model), str(found.dataset)) == (inputs.model, inputs.dataset)
+        assert len(fetched) == expected
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # another start of the job
+    assert fetch_inputs(config) == found
+    assert len(fetched) == 6
 
 
 def test_the_best_of_none_is_none(tmp_path):

@@ -14,17 +14,20 @@ from safetensors.torch import load_file, save_file
 from draft_model import storage
 from draft_model.dataset import load_vocabulary
 from draft_model.errors import DraftModelError
+from draft_model.training.checkpoint import read_checkpoint
 from draft_model.training.schedule import learning_rate
 from training.case import QUICK
 
 
 @pytest.fixture
 def served(plain, tmp_path):
-    """The undisturbed training's draft as somebody else has it: weights and configuration, no manifest."""
+    """The undisturbed training's draft as another trainer would have it: weights and configuration, no manifest."""
     folder = tmp_path / "served"
     folder.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (folder / name).write_bytes(plain.read(f"final/{name}"))
+    (folder / "model.safetensors").write_bytes(plain.read("final/model.safetensors"))
+    config = json.loads(plain.read("final/config.json"))
+    del config["target_model_type"]
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -85,11 +88,38 @@ def test_a_pickle_is_not_opened(train, served, tmp_path, name):
 
 def test_a_pickle_beside_the_training_state_is_not_opened(train, plain, tmp_path):
     checkpoint = shutil.copytree(f"{plain.output}/epoch_2", tmp_path / "checkpoint")
-    (checkpoint / "manifest.json").unlink()
     for name in ("state.bin", "optimizer.pt", "model.bin"):
         (checkpoint / "training_state" / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     assert train(resume="true", resume_from_checkpoint=str(checkpoint)).losses == plain.losses
     assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("kept", ["training_state", "training.json", "config.json"])
+def test_a_folder_of_ours_needs_its_manifest_and_anothers_is_said_to_be_unchecked(
+    train, plain, served, tmp_path, kept, caplog
+):
+    ours = tmp_path / "ours"
+    shutil.copytree(f"{plain.output}/epoch_2", ours)
+    (ours / "manifest.json").unlink()
+    if kept != "training_state":
+        shutil.rmtree(ours / "training_state")
+    if kept == "config.json":
+        (ours / "training.json").unlink()
+    else:
+        shutil.copyfile(served / "config.json", ours / "config.json")
+    with pytest.raises(DraftModelError, match=r"written by this project and has no manifest\.json.*copy the whole"):
+        read_checkpoint(str(ours), tmp_path / "work")
+    read_checkpoint(str(served), tmp_path / "work")
+    assert f"{served} has no manifest.json: a draft of another trainer, taken unchecked" in caplog.text
+
+
+def test_a_flipped_byte_in_a_folder_of_ours_is_found(plain, tmp_path):
+    ours = shutil.copytree(plain.result.final, tmp_path / "ours")
+    data = bytearray((ours / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (ours / "model.safetensors").write_bytes(data)
+    with pytest.raises(DraftModelError, match=r"model\.safetensors"):
+        read_checkpoint(str(ours), tmp_path / "work")
 
 
 def test_a_folder_that_is_not_there_is_told(train, tmp_path):

@@ -1,6 +1,6 @@
 """Builds the data set: pieces of the input become shards on several processes, and the manifest makes them whole.
 
-A piece is about 16 MB of whole lines after decompression, so where it begins and ends depends on the file alone. Its
+A piece is about 8 MB of whole lines after decompression, so where it begins and ends depends on the file alone. Its
 shard is uploaded as soon as it is encoded, then a small file with its counts: what has both is not encoded again after
 a kill. Both are named after the content of the file and all settings, so the same inputs give the same bytes, on any
 number of processes, and two runs at once write the same files.
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4
 """Raised whenever this package would make something else of the same inputs."""
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 8 << 20
 REPORT = "report.json"
 REPORT_PAGE = "report.html"
 REJECTED = "rejected.jsonl"
@@ -138,19 +138,14 @@ def run(config: DatasetConfig) -> DatasetResult:
     result = _result(output, properties, reused=reused)
     for split, counts in (("train", result.train), ("validation", result.validation)):
         if counts:
-            log.info(
-                "%s: %d rows in, %d kept, %d rejected, %d truncated; %d tokens, %d supervised, "
-                "%.2f %% of them in the draft vocabulary of %d",
-                split, counts.rows_in, counts.rows_kept, counts.rows_rejected, counts.rows_truncated,
-                counts.tokens, counts.supervised_tokens, 100 * counts.coverage, result.draft_vocab_size,
-            )  # fmt: skip
+            log.info("%s: %s", split, ", ".join(f"{name} {value}" for name, value in asdict(counts).items()))
     return result
 
 
 def _result(uri: str, properties: Mapping[str, Any], *, reused: bool) -> DatasetResult:
     splits = {split: SplitSummary(**counts) for split, counts in properties["splits"].items()}
-    names = ("fingerprint", "vocab_size", "draft_vocab_size")
-    return DatasetResult(uri, reused, *(properties[n] for n in names), splits["train"], splits.get("validation"))
+    sizes = {name: properties[name] for name in ("fingerprint", "vocab_size", "draft_vocab_size")}
+    return DatasetResult(uri, reused, **sizes, train=splits["train"], validation=splits.get("validation"))
 
 
 def _find_built(output: str, fingerprint: str) -> Mapping[str, Any] | None:
@@ -175,16 +170,17 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
             return step(*given)
         except DraftModelError as error:
             told = (problem.removeprefix(f"{name}: ") for problem in error.problems)
-            problems.extend(f"{name}: {problem}" for problem in told)
+            problems.extend(f"{name}: {problem}" if name else problem for problem in told)
             return None
 
-    tokenizer, vocab_size, hashes = attempt("model", _fetch_model, config.model, config.work / "model") or (None, 0, {})
+    model = attempt("", _fetch_model, config.model, config.work / "model")
+    tokenizer, vocab_size, hashes = model or (Path(), 0, {})
     wanted = attempt("draft_model_config", _draft_vocab_size, parameters.draft_model_config, config.work)
     splits = {split: getattr(parameters, f"dataset_{split}_split") for split in _SPLITS}
     found = {split: attempt(f"dataset_{split}_split", _files, uri) or [] for split, uri in splits.items() if uri}
     if not splits["train"]:
         problems.append("dataset_train_split: not given; give the path or URI of a JSONL file of conversations")
-    if tokenizer and wanted and wanted > vocab_size:
+    if model and wanted and wanted > vocab_size:
         problems.append(
             f"draft_model_config: its draft_vocab_size is {wanted}; allowed: at most the target's vocabulary of "
             f"{vocab_size}"
@@ -219,7 +215,7 @@ def _fetch_model(uri: str, into: Path) -> tuple[Path, int, dict[str, str]]:
     """Returns the folder with tokenizer and configuration, V, and the files' hashes."""
     manifest = storage.read_manifest(uri, stage="import")
     folder = storage.fetch(uri, into, only=lambda name: name.startswith(_MODEL_FILES))
-    config = _json(folder / "config.json", f"config.json of {uri}")
+    config = _json(folder / "config.json", f"model: config.json of {uri}")
     text_config = config.get("text_config")
     vocab_size = config.get("vocab_size") or (text_config.get("vocab_size") if isinstance(text_config, dict) else None)
     if not isinstance(vocab_size, int):
@@ -276,12 +272,15 @@ def _build(config: DatasetConfig, inputs: _Inputs, output: str, folder: Path) ->
     for split in files:
         write_index(index[split], folder / split / INDEX)
     properties = _describe(given, encoder, inputs, tallies, folder)
-    if found := _find_built(output, inputs.fingerprint):
-        return found, True
     names = (REJECTED, REPORT, REPORT_PAGE, vocabulary.FILE, *(f"{split}/{INDEX}" for split in files))
     records += [_put(folder / name, output, name) for name in names]
-    storage.write_manifest(output, "dataset", records, properties)
+    if found := _find_built(output, inputs.fingerprint):  # its manifest would be gone for a moment
+        return found, True
+    manifest = storage.write_manifest(output, "dataset", records, properties)
     storage.remove(storage.join(output, _PIECES))
+    if not storage.is_whole(output, manifest):
+        storage.remove_manifest(output)
+        raise DraftModelError(f"{output}: shards of an earlier attempt are missing; run the dataset stage again")
     return properties, False
 
 

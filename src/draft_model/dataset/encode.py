@@ -103,6 +103,8 @@ class Encoder:
                     rendered.append((number, (self._with_tools if row.tools else self.renderer).render(row)))
                 except Rejected as refusal:
                     rejected.append((number, refusal.reason, refusal.detail))
+                except RecursionError:
+                    rejected.append((number, "wrong shape", "the line is nested too deeply"))
             tokenised = self._tokenise([conversation for _, conversation in rendered])
             for (number, conversation), (ids, mask, is_cut) in zip(rendered, tokenised, strict=True):
                 vocab_size, length = self.settings.vocab_size, self.settings.max_length

@@ -9,7 +9,6 @@ import ipaddress
 import re
 import socket
 import time
-import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
@@ -59,16 +58,16 @@ class File:
             digest.update(self.read(start, _BLOCK))
         return f"sha256:{digest.hexdigest()}"
 
-    def open(self) -> io.BufferedReader:
+    def open(self) -> io.BufferedReader[Any]:
         """Opens the lines as a stream, without byte-order mark, decompressed where it begins as gzip or zstd does.
 
         Raises:
             DraftModelError: the file is one JSON document instead of one per line.
         """
-        stream = io.BufferedReader(_Ranges(self), _BLOCK)
+        stream: io.BufferedReader[Any] = io.BufferedReader(_Ranges(self), _BLOCK)
         head = self.read(0, 4)
         if head.startswith(b"\x1f\x8b"):
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _BLOCK)  # type: ignore[arg-type]
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _BLOCK)
         elif head == b"\x28\xb5\x2f\xfd":
             import pyarrow as pa
 
@@ -131,23 +130,9 @@ def find(given: str) -> list[File]:
     if scheme in ("http", "ftp") or "::" in scheme:
         raise DraftModelError(f"{given}: {scheme}:// is not read; use https://, or copy the file to s3:// or a disk")
     try:
-        store, path = _open_store(scheme, given)
-        marks = set("*?[") & set(path)
-        if marks and not (scheme == "file" and Path(path).exists()):
-            top = path[: min(map(path.index, marks))].rpartition("/")[0]
-            infos = {found: info for found, info in store.glob(path, detail=True).items() if info["type"] == "file"}
-        elif store.isdir(path):
-            top, infos = path.rstrip("/"), store.find(path, detail=True)
-            names = [name for name in infos if name.endswith(ENDINGS) and "/." not in name[len(top) :]]
-            infos = {name: infos[name] for name in names}
-        else:
-            top, infos = path.rpartition("/")[0], {path: store.info(path)}
-    except FileNotFoundError:
-        infos = {}
+        store, top, infos = _retry(lambda: _list_files(scheme, given), given)
     except (ImportError, ValueError) as error:
         raise DraftModelError(f"{given}: {error}; install what is missing, or copy the file to s3://") from error
-    except OSError as error:
-        raise DraftModelError(f"{given}: cannot be read ({error}); {_GIVE}") from error
     if not infos:
         raise DraftModelError(f"{given}: there is no file of conversations; {_GIVE}")
 
@@ -164,18 +149,28 @@ def find(given: str) -> list[File]:
     return [make(path, infos[path]) for path in sorted(infos)]
 
 
-def _open_store(scheme: str, given: str) -> tuple[Any, str]:
+def _list_files(scheme: str, given: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
+    """Returns the file system, the folder that names are relative to, and what it tells of each file."""
     import fsspec
 
     if scheme in ("s3", "minio"):
         from draft_model.dataset.s3 import S3FileSystem
 
-        return S3FileSystem(), given.partition("://")[2].rstrip("/")
-    if given.lower().startswith("file://"):
-        given = url2pathname(urlsplit(given).path)
-    store, path = fsspec.core.url_to_fs(str(Path(given).expanduser()) if scheme == "file" else given)
-    store.invalidate_cache()  # listings are kept for the life of the process
-    return store, path
+        store, path = S3FileSystem(), given.partition("://")[2].rstrip("/")
+    else:
+        local = url2pathname(urlsplit(given).path) if given.lower().startswith("file://") else given
+        store, path = fsspec.core.url_to_fs(str(Path(local).expanduser()) if scheme == "file" else given)
+        store.invalidate_cache()  # listings are kept for the life of the process
+    marks = set("*?[") & set(path)
+    if marks and not (scheme == "file" and Path(path).exists()):
+        found = store.glob(path, detail=True).items()
+        top = path[: min(map(path.index, marks))].rpartition("/")[0]
+        return store, top, {name: info for name, info in found if info["type"] != "directory"}
+    if store.isdir(path):
+        top, infos = path.rstrip("/"), store.find(path, detail=True)
+        names = [name for name in infos if name.endswith(ENDINGS) and "/." not in name[len(top) :]]
+        return store, top, {name: infos[name] for name in names}
+    return store, path.rpartition("/")[0], {path: store.info(path)}
 
 
 def _https_file(given: str) -> File:
@@ -231,11 +226,12 @@ def _retry(request: Callable[[], T], shown: str) -> T:
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return request()
+        except FileNotFoundError as error:
+            raise DraftModelError(f"given {shown!r}, but there is no {shown}; {_GIVE}") from error
         except OSError as error:
-            code = error.code if isinstance(error, urllib.error.HTTPError) else 0
-            final = isinstance(error, (FileNotFoundError, PermissionError)) or (0 < code < 500 and code != 429)
-            if final or attempt == _ATTEMPTS:
-                why = f"the server answers {code}" if code else f"cannot be read ({error})"
+            code: int = getattr(error, "code", 0) or getattr(getattr(error, "response", None), "status_code", 0)
+            if attempt == _ATTEMPTS or isinstance(error, PermissionError) or (0 < code < 500 and code != 429):
+                why = f"the server answers {code}" if code else f"cannot be reached ({error})"
                 raise DraftModelError(f"{shown}: {why}; check the address and the network") from None
         time.sleep(_PAUSE * 4**attempt)
     raise AssertionError

@@ -45,24 +45,17 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Row:
-    """One conversation.
+    """One conversation: messages, or text that a chat template has rendered.
 
-    Attributes:
-        messages: role (system, user, assistant, tool) and content; an assistant's may have `tool_calls` and
-            `reasoning_content`, a tool's `name` and `tool_call_id`.
-        cut: of each assistant turn, whether generation stopped at a length limit (`"finish": "length"`), so that the
-            model did not end the turn. For `text`, of its turns as far as there are entries.
-        ignored: of each assistant turn, whether it is not supervised (`weight`, `train` or `loss` of 0).
-        tools: functions that the assistant may call.
-        columns: the row's other columns, which a chat template may read.
-        text: in place of messages, a conversation that a chat template has rendered.
+    The roles of messages are system, user, assistant and tool. An assistant's may have `tool_calls` and
+    `reasoning_content`, a tool's `name` and `tool_call_id`.
     """
 
     messages: list[Message] = field(default_factory=list)
-    cut: tuple[bool, ...] = ()
-    ignored: tuple[bool, ...] = ()
-    tools: list[dict[str, Any]] | None = None
-    columns: dict[str, Any] = field(default_factory=dict)
+    cut: tuple[bool, ...] = ()  # per assistant turn: generation stopped at a length limit, so there is no end of turn
+    ignored: tuple[bool, ...] = ()  # per assistant turn: `weight`, `train` or `loss` is 0, so it is not supervised
+    tools: list[dict[str, Any]] | None = None  # functions that the assistant may call
+    columns: dict[str, Any] = field(default_factory=dict)  # the row's others, which a chat template may read
     text: str = ""
 
     @property
@@ -97,20 +90,23 @@ def read_conversations(uri: str, limit: int = 0) -> list[Row]:
 
 
 def parse(line: bytes, *, needs_answer: bool = True) -> Row:
-    """Reads one line.
-
-    Args:
-        line: one JSON object, UTF-8.
-        needs_answer: whether a conversation without an assistant turn is refused.
+    """Reads one line, UTF-8.
 
     Raises:
-        Rejected: the line is not a conversation that can be used.
+        Rejected: the line is not a conversation that can be used; with `needs_answer`, it has no assistant turn.
     """
-    row = _json_object(line)
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Rejected("not UTF-8", f"byte {error.start + 1} of the line is 0x{line[error.start]:02x}") from None
+    except (ValueError, RecursionError) as error:
+        raise Rejected("not JSON", str(error)) from None
+    if not isinstance(row, dict):
+        raise Rejected("wrong shape", f"the line is a JSON {type(row).__name__}, not an object")
     messages = next((row[name] for name in _MESSAGES if row.get(name) is not None), None)
     columns = {name: value for name, value in row.items() if name not in _READ_COLUMNS and value is not None}
     if messages is None and isinstance(row.get("text"), str):
-        return Row(text=_unicode(_filled(row["text"], "`text`"), "`text`"), cut=_cuts(row, []), columns=columns)
+        return Row(text=_clean(row["text"], "`text`"), cut=_cuts(row, []), columns=columns)
     if messages is None and not needs_answer and row.get("prompt") is not None:
         messages = [{"role": "user", "content": row["prompt"]}]
     if not isinstance(messages, list):
@@ -124,20 +120,8 @@ def parse(line: bytes, *, needs_answer: bool = True) -> Row:
         raise Rejected("no assistant turn", f"the roles are {', '.join(turn['role'] for turn in turns)}"[:200])
     system = row.get("system")
     if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
-        turns.insert(0, {"role": "system", "content": _unicode(system, "`system`")})
+        turns.insert(0, {"role": "system", "content": _clean(system, "`system`")})
     return Row(turns, _cuts(row, own), tuple(map(_is_ignored, own)), _tools(row.get("tools")), columns)
-
-
-def _json_object(line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise Rejected("not UTF-8", f"byte {error.start + 1} of the line is 0x{line[error.start]:02x}") from None
-    except (ValueError, RecursionError) as error:
-        raise Rejected("not JSON", str(error)) from None
-    if not isinstance(row, dict):
-        raise Rejected("wrong shape", f"the line is a JSON {type(row).__name__}, not an object")
-    return row
 
 
 def _cuts(row: Mapping[str, Any], answers: list[dict[str, Any]]) -> tuple[bool, ...]:
@@ -189,14 +173,14 @@ def _message(message: Any, where: str) -> Message:
         if calls := message.get("tool_calls"):
             turn["tool_calls"] = _tool_calls(calls, where)
         if reasoning := next((message[name] for name in _REASONING if message.get(name)), None):
-            turn["reasoning_content"] = _unicode(_text(reasoning, where), where)
+            turn["reasoning_content"] = _clean(_text(reasoning, where), where)
     elif turn["role"] == "tool":
         turn |= {name: message[name] for name in ("name", "tool_call_id") if isinstance(message.get(name), str)}
     may_be_empty = turn.keys() & {"tool_calls", "reasoning_content"} or turn["role"] == "tool"
     if not text and may_be_empty:
         turn["content"] = None if "tool_calls" in turn else ""
     else:
-        turn["content"] = _unicode(_filled(_text(text, where), f"{where} ({given})"), where)
+        turn["content"] = _clean(_text(text, where), f"{where} ({given})")
     return turn
 
 
@@ -241,13 +225,9 @@ def _text(content: Any, where: str) -> str:
     raise Rejected("wrong shape", f"{where} has no `content` (or `value`) that is a string or a list of text parts")
 
 
-def _filled(text: str, what: str) -> str:
+def _clean(text: str, where: str) -> str:
     if not text.strip():
-        raise Rejected("empty", f"{what} has no text")
-    return text
-
-
-def _unicode(text: str, where: str) -> str:
+        raise Rejected("empty", f"{where} has no text")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

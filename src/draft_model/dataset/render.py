@@ -36,10 +36,7 @@ class Rendered:
 class Renderer:
     """Writes conversations as the target reads them, and finds the assistant's turns in them.
 
-    Args:
-        tokenizer: the target's.
-        template: the one that parameter chat_template names.
-        tools: whether to write with the tokenizer's template for conversations with tools, where it has another.
+    With `tools`, by the tokenizer's template for conversations with tools, where it has another for them.
     """
 
     def __init__(self, tokenizer: Any, template: Template, *, tools: bool = False) -> None:
@@ -99,7 +96,7 @@ class Renderer:
                     text, spans = self._write(plain, row.tools, columns, ask=True), []
                 else:
                     text = self.conversation(messages, row.tools, columns)
-                    spans = self._check_turns(text, messages, row)
+                    spans = self._check_turns(text, row)
                 self._check_messages(text, messages, row.tools, columns)
                 return text, spans
             except Rejected as refusal:
@@ -156,7 +153,7 @@ class Renderer:
             raise Rejected("refused by the chat template", str(error)) from None
         return str(text)
 
-    def _check_turns(self, text: str, messages: list[Message], row: Row) -> list[Span]:
+    def _check_turns(self, text: str, row: Row) -> list[Span]:
         spans, answers = self.spans(text), row.answers
         if len(spans) != len(answers):
             raise Rejected(
@@ -164,14 +161,12 @@ class Renderer:
                 f"{len(answers)} assistant turns given, {len(spans)} in what the chat template makes of them",
             )
         turns = zip(spans, answers, _padded(row.cut, spans), strict=True)
-        return [self._check_turn(text, messages, *turn) for turn in turns]
+        return [self._check_turn(text, row.messages, *turn) for turn in turns]
 
     def _check_turn(self, text: str, messages: list[Message], span: Span, index: int, is_cut: bool) -> Span:
         """Compares what a turn says with what is written of it; reasoning of earlier turns may be left out.
 
-        Returns:
-            The span; of a turn that was cut while it reasoned, up to the reasoning's end: the closing tag after it is
-            the template's.
+        Returns its span. If it was cut while it reasoned, that ends before the closing tag, which is the template's.
         """
         message, turn = messages[index], text[span.start : span.end]
         content, reasoning = (message["content"] or "").strip(), message.get("reasoning_content", "").strip()
@@ -236,14 +231,13 @@ def _shape(message: Message) -> tuple[Any, ...]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
+    """All texts and numbers of a call's arguments; of other values templates write `true` or `True`, null or None."""
+    if isinstance(value, dict):
         yield from itertools.chain(value, *map(_strings, value.values()))
     elif isinstance(value, list):
         yield from itertools.chain.from_iterable(map(_strings, value))
-    else:
-        yield json.dumps(value)
+    elif not isinstance(value, bool) and value is not None:
+        yield str(value)
 
 
 def _is_in(text: str, plain: str) -> bool:
@@ -277,10 +271,9 @@ def _forms(messages: list[Message]) -> Iterator[list[Message]]:
 def _in_form(message: Message, nothing: str | None, as_text: bool) -> Message:
     message = {**message, "content": nothing if message["content"] is None else message["content"]}
     if as_text:
-        functions = [call["function"] for call in message["tool_calls"]]
-        texts = [{**function, "arguments": as_json(function["arguments"])} for function in functions]
         message["tool_calls"] = [
-            {**call, "function": text} for call, text in zip(message["tool_calls"], texts, strict=True)
+            {**call, "function": {**call["function"], "arguments": as_json(call["function"]["arguments"])}}
+            for call in message["tool_calls"]
         ]
     return message
 

@@ -34,7 +34,7 @@ def count(rows: Encoded) -> dict[str, Any]:
     """Counts a shard's rows as JSON values, for `Tally.add`: pairs of values and how often each occurs."""
     ends = np.cumsum(rows.lengths)[:_SAMPLES]
     samples = [slice(end - length, end) for end, length in zip(ends, rows.lengths, strict=False)]
-    columns = {"supervised": rows.ids[rows.mask], "lengths": rows.lengths, "turns": rows.turns}
+    columns: dict[str, NDArray[Any]] = {"supervised": rows.ids[rows.mask], "lengths": rows.lengths, "turns": rows.turns}
     return {
         **{name: [a.tolist() for a in np.unique(column, return_counts=True)] for name, column in columns.items()},
         "truncated": rows.truncated,

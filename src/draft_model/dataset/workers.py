@@ -21,7 +21,7 @@ from draft_model.errors import DraftModelError
 log = logging.getLogger(__name__)
 Tag = TypeVar("Tag")
 
-BYTES_PER_PROCESS = 16 << 20
+BYTES_PER_PROCESS = 8 << 20
 _encoder: Encoder | None = None
 
 
@@ -29,9 +29,14 @@ def _start(encoder: Encoder) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _encoder = encoder
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no orphan after kill -9
+    parent.join()  # also where it was killed with -9
+    os._exit(1)
 
 
 def _encode(path: Path, encoder: Encoder | None = None) -> dict[str, Any]:
@@ -59,28 +64,29 @@ def usable_processes(wanted: int, size: int) -> int:
 def encode_files(
     encoder: Encoder, processes: int, jobs: Iterable[tuple[Tag, Path | None]]
 ) -> Iterator[tuple[Tag, dict[str, Any] | None]]:
-    """Encodes files of lines to shards beside them (`.parquet`), on several processes or in this one.
+    """Encodes files of lines to shards beside them (`.parquet`), on several processes, or in this one if it is one.
 
     Args:
         encoder: sent to the processes as it is: loading the tokenizer anew takes seconds.
-        processes: how many; 1 is this one.
+        processes: how many.
         jobs: what to yield with each result, and the file; None where nothing is to be done.
 
     Yields:
-        The counts of each, as `Tally.add` takes them; in order.
+        The counts of each in order, as `Tally.add` takes them.
 
     Raises:
         DraftModelError: a process died, as it does where memory is short.
     """
-    # spawn: a fork after the tokenizer's threads have run can hang
-    spawn = multiprocessing.get_context("spawn")
+    spawn = multiprocessing.get_context("spawn")  # a fork after the tokenizer's threads have run can hang
     pool = ProcessPoolExecutor(processes, spawn, _start, (encoder,)) if processes > 1 else None
-    pending: deque[tuple[Tag, Future[dict[str, Any]] | dict[str, Any] | None]] = deque()
+    pending: deque[tuple[Tag, Future[dict[str, Any]] | None]] = deque()
     try:
         for tag, path in jobs:
-            here = _encode(path, encoder) if path and not pool else None
-            pending.append((tag, pool.submit(_encode, path) if path and pool else here))
-            if len(pending) > processes + 1 or not pool:
+            if not pool:
+                yield tag, _encode(path, encoder) if path else None
+                continue
+            pending.append((tag, pool.submit(_encode, path) if path else None))
+            if len(pending) > processes + 1:
                 yield _finish(*pending.popleft())
         while pending:
             yield _finish(*pending.popleft())
@@ -94,8 +100,8 @@ def encode_files(
             pool.shutdown(cancel_futures=True)
 
 
-def _finish(tag: Tag, result: Any) -> tuple[Tag, dict[str, Any] | None]:
-    return tag, result.result() if isinstance(result, Future) else result
+def _finish(tag: Tag, future: Future[dict[str, Any]] | None) -> tuple[Tag, dict[str, Any] | None]:
+    return tag, future.result() if future else None
 
 
 def _cores() -> int:

@@ -259,7 +259,7 @@ _MEMORY = re.compile(
 _ERROR = re.compile(
     r"^(?:\([^)]*\)\s*)*(?:ERROR\s[^\]]*\]\s*)?((?:\w+\.)*\w*(?:Error|Exception|Exit)): (\S.*)$", re.MULTILINE
 )
-_CONSEQUENCE = re.compile(r"Engine core initialization failed|EngineDeadError|See root cause above")
+_CONSEQUENCE = re.compile(r"initialization failed|EngineDeadError|See (?:root cause above|stack trace)")
 
 
 def explain(code: int, log: str) -> str:

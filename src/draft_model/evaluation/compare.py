@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from draft_model import storage
-from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
-from draft_model.drafts.eagle3.export import load_weights, vocabulary_of
-from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts import family
+from draft_model.drafts.base import load_weights
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import markup
 from draft_model.evaluation.measure import Candidate, category_table, differences, measure, open_case, speed_table
@@ -87,12 +86,9 @@ def table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
 def _candidate(uri: str, model: Path, work: Path) -> Candidate:
     """A draft of any known format, in the shape that its configuration and the target's give it."""
     loaded = read_checkpoint(uri, work)
-    default = draft_config_for(json.loads((model / "config.json").read_text(encoding="utf-8")))
-    try:
-        shape = with_overrides(default, loaded.config)
-    except DraftModelError as error:
-        problems = [problem.removeprefix("draft_model_config: ") for problem in error.problems]
-        raise DraftModelError([f"{uri}: {problem}" for problem in problems]) from error
-    draft = Eagle3Draft(shape, *vocabulary_of(loaded.tensors, shape))
+    kind = family()
+    default = kind.default_shape(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    shape = kind.adapt(default, loaded.config, uri)
+    draft: Any = kind.create(shape, *kind.vocabulary(loaded.tensors, shape))
     load_weights(draft, loaded.tensors, uri)
     return Candidate(uri, draft, fetched(uri, work))

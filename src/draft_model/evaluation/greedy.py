@@ -79,10 +79,9 @@ def run(job: Job, target: Target, draft: Eagle3Draft | None, label: str, hardwar
             indices = order[start : start + size]
             batch = [prompts[index] for index in indices]
             if draft is None:
-                pairs = reference(target, batch, job.max_new_tokens, job.end_tokens)
+                pairs = reference(target, batch, job)
             else:
-                found = decode(target, draft, batch, job.proposals, job.max_new_tokens, job.end_tokens)
-                pairs = [(reply, []) for reply in found]
+                pairs = [(reply, []) for reply in decode(target, draft, batch, job)]
             for index, pair in zip(indices, pairs, strict=True):
                 replies[index], margins[index] = pair
             bar.update(len(indices))
@@ -109,25 +108,9 @@ def counts_of(replies: Sequence[Reply], proposals: int) -> Counts:
 
 
 @torch.no_grad()
-def decode(
-    target: Target,
-    draft: Eagle3Draft,
-    prompts: Sequence[Sequence[int]],
-    proposals: int,
-    max_new_tokens: int,
-    end_tokens: Sequence[int],
-) -> list[Reply]:
-    """Decodes one batch with a draft.
-
-    Args:
-        target: in float32.
-        draft: its draft.
-        prompts: token ids, at least two each.
-        proposals: K, tokens that the draft proposes in a round.
-        max_new_tokens: longest reply.
-        end_tokens: ids that end a reply.
-    """
-    batch = _Batch(target, draft, prompts, proposals, max_new_tokens, frozenset(end_tokens))
+def decode(target: Target, draft: Eagle3Draft, prompts: Sequence[Sequence[int]], job: Job) -> list[Reply]:
+    """Decodes one batch with a draft; the job says how many tokens to propose, and where replies end."""
+    batch = _Batch(target, draft, prompts, job)
     while batch.rows:
         batch.round()
     return batch.replies
@@ -136,18 +119,11 @@ def decode(
 class _Batch:
     """The rows still being decoded. `last` is each row's newest token, which the target has not read yet."""
 
-    def __init__(
-        self,
-        target: Target,
-        draft: Eagle3Draft,
-        prompts: Sequence[Sequence[int]],
-        proposals: int,
-        limit: int,
-        end: frozenset[int],
-    ) -> None:
+    def __init__(self, target: Target, draft: Eagle3Draft, prompts: Sequence[Sequence[int]], job: Job) -> None:
         from transformers import DynamicCache
 
-        self.target, self.proposals, self.limit, self.end = target, proposals, limit, end
+        self.target, self.proposals = target, job.proposals
+        self.limit, self.end = job.max_new_tokens, frozenset(job.end_tokens)
         self.replies = [Reply() for _ in prompts]
         self.rows = list(range(len(prompts)))
         device = target.device
@@ -160,7 +136,7 @@ class _Batch:
         self.context = tokens[:, :0]  # what a recurrent target reads again
         # Cached columns that each row may see, bool [B, C]; columns are in the order of time.
         self.visible = torch.arange(width, device=device) < self.lengths.unsqueeze(1)
-        self.proposer = Proposer(draft, target, width + limit + 2 * proposals + 2)
+        self.proposer = Proposer(draft, target, width + self.limit + 2 * self.proposals + 2)
         positions = torch.arange(width, device=device).expand_as(tokens)
         final, features = self._read(tokens, positions, self.visible)
         ends, rows = self.lengths - 1, torch.arange(len(prompts), device=device)
@@ -168,7 +144,7 @@ class _Batch:
         self._emit([[token] for token in self.last.tolist()], None)
         following = torch.cat((tokens[:, 1:], tokens[:, :1]), 1)
         following[rows, ends] = self.last
-        self.proposed = self.proposer.propose(features, following, positions, self.visible, ends, proposals)
+        self.proposed = self.proposer.propose(features, following, positions, self.visible, ends, self.proposals)
         self._drop_finished()
 
     def round(self) -> None:
@@ -248,9 +224,7 @@ class _Batch:
 
 
 @torch.no_grad()
-def reference(
-    target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_tokens: Sequence[int]
-) -> list[tuple[Reply, list[float]]]:
+def reference(target: Target, prompts: Sequence[Sequence[int]], job: Job) -> list[tuple[Reply, list[float]]]:
     """The target's own greedy replies by transformers' `generate`, and by how much each token was the best.
 
     `generate` fills what a call leaves open from the model's generation_config (penalties, suppressed tokens, beams,
@@ -269,7 +243,7 @@ def reference(
     tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=target.device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=target.device)
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(end_tokens) or None, pad_token_id=0
+        do_sample=False, max_new_tokens=job.max_new_tokens, eos_token_id=job.end_tokens or None, pad_token_id=0
     )
     own, target.model.generation_config = target.model.generation_config, GenerationConfig()
     try:
@@ -284,6 +258,6 @@ def reference(
     by_row = torch.stack(margins, 1).tolist()
     replies = []
     for row, apart in zip(output[:, width:].tolist(), by_row, strict=True):
-        end = next((index + 1 for index, token in enumerate(row) if token in end_tokens), len(row))
+        end = next((index + 1 for index, token in enumerate(row) if token in job.end_tokens), len(row))
         replies.append((Reply(row[:end]), apart[:end]))
     return replies

@@ -105,7 +105,7 @@ def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
         added["README.md"], training, evaluation, data, name=f"{target_name(training).rpartition('/')[2]}-eagle3"
     )
     added["report.json"].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    if evaluation is not None:
+    if evaluation is not None or (final / "evaluation.json").exists():  # an earlier measurement is replaced by null
         added["evaluation.json"] = config.work / "evaluation.json"
         added["evaluation.json"].write_text(json.dumps(evaluation, indent=1) + "\n", encoding="utf-8")
     storage.extend(config.final, added)

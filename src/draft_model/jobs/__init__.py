@@ -29,6 +29,7 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
     """Trains a draft as a job and waits for its end; see `run_job`."""
     from draft_model.jobs.context import wants_cluster
     from draft_model.jobs.request import JobSpec
+    from draft_model.training.config import TrainResult
     from draft_model.training.lease import hold, own_run_id
 
     p, final = config.parameters, storage.join(config.output, "final")
@@ -60,9 +61,13 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
         check=lambda: lacking(final, "train") if on_cluster or result.exists() else ["it has left no result"],
         prepare=lambda: _prepare(config),
     )  # fmt: skip
-    with hold(p.checkpoint_path, job.run_id, outermost=True):
+    with (
+        hold(config.output, job.run_id, outermost=True, parameter="output"),
+        hold(p.checkpoint_path, job.run_id, outermost=True),
+    ):
         run_job(spec, job.run_id, config.work)
-    return _result(config, final)
+    record = json.loads(storage.read_bytes(storage.join(final, "training.json")))
+    return TrainResult.from_record(config.output, final, record)
 
 
 def run_job(spec: JobSpec, run_id: str, work: Path) -> None:
@@ -111,24 +116,6 @@ def _prepare(config: TrainConfig) -> None:
         for name in json.loads(storage.read_bytes(index)):
             storage.remove_manifest(storage.join(config.checkpoints, name))
         storage.write_bytes(index, b"[]")
-
-
-def _result(config: TrainConfig, final: str) -> TrainResult:
-    """What a finished training recorded beside its draft."""
-    from draft_model.training.config import TrainResult
-
-    record = json.loads(storage.read_bytes(storage.join(final, "training.json")))
-    log, validation = record["log"], record["validation"]
-    # `final` may be an earlier checkpoint than the last one (final_checkpoint=best).
-    of_draft = [each for each in validation if each["step"] == record.get("draft_step", record["steps"])]
-    measured = of_draft or validation or log
-    return TrainResult(
-        output=config.output,
-        final=final,
-        steps=record["steps"],
-        loss=log[-1]["loss"][0] if log else 0.0,
-        acceptance_length=float(measured[-1]["acceptance_length"]) if measured else 1.0,
-    )
 
 
 def clean_up(

@@ -92,6 +92,7 @@ class Follower:
                     self._changed.set()
                     if self._closed.is_set():
                         return
+                self._closed.wait(POLL_SECONDS / 20)
                 continue  # the server ends a watch after a minute
             except (Unavailable, DraftModelError) as error:
                 if not failures:
@@ -162,8 +163,8 @@ class Follower:
         return status.detail
 
     def _no_operator(self, status: Status) -> Failure | None:
-        """The kind's definition is installed, but nothing acts on its objects."""
-        if status.touched or self._now() - self._started < OPERATOR_SECONDS:
+        """The kind's definition is installed, but nothing acts on its objects: no status, no pod, no event."""
+        if status.touched or self._warned or self._now() - self._started < OPERATOR_SECONDS:
             return None
         kind = self._backend.kind.kind
         return Failure(

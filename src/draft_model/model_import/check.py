@@ -50,7 +50,9 @@ def inspect(folder: str, weights: list[str]) -> dict[str, Any]:
     Returns:
         `problems`, and where there are none `architecture`, `parameter_count`, `quantization`, `max_positions`.
     """
-    path, config, model = Path(folder), {}, None
+    path = Path(folder)
+    config: dict[str, Any] = {}
+    model: Any = None
     problems: list[str] = []
     try:
         config, own_code = _without_code(path / "config.json")
@@ -97,7 +99,8 @@ def _without_code(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def _config_problems(config: dict[str, Any]) -> list[str]:
-    draft, problems = draft_config_for(config), []
+    draft = draft_config_for(config)
+    problems: list[str] = []
     quantisation = config.get("quantization_config") or {}
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
     if quantisation and method not in _QUANTISED:

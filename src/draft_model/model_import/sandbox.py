@@ -86,7 +86,7 @@ def _serve() -> None:
     from draft_model.model_import.check import inspect
     from draft_model.model_import.convert import convert
 
-    tasks = {"inspect": inspect, "convert": convert}
+    tasks: dict[str, Callable[..., Any]] = {"inspect": inspect, "convert": convert}
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         reading, writing = os.pipe()

@@ -27,6 +27,8 @@ from draft_model.shown import table
 from draft_model.tracking import tracked
 
 logger = logging.getLogger(__name__)
+_store: Any = storage
+"""For `copy` and `read_range`, which not every storage has."""
 
 STAGE = "import"
 _FORMAT = 2
@@ -207,10 +209,10 @@ def _headers(source: Source, weights: Weights, folder: Path, uri: str) -> list[s
         return []
     for name in weights.names:
         file, size = storage.join(source.listing.uri, source.paths[name]), source.files[name].size or 0
-        start = storage.read_range(file, 0, 8)
-        length = min(int.from_bytes(start, "little"), size, 10**8)
         with (folder / name).open("wb") as header:
-            header.write(start + storage.read_range(file, 8, length))
+            if size > 8:
+                length = int.from_bytes(start := _store.read_range(file, 0, 8), "little")
+                header.write(start + _store.read_range(file, 8, min(max(length, 1), size, 10**8)))
             header.truncate(size)
     return weights.names
 
@@ -245,7 +247,7 @@ def _upload(source: Source, folder: Path, uri: str, remote: list[str]) -> list[s
     if remote:
         below = source.paths[remote[0]].removesuffix(remote[0]).rstrip("/")
         folder_uri = storage.join(source.listing.uri, below) if below else source.listing.uri
-        records += storage.copy(folder_uri, uri, remote)
+        records += _store.copy(folder_uri, uri, remote)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name != CARD and name not in remote:

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -28,6 +27,8 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
@@ -66,7 +67,11 @@ _PAUSES = (0.5, 30.0)
 """Seconds between two tries: the first, and the longest, doubling."""
 _REQUESTS_PER_FILE = 8
 _TRANSFER = TransferConfig(
-    multipart_threshold=PART_SIZE, multipart_chunksize=2 * PART_SIZE, max_concurrency=_REQUESTS_PER_FILE
+    multipart_threshold=PART_SIZE,
+    multipart_chunksize=2 * PART_SIZE,
+    max_concurrency=_REQUESTS_PER_FILE,
+    io_chunksize=2**20,
+    preferred_transfer_client="classic",  # the CRT client failed with an endpoint of its own when it was tried
 )
 _HASH, _SOURCE = "sha256", "source-etag"
 """Metadata of our objects: SHA-256 of the content, and ETag of the object that it was copied from."""
@@ -89,9 +94,8 @@ _SENTENCES = {
 }
 _BY_CODE = {code: sentence for codes, sentence in _SENTENCES.items() for code in codes}
 _BUSY = {"429", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
-_CRT = sys.modules.get("awscrt.exceptions")  # boto3 has imported it where boto3[crt] is installed
-_UNREACHABLE = (HTTPClientError, IncompleteReadError, *([_CRT.AwsCrtError] if _CRT else []))
-_FOREIGN = (ClientError, BotoCoreError, Boto3Error, OSError, RecursionError, *_UNREACHABLE)
+_UNREACHABLE = (HTTPClientError, EndpointConnectionError, ConnectTimeoutError, IncompleteReadError)
+_FOREIGN = (ClientError, BotoCoreError, Boto3Error, OSError, RecursionError)
 
 
 class Store:

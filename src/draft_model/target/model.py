@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from draft_model.drafts.eagle3.batch import Batch
+from draft_model.drafts.transfer import to_device
 from draft_model.errors import DraftModelError
+from draft_model.target.fused import fuse, multiplier
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +29,15 @@ class Target:
     spread = False
     """Whether its layers are spread over the copies of other processes, so that all must run it equally often."""
 
-    def __init__(self, model: Any, aux_layers: tuple[int, int, int]) -> None:
+    def __init__(self, model: Any, aux_layers: tuple[int, ...]) -> None:
         self.model = model.eval().requires_grad_(False)
         self.decoder = model.get_decoder()
         self.config = model.config.get_text_config()
         self.aux_layers = aux_layers
         self.device = next(model.parameters()).device
         self._taken: dict[int, Tensor] = {}
+        if self.device.type == "cuda":
+            fuse(self.decoder)
         for layer in aux_layers:
             self.decoder.layers[layer - 1].register_forward_hook(self._take(layer))
 
@@ -61,7 +65,7 @@ class Target:
     @property
     def norm(self) -> Tensor:
         """What the final norm multiplies by, [H]: its weight, or 1 + weight in Gemma."""
-        return _multiplier(self.decoder.norm)
+        return multiplier(self.decoder.norm)
 
     @property
     def last_layer(self) -> dict[str, Tensor]:
@@ -69,7 +73,7 @@ class Target:
         layer = self.decoder.layers[-1]
         norms = {name: module for name, module in layer.named_children() if name.endswith("layernorm")}
         weights: dict[str, Tensor] = dict(layer.named_parameters())
-        return weights | {f"{name}.weight": _multiplier(module) for name, module in norms.items()}
+        return weights | {f"{name}.weight": multiplier(module) for name, module in norms.items()}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: [..., H] -> [..., V]."""
@@ -86,12 +90,12 @@ class Target:
         Under causal attention no real token sees the padding on the right, so there is no mask.
 
         Args:
-            batch: B conversations.
+            batch: B conversations, on the host.
 
         Returns:
             Per conversation the features and the hidden states after the final norm, [T_b, 3H + H].
         """
-        final = self.decoder(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        final = self.decoder(input_ids=to_device(batch.tokens, self.device), use_cache=False).last_hidden_state
         states = torch.cat((self.features(), final), -1)
         return [states[row, :length] for row, length in enumerate(batch.lengths.tolist())]
 
@@ -114,14 +118,7 @@ def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, config: Any) 
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def _multiplier(norm: Any) -> Tensor:
-    weight: Tensor = norm.weight
-    # Ones pass a norm unchanged but for its epsilon, so what comes out tells weight from 1 + weight.
-    passed: Tensor = norm(torch.ones_like(weight))
-    return weight + (passed - weight).round()
-
-
-def load_target(folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Target:
+def load_target(folder: Path, aux_layers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Target:
     """Loads an imported model.
 
     Args:
@@ -160,7 +157,7 @@ def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **setti
         raise DraftModelError(f"the target model in {folder} cannot be loaded: {error}") from error
 
 
-def check_structure(model: Any, aux_layers: tuple[int, int, int]) -> Any:
+def check_structure(model: Any, aux_layers: tuple[int, ...]) -> Any:
     """Gives a loaded model back where EAGLE-3 can take its features.
 
     Args:

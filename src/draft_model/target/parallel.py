@@ -40,7 +40,7 @@ class ShardedTarget(Target):
         spread: whether parts lie with the other copies too.
     """
 
-    def __init__(self, model: Any, aux_layers: tuple[int, int, int], spread: bool) -> None:
+    def __init__(self, model: Any, aux_layers: tuple[int, ...], spread: bool) -> None:
         super().__init__(model, aux_layers)
         self.spread = spread
 
@@ -55,7 +55,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def load_share(
-    folder: Path, aux_layers: tuple[int, int, int], dtype: torch.dtype, ranks: Ranks, beside: Callable[[], float]
+    folder: Path, aux_layers: tuple[int, ...], dtype: torch.dtype, ranks: Ranks, beside: Callable[[], float]
 ) -> Target:
     """Loads this process's part of the target: all of it, or its share of every layer where tp_size says so.
 
@@ -88,7 +88,7 @@ def load_share(
     model = _load_in_parts(folder, dtype, ranks, skeleton, spread)
     target = ShardedTarget(model, aux_layers, spread)
     try:
-        target.states(collate([(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool))]).to(ranks.device))
+        target.states(collate([(torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool))]))
     except RuntimeError as error:
         if is_a_peers(error):
             raise

@@ -11,6 +11,7 @@ draft, so one file serves any number of processes, and a change of their number 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,19 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft_model import storage
-from draft_model.drafts.eagle3.export import WEIGHTS, load_weights, save_draft
-from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model import drafts, storage
+from draft_model.drafts.base import WEIGHTS, Draft, load_weights
 from draft_model.errors import DraftModelError
-from draft_model.training.pretrained import canonical
+
+logger = logging.getLogger(__name__)
 
 STATE = "training_state"
+RECORD = "training.json"
 _OPTIMIZER = ("exp_avg", "exp_avg_sq", "step")  # AdamW's own names; a step without supervised tokens counts for none
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far training is, and what it must agree on with whoever goes on.
+    """How far training is, and what a run that goes on must agree on.
 
     Attributes:
         step: optimizer steps done.
@@ -57,7 +59,7 @@ class Loaded:
     """A checkpoint that was read back.
 
     Attributes:
-        uri: where it is.
+        uri: of its folder.
         config: its config.json.
         tensors: the served weights and vocabulary, by checkpoint name.
         state: float32 weights and moments by name, and `random`, a row for each process; None where the folder holds
@@ -73,12 +75,12 @@ class Loaded:
 
 
 def write_checkpoint(
-    folder: Path, draft: Eagle3Draft, optimizer: torch.optim.Optimizer, position: Position, random: list[Tensor]
+    folder: Path, draft: Draft, optimizer: torch.optim.Optimizer, position: Position, random: list[Tensor]
 ) -> None:
-    """Writes what can be served, and what training goes on from.
+    """Writes a checkpoint to this disk, in place of what the folder holds.
 
     Args:
-        folder: what is there is lost.
+        folder: local.
         draft: the draft.
         optimizer: its AdamW.
         position: how far training is.
@@ -87,14 +89,14 @@ def write_checkpoint(
     from safetensors.torch import save_file
 
     shutil.rmtree(folder, ignore_errors=True)
-    save_draft(folder, draft)
+    drafts.family().save(folder, draft)
     (folder / STATE).mkdir()
     tensors = {**optimizer_tensors(draft, optimizer), "random": torch.stack(random)}
     save_file(tensors, folder / STATE / "state.safetensors")
     (folder / STATE / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
 
 
-def optimizer_tensors(draft: Eagle3Draft, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(draft: Draft, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Float32 weights, both moments and the updates so far of every parameter, by name."""
     tensors = {}
     for name, parameter in draft.named_parameters():
@@ -104,7 +106,7 @@ def optimizer_tensors(draft: Eagle3Draft, optimizer: torch.optim.Optimizer) -> d
     return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
 
-def restore(draft: Eagle3Draft, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], uri: str) -> None:
+def restore(draft: Draft, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], uri: str) -> None:
     """Puts a saved state back, to the bit.
 
     Args:
@@ -127,11 +129,11 @@ def read_checkpoint(uri: str, work: Path) -> Loaded:
     """Reads a checkpoint, or a served draft without training state, ours or another trainer's.
 
     Args:
-        uri: its folder; one with a manifest is verified, another is taken as it is.
+        uri: its folder. Ours is checked against its manifest; another trainer's has none.
         work: scratch folder.
 
     Raises:
-        DraftModelError: when it is missing, damaged or no draft.
+        DraftModelError: when it is missing, damaged, one of ours without its manifest, or no draft.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -141,11 +143,22 @@ def read_checkpoint(uri: str, work: Path) -> Loaded:
     folder = storage.fetch(uri, work) if whole else storage.fetch_tree(uri, work)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config, tensors = canonical(config, load_file(folder / WEIGHTS), uri)
+        if not whole:
+            _check_foreign(uri, folder, config)
+        config, tensors = drafts.family().read(config, load_file(folder / WEIGHTS), uri)
         if not (folder / STATE).is_dir():
             return Loaded(uri, config, tensors, None, None)
         state = load_file(folder / STATE / "state.safetensors")
         position = Position(**json.loads((folder / STATE / "position.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise DraftModelError(f"{uri} is no checkpoint of a draft that can be read: {error}") from error
     return Loaded(uri, config, tensors, state, position)
+
+
+def _check_foreign(uri: str, folder: Path, config: dict[str, Any]) -> None:
+    if (folder / STATE).exists() or (folder / RECORD).exists() or "target_model_type" in config:
+        raise DraftModelError(
+            f"{uri} was written by this project and has no {storage.MANIFEST}, so a file of it may be cut or changed: "
+            f"copy the whole folder, {storage.MANIFEST} too"
+        )
+    logger.warning("%s has no %s: a draft of another trainer, taken unchecked", uri, storage.MANIFEST)

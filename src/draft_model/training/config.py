@@ -1,8 +1,9 @@
-"""What a training job is told, and what it answers; both travel between processes as JSON."""
+"""What a training job is given, and what it returns; both travel between processes as JSON."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,31 +41,14 @@ class TrainConfig:
 
     def to_json(self) -> str:
         """The configuration as one line of JSON."""
-        return json.dumps(
-            {
-                "model": self.model,
-                "dataset": self.dataset,
-                "output": self.output,
-                "work": str(self.work),
-                "parameters": self.parameters.model_dump(),
-                "run_id": self.run_id,
-                "again": self.again,
-            }
-        )
+        return json.dumps({**vars(self), "work": str(self.work), "parameters": self.parameters.model_dump()})
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
         """The inverse of `to_json`."""
         values = json.loads(text)
-        return cls(
-            model=values["model"],
-            dataset=values["dataset"],
-            output=values["output"],
-            work=Path(values["work"]),
-            parameters=Parameters.model_validate(values["parameters"]),
-            run_id=values.get("run_id", ""),
-            again=values.get("again", False),
-        )
+        parameters = Parameters.model_validate(values["parameters"])
+        return cls(**{**values, "work": Path(values["work"]), "parameters": parameters})
 
 
 @dataclass(frozen=True)
@@ -76,7 +60,8 @@ class TrainResult:
         final: URI of the checkpoint that is ready to serve.
         steps: optimizer steps of the whole training, resumed ones included.
         loss: mean loss of the first unroll step over the last logged window, nats.
-        acceptance_length: simulated, on the validation split; on the training data where there is none.
+        acceptance_length: of the final draft, simulated, on the validation split; on the training data where there is
+            none.
     """
 
     output: str
@@ -84,6 +69,19 @@ class TrainResult:
     steps: int
     loss: float
     acceptance_length: float
+
+    @classmethod
+    def from_record(cls, output: str, final: str, record: Mapping[str, Any]) -> TrainResult:
+        """The result that a finished training's training.json tells.
+
+        Args:
+            output: URI of the training.
+            final: URI of the draft that the record lies beside.
+            record: training.json.
+        """
+        log = record["log"]
+        loss = log[-1]["loss"][0] if log else 0.0
+        return cls(output, final, record["steps"], loss, float(record["acceptance_length"]))
 
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON object."""

@@ -1,4 +1,4 @@
-"""A draft's gradients in one float32 buffer: accumulated over micro-batches, summed over processes in one message.
+"""A draft's gradients in one float32 buffer, summed over processes in one message and applied without a wait.
 
 Measured against DistributedDataParallel and FSDP2 by `benchmarks/scaling.py --reduction`: the draft is small beside its
 step, so there is nothing to gain from overlapping its one message with the backward pass, or from sharding it.
@@ -36,18 +36,28 @@ class Gradients:
         """Sums them over all processes."""
         ranks.sum(self._flat)
 
-    def finish(self, count: float, max_norm: float) -> float:
-        """Makes sums means, and clips them.
+    def norm(self, count: Tensor) -> Tensor:
+        """The norm of the mean gradient, a scalar on the device.
 
         Args:
-            count: what to divide by: the supervised tokens of the global batch.
-            max_norm: the longest that the whole gradient may be.
-
-        Returns:
-            The norm before clipping.
+            count: what sums are divided by to be means: the supervised tokens of the global batch.
         """
-        self._flat.div_(max(count, 1.0))
-        norm = float(torch.linalg.vector_norm(self._flat))
-        if norm > max_norm:
-            self._flat.mul_(max_norm / (norm + 1e-6))
-        return norm
+        norm: Tensor = torch.linalg.vector_norm(self._flat)
+        return norm / count.clamp(min=1).float()
+
+    def update(
+        self, optimizer: torch.optim.Optimizer, count: Tensor, norm: Tensor, max_norm: float, useful: Tensor
+    ) -> None:
+        """One step of a fused AdamW on the mean gradient, clipped; division and clipping happen inside it.
+
+        Args:
+            optimizer: `torch.optim.AdamW(fused=True)` over the parameters.
+            count: of `norm`.
+            norm: of `norm`.
+            max_norm: the longest that the whole gradient may be.
+            useful: bool scalar; where it is false, nothing changes.
+        """
+        shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        optimizer.grad_scale = count.clamp(min=1).float() / shrink  # type: ignore[attr-defined]
+        optimizer.found_inf = (~useful).float()  # type: ignore[attr-defined]
+        optimizer.step()

@@ -32,15 +32,20 @@ class History:
     window: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def acceptance_length(self) -> float:
-        """The last simulated one: of the validation, else of the training data."""
-        records = self.validation or self.log
-        return float(records[-1]["acceptance_length"]) if records else 1.0
+    def best(self) -> dict[str, Any] | None:
+        """The first validation of the highest acceptance length: step, epoch, acceptance_length."""
+        record = max(self.validation, key=lambda record: float(record["acceptance_length"]), default=None)
+        return record and {key: record[key] for key in ("step", "epoch", "acceptance_length")}
 
     def validated(self, step: int) -> float | None:
-        """The simulated acceptance length that the validation after a step found, if there was one."""
+        """The simulated acceptance length that the validation after a step gave, if there was one."""
         found = [record["acceptance_length"] for record in self.validation if record["step"] == step]
         return float(found[-1]) if found else None
+
+    def acceptance_length(self, step: int) -> float:
+        """The simulated one of a step's draft; where it was not validated, the last of validation or training data."""
+        records = self.validation or self.log
+        return self.validated(step) or (float(records[-1]["acceptance_length"]) if records else 1.0)
 
 
 class Window:
@@ -68,12 +73,7 @@ class Window:
         return bool(self.sums.supervised[0] > 0)
 
     def add(self, sums: StepSums, norm: float) -> None:
-        """Adds what one step measured.
-
-        Args:
-            sums: over all processes.
-            norm: of its gradient, before clipping.
-        """
+        """Adds one step's sums over all processes, and the norm of its gradient before clipping."""
         self.sums, self.norm = self.sums + sums, norm
 
     def spend(self, tokens: int, seconds: float) -> None:
@@ -87,12 +87,8 @@ class Window:
             proposals: tokens that the simulated decoding proposes per round.
             where: step, epoch and the like, which come first.
         """
-        return {
-            **where,
-            **measures(self.sums, proposals),
-            "grad_norm": self.norm,
-            "tokens_per_second": self.tokens / max(self.seconds, 1e-9),
-        }
+        speed = self.tokens / max(self.seconds, 1e-9)
+        return {**where, **measures(self.sums, proposals), "grad_norm": self.norm, "tokens_per_second": speed}
 
 
 def measures(sums: StepSums, proposals: int) -> dict[str, Any]:

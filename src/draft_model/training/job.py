@@ -1,11 +1,12 @@
 """`run`: one process of a training job, from its inputs at URIs to the draft at a URI.
 
-Every process fetches what it needs under a lock file of its machine, so that the first one downloads and the others
-verify; nobody waits in a collective for a download.
+Every process fetches what it needs under a lock file of its machine, so that the first one downloads and verifies and
+the others trust it; no process waits in a collective for a download.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -13,27 +14,27 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
-from draft_model import storage
-from draft_model.drafts.eagle3.export import save_draft
+from draft_model import drafts, storage
 from draft_model.errors import DraftModelError
 from draft_model.model_import import is_weight
 from draft_model.processes import catch_sigterm
+from draft_model.scratch import working_in
 from draft_model.tracking import Tracker, track
-from draft_model.training.checkpoint import STATE, Loaded, read_checkpoint, write_checkpoint
+from draft_model.training.checkpoint import RECORD, STATE, Loaded, read_checkpoint, write_checkpoint
 from draft_model.training.config import TrainConfig, TrainResult
 from draft_model.training.lease import Lease, hold, own_run_id
 from draft_model.training.output import CHECKPOINTS_AT_ONCE, Keeping, Output
-from draft_model.training.prepare import prepare
+from draft_model.training.plan import STATE_BYTES
+from draft_model.training.prepare import fetch_inputs, prepare
 from draft_model.training.ranks import PeerLost, Ranks, start_ranks
-from draft_model.training.record import announce, record
+from draft_model.training.record import announce, parameters_of, record
 from draft_model.training.trainer import Interrupted, Training, train
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 STAGE = "train"
 _OTHERS_FIRST = 10.0
 """Seconds that a process waits for torchrun to end it when another is lost, so that the other's end is seen first."""
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}
 
 
 def run(config: TrainConfig) -> TrainResult:
@@ -57,29 +59,44 @@ def run(config: TrainConfig) -> TrainResult:
         Interrupted: on SIGTERM, after a checkpoint.
         PeerLost: when another process of the job is gone.
     """
-    torch.use_deterministic_algorithms(True, warn_only=True)
     p = config.parameters
-    with start_ranks(timedelta(minutes=p.dist_timeout), p.tp_size) as ranks, _lease(config, ranks) as lease:
+    with (
+        _disk_errors(config.work),
+        working_in(config.work),
+        start_ranks(timedelta(minutes=p.dist_timeout), p.tp_size) as ranks,
+        _leases(config, ranks) as leases,
+    ):
+        if ranks.device.type == "cpu":  # on a GPU it costs speed and memory, and flash attention is not deterministic
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         logging.getLogger("draft_model").setLevel(logging.INFO if ranks.first else logging.ERROR)
         work = config.work / f"rank_{ranks.rank}"
-        work.mkdir(parents=True, exist_ok=True)
-        with FileLock(config.work / "inputs.lock"):
-            model = storage.fetch(config.model, config.work / "model")
-            dataset = storage.fetch(config.dataset, config.work / "dataset")
+        shutil.rmtree(work, ignore_errors=True)  # what a killed attempt left
+        work.mkdir(parents=True)
+        inputs = fetch_inputs(config)
         tracking = track(STAGE, p.mlflow_tracking_uri) if ranks.first else nullcontext(Tracker(None))
         keeping = Keeping(p.keep_checkpoints, p.final_checkpoint == "best")
-        with tracking as tracker, Output(config.checkpoints, work, keeping, config.output, lease) as output:
+        with tracking as tracker, Output(config.checkpoints, work, keeping, config.output, leases) as output:
             resumed, go_on = _checkpoint(config, output, work)
-            training = prepare(config, ranks, model, dataset, resumed, go_on, work)
+            training = prepare(config, ranks, inputs, resumed, go_on, work)
             _check_disk(training, work)
-            ranks.any(False)  # all have read what there was before any of it goes
+            ranks.barrier()  # all have read what there was before any of it goes
             if ranks.first:
                 output.tidy() if go_on else output.clear()
             announce(training)
-            _track_inputs(tracker, training, config)
+            training.tracker = tracker
+            tracker.parameters(p.of_stage("train"))
+            target = (config.model, inputs.source.get("digest", ""))
+            tracker.inputs({"target": target, "dataset": (config.dataset, training.dataset)})
 
             def complete(folder: Path, step: int) -> None:
-                _complete(folder, training, model, dataset, config, step)
+                """Puts beside the weights what a served draft has: tokenizer files and the training's record."""
+                for path in sorted(inputs.model.iterdir()):
+                    others = path.name in ("config.json", storage.MANIFEST) or is_weight(path.name)
+                    if path.is_file() and not others:
+                        shutil.copyfile(path, folder / path.name)
+                text = json.dumps(record(training, inputs.source, inputs.dataset, step), indent=1)
+                (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
             def save(name: str, epoch: int, random: list[Tensor]) -> None:
                 def write(folder: Path) -> None:
@@ -92,50 +109,61 @@ def run(config: TrainConfig) -> TrainResult:
 
             with catch_sigterm() as stop:
                 try:
-                    train(training, save, lambda: stop() or (lease is not None and lease.lost))
+                    train(training, save, lambda: stop() or any(lease.lost for lease in leases))
                 except Interrupted:
                     output.finish()
-                    ranks.any(False)  # nobody's end may cut the last upload short
+                    ranks.barrier()  # no process's end may cut the last upload short
                     raise
                 output.finish()
                 step = _publish_final(output, training, complete, work) if ranks.first else 0
                 step = int(ranks.sum(torch.tensor(float(step))))
-            places = {"output": config.output, "checkpoints": config.checkpoints, "final": output.final}
-            tracker.references(places)
-    history = training.history
-    return TrainResult(
-        output=config.output,
-        final=output.final,
-        steps=training.done,
-        loss=history.log[-1]["loss"][0],
-        acceptance_length=history.validated(step) or history.acceptance_length,
-    )
+            tracker.references({"output": config.output, "checkpoints": config.checkpoints, "final": output.final})
+        return TrainResult.from_record(
+            config.output, output.final, record(training, inputs.source, inputs.dataset, step)
+        )
 
 
 @contextmanager
-def _lease(config: TrainConfig, ranks: Ranks) -> Iterator[Lease | None]:
-    """The lease on the checkpoint_path, in the process that writes there."""
-    if not config.parameters.checkpoint_path:
-        yield None
-        return
-    held = hold(config.checkpoints, config.run_id or own_run_id(), outermost=False) if ranks.first else nullcontext()
-    with held as lease:
-        ranks.any(False)  # nobody reads what is there while another run may change it
-        yield lease
+def _disk_errors(work: Path) -> Iterator[None]:
+    """A full, read-only or failing disk is the user's to put right: a sentence instead of a traceback."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in _DISK:
+            raise
+        if isinstance(error, SafetensorError) and "os error" not in str(error):
+            raise
+        where, why = getattr(error, "filename", None) or work, getattr(error, "strerror", None) or error
+        raise DraftModelError(
+            f"disk: {where}: {why}: free some space, or run with another work folder that can be written to"
+        ) from error
 
 
-def _track_inputs(tracker: Tracker, training: Training, config: TrainConfig) -> None:
-    training.tracker = tracker
-    tracker.parameters(config.parameters.of_stage("train"))
-    digest = storage.read_manifest(config.model, stage="import").properties.get("digest", "")
-    tracker.inputs({"target": (config.model, digest), "dataset": (config.dataset, training.dataset)})
+@contextmanager
+def _leases(config: TrainConfig, ranks: Ranks) -> Iterator[list[Lease]]:
+    """The leases on the folders that a training writes to, in the process that writes."""
+    run_id = config.run_id or own_run_id()
+    folders = {
+        config.output: "output",
+        **({config.checkpoints: "checkpoint_path"} if config.parameters.checkpoint_path else {}),
+    }
+    with ExitStack() as stack:
+        held = [
+            stack.enter_context(hold(uri, run_id, outermost=False, parameter=parameter))
+            for uri, parameter in folders.items()
+            if ranks.first
+        ]
+        ranks.barrier()  # no process reads what is there while another run may change it
+        yield [lease for lease in held if lease]
 
 
 def _checkpoint(config: TrainConfig, output: Output, work: Path) -> tuple[Loaded | None, bool]:
     """The checkpoint that the parameters mean, and whether to go on from it or to start from its weights."""
     p = config.parameters
-    whoever = p.resume == "true" or config.again
-    if (whoever or config.run_id) and (newest := output.newest("" if whoever else config.run_id)):
+    any_run = p.resume == "true" or config.again
+    if (any_run or config.run_id) and (newest := output.newest("" if any_run else config.run_id)):
         return newest, True
     if p.resume_from_checkpoint:
         return read_checkpoint(p.resume_from_checkpoint, work / "resumed"), p.resume == "true"
@@ -148,9 +176,7 @@ def _checkpoint(config: TrainConfig, output: Output, work: Path) -> tuple[Loaded
 
 
 def _check_disk(training: Training, work: Path) -> None:
-    """Checkpoints are written here before they are published: float32 weights, two moments, served weights."""
-    one = sum(parameter.numel() for parameter in training.draft.parameters()) * (3 * 4 + 2)
-    needed = one * CHECKPOINTS_AT_ONCE + (64 << 20)
+    needed = STATE_BYTES * parameters_of(training) * CHECKPOINTS_AT_ONCE + (64 << 20)
     free = shutil.disk_usage(work).free
     if free < needed:
         raise DraftModelError(
@@ -160,36 +186,32 @@ def _check_disk(training: Training, work: Path) -> None:
 
 
 def _publish_final(output: Output, training: Training, complete: Callable[[Path, int], None], work: Path) -> int:
-    """Puts what is to be served under the output; gives the step of its weights."""
-    folder = work / "final"
-    shutil.rmtree(folder, ignore_errors=True)
-    step = training.done
-    best = output.best() if output.keeping.best else None
-    if best is None:
-        save_draft(folder, training.draft)
+    """Puts the draft to serve under the output; returns the step of its weights."""
+    folder, step, history = work / "final", training.done, training.history
+    name = output.best() if output.keeping.best else None
+    if name is None:
+        drafts.family().save(folder, training.draft)
+        best = history.best
+        if best and len(history.validation) > 1 and best["step"] != step:
+            logger.info(
+                "final is step %d, acceptance length %.2f (simulated); the best on the validation split was step %d, "
+                "epoch %d, with %.2f: final_checkpoint=best would have served it",
+                step, history.acceptance_length(step), best["step"], best["epoch"], best["acceptance_length"],
+            )  # fmt: skip
     else:
-        found = storage.fetch(storage.join(output.uri, best), work / "best")
-        step = int(storage.read_manifest(storage.join(output.uri, best)).properties["step"])
-        ignored = shutil.ignore_patterns(STATE, storage.MANIFEST)
-        shutil.copytree(found, folder, ignore=ignored)
-        logger.info("final is %s, of the highest simulated acceptance length: step %d of %d", best, step, training.done)
+        uri = storage.join(output.uri, name)
+        found = storage.fetch(uri, work / "best")
+        step = int(storage.read_manifest(uri).properties["step"])
+        shutil.copytree(found, folder, ignore=shutil.ignore_patterns(STATE, storage.MANIFEST))
+        logger.info("final is %s, of the highest simulated acceptance length: step %d of %d", name, step, training.done)
     complete(folder, step)
     output.publish_final(folder, stage=STAGE, properties={"step": step})
     shutil.rmtree(folder)
     return step
 
 
-def _complete(folder: Path, training: Training, model: Path, dataset: Path, config: TrainConfig, step: int) -> None:
-    """Puts beside the weights what a served draft has: tokenizer files and the training's record."""
-    for path in sorted(model.iterdir()):
-        if path.is_file() and path.name not in ("config.json", storage.MANIFEST) and not is_weight(path.name):
-            shutil.copyfile(path, folder / path.name)
-    text = json.dumps(record(training, config, dataset, step), indent=1)
-    (folder / "training.json").write_text(text + "\n", encoding="utf-8")
-
-
 def main() -> int:
-    """The job pod's door: `torchrun -m draft_model.training`, the configuration in DRAFT_MODEL_JOB."""
+    """`torchrun -m draft_model.training`, in a job's pod or beside the command line; DRAFT_MODEL_JOB configures it."""
     from draft_model.doors import TERMINATED, exit_code
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

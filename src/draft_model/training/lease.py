@@ -1,12 +1,12 @@
-"""The lease on a checkpoint_path: a small object with the id of the run that writes there, renewed while it does.
+"""The lease on a folder that a training writes to: a small file that names the run, renewed while the run is alive.
 
-    <checkpoint_path>/lease.json    run_id, process, renewed, seconds
+    <folder>/lease.json    run_id, since, renewed, seconds, processes
 
-It is made only where there is none, so of two runs one is first. A run that is gone renews no more: whoever finds a
-lease watches it, by its own clock. Once it changes, its run is there, and the one that watches is refused; if it stays
-as it is for the seconds that it says, it is taken over. A run that could not renew for so long, and whose lease went to
-another, writes nothing more. All processes of one run share its lease: the coordinating one, the job's first, and
-those that are started again for them.
+Every change compares the version that was read: of two runs one creates the lease, and one takes it over. A run that
+finds another's lease watches it by its own clock. A lease that changes is refused; one that stays the same for its
+seconds, or all of whose processes ran on this machine and are gone, is taken over. A run that could not renew for so
+long and finds the lease gone or another's writes nothing more. All processes of one run share its lease: the
+coordinating one, the job's first, and those that are started again for them.
 """
 
 from __future__ import annotations
@@ -19,36 +19,46 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import psutil
+
 from draft_model import storage
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, StoreUnavailable
 
 logger = logging.getLogger(__name__)
 
 FILE = "lease.json"
 SECONDS = 50.0
-"""That a lease holds without being renewed: less than the shortest dist_timeout, more than a store's few retries."""
+"""How long a lease holds without being renewed: less than the shortest dist_timeout, more than a store's retries."""
 RENEWALS = 5
-"""So many fall into that time."""
+"""Renewals per lease period."""
+_ATTEMPTS = 20  # to change a lease that other processes of this run change as well
+
+
+class Leased(DraftModelError):
+    """Another run is at work in the folder."""
 
 
 class Lease:
     """This run's lease on a folder.
 
     Args:
-        place: URI of the folder.
-        run_id: of this run; the lease is shared by all who give the same.
+        folder: URI.
+        run_id: of this run; the lease is shared by all processes that give the same.
+        parameter: that named the folder, for errors.
     """
 
-    def __init__(self, place: str, run_id: str) -> None:
-        self.place, self.run_id = place, run_id
+    def __init__(self, folder: str, run_id: str, parameter: str = "checkpoint_path") -> None:
+        self.folder, self.run_id, self.parameter = folder, run_id, parameter
         self.lost = False
-        self._uri = storage.join(place, FILE)
+        self._uri = storage.join(folder, FILE)
         self._ended = threading.Event()
-        self._alone = threading.Lock()
+        self._lock = threading.Lock()
+        self._since = _now()
 
     def acquire(self) -> bool:
         """Takes the lease, or joins this run's.
@@ -59,82 +69,135 @@ class Lease:
         Raises:
             DraftModelError: where another run is at work there.
         """
-        seen, since = b"", time.monotonic()
-        while not storage.create(self._uri, self._text()):
-            found = self._read()
-            held = _parsed(found)
+        seen: bytes | None = None
+        started = time.monotonic()
+        while not storage.create(self._uri, self._text([])):
+            asked = time.monotonic()
+            found = storage.read_versioned(self._uri)
+            if time.monotonic() - asked > SECONDS / RENEWALS:
+                started = time.monotonic()  # the store was away, for the holder too
+            if found is None:
+                continue
+            data, version = found
+            held = _parsed(data)
             if held.get("run_id") == self.run_id:
                 self.renew()
                 return False
-            if found and seen and found != seen and held:
-                raise DraftModelError(
-                    f"checkpoint_path: given {self.place!r}, where run {_name(held)} is at work, seen just now: wait "
-                    "for its end, or give this run another path"
+            alive = [_is_alive(process) for process in held.get("processes", [])]
+            changed = seen is not None and data != seen
+            if (changed and held) or (any(alive) and _age(held) < SECONDS):
+                raise Leased(
+                    f"{self.parameter}: given {self.folder!r}, where run {_name(held)} has been at work since "
+                    f"{held.get('since')}: wait for its end, or give this run another folder"
                 )
-            if found and not seen:
-                logger.info("checkpoint_path: %s has the lease of run %s: is it there?", self.place, _name(held))
-            if found != seen:
-                seen, since = found, time.monotonic()
-            if found and time.monotonic() - since >= float(held.get("seconds", SECONDS)):
-                logger.warning("checkpoint_path: run %s is gone, and its lease taken over", _name(held))
-                storage.delete(self._uri)
+            if seen is None:
+                logger.info("%s: %s has the lease of run %s: is it alive?", self.parameter, self.folder, _name(held))
+            if seen is None or changed:
+                seen, started = data, time.monotonic()
+            gone = bool(alive) and all(process is False for process in alive)
+            if gone or time.monotonic() - started >= float(held.get("seconds", SECONDS)):
+                if storage.replace(self._uri, self._text([]), version):
+                    logger.warning("%s: run %s is gone, and its lease taken over", self.parameter, _name(held))
+                    return True
             else:
                 time.sleep(SECONDS / RENEWALS / 4)
         return True
 
     def renew(self) -> None:
-        """Says that this run is there.
+        """Writes that this run is alive; called before every publication too.
 
         Raises:
-            DraftModelError: where the lease is another run's by now, or the store is away.
+            DraftModelError: where the lease is gone or another run's by now, or the store is away.
         """
-        with self._alone:
-            if self._ended.is_set():
-                return
-            held = _parsed(self._read())
-            if held.get("run_id", self.run_id) != self.run_id:
-                self.lost = True
-                raise DraftModelError(
-                    f"checkpoint_path: {self.place} belongs to run {_name(held)} by now; this run did not renew "
-                    f"its lease for {SECONDS:.0f} s, and writes nothing more there"
-                )
-            storage.write_bytes(self._uri, self._text())
+        with self._lock:
+            if not self._ended.is_set():
+                self._change(add=True)
 
     def keep(self) -> None:
         """Renews until the end; a store that is away may come back."""
         while not self._ended.wait(SECONDS / RENEWALS):
             try:
-                self.renew()
+                with storage.patience(SECONDS / RENEWALS):
+                    self.renew()
             except DraftModelError as error:
                 logger.warning("%s", error)
                 if self.lost:
                     return
 
     def end(self, release: bool) -> None:
-        """Renews no more.
+        """Stops renewing.
 
         Args:
             release: whether the next run need not wait.
         """
-        with self._alone:
+        with self._lock:
             self._ended.set()
-        try:
-            if release and _parsed(self._read()).get("run_id") == self.run_id:
-                storage.delete(self._uri)
-        except DraftModelError as error:
-            logger.warning("checkpoint_path: the lease is left to run out: %s", error)
+            try:
+                found = storage.read_versioned(self._uri)
+                if found is None or _parsed(found[0]).get("run_id") != self.run_id:
+                    return
+                if release:
+                    storage.delete(self._uri, found[1])
+                else:
+                    self._change(add=False)
+            except DraftModelError as error:
+                logger.warning("%s: the lease is left to run out: %s", self.parameter, error)
 
-    def _read(self) -> bytes:
-        return storage.read_file(self._uri) or b""
+    def _change(self, add: bool) -> None:
+        for _ in range(_ATTEMPTS):
+            found = storage.read_versioned(self._uri)
+            held = _parsed(found[0]) if found else {}
+            if found is None or held.get("run_id") != self.run_id:
+                self.lost = True
+                holder = f"belongs to run {_name(held)} by now" if held else "is no longer leased to this run"
+                raise DraftModelError(
+                    f"{self.parameter}: {self.folder} {holder}; this run did not renew its lease for {SECONDS:.0f} s, "
+                    "and writes nothing more there"
+                )
+            self._since = held.get("since", self._since)
+            others = [p for p in held.get("processes", []) if p != this_process() and _is_alive(p) is not False]
+            if storage.replace(self._uri, self._text(others, add), found[1]):
+                return
+        raise StoreUnavailable(f"{self._uri} changes too often to be renewed")
 
-    def _text(self) -> bytes:
-        now = datetime.now(UTC).isoformat(timespec="microseconds")
-        process = f"{socket.gethostname()}:{os.getpid()}"
-        return json.dumps({"run_id": self.run_id, "process": process, "renewed": now, "seconds": SECONDS}).encode()
+    def _text(self, others: list[dict[str, Any]], add: bool = True) -> bytes:
+        lease = {"run_id": self.run_id, "since": self._since, "renewed": _now(), "seconds": SECONDS}
+        return json.dumps({**lease, "processes": [*others, this_process()] if add else others}).encode()
+
+
+def this_process() -> dict[str, Any]:
+    """This process, and the process table that its id means something in: of a boot of a machine, of a container."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        table = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not Linux
+        table = ""
+    started = psutil.Process().create_time()
+    return {"name": f"{socket.gethostname()}:{os.getpid()}", "table": table, "pid": os.getpid(), "started": started}
+
+
+def _is_alive(process: dict[str, Any]) -> bool | None:
+    """Whether a lease's process runs; None where only its own machine could tell."""
+    if not process.get("table") or process["table"] != this_process()["table"]:
+        return None
+    try:
+        found = psutil.Process(process["pid"])
+        return abs(found.create_time() - process["started"]) < 1 and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def _age(held: dict[str, Any]) -> float:
+    """Seconds since a lease of this machine was renewed."""
+    return (datetime.now(UTC) - datetime.fromisoformat(held["renewed"])).total_seconds()
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
-    """A lease's fields; none where there is no lease, or one that is being made."""
+    """A lease's fields; none of one that is being made."""
     try:
         found = json.loads(data or b"{}")
     except ValueError:
@@ -143,7 +206,8 @@ def _parsed(data: bytes) -> dict[str, Any]:
 
 
 def _name(held: dict[str, Any]) -> str:
-    return f"{held.get('run_id', 'without a name')} (process {held.get('process', 'unknown')})"
+    processes = ", ".join(process["name"] for process in held.get("processes", []))
+    return f"{held.get('run_id', 'without a name')} (process {processes or 'unknown'})"
 
 
 def own_run_id() -> str:
@@ -152,13 +216,15 @@ def own_run_id() -> str:
 
 
 @contextmanager
-def hold(checkpoint_path: str, run_id: str, *, outermost: bool) -> Iterator[Lease | None]:
-    """Holds the lease on a checkpoint_path.
+def hold(folder: str, run_id: str, *, outermost: bool, parameter: str = "checkpoint_path") -> Iterator[Lease | None]:
+    """Holds the lease on a folder while its body runs.
 
     Args:
-        checkpoint_path: URI; empty where the run writes to an output of its own, which needs none.
+        folder: URI; none where empty.
         run_id: of this run.
         outermost: whether the run ends with this process, or with one that waits for it.
+        parameter: that named the folder. Only checkpoint_path must be leased: an output in a store without conditional
+            writes goes without.
 
     Yields:
         The lease, if there is one.
@@ -166,11 +232,23 @@ def hold(checkpoint_path: str, run_id: str, *, outermost: bool) -> Iterator[Leas
     Raises:
         DraftModelError: where another run is at work there.
     """
-    if not checkpoint_path:
+    if not folder:
         yield None
         return
-    lease = Lease(checkpoint_path, run_id)
-    taken = lease.acquire()
+    lease = Lease(folder, run_id, parameter)
+    try:
+        taken = lease.acquire()
+        lease.renew()  # finds a store that creates conditionally and does not replace so
+    except Leased:
+        raise
+    except DraftModelError as error:
+        if parameter == "checkpoint_path" or lease.lost:
+            raise
+        with suppress(DraftModelError):
+            storage.delete(storage.join(folder, FILE))
+        logger.warning("%s: %s has no lease, so a second run there would not be noticed: %s", parameter, folder, error)
+        yield None
+        return
     renewing = threading.Thread(target=lease.keep, daemon=True, name="lease")
     renewing.start()
     try:

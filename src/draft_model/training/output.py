@@ -1,23 +1,24 @@
-"""The checkpoints under one URI: sent off beside the training, thinned out, and found again.
+"""The checkpoints under one URI: uploaded while training goes on, thinned out, and found again.
 
     <checkpoint_path>/epoch_1/, epoch_2/, ...   see `checkpoint`; without checkpoint_path under the output
-    <checkpoint_path>/checkpoints.json          their names, oldest first; each is there before its checkpoint is
-    <output>/final/                             what is to be served
+    <checkpoint_path>/checkpoints.json          their names, oldest first; each is listed before it is written
+    <output>/final/                             the draft to serve
 
-A name that is listed and has no manifest is half-written: it is never resumed from, and removed by whoever resumes.
+A name that is listed and has no manifest is half-written: it is never resumed from, and the next run removes it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from draft_model import storage
 from draft_model.errors import DraftModelError, StoreUnavailable
@@ -30,12 +31,9 @@ INDEX = "checkpoints.json"
 STAGE = "checkpoint"
 PATIENCE = 15 * 60.0
 """Seconds that an object store may be away before the training fails for it."""
-_PAUSES = (1.0, 60.0)  # seconds between two tries: the first, and the longest, doubling
 CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on this disk that are not published yet, the one being written among them; then the training waits."""
-_ACCEPTANCE = "acceptance_length"
-
-Result = TypeVar("Result")
+_NAME = re.compile(r"(epoch|step)_\d{1,12}")
 
 
 @dataclass(frozen=True)
@@ -59,24 +57,31 @@ class Output:
         work: scratch folder of this process.
         keeping: which of them stay.
         output: URI that `final` goes under, where it is another one.
-        lease: on the URI, where runs share it.
+        leases: on the two; renewed before every publication.
     """
 
     def __init__(
-        self, uri: str, work: Path, keeping: Keeping | None = None, output: str = "", lease: Lease | None = None
+        self,
+        uri: str,
+        work: Path,
+        keeping: Keeping | None = None,
+        output: str = "",
+        leases: Sequence[Lease] = (),
     ) -> None:
-        self.uri, self.work, self.keeping, self._lease = uri, work, keeping or Keeping(), lease
+        self.uri, self.work, self.keeping, self._leases = uri, work, keeping or Keeping(), leases
         self.final = storage.join(output or uri, "final")
         self._index = storage.join(uri, INDEX)
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._sending: list[Future[None]] = []
         self._given_up = False
+        self._names: list[str] | None = None
+        self._properties: dict[str, dict[str, Any]] = {}  # of whole checkpoints; nobody else changes them
 
     def __enter__(self) -> Output:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Whatever ended the training: what was saved is sent."""
+        """Uploads what was saved, whatever ended the training."""
         try:
             self.finish()
         except DraftModelError as error:
@@ -87,29 +92,62 @@ class Output:
             self._sender.shutdown()
 
     def names(self) -> list[str]:
-        """Names of the checkpoints, oldest first; the last may be half-written."""
-        if not storage.exists(self._index):
-            return []
-        return list(json.loads(storage.read_bytes(self._index)))
+        """Names of the checkpoints, oldest first; the last may be half-written. Read once: this run alone writes."""
+        if self._names is None:
+            self._names = self._read_names()
+        return list(self._names)
+
+    def _read_names(self) -> list[str]:
+        data = storage.read_file(self._index)
+        try:
+            listed = json.loads(data) if data is not None else None
+            if isinstance(listed, list):
+                return [name for name in listed if isinstance(name, str) and _NAME.fullmatch(name)]
+        except ValueError:
+            pass
+        # Deleted or cut: the checkpoints themselves say what they are.
+        folders = {name.partition("/")[0] for name in storage.list_files(self.uri) if name.endswith(storage.MANIFEST)}
+        found = {name: self._whole(name) for name in folders if _NAME.fullmatch(name)}
+        steps = {name: int(properties["step"]) for name, properties in found.items() if properties}
+        names = sorted(steps, key=steps.__getitem__)
+        if names or data is not None:
+            state = "is missing" if data is None else "is damaged"
+            logger.warning("%s %s; whole checkpoints there: %s", self._index, state, ", ".join(names) or "none")
+        return names
+
+    def _whole(self, name: str) -> dict[str, Any] | None:
+        """What the manifest of a checkpoint says; None of one that is half-written or damaged."""
+        if name not in self._properties:
+            try:
+                self._properties[name] = dict(storage.read_manifest(self._at(name), stage=STAGE).properties)
+            except StoreUnavailable:
+                raise
+            except DraftModelError:
+                return None
+        return self._properties[name]
 
     def clear(self) -> None:
         """Forgets the checkpoints of an earlier training, so that none of them is taken for one of this."""
-        names = self.names()
-        if names:
+        if names := self.names():
             logger.warning("resume=false: %d checkpoint(s) under %s are forgotten", len(names), self.uri)
-        for uri in [*map(self._at, names), self.final]:
-            storage.remove_manifest(uri)
-        self._write_index([])
+
+        def forget() -> None:
+            for uri in [*map(self._at, names), self.final]:
+                storage.remove_manifest(uri)
+            self._write_index([])
+
+        self._publish(forget)
+        self._properties.clear()
 
     def tidy(self) -> None:
         """Removes what a killed process left half-written."""
         names = self.names()
-        torn = [name for name in names if not storage.exists(storage.join(self._at(name), storage.MANIFEST))]
+        torn = [name for name in names if not self._whole(name)]
         for name in torn:
-            storage.remove(self._at(name))
+            self._publish(partial(storage.remove, self._at(name)))
             logger.info("checkpoint %s was not whole and is removed: %s", name, self._at(name))
         if torn:
-            self._write_index([name for name in names if name not in torn])
+            self._publish(lambda: self._write_index([name for name in names if name not in torn]))
 
     def newest(self, run_id: str = "") -> Loaded | None:
         """The newest whole checkpoint; a damaged one is named and the one before it taken.
@@ -120,9 +158,8 @@ class Output:
         for name in reversed(self.names()):
             try:
                 found = storage.read_manifest(self._at(name), stage=STAGE)
-                if run_id and found.properties.get("run_id") != run_id:
-                    continue
-                return read_checkpoint(self._at(name), self.work / "resumed")
+                if not run_id or found.properties.get("run_id") == run_id:
+                    return read_checkpoint(self._at(name), self.work / "resumed")
             except StoreUnavailable:
                 raise
             except DraftModelError as error:
@@ -130,7 +167,7 @@ class Output:
         return None
 
     def save(self, name: str, write: Callable[[Path], None], properties: dict[str, Any]) -> None:
-        """Writes a checkpoint to this disk, and has it sent while the training goes on.
+        """Writes a checkpoint to this disk, and has it uploaded while the training goes on.
 
         Args:
             name: folder under the output, such as `epoch_2`.
@@ -138,7 +175,7 @@ class Output:
             properties: what its manifest says; `acceptance_length` is what `best` goes by.
 
         Raises:
-            DraftModelError: where an earlier one could not be sent.
+            DraftModelError: where an earlier one could not be uploaded.
         """
         while len(self._sending) >= CHECKPOINTS_AT_ONCE - 1 or (self._sending and self._sending[0].done()):
             self._sending.pop(0).result()
@@ -147,7 +184,7 @@ class Output:
         self._sending.append(self._sender.submit(self._send, name, folder, properties))
 
     def finish(self) -> None:
-        """Waits until all is sent.
+        """Waits until all is uploaded.
 
         Raises:
             DraftModelError: where it could not be.
@@ -156,41 +193,43 @@ class Output:
             self._sending.pop(0).result()
 
     def _send(self, name: str, folder: Path, properties: dict[str, Any]) -> None:
-        uri = self._at(name)
+        uri, step = self._at(name), properties["step"]
 
         def publish() -> None:
-            if self._lease:
-                self._lease.renew()  # or raises: what is there is another run's
-            free = self._free_name(name, properties["step"])
+            # A whole checkpoint of another step may have this name: total_steps may have ended the same epoch early.
+            # It may be the only whole one, and would be lost while this one is uploaded to its place.
+            there = self._whole(name)
+            free = name if there is None or there["step"] == step else f"step_{step}"
             names = [other for other in self.names() if other != free] + [free]
             self._write_index(names)
+            self._properties.pop(free, None)
             storage.publish(folder, self._at(free), stage=STAGE, properties=properties)
-            logger.info("checkpoint %s: step %d, %s", free, properties["step"], self._at(free))
+            self._properties[free] = properties
+            logger.info("checkpoint %s: step %d, %s", free, step, self._at(free))
             self._thin_out(names)
 
         try:
-            _patiently(publish, uri, 0.0 if self._given_up else PATIENCE)
+            with storage.patience(0.0 if self._given_up else PATIENCE):
+                self._publish(publish)
         except DraftModelError as error:
             self._given_up = True
-            kept = _keep(folder, self.work, properties)
+            # Out of the scratch folders, which end with the process.
+            kept = self.work.parent.parent / f"{self.work.parent.name}-unpublished" / folder.name
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(folder, kept)
+            storage.publish(kept, str(kept), stage=STAGE, properties=properties)
             raise DraftModelError(
-                [*error.problems, f"{uri}: the checkpoint of step {properties['step']} could not be put there; it "
-                 f"stays in {kept}, which resume_from_checkpoint may name"]
+                [*error.problems, f"{uri}: the checkpoint of step {step} could not be put there; it stays in {kept}, "
+                 "which resume_from_checkpoint may name"]
             ) from error  # fmt: skip
         shutil.rmtree(folder)
 
-    def _free_name(self, name: str, step: int) -> str:
-        """The name, unless a whole checkpoint of another step has it: total_steps may have ended the same epoch early.
-
-        That one may be the only whole one, and is lost while another is sent to its place.
-        """
-        try:
-            there = storage.read_manifest(self._at(name), stage=STAGE).properties["step"]
-        except StoreUnavailable:
-            raise
-        except DraftModelError:
-            return name
-        return name if there == step else f"step_{step}"
+    def _publish(self, work: Callable[[], object]) -> None:
+        """Changes what is published, if the folders are still leased to this run."""
+        for lease in self._leases:
+            lease.renew()
+        work()
 
     def _thin_out(self, names: list[str]) -> None:
         """Removes what is not to be kept. The newest is whole by now, so a whole one is left whatever happens."""
@@ -199,6 +238,7 @@ class Output:
         kept = set(names[-self.keeping.newest :]) | ({self._best(names)} if self.keeping.best else set())
         for name in names:
             if name not in kept:
+                self._properties.pop(name, None)
                 storage.remove(self._at(name))
         self._write_index([name for name in names if name in kept])
 
@@ -207,60 +247,23 @@ class Output:
         return self._best(self.names())
 
     def _best(self, names: list[str]) -> str | None:
-        found: dict[str, float] = {}
-        for name in names:
-            try:
-                length = storage.read_manifest(self._at(name), stage=STAGE).properties.get(_ACCEPTANCE)
-            except StoreUnavailable:
-                raise
-            except DraftModelError:  # half-written or damaged
-                continue
-            if length is not None:
-                found[name] = float(length)
-        return max(found, key=found.__getitem__, default=None)
+        lengths = {name: (self._whole(name) or {}).get("acceptance_length") for name in names}
+        validated = {name: float(length) for name, length in lengths.items() if length is not None}
+        return max(validated, key=validated.__getitem__, default=None)
 
-    def publish_final(self, folder: Path, *, stage: str, properties: dict[str, Any]) -> str:
-        """Puts the draft that is to be served under the output.
+    def publish_final(self, folder: Path, *, stage: str, properties: dict[str, Any]) -> None:
+        """Puts the draft to serve under the output.
 
         Args:
             folder: the draft's files.
             stage: of the manifest.
             properties: of the manifest.
-
-        Returns:
-            Its URI.
         """
-        publish = lambda: storage.publish(folder, self.final, stage=stage, properties=properties)  # noqa: E731
-        _patiently(publish, self.final, PATIENCE)
-        return self.final
+        self._publish(lambda: storage.publish(folder, self.final, stage=stage, properties=properties))
 
     def _at(self, name: str) -> str:
         return storage.join(self.uri, name)
 
     def _write_index(self, names: list[str]) -> None:
         storage.write_bytes(self._index, json.dumps(names).encode())
-
-
-def _patiently(work: Callable[[], Result], uri: str, patience: float) -> Result:
-    """Tries again while the store is away; every part of `work` can be done twice."""
-    started, pause = time.monotonic(), _PAUSES[0]
-    while True:
-        try:
-            return work()
-        except StoreUnavailable as error:
-            away = time.monotonic() - started
-            if away + pause > patience:
-                raise DraftModelError([*error.problems, f"{uri}: given up after {away:.0f} s"]) from error
-            logger.warning("%s; training goes on, the next try is in %.0f s", error, pause)
-            time.sleep(pause)
-            pause = min(2 * pause, _PAUSES[1])
-
-
-def _keep(folder: Path, work: Path, properties: dict[str, Any]) -> Path:
-    """Moves a checkpoint out of the scratch folders, which end with the process, and makes it whole there."""
-    kept = work.parent.parent / f"{work.parent.name}-unpublished" / folder.name
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(folder, kept)
-    storage.publish(kept, str(kept), stage=STAGE, properties=properties)
-    return kept
+        self._names = names

@@ -1,7 +1,7 @@
 """Memory, time and network of a training on paper, from the target's config.json and a few numbers of the cluster.
 
-Nothing is loaded: parameters are counted on a model without storage. docs/scaling.md derives the formulas, says which
-of them were measured, and shows the tables that this module makes.
+Nothing is loaded: parameters are counted on a model without storage, and the draft's family says what a draft costs.
+docs/scaling.md derives the formulas and says which of them were measured.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from draft_model import drafts
 from draft_model.errors import DraftModelError
-from draft_model.parameters import Parameters
 
 if TYPE_CHECKING:
-    from draft_model.drafts.eagle3.config import DraftConfig
+    from draft_model.drafts.base import Costs, Shape
+    from draft_model.parameters import Parameters
 
 GIGA = 1e9
 RUNTIME_BYTES = 2.0 * GIGA
 """CUDA context, libraries' workspaces and NCCL's buffers of one process; an allowance, not a measurement."""
+STATE_BYTES = 14.0
+"""Of a checkpoint for each of the draft's parameters: float32 weights, two moments, weights to serve in bfloat16."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the arithmetic is told of the machines.
+    """The machines.
 
     Attributes:
         memory: of a GPU, bytes.
@@ -43,7 +46,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Workload:
-    """What the arithmetic is told of the data.
+    """The data.
 
     Attributes:
         tokens: of a conversation on average.
@@ -55,7 +58,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Target:
+class TargetSizes:
     """Sizes of the frozen target.
 
     Attributes:
@@ -64,6 +67,9 @@ class Target:
         active: of those that a token passes, without the embedding's.
         depth: decoder layers.
         intermediate: width that a token's feed-forward has at once.
+        hidden: width of the residual stream.
+        queries: width of all query heads.
+        keys: width of all key heads.
     """
 
     layers: int
@@ -71,6 +77,9 @@ class Target:
     active: int
     depth: int
     intermediate: int
+    hidden: int
+    queries: int
+    keys: int
 
 
 @dataclass(frozen=True)
@@ -101,19 +110,8 @@ class Plan:
     checkpoint: float
     fits: bool
 
-    @property
-    def target_memory(self) -> float:
-        """Bytes of a GPU for the target's weights."""
-        weights = ("target, layers", "target, gathered", "target, embedding")
-        return sum(size for name, size in self.memory.items() if name.startswith(weights))
 
-    @property
-    def draft_memory(self) -> float:
-        """Bytes of a GPU for the draft's weights, gradients and moments."""
-        return sum(size for name, size in self.memory.items() if name.startswith("draft, weights"))
-
-
-def sizes_of(config: Mapping[str, Any]) -> Target:
+def sizes_of(config: Mapping[str, Any]) -> TargetSizes:
     """Counts a target's parameters, exactly and without loading one.
 
     Args:
@@ -139,56 +137,52 @@ def sizes_of(config: Mapping[str, Any]) -> Target:
     count = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
     chosen = getattr(text, "num_experts_per_tok", None) or count
     wide = getattr(text, "moe_intermediate_size", None)
-    return Target(
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return TargetSizes(
         layers=layers,
         whole=sum(ends.values()),
         active=int(layers - experts * (1 - chosen / count)),
         depth=text.num_hidden_layers,
         intermediate=wide * chosen if experts and wide else text.intermediate_size,
+        hidden=text.hidden_size,
+        queries=heads * head_dim,
+        keys=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
     )
 
 
-def draft_parameters(draft: DraftConfig) -> int:
-    """Parameters of a draft that are trained."""
-    hidden, heads = draft.hidden_size, _heads(draft)
-    layer = 2 * hidden * (heads[0] + 2 * heads[1]) + heads[0] * hidden + 3 * hidden * draft.intermediate_size
-    return 3 * hidden * hidden + layer + 4 * hidden + draft.draft_vocab_size * hidden
-
-
-def _heads(draft: DraftConfig) -> tuple[int, int]:
-    return draft.num_attention_heads * draft.head_dim, draft.num_key_value_heads * draft.head_dim
-
-
-def make_plan(
-    config: Mapping[str, Any], draft: DraftConfig, p: Parameters, cluster: Cluster, workload: Workload
-) -> Plan:
+def make_plan(config: Mapping[str, Any], shape: Shape, p: Parameters, cluster: Cluster, workload: Workload) -> Plan:
     """Works a training out.
 
     Args:
         config: the target's config.json.
-        draft: the draft's shape.
+        shape: the draft's.
         p: of the run; tp_size, the batch sizes, max_length, ttt_length and compute_dtype count.
         cluster: the machines.
         workload: the data.
     """
-    target, world, tp = sizes_of(config), p.world_size, p.tp_size
-    dp, width = world // tp, _width(p)
-    beside = _beside(target, draft, p, workload.supervised)
+    target, costs = sizes_of(config), drafts.family().costs(shape, p.ttt_length)
+    world, tp, width = p.world_size, p.tp_size, _width(p)
+    dp = world // tp
+    beside = _beside(target, shape, costs, p, workload.supervised)
     layers = width * target.layers / tp
-    whole = float(width * target.whole)
-    copies = {"target, layers / tp_size": layers, "target, embedding and head": whole}
+    whole = {"target, embedding and head": float(width * target.whole)}
+    copies = {"target, layers / tp_size": layers, **whole}
     spread = dp > 1 and sum(copies.values()) + sum(beside.values()) > cluster.memory
     if spread:
-        in_parts = {"target, layers / (tp_size x dp_size)": layers / dp, "target, gathered": 2 * layers / target.depth}
-        copies = {**in_parts, "target, embedding and head": whole}
+        gathering = 2 * layers / target.depth
+        copies = {"target, layers / (tp_size x dp_size)": layers / dp, "target, gathered": gathering, **whole}
     memory = {**copies, **beside}
     passes = math.ceil(p.draft_global_batch_size / dp / p.training_batch_size)
     gathered = passes * layers * (dp - 1) / dp if spread else 0.0
-    flops = _flops_per_token(target, draft, p, workload)
+    # Two FLOP for each multiply-add; attention is causal: half of 4 x tokens x queries.
+    forward = 2 * target.active + target.depth * 2 * workload.tokens * target.queries
+    teacher = 2 * shape.vocab_size * shape.hidden_size
+    flops = forward + costs.token_flops + workload.supervised * (costs.row_flops(workload.tokens) + teacher)
     speed = world * cluster.peak * cluster.share / flops  # tokens/s
     step_tokens = p.draft_global_batch_size * workload.tokens
-    messages = 2 * target.depth * draft.hidden_size * width * step_tokens / (world / tp)
-    reduction = 2 * (world - 1) / world * 4 * draft_parameters(draft)
+    messages = 2 * target.depth * target.hidden * width * step_tokens / dp
+    reduction = 2 * (world - 1) / world * 4 * costs.parameters
     return Plan(
         memory=memory,
         flops=flops,
@@ -198,7 +192,7 @@ def make_plan(
         reduction=reduction,
         tensor_parallel=messages * 2 * (tp - 1) / tp,
         gathered=gathered,
-        checkpoint=14.0 * draft_parameters(draft),
+        checkpoint=STATE_BYTES * costs.parameters,
         fits=sum(memory.values()) <= cluster.memory,
     )
 
@@ -207,103 +201,62 @@ def _width(p: Parameters) -> int:
     return 2 if p.compute_dtype == "bfloat16" else 4
 
 
-def _beside(target: Target, draft: DraftConfig, p: Parameters, supervised: float) -> dict[str, float]:
+def _beside(target: TargetSizes, shape: Shape, costs: Costs, p: Parameters, supervised: float) -> dict[str, float]:
     """Bytes of a GPU besides the target's weights."""
-    width, parameters = _width(p), draft_parameters(draft)
+    width, micro = _width(p), p.draft_micro_batch_size
+    states = (len(shape.aux_layers) + 1) * shape.hidden_size
+    # Nothing is kept for a backward pass: residual stream, features, and one layer's largest tensors.
+    per_token = 8 * target.hidden + (3 * target.intermediate + 2 * (target.queries + target.keys)) // p.tp_size
+    activations = costs.token_numbers + supervised * costs.row_numbers
     return {
-        "target, one forward pass": float(_forward_bytes(target, draft, p, width)),
-        "its states": float(p.max_length * 4 * draft.hidden_size * width)
-        * (p.training_batch_size + p.draft_micro_batch_size),
-        "draft, weights, gradients and moments in float32": 16.0 * parameters,
-        "draft, weights in the compute type": float(width * parameters),
-        "draft, activations of a micro-batch": _activation_bytes(draft, p, width, supervised),
-        "draft, logits of a chunk": _logit_bytes(draft, p, width),
+        "target, one forward pass": float(p.training_batch_size * p.max_length * per_token * width),
+        "its states": float(p.max_length * states * width) * (p.training_batch_size + micro),
+        "draft, weights, gradients and moments in float32": 16.0 * costs.parameters,
+        "draft, weights in the compute type": float(width * costs.parameters),
+        "draft, activations of a micro-batch": micro * p.max_length * activations * width,
+        "draft, logits of a chunk": costs.chunk_bytes(width),
         "CUDA and NCCL": RUNTIME_BYTES,
     }
 
 
-def beside_target(folder: Path, draft: DraftConfig, p: Parameters, longest: int) -> float:
-    """What a training needs of each GPU besides the target's weights, every token supervised.
+def beside_target(folder: Path, shape: Shape, p: Parameters, longest: int) -> float:
+    """Bytes that a training needs of each GPU besides the target's weights, every token supervised.
 
     Args:
         folder: of the target.
-        draft: the draft's shape.
+        shape: the draft's.
         p: of the run.
         longest: tokens of the longest conversation.
-
-    Returns:
-        Bytes.
     """
-    target = sizes_of(read_config(str(folder)))
-    return sum(_beside(target, draft, p.model_copy(update={"max_length": longest}), supervised=1.0).values())
+    costs = drafts.family().costs(shape, p.ttt_length)
+    p = p.model_copy(update={"max_length": longest})
+    return sum(_beside(sizes_of(read_config(str(folder))), shape, costs, p, supervised=1.0).values())
 
 
-def _forward_bytes(target: Target, draft: DraftConfig, p: Parameters, width: int) -> int:
-    """Nothing is kept for a backward pass: residual stream, features, and one layer's largest tensors."""
-    per_token = 8 * draft.hidden_size + (3 * target.intermediate + 2 * sum(_heads(draft))) // p.tp_size
-    return int(p.training_batch_size * p.max_length * per_token * width)
-
-
-def activation_numbers(draft: DraftConfig, steps: int) -> tuple[float, float]:
-    """Numbers that autograd keeps: of each token, and of each supervised position over all unroll steps.
-
-    Fitted to what autograd kept on nine small shapes; a test holds them against it.
-    """
-    queries, keys = _heads(draft)
-    token = 5 * draft.hidden_size + 5 * queries + 3 * keys
-    return token, steps * (4 * draft.hidden_size + 1.3 * queries + 2 * keys + 2 * draft.intermediate_size)
-
-
-def _activation_bytes(draft: DraftConfig, p: Parameters, width: int, supervised: float) -> float:
-    token, row = activation_numbers(draft, p.ttt_length)
-    return p.draft_micro_batch_size * p.max_length * (token + supervised * row) * width
-
-
-def _logit_bytes(draft: DraftConfig, p: Parameters, width: int) -> float:
-    """The head's gradient, and logits and softmax of as many positions as the objective takes at once."""
-    from draft_model.drafts.eagle3.objective import CHUNK_ROWS
-
-    rows = CHUNK_ROWS["cuda"]
-    logits = rows * (draft.vocab_size * width + draft.draft_vocab_size * (2 * width + 8))
-    return 4.0 * draft.draft_vocab_size * draft.hidden_size + logits
-
-
-def _flops_per_token(target: Target, draft: DraftConfig, p: Parameters, workload: Workload) -> float:
-    """Two for each multiply-add; the draft's backward pass costs twice its forward pass."""
-    hidden, (queries, keys) = draft.hidden_size, _heads(draft)
-    attention = 2 * workload.tokens * queries  # causal: half of 4 x tokens x queries
-    projections = (queries + 2 * keys) * hidden
-    layer = projections + queries * hidden + 3 * hidden * draft.intermediate_size
-    once = 6 * (3 * hidden * hidden + projections)
-    per_row = 6 * (layer + draft.draft_vocab_size * hidden) + 3 * attention
-    teacher = 2 * draft.vocab_size * hidden
-    forward = 2 * target.active + target.depth * attention
-    return forward + once + workload.supervised * (p.ttt_length * per_row + teacher)
-
-
-def read_config(path: str) -> dict[str, Any]:
-    """Reads a target's configuration.
+def read_config(path: str, parameter: str = "config") -> dict[str, Any]:
+    """Reads a configuration.
 
     Args:
-        path: its config.json, or the folder that it is in.
+        path: a JSON file, or for a target the folder that its config.json is in.
+        parameter: that named it, for errors.
 
     Raises:
         DraftModelError: where there is none, or it is no JSON object.
     """
     from draft_model import storage
 
-    uri = path if path.endswith(".json") else storage.join(path, "config.json")
+    uri = path if path.endswith(".json") or parameter != "config" else storage.join(path, "config.json")
     try:
         config = json.loads(storage.read_bytes(uri))
     except ValueError as error:
-        raise DraftModelError(f"config: {uri} is not JSON: {error}") from error
+        raise DraftModelError(f"{parameter}: {uri} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise DraftModelError(f"config: {uri} holds no JSON object")
+        raise DraftModelError(f"{parameter}: {uri} holds no JSON object")
     return config
 
 
-def draft_of(config: Mapping[str, Any], p: Parameters) -> DraftConfig:
-    """The draft's shape, as a training would have it.
+def draft_of(config: Mapping[str, Any], p: Parameters) -> Shape:
+    """The draft's shape: the target's default with draft_model_config over it.
 
     Args:
         config: the target's.
@@ -312,13 +265,21 @@ def draft_of(config: Mapping[str, Any], p: Parameters) -> DraftConfig:
     Raises:
         DraftModelError: where the two do not fit.
     """
-    from draft_model import storage
-    from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
+    family = drafts.family()
+    default = family.default_shape(config)
+    given = p.draft_model_config
+    return family.adapt(default, read_config(given, "draft_model_config")) if given else default
 
-    default = draft_config_for(config)
-    if not p.draft_model_config:
-        return default
-    return with_overrides(default, json.loads(storage.read_bytes(p.draft_model_config)))
+
+def context_problem(config: Mapping[str, Any], max_length: int) -> str:
+    """One sentence where the target cannot read conversations of max_length tokens; empty where it can."""
+    limit = (config.get("text_config") or config).get("max_position_embeddings") or max_length
+    if max_length <= limit:
+        return ""
+    return (
+        f"max_length: given {max_length}, but the target's max_position_embeddings is {limit}: beyond it the target "
+        f"predicts badly and engines serve nothing; use at most {limit}"
+    )
 
 
 def rows_of(plan: Plan, p: Parameters, cluster: Cluster) -> list[tuple[str, str]]:
@@ -327,8 +288,8 @@ def rows_of(plan: Plan, p: Parameters, cluster: Cluster) -> list[tuple[str, str]
     wire = plan.reduction / cluster.network
     verdict = "fits" if plan.fits else "does NOT fit: raise tp_size, or lower the batch sizes or max_length"
     return [
-        *((name, f"{_bytes(size)}") for name, size in plan.memory.items()),
-        ("memory of each GPU", f"{_bytes(total)} of {_bytes(cluster.memory)}: {verdict}"),
+        *((name, f"{bytes_in_words(size)}") for name, size in plan.memory.items()),
+        ("memory of each GPU", f"{bytes_in_words(total)} of {bytes_in_words(cluster.memory)}: {verdict}"),
         ("layout", f"{p.world_size} processes = tp {p.tp_size} x dp {p.world_size // p.tp_size}; "
                    f"{p.draft_global_batch_size} conversations per step = {p.world_size} x micro "
                    f"{p.draft_micro_batch_size} x accumulation {p.accumulation_steps}"),
@@ -336,64 +297,15 @@ def rows_of(plan: Plan, p: Parameters, cluster: Cluster) -> list[tuple[str, str]
         ("time", f"{plan.seconds_per_million:.0f} s per million tokens at {cluster.share:.0%} of "
                  f"{cluster.peak / 1e12:.0f} TFLOP/s; a step of {plan.step_tokens:,.0f} tokens: "
                  f"{plan.step_seconds:.1f} s"),
-        ("gradients", f"{_bytes(plan.reduction)} from each GPU per step, {wire:.2f} s at "
-                      f"{_bytes(cluster.network)}/s ({wire / plan.step_seconds:.0%} of the step)"),
-        ("target in parts", f"{_bytes(plan.tensor_parallel)} from each GPU per step, inside a node"),
-        *([("target's layers", f"{_bytes(plan.gathered)} to each GPU per step, for copies would not fit: FSDP")]
-          if plan.gathered else []),
-        ("object store", f"{_bytes(plan.checkpoint)} per checkpoint"),
+        ("gradients", f"{bytes_in_words(plan.reduction)} from each GPU per step, {wire:.2f} s at "
+                      f"{bytes_in_words(cluster.network)}/s ({wire / plan.step_seconds:.0%} of the step)"),
+        ("target in parts", f"{bytes_in_words(plan.tensor_parallel)} from each GPU per step, inside a node"),
+        *([("target's layers", f"{bytes_in_words(plan.gathered)} to each GPU per step, because copies would not fit: "
+                               "FSDP")] if plan.gathered else []),
+        ("object store", f"{bytes_in_words(plan.checkpoint)} per checkpoint"),
     ]  # fmt: skip
 
 
-def _bytes(size: float) -> str:
+def bytes_in_words(size: float) -> str:
+    """Gigabytes, or megabytes where there are few."""
     return f"{size / GIGA:.1f} GB" if size >= 0.05 * GIGA else f"{size / 1e6:.1f} MB"
-
-
-RECOMMENDED: tuple[tuple[str, dict[str, int]], ...] = (
-    ("llama-3.1-8b", {"gpus": 1, "tp": 1, "pass": 1, "micro": 1, "batch": 8}),
-    ("llama-3.1-8b", {"gpus": 8, "tp": 1, "pass": 2, "micro": 2, "batch": 64}),
-    ("llama-3.1-8b", {"gpus": 8, "tp": 1, "pass": 8, "micro": 8, "batch": 64}),
-    ("llama-3.3-70b", {"gpus": 8, "tp": 2, "pass": 4, "micro": 1, "batch": 64}),
-    ("llama-3.3-70b", {"gpus": 8, "tp": 4, "pass": 1, "micro": 1, "batch": 64}),
-    ("llama-3.3-70b", {"gpus": 8, "tp": 8, "pass": 2, "micro": 2, "batch": 64}),
-    ("qwen3-235b-a22b", {"gpus": 4, "tp": 4, "pass": 1, "micro": 1, "batch": 64}),
-    ("qwen3-235b-a22b", {"gpus": 8, "tp": 4, "pass": 4, "micro": 1, "batch": 64}),
-    ("qwen3-235b-a22b", {"gpus": 16, "tp": 4, "pass": 8, "micro": 2, "batch": 64}),
-)
-"""Targets and layouts of the table in docs/scaling.md."""
-
-
-def table_of(targets: Path, cluster: Cluster, workload: Workload) -> str:
-    """The table in docs/scaling.md: layouts of some targets, worked out.
-
-    Args:
-        targets: folder of their configurations.
-        cluster: the machines.
-        workload: the data.
-    """
-    lines = [
-        "| target | GPUs | tp_size | pass | micro-batch | conversations | target | draft | activations, states | "
-        "of each GPU | 1 M tokens | gradients per step | layers gathered per step | checkpoint |",
-        "|" + 14 * "---|",
-    ]
-    for name, layout in RECOMMENDED:
-        config = read_config(str(targets / f"{name}.json"))
-        p = Parameters(
-            number_of_gpu_to_use_draft_model_training=layout["gpus"], tp_size=layout["tp"],
-            draft_micro_batch_size=layout["micro"], training_batch_size=layout["pass"],
-            draft_global_batch_size=layout["batch"],
-        )  # fmt: skip
-        made = make_plan(config, draft_of(config, p), p, cluster, workload)
-        of_target, of_draft, total = made.target_memory, made.draft_memory, sum(made.memory.values())
-        cells = [
-            name,
-            *layout.values(),
-            _bytes(of_target) + (", spread" if made.gathered else ""),
-            _bytes(of_draft),
-            _bytes(total - of_target - of_draft),
-            f"**{_bytes(total)}**" if made.fits else f"{_bytes(total)}, too much",
-            f"{1e6 / made.step_tokens * made.step_seconds:.0f} s",
-            *map(_bytes, (made.reduction, made.gathered, made.checkpoint)),
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines) + "\n"

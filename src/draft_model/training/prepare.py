@@ -4,54 +4,83 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from filelock import FileLock
 
-from draft_model import storage
+from draft_model import drafts, storage
 from draft_model.dataset import vocabulary
 from draft_model.dataset.tokens import Split
-from draft_model.drafts.eagle3.config import DraftConfig, draft_config_for, with_overrides
-from draft_model.drafts.eagle3.export import load_weights, vocabulary_of
-from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.drafts.eagle3.step import Objective
+from draft_model.drafts.base import load_weights
 from draft_model.errors import DraftModelError
+from draft_model.target.model import Target
 from draft_model.target.parallel import load_share
 from draft_model.training.checkpoint import Loaded
 from draft_model.training.config import TrainConfig
-from draft_model.training.plan import beside_target
+from draft_model.training.plan import beside_target, draft_of, read_config
 from draft_model.training.ranks import Ranks
 from draft_model.training.trainer import Training, check_position, planned_steps
 
 logger = logging.getLogger(__name__)
 
 
-def draft_config(parameters: Any, model: Path, work: Path) -> DraftConfig:
-    """The draft's shape: the target's default with the user's draft_model_config over it.
+@dataclass(frozen=True)
+class Inputs:
+    """What a training reads.
 
-    Args:
-        parameters: of the run.
+    Attributes:
         model: local folder of the target.
-        work: scratch folder.
+        dataset: local folder of the data set.
+        source: what the target's manifest says of it.
+        fingerprint: of the data set.
     """
-    default = draft_config_for(json.loads((model / "config.json").read_text(encoding="utf-8")))
-    if not parameters.draft_model_config:
-        return default
-    path = storage.fetch_file(parameters.draft_model_config, work / "draft_config")
-    return with_overrides(default, json.loads(path.read_text(encoding="utf-8")))
+
+    model: Path
+    dataset: Path
+    source: dict[str, Any]
+    fingerprint: str
+
+
+def fetch_inputs(config: TrainConfig) -> Inputs:
+    """Fetches model and data set, verified once on each machine.
+
+    The first of torchrun's processes on a machine downloads and reads every byte, and leaves a marker that the others
+    trust; a later start does not.
+    """
+    marker, start = config.work / "inputs.json", ""
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:  # all of them are children of one torchrun
+        parent = psutil.Process(os.getppid())
+        start = f"{parent.pid} {parent.create_time()} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
+    config.work.mkdir(parents=True, exist_ok=True)
+    with FileLock(config.work / "inputs.lock"):
+        known = json.loads(marker.read_text(encoding="utf-8")) if start and marker.exists() else {}
+        if not start or known.pop("start", "") != start:
+            model, source = _fetch(config.model, config.work / "model", "import")
+            dataset, properties = _fetch(config.dataset, config.work / "dataset", "dataset")
+            known = {"model": model, "dataset": dataset, "source": source, "fingerprint": properties["fingerprint"]}
+            marker.write_text(json.dumps({**known, "start": start}), encoding="utf-8")
+    return Inputs(**{**known, "model": Path(known["model"]), "dataset": Path(known["dataset"])})
+
+
+def _fetch(uri: str, into: Path, stage: str) -> tuple[str, dict[str, Any]]:
+    properties = storage.read_manifest(uri, stage=stage).properties
+    return str(storage.fetch(uri, into)), dict(properties)
 
 
 def prepare(
-    config: TrainConfig, ranks: Ranks, model: Path, dataset: Path, resumed: Loaded | None, go_on: bool, work: Path
+    config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded | None, go_on: bool, work: Path
 ) -> Training:
     """Puts a training together.
 
     Args:
         config: of the job.
         ranks: this process among the others.
-        model: local folder of the target.
-        dataset: local folder of the data set.
+        inputs: local.
         resumed: a checkpoint to go on from, or to start from the weights of.
         go_on: which of the two.
         work: scratch folder of this process.
@@ -59,30 +88,26 @@ def prepare(
     Raises:
         DraftModelError: where the parts do not fit one another.
     """
-    p = config.parameters
+    p, family = config.parameters, drafts.family()
+    model, dataset = inputs.model, inputs.dataset
     dtype = torch.bfloat16 if p.compute_dtype == "bfloat16" else torch.float32
-    properties = storage.read_manifest(config.dataset, stage="dataset").properties
-    shape = draft_config(p, model, work)
-    t2d, d2t = vocabulary.load_vocabulary(dataset / vocabulary.FILE)
-    if resumed is not None:
+    target_config = read_config(str(model))
+    if resumed is None:
+        shape = draft_of(target_config, p)
+        t2d, d2t = vocabulary.load_vocabulary(dataset / vocabulary.FILE)
+        if shape.draft_vocab_size != len(d2t):
+            raise DraftModelError(
+                f"draft_model_config: draft_vocab_size is {shape.draft_vocab_size}, but the data set was built for "
+                f"{len(d2t)}: build it with the same draft_model_config"
+            )
+    else:
         # The checkpoint's shape and vocabulary win: its head's rows mean them.
-        shape = _checkpoint_shape(resumed, model)
-        t2d, d2t = vocabulary_of(resumed.tensors, shape)
-    elif shape.draft_vocab_size != len(d2t):
-        raise DraftModelError(
-            f"draft_model_config: draft_vocab_size is {shape.draft_vocab_size}, but the data set was built for "
-            f"{len(d2t)}: build it with the same draft_model_config"
-        )
+        default = family.default_shape(target_config)
+        shape = family.adapt(default, resumed.config, f"resume_from_checkpoint: {resumed.uri}")
+        t2d, d2t = family.vocabulary(resumed.tensors, shape)
     train_split = Split(dataset / "train")
     validation = Split(dataset / "validation") if (dataset / "validation").is_dir() else None
     longest = int(max(train_split.lengths.max(), validation.lengths.max() if validation is not None else 0))
-    target = load_share(model, shape.aux_layers, dtype, ranks, lambda: beside_target(model, shape, p, longest))
-    draft = Eagle3Draft(shape, t2d, d2t).to(ranks.device)
-    draft.initialise(p.seed, target)
-    optimizer = torch.optim.AdamW(
-        draft.parameters(), lr=p.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
-    )
-    torch.manual_seed(p.seed * ranks.world + ranks.rank)
     total = planned_steps(p, len(train_split))
     if not total:
         raise DraftModelError(
@@ -94,19 +119,18 @@ def prepare(
             "final_checkpoint: given 'best', which the validation split decides, and the data set has none: use "
             "'last', or build it with dataset_validation_split"
         )
-    objective = Objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest)
+    aux_layers: Any = shape.aux_layers
+    target = load_share(model, aux_layers, dtype, ranks, lambda: beside_target(model, shape, p, longest))
+    check_finite(target)
+    draft: Any = family.create(shape, t2d, d2t).to(ranks.device)
+    draft.initialise(p.seed, target)
+    optimizer = torch.optim.AdamW(
+        draft.parameters(), lr=p.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
+    )
+    torch.manual_seed(p.seed * ranks.world + ranks.rank)
+    objective: Any = family.objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest)
     training = Training(
-        p,
-        ranks,
-        target,
-        draft,
-        optimizer,
-        objective,
-        train_split,
-        validation,
-        total,
-        work,
-        properties["fingerprint"],
+        p, ranks, target, draft, optimizer, objective, train_split, validation, total, work, inputs.fingerprint
     )
     if resumed is not None and go_on:
         if problems := check_position(resumed, training.position(0)):
@@ -118,10 +142,18 @@ def prepare(
     return training
 
 
-def _checkpoint_shape(resumed: Loaded, model: Path) -> DraftConfig:
-    default = draft_config_for(json.loads((model / "config.json").read_text(encoding="utf-8")))
-    try:
-        return with_overrides(default, resumed.config)
-    except DraftModelError as error:
-        said = [problem.removeprefix("draft_model_config: ") for problem in error.problems]
-        raise DraftModelError([f"resume_from_checkpoint: {resumed.uri}: {problem}" for problem in said]) from error
+def check_finite(target: Target) -> None:
+    """Refuses a target with weights that are no numbers, which would make every loss one.
+
+    Raises:
+        DraftModelError: names the first of them.
+    """
+    for name, parameter in target.model.named_parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if not local.is_floating_point() or local.element_size() == 1 or not local.numel():
+            continue  # of 8 bits: quantised, with scales apart
+        if not all(bool(end.isfinite()) for end in torch.aminmax(local.detach())):
+            raise DraftModelError(
+                f"the target model: its weight {name} holds NaN or infinity, so no step could be learnt from: import "
+                "it again from a sound copy"
+            )

@@ -8,11 +8,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from draft_model.drafts.eagle3.objective import StepSums
-
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 15.0  # between two states of the bar where it goes to a log and not to a terminal
+_ACCEPTANCE = "loss {loss}, acceptance by position {conditional}, acceptance length {length:.2f} (simulated)"
 
 
 class Progress:
@@ -41,13 +40,13 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def advance(self, tokens: int, where: str, window: StepSums) -> None:
+    def advance(self, tokens: int, where: str, window: Any) -> None:
         """Moves the bar on.
 
         Args:
             tokens: that were trained on.
             where: which step this was.
-            window: sums since the last log line.
+            window: counts since the last log line.
         """
         loss = f", loss {float(window.loss[0] / window.supervised[0]):.2f}" if window.supervised[0] > 0 else ""
         self._bar.set_postfix_str(f"{where}{loss}", refresh=False)
@@ -57,22 +56,20 @@ class Progress:
         """Writes the line of one log window."""
         if self._speaks:
             logger.info(
-                "step %d, epoch %d: loss %s, acceptance by position %s, acceptance length %.2f (simulated), "
-                "learning rate %.1e, gradient norm %.1f, %.0f tokens/s",
-                record["step"], record["epoch"], _numbers(record["loss"]),
-                _numbers(record["conditional_acceptance"]), record["acceptance_length"],
-                record["learning_rate"], record["grad_norm"], record["tokens_per_second"],
+                "step %d, epoch %d: %s, learning rate %.1e, gradient norm %.1f, %.0f tokens/s", record["step"],
+                record["epoch"], _measured(record), record["learning_rate"], record["grad_norm"],
+                record["tokens_per_second"],
             )  # fmt: skip
 
     def log_validation(self, record: dict[str, Any]) -> None:
         """Writes the line of one validation."""
         if self._speaks:
-            logger.info(
-                "validation after step %d: loss %s, acceptance by position %s, acceptance length %.2f (simulated)",
-                record["step"], _numbers(record["loss"]), _numbers(record["conditional_acceptance"]),
-                record["acceptance_length"],
-            )  # fmt: skip
+            logger.info("validation after step %d: %s", record["step"], _measured(record))
 
 
-def _numbers(values: list[float | None]) -> str:
-    return " ".join("-" if value is None else f"{value:.2f}" for value in values)
+def _measured(record: dict[str, Any]) -> str:
+    loss, conditional = (
+        " ".join("-" if value is None else f"{value:.2f}" for value in record[name])
+        for name in ("loss", "conditional_acceptance")
+    )
+    return _ACCEPTANCE.format(loss=loss, conditional=conditional, length=record["acceptance_length"])

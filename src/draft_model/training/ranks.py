@@ -81,6 +81,10 @@ class Ranks:
         """Whether the flag is set in any process."""
         return bool(self.sum(torch.tensor(float(flag))) > 0)
 
+    def barrier(self) -> None:
+        """Waits until every process has come here."""
+        self.any(False)
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensor of every process, all of one shape, in the order of the ranks."""
         if self.world == 1:

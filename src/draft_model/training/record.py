@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 
-from draft_model import storage
-from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.training.config import TrainConfig
+from draft_model.training.plan import context_problem
 from draft_model.training.ranks import Ranks
 from draft_model.training.trainer import Training
 
 logger = logging.getLogger(__name__)
 
+_PACKAGES = ("pipeline-draft-model", "torch", "transformers", "tokenizers", "safetensors", "datasets")
+
 
 def announce(training: Training) -> None:
     """Logs how the work is shared out, and how much there is."""
     p, world = training.parameters, training.ranks.world
+    config, text = training.draft.config, training.target.config
     tokens = training.train.lengths.mean() * p.draft_global_batch_size
     logger.info(
         "%d process(es) on %s: tensor parallel %d, data parallel %d; %d conversations per step = %d processes x "
@@ -36,14 +37,16 @@ def announce(training: Training) -> None:
         "%d conversations, %.1f steps per epoch, %d steps in all; draft of %.1f M parameters, vocabulary %d of %d, "
         "features after layers %s of %d; computing in %s",
         len(training.train), len(training.train) / p.draft_global_batch_size, training.total,
-        size(training.draft) / 1e6, training.draft.config.draft_vocab_size, training.draft.config.vocab_size,
-        list(training.draft.config.aux_layers), training.target.config.num_hidden_layers, p.compute_dtype,
+        parameters_of(training) / 1e6, config.draft_vocab_size, config.vocab_size, list(config.aux_layers),
+        text.num_hidden_layers, p.compute_dtype,
     )  # fmt: skip
+    if problem := context_problem(text.to_dict(), p.max_length):
+        logger.warning("%s", problem)
 
 
-def size(draft: Eagle3Draft) -> int:
-    """Parameters of a draft."""
-    return sum(parameter.numel() for parameter in draft.parameters())
+def parameters_of(training: Training) -> int:
+    """Parameters that are trained."""
+    return sum(parameter.numel() for parameter in training.draft.parameters())
 
 
 def hardware(ranks: Ranks) -> str:
@@ -53,47 +56,46 @@ def hardware(ranks: Ranks) -> str:
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def versions() -> dict[str, str]:
-    """Versions of what shapes a result, by package."""
-    packages = ("pipeline-draft-model", "torch", "transformers", "tokenizers", "safetensors", "datasets")
-    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in packages}}
-
-
-def record(training: Training, config: TrainConfig, dataset: Path, step: int) -> dict[str, Any]:
+def record(training: Training, source: Mapping[str, Any], dataset: Path, step: int) -> dict[str, Any]:
     """training.json: what was trained, on what, with what result.
 
     Args:
         training: as it is now.
-        config: of the job.
+        source: what the target's manifest says of it.
         dataset: local folder of the data set.
         step: the one whose weights the draft beside has.
     """
-    target = training.target
-    source: Mapping[str, Any] = storage.read_manifest(config.model, stage="import").properties
+    target, history, done = training.target, training.history, training.done
     return {
         "parameters": training.parameters.of_stage("train"),
         "draft": training.draft.config.to_json(),
-        "draft_parameters": size(training.draft),
+        "draft_parameters": parameters_of(training),
         "target": {
-            "source": source["source"],
-            "revision": source["revision"],
-            "licence": source["licence"],
-            "architecture": source["architecture"],
+            **{name: source[name] for name in ("source", "revision", "licence", "architecture")},
             "parameters": source["parameter_count"],
             "hidden_size": target.config.hidden_size,
             "layers": target.config.num_hidden_layers,
         },
         "dataset": json.loads((dataset / "report.json").read_text(encoding="utf-8")),
-        "steps": training.done,
+        "steps": done,
         "draft_step": step,
-        "epochs": training.done * training.parameters.draft_global_batch_size / len(training.train),
+        "acceptance_length": history.acceptance_length(step),
+        "best": history.best,
+        "epochs": done * training.parameters.draft_global_batch_size / len(training.train),
         "world_size": training.ranks.world,
-        "tokens": training.history.tokens,
-        "seconds": training.history.seconds,
-        "tokens_per_second": training.history.tokens / max(training.history.seconds, 1e-9),
-        "log": training.history.log,
-        "validation": training.history.validation,
-        "skipped": training.history.skipped,
-        "versions": versions(),
+        "tokens": history.tokens,
+        "seconds": history.seconds,
+        "tokens_per_second": history.tokens / max(history.seconds, 1e-9),
+        "log": history.log,
+        "validation": history.validation,
+        "skipped": history.skipped,
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _PACKAGES}},
         "hardware": hardware(training.ranks),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+        return "not installed"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -120,8 +121,29 @@ Save = Callable[[str, int, list[Tensor]], None]
 """Saves a checkpoint: its name, epochs begun, random state of each process. Called in the first process only."""
 
 
+@dataclass
+class _Pending:
+    """A step that the device may still be computing.
+
+    Attributes:
+        step: its conversations.
+        number: counted from 1.
+        rate: its learning rate.
+        numbers: sums, gradient norm and stop requests of all processes, [9 * steps + 2]; on their way to the host.
+        arrived: when they are there; None where they are already.
+    """
+
+    step: Step
+    number: int
+    rate: float
+    numbers: Tensor
+    arrived: torch.cuda.Event | None
+
+
 def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
     """Trains from `training.done` to `training.total`, with checkpoints and validations on the way.
+
+    On a GPU the host runs one step ahead: a step's numbers are read while the next one is computed, so nothing waits.
 
     Args:
         training: what is trained; changed in place.
@@ -139,35 +161,49 @@ def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
     store = _store(training, plan)
     gradients = Gradients(training.draft.parameters())
     window = Window(p.ttt_length, history.window)
+    pending: deque[_Pending] = deque()
+    ahead = 1 if ranks.device.type == "cuda" else 0
     size = sum(int(lengths[step.conversations].sum()) for step in steps)
     with Progress(size, ranks.first) as progress:
+        clock = time.monotonic()
         for step in steps:
-            started = time.monotonic()
-            _learn(training, step, store, gradients, window)
+            pending.append(_learn(training, step, store, gradients, stop()))
             training.done += 1
-            tokens = int(lengths[step.conversations].sum())
-            history.tokens += tokens
-            window.spend(tokens, time.monotonic() - started)
             last = training.done == training.total
-            progress.advance(tokens, f"step {training.done}/{training.total}", window.sums)
-            if (training.done % p.log_steps == 0 or last) and window.measured:
+            ended_epoch = step.epoch + 1 if step.last_of_epoch else 0
+            logs = training.done % p.log_steps == 0 or last
+            validates = last or bool(ended_epoch and ended_epoch % p.eval_interval == 0)
+            saves = last or bool(ended_epoch and ended_epoch % p.save_interval == 0)
+            stopping = False
+            while len(pending) > (0 if logs or validates or saves or stopping else ahead):
+                done = pending.popleft()
+                stopping |= _settle(training, done, window)
+                tokens = int(lengths[done.step.conversations].sum())
+                history.tokens += tokens
+                window.spend(tokens, time.monotonic() - clock)
+                history.seconds += time.monotonic() - clock
+                clock = time.monotonic()
+                progress.advance(tokens, f"step {done.number}/{training.total}", window.sums)
+            if logs and window.measured:
                 rate = training.optimizer.param_groups[0]["lr"]
                 where = {"step": training.done, "epoch": step.epoch + 1, "learning_rate": rate}
                 history.log.append(record := window.record(p.num_speculative_tokens, **where))
                 progress.log(record)
                 training.tracker.metrics(training.done, record | {"memory_gigabytes": _memory(ranks.device)})
                 window = Window(p.ttt_length)
-            ended_epoch = step.epoch + 1 if step.last_of_epoch else 0
-            if last or (ended_epoch and ended_epoch % p.eval_interval == 0):
+            if validates:
                 _validate(training, step.epoch, progress)
-            history.seconds += time.monotonic() - started
-            stopping = ranks.any(stop())
-            if last or stopping or (ended_epoch and ended_epoch % p.save_interval == 0):
+            if not ahead:  # on a GPU the requests of all processes come with the step's numbers
+                stopping = ranks.any(stop())
+            if saves or stopping:
                 random = ranks.gather(random_state())
                 if ranks.first:
                     history.window = window.to_json()
                     name = f"epoch_{step.epoch + 1}" if last or ended_epoch else f"step_{training.done}"
                     save(name, step.epoch + 1, random)
+            if validates or saves:
+                history.seconds += time.monotonic() - clock
+                clock = time.monotonic()
             if stopping and not last:
                 raise Interrupted
     if not history.log:
@@ -224,8 +260,7 @@ def _target_batches(training: Training, plan: list[Step]) -> dict[int, tuple[int
 
 def _conversations(training: Training, split: Split, indices: NDArray[np.int64] | list[int]) -> Batch:
     rows = (split[int(index)] for index in indices)
-    batch = collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows])
-    return batch.to(training.target.device)
+    return collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows])
 
 
 def _target_states(training: Training, split: Split, conversations: NDArray[np.int64]) -> Iterator[Tensor]:
@@ -256,32 +291,49 @@ def _losses(
         pass
 
 
-def _learn(training: Training, step: Step, store: StateStore, gradients: Gradients, window: Window) -> None:
-    """One optimizer step; its sums over all ranks go into the window."""
+def _learn(training: Training, step: Step, store: StateStore, gradients: Gradients, stop: bool) -> _Pending:
+    """Starts one optimizer step; where its loss or gradient is not finite, nothing is learnt from it."""
     p, ranks, split = training.parameters, training.ranks, training.train
     if store.keeps:
         compute = lambda missing: _states_of(training, missing)  # noqa: E731
         states = iter(store.get(ranks.share(step.conversations), compute))
     else:
         states = _target_states(training, split, step.conversations)
-    sums = StepSums.zeros(p.ttt_length)
+    sums = StepSums.zeros(p.ttt_length, ranks.device)
     gradients.clear()
     for loss, micro_sums in _losses(training, split, step.conversations, states, p.draft_micro_batch_size):
         loss.backward()
         sums = sums + micro_sums
     gradients.reduce(ranks)
-    sums = StepSums.from_tensor(ranks.sum(sums.tensor()).cpu())
-    supervised = float(sums.supervised[0])
-    norm = gradients.finish(supervised, p.max_grad_norm)
+    numbers = ranks.sum(torch.cat((sums.tensor().flatten(), sums.loss.new_full((1,), float(stop)))))
+    sums = StepSums.from_tensor(numbers[:-1].view(9, -1))
+    norm = gradients.norm(sums.supervised[0])
+    useful = norm.isfinite() & sums.loss.isfinite().all() & (sums.supervised[0] > 0)
     rate = learning_rate(training.done, training.total, p.learning_rate, p.warmup_ratio)
     for group in training.optimizer.param_groups:
         group["lr"] = rate
-    if not (math.isfinite(norm) and bool(torch.isfinite(sums.loss).all())):
-        _skip(training, step, sums, norm)
-        return
-    window.add(sums, norm)
-    if supervised:
-        training.optimizer.step()
+    gradients.update(training.optimizer, sums.supervised[0], norm, p.max_grad_norm, useful)
+    numbers = torch.cat((numbers, norm.double().unsqueeze(0)))
+    if ranks.device.type != "cuda":
+        return _Pending(step, training.done + 1, rate, numbers, None)
+    on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    on_host.copy_(numbers, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return _Pending(step, training.done + 1, rate, on_host, event)
+
+
+def _settle(training: Training, pending: _Pending, window: Window) -> bool:
+    """Reads a step's numbers into the window; whether some process was asked to stop."""
+    if pending.arrived is not None:
+        pending.arrived.synchronize()
+    *_, stops, norm = pending.numbers.tolist()
+    sums = StepSums.from_tensor(pending.numbers[:-2].view(9, -1))
+    if math.isfinite(norm) and bool(torch.isfinite(sums.loss).all()):
+        window.add(sums, norm)
+    else:
+        _skip(training, pending, sums, norm)
+    return bool(stops > 0)
 
 
 def _states_of(training: Training, indices: list[int]) -> list[Tensor]:
@@ -289,16 +341,16 @@ def _states_of(training: Training, indices: list[int]) -> list[Tensor]:
     return training.target.states(_conversations(training, training.train, indices))
 
 
-def _skip(training: Training, step: Step, sums: StepSums, norm: float) -> None:
-    """Counts a step that cannot be learnt from. All ranks see the same sums, so all skip it."""
+def _skip(training: Training, pending: _Pending, sums: StepSums, norm: float) -> None:
+    """Counts a step that was not learnt from. All ranks see the same sums, so all count it."""
     skipped = training.history.skipped
-    lines = sorted(training.train.line(int(index)) for index in step.conversations)
-    skipped.append({"step": training.done + 1, "lines": lines})
+    lines = sorted(training.train.line(int(index)) for index in pending.step.conversations)
+    skipped.append({"step": pending.number, "lines": lines})
     loss = [value / max(1.0, count) for value, count in zip(sums.loss.tolist(), sums.supervised.tolist(), strict=True)]
     seen = f"loss {' '.join(f'{value:.2f}' for value in loss)}, gradient norm {norm:.1f}"
-    logger.warning("step %d is skipped (%s); its conversations' lines: %s", training.done + 1, seen, lines)
+    logger.warning("step %d is skipped (%s); its conversations' lines: %s", pending.number, seen, lines)
     row = [record["step"] for record in skipped[-SKIPPED_IN_A_ROW:]]
-    if row == list(range(training.done + 2 - SKIPPED_IN_A_ROW, training.done + 2)):
+    if row == list(range(pending.number + 1 - SKIPPED_IN_A_ROW, pending.number + 1)):
         raise DraftModelError(
             f"training: steps {row[0]} to {row[-1]} had no finite loss and gradient (the last: {seen}; conversations "
             f"from lines {lines} of the training data): lower learning_rate, or set compute_dtype to float32, and "
@@ -314,7 +366,7 @@ def _validate(training: Training, epoch: int, progress: Progress) -> None:
         return
     order = np.argsort(-split.lengths, kind="stable")
     states = _target_states(training, split, order)
-    sums = StepSums.zeros(p.ttt_length)
+    sums = StepSums.zeros(p.ttt_length, training.ranks.device)
     for _, batch_sums in _losses(training, split, order, states, p.training_batch_size):
         sums = sums + batch_sums
     sums = StepSums.from_tensor(training.ranks.sum(sums.tensor()).cpu())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -39,24 +40,34 @@ class Case:
     embedding: Tensor
     head: Tensor
 
-    def objective(
-        self, steps: int, backend: str = "sdpa", dtype: torch.dtype = torch.float32
-    ) -> Callable[[Batch, list[Tensor]], tuple[Tensor, StepSums]]:
-        """The code under test, taught by this case's states instead of a model's."""
+    def on(
+        self, device: str, steps: int, backend: str = "sdpa", dtype: torch.dtype = torch.float32
+    ) -> tuple[Objective, list[Tensor]]:
+        """The code under test, taught by this case's states instead of a model's, and these states."""
+        head = self.head.to(device, dtype)
         target: Any = SimpleNamespace(
-            embedding=self.embedding.to(dtype),
-            logits=lambda hidden: hidden @ self.head.to(dtype).T,
-            device=self.batch.tokens.device,
+            embedding=self.embedding.to(device, dtype),
+            logits=lambda hidden: hidden @ head.T,
+            device=torch.device(device),
         )
-        return Objective(self.draft, target, steps, backend, dtype, self.batch.tokens.shape[1])
+        draft = copy.deepcopy(self.draft).to(device) if device != "cpu" else self.draft
+        objective = Objective(draft, target, steps, backend, dtype, self.batch.tokens.shape[1])
+        return objective, [states.to(device, dtype) for states in self.states]
 
-    def ours(self, steps: int, backend: str = "sdpa", dtype: torch.dtype = torch.float32, divisor: int = 1) -> Outcome:
+    def ours(
+        self,
+        steps: int,
+        backend: str = "sdpa",
+        dtype: torch.dtype = torch.float32,
+        divisor: int = 1,
+        device: str = "cpu",
+    ) -> Outcome:
         """What it makes of the batch: loss, sums and the gradient of every parameter."""
-        self.draft.zero_grad()
-        objective = self.objective(steps, backend, dtype)
-        loss, sums = objective(self.batch, [states.to(dtype) for states in self.states])
+        objective, states = self.on(device, steps, backend, dtype)
+        objective.draft.zero_grad()
+        loss, sums = objective(self.batch, states)
         (loss / divisor).backward()
-        gradients = {name: weight.grad.clone() for name, weight in self.draft.named_parameters()}
+        gradients = {name: weight.grad.clone() for name, weight in objective.draft.named_parameters()}
         return Outcome(loss.detach(), sums, gradients)
 
     def theirs(self, steps: int) -> tuple[reference.Sums, dict[str, Tensor]]:

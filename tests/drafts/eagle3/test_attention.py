@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from draft_model.drafts import kernels
 from draft_model.drafts.eagle3 import attention
-from draft_model.drafts.eagle3.attention import Rows, choose_backend, unroll_attention
+from draft_model.drafts.eagle3.attention import causal_attention, choose_backend
+from draft_model.drafts.eagle3.batch import Windows, collate, plan_unroll
 from draft_model.errors import DraftModelError
 
 from . import reference
@@ -22,46 +24,51 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @dataclass
 class Inputs:
-    """One step's queries and keys; every position past a conversation's end holds junk.
+    """One step's queries and keys.
 
     Attributes:
         lengths: positions of each conversation.
-        rows: which of them have a query.
-        tensors: q, k0, v0, then the later steps' keys, then their values.
-        weight: what the output is multiplied by before it is summed, so that gradients differ everywhere.
+        windows: which of them hold a key, and which a query.
+        tensors: q [N, heads, d], k0 and v0 [P, kv_heads, d], then the later steps' keys and values [later, N, ...].
+        weight: the gradient of the output.
     """
 
     lengths: list[int]
-    rows: Rows
+    windows: Windows
     tensors: list[Tensor]
     weight: Tensor
 
     def run(self, backend: str) -> list[Tensor]:
-        """Output and the gradient of each tensor."""
-        leaves = [tensor.clone().requires_grad_() for tensor in self.tensors]
-        diagonal = leaves[3:]
-        later = len(diagonal) // 2
-        out = unroll_attention(backend, self.rows, *leaves[:3], diagonal[:later], diagonal[later:])
-        return [out.detach(), *torch.autograd.grad(out, leaves, self.weight.to(out))]
+        """Output, and the gradients of all tensors."""
+        q, k0, v0, keys, values = self.tensors
+        later = len(keys)
+        causal = causal_attention(backend, self.windows, k0, v0)
+        given = causal.forward(q)
+        out, total = kernels.merge(q, given.out, given.lse, given.places, keys, values, later)
+        grad = self.weight.to(out)
+        dq = causal.backward(given, q, grad, out, total)
+        sums = [torch.zeros(x.shape, device=q.device) for x in (keys, values)]
+        dq = kernels.merge_backward(q, grad, out, total, dq, given.places, keys, values, *sums, later, True)
+        return [out, dq, *causal.key_gradients(), *sums]
 
     def dense(self) -> list[Tensor]:
         """The same by the reference, conversation by conversation, in float64."""
         leaves = [tensor.double().cpu().requires_grad_() for tensor in self.tensors]
-        q, k0, v0, *diagonal = leaves
-        later = len(diagonal) // 2
+        q, k0, v0, keys, values = leaves
         out = torch.zeros_like(q)
-        index = self.rows.index.cpu()
+        host = [x.cpu() for x in (self.windows.row_conversation, self.windows.row_time, self.windows.conversation)]
         for row, length in enumerate(self.lengths):
-            mine = (index // self.rows.length == row).nonzero()[:, 0]
-            time = index[mine] % self.rows.length
+            mine = (host[0] == row).nonzero()[:, 0]
+            time = host[1][mine]
 
             def place(x: Tensor, mine: Tensor = mine, time: Tensor = time, length: int = length) -> Tensor:
                 return torch.zeros(length, *x.shape[1:], dtype=x.dtype).index_put((time,), x[mine])
 
-            keys = [k0[row, :, :length].transpose(0, 1), *map(place, diagonal[:later])]
-            values = [v0[row, :, :length].transpose(0, 1), *map(place, diagonal[later:])]
-            out = out.index_put((mine,), reference.dense_attention(place(q), keys, values)[time])
-        return [out.detach(), *torch.autograd.grad(out, leaves, self.weight.double().cpu())]
+            own = host[2] == row
+            found = reference.dense_attention(place(q), [k0[own], *map(place, keys)], [v0[own], *map(place, values)])
+            out = out.index_put((mine,), found[time])
+        grads = torch.autograd.grad(out, leaves, self.weight.double().cpu(), allow_unused=True, materialize_grads=True)
+        return [out.detach(), *grads]
 
 
 def random_inputs(
@@ -76,23 +83,22 @@ def random_inputs(
     device: str = "cpu",
     first: int = 0,
 ) -> Inputs:
-    """Random queries at a random share of the positions from `first` on, and `later` diagonal keys each."""
+    """Random queries, one at least, at a random share of the positions from `first` on, and `later` diagonal keys."""
     generator = torch.Generator().manual_seed(seed)
-    span, (query_heads, kv_heads) = max(lengths), heads
-    active = torch.rand(len(lengths), span, generator=generator) < share
-    active &= torch.arange(span) < torch.tensor(lengths).unsqueeze(1)
-    first = min(first, span - 1)
-    active[:, :first] = False
-    index = active.flatten().nonzero()[:, 0]
-    count = len(index)
-    shapes = [
-        (count, query_heads, size),
-        *[(len(lengths), kv_heads, span, size)] * 2,
-        *[(count, kv_heads, size)] * (2 * later),
-    ]
+    batch = collate([(torch.zeros(length + 2, dtype=torch.int64), torch.zeros(length + 2) > 0) for length in lengths])
+    active = torch.rand(len(lengths), max(lengths), generator=generator) < share
+    active[:, : min(first, max(lengths) - 1)] = False
+    active[lengths.index(max(lengths)), -1] = True
+    active &= torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+    predicted = torch.zeros_like(batch.predicted)
+    predicted[:, 1 : 1 + max(lengths)] = active  # position t is taught by t + 1
+    plan = plan_unroll(replace(batch, predicted=predicted), 1).to(torch.device(device))
+    count, (query_heads, kv_heads) = len(plan.rows), heads
+    kv = (kv_heads, size)
+    shapes = [(count, query_heads, size), *[(sum(lengths), *kv)] * 2, *[(later, count, *kv)] * 2]
     tensors = [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
     weight = torch.randn(count, query_heads, size, generator=generator)
-    return Inputs(lengths, Rows(index.to(device), len(lengths), span, first), tensors, weight.to(device))
+    return Inputs(lengths, plan.windows, tensors, weight.to(device))
 
 
 def assert_same(found: list[Tensor], truth: list[Tensor], tolerance: float) -> None:
@@ -153,26 +159,17 @@ def test_large_scores_do_not_overflow():
     assert_same(inputs.run("sdpa"), inputs.dense(), 1e-4)  # scores of hundreds: their rounding shows
 
 
-def test_no_query_sees_padding():
-    inputs = random_inputs(3, [9, 4], 3, share=1.0)
+def test_no_query_sees_another_conversation():
+    inputs = random_inputs(3, [9, 4, 6], 3, share=1.0)
     first = inputs.run("sdpa")
+    others = inputs.windows.conversation != 1
     for tensor in inputs.tensors[1:3]:
-        tensor[1, :, 4:] = 1e4
+        tensor[others] = 1e4
     second = inputs.run("sdpa")
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    assert not second[2][1, :, 4:].any()
-    assert not second[3][1, :, 4:].any()
-
-
-def test_the_window_begins_at_the_block_of_the_first_query():
-    index = torch.tensor([70, 200 + 130])
-    rows = Rows.of(index, batch=2, length=200)
-    assert (rows.first, rows.window) == (64, 136)
-    values = torch.randn(2, 3, 4)
-    dense = rows.scatter(values)
-    assert torch.equal(dense[0, :, 70 - 64], values[0])
-    assert torch.equal(dense[1, :, 130 - 64], values[1])
-    assert torch.equal(rows.gather(dense), values)
+    rows = inputs.windows.row_conversation == 1
+    assert torch.equal(first[0][rows], second[0][rows])
+    assert torch.equal(first[1][rows], second[1][rows])
+    assert torch.equal(first[2][~others], second[2][~others])
 
 
 def test_flex_attention_on_cpu_becomes_sdpa_with_one_line(caplog):
@@ -200,23 +197,31 @@ def test_float32_on_a_gpu_is_sent_to_the_backend_that_takes_it():
 @pytest.mark.parametrize(("later", "heads"), [(0, (4, 2)), (3, (4, 2)), (6, (4, 4))])
 @pytest.mark.parametrize("first", [0, 5])
 def test_flex_attention_has_the_same_values_on_cpu(monkeypatch, later, heads, first):
-    """Only its backward, and its compiled kernel, need a GPU."""
+    """Only its compiled kernel needs a GPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
     monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
     inputs = random_inputs(5, [20, 11], later, heads=heads, size=16, first=first)
-    q, k0, v0, *diagonal = inputs.tensors
-    with torch.no_grad():
-        out = unroll_attention("flex_attention", inputs.rows, q, k0, v0, diagonal[:later], diagonal[later:])
+    q, k0, v0, keys, values = inputs.tensors
+    given = attention._Flex(inputs.windows, k0, v0).forward(q)
+    out, _ = kernels.merge(q, given.out, given.lse, given.places, keys, values, later)
     assert_same([out], inputs.dense()[:1], 1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
-@pytest.mark.parametrize(("later", "heads"), [(0, (8, 2)), (3, (8, 2)), (6, (4, 4))])
-@pytest.mark.parametrize("lengths", [[300, 65], [128, 128]])
+@pytest.mark.parametrize(("later", "heads"), [(3, (8, 2)), (6, (4, 4))])
+@pytest.mark.parametrize("lengths", [[300, 65], [128, 1, 128], [1100], [1030, 1500]])
 @pytest.mark.parametrize("first", [0, 64])
 def test_both_backends_on_a_gpu(backend, later, heads, lengths, first):
     inputs = random_inputs(7, lengths, later, heads=heads, size=64, dtype=torch.bfloat16, device="cuda", first=first)
     assert_close(inputs.run(backend), inputs.dense(), 1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("lengths", "first", "kind"), [([1100], 0, "_Cudnn"), ([1100], 1000, "_FlashOnGpu")])
+def test_short_windows_and_short_conversations_keep_to_flash(lengths, first, kind):
+    inputs = random_inputs(7, lengths, 1, size=64, dtype=torch.bfloat16, device="cuda", first=first)
+    assert type(causal_attention("sdpa", inputs.windows, *inputs.tensors[1:3])).__name__ == kind

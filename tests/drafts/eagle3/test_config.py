@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import os
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from draft_model.drafts.eagle3.config import DraftConfig, choose_aux_layers, draft_config_for, with_overrides
+from draft_model.drafts.eagle3.config import (
+    DraftConfig,
+    choose_aux_layers,
+    draft_config_for,
+    layers_of,
+    with_overrides,
+)
 from draft_model.errors import DraftModelError
 
 from .families import (
@@ -172,7 +184,7 @@ def test_config_json_says_what_engines_read(family, tmp_path):
     assert written["max_position_embeddings"] == POSITIONS
     vllm, sglang = written[LAYER_IDS], written["eagle_config"][LAYER_IDS]
     assert vllm == [2, 4, 5]
-    assert sglang == ([2, 4, 5] if family == "gpt_oss" else [1, 3, 4])
+    assert sglang == [1, 3, 4]
 
 
 @pytest.mark.parametrize("kind", ROPES)
@@ -266,9 +278,161 @@ def test_rope_is_overridden_in_any_style(default, given, expected):
 def test_layers_may_stand_in_sglangs_place(default):
     nested = {"eagle_config": {"use_aux_hidden_state": True, LAYER_IDS: [1, 15, 28]}}
     assert with_overrides(default, nested).aux_layers == (2, 16, 29)
-    gpt_oss = replace(default, target_model_type="gpt_oss")
-    assert with_overrides(gpt_oss, nested).aux_layers == (1, 15, 28)
     assert with_overrides(default, {**nested, LAYER_IDS: [2, 16, 29]}).aux_layers == (2, 16, 29)
+    gpt_oss = replace(default, target_model_type="gpt_oss")  # SpecForge's draft of gpt-oss-120b
+    assert with_overrides(gpt_oss, {"eagle_config": {LAYER_IDS: [1, 17, 33]}}).aux_layers == (2, 18, 34)
+    deepseek = replace(default, target_model_type="deepseek_v3")
+    assert with_overrides(deepseek, {"eagle_config": {LAYER_IDS: [1, 29, 57]}}).aux_layers == (2, 30, 58)
+    assert with_overrides(deepseek, {"eagle_config": {LAYER_IDS: [4, 30, 57]}}).aux_layers == (4, 30, 57)
+    with pytest.raises(DraftModelError, match="SGLang cannot capture it from deepseek_v3"):
+        with_overrides(deepseek, {LAYER_IDS: [1, 30, 57]})
+
+
+def test_layers_are_those_of_the_training_where_an_earlier_version_wrote_others_for_sglang(default):
+    gpt_oss = replace(default, target_model_type="gpt_oss")
+    written = {**gpt_oss.to_json(), "eagle_config": {LAYER_IDS: [2, 16, 29]}}
+    assert with_overrides(gpt_oss, written, "s3://old").aux_layers == (2, 16, 29)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({LAYER_IDS: [2, 16, 29]}, [2, 16, 29]),
+        ({"eagle_config": {LAYER_IDS: [1, 15, 28]}}, [2, 16, 29]),
+        ({"eagle_config": {LAYER_IDS: [4, 30, 57]}, "target_model_type": "deepseek_v3"}, [4, 30, 57]),
+        ({"eagle_config": {"use_aux_hidden_state": True}}, None),
+        ({"eagle_config": None}, None),
+    ],
+)
+def test_the_layers_of_any_trainers_configuration(config, expected):
+    assert layers_of(config) == expected
+
+
+SGLANG_FILES = {
+    "llama": "llama.py", "mistral": "llama.py", "qwen2": "qwen2.py", "qwen3": "qwen3.py", "qwen3_moe": "qwen3_moe.py",
+    "qwen3_next": "qwen3_next.py", "gpt_oss": "gpt_oss.py", "deepseek_v2": "deepseek_v2.py", "glm4_moe": "glm4_moe.py",
+    "deepseek_v3": "deepseek_v2.py", "glm4_moe_lite": "glm4_moe_lite.py", "gemma3_text": "gemma3_causal.py",
+    "bailing_moe": "bailing_moe.py", "minimax_m2": "minimax_m2.py", "apertus": "apertus.py",
+}  # fmt: skip
+
+
+def sglang_models() -> Path:
+    """SGLang's model code, out of its installed or unpacked wheel."""
+    roots = [Path(path) for path in (os.environ.get("SGLANG_WHEEL", ""), *sys.path) if path]
+    roots += Path(__file__).parents[3].glob(".venv*/lib/python*/site-packages")
+    for root in roots:
+        if (root / "sglang/srt/models/llama.py").is_file():
+            return root / "sglang/srt/models"
+    pytest.skip("sglang is not installed; unpack its wheel (pip download --no-deps sglang) and set SGLANG_WHEEL")
+
+
+def captured(models: Path, file: str, layers: int, ids: list[int]) -> list[int]:
+    """After which layers SGLang's own method captures features: it is run on a stand-in for its model."""
+    classes = [node for node in ast.parse((models / file).read_text()).body if isinstance(node, ast.ClassDef)]
+    (method,) = [
+        node
+        for kind in classes
+        if kind.name.endswith("ForCausalLM")
+        for node in kind.body
+        if isinstance(node, ast.FunctionDef) and node.name == "set_eagle3_layers_to_capture"
+    ]
+    for argument in method.args.args:
+        argument.annotation = None
+    here = SimpleNamespace(is_last_rank=True)
+    space = {"get_parallel": lambda: SimpleNamespace(pp_group=here)}
+    exec(compile(ast.Module([method], []), file, "exec"), space)
+    model = SimpleNamespace()
+    model.set_eagle3_layers_to_capture = lambda found: setattr(model, "layers_to_capture", found)
+    config = SimpleNamespace(num_hidden_layers=layers)
+    space["set_eagle3_layers_to_capture"](SimpleNamespace(pp_group=here, config=config, model=model), ids)
+    return model.layers_to_capture
+
+
+@pytest.mark.parametrize("family", SGLANG_FILES)
+def test_sglang_captures_what_the_draft_was_trained_on(family):
+    models = sglang_models()
+    for layers, given in ((24, {}), (36, {}), (61, {}), (61, {LAYER_IDS: [4, 30, 57]}), (48, {LAYER_IDS: [2, 4, 6]})):
+        target = {**LLAMA, "model_type": family, "num_hidden_layers": layers}
+        draft = with_overrides(draft_config_for(target), given)
+        ids = draft.to_json()["eagle_config"][LAYER_IDS]
+        assert captured(models, SGLANG_FILES[family], layers, ids) == list(draft.aux_layers)
+
+
+PHI4_MINI = {
+    **LLAMA, "model_type": "phi3", "head_dim": 128, "partial_rotary_factor": 0.75, "rope_theta": 1e4,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0 + i / 47 for i in range(48)],
+        "long_factor": [1.0 + i for i in range(48)],
+    },
+}  # fmt: skip
+
+
+def test_factor_lists_over_a_part_of_the_head_become_lists_over_the_whole():
+    rope = draft_config_for(PHI4_MINI).rope_parameters
+    assert "partial_rotary_factor" not in rope
+    assert rope["original_max_position_embeddings"] == 4096
+    for name in ("short_factor", "long_factor"):
+        given = PHI4_MINI["rope_scaling"][name]
+        assert len(rope[name]) == 64
+        assert (rope[name][0], rope[name][-1]) == (given[0], given[-1])
+        assert rope[name] == sorted(rope[name])
+    assert rope["long_factor"][32] == pytest.approx(1 + 32 * 47 / 63)
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6}, "default"),
+        ({"rope_type": "default", "mrope_section": [11, 11, 10], "mrope_interleaved": True,
+          "partial_rotary_factor": 0.25, "rope_theta": 1e6}, "default"),
+        ({"type": "mrope", "mrope_section": [16, 24, 24], "rope_theta": 1e6}, "default"),
+        ({"type": "su", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "rope_theta": 1e6}, "longrope"),
+    ],
+)  # fmt: skip
+def test_engines_llama_layer_knows_the_drafts_rope_whatever_the_targets_is(rope, expected):
+    for key in ("rope_parameters", "rope_scaling"):
+        written = draft_config_for({**LLAMA, "rope_scaling": None, key: rope}).to_json()
+        assert written["rope_parameters"].keys() <= {"rope_type", "rope_theta", "short_factor", "long_factor"}
+        assert (written["rope_parameters"]["rope_type"], written["rope_theta"]) == (expected, 1e6)
+
+
+@pytest.mark.parametrize("kind", [None, "linear", "dynamic", "yarn", "longrope", "llama3", "proportional"])
+def test_every_rope_type_of_transformers_gives_a_table(kind):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from draft_model.drafts.eagle3.model import Rotary
+
+    rope = {
+        None: None, "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
+        "longrope": {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3, "factor": 4.0,
+                     "original_max_position_embeddings": 64, "partial_rotary_factor": 0.75},
+    }  # fmt: skip
+    target = {**LLAMA, "head_dim": 8, "rope_scaling": rope[kind] if kind in rope else ROPES[kind]}
+    table = Rotary(draft_config_for(target), torch.device("cpu")).table(16, torch.float32)
+    assert table.shape == (2, 16, 8)
+    assert set(ROPE_INIT_FUNCTIONS) == {"linear", "dynamic", "yarn", "longrope", "llama3", "proportional"}
+
+
+def test_an_unknown_rope_type_of_a_target_is_refused_by_name():
+    with pytest.raises(DraftModelError, match=r"model_type 'llama'\): the rope_type 'spiral' is not known"):
+        draft_config_for({**LLAMA, "rope_scaling": {"rope_type": "spiral"}})
+
+
+OTHERS = {
+    "sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28, "model_type": "qwen2",
+    "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 768, "num_experts": 128,
+    "architectures": ["Eagle3LlamaForCausalLM"], "layer_types": ["full_attention"], "partial_rotary_factor": 1.0,
+}  # fmt: skip
+
+
+def test_what_does_not_change_the_mathematics_is_ignored_with_a_note(default, caplog):
+    caplog.set_level("INFO", "draft_model")
+    assert with_overrides(default, OTHERS) == default
+    assert "draft_model_config: ignored, for the draft is one Llama layer: model_type, sliding_window" in caplog.text
+    assert with_overrides(default, OTHERS | {"torch_compile_flags": 3}, "s3://theirs") == default
+    with pytest.raises(DraftModelError, match=r"s3://theirs: `use_sliding_window` is not a setting"):
+        with_overrides(default, OTHERS | {"use_sliding_window": True}, "s3://theirs")
 
 
 MISFITS = [
@@ -290,7 +454,10 @@ MISFITS = [
     ({"attention_bias": True}, "attention_bias", "False"),
     ({"hidden_act": "gelu"}, "hidden_act", "silu"),
     ({"architectures": ["LlamaForCausalLM"]}, "architectures", "LlamaForCausalLMEagle3"),
-    ({"model_type": "qwen2"}, "model_type", "llama"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "allowed: 1"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters", "whole heads"),
+    ({"layer_types": ["sliding_attention"]}, "layer_types", "full_attention"),
+    ({"logit_scale": 0.1}, "logit_scale", "allowed: 1"),
     ({"rope_scaling": "linear"}, "rope_scaling", "object"),
     ({"rope_parameters": {"rope_type": "spiral"}}, "rope_parameters", "llama3, yarn"),
     ({"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}}, "rope_theta", "give one"),

@@ -13,239 +13,30 @@ the gradient of its score is p (do.v - D). A flash backward kernel computes just
 so calling it with the MERGED o and L gives the step-0 part's exact dq, dk, dv; the diagonal part is elementwise:
 dv_m = p_m do,  db_m = p_m (do.v_m - D),  dq += s db_m k_m,  dk_m = s db_m q. No mask and no growing cache exist.
 
-The same merge joins a full attention over the prompts that come before every query with a causal one over the rest.
-Sequences are padded on the right, so the causal mask alone keeps every real query from every padding key.
+The classes below are the causal part on the three kinds of machine; `kernels.merge` is the diagonal. Where the causal
+part comes from FlexAttention, whose backward knows its own o_A and A only, these get the gradients
+do exp(A - L) and exp(A - L) do.(o_A - o).
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from draft_model.drafts.eagle3.batch import Windows
 from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 64  # queries that flash kernels take at once
+BLOCK = 64  # queries that the CPU's flash kernel takes at once
 FLEX_BLOCK = 128
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Which positions of a padded batch have a query: N of the B x S.
-
-    Attributes:
-        index: flat positions b * S + t, ascending, int64 [N].
-        batch: B.
-        length: S.
-        first: no conversation has a query before this t; W = S - first positions are attended from.
-    """
-
-    index: Tensor
-    batch: int
-    length: int
-    first: int = 0
-
-    @classmethod
-    def of(cls, index: Tensor, batch: int, length: int) -> Rows:
-        """The rows with the shortest window, in whole blocks of the kernels."""
-        first = int((index % length).min()) if len(index) else 0
-        return cls(index, batch, length, first - first % BLOCK)
-
-    @property
-    def window(self) -> int:
-        """W."""
-        return self.length - self.first
-
-    @functools.cached_property
-    def _place(self) -> Tensor:
-        """Where the rows stand in the flat B x W."""
-        return self.index - (self.index.div(self.length, rounding_mode="floor") + 1) * self.first
-
-    def scatter(self, rows: Tensor) -> Tensor:
-        """Puts rows [N, heads, d] at their positions: [B, heads, W, d], zero elsewhere."""
-        dense = rows.new_zeros(self.batch * self.window, *rows.shape[1:])
-        dense[self._place] = rows
-        return dense.view(self.batch, self.window, *rows.shape[1:]).transpose(1, 2)
-
-    def gather(self, dense: Tensor) -> Tensor:
-        """Takes the rows [N, heads, ...] out of [B, heads, W, ...]."""
-        return dense.transpose(1, 2).reshape(self.batch * self.window, *_head_shape(dense))[self._place]
-
-
-def _head_shape(dense: Tensor) -> tuple[int, ...]:
-    return (dense.shape[1], *dense.shape[3:])
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One flash attention, as its backward needs it.
-
-    Attributes:
-        keys: which of the S step-0 keys it reads.
-        causal: whether query w sees the first w of them only.
-        extra: of the CUDA kernel.
-    """
-
-    keys: slice
-    causal: bool
-    extra: tuple[Any, ...]
-
-
-def _flash(q: Tensor, k: Tensor, v: Tensor, keys: slice, causal: bool) -> tuple[Tensor, Tensor, _Part]:
-    """Flash attention [B, heads, W, d] over some of the keys, and its log-sum-exp [B, heads, W]."""
-    k, v = k[:, :, keys], v[:, :, keys]
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
-        return out, lse, _Part(keys, causal, ())
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    out, lse, *rest = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
-    return out, lse, _Part(keys, causal, tuple(rest[:6]))
-
-
-def _causal(rows: Rows, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, tuple[_Part, ...]]:
-    """Causal attention of a window of queries [B, heads, W, d], its log-sum-exp, and the parts it was made of.
-
-    Before the window lie prompts, whose keys every query sees: a full attention over these and a causal one over the
-    window's own keys, merged like the diagonal.
-    """
-    out, lse, tail = _flash(q, k, v, slice(rows.first, None), causal=True)
-    if not rows.first:
-        return out, lse, (tail,)
-    before, before_lse, head = _flash(q, k, v, slice(rows.first), causal=False)
-    total = torch.logaddexp(lse, before_lse)
-    weight, before_weight = ((part - total).exp().unsqueeze(-1) for part in (lse, before_lse))
-    return (out * weight + before * before_weight).to(q.dtype), total, (head, tail)
-
-
-def _causal_backward(
-    parts: tuple[_Part, ...], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; `out` and `lse` are those of the whole, merged attention."""
-    found = [_part_backward(part, grad, q, k[:, :, part.keys], v[:, :, part.keys], out, lse) for part in parts]
-    dq, dk, dv = zip(*found, strict=True)
-    return sum(dq[1:], dq[0]), torch.cat(dk, 2), torch.cat(dv, 2)
-
-
-def _part_backward(
-    part: _Part, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    if q.device.type == "cpu":
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return cast("tuple[Tensor, Tensor, Tensor]", backward(grad, q, k, v, out, lse, 0.0, part.causal))
-    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    cum_q, cum_k, max_q, max_k, seed, offset = part.extra
-    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, 0.0, part.causal, seed, offset
-    )
-    return dq, *(x.unflatten(1, (kv_heads, group)).sum(2) for x in (dk, dv))
-
-
-def _grouped(q: Tensor, kv_heads: int) -> Tensor:
-    """Splits query heads [N, heads, d] into groups that share a key head: [N, kv_heads, group, d], float32."""
-    grouped: Tensor = q.unflatten(1, (kv_heads, q.shape[1] // kv_heads)).float()
-    return grouped
-
-
-def _diagonal(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Keys and values of i steps, [N, kv_heads, d] each, stacked: float32 [N, kv_heads, i, d]."""
-    steps = len(tensors) // 2
-    return torch.stack(list(tensors[:steps]), 2).float(), torch.stack(list(tensors[steps:]), 2).float()
-
-
-class _MergedAttention(torch.autograd.Function):
-    """Queries [N, heads, d] over step-0 keys [B, kv_heads, S, d] and i diagonal keys [N, kv_heads, d] each."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Rows, q: Tensor, k0: Tensor, v0: Tensor, *diagonal: Tensor) -> Tensor:
-        dense_out, dense_lse, parts = _causal(rows, rows.scatter(q), k0, v0)
-        steps = len(diagonal) // 2
-        out, lse = rows.gather(dense_out), rows.gather(dense_lse)  # [N, heads, d], [N, heads]
-        if steps:
-            k, v = _diagonal(diagonal)
-            grouped = _grouped(q, k.shape[1])
-            causal_lse = lse.view(grouped.shape[:-1])  # [N, kv, group]
-            scores = torch.einsum("nhgd,nhid->nhgi", grouped, k) * q.shape[-1] ** -0.5
-            total = torch.logsumexp(torch.cat((causal_lse.unsqueeze(-1), scores), -1), -1)
-            merged = _grouped(out, k.shape[1]) * (causal_lse - total).exp().unsqueeze(-1)
-            merged += torch.einsum("nhgi,nhid->nhgd", (scores - total.unsqueeze(-1)).exp(), v)
-            out, lse = merged.flatten(1, 2).to(q.dtype), total.flatten(1)
-        ctx.rows, ctx.steps, ctx.parts = rows, steps, parts
-        ctx.save_for_backward(q, k0, v0, out, lse, *diagonal)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k0, v0, merged, lse, *diagonal = ctx.saved_tensors
-        rows, steps = ctx.rows, ctx.steps
-        # Contiguous: CUDA's flash backward takes no strides of the log-sum-exp.
-        dense_lse = rows.scatter(lse.unsqueeze(-1)).squeeze(-1).contiguous()
-        dense = _causal_backward(
-            ctx.parts, rows.scatter(grad), rows.scatter(q), k0, v0, rows.scatter(merged), dense_lse
-        )  # fmt: skip
-        dq, dk0, dv0 = rows.gather(dense[0]), dense[1], dense[2]
-        if not steps:
-            return None, dq, dk0, dv0
-        scale = q.shape[-1] ** -0.5
-        k, v = _diagonal(diagonal)
-        kv_heads = k.shape[1]
-        grouped, dout = _grouped(q, kv_heads), _grouped(grad, kv_heads)
-        total = lse.view(grouped.shape[:-1]).unsqueeze(-1)
-        delta = (dout * _grouped(merged, kv_heads)).sum(-1, keepdim=True)
-        p = (torch.einsum("nhgd,nhid->nhgi", grouped, k) * scale - total).exp()
-        dscores = p * (torch.einsum("nhgd,nhid->nhgi", dout, v) - delta) * scale
-        dq = dq + torch.einsum("nhgi,nhid->nhgd", dscores, k).flatten(1, 2).to(q.dtype)
-        dk = torch.einsum("nhgi,nhgd->nhid", dscores, grouped).to(q.dtype)
-        dv = torch.einsum("nhgi,nhgd->nhid", p, dout).to(q.dtype)
-        return None, dq, dk0, dv0, *dk.unbind(2), *dv.unbind(2)
-
-
-@functools.cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
-
-
-def _flex_attention(rows: Rows, q: Tensor, k0: Tensor, v0: Tensor, *diagonal: Tensor) -> Tensor:
-    """The same value by PyTorch's FlexAttention, which returns a differentiable log-sum-exp; needs a GPU."""
-    # Whole blocks, lest every length be a kernel of its own; only padded queries see padded keys.
-    queries, keys, values = (
-        functional.pad(x, (0, 0, 0, -x.shape[2] % FLEX_BLOCK)) for x in (rows.scatter(q), k0, v0)
-    )  # fmt: skip
-    mask = _block_mask(queries.shape[2], keys.shape[2], rows.first, q.device)
-    dense_out, dense_lse = _compiled_flex()(queries, keys, values, block_mask=mask, enable_gqa=True, return_lse=True)
-    dense_out, dense_lse = dense_out[:, :, : rows.window], dense_lse[:, :, : rows.window]
-    steps = len(diagonal) // 2
-    if not steps:
-        return rows.gather(dense_out)
-    k, v = _diagonal(diagonal)
-    grouped = _grouped(q, k.shape[1])
-    lse = rows.gather(dense_lse).view(grouped.shape[:-1]).unsqueeze(-1)
-    scores = torch.einsum("nhgd,nhid->nhgi", grouped, k) * q.shape[-1] ** -0.5
-    weights = functional.softmax(torch.cat((lse, scores), -1), -1)
-    values = torch.cat((_grouped(rows.gather(dense_out), k.shape[1]).unsqueeze(-2), _expand(v, grouped)), -2)
-    return torch.einsum("nhgi,nhgid->nhgd", weights, values).flatten(1, 2).to(q.dtype)
-
-
-def _expand(v: Tensor, grouped: Tensor) -> Tensor:
-    return v.unsqueeze(2).expand(-1, -1, grouped.shape[2], -1, -1)
-
-
-@functools.lru_cache(maxsize=64)
-def _block_mask(queries: int, keys: int, first: int, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return create_block_mask(lambda b, h, q, k: q + first >= k, None, None, queries, keys, device=str(device))
+CUDNN_BLOCK = 128
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -265,22 +56,345 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
-def unroll_attention(
-    backend: str, rows: Rows, q: Tensor, k0: Tensor, v0: Tensor, keys: list[Tensor], values: list[Tensor]
-) -> Tensor:
-    """Attention of one unroll step over the step-0 keys (causal) and the later steps' keys (diagonal).
+@dataclass(frozen=True)
+class Attended:
+    """What the causal part gives.
+
+    Attributes:
+        out: [W, heads, d], or of the rows alone [N, heads, d] where places is none.
+        lse: its log-sum-exp, float32 [heads, W or N].
+        places: where the rows stand in out, int64 [N].
+        kept: what this kind's backward wants to have again.
+    """
+
+    out: Tensor
+    lse: Tensor
+    places: Tensor | None
+    kept: Any = None
+
+
+class CausalAttention(Protocol):
+    """Causal attention of the rows of one batch over its step-0 keys."""
+
+    def forward(self, q: Tensor) -> Attended:
+        """Attends with the rotated queries of one step, [N, heads, d]."""
+
+    def backward(self, given: Attended, q: Tensor, grad: Tensor, merged: Tensor, total: Tensor) -> Tensor:
+        """Gradient of the queries, as `Attended.out` is laid out; gathers those of keys and values.
+
+        Args:
+            given: of the step's `forward`.
+            q: its queries.
+            grad: of the merged attention, [N, heads, d].
+            merged: the merged attention, [N, heads, d].
+            total: its log-sum-exp, float32 [heads, N].
+        """
+
+    def key_gradients(self) -> tuple[Tensor, Tensor]:
+        """Gradients of keys and values over all steps, [P, kv_heads, d] each."""
+
+
+def causal_attention(backend: str, windows: Windows, k0: Tensor, v0: Tensor) -> CausalAttention:
+    """The attention of one batch.
 
     Args:
-        backend: `sdpa` or `flex_attention`, of `choose_backend`.
-        rows: the N positions that have a query.
-        q: [N, heads, d], rotated.
-        k0: step-0 keys of every position, [B, kv_heads, S, d], rotated; heads is a multiple of kv_heads.
-        v0: step-0 values, [B, kv_heads, S, d].
-        keys: for m = 1..i the step-m keys [N, kv_heads, d], rotated.
-        values: likewise.
-
-    Returns:
-        [N, heads, d].
+        backend: of `choose_backend`.
+        windows: of the batch's plan.
+        k0: step-0 keys, rotated, [P, kv_heads, d].
+        v0: step-0 values, likewise.
     """
-    run = _flex_attention if backend == "flex_attention" else _MergedAttention.apply
-    return cast(Tensor, run(rows, q, k0, v0, *keys, *values))
+    if backend == "flex_attention":
+        return _Flex(windows, k0, v0)
+    if not k0.is_cuda:
+        return _FlashOnCpu(windows, k0, v0)
+    return (
+        _Cudnn(windows, k0, v0)
+        if windows.square and _cudnn_works(k0.shape[-1], k0.device)
+        else _FlashOnGpu(windows, k0, v0)
+    )
+
+
+def _spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
+    """Rows [N, ...] at their places of [size, ...], zero elsewhere."""
+    out = rows.new_zeros(size, *rows.shape[1:])
+    wide = rows.shape[1:].numel() * rows.element_size() % 8 == 0 and rows.is_contiguous()
+    # Eight bytes at a time: the kernel takes as long for an element of two bytes.
+    kind = torch.int64 if wide else rows.dtype
+    out.flatten(1).view(kind).index_copy_(0, places, rows.flatten(1).view(kind))
+    return out
+
+
+class _FlashOnGpu:
+    """Variable-length flash attention over packed windows: no padding, and no two conversations meet."""
+
+    def __init__(self, windows: Windows, k0: Tensor, v0: Tensor) -> None:
+        self._windows, self._k, self._v = windows, k0, v0
+        self._starts = windows.query_starts.to(torch.int32), windows.key_starts.to(torch.int32)
+        self._spans = windows.longest_query, windows.longest_key
+        self._dk: Tensor | None = None
+        self._dv: Tensor | None = None
+
+    def _spread(self, rows: Tensor) -> Tensor:
+        """Rows [N, ...] at their places in the windows [W, ...], zero elsewhere."""
+        w = self._windows
+        return rows if w.dense else _spread(rows, w.places, w.size)
+
+    def forward(self, q: Tensor) -> Attended:
+        out, lse, *state = torch.ops.aten._flash_attention_forward(
+            self._spread(q), self._k, self._v, *self._starts, *self._spans, 0.0, True, False
+        )
+        return Attended(out, lse, self._windows.places, tuple(state[:2]))
+
+    def backward(self, given: Attended, q: Tensor, grad: Tensor, merged: Tensor, total: Tensor) -> Tensor:
+        dense = self._windows.dense
+        lse = total if dense else self._spread(total.T.contiguous()).T.contiguous()
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            self._spread(grad), self._spread(q), self._k, self._v, self._spread(merged), lse,
+            *self._starts, *self._spans, 0.0, True, *given.kept,
+        )  # fmt: skip
+        if self._dk is None or self._dv is None:
+            self._dk, self._dv = dk.float(), dv.float()
+        else:
+            self._dk.add_(dk)
+            self._dv.add_(dv)
+        return cast(Tensor, dq)
+
+    def key_gradients(self) -> tuple[Tensor, Tensor]:
+        assert self._dk is not None
+        assert self._dv is not None
+        return self._dk, self._dv
+
+
+@functools.cache
+def _cudnn_works(size: int, device: torch.device) -> bool:
+    """Whether cuDNN's attention and its backward run here, for heads of this size."""
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    probe = torch.zeros(1, 1, CUDNN_BLOCK, size, device=device, dtype=torch.bfloat16)
+    try:
+        out, lse, *state = _cudnn_forward(probe, probe, probe)
+        _cudnn_backward(probe, probe, probe, probe, out, lse, *state)
+    except (RuntimeError, IndexError) as error:
+        logger.info("attention: cuDNN's does not run here (%s); flash attention does", str(error).partition("\n")[0])
+        return False
+    return True
+
+
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Causal attention [B, heads, S, d], its log-sum-exp [B, heads, S, 1], and a random state that nothing uses."""
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, False)
+    return found[0], found[1], found[6], found[7]
+
+
+def _cudnn_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seed: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    length = q.shape[2]
+    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    found = backward(grad, q, k, v, out, lse, seed, offset, None, None, None, length, length, 0.0, True)
+    return cast("tuple[Tensor, Tensor, Tensor]", found)
+
+
+class _Cudnn:
+    """cuDNN's attention over whole conversations padded to one length, twice as fast as the other on Hopper.
+
+    It makes a plan for each shape, so lengths are rounded up. All heads get keys of their own, for it takes no groups.
+    """
+
+    def __init__(self, windows: Windows, k0: Tensor, v0: Tensor) -> None:
+        self._batch, self._length = windows.batch, -(-windows.longest_key // CUDNN_BLOCK) * CUDNN_BLOCK
+        self._rows = windows.row_conversation * self._length + windows.row_time  # flat in [B, S]
+        self._keys = windows.conversation * self._length + windows.key_time
+        self._kv_heads = k0.shape[1]
+        self._k0, self._v0 = k0, v0
+        self._kv: tuple[Tensor, Tensor] | None = None
+        self._gradients: list[Tensor] = []
+
+    def _spread(self, rows: Tensor, places: Tensor) -> Tensor:
+        """Rows [N, heads, d] in [B, heads, S, d], zero elsewhere."""
+        size = self._batch * self._length
+        rows = rows if len(rows) == size else _spread(rows, places, size)
+        return rows.view(self._batch, self._length, *rows.shape[1:]).transpose(1, 2)
+
+    def _expanded(self, heads: int) -> tuple[Tensor, Tensor]:
+        if self._kv is None:
+            group = heads // self._kv_heads
+            k, v = (self._spread(x.repeat_interleave(group, 1), self._keys) for x in (self._k0, self._v0))
+            self._kv = k, v
+        return self._kv
+
+    def forward(self, q: Tensor) -> Attended:
+        queries = self._spread(q, self._rows)
+        out, lse, seed, offset = _cudnn_forward(queries, *self._expanded(q.shape[1]))
+        flat = out.transpose(1, 2).reshape(-1, *q.shape[1:])
+        by_head = lse.view(self._batch, q.shape[1], self._length).transpose(0, 1).flatten(1)
+        return Attended(flat, by_head, self._rows, (lse.shape, seed, offset))
+
+    def backward(self, given: Attended, q: Tensor, grad: Tensor, merged: Tensor, total: Tensor) -> Tensor:
+        shape, seed, offset = given.kept
+        spread = total.new_zeros(total.shape[0], self._batch * self._length).index_copy_(1, self._rows, total)
+        lse = spread.view(-1, self._batch, self._length).transpose(0, 1).contiguous().view(shape)
+        queries, dout, out = (self._spread(x, self._rows) for x in (q, grad, merged))
+        dq, dk, dv = _cudnn_backward(dout, queries, *self._expanded(q.shape[1]), out, lse, seed, offset)
+        new = [x.unflatten(1, (self._kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv)]
+        self._gradients = [a.add_(b) for a, b in zip(self._gradients, new, strict=True)] if self._gradients else new
+        return dq.transpose(1, 2).reshape(-1, *q.shape[1:])
+
+    def key_gradients(self) -> tuple[Tensor, Tensor]:
+        dk, dv = (x.transpose(1, 2).flatten(0, 1).index_select(0, self._keys) for x in self._gradients)
+        return dk, dv
+
+
+class _FlashOnCpu:
+    """PyTorch's flash attention for CPUs over padded windows [B, heads, S - first, d].
+
+    Before the window lie prompts, whose keys every query sees: a full attention over these and a causal one over the
+    window's own keys, merged like the diagonal.
+    """
+
+    def __init__(self, windows: Windows, k0: Tensor, v0: Tensor) -> None:
+        self._batch, self._length = windows.batch, max(windows.longest_key, 1)
+        self._keys = windows.conversation * self._length + windows.key_time  # flat in [B, S]
+        self._first = windows.first - windows.first % BLOCK
+        self._width = self._length - self._first
+        self._rows = windows.row_conversation * self._width + windows.row_time - self._first  # flat in [B, W]
+        self._k, self._v = (self._scatter(x, self._keys, self._length) for x in (k0, v0))
+        self._gradients: list[Tensor] = []
+
+    def _scatter(self, rows: Tensor, places: Tensor, length: int) -> Tensor:
+        """Rows [N, heads, ...] in [B, heads, length, ...], zero elsewhere."""
+        dense = rows.new_zeros(self._batch * length, *rows.shape[1:]).index_copy_(0, places, rows)
+        return dense.view(self._batch, length, *rows.shape[1:]).transpose(1, 2)
+
+    def _gather(self, dense: Tensor) -> Tensor:
+        """The rows [N, heads, ...] of [B, heads, W, ...]."""
+        return dense.transpose(1, 2).flatten(0, 1).index_select(0, self._rows)
+
+    def _parts(self) -> list[tuple[slice, bool]]:
+        """Which step-0 keys each of the attentions reads, and whether query w sees the first w of them only."""
+        tail = (slice(self._first, None), True)
+        return [(slice(self._first), False), tail] if self._first else [tail]
+
+    def forward(self, q: Tensor) -> Attended:
+        queries = self._scatter(q, self._rows, self._width)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        found = [
+            flash(queries, self._k[:, :, keys], self._v[:, :, keys], 0.0, causal) for keys, causal in self._parts()
+        ]
+        out, lse = found[-1]
+        if len(found) == 2:
+            before, before_lse = found[0]
+            total = torch.logaddexp(lse, before_lse)
+            weight, before_weight = ((part - total).exp().unsqueeze(-1) for part in (lse, before_lse))
+            out, lse = (out * weight + before * before_weight).to(q.dtype), total
+        return Attended(self._gather(out), self._gather(lse).T, None)
+
+    def backward(self, given: Attended, q: Tensor, grad: Tensor, merged: Tensor, total: Tensor) -> Tensor:
+        queries, dout, out = (self._scatter(x, self._rows, self._width) for x in (q, grad, merged))
+        lse = self._scatter(total.T, self._rows, self._width)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        parts = [
+            flash(dout, queries, self._k[:, :, keys], self._v[:, :, keys], out, lse, 0.0, causal)
+            for keys, causal in self._parts()
+        ]
+        dq, dk, dv = zip(*parts, strict=True)
+        new = [torch.cat(dk, 2), torch.cat(dv, 2)]
+        self._gradients = [a.add_(b) for a, b in zip(self._gradients, new, strict=True)] if self._gradients else new
+        return self._gather(sum(dq[1:], dq[0]))
+
+    def key_gradients(self) -> tuple[Tensor, Tensor]:
+        dk, dv = (x.transpose(1, 2).flatten(0, 1).index_select(0, self._keys) for x in self._gradients)
+        return dk, dv
+
+
+def _flex_length(length: int) -> int:
+    """Whole blocks, and two at least: PyTorch compiles anew for a size of one."""
+    return max(-(-length // FLEX_BLOCK), 2) * FLEX_BLOCK
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+class _Flex:
+    """PyTorch's FlexAttention over packed windows under a block mask; for a GPU."""
+
+    def __init__(self, windows: Windows, k0: Tensor, v0: Tensor) -> None:
+        self._windows, self._kv = windows, tuple(self._padded(x) for x in (k0, v0))
+        self._keys = len(k0)
+        self._mask = _block_mask(windows, k0.device)
+        self._gradients: list[Tensor] = []
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """[L, heads, d] -> [1, heads, whole blocks, d]."""
+        return functional.pad(x, (0, 0, 0, 0, 0, _flex_length(len(x)) - len(x))).transpose(0, 1).unsqueeze(0)
+
+    def forward(self, q: Tensor) -> Attended:
+        w = self._windows
+        spread = q if w.dense else q.new_zeros(w.size, *q.shape[1:]).index_copy_(0, w.places, q)
+        leaves = [x.detach().requires_grad_(x.is_cuda) for x in (self._padded(spread), *self._kv)]
+        with torch.enable_grad():
+            out, lse = _compiled_flex()(*leaves, block_mask=self._mask, enable_gqa=True, return_lse=True)
+        packed = out.detach()[0].transpose(0, 1).contiguous()
+        return Attended(packed, lse.detach()[0].contiguous(), w.places, (leaves, out, lse))
+
+    def backward(self, given: Attended, q: Tensor, grad: Tensor, merged: Tensor, total: Tensor) -> Tensor:
+        leaves, out, lse = given.kept
+        places = self._windows.places
+        own = given.out.index_select(0, places)
+        weight = (given.lse.index_select(1, places) - total).exp().T.unsqueeze(-1)  # [N, heads, 1]
+        d_own = grad.float() * weight
+        d_lse = (d_own * (own.float() - merged.float())).sum(-1)
+        d_out = torch.zeros_like(given.out).index_copy_(0, places, d_own.to(q.dtype))
+        d_lse = torch.zeros_like(given.lse).index_copy_(1, places, d_lse.T)
+        dq, dk, dv = torch.autograd.grad((out, lse), leaves, (d_out.transpose(0, 1).unsqueeze(0), d_lse.unsqueeze(0)))
+        new = [dk.float(), dv.float()]
+        self._gradients = [a.add_(b) for a, b in zip(self._gradients, new, strict=True)] if self._gradients else new
+        return cast(Tensor, dq[0].transpose(0, 1).contiguous())
+
+    def key_gradients(self) -> tuple[Tensor, Tensor]:
+        dk, dv = (x[0, :, : self._keys].transpose(0, 1).contiguous() for x in self._gradients)
+        return dk, dv
+
+
+def _block_mask(windows: Windows, device: torch.device) -> Any:
+    """Query w of a window sees the keys of its conversation up to its own; worked out block by block."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    starts, ends = windows.query_starts, windows.key_starts
+    offsets = ends[1:] - starts[1:]  # key - query where both are at the same position
+    conversations = torch.arange(len(offsets), device=device)
+
+    def padded(values: Tensor, fill: int) -> Tensor:
+        return functional.pad(values, (0, _flex_length(len(values)) - len(values)), value=fill)
+
+    sizes = (starts[1:] - starts[:-1], ends[1:] - ends[:-1])
+    of_query, of_key = (
+        padded(torch.repeat_interleave(conversations, size, output_size=total), fill)
+        for size, total, fill in ((sizes[0], windows.size, -1), (sizes[1], len(windows.key_time), -2))
+    )
+    reaches = torch.arange(len(of_query), device=device) + offsets[of_query.clamp(min=0)]  # last key of each query
+
+    def mask(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (of_query[q] == of_key[k]) & (k <= reaches[q])
+
+    q_blocks, k_blocks = of_query.view(-1, FLEX_BLOCK), of_key.view(-1, FLEX_BLOCK)
+    first_q, last_q = q_blocks[:, 0:1], q_blocks.amax(1, keepdim=True)
+    first_k, last_k = k_blocks[:, 0], k_blocks.amax(1)
+    block = torch.arange(len(k_blocks), device=device) * FLEX_BLOCK
+    reach = reaches.view(-1, FLEX_BLOCK)
+    touched = (first_q <= last_k) & (first_k <= last_q) & (block <= reach.amax(1, keepdim=True))
+    whole = (q_blocks[:, -1:] == first_q) & (k_blocks[:, -1] == first_k) & (first_q == first_k)
+    whole &= block + FLEX_BLOCK - 1 <= reach.amin(1, keepdim=True)
+
+    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+    lengths = (len(of_query), len(of_key))
+    return BlockMask.from_kv_blocks(
+        *listed(touched & ~whole), *listed(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask, seq_lengths=lengths
+    )

@@ -1,22 +1,24 @@
-"""Where a padded batch is supervised: every index that the unroll and the loss need, worked out once.
+"""Where a batch is supervised: every index that the unroll and the loss need, worked out once, on the host.
 
 Position t of step i has read the tokens up to x[t+1+i], its teacher is the target at t+1+i, and both speak of
-x[t+2+i]. So teacher position p serves step i at t = p-1-i. Nothing here crosses a conversation: each is a row.
+x[t+2+i]. So teacher position p serves step i at t = p-1-i. Conversations are packed one after the other without
+padding, and nothing here crosses from one to the next. All of it is known from lengths and masks alone, so a GPU never
+has to be asked how many rows there are.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from draft_model.drafts.eagle3.attention import Rows
+from draft_model.drafts.transfer import to_device
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Conversations, padded on the right. B conversations of at most T tokens.
+    """Conversations, padded on the right. B conversations of at most T tokens; on the host.
 
     Attributes:
         tokens: int64 [B, T].
@@ -27,10 +29,6 @@ class Batch:
     tokens: Tensor
     lengths: Tensor
     predicted: Tensor
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
-        return Batch(self.tokens.to(device), self.lengths.to(device), self.predicted.to(device))
 
     def narrow(self, start: int, count: int) -> Batch:
         """`count` conversations from `start` on, without the padding they do not need."""
@@ -56,34 +54,100 @@ def collate(conversations: list[tuple[Tensor, Tensor]]) -> Batch:
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Which positions hold a step-0 key, and which of them a query. P_b = max(T_b - 2, 0) keys per conversation.
+
+    A conversation's window begins at its first query and ends with its last key, so that queries and keys are aligned
+    at the end, as variable-length flash attention wants them. A conversation of which no position has a query gets a
+    window of one.
+
+    Attributes:
+        conversation: of each key, int64 [P].
+        key_time: t of each key, int64 [P].
+        row_conversation: of each query, int64 [N].
+        row_time: t of each query, int64 [N].
+        places: where the queries stand in the packed windows, int64 [N].
+        query_starts: where each window begins, and the last one's end, int64 [conversations with keys + 1].
+        key_starts: likewise of the keys.
+        batch: B.
+        first: no conversation has a query before this t.
+        longest_query: longest window.
+        longest_key: most keys of a conversation.
+        size: positions of all windows, W.
+        square: whether attention of all padded conversations at twice the speed would be the sooner done.
+    """
+
+    conversation: Tensor
+    key_time: Tensor
+    row_conversation: Tensor
+    row_time: Tensor
+    places: Tensor
+    query_starts: Tensor
+    key_starts: Tensor
+    batch: int
+    first: int
+    longest_query: int
+    longest_key: int
+    size: int
+    square: bool
+
+    @property
+    def dense(self) -> bool:
+        """Whether every position of the windows has a query."""
+        return self.size == len(self.places)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The positions of one batch that have work. S = max(T - 2, 1) positions can predict anything at all.
+    """The positions of one batch that have work. T: tokens of all conversations, packed.
 
     Attributes:
         steps: unroll length.
-        valid: flat positions b * S + t that hold a step-0 key, int64 [P].
-        valid_tokens: flat tokens b * T + t + 1 of those, int64 [P].
-        rows: the N positions that some step supervises; only they have queries.
-        rows_in_valid: where the rows stand among `valid`, int64 [N].
-        time: t of each row, int64 [N].
-        row_tokens: flat tokens b * T + t + 1 + i of each row and step, clamped to the row's last, int64 [steps, N].
-        teachers: flat positions b * T + p that teach, int64 [M], row-major.
-        valid_states: where the valid positions stand among the conversations' tokens without padding, int64 [P].
-        teacher_states: where the teachers stand there, int64 [M].
+        tokens: token ids, int64 [T].
+        keys: packed positions that hold a step-0 key, int64 [P].
+        rows: where the N positions with a query stand among the keys, int64 [N].
+        row_tokens: packed token that each row reads at each step, -1 past the conversation's end, int64 [steps, N].
+        teachers: packed positions that teach, int64 [M].
         students: for each step and teacher the row that learns from it, -1 for none, int64 [steps, M].
+        teacher_of: for each step and row its teacher among the M, -1 for none, int64 [steps, N].
+        reply_rows: rows from which a round of decoding may start, reply after reply, int64 [Q].
+        reply_ends: for each of these, where its reply ends among the Q, int64 [Q].
+        reply_starts: where the replies begin among the Q, int64 [replies].
+        longest_reply: rows of the longest reply.
+        windows: for the attention.
     """
 
     steps: int
-    valid: Tensor
-    valid_tokens: Tensor
-    rows: Rows
-    rows_in_valid: Tensor
-    time: Tensor
+    tokens: Tensor
+    keys: Tensor
+    rows: Tensor
     row_tokens: Tensor
     teachers: Tensor
-    valid_states: Tensor
-    teacher_states: Tensor
     students: Tensor
+    teacher_of: Tensor
+    reply_rows: Tensor
+    reply_ends: Tensor
+    reply_starts: Tensor
+    longest_reply: int
+    windows: Windows
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every key has a query."""
+        return len(self.rows) == len(self.keys)
+
+    def to(self, device: torch.device) -> Plan:
+        """The same on another device, by one transfer that the host does not wait for."""
+        if device == self.tokens.device:
+            return self
+        parts = [(owner, field.name, getattr(owner, field.name)) for owner in (self, self.windows)
+                 for field in fields(owner) if isinstance(getattr(owner, field.name), Tensor)]  # fmt: skip
+        flat = to_device(torch.cat([tensor.flatten() for _, _, tensor in parts]), device)
+        moved: dict[int, dict[str, Tensor]] = {id(self): {}, id(self.windows): {}}
+        for (owner, name, tensor), part in zip(parts, flat.split([t.numel() for *_, t in parts]), strict=True):
+            moved[id(owner)][name] = part.view(tensor.shape)
+        windows = replace(self.windows, **moved[id(self.windows)])  # type: ignore[arg-type]
+        return replace(self, **moved[id(self)], windows=windows)  # type: ignore[arg-type]
 
 
 def plan_unroll(batch: Batch, steps: int) -> Plan:
@@ -93,39 +157,82 @@ def plan_unroll(batch: Batch, steps: int) -> Plan:
         batch: B conversations.
         steps: unroll length, >= 1.
     """
-    device = batch.tokens.device
     size, width = batch.tokens.shape
-    span = max(width - 2, 1)  # where no conversation is long enough, one invalid position: kernels need some
-    last = batch.lengths.unsqueeze(1) - 1
-    position = torch.arange(width, device=device).unsqueeze(0)
+    span = max(width - 2, 1)
+    lengths = batch.lengths
+    last = lengths.unsqueeze(1) - 1
+    starts = lengths.cumsum(0) - lengths  # of the conversations, packed
+    position = torch.arange(width).unsqueeze(0)
     teaching = batch.predicted & (position < last) & (position >= 1)  # [B, T]
-    time = torch.arange(span, device=device).unsqueeze(0)
-    valid = (time < last - 1).expand(size, span)
-    active = torch.zeros(size, span, dtype=torch.bool, device=device)
+    active = torch.zeros(size, span, dtype=torch.bool)
     for step in range(steps):
         shifted = teaching[:, 1 + step :]
         active[:, : shifted.shape[1]] |= shifted[:, :span]
-    flat_valid, flat_rows = valid.flatten().nonzero()[:, 0], active.flatten().nonzero()[:, 0]
-    number = torch.full((size * span,), -1, device=device)
-    number[flat_rows] = torch.arange(len(flat_rows), device=device)
-    row_batch, row_time = flat_rows.div(span, rounding_mode="floor"), flat_rows % span
-    ahead = torch.arange(1, steps + 1, device=device).unsqueeze(1)
-    teachers = teaching.flatten().nonzero()[:, 0]
-    teacher_batch, teacher_time = teachers.div(width, rounding_mode="floor"), teachers % width
+    key_batch, key_time = (position[:, :span] < last - 1).expand(size, span).nonzero(as_tuple=True)
+    row_batch, row_time = active.nonzero(as_tuple=True)
+    teacher_batch, teacher_time = teaching.nonzero(as_tuple=True)
+    number = torch.full((size, span), -1)
+    number[row_batch, row_time] = torch.arange(len(row_time))
+    ahead = torch.arange(1, steps + 1).unsqueeze(1)
+    reads = row_time + ahead  # [steps, N]
     start = teacher_time - ahead  # [steps, M]
-    padding = torch.arange(size, device=device) * width - (batch.lengths.cumsum(0) - batch.lengths)  # before each row
-    valid_batch, valid_time = flat_valid.div(span, rounding_mode="floor"), flat_valid % span
-    students = torch.where(start >= 0, number[(teacher_batch * span + start).clamp(min=0)], -1)
+    students = torch.where(start >= 0, number[teacher_batch, start.clamp(min=0)], -1)
+    teacher_of = torch.full((steps, len(row_time)), -1)
+    step_of, place = (students >= 0).nonzero(as_tuple=True)
+    teacher_of[step_of, students[step_of, place]] = place
+    keys = starts[key_batch] + key_time
+    reply_rows, reply_ends, reply_starts = _replies(teacher_of[0] >= 0, row_batch, row_time)
     return Plan(
         steps=steps,
-        valid=flat_valid,
-        valid_tokens=valid_batch * width + valid_time + 1,
-        rows=Rows.of(flat_rows, size, span),
-        rows_in_valid=torch.searchsorted(flat_valid, flat_rows),
-        time=row_time,
-        row_tokens=row_batch * width + (row_time + ahead).clamp(max=width - 1),
-        teachers=teachers,
-        valid_states=valid_batch * width + valid_time - padding[valid_batch],
-        teacher_states=teachers - padding[teacher_batch],
+        tokens=batch.tokens[position < lengths.unsqueeze(1)],
+        keys=keys,
+        rows=torch.searchsorted(keys, starts[row_batch] + row_time),
+        row_tokens=torch.where(reads < lengths[row_batch], starts[row_batch] + reads, -1),
+        teachers=starts[teacher_batch] + teacher_time,
         students=students,
+        teacher_of=teacher_of,
+        reply_rows=reply_rows,
+        reply_ends=reply_ends,
+        reply_starts=reply_starts,
+        longest_reply=int((reply_ends[reply_starts] - reply_starts).max()) if len(reply_starts) else 0,
+        windows=_windows(lengths, key_batch, key_time, row_batch, row_time),
+    )
+
+
+def _replies(begins: Tensor, row_batch: Tensor, row_time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs of neighbouring rows whose first proposal is the assistant's, each without its first row.
+
+    A reply's first token is the target's own, so no round of decoding starts before the second row.
+    """
+    rows = begins.nonzero()[:, 0]
+    follows = torch.zeros(len(rows), dtype=torch.bool)
+    follows[1:] = (row_batch[rows[1:]] == row_batch[rows[:-1]]) & (row_time[rows[1:]] == row_time[rows[:-1]] + 1)
+    reply = (~follows).cumsum(0)[follows]
+    sizes = torch.unique_consecutive(reply, return_counts=True)[1]
+    ends = sizes.cumsum(0)
+    return rows[follows], ends.repeat_interleave(sizes), ends - sizes
+
+
+def _windows(
+    lengths: Tensor, key_batch: Tensor, key_time: Tensor, row_batch: Tensor, row_time: Tensor
+) -> Windows:  # fmt: skip
+    counts = (lengths - 2).clamp(min=0)
+    first = (counts - 1).clamp(min=0).scatter_reduce(0, row_batch, row_time, "amin")
+    sizes = counts - first
+    starts = sizes.cumsum(0) - sizes
+    have = counts > 0
+    return Windows(
+        conversation=key_batch,
+        key_time=key_time,
+        row_conversation=row_batch,
+        row_time=row_time,
+        places=starts[row_batch] + row_time - first[row_batch],
+        query_starts=torch.cat((torch.zeros(1, dtype=torch.int64), sizes[have].cumsum(0))),
+        key_starts=torch.cat((torch.zeros(1, dtype=torch.int64), counts[have].cumsum(0))),
+        batch=len(lengths),
+        first=int(row_time.min()) if len(row_time) else 0,
+        longest_query=int(sizes.max()),
+        longest_key=int(counts.max()),
+        size=int(sizes.sum()),
+        square=bool(len(counts) * counts.max() ** 2 <= 2 * (counts**2 - first**2).sum()) and int(counts.max()) >= 1024,
     )

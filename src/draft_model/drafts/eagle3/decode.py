@@ -72,7 +72,8 @@ class Proposer:
         """One pass of the layer over Q columns, whose keys and values stay in the cache: [B, Q, H] -> [B, Q, H]."""
         w, shape = self.weights, tokens.shape
         embedded = functional.embedding(tokens, self.embedding).flatten(0, 1)
-        qkv = w.project_embedding(embedded) + w.project_hidden(hidden.flatten(0, 1))
+        normed = w.rms_norm(hidden.flatten(0, 1), w.hidden_norm)
+        qkv = w.project_embedding(embedded) + functional.linear(normed, w.hidden_qkv)
         q, k, v = w.split_heads(qkv)  # [BQ, heads, d]
         table = self.rotary[:, positions.flatten()]
         q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (rotate(q, table), rotate(k, table), v))

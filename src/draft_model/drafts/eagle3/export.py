@@ -1,18 +1,38 @@
-"""The checkpoint that vLLM and SGLang load unchanged: config.json and model.safetensors."""
+"""The checkpoint that vLLM and SGLang load unchanged, and drafts of other trainers read as such.
+
+SpecForge writes our names and sometimes the target's embeddings too. speculators writes `layers.0.*`, the embeddings,
+and a configuration that holds the layer's in `transformer_layer_config`.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from draft_model.drafts.eagle3.config import DraftConfig
+from draft_model.drafts.base import WEIGHTS, load_weights
+from draft_model.drafts.eagle3.config import LAYER_IDS, DraftConfig
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.errors import DraftModelError
 
-WEIGHTS = "model.safetensors"
+_OF_TARGET = ("embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight")
+_TENSORS = {
+    "fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d",
+    *(f"midlayer.self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f"midlayer.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+    *(f"midlayer.{name}.weight" for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm")),
+}  # fmt: skip
+_LAYER = "transformer_layer_config"
+_LAYER_KEYS = {
+    "attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "max_position_embeddings",
+    "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",
+    "rope_parameters", "vocab_size",
+}  # fmt: skip
+_OTHER_MATHS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
 def save_draft(folder: Path, draft: Eagle3Draft, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -55,42 +75,55 @@ def load_draft(folder: Path) -> Eagle3Draft:
         tensors = load_file(folder / WEIGHTS)
     except (OSError, KeyError, ValueError) as error:
         raise DraftModelError(f"{folder} holds no EAGLE-3 draft that this version can read: {error}") from error
-    t2d, d2t = vocabulary_of(tensors, config)
-    draft = Eagle3Draft(config, t2d, d2t)
+    draft = Eagle3Draft(config, *vocabulary_of(tensors, config))
     load_weights(draft, tensors, str(folder))
     return draft
 
 
-def vocabulary_of(tensors: dict[str, Tensor], config: DraftConfig) -> tuple[Tensor, Tensor]:
+def vocabulary_of(tensors: Mapping[str, Tensor], config: DraftConfig) -> tuple[Tensor, Tensor]:
     """The vocabulary of a checkpoint, t2d bool [V] and d2t int64 [D]; all tokens where it holds none."""
     if "d2t" in tensors:
         return tensors["t2d"], tensors["d2t"]
     return torch.ones(config.vocab_size, dtype=torch.bool), torch.zeros(config.vocab_size, dtype=torch.int64)
 
 
-def load_weights(draft: Eagle3Draft, tensors: dict[str, Tensor], source: str) -> None:
-    """Copies a checkpoint's weights into a draft.
+def canonical(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], uri: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A draft's configuration and weights as our own checkpoints have them.
 
     Args:
-        draft: of the same shape.
-        tensors: by checkpoint name.
-        source: what an error names.
+        config: its config.json.
+        tensors: its weights and vocabulary.
+        uri: what an error names.
 
     Raises:
-        DraftModelError: when a tensor is missing or of another shape.
+        DraftModelError: when it computes something else, or holds tensors that this draft does not have.
     """
-    own = {name: parameter for name, parameter in draft.named_parameters()}
-    missing = sorted(own.keys() - tensors.keys())
-    misfits = [
-        f"{name}: {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
-        for name in own.keys() & tensors.keys()
-        if own[name].shape != tensors[name].shape
+    renamed = {
+        name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name: tensor
+        for name, tensor in tensors.items()
+        if name not in _OF_TARGET
+    }
+    problems = [
+        f"{uri}: `{name}` is set, and the draft trained here has no such step"
+        for name in _OTHER_MATHS
+        if config.get(name) or (config.get("eagle_config") or {}).get(name)
     ]
-    if missing or misfits:
-        raise DraftModelError(
-            f"the checkpoint {source} does not fit this draft: "
-            + "; ".join([*(f"{name} is missing" for name in missing), *sorted(misfits)])
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
+    if strange := sorted(renamed.keys() - _TENSORS):
+        problems.append(f"{uri}: the draft trained here has no place for {', '.join(strange)}")
+    if problems:
+        raise DraftModelError(problems)
+    for name, dtype in (("t2d", torch.bool), ("d2t", torch.int64)):
+        if name in renamed:
+            renamed[name] = renamed[name].to(dtype)
+    if _LAYER not in config:
+        return dict(config), renamed
+    from transformers import AutoConfig
+
+    given = dict(config[_LAYER])
+    # What equals the default of its class is left out of the file.
+    layer = AutoConfig.for_model(given.pop("model_type", "llama"), **given).to_dict()
+    kept = {key: value for key, value in layer.items() if key in _LAYER_KEYS}
+    outside = {key: config.get(key) for key in ("draft_vocab_size", LAYER_IDS, "target_hidden_size")}
+    return kept | {key: value for key, value in outside.items() if value is not None}, renamed

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from draft_model.drafts.eagle3.config import DraftConfig
-from draft_model.drafts.eagle3.layer import normed_linear, residual_swiglu
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
@@ -44,6 +43,7 @@ class Weights:
         hidden_norm: [H], of h.
         post_attention_layernorm: [H].
         norm: [H], before the head.
+        head: [D, H].
     """
 
     config: DraftConfig
@@ -57,6 +57,7 @@ class Weights:
     hidden_norm: Tensor
     post_attention_layernorm: Tensor
     norm: Tensor
+    head: Tensor
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm over the last dimension."""
@@ -64,11 +65,7 @@ class Weights:
 
     def project_embedding(self, embedding: Tensor) -> Tensor:
         """The token's part of q, k and v: [N, H] -> [N, Q + 2K]."""
-        return normed_linear(embedding, self.input_layernorm, self.embedding_qkv, self.config.rms_norm_eps)
-
-    def project_hidden(self, hidden: Tensor, rows: slice = slice(None)) -> Tensor:
-        """The hidden state's part of q, k and v, or of the rows of those asked for: [N, H] -> [N, Q + 2K]."""
-        return normed_linear(hidden, self.hidden_norm, self.hidden_qkv[rows], self.config.rms_norm_eps)
+        return functional.linear(self.rms_norm(embedding, self.input_layernorm), self.embedding_qkv)
 
     def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[N, Q + 2K] -> q [N, heads, d], k and v [N, kv_heads, d], not yet rotated."""
@@ -80,7 +77,8 @@ class Weights:
     def finish_layer(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """The rest of the layer after attention: h [N, H] and [N, heads, d] -> the next h [N, H]."""
         hidden = hidden + functional.linear(attended.flatten(-2), self.out)
-        return residual_swiglu(hidden, self.post_attention_layernorm, self.gate_up, self.down, self.config.rms_norm_eps)
+        gate, up = functional.linear(self.rms_norm(hidden, self.post_attention_layernorm), self.gate_up).chunk(2, -1)
+        return hidden + functional.linear(functional.silu(gate) * up, self.down)
 
 
 class _Attention(nn.Module):
@@ -168,22 +166,60 @@ class Eagle3Draft(nn.Module):
                     part.copy_(source)
 
     def weights(self, dtype: torch.dtype) -> Weights:
-        """The weights in the compute type; gradients flow back to the float32 parameters."""
-        attention, mlp, hidden = self.midlayer.self_attn, self.midlayer.mlp, self.config.hidden_size
-        qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).to(dtype)
-        return Weights(
-            config=self.config,
-            fc=self.fc.weight.to(dtype),
-            embedding_qkv=qkv[:, :hidden],
-            hidden_qkv=qkv[:, hidden:],
-            out=attention.o_proj.weight.to(dtype),
-            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).to(dtype),
-            down=mlp.down_proj.weight.to(dtype),
-            input_layernorm=self.midlayer.input_layernorm.weight.to(dtype),
-            hidden_norm=self.midlayer.hidden_norm.weight.to(dtype),
-            post_attention_layernorm=self.midlayer.post_attention_layernorm.weight.to(dtype),
-            norm=self.norm.weight.to(dtype),
+        """The weights in the compute type."""
+        # Cast anew each time: a fused optimizer does not count a tensor's versions, so a cache would not know.
+        return self._arrange([parameter.detach() for parameter in self.parameters()], dtype)
+
+    def gradients(self) -> Weights:
+        """Views of the parameters' float32 gradients, arranged as the weights are; adding to them changes `.grad`.
+
+        The gradients lie one after the other in one piece of memory, so that q, k, v and gate, up are one matrix each.
+        """
+        parameters = list(self.parameters())
+        if not _one_piece([parameter.grad for parameter in parameters]):
+            flat = torch.zeros(sum(map(torch.numel, parameters)), device=parameters[0].device)
+            for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                part = part.view_as(parameter)
+                parameter.grad = part if parameter.grad is None else part.copy_(parameter.grad)
+        return self._arrange([p.grad for p in parameters if p.grad is not None], torch.float32)
+
+    def _arrange(self, tensors: list[Tensor], dtype: torch.dtype) -> Weights:
+        """One tensor for each parameter, in their order, as `Weights`; q, k, v and gate, up joined."""
+        fc, q, k, v, out, gate, up, down, hidden_norm, input_layernorm, post, norm, head = tensors
+        qkv, gate_up = _joined([q, k, v], dtype), _joined([gate, up], dtype)
+        hidden = self.config.hidden_size
+        fc, out, down, hidden_norm, input_layernorm, post, norm, head = (
+            x.to(dtype) for x in (fc, out, down, hidden_norm, input_layernorm, post, norm, head)
         )
+        return Weights(
+            config=self.config, fc=fc, embedding_qkv=qkv[:, :hidden], hidden_qkv=qkv[:, hidden:], out=out,
+            gate_up=gate_up, down=down, input_layernorm=input_layernorm, hidden_norm=hidden_norm,
+            post_attention_layernorm=post, norm=norm, head=head,
+        )  # fmt: skip
+
+
+def _one_piece(tensors: list[Tensor | None]) -> bool:
+    """Whether tensors lie one after the other in one storage."""
+    first = tensors[0]
+    if first is None:
+        return False
+    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    for tensor in tensors:
+        if tensor is None or tensor.untyped_storage().data_ptr() != storage or tensor.storage_offset() != offset:
+            return False
+        offset += tensor.numel()
+    return True
+
+
+def _joined(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Matrices one above the other: a view where they lie so already, in that type, else a copy."""
+    first, rows = tensors[0], sum(len(tensor) for tensor in tensors)
+    if first.dtype == dtype and _one_piece([*tensors]):
+        return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    joined = first.new_empty(rows, first.shape[1], dtype=dtype)
+    for part, tensor in zip(joined.split([len(tensor) for tensor in tensors]), tensors, strict=True):
+        part.copy_(tensor)
+    return joined
 
 
 class Rotary:

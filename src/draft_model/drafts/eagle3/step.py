@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from draft_model.drafts.eagle3.attention import choose_backend
-from draft_model.drafts.eagle3.batch import Batch, plan_unroll
+from draft_model.drafts.eagle3.batch import Batch, Plan, plan_unroll
 from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary
-from draft_model.drafts.eagle3.objective import StepSums, Teacher, distillation_loss
-from draft_model.drafts.eagle3.unroll import unroll
+from draft_model.drafts.eagle3.objective import Heads, StepSums, Teacher
+from draft_model.drafts.eagle3.unroll import Unroll
 from draft_model.target.model import Target
 
 
@@ -45,24 +48,74 @@ class Objective:
     def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, StepSums]:
         """The loss summed over supervised positions and steps, to be divided by the global count of the former.
 
+        Its backward adds to the parameters' `.grad`. Nothing here waits for the GPU.
+
         Args:
-            batch: B conversations.
+            batch: B conversations, on the host.
             states: what `Target.states` gave for each of them.
 
         Returns:
-            A float32 scalar and the sums per step.
+            A float32 scalar and the sums per step, both on the device.
         """
         plan = plan_unroll(batch, self.steps)
-        rows = torch.cat(states)  # [sum of T_b, 4H]
-        features, final = rows.split((3 * self.draft.config.hidden_size, self.draft.config.hidden_size), -1)
-        weights = self.draft.weights(self.dtype)
-        embeddings = functional.embedding(batch.tokens.flatten(), self.target.embedding)
-        outputs = unroll(weights, self.rotary, embeddings, features, plan, self.backend)
-        teacher = Teacher(
-            final[plan.teacher_states],
+        outcome: list[StepSums] = []
+        packed = states[0] if len(states) == 1 else torch.cat(states)  # [T, 4H]
+        loss: Tensor = _Loss.apply(self, plan, outcome, packed, *self.draft.parameters())  # type: ignore[no-untyped-call]
+        return loss, outcome[0]
+
+    def teacher(self, final: Tensor, plan: Plan) -> Teacher:
+        """The target's side of a batch, from its final hidden states [T, H]."""
+        return Teacher(
+            final.index_select(0, plan.teachers),
             self.target.logits,
             self.target_ids,
             self.draft_ids,
             self.draft.config.rms_norm_eps,
         )
-        return distillation_loss(outputs, weights.norm, self.draft.lm_head.weight, teacher, plan)
+
+
+class _Loss(torch.autograd.Function):
+    """The whole step as one function of the draft's parameters, whose gradients it adds up itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, objective: Objective, plan: Plan, outcome: list[StepSums], packed: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        learn = any(ctx.needs_input_grad)
+        ctx.objective, ctx.learnt, ctx.shape = objective, None, packed.shape
+        if not len(plan.rows):
+            outcome.append(StepSums.zeros(plan.steps, packed.device))
+            return packed.new_zeros((), dtype=torch.float32)
+        plan = plan.to(packed.device)
+        weights = objective.draft.weights(objective.dtype)
+        hidden = weights.config.hidden_size
+        features, final = packed.split((packed.shape[1] - hidden, hidden), -1)
+        unroll = Unroll(weights, objective.rotary, plan, objective.backend)
+        embeddings = functional.embedding(plan.tokens, objective.target.embedding)
+        outputs = unroll.forward(embeddings, features, learn)
+        heads = Heads(objective.teacher(final, plan), weights.norm, weights.head, outputs, plan, learn)
+        outcome.append(heads.step_sums())
+        if learn:
+            ctx.learnt = unroll, heads
+        return heads.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        draft, learnt = ctx.objective.draft, ctx.learnt
+        sums = draft.gradients()
+        nothing = [None] * sum(1 for _ in draft.parameters())
+        if learnt is None:
+            return None, None, None, None, *nothing
+        unroll, heads = learnt
+        ctx.learnt = None  # its tensors are used up: a second backward would find zeros
+        sums.head.addcmul_(heads.grad_head, grad)
+        sums.norm.addcmul_(heads.grad_norm, grad)
+        del heads.grad_head
+        torch._foreach_mul_([heads.grads], grad.to(heads.grads.dtype))  # a plain mul_ by a GPU's scalar is slower
+        d_features = unroll.backward(heads.grads, sums)
+        d_packed = None
+        if ctx.needs_input_grad[3]:  # never in training: the target is frozen
+            d_packed = d_features.new_zeros(ctx.shape)
+            d_packed[:, : unroll.weights.fc.shape[1]] = d_features @ unroll.weights.fc
+        return None, None, None, d_packed, *nothing

@@ -1,0 +1,45 @@
+"""EAGLE-3 as a `Family`, and what training it costs."""
+
+from __future__ import annotations
+
+from draft_model.drafts.base import Costs, Family
+from draft_model.drafts.eagle3.config import DraftConfig, draft_config_for, with_overrides
+from draft_model.drafts.eagle3.export import canonical, load_draft, save_draft, vocabulary_of
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.objective import CHUNK_ROWS
+from draft_model.drafts.eagle3.step import Objective
+
+
+def costs(shape: DraftConfig, steps: int) -> Costs:
+    """What a draft costs; activations are fitted to what autograd kept on nine small shapes, as a test holds."""
+    hidden, inner, vocabulary = shape.hidden_size, shape.intermediate_size, shape.draft_vocab_size
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    features = len(shape.aux_layers) * hidden * hidden
+    projections = (queries + 2 * keys) * hidden  # of one half of the layer's input; the embedding's is computed once
+    block = projections + queries * hidden + 3 * hidden * inner
+    chunk = CHUNK_ROWS["cuda"]
+    return Costs(
+        parameters=features + projections + block + 4 * hidden + vocabulary * hidden,
+        token_numbers=5 * hidden + 5 * queries + 3 * keys,
+        row_numbers=steps * (4 * hidden + 1.3 * queries + 2 * keys + 2 * inner),
+        # Two for each multiply-add, and twice the forward pass for the backward pass; attention is causal.
+        token_flops=6 * (features + projections),
+        row_flops=lambda tokens: steps * (6 * (block + vocabulary * hidden) + 3 * (2 * tokens * queries)),
+        # The head's gradient, and logits and softmax of as many positions as the objective takes at once.
+        chunk_bytes=lambda width: (
+            4.0 * vocabulary * hidden + chunk * (shape.vocab_size * width + vocabulary * (2 * width + 8))
+        ),
+    )
+
+
+EAGLE3 = Family(
+    default_shape=draft_config_for,
+    adapt=with_overrides,
+    create=Eagle3Draft,
+    objective=Objective,
+    costs=costs,
+    save=save_draft,
+    load=load_draft,
+    read=canonical,
+    vocabulary=vocabulary_of,
+)

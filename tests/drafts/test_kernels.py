@@ -1,0 +1,233 @@
+"""Each Triton kernel against the plain PyTorch code beside it; on a machine without a GPU in Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from draft_model.drafts import kernels
+
+CUDA = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+runs = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA device, or TRITON_INTERPRET=1")
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.bfloat16, torch.float32] if CUDA else [torch.float32]
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels are tested in this process")
+def test_in_the_interpreter():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert " passed" in result.stdout
+
+
+def both(monkeypatch, call, *tensors):
+    """Results of the kernel, and of the plain code in float64 on the CPU's tensors."""
+    found = call(*[x.clone() if isinstance(x, torch.Tensor) else x for x in tensors])
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "fused", lambda _: False)
+        exact = [
+            x.cpu().clone().float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in tensors
+        ]
+        exact = [x.cpu() if isinstance(x, torch.Tensor) else x for x in exact]
+        truth = call(*exact)
+    return found, truth
+
+
+def assert_close(found, truth, dtype):
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for value, expected in zip(found, truth, strict=True):
+        error = (value.double().cpu() - expected.double()).norm()
+        assert error <= tolerance * expected.double().norm() + 1e-9
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [None, [3, 0, 6]])
+@pytest.mark.parametrize("residual", [False, True])
+def test_rms_norm(monkeypatch, dtype, rows, residual):
+    x, weight = random(7, 20, dtype=dtype), random(20, dtype=dtype, seed=1)
+    index = None if rows is None else torch.tensor(rows, device=DEVICE)
+    found, truth = both(monkeypatch, lambda *given: kernels.rms_norm(*given, 1e-5, *rest(index, given)), x, weight)
+    assert_close(found, truth, dtype)
+    grad = random(len(found[0]), 20, dtype=dtype, seed=2)
+    extra = random(7, 20, dtype=dtype, seed=3) if residual else None
+
+    def backward(grad, x, weight, scale, extra):
+        out = torch.zeros_like(x)
+        return kernels.rms_norm_backward(
+            grad, x, weight, scale, residual=extra, rows=None if index is None else index.to(x.device), out=out
+        )
+
+    assert_close(*both(monkeypatch, backward, grad, x, weight, found[1], extra), dtype)
+
+
+def rest(index, given):
+    return [None if index is None else index.to(given[0].device)]
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu(monkeypatch, dtype):
+    gate_up, grad = random(5, 26, dtype=dtype), random(5, 13, dtype=dtype, seed=1)
+    assert_close(*both(monkeypatch, lambda x: [kernels.swiglu(x)], gate_up), dtype)
+    assert_close(*both(monkeypatch, kernels.swiglu_backward, gate_up, grad), dtype)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "rotary"), [(4, 2, 6, 6), (3, 1, 10, 4), (0, 2, 8, 8), (4, 0, 8, 8)]
+)
+def test_rotation(monkeypatch, dtype, heads, kv_heads, size, rotary):
+    count, tokens = 5, 9
+    width = (heads + 2 * kv_heads) * size
+    time = torch.tensor([0, 3, 1, 4, 2], device=DEVICE)
+    index = torch.tensor([2, 5, 0, 8, -1], device=DEVICE)
+    table = random(2, 12, rotary // 2, dtype=dtype, seed=3).repeat(1, 1, 2)  # a pair shares its angle
+    part = random(tokens, width + 3, dtype=dtype, seed=1)
+    part[0] = 0  # what -1 reads differs between the two, and is never used
+
+    def forward(qkv, part, table):
+        shapes = [(heads,), (kv_heads,), (kv_heads,)]
+        q, k, v = (qkv.new_zeros(count, *n, size) if n[0] else None for n in shapes)
+        kernels.rotate_heads(qkv, part, index.to(qkv.device), table, time.to(qkv.device), 2, 3, q, k, v)
+        return [x for x in (q, k, v) if x is not None]
+
+    found, truth = both(monkeypatch, forward, random(count, width, dtype=dtype), part, table)
+    assert_close(found, truth, dtype)
+    grads = [random(*x.shape, dtype=torch.float32, seed=7 + n) for n, x in enumerate(found)]
+    for grad in grads:
+        grad[-1] = 0  # no gradient comes from past a conversation's end
+
+    def backward(table, *grads):
+        grads = list(grads)
+        dq = grads.pop(0) if heads else None
+        dk, dv = grads or (None, None)
+        sums = torch.ones(tokens, width + 3, device=table.device)
+        dqkv = kernels.rotate_heads_backward(
+            dq, dk, dv, table, time.to(table.device), 2, index.to(table.device), sums, 3, table.dtype
+        )
+        return [dqkv, sums]
+
+    assert_close(*both(monkeypatch, backward, table, *grads), dtype)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("later", [0, 1, 3])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 2, 8), (6, 2, 10)])
+def test_merge(monkeypatch, dtype, later, heads, kv_heads, size):
+    count, window = 5, 8
+    places = torch.tensor([1, 2, 4, 6, 7], device=DEVICE)
+    q, out = random(count, heads, size, dtype=dtype), random(window, heads, size, dtype=dtype, seed=1)
+    lse = random(heads, window, seed=2)
+    keys, values = (random(3, count, kv_heads, size, dtype=dtype, seed=seed) for seed in (3, 4))
+    call = lambda *given: kernels.merge(*given[:3], places.to(given[0].device), *given[3:], later)  # noqa: E731
+    found, truth = both(monkeypatch, call, q, out, lse, keys, values)
+    assert_close(found, truth, dtype)
+    grad, dq = random(count, heads, size, dtype=dtype, seed=5), random(window, heads, size, dtype=dtype, seed=6)
+    for first in (False, True):
+
+        def backward(q, grad, merged, total, dq, keys, values, first=first):
+            sums = [torch.ones(keys.shape, device=q.device) for _ in range(2)]
+            result = kernels.merge_backward(
+                q, grad, merged, total, dq, places.to(q.device), keys, values, *sums, later, first
+            )
+            return [result, *sums]
+
+        assert_close(*both(monkeypatch, backward, q, grad, *found, dq, keys, values), dtype)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_distillation(dtype):
+    from draft_model.drafts import triton_kernels
+
+    vocab, known, teachers = 5000, 2300, 4
+    logits = random(teachers, vocab, dtype=dtype) * 3
+    ids = torch.randperm(vocab, generator=torch.Generator().manual_seed(1))[:known].sort().values.to(DEVICE)
+    draft_ids = torch.full((vocab,), -1, device=DEVICE)
+    draft_ids[ids] = torch.arange(known, device=DEVICE)
+    taught = triton_kernels.teach(logits, ids, draft_ids)
+    assert torch.equal(taught[0], logits[:, ids])
+    assert torch.equal(taught[2], draft_ids[logits.argmax(-1)])
+    assert_close([taught[1]], [logits[:, ids].cpu().double().logsumexp(-1)], torch.float32)
+    rows = torch.tensor([0, 1, 2, 3, 1, 0], device=DEVICE)
+    weights = torch.tensor([1.0, 0.5, 0.8, 1.0, 0.0, 0.3], device=DEVICE)
+    z = random(6, known, dtype=dtype, seed=2) * 2
+    exact = z.cpu().double().requires_grad_()
+    p = logits[:, ids].cpu().double().softmax(-1)[rows.cpu()]
+    log_q = exact.log_softmax(-1)
+    counts = (weights.cpu() > 0) & (taught[2].cpu()[rows.cpu()] >= 0)
+    losses = -(p * log_q).sum(-1) * counts
+    (losses * weights.cpu()).sum().backward()
+    sums = triton_kernels.distill(z, taught, rows, weights, True).cpu()
+    assert torch.equal(sums[:, 1] > 0, counts)
+    assert torch.equal(sums[:, 2] > 0, counts & (exact.argmax(-1) == taught[2].cpu()[rows.cpu()]))
+    overlap = torch.minimum(p, log_q.exp()).sum(-1) * counts
+    assert_close([sums[:, 0], sums[:, 3], z], [losses.detach(), overlap.detach(), exact.grad], dtype)
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rotation_of_the_targets_heads(dtype, batch):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    from draft_model.drafts import triton_kernels
+
+    q = random(2, 5, 3, 8, dtype=dtype).transpose(1, 2)
+    angles = random(batch, 5, 4, seed=1).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    truth, _ = apply_rotary_pos_emb(*(x.cpu().double() for x in (q, q, cos, sin)))
+    found = triton_kernels.rotate(q, cos, sin)
+    assert found.stride() == q.stride()
+    assert_close([found], [truth], dtype)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: numbers and sizes that depend on tensors' values."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; a GPU has its own test")
+def test_the_step_asks_for_no_number(monkeypatch):
+    from draft_model.drafts.eagle3 import step
+    from draft_model.training.gradients import Gradients
+    from drafts.eagle3.case import random_case
+
+    case = random_case(0, [9, 14], learnt=lambda length: torch.arange(length) >= length // 2)
+    objective, states = case.on("cpu", 3)
+    plan = step.plan_unroll(case.batch, 3)  # on the host, where it may ask
+    monkeypatch.setattr(step, "plan_unroll", lambda *_: plan)
+    gradients = Gradients(objective.draft.parameters())
+    with Waits() as waits:
+        loss, sums = objective(case.batch, states)
+        loss.backward()
+        norm = gradients.norm(sums.supervised[0])
+        norm.isfinite()
+    assert waits.seen == []
+    with Waits() as waits:
+        float(norm)
+    assert waits.seen
