@@ -137,7 +137,11 @@ def submit_command(
 @_SERVER
 @click.argument("run")
 def watch_command(run: str, **where: Any) -> None:
-    """Follow a run on a cluster until it ends; where it fails, say why and exit with 1."""
+    """Follow a run on a cluster until it ends; where it fails, say why and exit with 1.
+
+    \b
+    draft-model watch --host http://127.0.0.1:8080 4f2c3c8e-5a0f-4f6c-9d5c-0d3f6f3f2a11
+    """  # noqa: D301
     from kfp_pipeline.client import connect
 
     raise_on_sigterm()
@@ -151,7 +155,11 @@ def watch_command(run: str, **where: Any) -> None:
 @click.argument("run")
 @click.argument("step", required=False, default="")
 def logs_command(run: str, step: str, **where: Any) -> None:
-    """Print a step's log without KFP's own lines; without STEP, why the failed steps of a run failed."""
+    """Print a step's log without KFP's own lines; without STEP, why the failed steps of a run failed.
+
+    \b
+    draft-model logs --host http://127.0.0.1:8080 4f2c3c8e-5a0f-4f6c-9d5c-0d3f6f3f2a11 train-draft-model
+    """  # noqa: D301
     from kfp_pipeline import logs
     from kfp_pipeline.client import connect
 
@@ -174,7 +182,11 @@ def logs_command(run: str, step: str, **where: Any) -> None:
 @_SERVER
 @click.argument("run")
 def terminate_command(run: str, **where: Any) -> None:
-    """End a run on a cluster; its exit task deletes the training job."""
+    """End a run on a cluster; its exit task deletes the training job.
+
+    \b
+    draft-model terminate --host http://127.0.0.1:8080 4f2c3c8e-5a0f-4f6c-9d5c-0d3f6f3f2a11
+    """  # noqa: D301
     from kfp_pipeline.client import connect
 
     server = connect(**where)

@@ -13,6 +13,7 @@ from typing import Any
 
 from kfp import dsl, kubernetes
 
+from draft_model.jobs.cluster import ACCOUNT
 from draft_model.jobs.context import IMAGE
 from draft_model.parameters import PARAMETERS
 from draft_model.tracking import RUN
@@ -30,6 +31,9 @@ STORE = "draft-model-object-store"
 HUB = "draft-model-hub"
 """Secret with the Hub's `token`, and ConfigMap with the `endpoint` of a mirror; without them, public models only."""
 ASK_HUB = ("preflight", "import-model", "build-dataset", "evaluate-draft-model")
+JOBS = "draft-model-coordinator"
+MANAGE_JOBS = ("preflight", "train-draft-model", "clean-up")
+"""Secret with the token of the account that may manage training jobs, and the steps that get it; no other may."""
 STEP = "draft-model/step"
 """Label of a step's pod: the name of its task."""
 RETRY_SECONDS = 30 * 24 * 3600
@@ -79,6 +83,8 @@ def _set_up_pod(task: Any, secret: Any) -> None:
     kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env=keys, optional=True)
     store = {"endpoint": "AWS_ENDPOINT_URL", "region": "AWS_DEFAULT_REGION"}
     kubernetes.use_config_map_as_env(task, config_map_name=STORE, config_map_key_to_env=store, optional=True)
+    if task.name in MANAGE_JOBS:
+        kubernetes.use_secret_as_volume(task, secret_name=JOBS, mount_path=str(ACCOUNT), optional=True)
     if task.name in ASK_HUB:
         token, mirror = {"token": "HF_TOKEN"}, {"endpoint": "HF_ENDPOINT"}
         kubernetes.use_secret_as_env(task, secret_name=HUB, secret_key_to_env=token, optional=True)

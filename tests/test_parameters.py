@@ -120,7 +120,7 @@ def test_a_line_break_at_the_end_is_cut_and_one_inside_is_refused(name, inside):
 @pytest.mark.parametrize("uri", ["mlflow:5000", "mlflow.example.com/path", "mlruns"])
 def test_a_tracking_server_has_a_scheme(uri):
     assert only(mlflow_tracking_uri=uri).startswith(
-        f"mlflow_tracking_uri: given '{uri}'; it has no scheme: write http://{uri} or https://{uri}"
+        f"mlflow_tracking_uri: given '{uri}'; it has no scheme: put http:// or https:// before it"
     )
     for taken in ("", "http://mlflow:5000", "databricks", "sqlite:////runs/mlflow.db", "./mlruns", "/mlruns"):
         assert problems(mlflow_tracking_uri=taken) == []

@@ -243,6 +243,17 @@ def test_steps_that_look_into_the_hub_get_its_token_and_a_mirrors_place_by_refer
     assert found == {step: ["HF_TOKEN", "HF_ENDPOINT"] if step in asking else [] for step in found}
 
 
+def test_only_steps_that_manage_jobs_get_the_token_of_the_account_that_may():
+    settings = list(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))[1]["platforms"]["kubernetes"]
+    mounted = {
+        step.removeprefix("exec-"): (name_of(volume, "secretName"), volume["mountPath"], volume["optional"])
+        for step, given in settings["deploymentSpec"]["executors"].items()
+        for volume in given.get("secretAsVolume", ())
+    }
+    expected = ("draft-model-coordinator", "/var/run/secrets/draft-model/coordinator", True)
+    assert mounted == dict.fromkeys(("preflight", "train-draft-model", "clean-up"), expected)
+
+
 def images(spec):
     executors = spec["deploymentSpec"]["executors"]
     return {step.removeprefix("exec-"): executor["container"]["image"] for step, executor in executors.items()}

@@ -39,7 +39,7 @@ def _tracking_server(value: str) -> str:
     if "@" in urlsplit(value).netloc:
         raise ValueError("has a name or password in it: leave both to MLflow's own environment variables")
     if value and "://" not in value and not value.startswith(("/", "~", ".", "file:", "databricks")):
-        raise ValueError(f"has no scheme: write http://{value} or https://{value}, or ./{value} for a folder")
+        raise ValueError("has no scheme: put http:// or https:// before it, or ./ for a folder")
     return value
 
 
