@@ -118,6 +118,27 @@ def test_the_command_line_starts(docker, kind):
     assert b"draft-model run --params" in output
 
 
+@pytest.mark.parametrize(
+    ("kind", "modules"),
+    [
+        ("coordinator", "draft_model.jobs.coordinate, draft_model.jobs.cleanup, draft_model.training.lease"),
+        ("dataset", "kfp_pipeline.recurring, draft_model.jobs.backends, draft_model.preflight, draft_model.dataset.s3"),
+        ("importer", "draft_model.model_import.check, draft_model.model_import.convert, mlflow.tracking"),
+        ("trainer", "draft_model.training.job, draft_model.evaluation.evaluate, datasets, matplotlib.figure"),
+    ],
+)
+def test_what_its_steps_import_is_there_and_so_are_the_projects_own_files(python, kind, modules):
+    code = f"""
+import {modules}
+from draft_model.jobs import compute, render
+from importlib.resources import files
+ours = [path for name in ("draft_model", "kfp_pipeline") for path in files(name).rglob("*")]
+print(*sorted({{path.name for path in ours if path.is_file() and path.suffix not in (".py", ".pyc")}}))
+"""
+    named = {"pod.yaml", "compute_map.json", "report.html.j2", "pipeline_draft_model.yaml", "metadata.yaml"}
+    assert named <= set(python(kind, code).split())
+
+
 def test_the_coordinator_refuses_to_train_by_itself_and_says_what_to_do(python):
     code = """
 from pathlib import Path

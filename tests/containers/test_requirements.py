@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from containers import imports
 from kfp_pipeline.components.images import KINDS
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,34 @@ def test_an_unknown_kind_is_told():
     done = requirements("stage")
     assert done.returncode == 1
     assert "allowed: one of coordinator, dataset, importer, trainer" in done.stderr
+
+
+GPU = {"triton"}
+"""Comes with torch for CUDA."""
+EVALUATION = {"datasets", "matplotlib", "torch"} | GPU
+"""What the evaluation and the import use, of which the preflight asks only whether their inputs can be read."""
+JOB = {"huggingface-hub", "mlflow-skinny", "torch"}
+"""What the job uses, which the coordinator only follows: tracking, torchrun."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "function", "elsewhere"),
+    [
+        ("dataset", "draft_model.steps", "preflight", EVALUATION),
+        ("importer", "draft_model.steps", "import_model", GPU),
+        ("dataset", "draft_model.steps", "build_dataset", set()),
+        ("coordinator", "draft_model.steps", "train_draft_model", JOB),
+        ("trainer", "draft_model.steps", "evaluate_draft_model", GPU),
+        ("coordinator", "draft_model.steps", "clean_up", JOB),
+        ("trainer", "draft_model.training.__main__", "", GPU),
+        ("dataset", "kfp_pipeline.recurring", "", EVALUATION),
+    ],
+)
+def test_an_image_has_what_its_steps_import(kind, module, function, elsewhere):
+    there = {line.partition("==")[0] for line in lines(kind)}
+    importers = imports.imported(module, function)
+    assert {name: importer for name, importer in importers.items() if name not in there | elsewhere} == {}
+    assert elsewhere <= importers.keys() - there
 
 
 def audit(file):
