@@ -130,10 +130,9 @@ def test_the_command_line_starts(docker, kind):
 def test_what_its_steps_import_is_there_and_so_are_the_projects_own_files(python, kind, modules):
     code = f"""
 import {modules}
-from draft_model.jobs import compute, render
-from importlib.resources import files
-ours = [path for name in ("draft_model", "kfp_pipeline") for path in files(name).rglob("*")]
-print(*sorted({{path.name for path in ours if path.is_file() and path.suffix not in (".py", ".pyc")}}))
+from importlib.metadata import files
+ours = [file.locate() for file in files("pipeline-draft-model")]
+print(*sorted(path.name for path in ours if path.exists() and path.suffix not in (".py", ".pyc")))
 """
     named = {"pod.yaml", "compute_map.json", "report.html.j2", "pipeline_draft_model.yaml", "metadata.yaml"}
     assert named <= set(python(kind, code).split())
