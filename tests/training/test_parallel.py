@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from draft_model.drafts.eagle3.batch import collate
 from draft_model.errors import DraftModelError
+from draft_model.ranks import PeerLost, start_ranks
 from draft_model.target import parallel
 from draft_model.target.model import load_target
 from draft_model.target.parallel import check_experts, check_heads, load_share, must_spread, plan_for
-from draft_model.training.ranks import PeerLost, start_ranks
 from training.case import Trainer
 from training.processes import free_port, outcome, run_world, start, train_in
 

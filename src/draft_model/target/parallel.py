@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from draft_model.drafts.eagle3.batch import collate
 from draft_model.errors import DraftModelError
+from draft_model.ranks import Ranks, is_a_peers
 from draft_model.target.model import Target, check_structure, load_model, load_target
-from draft_model.training.ranks import Ranks, is_a_peers
 
 logger = logging.getLogger(__name__)
 

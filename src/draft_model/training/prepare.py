@@ -18,12 +18,12 @@ from draft_model.dataset import vocabulary
 from draft_model.dataset.tokens import Split
 from draft_model.drafts.base import load_weights
 from draft_model.errors import DraftModelError
+from draft_model.ranks import Ranks
 from draft_model.target.model import Target
 from draft_model.target.parallel import load_share
 from draft_model.training.checkpoint import Loaded
 from draft_model.training.config import TrainConfig
 from draft_model.training.plan import beside_target, draft_of, read_config
-from draft_model.training.ranks import Ranks
 from draft_model.training.trainer import Training, check_position, planned_steps
 
 logger = logging.getLogger(__name__)
