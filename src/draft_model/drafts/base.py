@@ -1,7 +1,7 @@
 """What the loop, checkpoints, evaluation, export and plan need of a family of drafts.
 
-A family is a folder below `drafts/` with a `Family`, and a line in `drafts.FAMILIES`. Nothing outside that folder names
-its classes or knows what its features, its layers or its loss are.
+A family is a folder below `drafts/` with a `Family`, and a line in `drafts.FAMILIES`. docs/architecture.md says how to
+add one, and which modules outside still name EAGLE-3's classes.
 """
 
 from __future__ import annotations
