@@ -107,7 +107,7 @@ def _store(parameters: Parameters, folder: Path) -> Iterator[tuple[str, Path | N
             yield f"s3://{store.bucket}/pipeline_draft_model", folder / "store"
         finally:
             for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
 
 def _execute(values: Mapping[str, Any], folder: Path) -> None:

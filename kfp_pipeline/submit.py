@@ -149,11 +149,6 @@ def check(values: Mapping[str, Any]) -> Parameters:
     benchmarks = BENCHMARKS.keys() >= {name.strip().lower() for name in prompts.split(",")}
     if not benchmarks and (problem := _unreachable("evaluation_prompts", prompts, backend)):
         problems.append(f"{problem}, or name benchmarks: {', '.join(BENCHMARKS)}")
-    if given.get("object_store_secret") == "":
-        problems.append(
-            "object_store_secret: given an empty name, with which KFP starts no step; leave it out, or name a Secret "
-            "that does not exist: the pods' own role counts then"
-        )
     if problems:
         raise DraftModelError(problems)
     return parameters

@@ -194,7 +194,9 @@ def test_the_records_say_what_was_run(whole, values):
 
 
 def test_everything_went_through_the_store(stored, whole):
-    stages = {"model": "import", "dataset": "dataset"}
+    keys = {"/".join(name.split("/")[:2]) for name in storage.list_files(stored)}
+    (model,), (dataset,) = ([key for key in keys if key.startswith(f"{kind}/")] for kind in ("models", "datasets"))
+    stages = {model: "import", dataset: "dataset"}
     stages |= {f"output_model_path/{epoch}": "checkpoint" for epoch in ("epoch_1", "epoch_2")}
     stages |= {"output_model_path/final": "train"}
     for name, stage in stages.items():

@@ -349,7 +349,7 @@ def test_parameters_are_checked_before_the_server_is_asked(api):
         ({"number_of_gpu_to_use_draft_model_training": 64, "draft_global_batch_size": 64}, "per node: use at most 4"),
         ({"tp_size": 3}, "tp_size: given 3; it must divide"),
         ({"evaluation_prompts": "mtbench"}, "or name benchmarks: mt-bench, gsm8k"),
-        ({"object_store_secret": ""}, "name a Secret that does not exist"),
+        ({"object_store_secret": ""}, "name one that does not exist, such as `none`"),
         ({"draft_model_config": "ftp://host/draft.json"}, "allowed: a local path, file:///path, s3://bucket/key"),
     ],
 )
