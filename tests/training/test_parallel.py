@@ -129,7 +129,7 @@ def states_of_families(folders, output, tp):
         parallel.memory_of = lambda device: 1e9
     with start_ranks(timedelta(minutes=1), tp=tp) as ranks:
         for folder in folders:
-            target = load_share(folder, (1, 3, 5), torch.float32, ranks, lambda: 2e9)
+            target = load_share(folder, (1, 3, 5), torch.float32, ranks, lambda _: 2e9)
             states = torch.cat(target.states(conversations()))
             held = sum(parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
                        for parameter in target.model.parameters())  # fmt: skip

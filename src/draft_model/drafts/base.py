@@ -66,7 +66,8 @@ class Costs:
     Attributes:
         parameters: that are trained.
         token_numbers: that autograd keeps for each token.
-        row_numbers: that autograd keeps for each supervised position.
+        row_numbers: that are kept for each supervised position of a micro-batch, by the bytes that one number of each
+            takes, and by those of the GPU: what would take too much of them is computed again.
         token_flops: of each token, forward and backward.
         row_flops: of each supervised position, forward and backward, by the conversation's tokens.
         chunk_bytes: of the head at work, by the bytes of the compute type.
@@ -74,7 +75,7 @@ class Costs:
 
     parameters: int
     token_numbers: float
-    row_numbers: float
+    row_numbers: Callable[[float, float], float]
     token_flops: float
     row_flops: Callable[[float], float]
     chunk_bytes: Callable[[int], float]

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ def prepare(
             "'last', or build it with dataset_validation_split"
         )
     aux_layers: Any = shape.aux_layers
-    target = load_share(model, aux_layers, dtype, ranks, lambda: beside_target(model, shape, p, longest))
+    beside = partial(beside_target, model, shape, p, longest)
+    target = load_share(model, aux_layers, dtype, ranks, beside)
     check_finite(target)
     draft: Any = family.create(shape, t2d, d2t).to(ranks.device)
     draft.initialise(p.seed, target)
