@@ -81,18 +81,9 @@ def export(draft: str, form: Format, output: str, work: Path, target: str = "") 
 
 
 def fetched(uri: str, work: Path) -> Path:
-    """A folder as a local one: verified where it has a manifest; of another trainer as it is.
-
-    Raises:
-        DraftModelError: when it is a draft of this project without its manifest.
-    """
+    """A folder as a local one: verified where it has a manifest; of another trainer as it is."""
     if storage.exists(storage.join(uri, storage.MANIFEST)):
         return storage.fetch(uri, work)
-    if storage.exists(storage.join(uri, "training.json")):
-        raise DraftModelError(
-            f"{uri} has a training.json of this project but no {storage.MANIFEST}: it is incomplete, or was copied in "
-            "part; copy the whole folder"
-        )
     logger.info("%s has no %s: its files are taken unchecked", uri, storage.MANIFEST)
     return storage.fetch_tree(uri, work)
 

@@ -32,6 +32,8 @@ def exported(trained, tmp_path_factory):
     shutil.copytree(
         root / "sglang", root / "specforge", ignore=shutil.ignore_patterns("manifest.json", "training.json")
     )
+    foreign = {key: value for key, value in config(root / "specforge").items() if key != "target_model_type"}
+    (root / "specforge/config.json").write_text(json.dumps(foreign))
     tensors = load_file(root / "specforge/model.safetensors")
     embeddings = torch.zeros(len(tensors["t2d"]), tensors["norm.weight"].numel())
     save_file({**tensors, "embed_tokens.weight": embeddings}, root / "specforge/model.safetensors")
@@ -197,7 +199,7 @@ def test_the_command_shows_two_drafts_side_by_side(trained, exported, tmp_path):
 
 def test_a_draft_of_another_target_is_refused(trained, exported, tmp_path):
     other = tmp_path / "other"
-    shutil.copytree(exported / "vllm", other, ignore=shutil.ignore_patterns("manifest.json", "training.json"))
+    shutil.copytree(exported / "specforge", other)
     (other / "config.json").write_text(json.dumps({**config(other), "vocab_size": 7, "draft_vocab_size": 7}))
     with pytest.raises(DraftModelError, match=r"other: `vocab_size` is 7; the target has"):
         compare(
@@ -228,5 +230,5 @@ def test_the_speculators_format_must_know_its_target(exported, tmp_path):
 
 def test_a_folder_of_ours_without_its_manifest_is_refused(trained, tmp_path):
     shutil.copytree(trained.final, tmp_path / "part", ignore=shutil.ignore_patterns("manifest.json"))
-    with pytest.raises(DraftModelError, match=r"part has a training.json of this project but no manifest.json"):
+    with pytest.raises(DraftModelError, match=r"part was written by this project and has no manifest.json"):
         export(str(tmp_path / "part"), "vllm", str(tmp_path / "out"), tmp_path / "work")

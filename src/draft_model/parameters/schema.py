@@ -180,8 +180,8 @@ class Parameters(BaseModel):
     compute_map: Text = _p(
         "", "ConfigMap, or JSON file, of instance types and named computes; not given: the built-in map.", "train")
     object_store_secret: SecretName = _p(
-        "mlpipeline-minio-artifact", "Secret with the object store's keys (accesskey, secretkey); where there is none "
-        "of that name, the pods' own role counts.", "train")
+        "mlpipeline-minio-artifact", "Secret with the object store's keys (accesskey, secretkey); where no Secret has "
+        "that name, the pods' own role counts.", "train")
     keep_checkpoints: int = _p(
         0, "Newest checkpoints that stay in the output; 0: all.", "train", unit="checkpoints", ge=0)
     final_checkpoint: Literal["last", "best"] = _p(
