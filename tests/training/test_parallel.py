@@ -240,7 +240,7 @@ def train_with_a_failing_one(config, failing):
     def learn(training, *arguments):
         if training.ranks.rank == failing and training.done == 3:
             raise ValueError("the disk caught fire")
-        original(training, *arguments)
+        return original(training, *arguments)
 
     trainer._learn = learn
     return job.main()
