@@ -63,9 +63,9 @@ $(SERVING)/.ready:
 	@$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
-check-serving: $(SERVING)/.ready ## Serve the demo's draft in vLLM and compare its counters with ours (run `make demo` first)
+check-serving: $(READY) $(SERVING)/.ready ## Serve the demo's draft in vLLM and compare its counters with ours (run `make demo` first)
 	@test -f demo/run/output/final/evaluation.json || { echo "run 'make demo' first"; exit 2; }
-	@$(SERVING)/bin/python benchmarks/check_serving.py demo/run demo/SmolLM2-135M-Instruct
+	@DRAFT_MODEL_ENGINE_PYTHON=$(CURDIR)/$(SERVING)/bin/python $(BIN)/python benchmarks/check_serving.py demo/run demo/SmolLM2-135M-Instruct
 
 .venv-specforge/.ready:
 	@echo "setting up .venv-specforge (once, about two minutes)"
