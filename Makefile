@@ -7,7 +7,7 @@ SERVING := .venv-serving
 IMAGE_TOOLS := .venv-images
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-cluster lint format compile lock check-serving bench bench-peers images images-check test-images clean
+.PHONY: help demo test test-cluster test-kfp lint format compile lock check-serving bench bench-peers images images-check test-images clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ test-cluster: $(READY) ## Run the tests that need a Kubernetes API server (KUBEB
 	@test -x "$(KUBEBUILDER_ASSETS)/kube-apiserver" || { echo "KUBEBUILDER_ASSETS must name a folder with kube-apiserver and etcd, as envtest's"; exit 2; }
 	@test -d "$(DRAFT_MODEL_CRDS)" || { echo "DRAFT_MODEL_CRDS must name a folder with the CRDs of training-operator 1.9 and Trainer 2.3"; exit 2; }
 	@$(BIN)/python -m pytest tests/cluster
+
+test-kfp: $(READY) ## Run the pipeline on a real KFP (KFP_ENDPOINT, KFP_STORE, DRAFT_MODEL_IMAGES: docs/testing.md)
+	@$(BIN)/python -m pytest tests/kfp_server
 
 lint: $(READY) ## Check style and types
 	@$(BIN)/ruff check .
