@@ -27,7 +27,7 @@ _TAIL = 20
 class Pod:
     """A pod of a run: phase and message are Argo's; a driver is KFP's own, before the step's.
 
-    The Workflow was created on a date; the pod was created, not more, at the time `started`.
+    `created` is the Workflow's date; `started` is the time at which Argo asked for the pod.
     """
 
     step: str

@@ -29,7 +29,7 @@ _CHECKPOINT = re.compile(r"checkpoint .*\w+://\S+")
 
 
 class Stuck(DraftModelError):
-    """A run whose next step has no pod for longer than start_limit; KFP waits for ever."""
+    """A run of which a step's pod has been pending for longer than start_limit; KFP itself has no limit."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from draft_model.kubeflow import own_server_too_old
 from kfp_pipeline.client import NotLetIn, Server, ServerAway, connect
 from kfp_pipeline.compile import compile_documents, compile_manifests
 from kfp_pipeline.submit import check, submit
-from kfp_pipeline.watch import Stuck, watch
+from kfp_pipeline.watch import watch
 
 VALUES = {"huggingface_id": "org/name@v1", "dataset_train_split": "s3://bucket/train.jsonl"}
 
@@ -205,16 +205,6 @@ def test_what_a_run_waits_for_is_told_once(api, monkeypatch, caplog):
     with caplog.at_level("INFO"):
         assert watch(server, submit(server, VALUES).run_id).state == "SUCCEEDED"
     assert caplog.text.count("train waits: ImagePullBackOff: no such image") == 1
-
-
-def test_a_watch_ends_where_a_pod_waits_for_longer_than_start_limit(api, monkeypatch):
-    monkeypatch.setattr("kfp_pipeline.watch.STALL", -1.0)
-    server = connect(api.host)
-    api.story = [("RUNNING", {"import-model": ("PENDING", "Unschedulable: 0/3 nodes are available", "")})]
-    run_id = submit(server, VALUES | {"start_limit": 1}).run_id
-    api.runs[run_id]["created_at"] = (datetime.now(UTC) - timedelta(minutes=2)).isoformat(timespec="seconds")[:19] + "Z"
-    with pytest.raises(Stuck, match=r"^import-model: .*longer than start_limit \(0:01:00\): Unschedulable: 0/3 nodes"):
-        watch(server, run_id)
 
 
 def test_a_packed_status_is_told_and_read(api, monkeypatch, caplog):
