@@ -81,7 +81,7 @@ def train_worker(shape: str, steps: int) -> dict[str, Any]:
     import torch
 
     from draft_model.parameters import Parameters
-    from draft_model.training.ranks import start_ranks
+    from draft_model.ranks import start_ranks
     from draft_model.training.trainer import Training, train
 
     with start_ranks(timedelta(minutes=10)) as ranks, tempfile.TemporaryDirectory() as work:
@@ -132,8 +132,8 @@ def reduce_worker(shape: str, way: str, steps: int) -> dict[str, Any]:
     from torch.nn.parallel import DistributedDataParallel
 
     from draft_model.drafts.eagle3.batch import collate
+    from draft_model.ranks import start_ranks
     from draft_model.training.gradients import Gradients
-    from draft_model.training.ranks import start_ranks
 
     class Loss(nn.Module):
         def __init__(self, draft: nn.Module, objective: Any) -> None:

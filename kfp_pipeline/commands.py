@@ -85,7 +85,7 @@ def compile_command(output: Path | None, manifest: Path | None, images: tuple[st
 @click.option(
     "--run-name", default="", show_default=False, help="Shown in the UI.  [default: the target's name and the time]"
 )
-@click.option("--service-account", default="draft-model-coordinator", help="Of the run's pods.")
+@click.option("--service-account", default="draft-model-steps", help="Of the run's pods.")
 @click.option("--watch", "follow", is_flag=True, help="Follow the run; exit with 1 where it fails.")
 def submit_command(
     params: Path | None, settings: tuple[str, ...], images: tuple[str, ...], experiment: str, run_name: str,

@@ -14,7 +14,7 @@ from typing import Any
 from kfp import dsl, kubernetes
 
 from draft_model.jobs.cluster import ACCOUNT
-from draft_model.jobs.context import IMAGE
+from draft_model.jobs.context import IMAGE, STORE_VARIABLES
 from draft_model.parameters import PARAMETERS
 from draft_model.tracking import RUN
 from kfp_pipeline.components.build_dataset import build_dataset
@@ -27,7 +27,8 @@ from kfp_pipeline.components.train_draft_model import train_draft_model
 
 NAME = "pipeline-draft-model"
 STORE = "draft-model-object-store"
-"""ConfigMap with the object store's `endpoint` and `region`; where it is absent, those of AWS."""
+"""ConfigMap of the object store: `endpoint`, `region`, and other variables by their own names; each may be absent."""
+STORE_KEYS = {"AWS_ENDPOINT_URL": "endpoint", "AWS_DEFAULT_REGION": "region"}
 HUB = "draft-model-hub"
 """Secret with the Hub's `token`, and ConfigMap with the `endpoint` of a mirror; without them, public models only."""
 ASK_HUB = ("preflight", "import-model", "build-dataset", "evaluate-draft-model")
@@ -81,7 +82,7 @@ def _set_up_pod(task: Any, secret: Any) -> None:
     """Access to the object store and the Hub, the run's id for tracking, the step's label, and never root."""
     keys = {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
     kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env=keys, optional=True)
-    store = {"endpoint": "AWS_ENDPOINT_URL", "region": "AWS_DEFAULT_REGION"}
+    store = {STORE_KEYS.get(name, name): name for name in STORE_VARIABLES}
     kubernetes.use_config_map_as_env(task, config_map_name=STORE, config_map_key_to_env=store, optional=True)
     if task.name in MANAGE_JOBS:
         kubernetes.use_secret_as_volume(task, secret_name=JOBS, mount_path=str(ACCOUNT), optional=True)

@@ -32,7 +32,7 @@ from kfp_pipeline.pipeline import NAME
 logger = logging.getLogger(__name__)
 
 EXPERIMENT = "draft-model"
-SERVICE_ACCOUNT = "draft-model-coordinator"
+SERVICE_ACCOUNT = "draft-model-steps"
 _SHARED = ("storage_uri", "checkpoint_path")
 _DATA = ("dataset_train_split", "dataset_validation_split", "evaluation_prompts")  # any scheme that fsspec knows
 _URIS = [p.name for p in PARAMETERS if p.kind.startswith("uri_") or p.kind in ("custom_model", "mlflow_model")]

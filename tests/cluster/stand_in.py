@@ -28,7 +28,7 @@ def main() -> int:
         return 2
     if what == "whole" and os.environ["PET_NODE_RANK"] == "0":
         with tempfile.TemporaryDirectory() as folder:
-            record = {"steps": 3, "log": [{"loss": [1.5], "acceptance_length": 1.2}], "validation": []}
+            record = {"steps": 3, "log": [{"loss": [1.5]}], "acceptance_length": 1.2}
             (Path(folder) / "training.json").write_text(json.dumps(record))
             storage.publish(Path(folder), storage.join(config.output, "final"), stage="train", properties={})
     return 0

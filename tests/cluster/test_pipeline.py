@@ -57,6 +57,12 @@ def kill_a_process_after(checkpoint, operator):
     psutil.Process(container.process.pid).children()[0].kill()
 
 
+def whole_folder(parent):
+    """URI of the only folder below one whose names are of content."""
+    (manifest,) = (name for name in storage.list_files(parent) if name.endswith(f"/{storage.MANIFEST}"))
+    return f"{parent}/{manifest.partition('/')[0]}"
+
+
 def test_the_pipeline_trains_on_the_cluster_and_survives_a_machine(
     server, operator, as_coordinator, store_secret, object_store, values, tmp_path
 ):
@@ -85,7 +91,8 @@ def test_the_pipeline_trains_on_the_cluster_and_survives_a_machine(
     assert f"{first} failed (Killed): attempt 2 of 3 follows" in shown
 
     alone = Parameters(**{name: value for name, value in values.items() if name in TRAINED})
-    config = TrainConfig(f"{root}/model", f"{root}/dataset", str(tmp_path / "alone"), tmp_path / "work", alone)
+    model, dataset = (whole_folder(f"{root}/{kind}") for kind in ("models", "datasets"))
+    config = TrainConfig(model, dataset, str(tmp_path / "alone"), tmp_path / "work", alone)
     jobs.run(config)
     expected = load(storage.read_bytes(f"{config.output}/final/model.safetensors"))
     weights = load((final / "model.safetensors").read_bytes())

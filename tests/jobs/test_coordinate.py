@@ -15,6 +15,7 @@ from draft_model.jobs.backends import Backend, _difference
 from draft_model.jobs.cluster import Forbidden, Unavailable
 from draft_model.jobs.coordinate import Coordinator
 from draft_model.jobs.render import PYTORCHJOB, RUNTIME, TRAINJOB, pytorchjob
+from draft_model.parameters import Parameters
 from draft_model.training import TrainConfig
 from jobs.fake import Clock, FakeCluster, status
 from jobs.requests import GOLDEN, OWNER, RUN
@@ -229,12 +230,19 @@ def test_a_local_folder_is_refused_before_anything_is_created(tmp_path):
         context.request_for(FakeCluster(), replace(GOLDEN["1x1"].spec, uris={"dataset": "/data"}), RUN)
 
 
-@pytest.mark.parametrize(("step", "expected"), [(2, 1.5), (4, 1.25)])
-def test_the_acceptance_length_is_that_of_the_draft_that_is_served(tmp_path, step, expected):
-    """With final_checkpoint=best that is an earlier one than the last; locally and on a cluster alike."""
-    validation = [{"step": 2, "acceptance_length": 1.5}, {"step": 4, "acceptance_length": 1.25}]
-    record = {"steps": 4, "draft_step": step, "log": [{"loss": [1.0]}], "validation": validation}
-    (tmp_path / "final").mkdir()
-    (tmp_path / "final/training.json").write_text(json.dumps(record))
-    config = TrainConfig("m", "d", str(tmp_path), tmp_path, GOLDEN["1x1"].spec.parameters)
-    assert jobs._result(config, f"{tmp_path}/final").acceptance_length == expected
+def test_the_result_is_what_the_record_beside_the_served_draft_says(tmp_path, monkeypatch):
+    """With final_checkpoint=best the draft is that of an earlier step than the last."""
+
+    def train(*_):
+        log, validation = (
+            [{"loss": [1.0]}],
+            [{"step": 2, "acceptance_length": 1.5}, {"step": 4, "acceptance_length": 1.2}],
+        )
+        record = {"steps": 4, "draft_step": 2, "acceptance_length": 1.5, "log": log, "validation": validation}
+        (tmp_path / "out/final").mkdir(parents=True)
+        (tmp_path / "out/final/training.json").write_text(json.dumps(record))
+
+    monkeypatch.setattr(jobs, "run_job", train)
+    p = Parameters(training_backend="local")
+    found = jobs.run(TrainConfig("m", "d", str(tmp_path / "out"), tmp_path / "work", p))
+    assert (found.steps, found.loss, found.acceptance_length) == (4, 1.0, 1.5)

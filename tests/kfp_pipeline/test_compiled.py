@@ -21,6 +21,10 @@ from kfp_pipeline.components.images import IMAGES, images_by_kind
 
 ROOT = Path(__file__).parents[2]
 HANDLER = "exit-handler-1"
+STORE = {"endpoint": "AWS_ENDPOINT_URL", "region": "AWS_DEFAULT_REGION"}
+STORE_BY_NAME = (
+    "AWS_MAX_ATTEMPTS", "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION", "AWS_CA_BUNDLE",
+)  # fmt: skip
 ORDER = ["preflight", "import-model", "build-dataset", "train-draft-model", "evaluate-draft-model"]
 
 
@@ -222,6 +226,10 @@ def test_every_step_gets_the_object_stores_keys_by_reference_and_the_import_its_
         # The run's id, by which its stages are found in MLflow.
         assert step["fieldPathAsEnv"] == [{"name": RUN, "fieldPath": "metadata.labels['pipeline/runid']"}]
         assert {name_of(other, "secretName") for other in others} <= {"draft-model-hub"}
+        store = step["configMapAsEnv"][0]
+        assert (name_of(store, "configMapName"), store["optional"]) == ("draft-model-object-store", True)
+        variables = {key["configMapKey"]: key["envVar"] for key in store["keyToEnv"]}
+        assert variables == {**STORE, **{name: name for name in STORE_BY_NAME}}
     for step in ("exec-import-model", "exec-build-dataset"):
         nodes = settings[step]
         assert nodes["nodeSelector"]["nodeSelectorJson"]["taskOutputParameter"]["producerTask"] == "preflight"

@@ -85,7 +85,7 @@ def test_a_run_is_created_as_the_file_says(api, file):
     assert run["trigger"]["cron_schedule"]["cron"] == "0 0 2 * * 6"
     assert run["runtime_config"]["parameters"] == WEEKLY["parameters"]
     assert run["pipeline_version_reference"] == {"pipeline_id": "p", "pipeline_version_id": f"id-of-{VERSION}"}
-    assert (run["mode"], run["service_account"], run["no_catchup"]) == ("DISABLE", "draft-model-coordinator", True)
+    assert (run["mode"], run["service_account"], run["no_catchup"]) == ("DISABLE", "draft-model-steps", True)
     assert (int(run["max_concurrency"]), run["description"][:13]) == (2, "each Saturday")
     (experiment,) = api.experiments.values()
     assert (experiment["display_name"], experiment["experiment_id"]) == ("draft-model", run["experiment_id"])

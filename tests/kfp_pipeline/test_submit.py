@@ -83,7 +83,7 @@ def test_a_run_is_as_asked(api):
 def test_a_run_has_the_targets_name_and_the_coordinators_account_by_default(api):
     submit(connect(api.host), VALUES)
     assert only(api.runs)["display_name"].startswith("name@v1 20")
-    assert only(api.runs)["service_account"] == "draft-model-coordinator"
+    assert only(api.runs)["service_account"] == "draft-model-steps"
 
 
 def test_two_that_submit_at_the_same_time_make_one_of_each(api):

@@ -325,7 +325,7 @@ def test_the_snippets_of_the_docs_run(api, environment, tmp_path, number):
     (run,) = api.runs.values()
     assert done.stdout.split()[-1] == "SUCCEEDED"
     assert run["runtime_config"]["parameters"]["huggingface_id"] == "Qwen/Qwen3-8B"
-    assert run["service_account"] == "draft-model-coordinator"
+    assert run["service_account"] == "draft-model-steps"
 
 
 def test_the_docs_name_every_command_and_exit_code(draft_model):

@@ -52,7 +52,7 @@ def start(server, tmp_path_factory):
         "compute_model_import": "cpu-pool", "compute_draft_model_training": "cpu-pool",
     }  # fmt: skip
     values |= dict(setting.split("=", 1) for setting in os.environ.get("KFP_PARAMETERS", "").split())
-    account, started = os.environ.get("KFP_SERVICE_ACCOUNT", "draft-model-coordinator"), []
+    account, started = os.environ.get("KFP_SERVICE_ACCOUNT", "draft-model-steps"), []
 
     def begin(name, **more):
         given = values | {"storage_uri": storage.join(root, name), "training_backend": "local", **more}

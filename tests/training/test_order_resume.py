@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from draft_model.ranks import Ranks
 from draft_model.training.order import epoch_steps, plan_steps, total_steps
-from draft_model.training.ranks import Ranks
 
 WORLDS = {1: [1], 2: [1, 2], 4: [1, 2, 4], 6: [1, 2, 3]}  # processes, and how many may share a target
 

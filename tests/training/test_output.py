@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.storage import s3 as transfers
-from draft_model.training import job
+from draft_model.training import job, lease
 from draft_model.training import output as outputs
 from draft_model.training.output import Keeping, Output
 from draft_model.training.prepare import fetch_inputs
@@ -200,6 +200,7 @@ def test_a_store_that_stays_away_ends_the_training_and_the_checkpoint_stays_here
     train, plain, object_store, monkeypatch
 ):
     monkeypatch.setattr(outputs, "PATIENCE", 0.3)
+    monkeypatch.setattr(lease, "SECONDS", 2.0)
     with behind_a_proxy(object_store, monkeypatch) as proxy:
         proxy.cut_after(150_000)
         with pytest.raises(DraftModelError) as caught:

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from draft_model.drafts.eagle3.batch import collate
 from draft_model.errors import DraftModelError
+from draft_model.ranks import PeerLost, start_ranks
 from draft_model.target import parallel
 from draft_model.target.model import load_target
 from draft_model.target.parallel import check_experts, check_heads, load_share, must_spread, plan_for
-from draft_model.training.ranks import PeerLost, start_ranks
 from training.case import Trainer
 from training.processes import free_port, outcome, run_world, start, train_in
 
@@ -129,7 +129,7 @@ def states_of_families(folders, output, tp):
         parallel.memory_of = lambda device: 1e9
     with start_ranks(timedelta(minutes=1), tp=tp) as ranks:
         for folder in folders:
-            target = load_share(folder, (1, 3, 5), torch.float32, ranks, lambda: 2e9)
+            target = load_share(folder, (1, 3, 5), torch.float32, ranks, lambda _: 2e9)
             states = torch.cat(target.states(conversations()))
             held = sum(parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel()
                        for parameter in target.model.parameters())  # fmt: skip
@@ -240,7 +240,7 @@ def train_with_a_failing_one(config, failing):
     def learn(training, *arguments):
         if training.ranks.rank == failing and training.done == 3:
             raise ValueError("the disk caught fire")
-        original(training, *arguments)
+        return original(training, *arguments)
 
     trainer._learn = learn
     return job.main()

@@ -1,7 +1,7 @@
 """What the loop, checkpoints, evaluation, export and plan need of a family of drafts.
 
-A family is a folder below `drafts/` with a `Family`, and a line in `drafts.FAMILIES`. Nothing outside that folder names
-its classes or knows what its features, its layers or its loss are.
+A family is a folder below `drafts/` with a `Family`, and a line in `drafts.FAMILIES`. docs/architecture.md says how to
+add one, and which modules outside still name EAGLE-3's classes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Costs:
     Attributes:
         parameters: that are trained.
         token_numbers: that autograd keeps for each token.
-        row_numbers: that autograd keeps for each supervised position.
+        row_numbers: that are kept for each supervised position of a micro-batch, by the bytes that one number of each
+            takes, and by those of the GPU: what would take too much of them is computed again.
         token_flops: of each token, forward and backward.
         row_flops: of each supervised position, forward and backward, by the conversation's tokens.
         chunk_bytes: of the head at work, by the bytes of the compute type.
@@ -74,7 +75,7 @@ class Costs:
 
     parameters: int
     token_numbers: float
-    row_numbers: float
+    row_numbers: Callable[[float, float], float]
     token_flops: float
     row_flops: Callable[[float], float]
     chunk_bytes: Callable[[int], float]

@@ -244,8 +244,8 @@ def check(cluster: Cluster, wanted: str, queue: str, compute: str) -> tuple[list
     if missing := [f"{verb} {resource}" for verb, group, resource in rights if not cluster.may(verb, group, resource)]:
         problems.append(
             f"training_backend: this run's service account may not {', '.join(missing)} in namespace "
-            f"{cluster.namespace}: mount the token of draft-model-coordinator (manifests/base has its Role), or start "
-            "runs as that account"
+            f"{cluster.namespace}: apply manifests/base there, whose account draft-model-coordinator may, and whose "
+            "Secret of that name gives the step its token"
         )
     start = f"compute_draft_model_training: {compute} waits in the queue {queue}"
     version = cluster.groups().get(_KUEUE) if queue else ""

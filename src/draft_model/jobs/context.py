@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 IMAGE = "DRAFT_MODEL_IMAGE"
 """Environment variable: image of the job's pods, where it is not this pod's own."""
-STORE = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_MAX_ATTEMPTS", "AWS_REQUEST_CHECKSUM_CALCULATION",
-         "AWS_RESPONSE_CHECKSUM_VALIDATION", "AWS_CA_BUNDLE")  # fmt: skip
+STORE_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_MAX_ATTEMPTS", "AWS_REQUEST_CHECKSUM_CALCULATION",
+                   "AWS_RESPONSE_CHECKSUM_VALIDATION", "AWS_CA_BUNDLE")  # fmt: skip
 """What the ConfigMap of the object store may set; the job's pods get the same as the step."""
 
 
@@ -138,7 +138,9 @@ def request_for(cluster: Cluster, spec: JobSpec, run_id: str) -> JobRequest:
 
 def store_variables(environment: Mapping[str, str]) -> dict[str, str]:
     """The object store's variables for a pod, without the newline that `echo | base64` leaves."""
-    found = {name: environment.get(name, "").strip() for name in (*STORE, "AWS_ENDPOINT_URL_S3", "AWS_REGION")}
+    found = {
+        name: environment.get(name, "").strip() for name in (*STORE_VARIABLES, "AWS_ENDPOINT_URL_S3", "AWS_REGION")
+    }
     endpoint, region = found.pop("AWS_ENDPOINT_URL_S3"), found.pop("AWS_REGION")
     found["AWS_ENDPOINT_URL"] = endpoint or found["AWS_ENDPOINT_URL"]
     found["AWS_DEFAULT_REGION"] = found["AWS_DEFAULT_REGION"] or region

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from draft_model.drafts.eagle3.batch import collate
 from draft_model.errors import DraftModelError
+from draft_model.ranks import Ranks, is_a_peers
 from draft_model.target.model import Target, check_structure, load_model, load_target
-from draft_model.training.ranks import Ranks, is_a_peers
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def load_share(
-    folder: Path, aux_layers: tuple[int, ...], dtype: torch.dtype, ranks: Ranks, beside: Callable[[], float]
+    folder: Path, aux_layers: tuple[int, ...], dtype: torch.dtype, ranks: Ranks, beside: Callable[[float], float]
 ) -> Target:
     """Loads this process's part of the target: all of it, or its share of every layer where tp_size says so.
 
@@ -80,7 +80,7 @@ def load_share(
     check_heads(config.get_text_config(), ranks.tp)
     with torch.device("meta"):
         skeleton = check_structure(AutoModelForCausalLM.from_config(config, dtype=dtype), aux_layers)
-    spread = memory is not None and must_spread(skeleton, ranks.tp, ranks.dp, memory, beside())
+    spread = memory is not None and must_spread(skeleton, ranks.tp, ranks.dp, memory, beside(memory))
     if ranks.tp == 1 and not spread:
         return load_target(folder, aux_layers, dtype, ranks.device)
     if spread:

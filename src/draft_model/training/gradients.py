@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from draft_model.training.ranks import Ranks
+from draft_model.ranks import Ranks
 
 
 class Gradients:

@@ -25,6 +25,7 @@ from draft_model import drafts, storage
 from draft_model.errors import DraftModelError
 from draft_model.model_import import is_weight
 from draft_model.processes import catch_sigterm
+from draft_model.ranks import PeerLost, Ranks, start_ranks
 from draft_model.scratch import working_in
 from draft_model.tracking import Tracker, track
 from draft_model.training.checkpoint import RECORD, STATE, Loaded, read_checkpoint, write_checkpoint
@@ -33,7 +34,6 @@ from draft_model.training.lease import Lease, hold, own_run_id
 from draft_model.training.output import CHECKPOINTS_AT_ONCE, Keeping, Output
 from draft_model.training.plan import STATE_BYTES
 from draft_model.training.prepare import fetch_inputs, prepare
-from draft_model.training.ranks import PeerLost, Ranks, start_ranks
 from draft_model.training.record import announce, parameters_of, record
 from draft_model.training.trainer import Interrupted, Training, train
 

@@ -130,7 +130,8 @@ class Lease:
         Args:
             release: whether the next run need not wait.
         """
-        with self._lock:
+        # A store that is away when a training ends is not waited for: the lease runs out by itself.
+        with self._lock, storage.patience(SECONDS / RENEWALS):
             self._ended.set()
             try:
                 found = storage.read_versioned(self._uri)

@@ -164,7 +164,7 @@ def make_plan(config: Mapping[str, Any], shape: Shape, p: Parameters, cluster: C
     target, costs = sizes_of(config), drafts.family().costs(shape, p.ttt_length)
     world, tp, width = p.world_size, p.tp_size, _width(p)
     dp = world // tp
-    beside = _beside(target, shape, costs, p, workload.supervised)
+    beside = _beside(target, shape, costs, p, workload.supervised, cluster.memory)
     layers = width * target.layers / tp
     whole = {"target, embedding and head": float(width * target.whole)}
     copies = {"target, layers / tp_size": layers, **whole}
@@ -201,13 +201,16 @@ def _width(p: Parameters) -> int:
     return 2 if p.compute_dtype == "bfloat16" else 4
 
 
-def _beside(target: TargetSizes, shape: Shape, costs: Costs, p: Parameters, supervised: float) -> dict[str, float]:
-    """Bytes of a GPU besides the target's weights."""
+def _beside(
+    target: TargetSizes, shape: Shape, costs: Costs, p: Parameters, supervised: float, memory: float
+) -> dict[str, float]:  # fmt: skip
+    """Bytes besides the target's weights, of a GPU that has `memory`."""
     width, micro = _width(p), p.draft_micro_batch_size
     states = (len(shape.aux_layers) + 1) * shape.hidden_size
     # Nothing is kept for a backward pass: residual stream, features, and one layer's largest tensors.
     per_token = 8 * target.hidden + (3 * target.intermediate + 2 * (target.queries + target.keys)) // p.tp_size
-    activations = costs.token_numbers + supervised * costs.row_numbers
+    number = micro * p.max_length * supervised * width
+    activations = costs.token_numbers + supervised * costs.row_numbers(number, memory)
     return {
         "target, one forward pass": float(p.training_batch_size * p.max_length * per_token * width),
         "its states": float(p.max_length * states * width) * (p.training_batch_size + micro),
@@ -219,7 +222,7 @@ def _beside(target: TargetSizes, shape: Shape, costs: Costs, p: Parameters, supe
     }
 
 
-def beside_target(folder: Path, shape: Shape, p: Parameters, longest: int) -> float:
+def beside_target(folder: Path, shape: Shape, p: Parameters, longest: int, memory: float) -> float:
     """Bytes that a training needs of each GPU besides the target's weights, every token supervised.
 
     Args:
@@ -227,10 +230,11 @@ def beside_target(folder: Path, shape: Shape, p: Parameters, longest: int) -> fl
         shape: the draft's.
         p: of the run.
         longest: tokens of the longest conversation.
+        memory: of a GPU, bytes.
     """
     costs = drafts.family().costs(shape, p.ttt_length)
     p = p.model_copy(update={"max_length": longest})
-    return sum(_beside(sizes_of(read_config(str(folder))), shape, costs, p, supervised=1.0).values())
+    return sum(_beside(sizes_of(read_config(str(folder))), shape, costs, p, 1.0, memory).values())
 
 
 def read_config(path: str, parameter: str = "config") -> dict[str, Any]:

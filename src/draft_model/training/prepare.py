@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from draft_model.dataset import vocabulary
 from draft_model.dataset.tokens import Split
 from draft_model.drafts.base import load_weights
 from draft_model.errors import DraftModelError
+from draft_model.ranks import Ranks
 from draft_model.target.model import Target
 from draft_model.target.parallel import load_share
 from draft_model.training.checkpoint import Loaded
 from draft_model.training.config import TrainConfig
 from draft_model.training.plan import beside_target, draft_of, read_config
-from draft_model.training.ranks import Ranks
 from draft_model.training.trainer import Training, check_position, planned_steps
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,8 @@ def prepare(
             "'last', or build it with dataset_validation_split"
         )
     aux_layers: Any = shape.aux_layers
-    target = load_share(model, aux_layers, dtype, ranks, lambda: beside_target(model, shape, p, longest))
+    beside = partial(beside_target, model, shape, p, longest)
+    target = load_share(model, aux_layers, dtype, ranks, beside)
     check_finite(target)
     draft: Any = family.create(shape, t2d, d2t).to(ranks.device)
     draft.initialise(p.seed, target)

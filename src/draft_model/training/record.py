@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from draft_model.ranks import Ranks
 from draft_model.training.plan import context_problem
-from draft_model.training.ranks import Ranks
 from draft_model.training.trainer import Training
 
 logger = logging.getLogger(__name__)

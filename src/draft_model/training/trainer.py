@@ -29,6 +29,7 @@ from draft_model.drafts.eagle3.objective import StepSums
 from draft_model.drafts.eagle3.step import Objective
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
+from draft_model.ranks import Ranks
 from draft_model.target.model import Target
 from draft_model.tracking import Tracker
 from draft_model.training.checkpoint import Loaded, Position, restore
@@ -37,7 +38,6 @@ from draft_model.training.gradients import Gradients
 from draft_model.training.history import History, Window, measures
 from draft_model.training.order import Step, plan_steps, total_steps
 from draft_model.training.progress import Progress
-from draft_model.training.ranks import Ranks
 from draft_model.training.schedule import learning_rate
 
 logger = logging.getLogger(__name__)

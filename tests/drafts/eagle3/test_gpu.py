@@ -12,10 +12,10 @@ import torch
 from draft_model.drafts.eagle3.batch import collate
 from draft_model.drafts.eagle3.step import Objective
 from draft_model.parameters import Parameters
+from draft_model.ranks import Ranks
 from draft_model.target.model import Target
 from draft_model.training.checkpoint import Loaded, optimizer_tensors
 from draft_model.training.gradients import Gradients
-from draft_model.training.ranks import Ranks
 from draft_model.training.trainer import Training, train
 
 from .case import random_case, random_draft, relative_error, small_config

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary, rotate
-from draft_model.target.model import Target
+
+if TYPE_CHECKING:
+    from draft_model.target.model import Target
 
 
 class Proposer:

@@ -8,26 +8,33 @@ from draft_model.drafts.eagle3.export import canonical, load_draft, save_draft, 
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.objective import CHUNK_ROWS
 from draft_model.drafts.eagle3.step import Objective
+from draft_model.drafts.eagle3.unroll import KEPT_SHARE
 
 
 def costs(shape: DraftConfig, steps: int) -> Costs:
-    """What a draft costs; activations are fitted to what autograd kept on nine small shapes, as a test holds."""
+    """What a draft costs; activations are fitted to what is kept on small shapes, as a test holds."""
     hidden, inner, vocabulary = shape.hidden_size, shape.intermediate_size, shape.draft_vocab_size
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     features = len(shape.aux_layers) * hidden * hidden
     projections = (queries + 2 * keys) * hidden  # of one half of the layer's input; the embedding's is computed once
     block = projections + queries * hidden + 3 * hidden * inner
     chunk = CHUNK_ROWS["cuda"]
+
+    def row_numbers(number: float, memory: float) -> float:
+        gate_up = steps * 2 * inner
+        kept = gate_up if gate_up * number * KEPT_SHARE <= memory else 0
+        return steps * (4 * hidden + 1.3 * queries + 2 * keys) + kept
+
     return Costs(
         parameters=features + projections + block + 4 * hidden + vocabulary * hidden,
         token_numbers=5 * hidden + 5 * queries + 3 * keys,
-        row_numbers=steps * (4 * hidden + 1.3 * queries + 2 * keys + 2 * inner),
+        row_numbers=row_numbers,
         # Two for each multiply-add, and twice the forward pass for the backward pass; attention is causal.
         token_flops=6 * (features + projections),
         row_flops=lambda tokens: steps * (6 * (block + vocabulary * hidden) + 3 * (2 * tokens * queries)),
-        # The head's gradient, and logits and softmax of as many positions as the objective takes at once.
+        # The head's gradient, the target's logits of a chunk of positions, and the draft's of all their steps.
         chunk_bytes=lambda width: (
-            4.0 * vocabulary * hidden + chunk * (shape.vocab_size * width + vocabulary * (2 * width + 8))
+            4.0 * vocabulary * hidden + chunk * width * (shape.vocab_size + (1 + steps) * vocabulary)
         ),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,9 @@ from draft_model.drafts.eagle3.batch import Batch, Plan, plan_unroll
 from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary
 from draft_model.drafts.eagle3.objective import Heads, StepSums, Teacher
 from draft_model.drafts.eagle3.unroll import Unroll
-from draft_model.target.model import Target
+
+if TYPE_CHECKING:
+    from draft_model.target.model import Target
 
 
 class Objective:

@@ -1,0 +1,77 @@
+"""What may import what: the packages of draft_model, their table in docs/architecture.md, and what stays unimported."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src/draft_model"
+TABLE = re.compile(r"<!-- packages -->\n\|.*\n\|[-| ]+\n((?:\|.*\n)+)<!-- end of packages -->")
+
+
+def _imports(node: ast.AST) -> Iterator[str]:
+    """Names that a module imports when it runs; those for types alone do not count."""
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        children: list[ast.stmt] | Iterator[ast.AST] = node.orelse
+    else:
+        children = ast.iter_child_nodes(node)
+    if isinstance(node, ast.Import):
+        yield from (name.name for name in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: a relative import"
+        yield from (f"{node.module}.{name.name}" for name in node.names)
+    for child in children:
+        yield from _imports(child)
+
+
+def _package(file: Path) -> str:
+    """The folder or module directly below draft_model."""
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+IMPORTS = {file: set(_imports(ast.parse(file.read_text(encoding="utf-8")))) for file in SOURCE.rglob("*.py")}
+GRAPH: dict[str, set[str]] = {_package(file): set() for file in IMPORTS}
+for _file, _names in IMPORTS.items():
+    GRAPH[_package(_file)] |= {name.split(".")[1] for name in _names if name.startswith("draft_model.")}
+    GRAPH[_package(_file)].discard(_package(_file))
+
+
+def test_no_import_cycle_between_packages():
+    assert set(TopologicalSorter(GRAPH).static_order()) == set(GRAPH)  # a cycle raises CycleError, which names it
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [
+        ("kfp", set()),
+        ("kfp_pipeline", {"cli"}),
+        ("kubernetes", {"jobs"}),
+        ("mlflow", {"model_import", "tracking"}),
+    ],
+)
+def test_libraries_are_imported_where_they_belong(library, allowed):
+    users = {_package(file) for file, names in IMPORTS.items() if library in {name.split(".")[0] for name in names}}
+    assert users == allowed
+
+
+def test_the_table_in_the_docs_is_the_graph():
+    found = TABLE.search((ROOT / "docs/architecture.md").read_text(encoding="utf-8"))
+    assert found, "docs/architecture.md has no table of packages"
+    rows = [[re.findall(r"`(\w+)`", cell) for cell in line.strip("|\n").split("|")] for line in found[1].splitlines()]
+    assert {name: set(imports) for (name,), _, imports in rows} == GRAPH
+    above: set[str] = set()
+    for (name,), _, imports in rows:
+        assert set(imports) <= above, f"{name} stands above what it imports"
+        above.add(name)
+
+
+def test_command_line_and_pipeline_import_no_heavy_library():
+    program = "import sys, draft_model.cli, kfp_pipeline.pipeline; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "datasets", "mlflow", "pyarrow"} & set(done.stdout.split())
