@@ -82,10 +82,10 @@ class Server:
         """
         _guard(client)
         server = cls(client, client._existing_config.host)
-        several = _json_of(server.get("/apis/v2beta1/healthz"), server.host).get("multi_user")
-        with suppress(DraftModelError):  # a server without the old API does not tell its version
-            if told := too_old(server.host, _json_of(server.get(HEALTH), server.host)):
-                logger.warning("%s", told)
+        health = _json_of(server.get(HEALTH), server.host)
+        several = health.get("multi_user")
+        if told := too_old(server.host, health):
+            logger.warning("%s", told)
         if namespace and not several:
             raise DraftModelError(
                 f"--namespace: given {namespace!r}, but {server.host} is for a single user: leave it out"

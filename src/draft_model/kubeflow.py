@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-HEALTH = "/apis/v1beta1/healthz"
-"""It has the server's version; the same of v2beta1 has not."""
+HEALTH = "/apis/v2beta1/healthz"
+"""Answers without a login, and with the version: `tag_name` of the server, `apiServerTagName` of its UI."""
 _NEEDED = (2, 16, 1)
 _SECONDS = 3.0
 
 
 def too_old(server: str, health: Mapping[str, Any]) -> str:
-    """Says that a server is too old, by what it, or its UI, answers to HEALTH; empty where that does not show it."""
+    """Says that a server is too old, by its answer to HEALTH; empty where it is not, or does not say its version."""
     tag = str(health.get("tag_name") or health.get("apiServerTagName") or "")
     found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", tag)
     if found is None or tuple(map(int, found.groups())) >= _NEEDED:

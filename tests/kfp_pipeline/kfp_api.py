@@ -142,7 +142,6 @@ class KfpApi:
     def _route(self, method: str, path: str, query: dict, headers, body: bytes):
         for verb, pattern, handle in (
             ("GET", "/healthz", self._health),
-            ("GET", "/apis/v1beta1/healthz", self._health_v1),
             ("GET", "/pipelines", lambda: self._list("pipelines", self.pipelines, query)),
             ("POST", "/pipelines", lambda: self._add_pipeline(json.loads(body))),
             ("POST", "/pipelines/upload_version", lambda: self._upload(query, headers, body)),
@@ -321,11 +320,6 @@ class KfpApi:
         }
 
     def _health(self) -> dict:
-        return {"multi_user": bool(self.namespaces), "pipeline_store": "database"}
-
-    def _health_v1(self) -> dict:
-        if not self.v1:
-            raise Refused(404, "Not Found")
         return {"multi_user": bool(self.namespaces), "apiServerTagName" if self.ui else "tag_name": self.tag}
 
     def _run_v1(self, run_id: str) -> dict:
