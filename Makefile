@@ -32,7 +32,7 @@ test-cluster: $(READY) ## Run the tests that need a Kubernetes API server (KUBEB
 	@test -d "$(DRAFT_MODEL_CRDS)" || { echo "DRAFT_MODEL_CRDS must name a folder with the CRDs of training-operator 1.9 and Trainer 2.3"; exit 2; }
 	@$(BIN)/python -m pytest tests/cluster
 
-test-kfp: $(READY) ## Run the compiled pipeline on a real KFP (KFP_ENDPOINT and more: docs/testing.md)
+test-kfp: $(READY) ## Run the pipeline on a real KFP (KFP_ENDPOINT, KFP_STORE, DRAFT_MODEL_IMAGES: docs/testing.md)
 	@$(BIN)/python -m pytest tests/kfp_server
 
 lint: $(READY) ## Check style and types

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ import urllib3
 from kfp.client.token_credentials_base import TokenCredentialsBase
 
 from draft_model.errors import DraftModelError
+from draft_model.kubeflow import HEALTH, too_old
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +82,10 @@ class Server:
         """
         _guard(client)
         server = cls(client, client._existing_config.host)
-        health = _json_of(server.get("/apis/v2beta1/healthz"), server.host)
-        several, tag = health.get("multi_user"), str(health.get("tag_name") or health.get("apiServerTagName") or "")
-        if (found := re.match(r"v?(\d+)\.(\d+)\.(\d+)", tag)) and tuple(map(int, found.groups())) < (2, 16, 1):
-            logger.warning("%s is KFP %s; the pipeline needs 2.16.1 or newer", server.host, tag)
+        health = _json_of(server.get(HEALTH), server.host)
+        several = health.get("multi_user")
+        if told := too_old(server.host, health):
+            logger.warning("%s", told)
         if namespace and not several:
             raise DraftModelError(
                 f"--namespace: given {namespace!r}, but {server.host} is for a single user: leave it out"

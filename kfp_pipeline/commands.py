@@ -197,12 +197,12 @@ def terminate_command(run: str, **where: Any) -> None:
 def _follow(server: Server, run_id: str, where: Mapping[str, Any]) -> None:
     """Watches a run until it ends, and exits with its result; `where` are the options that led to the server."""
     from kfp_pipeline.client import NotLetIn, ServerAway
-    from kfp_pipeline.watch import watch
+    from kfp_pipeline.watch import Stuck, watch
 
     options = " ".join([*(f"--{name.replace('_', '-')} {value}" for name, value in where.items() if value), run_id])
     try:
         ended = watch(server, run_id)
-    except (KeyboardInterrupt, SystemExit, ServerAway, NotLetIn):
+    except (KeyboardInterrupt, SystemExit, ServerAway, NotLetIn, Stuck):
         click.echo("The run itself goes on.", err=True)
         click.echo(f"Follow it: draft-model watch {options}\nEnd it: draft-model terminate {options}", err=True)
         raise

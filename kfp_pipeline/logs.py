@@ -25,7 +25,10 @@ _TAIL = 20
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod of a run: phase and message are Argo's; a driver is KFP's own, before the step's; created on a date."""
+    """A pod of a run: phase and message are Argo's; a driver is KFP's own, before the step's.
+
+    `created` is the Workflow's date; `started` is the time at which Argo asked for the pod.
+    """
 
     step: str
     name: str
@@ -34,6 +37,7 @@ class Pod:
     driver: bool
     namespace: str
     created: str
+    started: str = ""
 
     @property
     def failed(self) -> bool:
@@ -73,7 +77,8 @@ def pods(found: dict[str, Any]) -> dict[str, Pod]:
         name = f"{workflow['name']}-{node['templateName']}-{node['id'].rpartition('-')[2]}"
         where = workflow.get("namespace", "kubeflow"), workflow.get("creationTimestamp", "")[:10]
         last.pop(step, None)  # the new one comes last
-        last[step] = Pod(step, name, node.get("phase", ""), node.get("message", ""), driver, *where)
+        phase, message, started = (node.get(key) or "" for key in ("phase", "message", "startedAt"))
+        last[step] = Pod(step, name, phase, message, driver, *where, started)
     return last
 
 

@@ -7,10 +7,11 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from draft_model.errors import DraftModelError
+from draft_model.parameters import Parameters
 from kfp_pipeline import logs
 from kfp_pipeline.client import NotLetIn, Server, ServerAway
 
@@ -23,8 +24,12 @@ PAUSES = (0.5, 10.0)
 PATIENCE = timedelta(minutes=30)
 """How long a server may be unreachable."""
 STALL = 120.0
-"""Seconds without a change after which the run's Workflow is asked for what it waits for; doubled each time."""
+"""Seconds without a change after which the run's Workflow is asked for what it waits for; doubled up to ten minutes."""
 _CHECKPOINT = re.compile(r"checkpoint .*\w+://\S+")
+
+
+class Stuck(DraftModelError):
+    """A run of which a step's pod has been pending for longer than start_limit; KFP itself has no limit."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ def watch(server: Server, run_id: str) -> Ended:
 
     Raises:
         DraftModelError: where there is no such run, or the server is unreachable for longer than PATIENCE.
+        Stuck: where a step's pod is pending for longer than the run's start_limit.
     """
     seen: dict[str, str] = {}
     steps: dict[str, bool] | None = None
@@ -62,8 +68,8 @@ def watch(server: Server, run_id: str) -> Ended:
                 seen[name], changed, stall = state, time.monotonic(), STALL
                 logger.info("%s: %s%s", name, state, f" after {took}" if took else "")
         if run.state not in ENDS and time.monotonic() - changed > stall:
-            stall *= 2
-            if (waits := _what_it_waits_for(server, run_id)) not in ("", told):
+            stall += min(stall, 600.0)
+            if (waits := _what_it_waits_for(server, run)) not in ("", told):
                 logger.info("%s", waits)
                 told = waits
     return explain(server, run, steps or {})
@@ -132,14 +138,22 @@ def _states(run: Any, steps: Mapping[str, bool]) -> list[tuple[str, str, str]]:
     return states
 
 
-def _what_it_waits_for(server: Server, run_id: str) -> str:
-    found = logs.workflow(server, run_id)
+def _what_it_waits_for(server: Server, run: Any) -> str:
+    found = logs.workflow(server, run.run_id)
     if found.get("status", {}).get("compressedNodes"):
         return (
             "KFP's server shows no further progress: the run's Workflow is longer than 1 MiB, and the server does not "
             "read its packed status. The run itself goes on; its end is seen here, its steps in the UI's graph"
         )
     waiting = [pod for pod in logs.pods(found).values() if pod.phase == "Pending" and pod.message]
+    given = (run.runtime_config and run.runtime_config.parameters) or {}
+    limit = timedelta(minutes=int(given.get("start_limit", Parameters().start_limit)))
+    for pod in waiting:
+        if pod.started and datetime.now(UTC) - datetime.fromisoformat(pod.started) > limit:
+            raise Stuck(
+                f"{pod.step}: its pod cannot start, and has waited for longer than start_limit ({limit}): "
+                f"{pod.message}; KFP waits for ever: put right what is said, or terminate the run"
+            )
     return "; ".join(f"{pod.step} waits: {pod.message}" for pod in waiting)
 
 

@@ -5,7 +5,9 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from model_import.hub_server import TOKEN, Hub
 from draft_model import storage
 from draft_model.dataset import files
 from draft_model.errors import DraftModelError
+from draft_model.kubeflow import HEALTH
 from draft_model.preflight import check, inspect_run
 
 
@@ -392,6 +395,65 @@ def test_a_store_that_refuses_is_told_with_the_secret_that_is_not_there(hub, run
 def test_a_pipeline_root_that_no_step_can_use_is_told(hub, run, root):
     (found,) = run(root).problems
     assert found.startswith(f"the pipeline root: given {root}; steps and training pods read and write s3:// and minio")
+
+
+@pytest.fixture
+def pod(tmp_path, monkeypatch):
+    """A pod of KFP 2.16.0: HTTP answers by path, of KFP's server and of Kubernetes."""
+    answers = {HEALTH: (200, {"tag_name": "2.16.0"})}
+
+    class Answer(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            status, content = answers[self.path.partition("?")[0]]
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(json.dumps(content).encode())
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
+    context = {"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "team"}}
+    config = {
+        "clusters": [cluster],
+        "contexts": [context],
+        "current-context": "c",
+        "users": [{"name": "u", "user": {}}],
+    }
+    (tmp_path / "kubeconfig").write_text(json.dumps(config))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+    for name in ("KUBERNETES_SERVICE_HOST", "ML_PIPELINE_SERVICE_HOST"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setenv("ML_PIPELINE_SERVICE_PORT", str(server.server_port))
+    yield answers
+    server.shutdown()
+    server.server_close()
+
+
+def test_in_a_pod_a_server_that_is_too_old_is_told(hub, run, pod):
+    given = {"max_length": 1024, "training_backend": "local"}
+    (told,) = run(**given).problems
+    assert told.startswith("Kubeflow Pipelines: http://127.0.0.1:")
+    assert told.endswith(" is KFP 2.16.0; the pipeline needs 2.16.1 or newer")
+    for answer in ((200, {"tag_name": "2.17.0"}), (200, {"multi_user": True}), (403, "RBAC: access denied")):
+        pod[HEALTH] = answer
+        assert run(**given).problems == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [((200, {"items": [{}]}), ""), ((200, {"items": []}), "no node of this cluster has the labels {} now; unless an"),
+     ((403, {"message": "no"}), "whether a node has the labels {} cannot be seen with this service account's rights")],
+)  # fmt: skip
+def test_labels_that_no_node_may_have_are_a_note(hub, run, pod, answer, told):
+    pod["/api/v1/nodes"] = answer
+    labels = "node.kubernetes.io/instance-type=Standard_D8s_v5"
+    given = {"compute_model_import": "serverless", "instance_type_model_import": "Standard_D8s_v5"}
+    notes = run(**given, max_length=1024, training_backend="local").notes
+    start = "instance_type_model_import, compute_model_import: "
+    assert [start + told.format(labels) in note for note in notes] == ([True] if told else [])
 
 
 def test_everything_is_told_at_once_and_shown(hub, run, tmp_path):

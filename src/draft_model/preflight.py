@@ -20,6 +20,8 @@ from draft_model import storage
 from draft_model.dataset.files import find
 from draft_model.errors import DraftModelError, Problem, named_parameters
 from draft_model.evaluation import prompts
+from draft_model.jobs.context import check_cluster, check_nodes, nodes_of, on_cluster, wants_cluster
+from draft_model.kubeflow import own_server_too_old
 from draft_model.parameters import PARAMETERS, STAGES, Parameters, Stage
 from draft_model.parameters.rules import MODEL_SOURCES, problems_with, valid_values
 from draft_model.shown import bullets, table
@@ -127,12 +129,12 @@ def inspect_run(values: Mapping[str, Any], root: str, work: Path) -> Report:
     _inspect_benchmarks(parameters, report)
     _inspect_store(parameters, root, report)
     _inspect_cluster(parameters, report)
+    if on_cluster() and (old := own_server_too_old()):
+        report.problems.append(f"Kubeflow Pipelines: {old}")
     return report
 
 
 def _resolve_nodes(parameters: Parameters, report: Report) -> None:
-    from draft_model.jobs.context import nodes_of
-
     try:
         report.nodes.update(nodes_of(parameters.model_dump()))
     except DraftModelError as error:
@@ -174,8 +176,6 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
 
 def _inspect_benchmarks(parameters: Parameters, report: Report) -> None:
     """Asks the Hub for benchmarks; and says what the evaluation's pod must reach where this one does."""
-    from draft_model.jobs.context import on_cluster
-
     if report.has("evaluation_prompts"):
         return
     benchmarks = prompts.to_fetch(parameters.evaluation_prompts)
@@ -224,14 +224,12 @@ def _inspect_store(parameters: Parameters, root: str, report: Report) -> None:
 
 
 def _inspect_cluster(parameters: Parameters, report: Report) -> None:
-    from draft_model.jobs.context import wants_cluster
-
     if wants_cluster(parameters):
-        from draft_model.jobs.context import check_cluster
-
         problems, notes = check_cluster(parameters, report.nodes.get("train"))
         report.problems.extend(problems)
         report.notes.extend(notes)
+    if wants_cluster(parameters) or on_cluster():
+        report.notes.extend(check_nodes(report.nodes))
 
 
 def _read_data(name: str, uri: str) -> None:

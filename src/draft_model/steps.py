@@ -169,7 +169,7 @@ def clean_up(
 
     with step("clean-up"):
         root, in_run, _ = summary.uri.partition(f"/{run_id}/")
-        own = storage.join(storage_uri, "output_model_path") if storage_uri else f"{root}/{run_id}" if in_run else ""
+        own = f"{storage_uri.rstrip('/')}/output_model_path" if storage_uri else f"{root}/{run_id}" if in_run else ""
         lines = jobs.clean_up(
             run_id, training_backend, state=status.state or "", message=status.error_message or "",
             checkpoint_path=checkpoint_path, root=own,

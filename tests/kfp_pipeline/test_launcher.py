@@ -1,7 +1,7 @@
 """Each component as KFP's launcher runs it, one after another on a tiny target, with a root in a real S3 store."""
 
 import json
-import shutil
+import re
 import uuid
 from pathlib import Path
 
@@ -129,25 +129,58 @@ def test_the_clean_up_of_a_run_whose_training_was_killed_names_the_newest_checkp
     assert f"the newest checkpoint: {newest}" in page
 
 
-def test_a_run_that_cannot_start_ends_in_the_preflight_with_the_reasons_last(launcher, inputs, tmp_path):
-    wrong = {"num_epochs": 0, "dataset_validation_split": "/none.jsonl", "compute_model_import": "nowhere"}
-    ended = Launcher(tmp_path, launcher.root).run("preflight", run_id=RUN, **{**inputs, **wrong})
+@pytest.mark.parametrize(
+    ("step", "wrong", "told"),
+    [
+        ("preflight", {"num_epochs": 0, "dataset_validation_split": "/none.jsonl", "compute_model_import": "nowhere"},
+         ["num_epochs: given 0", "compute_model_import: given 'nowhere'", "dataset_validation_split: given '/none"]),
+        ("import-model", {"pytorch_model_path": "/none"}, ["pytorch_model_path: "]),
+        ("build-dataset", {"dataset_train_split": "/none.jsonl"}, ["dataset_train_split: "]),
+        ("train-draft-model", {"dataset_uri": "/none"}, ["/none", "the dataset step makes it again in a new run"]),
+        ("evaluate-draft-model", {"draft_uri": "/none"}, ["/none", "the train step makes it again in a new run"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_ends_a_step_with_its_sentences_last(launcher, inputs, planned, uris, tmp_path, step, wrong, told):
+    plan = planned.accepted()
+    given = {
+        "preflight": inputs,
+        "import-model": {"parameters": plan["model_import"]},
+        "build-dataset": {"parameters": plan["dataset"], "model_uri": uris["model_uri"]},
+        "train-draft-model": {"parameters": plan["train"], **uris},
+        "evaluate-draft-model": {"parameters": plan["evaluate"], "draft_uri": "", **uris},
+    }[step]
+    if step in ("import-model", "build-dataset"):
+        given["parameters"] = {**given["parameters"], **wrong}
+    else:
+        given = {**given, **wrong}
+    run_id = {} if step == "evaluate-draft-model" else {"run_id": RUN}
+    ended = Launcher(tmp_path, launcher.root).run(step, **run_id, **given)
     assert ended.process.returncode == 2
     assert "Traceback" not in ended.process.stderr
-    last = ended.process.stderr.splitlines()[-4:]
-    assert last[0] == "error: 3 problems:"
-    assert [line.removeprefix("  - ").partition(":")[0] for line in last[1:]] == list(wrong)
-    assert not ended.file.exists()
-    assert ended.uploaded("summary").startswith("# This run cannot start: 3 problems\n")
+    _, said = re.split(r"^error: ", ended.process.stderr, flags=re.MULTILINE)
+    assert all(line.startswith("  - ") for line in said.splitlines()[1:])
+    assert [words for words in told if words not in said] == []
+    # Nothing that the launcher would take for a result, and no scratch folder.
+    left = {
+        path.name for path in (tmp_path / step).iterdir() if not path.name.startswith("tmp.")
+    }  # of KFP's own command
+    assert left <= {"python", "minio"}
+    written = [path for path in ended.mount.rglob("*") if path.is_file()]
+    assert [path.name for path in written] == (["summary"] if step == "preflight" else [])
+    assert all(path.read_text().startswith("# This run cannot start: 3 problems\n") for path in written)
 
 
-@pytest.mark.parametrize("missing", ["all of it", "a file"])
-def test_inputs_that_were_deleted_end_the_training_before_a_job_starts(launcher, planned, uris, tmp_path, missing):
+def test_the_clean_up_of_a_run_that_could_not_start_says_so_whatever_was_wrong(launcher, tmp_path):
+    wrong = {"training_backend": "nonsense", "storage_uri": "ftp://host/drafts", "checkpoint_path": ""}
+    ended = Launcher(tmp_path, launcher.root).run("clean-up", run_id=RUN, status={"state": "FAILED"}, **wrong)
+    ended.accepted()
+    assert ended.uploaded("summary").startswith("- a step failed: the last lines of its log say why\n")
+    assert "Traceback" not in ended.process.stderr
+
+
+def test_inputs_that_lost_a_file_end_the_training_before_a_job_starts(launcher, planned, uris, tmp_path):
     copy = storage.fetch(uris["dataset_uri"], tmp_path / "copy")
-    if missing == "a file":
-        next(path for path in sorted(Path(copy).rglob("*.parquet"))).unlink()
-    else:
-        shutil.rmtree(copy)
+    next(path for path in sorted(Path(copy).rglob("*.parquet"))).unlink()
     given = {"parameters": planned.accepted()["train"], "model_uri": uris["model_uri"], "dataset_uri": str(copy)}
     ended = Launcher(tmp_path / "pods", launcher.root).run("train-draft-model", run_id=RUN, **given)
     assert ended.process.returncode == 2

@@ -5,6 +5,7 @@ The runs that end early go on beside one another: most of their time is the impo
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sysconfig
@@ -208,6 +209,13 @@ def test_everything_went_through_the_store(stored, whole):
     assert storage.read_bytes(f"{stored}/output_model_path/final/model.safetensors") == (
         (whole[1].final / "model.safetensors").read_bytes()
     )
+
+
+def test_a_second_run_uses_the_target_and_the_data_set_of_the_first(whole, stored):
+    log = (whole[0] / "run.log").read_text()
+    assert f"is at {stored}/models/" in log
+    assert "already, whole: nothing is copied" in log
+    assert re.search(rf"{stored}/datasets/\w+ is already built from the same inputs; nothing to do", log)
 
 
 def test_no_process_and_no_scratch_folder_is_left(whole):

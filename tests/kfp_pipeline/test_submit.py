@@ -13,6 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from kfp_api import COOKIE, PAGE, KfpApi
 
 from draft_model.errors import DraftModelError
+from draft_model.kubeflow import own_server_too_old
 from kfp_pipeline.client import NotLetIn, Server, ServerAway, connect
 from kfp_pipeline.compile import compile_documents, compile_manifests
 from kfp_pipeline.submit import check, submit
@@ -279,10 +280,22 @@ def test_a_gateways_answer_is_no_run(api, path, page, told):
 
 @pytest.mark.parametrize(("tag", "old"), [("2.16.0", True), ("2.16.1", False), ("2.17.0", False), ("master", False)])
 @pytest.mark.parametrize("ui", [False, True])
-def test_a_server_that_is_too_old_is_named(api, caplog, tag, old, ui):
+def test_a_server_that_is_too_old_is_named(api, caplog, monkeypatch, tag, old, ui):
     api.tag, api.ui = tag, ui
     connect(api.host)
-    assert (f"{api.host} is KFP {tag}; the pipeline needs 2.16.1" in caplog.text) == old
+    told = f"{api.host} is KFP {tag}; the pipeline needs 2.16.1 or newer"
+    assert (told in caplog.text) == old
+    for name, value in zip(("HOST", "PORT"), api.host.removeprefix("http://").split(":"), strict=True):
+        monkeypatch.setenv(f"ML_PIPELINE_SERVICE_{name}", value)
+    assert own_server_too_old() == (told if old else "")  # what the preflight asks in a pod
+
+
+def test_a_server_that_does_not_tell_its_version_is_not_called_old(api, monkeypatch):
+    api.pages = {"/healthz$": PAGE}
+    monkeypatch.setenv("ML_PIPELINE_SERVICE_HOST", "127.0.0.1")
+    for port in (api.host.rpartition(":")[2], "9"):
+        monkeypatch.setenv("ML_PIPELINE_SERVICE_PORT", port)
+        assert own_server_too_old() == ""
 
 
 def test_a_cookie_of_kfps_own_settings_gets_past_a_login_page(api, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -286,6 +287,22 @@ def test_who_stops_watching_is_told_how_to_go_on_and_how_to_end_the_run(api, sta
     ended = draft_model(*follow.split())
     assert ended.returncode == 1
     assert "error: the run was terminated (KFP: FAILED)" in ended.stderr
+
+
+def test_a_watch_ends_where_a_pod_is_pending_for_longer_than_start_limit(api, draft_model, monkeypatch):
+    monkeypatch.setattr("kfp_pipeline.watch.STALL", -1.0)
+    assert draft_model("submit", "--host", api.host, *GIVEN, "--set", "start_limit=1").returncode == 0
+    (run,) = api.runs.values()
+    run["created_at"] = f"{datetime.now(UTC) - timedelta(minutes=2):%Y-%m-%dT%H:%M:%SZ}"
+    api.story = [("RUNNING", {"import-model": ("PENDING", "Unschedulable: 0/3 nodes are available", "")})]
+    done = draft_model("watch", "--host", api.host, run["run_id"])
+    assert done.returncode == 2
+    assert f"End it: draft-model terminate --host {api.host} {run['run_id']}\n" in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(
+        "error: import-model: its pod cannot start, and has waited for longer than start_limit (0:01:"
+    )
+    assert "Unschedulable: 0/3 nodes are available" in last
 
 
 def test_a_run_that_is_not_there(api, draft_model):

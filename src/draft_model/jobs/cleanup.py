@@ -32,7 +32,7 @@ def run(run_id: str, training_backend: str, state: str, message: str, checkpoint
     """See `draft_model.jobs.clean_up`."""
     state, ended = state.upper(), None
     lines: list[str] = []
-    if wants_cluster(Parameters(training_backend=training_backend)):  # type: ignore[arg-type]
+    if wants_cluster(Parameters.model_construct(training_backend=training_backend)):  # it may be what preflight refused
         deadline = time.monotonic() + AWAY_SECONDS
         while True:
             try:

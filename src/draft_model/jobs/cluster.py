@@ -125,6 +125,10 @@ class Cluster:
         """Pods by label selector."""
         return self._items("list pods", self._core.list_namespaced_pod, self.namespace, label_selector=selector)
 
+    def has_node(self, selector: str) -> bool:
+        """Whether the cluster has a node of these labels; a right that no Role of one namespace gives."""
+        return bool(self._items("list nodes", self._core.list_node, label_selector=selector))
+
     def config_map(self, name: str) -> dict[str, str] | None:
         """The data of a ConfigMap, or None."""
         found = self._call("get configmaps", name, self._core.read_namespaced_config_map, name, self.namespace)

@@ -80,6 +80,32 @@ def check_cluster(parameters: Parameters, wanted: Compute | None) -> tuple[list[
         return [f"training_backend: the API server does not answer ({error}): start the run again later"], []
 
 
+def check_nodes(nodes: Mapping[str, Compute]) -> list[str]:
+    """What is worth knowing of node labels: that no node has them now, or that this cannot be seen from here.
+
+    It is never a problem: an autoscaler may add such a node when a pod asks for it.
+    """
+    from draft_model.jobs.cluster import Unavailable
+
+    notes, names = [], {"import": "model_import", "train": "draft_model_training"}
+    for stage, node in nodes.items():
+        labels = ",".join(f"{key}={value}" for key, value in node.node_selector.items())
+        start = "instance_type_{0}, compute_{0}: ".format(names[stage])
+        ends = "the run ends after start_limit" if stage == "train" else "KFP waits for ever: terminate the run"
+        try:
+            if labels and not connect().has_node(labels):
+                notes.append(
+                    f"{start}no node of this cluster has the labels {labels} now; unless an autoscaler adds one, no "
+                    f"pod can start, and {ends}"
+                )
+        except (DraftModelError, Unavailable):
+            notes.append(
+                f"{start}whether a node has the labels {labels} cannot be seen with this service account's rights; "
+                f"where none has, no pod can start, and {ends}"
+            )
+    return notes
+
+
 def request_for(cluster: Cluster, spec: JobSpec, run_id: str) -> JobRequest:
     """The first attempt of a run's job."""
     for name, uri in spec.uris.items():
