@@ -119,7 +119,7 @@ def test_the_process_that_asked_for_it_gets_the_problems_as_a_list(run, tmp_path
 def test_a_component_ends_as_its_body_does_and_leaves_no_scratch_folder(run, tmp_path, body, code):
     done = run(f"with step('train') as folder:\n    (folder / 'large').touch(); print(folder)\n    {body}")
     assert done.returncode == code
-    assert done.stdout.startswith(f"{tmp_path}/work/train-")
+    assert done.stdout.startswith(f"{tmp_path}/work/draft-model-train-")
     assert ("Traceback" in done.stderr) == (code == 1)
     assert ("error: one: bad" in done.stderr) == (code == 2)
     assert list((tmp_path / "work").iterdir()) == []

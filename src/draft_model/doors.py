@@ -14,10 +14,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from draft_model.errors import DraftModelError
 from draft_model.processes import end_with_root
+from draft_model.scratch import scratch_folder
 
 USER_ERROR = 2
 TERMINATED = 128 + signal.SIGTERM
@@ -138,8 +138,8 @@ def step(name: str) -> Iterator[Path]:
         print("not started, since another step of this run has failed", file=sys.stderr)
         raise SystemExit(USER_ERROR)
     try:
-        with TemporaryDirectory(prefix=f"{name}-", dir=os.environ.get(WORK_FOLDER)) as folder:
-            yield Path(folder)
+        with scratch_folder(name, os.environ.get(WORK_FOLDER)) as folder:
+            yield folder
     except Exception as error:
         if (mistake := user_error(error)) is None:
             raise

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -14,6 +13,7 @@ from draft_model.doors import raise_on_sigterm
 from draft_model.errors import DraftModelError, named_parameters
 from draft_model.parameters import PARAMETERS, REMOVED, Parameter, Stage, parameters_of
 from draft_model.parameters.rules import problems_with, unknown
+from draft_model.scratch import scratch_folder
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 Decorator = Callable[[Any], Any]
@@ -102,8 +102,8 @@ def scratch(work: Path | None) -> Iterator[Path]:
     if work is not None:
         yield work.resolve()
         return
-    with TemporaryDirectory(prefix="draft-model-") as folder:
-        yield Path(folder)
+    with scratch_folder("cli") as folder:
+        yield folder
 
 
 def values_of(params: Path | None, settings: tuple[str, ...]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Losses and gradients that are no numbers: skipped and counted, and told where they do not stop."""
 
-import math
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -18,7 +17,7 @@ from training.case import QUICK
 
 @pytest.fixture
 def poisoned(inputs, tmp_path):
-    """The target with an infinite embedding of a token that one training conversation alone has; and which."""
+    """The target with the largest embedding of a token that one training conversation alone has; and which."""
     split = Split(Path(inputs.dataset) / "train")
     validation = Split(Path(inputs.dataset) / "validation")
     known = {int(token) for row in validation for token in row.input_ids}
@@ -34,7 +33,7 @@ def poisoned(inputs, tmp_path):
             (poisoned / path.name).write_bytes(path.read_bytes())
     (weights,) = poisoned.glob("*.safetensors")
     tensors = load_file(weights)
-    tensors["model.embed_tokens.weight"][token] = math.inf
+    tensors["model.embed_tokens.weight"][token] = 3e38  # finite, but its gradient is not
     save_file(tensors, weights, metadata={"format": "pt"})
     storage.publish(poisoned, str(poisoned), stage=manifest.stage, properties=manifest.properties)
     return str(poisoned), split, index
@@ -50,7 +49,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(train, poisoned, ca
     for record in trained.record["skipped"]:
         assert split.line(index) in record["lines"]
         assert len(record["lines"]) == 4
-    assert caplog.text.count("is skipped (loss nan") == len(bad)
+    assert caplog.text.count("is skipped (") == len(bad)
     assert not set(bad) & trained.losses.keys()
     assert len(trained.losses) >= 13 - len(bad) - 2
     tensors = load_file(f"{trained.result.final}/model.safetensors")
