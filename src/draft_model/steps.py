@@ -57,7 +57,11 @@ def preflight(values: Mapping[str, Any], run_id: str, summary: Artifact) -> tupl
         if report.problems:
             raise DraftModelError(report.problems)
         parameters, node = Parameters.model_validate(report.values), report.nodes["import"]
-        stages = [{**parameters.of_stage(stage), "storage_uri": parameters.storage_uri} for stage in STAGES]
+        stages = [
+            {**parameters.of_stage(stage), "storage_uri": parameters.storage_uri}
+            for stage in STAGES
+            if stage != "regenerate"
+        ]
     return (*stages, node.cpus, node.memory, node.node_selector, node.tolerations)
 
 

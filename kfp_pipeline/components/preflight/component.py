@@ -42,7 +42,10 @@ def preflight(  # noqa: D103
     evaluation_prompts: str, evaluation_temperature: float, register_model_name: str, training_backend: str,
     training_attempts: int, queue_limit: int, start_limit: int, run_limit: int, compute_map: str,
     object_store_secret: str, keep_checkpoints: int, final_checkpoint: str, checkpoint_path: str,
-    mlflow_tracking_uri: str, evaluation_engine: str,
+    mlflow_tracking_uri: str, evaluation_engine: str, evaluation_batch_sizes: str, compute_evaluation: str,
+    instance_type_evaluation: str, number_of_gpu_to_use_evaluation: int, draft_architecture: str, draft_loss: str,
+    regenerate_answers: str, regenerate_temperature: float, regenerate_max_new_tokens: int,
+    regenerate_samples_per_prompt: int, regenerate_limit: int,
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Plan",
     [("model_import", dict), ("dataset", dict), ("train", dict), ("evaluate", dict), ("cpu", str), ("memory", str),

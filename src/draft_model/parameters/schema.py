@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-Stage = Literal["import", "dataset", "train", "evaluate"]
+Stage = Literal["import", "regenerate", "dataset", "train", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 LARGEST_SEED = 2**53 - 1
 """KFP passes numbers as doubles, which hold every integer up to here."""
@@ -52,14 +52,23 @@ def _secret_name(value: str) -> str:
     return value
 
 
+def _batch_sizes(value: str) -> str:
+    sizes = [each.strip() for each in value.split(",")] if value else []
+    if not all(re.fullmatch("[1-9][0-9]{0,3}", size) for size in sizes):
+        raise ValueError("must be whole numbers from 1 to 9999 with commas between, such as 1,4,16")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_one_line)]
 NoQuoting = Annotated[Text, AfterValidator(_no_quoting)]
 TrackingServer = Annotated[Text, AfterValidator(_tracking_server)]
 SecretName = Annotated[Text, AfterValidator(_secret_name)]
+BatchSizes = Annotated[Text, AfterValidator(_batch_sizes)]
 _ALLOWED: dict[Callable[..., str], str] = {
     _no_quoting: "no backslash, no single quote",
     _tracking_server: "a URI or path without name or password",
     _secret_name: "a name, not empty",
+    _batch_sizes: "whole numbers with commas between",
 }
 
 
@@ -196,6 +205,35 @@ class Parameters(BaseModel):
     evaluation_engine: Literal["auto", "vllm", "sglang", "transformers"] = _p(
         "auto", "What the evaluation decodes with; auto: vLLM where it can be imported, else our own decoder on "
         "transformers.", "evaluate")
+    evaluation_batch_sizes: BatchSizes = _p(
+        "1,4,16,64", "Requests at once at which an engine's throughput is timed, with commas between; not given: it is "
+        "not timed.", "evaluate")
+    compute_evaluation: NoQuoting = _p(
+        "", "Compute of the evaluation, as compute_draft_model_training; not given: the training's.", "evaluate")
+    instance_type_evaluation: Text = _p(
+        "", "Instance type of the evaluation, as instance_type_draft_model_training; not given: the training's.",
+        "evaluate")
+    number_of_gpu_to_use_evaluation: int = _p(
+        0, "GPUs of the evaluation, over which the target is split; 0: as many as a node of the training.", "evaluate",
+        ge=0)
+    draft_architecture: Literal["eagle3", "eagle3.1", "dflash", "dspark"] = _p(
+        "eagle3", "Family of the draft: which one when is in docs/drafts.md.", "dataset", "train")
+    draft_loss: Literal["kl", "lk", "tv"] = _p(
+        "kl", "Loss per position: divergence from the target (kl), the rejection itself (lk), total variation (tv).",
+        "train")
+    regenerate_answers: Literal["off", "train", "all"] = _p(
+        "off", "Replace the assistants' turns of the training data, or of the validation data too, by the target's own "
+        "answers.", "regenerate")
+    regenerate_temperature: float = _p(
+        -1.0, "Sampling temperature of regenerated answers; 0: greedy; -1: the target's generation_config.",
+        "regenerate", ge=-1)
+    regenerate_max_new_tokens: int = _p(
+        1024, "Longest regenerated answer.", "regenerate", unit="tokens", ge=1)
+    regenerate_samples_per_prompt: int = _p(
+        1, "Regenerated conversations per conversation.", "regenerate", ge=1)
+    regenerate_limit: int = _p(
+        0, "Regenerate only so many conversations of a split, the first ones; 0: all.", "regenerate",
+        unit="conversations", ge=0)
     # fmt: on
 
     @model_validator(mode="before")
