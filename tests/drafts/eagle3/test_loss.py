@@ -57,6 +57,21 @@ def test_equals_the_reference(seed, lengths, steps, draft_vocab, learnt, heads, 
     assert_equals_reference(case, steps)
 
 
+EAGLE31 = [
+    {"fc_norm": True, "norm_output": True},
+    {"norm_before_fc": True, "aux_layers": (1, 2, 3, 4, 5)},
+    {"fc_norm": True, "norm_before_fc": True, "norm_output": True, "aux_layers": (2, 5)},
+    {"norm_output": True, "aux_layers": (3,)},
+]
+
+
+@pytest.mark.parametrize("switches", EAGLE31)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_eagle31_equals_the_reference(steps, switches):
+    case = random_case(steps, [17, 9, 3, 12], learnt=lambda n: torch.arange(n) >= n // 2, **switches)
+    assert_equals_reference(case, steps)
+
+
 @pytest.mark.parametrize("steps", range(1, 8))
 def test_a_reply_after_a_prompt(steps):
     case = random_case(steps, [17, 9, 12], learnt=lambda length: torch.arange(length) >= length // 2)
