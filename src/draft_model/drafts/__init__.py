@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "eagle3": "draft_model.drafts.eagle3.family:EAGLE3",
+    "dflash": "draft_model.drafts.dspark.family:DFLASH",
+    "dspark": "draft_model.drafts.dspark.family:DSPARK",
 }
 """Where each `Family` is; its modules are imported when it is used."""
 DEFAULT = "eagle3"

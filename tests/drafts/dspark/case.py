@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from draft_model.drafts.batch import Batch, collate
 from draft_model.drafts.dspark.blocks import place_blocks
 from draft_model.drafts.dspark.config import BlockConfig
 from draft_model.drafts.dspark.model import BlockDraft
 from draft_model.drafts.dspark.objective import Objective
-from draft_model.drafts.eagle3.batch import Batch, collate
 
 from . import reference
 
@@ -45,14 +45,18 @@ class Case:
     embedding: Tensor
     head: Tensor
 
-    def ours(self, kind: str = "tv", backend: str = "sdpa", dtype: torch.dtype = torch.float32):
-        """Loss, sums and gradients of the code under test."""
+    def objective(self, kind: str = "tv", dtype: torch.dtype = torch.float32) -> Objective:
+        """The code under test."""
         head = self.head.to(dtype)
         target: Any = SimpleNamespace(
             embedding=self.embedding.to(dtype), head=head, logits=lambda hidden: hidden @ head.T,
             device=torch.device("cpu"),
         )  # fmt: skip
-        objective = Objective(self.draft, target, kind, "sdpa", dtype, self.batch.tokens.shape[1])
+        return Objective(self.draft, target, 7, "sdpa", dtype, self.batch.tokens.shape[1], kind)
+
+    def ours(self, kind: str = "tv", backend: str = "sdpa", dtype: torch.dtype = torch.float32):
+        """Its loss, sums and gradients."""
+        objective = self.objective(kind, dtype)
         objective.backend = backend
         self.draft.zero_grad()
         loss, sums = objective(self.batch, [states.to(dtype) for states in self.states])
@@ -84,11 +88,12 @@ class Case:
     def only(self, rows: list[int]) -> Case:
         """The same with some of the conversations."""
         width = int(self.batch.lengths[rows].max())
-        parts = (self.batch.tokens[rows, :width], self.batch.lengths[rows], self.batch.predicted[rows, :width])
-        return replace(self, batch=replace(Batch(*parts), draw=self.batch.draw), states=[self.states[r] for r in rows])
+        batch = self.batch
+        kept = Batch(batch.tokens[rows, :width], batch.lengths[rows], batch.predicted[rows, :width], batch.keys[rows])
+        return replace(self, batch=kept, states=[self.states[row] for row in rows])
 
 
-def random_case(seed: int, lengths: list[int], *, learnt: float = 0.8, draw: int = 0, **changes: Any) -> Case:
+def random_case(seed: int, lengths: list[int], *, learnt: float = 0.8, **changes: Any) -> Case:
     """A random step: weights of unit gain, conversations of these lengths, of which this share is supervised."""
     generator = torch.Generator().manual_seed(seed)
     config = small_config(**changes)
@@ -103,7 +108,7 @@ def random_case(seed: int, lengths: list[int], *, learnt: float = 0.8, draw: int
         for length in lengths
     ]
     return Case(
-        draft, replace(collate(rows), draw=draw),
+        draft, collate(rows),
         [torch.randn(length, (len(config.aux_layers) + 1) * HIDDEN, generator=generator) for length in lengths],
         torch.randn(VOCABULARY, HIDDEN, generator=generator),
         torch.randn(VOCABULARY, HIDDEN, generator=generator) / HIDDEN**0.5,

@@ -68,8 +68,7 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: 
     Returns:
         [n, S, heads, d].
     """
-    count, size, heads, width = q.shape
-    kv_heads, length = k.shape[2], len(context_k)
+    (count, size, _, width), kv_heads, length = q.shape, k.shape[2], len(context_k)
     grouped = (q * width**-0.5).unflatten(2, (kv_heads, -1)).permute(2, 0, 1, 3, 4).flatten(2, 3)  # [kv, n, S g, d]
     far = (grouped.flatten(1, 2) @ context_k.permute(1, 2, 0)).unflatten(1, (count, -1))  # [kv, n, S g, T]
     hidden = torch.arange(length, device=q.device) >= times.unsqueeze(1)  # [n, T]

@@ -2,20 +2,19 @@
 
 A block's anchor a is a token of a reply whose successor is the reply's too: decoding starts a round at no other. Its
 proposal j speaks of x[a+1+j], has x[a+j] before it, and its teacher is the target at a+j. Conversations are packed one
-after the other. A conversation of more anchors than are wanted gets a random choice, which depends on the seed and
-epoch (`Batch.draw`) and on its own tokens alone: not on the batch, nor on the process that it falls to.
+after the other. A conversation of more anchors than are wanted gets a random choice of them, by its `Batch.keys`.
 """
 
 from __future__ import annotations
 
-import zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from draft_model.drafts.eagle3.batch import Batch
+from draft_model.drafts.batch import Batch
 from draft_model.drafts.transfer import to_device
 
 
@@ -61,8 +60,8 @@ class Blocks:
 
     def to(self, device: torch.device) -> Blocks:
         """The same on another device."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: to_device(x, device) for name, x in parts.items() if isinstance(x, Tensor)})
+        moved: dict[str, Any] = {name: to_device(x, device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **moved)
 
 
 def place_blocks(batch: Batch, steps: int, limit: int | None) -> Blocks:
@@ -80,8 +79,7 @@ def place_blocks(batch: Batch, steps: int, limit: int | None) -> Blocks:
     begins[:, 1:] &= predicted[:, :-1]  # the anchor itself is the assistant's
     chosen = begins.clone()
     for row in (begins.sum(1) > (limit or begins.shape[1])).nonzero()[:, 0].tolist():
-        tokens = batch.tokens[row, : batch.lengths[row]].numpy()
-        generator = np.random.default_rng([batch.draw, zlib.crc32(tokens.tobytes())])
+        generator = np.random.default_rng(int(batch.keys[row]))
         order = generator.permutation(int(begins[row].sum()))[limit:]
         chosen[row, begins[row].nonzero()[:, 0][torch.from_numpy(order)]] = False
     predicted, tokens = predicted[real], batch.tokens[real]  # packed

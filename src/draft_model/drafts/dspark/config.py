@@ -12,7 +12,7 @@ from draft_model.errors import DraftModelError
 DEFAULT_LAYERS = 5
 DEFAULT_PROPOSALS = 7
 ARCHITECTURES = {"dspark": "Qwen3DSparkModel", "dflash": "DFlashDraftModel"}
-_ALIASES = {"dspark": {"DSparkDraftModel", "DSparkSpeculator"}, "dflash": {"DFlashSpeculator"}}
+ALIASES = {"dspark": {"DSparkDraftModel", "DSparkSpeculator"}, "dflash": {"DFlashSpeculator"}}
 _LAYER_TYPE = "full_attention"
 _OWN_SIZES = {"num_hidden_layers": 1, "block_size": 2, "num_anchors": 1, "markov_rank": 0, "mask_token_id": 0}
 # With one possible value each; the other Markov heads have tensors that this draft does not.
@@ -90,12 +90,11 @@ class BlockConfig(DraftConfig):
             "confidence_head_with_markov": self.enable_confidence_head,
         }  # fmt: skip
 
-
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> BlockConfig:
         """Reads the config.json that `to_json` wrote."""
         layers = config.get("dflash_config", config)
-        whole = {"draft_vocab_size": config["vocab_size"], "markov_rank": 0, "enable_confidence_head": False} | config
+        whole = {"draft_vocab_size": config["vocab_size"], "markov_rank": 0, "enable_confidence_head": False} | dict(config)
         whole |= {"mask_token_id": layers["mask_token_id"]}
         whole |= {"aux_layers": tuple(layer + 1 for layer in layers["target_layer_ids"])}
         return cls(**{field.name: whole[field.name] for field in fields(cls)})
@@ -170,7 +169,7 @@ def adapt(default: BlockConfig, given: Mapping[str, Any], source: str = USER) ->
 def _problems(default: BlockConfig, given: Mapping[str, Any]) -> list[str]:
     """What in a configuration no block draft of this target can have."""
     name, depth = default.family, default.num_target_layers
-    allowed = {ARCHITECTURES[name], *_ALIASES[name]}
+    allowed = {ARCHITECTURES[name], *ALIASES[name]}
     problems = [
         f"`{key}` is {given[key]!r}; allowed: a whole number >= {least}"
         for key, least in _OWN_SIZES.items()

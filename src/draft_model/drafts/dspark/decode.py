@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from draft_model.drafts.dspark.model import BlockDraft
-from draft_model.drafts.eagle3.model import Rotary
+from draft_model.drafts.rotary import Rotary
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
 
 
-class Proposer:
+class BlockProposer:
     """Proposes tokens for the rows of a batch.
 
     Args:
@@ -37,19 +37,7 @@ class Proposer:
     def propose(
         self, features: Tensor, tokens: Tensor, positions: Tensor, visible: Tensor, ends: Tensor, count: int
     ) -> Tensor:
-        """Reads new columns, then fills in a block behind each row's last accepted one.
-
-        Args:
-            features: the target's, of Q new columns, [B, Q, n H].
-            tokens: the token after each column, int64 [B, Q].
-            positions: rotary positions, int64 [B, Q].
-            visible: columns that a row may see, the new ones included, bool [B, C + Q].
-            ends: each row's last accepted new column, int64 [B].
-            count: K, how many tokens to propose.
-
-        Returns:
-            Token ids of the target, int64 [B, K].
-        """
+        """Reads new columns, then fills in a block behind each row's last accepted one; see `base.Proposer`."""
         draft, shape = self.draft, self.draft.config
         rows, size = torch.arange(len(ends), device=ends.device), count + shape.first
         context = draft.context(features.float()).flatten(0, 1)

@@ -26,6 +26,11 @@ _OUTSIDE = (
     "confidence_head_with_markov", "draft_vocab_size", "architectures",
 )  # fmt: skip
 
+_LAYER_KEYS = (
+    "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
+    "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters", "vocab_size", "layer_types",
+)  # fmt: skip
+
 
 def save_draft(folder: Path, draft: BlockDraft, dtype: torch.dtype = torch.bfloat16) -> None:
     """Writes the draft for serving.
@@ -85,7 +90,14 @@ def canonical(
     """
     named = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     kept = {name: tensor for name, tensor in named.items() if not name.startswith(_OF_TARGET)}
-    known = ("layers.", "fc.weight", "norm.weight", "hidden_norm.weight", "markov_head.markov_w", "confidence_head.proj.")
+    known = (
+        "layers.",
+        "fc.weight",
+        "norm.weight",
+        "hidden_norm.weight",
+        "markov_head.markov_w",
+        "confidence_head.proj.",
+    )
     strange = [name for name in kept if not name.startswith(known) or name.endswith("proj.bias")]
     if strange := sorted(set(strange) - {"confidence_head.proj.bias"}):
         raise DraftModelError(f"{uri}: the draft trained here has no place for {', '.join(strange)}")
@@ -100,8 +112,37 @@ def canonical(
     layer = AutoConfig.for_model(given.pop("model_type", "qwen3"), **given).to_dict()
     outside = {key: config[key] for key in _OUTSIDE if config.get(key) is not None}
     layers = config.get("aux_hidden_state_layer_ids") or []
-    wanted = ("head_dim", "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
-              "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters", "vocab_size",
-              "layer_types")  # fmt: skip
-    kept_config = {key: layer[key] for key in wanted if key in layer} | outside
-    return kept_config | {"target_layer_ids": [layer - 1 for layer in layers]}, kept
+    own = {key: layer[key] for key in _LAYER_KEYS if key in layer} | outside
+    return own | {"target_layer_ids": [layer - 1 for layer in layers]}, kept
+
+
+def exported(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], form: str, target: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A checkpoint as another tool writes its own: both engines read ours, speculators its own configuration.
+
+    Args:
+        config: of `canonical`.
+        tensors: of `canonical`.
+        form: `vllm`, `sglang` or `speculators`.
+        target: for `speculators`: the target's `name` and `architectures`, and how many `proposals` serve best.
+    """
+    if form != "speculators":
+        return dict(config), dict(tensors)
+    name = "dspark" if config.get("markov_rank") else "dflash"
+    layers = config.get("dflash_config", config)
+    verifier = {"name_or_path": target["name"], "architectures": target["architectures"]}
+    method = {"proposal_type": "greedy", "speculative_tokens": target["proposals"]}
+    return {
+        **{key: config[key] for key in _OUTSIDE if key in config},
+        "architectures": ["DSparkDraftModel" if name == "dspark" else "DFlashDraftModel"],
+        "speculators_model_type": name,
+        "speculators_version": "0.9.0",
+        "draft_vocab_size": config["vocab_size"],
+        "mask_token_id": layers["mask_token_id"],
+        "aux_hidden_state_layer_ids": [layer + 1 for layer in layers["target_layer_ids"]],
+        "transformer_layer_config": {"model_type": "qwen3"} | {key: config[key] for key in _LAYER_KEYS},
+        "speculators_config": {
+            "algorithm": name, "default_proposal_method": "greedy", "proposal_methods": [method], "verifier": verifier,
+        },
+    }, dict(tensors)  # fmt: skip

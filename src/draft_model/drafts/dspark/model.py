@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from draft_model.drafts.dspark.config import BlockConfig
-from draft_model.drafts.eagle3.model import rotate
+from draft_model.drafts.rotary import rotate
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
@@ -29,9 +29,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """From the blocks' q [N, S, heads, d], k and v [N, S, kv_heads, d] and the context's k and v to [N, S, heads, d]."""
 
 
-def _linear(x: Tensor, module: nn.Module) -> Tensor:
+def _linear(x: Tensor, module: nn.Linear) -> Tensor:
     """A projection in the type of x; gradients reach the float32 weight."""
-    return functional.linear(x, module.weight.to(x.dtype))  # type: ignore[operator]
+    return functional.linear(x, module.weight.to(x.dtype))
 
 
 class _Norm(nn.Module):
@@ -83,7 +83,7 @@ class Layer(nn.Module):
         )
 
     def forward(self, x: Tensor, table: Tensor, context: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """x [N, S, H] with the rows' table [2, N S, d], and keys and values of the context: [N, S, H]."""
+        """X [N, S, H] with the rows' table [2, N S, d], and keys and values of the context: [N, S, H]."""
         blocks = x.shape[:2]
         rows = self.input_layernorm(x).flatten(0, 1)
         parts = (self.self_attn.queries(rows, table), *self.self_attn.keys_values(rows, table))

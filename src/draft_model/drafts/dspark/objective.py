@@ -25,13 +25,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from draft_model.drafts.batch import Batch
 from draft_model.drafts.dspark.attention import block_attention
 from draft_model.drafts.dspark.blocks import Blocks, place_blocks
 from draft_model.drafts.dspark.model import BlockDraft
 from draft_model.drafts.eagle3.attention import choose_backend
-from draft_model.drafts.eagle3.batch import Batch
-from draft_model.drafts.eagle3.model import Rotary
 from draft_model.drafts.eagle3.objective import StepSums, decode_rounds
+from draft_model.drafts.rotary import Rotary
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
@@ -48,14 +48,21 @@ class Objective:
     Args:
         draft: float32 parameters.
         target: the frozen target, in the compute type.
-        loss: tv, kl or lk.
         attention_backend: `flex_attention` or `sdpa`.
         dtype: compute type.
         max_length: longest conversation, in tokens.
+        loss: tv, kl or lk.
     """
 
     def __init__(
-        self, draft: BlockDraft, target: Target, loss: str, attention_backend: str, dtype: torch.dtype, max_length: int
+        self,
+        draft: BlockDraft,
+        target: Target,
+        _ttt_length: int,
+        attention_backend: str,
+        dtype: torch.dtype,
+        max_length: int,
+        loss: str,
     ) -> None:
         self.draft, self.target, self.loss, self.dtype = draft, target, loss, dtype
         self.backend = choose_backend(attention_backend, target.device, dtype)
@@ -81,7 +88,7 @@ class Objective:
         blocks = place_blocks(batch, shape.proposals, limit).to(self.target.device)
         if not len(blocks.anchors):
             nothing = sum(parameter.sum() for parameter in draft.parameters()) * 0.0
-            return torch.as_tensor(nothing), StepSums.zeros(shape.proposals, self.target.device)
+            return torch.as_tensor(nothing), self.no_counts()
         features, final = torch.cat(states).split((len(shape.aux_layers) * shape.hidden_size, shape.hidden_size), -1)
         hidden = self._propose(blocks, features)[:, shape.first :]  # [N, K, H]
         embedded = weight = None
@@ -96,6 +103,10 @@ class Objective:
             error = functional.binary_cross_entropy_with_logits(confidence, teaching.overlap, reduction="none")
             loss = loss + (error * blocks.learnt * self.decay).sum()
         return loss, _step_sums(blocks, teaching)
+
+    def no_counts(self) -> StepSums:
+        """The counts of no conversation, on the device."""
+        return StepSums.zeros(self.draft.config.proposals, self.target.device)
 
     def _propose(self, blocks: Blocks, features: Tensor) -> Tensor:
         """The final hidden states of all blocks, [N, S, H], from the target's features [T, n H]."""
