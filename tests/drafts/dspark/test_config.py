@@ -90,7 +90,6 @@ def test_tensors_are_named_as_engines_load_them():
     ("dspark", {"block_size": 1}, ">= 2"),
     ("dspark", {"num_hidden_layers": "5"}, "whole number"),
     ("dspark", {"target_layer_ids": [3, 29]}, "0 to 28"),
-    ("dspark", {"draft_vocab_size": 32}, "whole vocabulary"),
     ("dspark", {"layer_types": ["sliding_attention"]}, "full_attention"),
     ("dspark", {"architectures": ["DFlashDraftModel"]}, "Qwen3DSparkModel"),
     ("dspark", {"hidden_size": 16}, "the target has 32"),
@@ -101,6 +100,16 @@ def test_what_no_block_draft_can_have_is_refused(name, given, said):
     family = drafts.family(name)
     with pytest.raises(DraftModelError, match=said):
         family.adapt(family.default_shape(TARGET), given)
+
+
+def test_the_vocabulary_is_whole(caplog):
+    family = drafts.family("dspark")
+    default = family.default_shape(TARGET)
+    with caplog.at_level("INFO"):
+        assert family.adapt(default, {"draft_vocab_size": 32}) == default
+    assert "`draft_vocab_size` is without effect" in caplog.text
+    with pytest.raises(DraftModelError, match="whole vocabulary"):  # another trainer's draft has a head of its own
+        family.adapt(default, {"draft_vocab_size": 32}, "s3://theirs")
 
 
 def test_tensors_of_another_architecture_are_refused():

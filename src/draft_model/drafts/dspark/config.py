@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from draft_model.drafts.eagle3.config import USER, DraftConfig, draft_config_for, with_overrides
 from draft_model.errors import DraftModelError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_LAYERS = 5
 DEFAULT_PROPOSALS = 7
@@ -154,6 +157,9 @@ def adapt(default: BlockConfig, given: Mapping[str, Any], source: str = USER) ->
     values = {key: value for key, value in given.items() if value is not None}
     nested = values.get("dflash_config") or {}
     values |= {key: nested[key] for key in ("mask_token_id", "target_layer_ids") if key in nested}
+    if source == USER and values.get("draft_vocab_size", default.vocab_size) != default.vocab_size:
+        logger.info("%s: `draft_vocab_size` is without effect; a block draft knows the whole vocabulary", source)
+        del values["draft_vocab_size"]
     if problems := _problems(default, values):
         raise DraftModelError([f"{source}: {problem}" for problem in problems])
     own = {key: values.pop(key) for key in (*_OWN_SIZES, "sample_from_anchor", "enable_confidence_head",
