@@ -216,6 +216,7 @@ class Family:
         sglang_algorithm: SGLang's --speculative-algorithm.
         sglang_options: (proposals) -> SGLang's further options.
         unused: parameters without effect for it.
+        default_loss: what draft_loss `default` means for it.
         owns: (config.json) -> whether it is of a draft of this family, ours or another trainer's.
         default_shape: (target's config.json) -> Shape of its default draft; refuses a target that cannot have one.
         adapt: (default Shape, draft_model_config or a checkpoint's config.json, what errors name) -> Shape.
@@ -236,6 +237,7 @@ class Family:
     sglang_algorithm: str
     sglang_options: Callable[[int], dict[str, int]]
     unused: tuple[str, ...] = ()
+    default_loss: str = "kl"
     owns: Callable[[Mapping[str, Any]], bool]
     default_shape: Callable[[Mapping[str, Any]], Any]
     adapt: Callable[..., Any]

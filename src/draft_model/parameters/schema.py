@@ -218,9 +218,9 @@ class Parameters(BaseModel):
         ge=0)
     draft_architecture: Literal["eagle3", "eagle3.1", "dflash", "dspark"] = _p(
         "eagle3", "Family of the draft: which one when is in docs/drafts.md.", "dataset", "train")
-    draft_loss: Literal["kl", "lk", "tv"] = _p(
-        "kl", "Loss per position: divergence from the target (kl), the rejection itself (lk), total variation (tv).",
-        "train")
+    draft_loss: Literal["default", "kl", "lk", "tv"] = _p(
+        "default", "Loss per position: divergence from the target (kl; default of EAGLE-3), the rejection itself (lk), "
+        "total variation (tv; default of DFlash and DSpark).", "train")
     regenerate_answers: Literal["off", "train", "all"] = _p(
         "off", "Replace the assistants' turns of the training data, or of the validation data too, by the target's own "
         "answers.", "regenerate")

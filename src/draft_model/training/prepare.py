@@ -136,7 +136,8 @@ def prepare(
         draft.parameters(), lr=p.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
     )
     torch.manual_seed(p.seed * ranks.world + ranks.rank)
-    objective = family.objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest, p.draft_loss)
+    loss = family.default_loss if p.draft_loss == "default" else p.draft_loss
+    objective = family.objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest, loss)
     for name in family.unused:
         logger.info("%s: without effect on %s", name, family.title)
     training = Training(

@@ -234,10 +234,10 @@ class Heads:
         agreed = agrees.cummin(0).values
         before = torch.cat((torch.ones_like(agrees[:1]), agreed[:-1])) & exists
         chains = torch.stack((exists, before, before & agrees)).sum(-1, dtype=torch.float64)
-        return StepSums.from_tensor(torch.cat((self.sums, chains, torch.stack(_rounds(plan, agreed.sum(0))))))
+        return StepSums.from_tensor(torch.cat((self.sums, chains, torch.stack(decode_rounds(plan, agreed.sum(0))))))
 
 
-def _rounds(plan: Plan, agreed: Tensor) -> tuple[Tensor, Tensor]:
+def decode_rounds(plan: Plan, agreed: Tensor) -> tuple[Tensor, Tensor]:
     """Walks through every reply as decoding would, for 1, 2, ... proposals per round.
 
     A round at a row keeps as many proposals as agree there and goes on behind the token after them. The walk is done
