@@ -2,39 +2,36 @@
 
 import json
 import stat
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
-import tiny
 
 from draft_model import engine
 from draft_model.drafts.eagle3.export import load_draft
-from draft_model.engine import Counts, Job, compare_replies, explain, sglang, vllm
+from draft_model.engine import Counts, Job, Process, compare_replies, explain, sglang, vllm
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.measure import check_engine
 from draft_model.parameters import Parameters
 
-SERVING = Path(__file__).parents[2] / ".venv-serving/bin/python"
-JOB = Job("/target", "/draft", "eagle3", 3, [[[1, 2, 3], [4, 5]], [[6, 7]]], 8, [2, 5], 0.0, 0, [1, 4])
+JOB = Job("/target", "/draft", "eagle3", 3, [[[1, 2, 3], [4, 5]], [[6, 7]]], 8, [2, 5], 0.0, 0)
 
 
 def test_vllm_decodes_the_target_by_nothing_but_its_weights():
-    found = vllm.arguments(JOB, gpus=4)
+    found = vllm.arguments(replace(JOB, gpus=4))
     assert found["speculative_config"] == {"method": "eagle3", "model": "/draft", "num_speculative_tokens": 3}
     assert (found["dtype"], found["tensor_parallel_size"], found["max_model_len"]) == ("auto", 4, 3 + 8 + 4)
     assert (found["generation_config"], found["trust_remote_code"]) == ("vllm", False)
-    alone = vllm.arguments(Job(**{**asdict(JOB), "draft": ""}), gpus=0)
+    alone = vllm.arguments(replace(JOB, draft=""))
     assert (alone["speculative_config"], alone["dtype"], alone["tensor_parallel_size"]) == (None, "float32", 1)
 
 
 def test_sglang_gets_its_names_and_its_histograms_are_counted():
-    found = sglang.arguments(JOB, gpus=2)
+    found = sglang.arguments(replace(JOB, gpus=2))
     assert {name: value for name, value in found.items() if name.startswith("speculative")} == {
         "speculative_algorithm": "EAGLE3", "speculative_draft_model_path": "/draft", "speculative_num_steps": 3,
         "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4,
     }  # fmt: skip
-    assert not [name for name in sglang.arguments(Job(**{**asdict(JOB), "draft": ""}), 1) if "speculative" in name]
+    assert not [name for name in sglang.arguments(replace(JOB, draft="")) if "speculative" in name]
     outputs = [{"meta_info": {"spec_accept_histogram": [2, 0, 1, 1]}}, {"meta_info": {"spec_accept_histogram": [0, 3]}}]
     assert sglang.counts(outputs, 3) == Counts(7, 21, 8, [5, 2, 1])
 
@@ -92,13 +89,19 @@ def python(tmp_path, monkeypatch):
     return script
 
 
-def test_a_process_that_dies_or_takes_too_long_is_one_sentence(python, tmp_path):
+def test_a_process_that_dies_or_takes_too_long_is_one_sentence(python):
     python("kill -SEGV $$")
-    with pytest.raises(DraftModelError, match=r"vllm with the draft was ended by signal 11"):
-        engine.measure("vllm", JOB, tmp_path)
+    with (
+        pytest.raises(DraftModelError, match=r"vllm with the draft was ended by signal 11"),
+        Process("vllm", JOB) as process,
+    ):
+        process.measure()
     python("exec sleep 600")
-    with pytest.raises(DraftModelError, match=r"took longer than 0 minutes; lower evaluation_conversations"):
-        engine.measure("vllm", JOB, tmp_path, time_limit=0.2)
+    with (
+        pytest.raises(DraftModelError, match=r"took longer than 0 minutes; lower evaluation_conversations"),
+        Process("vllm", JOB, time_limit=0.2) as process,
+    ):
+        process.measure()
 
 
 def test_auto_takes_vllm_where_it_can_be_imported(python, monkeypatch):
@@ -129,41 +132,3 @@ def test_a_failed_engine_leaves_the_draft_whole_and_a_report_that_says_so(traine
     assert "this draft is not mine" in (tmp_path / "final/report.html").read_text()
     assert "Not measured" in (tmp_path / "final/README.md").read_text()
     assert not (tmp_path / "final/evaluation.json").exists()
-
-
-@pytest.mark.skipif(not SERVING.exists(), reason="`make check-serving` installs vLLM for CPU")
-def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch):
-    """The whole stage on a tiny target, once in vLLM and once by our decoder."""
-    from training.case import QUICK, build_dataset, make_inputs
-
-    from draft_model import evaluation, training
-
-    write = tiny.write_target
-    # vLLM's attention on a CPU has no heads smaller than 32.
-    monkeypatch.setattr(tiny, "write_target", lambda folder: write(folder, 3, head_dim=32))
-    model = make_inputs(tmp_path).model
-    # The draft knows the whole vocabulary: few of a random target's choices would lie in a part of it.
-    split = str(tmp_path / "validation.jsonl")
-    data = build_dataset(tmp_path / "whole", model, tiny.conversations(13), dataset_validation_split=split)
-    settings = Parameters(**{**QUICK, "num_epochs": 2})
-    train = training.TrainConfig(model, data, str(tmp_path / "out"), tmp_path / "work", settings)
-    final = training.job.run(train).final
-    monkeypatch.setenv(engine.PYTHON, str(SERVING))
-    found = []
-    for name, temperature in (("vllm", 0.7), ("transformers", 0.0)):
-        p = Parameters(
-            evaluation_engine=name, evaluation_max_new_tokens=12, num_speculative_tokens=2,
-            evaluation_temperature=temperature,
-        )  # fmt: skip
-        evaluation.run(evaluation.EvaluateConfig(model, data, final, tmp_path / f"work-{name}", p))
-        found.append(json.loads(Path(final, "evaluation.json").read_text()))
-    theirs, ours = found
-    assert theirs["engine"].startswith("vLLM 0.")
-    assert theirs["lossless"]["identical"]
-    assert theirs["sampled"]["rounds"] > 0
-    assert [row["batch_size"] for row in theirs["speed"]] == [1, 4]
-    assert 1.05 < ours["trained"]["acceptance_length"] < 2.95, "some proposals are kept and some are not"
-    if not (theirs["lossless"]["ties"] or ours["lossless"]["ties"]):
-        assert theirs["trained"] == ours["trained"]
-        assert theirs["untrained"] == ours["untrained"]
-        assert theirs["by_category"] == ours["by_category"]
