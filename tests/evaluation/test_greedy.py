@@ -4,11 +4,13 @@ import pytest
 import torch
 from tiny import llama
 
-from draft_model.drafts.eagle3.batch import collate, plan_unroll
+from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import draft_config_for
-from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.plan import plan_unroll
 from draft_model.drafts.eagle3.step import Objective
 from draft_model.drafts.eagle3.unroll import Unroll
+from draft_model.drafts.rotary import Rotary
 from draft_model.engine import Counts, Job
 from draft_model.evaluation.greedy import Reply, batch_size, counts_of, decode, is_recurrent, reference
 from draft_model.target.model import Target
@@ -32,7 +34,7 @@ def pair(vocabulary: int, known: int, seed: int = 0, **changes):
 
 def job(proposals, limit, end=()):
     """What is decoded."""
-    return Job("", "", "eagle3", proposals, [], limit, list(end), 0.0, 0, [])
+    return Job("", "", "", {}, proposals, [], limit, list(end), 0.0, 0)
 
 
 def own(target, prompts, limit, end=()):

@@ -45,6 +45,7 @@ class Job:
     target: str  # folder
     draft: str  # folder; empty for the target alone
     method: str  # the draft's family, as the engine names it
+    options: dict[str, int]  # the engine's further settings of speculative decoding
     proposals: int  # K, tokens proposed in a round
     groups: list[list[list[int]]]  # token ids of the prompts by category
     max_new_tokens: int

@@ -7,6 +7,9 @@ from typing import Any
 
 from draft_model.engine import Counts, Job, Measured, serve
 
+HISTOGRAM = "spec_correct_drafts_histogram"
+"""In a request's meta_info: in how many rounds 0, 1, ... proposals were kept."""
+
 
 class Sglang:
     """SGLang with one job's target."""
@@ -43,23 +46,24 @@ class Sglang:
     def _generate(
         self, prompts: list[list[int]], temperature: float = 0.0, logprobs: bool = False
     ) -> list[dict[str, Any]]:
-        job = self.job
-        sampling = {
-            "temperature": temperature, "max_new_tokens": job.max_new_tokens, "stop_token_ids": job.end_tokens,
-        }  # fmt: skip
         more = {"return_logprob": True, "top_logprobs_num": 2} if logprobs else {}
-        outputs: list[dict[str, Any]] = self.engine.generate(input_ids=prompts, sampling_params=sampling, **more)
+        outputs: list[dict[str, Any]] = self.engine.generate(
+            input_ids=prompts, sampling_params=sampling(self.job, temperature), **more
+        )
         return outputs
+
+
+def sampling(job: Job, temperature: float) -> dict[str, Any]:
+    """Parameters of a request."""
+    return {"temperature": temperature, "max_new_tokens": job.max_new_tokens, "stop_token_ids": job.end_tokens}
 
 
 def arguments(job: Job) -> dict[str, Any]:
     """Arguments of `sglang.Engine` (0.5.23)."""
     draft = {
-        "speculative_algorithm": job.method.upper(),
+        "speculative_algorithm": job.method,
         "speculative_draft_model_path": job.draft,
-        "speculative_num_steps": job.proposals,
-        "speculative_eagle_topk": 1,
-        "speculative_num_draft_tokens": job.proposals + 1,
+        **job.options,
     }
     return {
         "model_path": job.target,
@@ -75,10 +79,10 @@ def arguments(job: Job) -> dict[str, Any]:
 
 
 def counts(outputs: list[dict[str, Any]], proposals: int) -> Counts:
-    """Sums over requests; the histogram has how many rounds accepted 0, 1, ... proposals."""
+    """Sums over requests."""
     histogram = [0] * (proposals + 1)
     for output in outputs:
-        for accepted, rounds in enumerate(output["meta_info"].get("spec_accept_histogram") or ()):
+        for accepted, rounds in enumerate(output["meta_info"].get(HISTOGRAM) or ()):
             histogram[accepted] += rounds
     rounds = sum(histogram)
     by_position = [sum(histogram[index:]) for index in range(1, proposals + 1)]

@@ -79,7 +79,7 @@ def cpu(threads: int) -> str:
 
 def arguments(job: Job) -> dict[str, Any]:
     """Arguments of `vllm.LLM`; nothing but the target's own settings decides what it decodes."""
-    speculative = {"method": job.method, "model": job.draft, "num_speculative_tokens": job.proposals}
+    speculative = {"method": job.method, "model": job.draft, **job.options}
     return {
         "model": job.target,
         "speculative_config": speculative if job.draft else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -13,10 +14,9 @@ from typing import Any
 import psutil
 import torch
 
-from draft_model.drafts import family
-from draft_model.drafts.eagle3.batch import collate
-from draft_model.drafts.eagle3.export import load_draft, save_draft
-from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model import drafts
+from draft_model.drafts.base import Draft
+from draft_model.drafts.batch import collate
 from draft_model.engine import Measured
 from draft_model.evaluation.measure import (
     Candidate,
@@ -54,7 +54,7 @@ def evaluate(
         What evaluation.json holds; docs/evaluation.md describes it.
     """
     started = time.monotonic()
-    draft = load_draft(final)
+    draft = drafts.family_of(training["draft"]).load(final)
     case = open_case(p, model, dataset, "", draft.config.max_position_embeddings, work)
     candidates = [Candidate("the trained draft", draft, final, timed_proposals(p)), *_untrained(case, draft)]
     results = measure(case, candidates)
@@ -119,17 +119,16 @@ def _agreement(case: Case, draft: Any, dtype: str, found: Measured) -> dict[str,
         why, type_ = "", getattr(torch, dtype)
         target = load_target(case.model, draft.config.aux_layers, type_, device)
         longest = max(len(prompt) + len(reply) for prompt, reply in zip(case.prompts.tokens, replies, strict=True))
-        objective = family().objective(
-            draft.to(device), target, case.parameters.num_speculative_tokens, "sdpa", type_, longest
+        objective = drafts.family(draft.config.family).objective(
+            draft.to(device), target, case.parameters.num_speculative_tokens, "sdpa", type_, longest, "kl"
         )
-        sums = None
+        sums = objective.no_counts()
         for prompt, reply in zip(case.prompts.tokens, replies, strict=True):
             mask = torch.arange(len(prompt) + len(reply)) >= len(prompt)
             batch = collate([(torch.tensor([*prompt, *reply]), mask)])
             with torch.no_grad():
-                _, its = objective(batch, target.states(batch))
-            sums = its if sums is None else sums + its
-        simulated = sums.acceptance_length(case.parameters.num_speculative_tokens)  # type: ignore[union-attr]
+                sums = sums + objective(batch, target.states(batch))[1]
+        simulated = sums.acceptance_length(case.parameters.num_speculative_tokens)
     apart = abs((simulated or measured) - measured)
     bound = max(0.1, 0.05 * measured, 3 * counts.standard_error)
     return {
@@ -146,15 +145,15 @@ def _room(case: Case, factor: int) -> torch.device | None:
     return torch.device("cpu") if 1.2 * factor * case.target_bytes < psutil.virtual_memory().available else None
 
 
-def _untrained(case: Case, trained: Eagle3Draft) -> list[Candidate]:
+def _untrained(case: Case, trained: Draft) -> list[Candidate]:
     """The same draft before its first step; none where the target, from which it starts, is too large to load here."""
     if 1.2 * case.target_bytes > psutil.virtual_memory().available:
         logger.warning("the untrained draft is not measured: it starts from the target's weights, which are too large")
         return []
     target = load_target(case.model, trained.config.aux_layers, torch.bfloat16, torch.device("cpu"))
-    draft = Eagle3Draft(trained.config, trained.t2d, trained.d2t)
+    draft = copy.deepcopy(trained)
     draft.initialise(case.parameters.seed, target)
-    save_draft(case.work / "untrained", draft)
+    drafts.family(draft.config.family).save(case.work / "untrained", draft)
     return [Candidate("the untrained draft", draft, case.work / "untrained", required=False)]
 
 

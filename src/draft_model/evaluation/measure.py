@@ -20,6 +20,8 @@ from draft_model import engine as engines
 from draft_model.dataset.encode import load_tokenizer
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.dataset.tokens import Split
+from draft_model.drafts import family
+from draft_model.drafts.base import Draft
 from draft_model.engine import Difference, Job, Measured, Process
 from draft_model.errors import DraftModelError
 from draft_model.evaluation import greedy
@@ -69,7 +71,7 @@ class Candidate:
     """A draft to measure: its name in messages, its weights, and the folder where an engine reads it."""
 
     name: str
-    draft: Any
+    draft: Draft
     folder: Path
     timed: tuple[int, ...] = ()  # numbers of proposals at which an engine's throughput is timed
     required: bool = True  # what fails of another one is noted, and the rest goes on
@@ -120,10 +122,11 @@ def open_case(p: Parameters, model: Path, dataset: Path | None, template: str, l
     longest -= p.evaluation_max_new_tokens + max(timed_proposals(p)) + 1
     prompts = choose_prompts(p.evaluation_prompts, split, tokenizer, template, p.evaluation_conversations, longest)
     ends = end_tokens(model, tokenizer, template)
-    return Case(p, model, tokenizer, prompts, ends, engine, 0 if engine == "transformers" else _gpus(p), work)
+    return Case(p, model, tokenizer, prompts, ends, engine, 0 if engine == "transformers" else gpus_of(p), work)
 
 
-def _gpus(p: Parameters) -> int:
+def gpus_of(p: Parameters) -> int:
+    """GPUs that an engine splits the target over; 0 on a machine without any."""
     there = torch.cuda.device_count()
     wanted = p.number_of_gpu_to_use_evaluation or p.number_of_gpu_to_use_draft_model_training
     if wanted > there > 0:
@@ -171,13 +174,13 @@ def _in_engine(case: Case, candidates: Sequence[Candidate]) -> Results:
     usual, sizes, problems = case.parameters.num_speculative_tokens, case.batch_sizes, list[str]()
     both = bool(sizes) and _holds_two_targets(case)
 
-    def process(draft: str, proposals: int) -> Process:
-        return Process(case.engine, job_of(case, draft, proposals, 0.45 if both else 0.9))
+    def process(candidate: Candidate | None, proposals: int) -> Process:
+        return Process(case.engine, job_of(case, candidate, proposals, 0.45 if both else 0.9))
 
     drafts: list[Measured | None] = []
     timed: list[list[tuple[int, Times, Times]]] = []
     with ExitStack() as stack:
-        alone = stack.enter_context(process("", usual))
+        alone = stack.enter_context(process(None, usual))
         reference = alone.measure()
         before: Times = {} if both else _time([alone], sizes)[0]
         if not both:
@@ -186,7 +189,7 @@ def _in_engine(case: Case, candidates: Sequence[Candidate]) -> Results:
             found, runs = None, []
             for proposals in dict.fromkeys((usual, *candidate.timed)):
                 try:
-                    with process(str(candidate.folder), proposals) as helped:
+                    with process(candidate, proposals) as helped:
                         if proposals == usual:
                             found = helped.measure()
                         if sizes and proposals in candidate.timed:
@@ -200,7 +203,7 @@ def _in_engine(case: Case, candidates: Sequence[Candidate]) -> Results:
             drafts.append(found)
             timed.append(runs)
     if before:
-        with process("", usual) as again:  # a machine may have become slower meanwhile
+        with process(None, usual) as again:  # a machine may have become slower meanwhile
             for size, times in _time([again], sizes)[0].items():
                 before[size] += times
     timing = "in turn, run by run" if both else "one after the other, the target alone before and after the others"
@@ -238,21 +241,29 @@ def _speed_rows(runs: Sequence[tuple[int, Times, Times]]) -> list[Row]:
 
 
 def recommend(rows: Sequence[Row]) -> int | None:
-    """The number of proposals of the highest mean speed-up over batch sizes, geometric; None without rows."""
+    """The number of proposals of the highest mean speed-up over batch sizes, geometric; None where no others were timed."""
     logs: dict[int, float] = {}
     for row in rows:
         k = row["num_speculative_tokens"]
         logs[k] = logs.get(k, 0.0) + math.log(row["speed_up"])
-    return max(logs, key=logs.__getitem__, default=None)
+    return max(logs, key=logs.__getitem__) if len(logs) > 1 else None
 
 
-def job_of(case: Case, draft: str, proposals: int, share: float = 0.9) -> Job:
-    """What an engine, or our decoder, is to load and decode; an empty draft is the target alone."""
+def job_of(case: Case, candidate: Candidate | None, proposals: int, share: float = 0.9) -> Job:
+    """What an engine, or our decoder, is to load and decode; without a candidate the target alone."""
     p = case.parameters
+    method, options = "", {}
+    if candidate:
+        its = family(candidate.draft.config.family)
+        method, options = its.vllm_method, {"num_speculative_tokens": proposals}
+        if case.engine == "sglang":
+            options = {name.replace("-", "_"): value for name, value in its.sglang_options(proposals).items()}
+            method = its.sglang_algorithm
     return Job(
         target=str(case.model),
-        draft=draft,
-        method="eagle3",
+        draft=str(candidate.folder) if candidate else "",
+        method=method,
+        options=options,
         proposals=proposals,
         groups=list(case.prompts.groups.values()),
         max_new_tokens=p.evaluation_max_new_tokens,
@@ -272,10 +283,10 @@ def _by_our_decoder(case: Case, candidates: Sequence[Candidate]) -> Results:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     proposals = case.parameters.num_speculative_tokens
-    alone = greedy.run(job_of(case, "", proposals), target, None, "target alone", hardware)
+    alone = greedy.run(job_of(case, None, proposals), target, None, "target alone", hardware)
     drafts = [
         greedy.run(
-            job_of(case, "draft", proposals), Target(target.model, its), candidate.draft.to(device),
+            job_of(case, candidate, proposals), Target(target.model, its), candidate.draft.to(device),
             f"with {candidate.name}", hardware,
         )
         for candidate, its in zip(candidates, layers, strict=True)

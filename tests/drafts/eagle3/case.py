@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft_model.drafts.eagle3.batch import Batch, collate
+from draft_model.drafts.batch import Batch, collate
 from draft_model.drafts.eagle3.config import DraftConfig
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.objective import StepSums
@@ -104,7 +104,9 @@ class Case:
         batch = self.batch
         index = torch.tensor(rows)
         width = int(batch.lengths[index].max())
-        kept = Batch(batch.tokens[index, :width], batch.lengths[index], batch.predicted[index, :width])
+        kept = Batch(
+            batch.tokens[index, :width], batch.lengths[index], batch.predicted[index, :width], batch.keys[index]
+        )
         return replace(self, batch=kept, states=[self.states[row] for row in rows])
 
 

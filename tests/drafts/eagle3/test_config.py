@@ -401,7 +401,7 @@ def test_engines_llama_layer_knows_the_drafts_rope_whatever_the_targets_is(rope,
 def test_every_rope_type_of_transformers_gives_a_table(kind):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from draft_model.drafts.eagle3.model import Rotary
+    from draft_model.drafts.rotary import Rotary
 
     rope = {
         None: None, "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},

@@ -12,7 +12,8 @@ from tiny import llama
 
 from draft_model.drafts.eagle3.config import draft_config_for
 from draft_model.drafts.eagle3.export import load_draft, save_draft
-from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary, rotate
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.rotary import Rotary, rotate
 from draft_model.errors import DraftModelError
 from draft_model.target.model import Target
 

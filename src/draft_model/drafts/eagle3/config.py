@@ -13,6 +13,8 @@ from draft_model.errors import DraftModelError
 logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "Eagle3DraftModel", "Eagle3Speculator")
+"""Ours and SpecForge's; vLLM's other name for the same class; speculators'."""
 DEFAULT_DRAFT_VOCAB_SIZE = 32_000
 MIN_TARGET_LAYERS = 4
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -76,6 +78,11 @@ class DraftConfig(Shape):
     rms_norm_eps: float
     rope_parameters: dict[str, Any]
     target_model_type: str
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        return "eagle3"
 
     def to_json(self) -> dict[str, Any]:
         """config.json of the checkpoint, with the keys of vLLM and of SGLang and without nulls."""

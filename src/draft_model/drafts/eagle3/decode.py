@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary, rotate
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.rotary import Rotary, rotate
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
 
 
-class Proposer:
+class ChainProposer:
     """Proposes tokens for the rows of a batch.
 
     Args:
@@ -35,19 +36,7 @@ class Proposer:
     def propose(
         self, features: Tensor, tokens: Tensor, positions: Tensor, visible: Tensor, ends: Tensor, count: int
     ) -> Tensor:
-        """Reads new columns, then continues from each row's last one on the draft's own output.
-
-        Args:
-            features: the target's, of Q new columns, [B, Q, 3H].
-            tokens: the token after each column, int64 [B, Q].
-            positions: rotary positions, int64 [B, Q].
-            visible: columns that a row may see, the new ones included, bool [B, C + Q].
-            ends: each row's last accepted new column, int64 [B].
-            count: K, how many tokens to propose.
-
-        Returns:
-            Token ids of the target, int64 [B, K].
-        """
+        """Reads new columns, then continues from each row's last one on the draft's own output; see `base.Proposer`."""
         rows = torch.arange(len(ends), device=ends.device)
         columns, width = visible.shape[1], tokens.shape[1]
         # Causal among the new columns; a masked column still sees itself, so that no softmax is empty.

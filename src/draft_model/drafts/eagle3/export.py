@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from draft_model.drafts.base import WEIGHTS, load_weights
-from draft_model.drafts.eagle3.config import LAYER_IDS, DraftConfig
+from draft_model.drafts.eagle3.config import ARCHITECTURE, LAYER_IDS, DraftConfig, layers_of, to_sglang
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.errors import DraftModelError
 
@@ -126,4 +126,56 @@ def canonical(
     layer = AutoConfig.for_model(given.pop("model_type", "llama"), **given).to_dict()
     kept = {key: value for key, value in layer.items() if key in _LAYER_KEYS}
     outside = {key: config.get(key) for key in ("draft_vocab_size", LAYER_IDS, "target_hidden_size")}
+    outside["architectures"] = [ARCHITECTURE]
     return kept | {key: value for key, value in outside.items() if value is not None}, renamed
+
+
+def exported(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], form: str, target: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A checkpoint as another tool writes its own.
+
+    Args:
+        config: of `canonical`.
+        tensors: of `canonical`.
+        form: `vllm` or `sglang`, with the feature layers in that engine's counting alone, or `speculators`.
+        target: for `speculators`: the target's `name` and `architectures`, and how many `proposals` serve best.
+    """
+    layers = layers_of(config)
+    if form == "speculators":
+        renamed = {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in tensors.items()}
+        return _speculators(config, layers, target), renamed
+    outside = {key: value for key, value in config.items() if key not in (LAYER_IDS, "eagle_config")}
+    nested: dict[str, Any] = {"use_aux_hidden_state": True}
+    if layers and form == "sglang":
+        nested[LAYER_IDS] = to_sglang(tuple(layers), str(config.get("target_model_type", "")))
+    elif layers:
+        outside[LAYER_IDS] = layers
+    return outside | {"eagle_config": nested}, dict(tensors)
+
+
+def _speculators(config: Mapping[str, Any], layers: list[int] | None, target: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of a draft in the format of speculators 0.9 (models/eagle3/config.py, config.py)."""
+    return {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        "has_no_defaults_at_init": False,
+        "draft_vocab_size": config["draft_vocab_size"],
+        "target_hidden_size": config.get("target_hidden_size", config["hidden_size"]),
+        **({LAYER_IDS: layers} if layers else {}),
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        "embed_requires_grad": False,
+        "tie_word_embeddings": False,
+        "dtype": config.get("dtype", "bfloat16"),
+        "transformer_layer_config": {
+            key: config[key] for key in sorted(_LAYER_KEYS | {"tie_word_embeddings"}) if key in config
+        },
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": target["proposals"]}],
+            "verifier": {"name_or_path": target["name"], "architectures": target["architectures"]},
+        },
+    }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from draft_model.drafts.base import Costs, Family
-from draft_model.drafts.eagle3.config import DraftConfig, draft_config_for, with_overrides
-from draft_model.drafts.eagle3.export import canonical, load_draft, save_draft, vocabulary_of
+from draft_model.drafts.eagle3.config import ARCHITECTURES, DraftConfig, draft_config_for, with_overrides
+from draft_model.drafts.eagle3.decode import ChainProposer
+from draft_model.drafts.eagle3.export import canonical, exported, load_draft, save_draft, vocabulary_of
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.objective import CHUNK_ROWS
 from draft_model.drafts.eagle3.step import Objective
@@ -40,13 +41,26 @@ def costs(shape: DraftConfig, steps: int) -> Costs:
 
 
 EAGLE3 = Family(
+    name="eagle3",
+    title="EAGLE-3",
+    vllm_method="eagle3",
+    sglang_algorithm="EAGLE3",
+    sglang_options=lambda proposals: {
+        "speculative-num-steps": proposals,
+        "speculative-eagle-topk": 1,
+        "speculative-num-draft-tokens": proposals + 1,
+    },
+    # Drafts of old trainers name no architecture.
+    owns=lambda config: not config.get("architectures") or config["architectures"][0] in ARCHITECTURES,
     default_shape=draft_config_for,
     adapt=with_overrides,
     create=Eagle3Draft,
     objective=Objective,
+    proposer=ChainProposer,
     costs=costs,
     save=save_draft,
     load=load_draft,
     read=canonical,
     vocabulary=vocabulary_of,
+    export=exported,
 )

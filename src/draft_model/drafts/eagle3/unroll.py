@@ -20,8 +20,8 @@ from torch import Tensor
 
 from draft_model.drafts import kernels
 from draft_model.drafts.eagle3.attention import Attended, causal_attention
-from draft_model.drafts.eagle3.batch import Plan
 from draft_model.drafts.eagle3.model import Weights
+from draft_model.drafts.eagle3.plan import Plan
 from draft_model.drafts.kernels import accumulate, rms_norm, rms_norm_backward
 
 KEPT_SHARE = 8  # gate and up of all steps are kept where they take at most an eighth of a GPU's memory
