@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -145,7 +146,7 @@ def _resolve_nodes(parameters: Parameters, report: Report) -> None:
 def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
     """Asks the Hub for the model, and compares max_length with the positions that the target knows."""
     from draft_model.model_import import hub
-    from draft_model.model_import.sources import resolve
+    from draft_model.model_import.sources import Source, resolve
 
     sources = [name for name in MODEL_SOURCES if getattr(parameters, name)]
     if len(sources) != 1 or report.has(sources[0]) or parameters.mlflow_model_path.startswith(("models:/", "runs:/")):
@@ -153,10 +154,17 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
     try:
         if parameters.huggingface_id:
             listing = hub.find(parameters.huggingface_id, work / "hub", seconds=_HUB_SECONDS)
-            files = listing.bring(["config.json"] if "config.json" in listing.files else [])
+            source = Source(
+                "huggingface_id", parameters.huggingface_id, listing, {name: name for name in listing.files}
+            )
         else:
-            files = resolve(parameters, work).bring(["config.json"])
-        config = json.loads(files["config.json"].read_text(encoding="utf-8")) if files else {}
+            source = resolve(parameters, work)
+        prompts_given = parameters.evaluation_prompts and not report.has("evaluation_prompts")
+        names = source.described_by if prompts_given else source.paths.keys() & {"config.json"}
+        files = source.bring(names)
+        if prompts_given:
+            _inspect_prompts(parameters, files, work, report)
+        config = json.loads(files["config.json"].read_text(encoding="utf-8")) if "config.json" in files else {}
     except hub.Unreachable as error:
         report.notes.append(f"huggingface_id: not checked from here, the import does: {error}")
         return
@@ -172,6 +180,24 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
             f"max_length: given {parameters.max_length}, but the target's config.json has max_position_embeddings = "
             f"{longest}, and knows no positions beyond; use max_length={longest}"
         )
+
+
+def _inspect_prompts(parameters: Parameters, files: Mapping[str, Path], work: Path, report: Report) -> None:
+    """Writes the prompts of files by the target's own chat template, which may refuse them."""
+    from draft_model.dataset.encode import load_tokenizer
+
+    folder = work / "tokenizer"
+    for name, path in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / name)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except DraftModelError:  # the data set says what is wrong with a tokenizer
+        return
+    try:
+        prompts.check_template(parameters, tokenizer)
+    except DraftModelError as error:
+        report.problems.extend(Problem.of("evaluation_prompts", problem) for problem in error.problems)
 
 
 def _inspect_benchmarks(parameters: Parameters, report: Report) -> None:

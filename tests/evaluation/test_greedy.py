@@ -39,7 +39,7 @@ def pair(vocabulary: int, known: int, seed: int = 0, switches=(), **changes):
 
 def job(proposals, limit, end=()):
     """What is decoded."""
-    return Job("", "", "eagle3", proposals, [], limit, list(end), 0.0, 0, [])
+    return Job("", "", "", {}, proposals, [], limit, list(end), 0.0, 0)
 
 
 def own(target, prompts, limit, end=()):

@@ -92,7 +92,8 @@ class Parameters(BaseModel):
         "Standard_nc24rs_v3", "Instance type of the training job's pods when its compute is `serverless`.", "train")
     num_nodes_draft_model_training: int = _p(1, "Nodes (pods) of the training job.", "train", ge=1)
     number_of_gpu_to_use_draft_model_training: int = _p(
-        1, "GPUs, and so processes, per node; on a machine without GPUs: processes on its CPU.", "train", ge=1)
+        1, "GPUs, and so processes, per node; on a machine without GPUs: processes on its CPU.", "train", "evaluate",
+        ge=1)
     huggingface_id: Text = _p(
         "", "Target model: a text-generation model of the Hugging Face Hub, `org/name` or `org/name@revision`.",
         "import")
