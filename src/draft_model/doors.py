@@ -53,6 +53,7 @@ def set_up_logging() -> None:
     )
     for ours in ("draft_model", "kfp_pipeline"):
         logging.getLogger(ours).setLevel(logging.INFO)
+    logging.getLogger("botocore.credentials").setLevel(logging.CRITICAL)  # a traceback before our own sentence
 
 
 def raise_on_sigterm() -> None:
