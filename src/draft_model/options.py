@@ -27,9 +27,9 @@ class Command(click.Command):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """As click's; each option and argument keeps its problem until all were read."""
         super().__init__(*args, **kwargs)
-        self.context_settings |= {"ignore_unknown_options": True, "allow_extra_args": True}
+        self.context_settings.update(ignore_unknown_options=True, allow_extra_args=True)
         for parameter in self.params:
-            parameter.handle_parse_result = partial(_collect, parameter.handle_parse_result)
+            vars(parameter)["handle_parse_result"] = partial(_collect, parameter.handle_parse_result)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click's; raises a UsageError with all problems, those of the parameters' values too."""
