@@ -291,3 +291,18 @@ def test_what_cannot_be_pushed_is_one_sentence(pushed):
         assert word in done.stderr
         assert "Traceback" not in done.stderr
         assert hub.pushed == {}
+
+
+def test_a_flipped_byte_in_a_folder_of_ours_is_refused(trained, tmp_path):
+    folder = Path(shutil.copytree(trained.final, tmp_path / "flipped"))
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(DraftModelError, match=r"model\.safetensors"):
+        export(str(folder), "vllm", str(tmp_path / "out"), tmp_path / "work")
+    parameters = Parameters(evaluation_conversations=1)
+    with pytest.raises(DraftModelError, match=r"model\.safetensors"):
+        compare(
+            CompareConfig(trained.inputs.model, trained.inputs.dataset, (str(folder),), tmp_path / "work", parameters)
+        )
+    assert not (tmp_path / "out").exists()
