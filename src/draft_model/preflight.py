@@ -2,7 +2,7 @@
 
 `check` reads parameters and every input that they name: what a command line does. `inspect_run` is the pipeline's
 first step: it also asks the Hub, writes to the object store as the later steps will, and asks the cluster for what the
-training job needs.
+jobs need.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from draft_model import storage
 from draft_model.dataset.files import find
 from draft_model.errors import DraftModelError, Problem, named_parameters
 from draft_model.evaluation import prompts
+from draft_model.jobs.compute import misfit, weights_of
 from draft_model.jobs.context import check_cluster, check_nodes, nodes_of, on_cluster, wants_cluster
 from draft_model.kubeflow import own_server_too_old
 from draft_model.parameters import PARAMETERS, STAGES, Parameters, Stage
@@ -42,13 +43,14 @@ class Report:
         values: the run's parameters by name.
         problems: what keeps the run from starting, a sentence each.
         notes: what is worth knowing, or could not be checked from here.
-        nodes: what the pods of `import` (the data set's too) and `train` ask for.
+        nodes: what the pods of the jobs ask for: `import` (the data set's too), `train` (a regeneration's too) and
+            `evaluate`; none where each stage runs in its step.
     """
 
     values: Mapping[str, Any]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    nodes: dict[str, Compute] = field(default_factory=dict)
+    nodes: dict[Stage, Compute] = field(default_factory=dict)
 
     def markdown(self) -> str:
         """The page that the KFP UI shows."""
@@ -73,11 +75,12 @@ class Report:
         return parameter in named_parameters(self.problems)
 
 
-def _node_row(item: tuple[str, Compute]) -> tuple[str, ...]:
+def _node_row(item: tuple[Stage, Compute]) -> tuple[str, ...]:
     stage, node = item
     labels = ", ".join(f"{key}={value}" for key, value in node.node_selector.items())
     gpus = f"{node.gpus} {node.gpu_resource}" if node.gpus else "none"
-    return {"import": "import, dataset"}.get(stage, stage), node.cpus, node.memory, gpus, labels, node.queue or "none"
+    pods = {"import": "import, dataset", "train": "train, regenerate"}.get(stage, stage)
+    return pods, node.cpus, node.memory, gpus, labels, node.queue or "none"
 
 
 def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parameters:
@@ -140,11 +143,16 @@ def _resolve_nodes(parameters: Parameters, report: Report) -> None:
         report.nodes.update(nodes_of(parameters.model_dump()))
     except DraftModelError as error:
         report.problems.extend(error.problems)
-    report.notes.extend(node.note for node in report.nodes.values() if node.note)
+    report.notes.extend(dict.fromkeys(node.note for node in report.nodes.values() if node.note))
+    if on_cluster() and not wants_cluster(parameters):
+        report.notes.append(
+            "training_backend: with 'local' each stage runs in the pod of its step: compute_* and instance_type_* "
+            "choose no nodes, and a pod that cannot start waits for ever"
+        )
 
 
 def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
-    """Asks the Hub for the model, and compares max_length with the positions that the target knows."""
+    """Asks the Hub for the model; compares its size with the evaluation's node, and its positions with max_length."""
     from draft_model.model_import import hub
     from draft_model.model_import.sources import Source, resolve
 
@@ -173,6 +181,8 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
         return
     except ValueError:  # the import says what is wrong with a config.json
         return
+    if isinstance(config, dict) and (node := report.nodes.get("evaluate")) and (weights := weights_of(config)):
+        report.problems.extend(filter(None, [misfit(config, weights, 0.0, parameters, node)]))
     text = config.get("text_config", config) if isinstance(config, dict) else {}
     longest = text.get("max_position_embeddings") if isinstance(text, dict) else None
     if isinstance(longest, int) and longest < parameters.max_length:
@@ -211,8 +221,8 @@ def _inspect_benchmarks(parameters: Parameters, report: Report) -> None:
     outside = benchmarks or parameters.evaluation_prompts.partition("://")[0].lower() in ("https", "gs")
     if outside and on_cluster() and not problems and not notes:
         report.notes.append(
-            "evaluation_prompts: found from here; the evaluation fetches them after the training, from its own pod: "
-            "network policies must let the step evaluate-draft-model out, too; or give a file in the object store"
+            "evaluation_prompts: found from here; the evaluation fetches them after the training, from its job's pod: "
+            "network policies must let it out, too; or give a file in the object store"
         )
 
 
@@ -251,11 +261,9 @@ def _inspect_store(parameters: Parameters, root: str, report: Report) -> None:
 
 def _inspect_cluster(parameters: Parameters, report: Report) -> None:
     if wants_cluster(parameters):
-        problems, notes = check_cluster(parameters, report.nodes.get("train"))
+        problems, notes = check_cluster(parameters, report.nodes)
         report.problems.extend(problems)
-        report.notes.extend(notes)
-    if wants_cluster(parameters) or on_cluster():
-        report.notes.extend(check_nodes(report.nodes))
+        report.notes.extend([*notes, *check_nodes(report.nodes)])
 
 
 def _read_data(name: str, uri: str) -> None:
