@@ -154,6 +154,7 @@ def _resolve_nodes(parameters: Parameters, report: Report) -> None:
 def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
     """Asks the Hub for the model; compares its size with the evaluation's node, and its positions with max_length."""
     from draft_model.model_import import hub
+    from draft_model.model_import.files import description
     from draft_model.model_import.sources import Source, resolve
 
     sources = [name for name in MODEL_SOURCES if getattr(parameters, name)]
@@ -168,7 +169,7 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
         else:
             source = resolve(parameters, work)
         prompts_given = parameters.evaluation_prompts and not report.has("evaluation_prompts")
-        names = source.described_by if prompts_given else source.paths.keys() & {"config.json"}
+        names = description(source.paths) if prompts_given else source.paths.keys() & {"config.json"}
         files = source.bring(names)
         if prompts_given:
             _inspect_prompts(parameters, files, work, report)
@@ -297,11 +298,12 @@ def _read_model(name: str, uri: str) -> None:
     """Configuration and tokenizer, wherever the import finds them; a registry's models are left to the import."""
     if uri.startswith(("models:/", "runs:/")):
         return
+    from draft_model.model_import.files import description
     from draft_model.model_import.sources import resolve
 
     with TemporaryDirectory() as folder:
         source = resolve(Parameters.model_validate({name: uri}), Path(folder))
-        source.bring(source.described_by)
+        source.bring(description(source.paths))
 
 
 _READERS: dict[str, Callable[[str, str], Any]] = {
