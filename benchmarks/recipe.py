@@ -55,6 +55,8 @@ class Recipe:
     beta2: float = 0.999
     clip: float = 0.5
     muon: float = 0.0  # its rate, for the layer's and fc's matrices; 0: AdamW for all
+    muon_momentum: float = 0.95
+    muon_steps: int = 5  # of the Newton-Schulz iteration
     ema: float = 0.0  # decay per step of the averaged weights that are validated
     steps: int = 3  # ttt_length
     step_decay: float = 0.8
@@ -209,7 +211,10 @@ def optimizers(recipe: Recipe, draft: torch.nn.Module) -> Iterator[torch.optim.O
     ]
     yield torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True)
     if matrices:
-        yield torch.optim.Muon(matrices, lr=recipe.muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        yield torch.optim.Muon(
+            matrices, lr=recipe.muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw",
+            momentum=recipe.muon_momentum, ns_steps=recipe.muon_steps,
+        )  # fmt: skip
 
 
 def create(case: Case, recipe: Recipe, seed: int) -> torch.nn.Module:

@@ -17,6 +17,7 @@ from typing import Any
 
 from draft_model.evaluation.card import target_name
 from draft_model.parameters import PARAMETERS
+from draft_model.training.expectations import expectation
 
 MIN_COVERAGE = 0.98
 MAX_TRUNCATED = 0.05
@@ -57,6 +58,7 @@ def write_report(path: Path, content: Json) -> None:
         target=target_name(training),
         findings=list(findings(training, evaluation, dataset)),
         charts=_charts(training),
+        expected=_expected(training, dataset),
         simulated=next((e[-1] for e in (training["validation"], training["log"]) if e), None),
         conversation=_excerpt(dataset["samples"][0]),
         reply=_excerpt(evaluation["sample"]["reply"]) if evaluation else [],
@@ -64,6 +66,11 @@ def write_report(path: Path, content: Json) -> None:
         parameters=[(parameter, training["parameters"].get(parameter.name)) for parameter in PARAMETERS],
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _expected(training: Json, dataset: Json) -> str:
+    counts, proposals = dataset["splits"]["train"], training["parameters"].get("num_speculative_tokens")
+    return expectation(training["tokens"] * counts["supervised_tokens"] / counts["tokens"], proposals or 3)
 
 
 def _number(value: float | None, digits: int = 2, kind: str = "f") -> str:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "training_state"
 RECORD = "training.json"
-_OPTIMIZER = ("exp_avg", "exp_avg_sq", "step")  # AdamW's own names; a step without supervised tokens counts for none
+_OPTIMIZER = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")  # AdamW's own names, and Muon's
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def write_checkpoint(
     Args:
         folder: local.
         draft: the draft.
-        optimizer: its AdamW.
+        optimizer: its own.
         position: how far training is.
         random: random state of each process.
     """
@@ -111,10 +111,15 @@ def restore(draft: Draft, optimizer: torch.optim.Optimizer, state: dict[str, Ten
 
     Args:
         draft: of the same shape.
-        optimizer: AdamW over its parameters, fresh.
+        optimizer: of `make_optimizer` over its parameters, fresh.
         state: of `optimizer_tensors`.
         uri: what an error names.
     """
+    if any(key.startswith("momentum_buffer.") for key in state) != (optimizer.defaults.get("name") == "muon"):
+        raise DraftModelError(
+            f"draft_optimizer: the training in {uri} used the other optimizer, whose state means nothing to this one: "
+            "use the same, or resume=false with resume_from_checkpoint"
+        )
     weights = {name.removeprefix("weight."): tensor for name, tensor in state.items() if name.startswith("weight.")}
     load_weights(draft, weights, uri)
     for name, parameter in draft.named_parameters():
