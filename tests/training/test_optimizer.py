@@ -46,7 +46,7 @@ def test_draft_optimizer_muon_is_pytorchs_muon_for_the_layer_and_adamw_for_head_
 def test_muon_resumes_to_the_bit_and_not_with_the_other_optimizer(train):
     muon = {"draft_optimizer": "muon"}
     whole, output = train(**muon), interrupted_at(train, 5, **muon)
-    with pytest.raises(DraftModelError, match="draft_optimizer: the training in .* used the other optimizer"):
+    with pytest.raises(DraftModelError, match=r"draft_optimizer: the training in .* used the other optimizer"):
         train(output, resume="true")
     resumed = train(output, resume="true", **muon)
     assert resumed.losses == whole.losses != train().losses

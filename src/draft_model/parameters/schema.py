@@ -222,8 +222,8 @@ class Parameters(BaseModel):
         "kl", "Loss per position: divergence from the target (kl), the rejection itself (lk), total variation (tv).",
         "train")
     draft_optimizer: Literal["adamw", "muon"] = _p(
-        "adamw", "Optimizer; muon: Muon for the matrices of the draft's layers, AdamW for head and norms: more accepted "
-        "tokens from the same data, 1.2 times the time of a small step.", "train")
+        "adamw", "Optimizer; muon: Muon for the matrices of the draft's layers, AdamW for head and norms: more "
+        "accepted tokens from the same data, at more time per step.", "train")
     regenerate_answers: Literal["off", "train", "all"] = _p(
         "off", "Replace the assistants' turns of the training data, or of the validation data too, by the target's own "
         "answers.", "regenerate")

@@ -43,16 +43,17 @@ def expected_acceptance_length(tokens: float, proposals: int, own_answers: bool 
 def expectation(tokens: float, proposals: int) -> str:
     """The same in words, for the target's own answers and for others'."""
     own, others = (expected_acceptance_length(tokens, proposals, mine) for mine in (True, False))
+    millions = f"{float(f'{tokens / 1e6:.2g}'):,g} M"
     return (
-        f"{own[0]:.1f} to {own[1]:.1f} with {proposals} proposals after {tokens / 1e6:.2g} M supervised tokens of the "
-        f"target's own answers; {others[0]:.1f} to {others[1]:.1f} where others wrote them"
+        f"{own[0]:.1f} to {own[1]:.1f} with {proposals} proposals after {millions} supervised tokens of the target's "
+        f"own answers; {others[0]:.1f} to {others[1]:.1f} where others wrote them"
     )
 
 
 def advice(p: Parameters) -> str:
-    """Values that gave more accepted tokens for the same data than the contract's defaults; docs/training.md has why."""
-    unroll = p.num_speculative_tokens
-    wanted = {"draft_optimizer": "muon", "ttt_length": unroll}
+    """Settings that give more accepted tokens for the same data than the contract's defaults; see docs/training.md."""
+    wanted = {"draft_optimizer": "muon", "ttt_length": max(p.num_speculative_tokens, 2), "num_epochs": 1}
     changes = [f"{name}={value}" for name, value in wanted.items() if getattr(p, name) != value]
-    few = "few conversations per step and learning_rate 0.001 to 0.002 below a million tokens"
-    return "; ".join([*changes, few])
+    return ", ".join(
+        [*changes, "more of the target's own answers before a second epoch, and small steps while they are few"]
+    )
