@@ -173,6 +173,26 @@ def test_a_mistake_on_the_command_line_is_told_and_all_that_is_wrong_with_parame
     assert [words for words in told if words not in error] == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (
+            ["train", "--modle", "m", "--num_epochs", "0", "--output", "o", "--seed=x"],
+            ["No such option '--modle'", "Missing option '--model'", "Missing option '--dataset'", "seed: given 'x'",
+             "num_epochs: given '0'"],
+        ),
+        (["export", "--format", "vlm", "--drft", "a"], ["--drft", "'vlm' is not", "option '--draft'", "'--output'"]),
+        (["plan", "--memory", "a", "--peak", "b", "--seed", "x"], ["--memory", "--peak", "--config", "seed: given"]),
+        (["terminate", "run", "--nme", "n"], ["No such option '--nme'"]),
+    ],
+)  # fmt: skip
+def test_all_that_is_wrong_with_a_command_line_comes_at_once(arguments, told):
+    error = refused(*arguments)
+    assert [words for words in told if words not in error] == []
+    assert f"{len(told)} problems:" in error or len(told) == 1
+    assert "unexpected extra argument" not in error
+
+
 def test_all_problems_at_once_on_the_command_line(tmp_path):
     error = refused(
         "train", "--model", "m", "--dataset", "d", "--output", tmp_path / "out",

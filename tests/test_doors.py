@@ -51,13 +51,29 @@ def test_a_fault_of_ours_keeps_its_traceback(run):
     assert "ZeroDivisionError" in done.stderr
 
 
-@pytest.mark.parametrize("code", ["ENOSPC", "EROFS", "EACCES", "EDQUOT"])
+@pytest.mark.parametrize("code", ["ENOSPC", "EROFS", "EACCES", "EPERM", "EDQUOT", "EIO", "EMFILE"])
 def test_what_the_machine_refuses_is_told_with_the_file_and_what_to_do(run, code):
     body = f"import errno, os; raise OSError(errno.{code}, os.strerror(errno.{code}), '/data/file')"
     for entry in (through_exit_code(body), f"with step('train'):\n    {body}"):
         done = run(entry)
         assert (done.returncode, "Traceback" in done.stderr) == (2, False)
         assert done.stderr.startswith("error: /data/file: ")
+
+
+def test_a_write_that_safetensors_cannot_do_is_told_too(run, tmp_path):
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (999, 999)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    body = f"import resource; {limit}; from safetensors.numpy import save_file; import numpy"
+    done = run(through_exit_code(f"{body}; save_file({{'a': numpy.ones(1024)}}, '{tmp_path}/file')"))
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert "(os error 27); make room" in done.stderr
+
+
+def test_a_role_without_its_token_file_has_no_traceback_of_botocore(run, tmp_path):
+    body = "import draft_model.storage as s; s.read_file('s3://bucket/key')"
+    role = {"AWS_ROLE_ARN": "arn:aws:iam::1:role/a", "AWS_WEB_IDENTITY_TOKEN_FILE": str(tmp_path / "none")}
+    done = run(through_exit_code(body), AWS_EC2_METADATA_DISABLED="true", **role)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: AWS_WEB_IDENTITY_TOKEN_FILE: given ")
 
 
 def test_a_machine_without_a_usable_scratch_folder_is_told(run):

@@ -44,7 +44,9 @@ def _file(uri: str) -> tuple[LocalFolder | S3Folder, str]:
     return folder_of(parent), name
 
 
-def publish(folder: Path, uri: str, *, stage: str, properties: Mapping[str, Any]) -> Manifest:
+def publish(
+    folder: Path, uri: str, *, stage: str, properties: Mapping[str, Any], check: Callable[[], None] | None = None
+) -> Manifest:
     """Makes a local folder available, whole, at a URI.
 
     Files that are there already are not sent again; files that an earlier manifest there lists and this one does not
@@ -55,6 +57,7 @@ def publish(folder: Path, uri: str, *, stage: str, properties: Mapping[str, Any]
         uri: destination; local or in an object store.
         stage: the stage that made them.
         properties: what the stage says about them; JSON values.
+        check: called right before the manifest is written; where it raises, the folder stays without one.
 
     Returns:
         The manifest, as `read_manifest` gives it.
@@ -77,6 +80,8 @@ def publish(folder: Path, uri: str, *, stage: str, properties: Mapping[str, Any]
     else:
         in_parallel(lambda name, _: target.remove(name), sorted(stale))
         records = target.put(sources)
+    if check is not None:
+        check()
     return _seal(target, stage, records, properties)
 
 
@@ -310,6 +315,19 @@ def read_versioned(uri: str) -> tuple[bytes, str] | None:
     """Content of a small file and its version for `replace` and `delete`, or None where there is no such file."""
     folder, name = _file(uri)
     return folder.read(name)
+
+
+def read_range(uri: str, offset: int, length: int, version: str = "") -> bytes:
+    """Bytes [offset, offset + length) of a file, fewer at its end.
+
+    Args:
+        uri: the file.
+        offset: of the first byte.
+        length: in bytes.
+        version: stamp that `list_files` gave; an object that has another one by now is refused.
+    """
+    folder, name = _file(uri)
+    return folder.read_range(name, offset, length, version)
 
 
 def write_bytes(uri: str, data: bytes) -> None:
