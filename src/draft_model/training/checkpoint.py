@@ -80,7 +80,7 @@ def optimizer_tensors(draft: Draft, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def restore(draft: Draft, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], uri: str) -> None:
-    """Puts what `optimizer_tensors` gave back to the bit, into a draft of the same shape and a fresh optimizer over it."""
+    """Puts what `optimizer_tensors` gave back to the bit, into a draft of the same shape and a fresh optimizer."""
     if any(key.startswith("momentum_buffer.") for key in state) != (optimizer.defaults.get("name") == "muon"):
         raise DraftModelError(
             f"draft_optimizer: the training in {uri} used the other optimizer, whose state means nothing to this one: "
