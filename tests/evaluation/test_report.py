@@ -169,6 +169,8 @@ def test_a_sound_run_has_nothing_to_check(report, training, evaluation, dataset)
     evaluation["predicted_acceptance_length"] = 1.95
     assert list(findings(training, evaluation, dataset)) == []
     assert "To check Nothing" in Page(report(training, evaluation, dataset)).text
+    evaluation |= {"predicted_acceptance_length": 2.2, "prompts_source": "prompts.jsonl"}  # of another kind
+    assert list(findings(training, evaluation, dataset)) == []
 
 
 def test_findings_name_what_is_out_of_bounds(training, evaluation, dataset):
