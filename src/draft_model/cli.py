@@ -215,10 +215,11 @@ def push_command(draft: str, repository: str, private: bool, dry_run: bool, work
 @click.option("--network", default=50.0, help="Between nodes, GB/s for each GPU.")
 @click.option("--tokens", default=1000.0, help="Of a conversation on average.")
 @click.option("--supervised", default=0.6, help="Share of the tokens that is the assistant's.")
+@click.option("--conversations", default=100_000, help="To train on; says what acceptance length to expect.")
 @options_of("train", "max_length")
 def plan_command(
     config: str, memory: float, peak: float, share: float, network: float, tokens: float, supervised: float,
-    **options: Any,
+    conversations: int, **options: Any,
 ) -> None:  # fmt: skip
     """Work out memory, time and network of a training, without loading the target.
 
@@ -228,13 +229,20 @@ def plan_command(
     """  # noqa: D301
     from draft_model.preflight import check
     from draft_model.training import plan
+    from draft_model.training.expectations import advice, expectation
 
     parameters = check(given(options), ["train"])
     cluster = plan.Cluster(memory * 1e9, peak * 1e12, share, network * 1e9)
     target = plan.read_config(config)
     draft = plan.draft_of(target, parameters)
     made = plan.make_plan(target, draft, parameters, cluster, plan.Workload(tokens, supervised))
-    _print_table(plan.rows_of(made, parameters, cluster), width=110)
+    seen = conversations * parameters.num_epochs * tokens * supervised
+    rows = [
+        *plan.rows_of(made, parameters, cluster),
+        ("acceptance length", expectation(seen, parameters.num_speculative_tokens)),
+        ("recommended", advice(parameters)),
+    ]
+    _print_table(rows, width=110)
 
 
 def _print_table(

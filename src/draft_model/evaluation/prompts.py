@@ -26,6 +26,7 @@ from draft_model.parameters import Parameters
 logger = logging.getLogger(__name__)
 
 _ALLOWED = '{"prompt": "..."}, or a conversation as in the training data, and perhaps `category`'
+VALIDATION = "the validation split"
 _REFUSALS = (401, 403, 404)
 """What the Hub answers where it has no such data set, or not for this token."""
 
@@ -92,7 +93,7 @@ def choose_prompts(
         if validation is None:
             raise DraftModelError("dataset_validation_split, evaluation_prompts: neither is given; nothing to decode")
         found = list(islice(_of_split(validation), limit or None))
-        source = "the validation split"
+        source = VALIDATION
     else:
         rows = [row for benchmark in benchmarks for row in _of_benchmark(benchmark, limit)]
         source = ", ".join(benchmark.hub_id for benchmark in benchmarks) or given

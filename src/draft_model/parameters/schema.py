@@ -222,6 +222,9 @@ class Parameters(BaseModel):
     draft_loss: Literal["default", "kl", "lk", "tv"] = _p(
         "default", "Loss per position: divergence from the target (kl; default of EAGLE-3), the rejection itself (lk), "
         "total variation (tv; default of DFlash and DSpark).", "train")
+    draft_optimizer: Literal["adamw", "muon"] = _p(
+        "adamw", "Optimizer; muon: Muon for the matrices of the draft's layers, AdamW for head and norms: more "
+        "accepted tokens from the same data, at more time per step.", "train")
     regenerate_answers: Literal["off", "train", "all"] = _p(
         "off", "Replace the assistants' turns of the training data, or of the validation data too, by the target's own "
         "answers.", "regenerate")
