@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from draft_model import storage
-from draft_model.dataset import DatasetConfig, Split, encode, load_vocabulary, run, workers
+from draft_model.dataset import DatasetConfig, Split, load_vocabulary, run, workers
 from draft_model.dataset import build as stage
 from draft_model.dataset.encode import load_tokenizer
 from draft_model.errors import DraftModelError
@@ -165,8 +165,8 @@ def test_cut_answers_have_no_supervised_end(tmp_path, build, models):
 
 
 def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path, build, monkeypatch):
-    monkeypatch.setattr(workers, "BYTES_PER_PROCESS", 1)
-    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    monkeypatch.setattr(stage, "BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(stage, "PIECE_BYTES", 100_000)
     data = [*some_rows(1500), b"no"]
     given = {
@@ -193,7 +193,7 @@ def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path
 
 
 def test_processes_are_lowered_to_the_cores_and_said_once(tmp_path, build, monkeypatch, caplog):
-    monkeypatch.setattr(workers, "_cores", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     caplog.set_level("INFO")
     build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(3)), build_dataset_num_proc=96)
     said = [record.getMessage() for record in caplog.records if "build_dataset_num_proc" in record.getMessage()]
@@ -205,7 +205,7 @@ def test_what_is_built_is_not_built_again_and_nothing_is_tokenised(tmp_path, bui
     given = {"dataset_train_split": write(tmp_path / "train.jsonl", some_rows(20))}
     first = build(**given)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(encode, "load_tokenizer", None)
+    monkeypatch.setattr(stage, "Workers", None)
     again = build(**given, learning_rate=0.5, build_dataset_num_proc=2)
     assert again.reused
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == written
@@ -291,7 +291,7 @@ def test_below_a_root_the_content_and_the_settings_say_where(tmp_path, models, o
 
     first = build()
     assert first.uri == f"{root}/datasets/{first.fingerprint[:24]}"
-    monkeypatch.setattr(encode, "load_tokenizer", None)
+    monkeypatch.setattr(stage, "Workers", None)
     assert build(learning_rate=0.5) == replace(first, reused=True)
     monkeypatch.undo()
     assert build(max_length=2000).uri != first.uri
@@ -299,8 +299,11 @@ def test_below_a_root_the_content_and_the_settings_say_where(tmp_path, models, o
     storage.remove_manifest(first.uri)
     assert build() == first
     shard = next(file for file in storage.read_manifest(first.uri).files if file.path.endswith(".parquet"))
-    storage.write_bytes(f"{first.uri}/{shard.path}", b"cut")
-    assert build() == first
+    whole = storage.read_bytes(f"{first.uri}/{shard.path}")
+    for damaged in (b"cut", bytes([whole[0] ^ 1]) + whole[1:]):
+        storage.write_bytes(f"{first.uri}/{shard.path}", damaged)
+        assert build() == first
+        assert storage.read_bytes(f"{first.uri}/{shard.path}") == whole
     storage.remove(first.uri)
     assert build() == first
     # Two at once: the second finds the first one's result when it is done.
@@ -428,21 +431,30 @@ def test_a_chat_template_that_does_not_fit_is_refused_before_any_row_is_read(tmp
         build(dataset_train_split=write(tmp_path / "train.jsonl", [b"bad"]), chat_template="llama3")
 
 
-def test_a_process_that_dies_is_told_and_what_to_do(tmp_path, models):
-    encoder = encode.Encoder(encode.EncoderSettings(models["qwen2"], "qwen", 100, 600))
-    encoder.renderer = Deadly()
-    told = pytest.raises(DraftModelError, match=r"build_dataset_num_proc: .* memory")
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"{}")
-    with told:
-        list(workers.encode_files(encoder, 2, [(None, path)] * 2))
+LONG = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
-class Deadly:
-    """Kills the process that it is sent to."""
+@pytest.mark.parametrize(
+    "hostile", [LONG, "{{ 9 ** (messages[1].content | length * 10 ** 9) }}", "{{ 'x' * 10 ** 12 }}"]
+)
+def test_a_chat_template_that_never_ends_or_takes_all_memory_is_stopped_with_a_sentence(
+    tmp_path, models, monkeypatch, hostile
+):
+    monkeypatch.setattr(workers, "SECONDS", 1)
+    model = tmp_path / "model"
+    shutil.copytree(models["qwen2"], model)
+    with (model / "chat_template.jinja").open("a") as template:
+        template.write(f"{{% if messages[-1].content == 'evil' %}}{hostile}{{% endif %}}")
+    storage.publish(model, str(model), stage="import", properties={})
+    given = Parameters(dataset_train_split=write(tmp_path / "a.jsonl", [row("?", "evil")]), chat_template="qwen")
+    with pytest.raises(DraftModelError, match=r"chat template or tokenizer does not end: .* more than 1 s"):
+        run(DatasetConfig(str(model), str(tmp_path / "out"), given, tmp_path / "work"))
+    assert not storage.exists(str(tmp_path / "out"))
 
-    def __reduce__(self):
-        return os._exit, (9,)
+
+def test_a_process_that_is_killed_is_told_and_what_to_do():
+    with workers.Workers(2) as pool, pytest.raises(DraftModelError, match=r"one of 2 processes .* memory is short: lo"):
+        list(pool.map(os._exit, [(None, (9,))] * 4))
 
 
 def test_everything_may_lie_in_an_object_store(tmp_path, models, object_store):
@@ -521,14 +533,11 @@ class Page(HTMLParser):
 
 
 def test_a_line_of_100_megabytes_is_cut_without_tokenising_it_all(tmp_path, build, models, monkeypatch):
-    asked = []
-    shorten = encode._shorten
-    monkeypatch.setattr(encode, "_shorten", lambda *given: asked.append(shorten(*given)) or asked[-1])
+    monkeypatch.setattr(workers, "SECONDS", 10)  # of CPU time; to tokenise all of it takes a minute
     answer = "the quick brown fox " * 5_000_000  # 100 MB
     data = write(tmp_path / "train.jsonl", [row("?", answer), row("a", "b")])
     result = build(dataset_train_split=data, max_length=64)
     assert (result.train.rows_kept, result.train.rows_truncated) == (2, 1)
-    assert sum(map(len, asked)) < 100_000
     tokenizer = load_tokenizer(models["qwen2"])
     prompt = "<|im_start|>system\nYou are Qwen, a helpful assistant.<|im_end|>\n<|im_start|>user\n?<|im_end|>\n"
     text = f"{prompt}<|im_start|>assistant\n{answer[:4000]}"

@@ -15,10 +15,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from draft_model.dataset.reader import Rejected, Row, read_conversations
-from draft_model.dataset.render import Renderer
-from draft_model.dataset.templates import TEMPLATES
+from draft_model.dataset.encode import encode_prompts
+from draft_model.dataset.reader import Row, read_conversations
 from draft_model.dataset.tokens import Split
+from draft_model.dataset.workers import Workers
 from draft_model.errors import DraftModelError
 from draft_model.hub import hub_address
 
@@ -95,17 +95,17 @@ def choose_prompts(
     else:
         rows = [row for benchmark in benchmarks for row in _of_benchmark(benchmark, limit)]
         source = ", ".join(benchmark.hub_id for benchmark in benchmarks) or given
-        renderers = {tools: Renderer(tokenizer, TEMPLATES[template], tools=tools) for tools in (False, True)}
+        rows = rows or _of_files(given, limit)
+        with Workers() as worker:
+            encoded = worker.call(encode_prompts, tokenizer, template, [row for row, _ in rows])
         found = []
-        for number, (row, category) in enumerate(rows or _of_files(given, limit), start=1):
-            try:
-                text = renderers[bool(row.tools)].prompt(row)
-            except Rejected as refusal:
+        for number, (prompt, (_, category)) in enumerate(zip(encoded, rows, strict=True), start=1):
+            if isinstance(prompt, str):
                 raise DraftModelError(
-                    f"evaluation_prompts: conversation {number} of {source} makes no prompt ({refusal}); allowed: "
+                    f"evaluation_prompts: conversation {number} of {source} makes no prompt ({prompt}); allowed: "
                     f"{_ALLOWED}"
-                ) from None
-            found.append((tokenizer(text, add_special_tokens=False)["input_ids"], category))
+                )
+            found.append((prompt, category))
     kept = [(tokens, category) for tokens, category in found if 2 <= len(tokens) <= longest]
     if not kept:
         name = "evaluation_prompts" if given else "dataset_validation_split"

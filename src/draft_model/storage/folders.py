@@ -150,9 +150,13 @@ def read_manifest(uri: str, *, stage: str | None = None) -> Manifest:
 
 
 def is_whole(uri: str, record: Manifest) -> bool:
-    """Whether every file of a manifest is there with its size; none is read."""
-    there = folder_of(uri).files()
-    return all(there.get(file.path, (-1, ""))[0] == file.size for file in record.files)
+    """Whether every file of a manifest is there with its content.
+
+    On a disk every file is read; of objects the size and the SHA-256 in their metadata are compared.
+    """
+    folder = folder_of(uri)
+    with local_errors(uri):
+        return all(in_parallel(lambda file, _: folder.has(file), record.files))
 
 
 def remove_manifest(uri: str) -> None:

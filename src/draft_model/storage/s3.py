@@ -303,6 +303,21 @@ class S3Folder:
         """What the store says of an object, or None where there is no such object."""
         return self._unless_missing(lambda: self._request(name, lambda client, to: client.head_object(**to)))
 
+    def has(self, record: FileRecord) -> bool:
+        """Whether an object is there with the content of its record; one without SHA-256 in its metadata is read."""
+        head = self.head(record.path)
+        same_size = head is not None and head["ContentLength"] == record.size
+        return same_size and self._sha256(record.path, cast(Any, head)) == record.sha256
+
+    def _sha256(self, name: str, head: HeadObjectOutputTypeDef) -> str:
+        def read(client: S3Client, to: Any) -> str:
+            digest = hashlib.sha256()
+            for block in client.get_object(**to, IfMatch=head["ETag"])["Body"].iter_chunks(2**20):
+                digest.update(block)
+            return digest.hexdigest()
+
+        return head["Metadata"].get(_HASH) or self._request(name, read)
+
     def write(self, name: str, data: bytes) -> None:
         """Makes or replaces a small object."""
         self._request(name, lambda client, to: client.put_object(**to, Body=data))
@@ -393,8 +408,7 @@ class S3Folder:
             path = sources[name]
             before = path.stat()
             record = record_of(path, name)
-            there = self.head(name)
-            if there and (there["ContentLength"], there["Metadata"].get(_HASH)) == (record.size, record.sha256):
+            if self.has(record):
                 advance(record.size)
                 return record
             more: Any = {"ExtraArgs": {"Metadata": {_HASH: record.sha256}}, "Config": _TRANSFER, "Callback": advance}
@@ -437,13 +451,7 @@ class S3Folder:
                 advance(size)
                 return FileRecord(name, size, there["Metadata"][_HASH])
 
-            def read(client: S3Client, to: Any) -> str:
-                digest = hashlib.sha256()
-                for block in client.get_object(**to, IfMatch=etag)["Body"].iter_chunks(2**20):
-                    digest.update(block)
-                return digest.hexdigest()
-
-            sha256 = head["Metadata"].get(_HASH) or source._request(name, read, advance.stop)
+            sha256 = source._sha256(name, head)
             noted = {_HASH: sha256, _SOURCE: etag.strip('"')}
             extra: Any = {"Metadata": noted, "MetadataDirective": "REPLACE", "CopySourceIfMatch": etag}
             origin: Any = {"Bucket": source.bucket, "Key": source.prefix + name}
