@@ -46,7 +46,7 @@ OUTPUT, HANDLER, HANDLER_NAME = "output_model_path", "exit-handler-1", "train-a-
 
 
 def _description() -> str:
-    lines = ["Trains the EAGLE-3 draft model for speculative decoding of a target model.", ""]
+    lines = ["Trains a draft model for speculative decoding of a target model.", ""]
     for parameter in PARAMETERS:
         unit = f" ({parameter.unit})" if parameter.unit else ""
         allowed = f" Allowed: {parameter.allowed}." if parameter.allowed else ""

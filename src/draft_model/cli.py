@@ -20,7 +20,7 @@ from kfp_pipeline.commands import COMMANDS
 @click.group(cls=Group, context_settings=SETTINGS)
 @click.version_option(package_name="pipeline-draft-model")
 def cli() -> None:
-    """Train the draft model that makes an LLM decode faster (EAGLE-3 speculative decoding).
+    """Train the draft model that makes an LLM decode faster (speculative decoding).
 
     \b
     On this machine, all at once:   draft-model run --params run.yaml

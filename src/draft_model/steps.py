@@ -115,7 +115,7 @@ def train_draft_model(
         storage.read_manifest(result.final, stage="train")
         _describe(
             draft, result.output, final=result.final, checkpoints=config.checkpoints,
-            format="EAGLE-3, for vLLM and SGLang",
+            format=f"{p.draft_architecture}, for vLLM and SGLang",
         )  # fmt: skip
         _record(
             metrics, steps=result.steps, final_loss=result.loss, simulated_acceptance_length=result.acceptance_length

@@ -1,6 +1,7 @@
 """The engine's process: what is asked of it, what comes back, and one sentence for each way in which it fails."""
 
 import json
+import os
 import stat
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,7 @@ from draft_model.errors import DraftModelError
 from draft_model.evaluation.measure import check_engine
 from draft_model.parameters import Parameters
 
-SERVING = Path(__file__).parents[2] / ".venv-serving/bin/python"
+SERVING = Path(os.environ.get(engine.PYTHON) or Path(__file__).parents[2] / ".venv-serving/bin/python")
 JOB = Job("/target", "/draft", "eagle3", 3, [[[1, 2, 3], [4, 5]], [[6, 7]]], 8, [2, 5], 0.0, 0, [1, 4])
 
 
@@ -131,8 +132,12 @@ def test_a_failed_engine_leaves_the_draft_whole_and_a_report_that_says_so(traine
     assert not (tmp_path / "final/evaluation.json").exists()
 
 
+FIVE = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4, 5], "norm_before_fc": True}
+
+
 @pytest.mark.skipif(not SERVING.exists(), reason="`make check-serving` installs vLLM for CPU")
-def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("architecture", "shape"), [("eagle3", {}), ("eagle3.1", {}), ("eagle3.1", FIVE)])
+def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch, architecture, shape):
     """The whole stage on a tiny target, once in vLLM and once by our decoder."""
     from training.case import QUICK, build_dataset, make_inputs
 
@@ -145,7 +150,9 @@ def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch):
     # The draft knows the whole vocabulary: few of a random target's choices would lie in a part of it.
     split = str(tmp_path / "validation.jsonl")
     data = build_dataset(tmp_path / "whole", model, tiny.conversations(13), dataset_validation_split=split)
-    settings = Parameters(**{**QUICK, "num_epochs": 2})
+    (tmp_path / "shape.json").write_text(json.dumps(shape))
+    kind = {"draft_architecture": architecture, "draft_model_config": str(tmp_path / "shape.json")}
+    settings = Parameters(**{**QUICK, "num_epochs": 2, **kind})
     train = training.TrainConfig(model, data, str(tmp_path / "out"), tmp_path / "work", settings)
     final = training.job.run(train).final
     monkeypatch.setenv(engine.PYTHON, str(SERVING))

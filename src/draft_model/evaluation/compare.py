@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from draft_model import storage
-from draft_model.drafts import family
+from draft_model.drafts import family_of
 from draft_model.drafts.base import load_weights
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import markup
@@ -86,7 +86,7 @@ def table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
 def _candidate(uri: str, model: Path, work: Path) -> Candidate:
     """A draft of any known format, in the shape that its configuration and the target's give it."""
     loaded = read_checkpoint(uri, work)
-    kind = family()
+    kind = family_of(loaded.config, uri)
     default = kind.default_shape(json.loads((model / "config.json").read_text(encoding="utf-8")))
     shape = kind.adapt(default, loaded.config, uri)
     draft: Any = kind.create(shape, *kind.vocabulary(loaded.tensors, shape))

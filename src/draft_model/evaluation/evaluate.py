@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from collections.abc import Mapping
@@ -11,8 +12,8 @@ from typing import Any
 
 import torch
 
-from draft_model.drafts.eagle3.export import load_draft, save_draft
-from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model import drafts
+from draft_model.drafts.base import Draft
 from draft_model.engine import Measured
 from draft_model.evaluation.measure import Candidate, Case, category_table, differences, measure, open_case, speed_table
 from draft_model.parameters import Parameters
@@ -38,7 +39,7 @@ def evaluate(
         What evaluation.json holds; docs/evaluation.md describes it.
     """
     started = time.monotonic()
-    draft = load_draft(final)
+    draft = drafts.family_of(training["draft"]).load(final)
     case = open_case(p, model, dataset, "", draft.config.max_position_embeddings, work)
     candidates = [Candidate("the trained draft", draft, final), *_untrained(case, draft)]
     alone, trained, *untrained = measure(case, candidates)
@@ -75,7 +76,7 @@ def evaluate(
     }
 
 
-def _untrained(case: Case, trained: Eagle3Draft) -> list[Candidate]:
+def _untrained(case: Case, trained: Draft) -> list[Candidate]:
     """The same draft before its first step; none where the target, from which it starts, is too large to load here."""
     import psutil
 
@@ -88,9 +89,9 @@ def _untrained(case: Case, trained: Eagle3Draft) -> list[Candidate]:
         )  # fmt: skip
         return []
     target = load_target(case.model, trained.config.aux_layers, torch.bfloat16, torch.device("cpu"))
-    draft = Eagle3Draft(trained.config, trained.t2d, trained.d2t)
+    draft = copy.deepcopy(trained)
     draft.initialise(case.parameters.seed, target)
-    save_draft(case.work / "untrained", draft)
+    drafts.family(draft.config.family).save(case.work / "untrained", draft)
     return [Candidate("the untrained draft", draft, case.work / "untrained")]
 
 

@@ -15,7 +15,8 @@ from draft_model import engine as engines
 from draft_model.dataset.encode import load_tokenizer
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.dataset.tokens import Split
-from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts import family
+from draft_model.drafts.base import Draft
 from draft_model.engine import Difference, Job, Measured
 from draft_model.errors import DraftModelError
 from draft_model.evaluation import greedy
@@ -45,7 +46,7 @@ class Candidate:
     """A draft to measure: its name in messages, its weights, and the folder where an engine reads it."""
 
     name: str
-    draft: Eagle3Draft
+    draft: Draft
     folder: Path
 
 
@@ -103,8 +104,8 @@ def measure(case: Case, candidates: Sequence[Candidate]) -> list[Measured]:
     """
     if case.engine != "transformers":
         return [
-            engines.measure(case.engine, _job(case, folder), case.work / "engine")
-            for folder in ("", *(str(candidate.folder) for candidate in candidates))
+            engines.measure(case.engine, _job(case, candidate), case.work / "engine")
+            for candidate in (None, *candidates)
         ]
     try:
         return _by_our_decoder(case, candidates)
@@ -115,12 +116,12 @@ def measure(case: Case, candidates: Sequence[Candidate]) -> list[Measured]:
         ) from error
 
 
-def _job(case: Case, draft: str) -> Job:
+def _job(case: Case, candidate: Candidate | None) -> Job:
     p = case.parameters
     return Job(
         target=str(case.model),
-        draft=draft,
-        method="eagle3",
+        draft=str(candidate.folder) if candidate else "",
+        method=family(candidate.draft.config.family).vllm_method if candidate else "",
         proposals=p.num_speculative_tokens,
         groups=list(case.prompts.groups.values()),
         max_new_tokens=p.evaluation_max_new_tokens,
@@ -138,11 +139,11 @@ def _by_our_decoder(case: Case, candidates: Sequence[Candidate]) -> list[Measure
     hardware = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
-    found = [greedy.run(_job(case, ""), target, None, "target alone", hardware)]
+    found = [greedy.run(_job(case, None), target, None, "target alone", hardware)]
     for candidate, its in zip(candidates, layers, strict=True):
         draft = candidate.draft.to(device)
         found.append(
-            greedy.run(_job(case, "draft"), Target(target.model, its), draft, f"with {candidate.name}", hardware)
+            greedy.run(_job(case, candidate), Target(target.model, its), draft, f"with {candidate.name}", hardware)
         )
     return found
 

@@ -161,7 +161,7 @@ def make_plan(config: Mapping[str, Any], shape: Shape, p: Parameters, cluster: C
         cluster: the machines.
         workload: the data.
     """
-    target, costs = sizes_of(config), drafts.family().costs(shape, p.ttt_length)
+    target, costs = sizes_of(config), drafts.family(shape.family).costs(shape, p.ttt_length)
     world, tp, width = p.world_size, p.tp_size, _width(p)
     dp = world // tp
     beside = _beside(target, shape, costs, p, workload.supervised, cluster.memory)
@@ -232,7 +232,7 @@ def beside_target(folder: Path, shape: Shape, p: Parameters, longest: int, memor
         longest: tokens of the longest conversation.
         memory: of a GPU, bytes.
     """
-    costs = drafts.family().costs(shape, p.ttt_length)
+    costs = drafts.family(shape.family).costs(shape, p.ttt_length)
     p = p.model_copy(update={"max_length": longest})
     return sum(_beside(sizes_of(read_config(str(folder))), shape, costs, p, 1.0, memory).values())
 
@@ -264,15 +264,16 @@ def draft_of(config: Mapping[str, Any], p: Parameters) -> Shape:
 
     Args:
         config: the target's.
-        p: of the run; draft_model_config counts.
+        p: of the run; draft_architecture and draft_model_config count.
 
     Raises:
         DraftModelError: where the two do not fit.
     """
-    family = drafts.family()
-    default = family.default_shape(config)
-    given = p.draft_model_config
-    return family.adapt(default, read_config(given, "draft_model_config")) if given else default
+    family = drafts.family(p.draft_architecture)
+    shape: Shape = family.default_shape(config)
+    if p.draft_model_config:
+        shape = family.adapt(shape, read_config(p.draft_model_config, "draft_model_config"))
+    return shape
 
 
 def context_problem(config: Mapping[str, Any], max_length: int) -> str:
