@@ -5,15 +5,18 @@ import json
 import os
 import random
 import shutil
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from draft_model import storage
+from draft_model import drafts, storage
 from draft_model.dataset import DatasetConfig, Split, load_vocabulary, run, workers
 from draft_model.dataset import build as stage
 from draft_model.dataset.encode import load_tokenizer
@@ -306,21 +309,45 @@ def test_below_a_root_the_content_and_the_settings_say_where(tmp_path, models, o
         assert storage.read_bytes(f"{first.uri}/{shard.path}") == whole
     storage.remove(first.uri)
     assert build() == first
-    # Two at once: the second finds the first one's result when it is done.
-    storage.remove(first.uri)
-    describe = stage._describe
-
-    def describe_and_be_overtaken(*given):
-        monkeypatch.undo()
-        assert build("other") == first
-        return describe(*given)
-
-    monkeypatch.setattr(stage, "_describe", describe_and_be_overtaken)
-    assert build() == replace(first, reused=True)
-    storage.fetch(first.uri, tmp_path / "fetched")
     # A changed file at the same URI is seen, also where size and time stay.
     write(Path(train), some_rows(20, seed=1))
     assert build().uri != first.uri
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_two_runs_that_build_one_data_set_at_once_leave_it_whole(tmp_path, models, monkeypatch, together):
+    train = write(tmp_path / "train.jsonl", some_rows(20))
+    given = Parameters(dataset_train_split=train, chat_template="qwen", build_dataset_num_proc=1)
+    describe, both, ended = stage._describe, threading.Barrier(2), threading.Event()
+
+    def build(name):
+        result = run(DatasetConfig(str(models["qwen2"]), "", given, tmp_path / name, str(tmp_path / "root")))
+        ended.set()
+        return result
+
+    def wait(*arguments):  # until both have encoded, or until the other one has ended
+        if both.wait(60) == 0 and not together:
+            ended.wait(60)
+        return describe(*arguments)
+
+    monkeypatch.setattr(stage, "_describe", wait)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(build, ("one", "two")))
+    assert replace(results[0], reused=False) == replace(results[1], reused=False)
+    if not together:
+        assert sorted(result.reused for result in results) == [False, True]
+    folder = storage.fetch(results[0].uri, tmp_path / "fetched")
+    assert len(Split(folder / "train")) == 20
+    assert not (folder / "pieces").exists()
+
+
+def test_a_family_that_knows_the_whole_vocabulary_gets_all_of_it(tmp_path, build, monkeypatch):
+    whole = SimpleNamespace(default_shape=lambda config: SimpleNamespace(draft_vocab_size=config["vocab_size"]))
+    monkeypatch.setattr(drafts, "family", lambda name: whole)
+    result = build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(3)))
+    assert result.draft_vocab_size == result.vocab_size
+    assert result.train.coverage == 1
+    assert load_vocabulary(tmp_path / "out")[1].abs().sum() == 0
 
 
 def test_too_many_faulty_lines_stop_the_stage_with_the_first_ten_of_both_splits(tmp_path, build):
@@ -399,21 +426,21 @@ def test_all_unusable_inputs_are_told_at_once(tmp_path, build):
     assert "dataset_train_split" in told
     assert "absent.jsonl" in told
     assert "dataset_validation_split" in told
-    assert "draft_model_config: its draft_vocab_size is 1000000; allowed: at most" in told
+    assert "draft_model_config: `draft_vocab_size` is 1000000; the target's vocabulary has" in told
 
 
 @pytest.mark.parametrize("size", [0, -1, "many", True, 1.5])
 def test_a_draft_vocabulary_size_that_is_none_is_refused(tmp_path, build, size):
     config = tmp_path / "draft.json"
     config.write_text(json.dumps({"draft_vocab_size": size}))
-    with pytest.raises(DraftModelError, match=r"draft_model_config: .* allowed: an integer >= 1"):
+    with pytest.raises(DraftModelError, match=r"draft_model_config: .* allowed: a whole number >= 1"):
         build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(2)), draft_model_config=str(config))
 
 
 def test_a_model_folder_of_another_stage_or_without_a_tokenizer_is_refused(tmp_path, build, models):
     train = write(tmp_path / "train.jsonl", some_rows(2))
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "text_config": {"vocab_size": 9}}')
+    shutil.copy(models["qwen2"] / "config.json", tmp_path / "model")
     models = {**models, "bare": tmp_path / "model"}
     storage.publish(models["bare"], str(models["bare"]), stage="train", properties={})
     config = DatasetConfig(

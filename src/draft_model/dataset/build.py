@@ -22,7 +22,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from draft_model import storage
+from draft_model import drafts, storage
 from draft_model.dataset import vocabulary
 from draft_model.dataset.encode import Encoder, EncoderSettings
 from draft_model.dataset.files import File, find, read_errors
@@ -46,7 +46,6 @@ REJECTED = "rejected.jsonl"
 
 _PIECES = "pieces"
 _SPLITS = ("train", "validation")
-_DEFAULT_DRAFT_VOCABULARY = 32_000
 _MAKERS = ("pipeline-draft-model", "tokenizers", "transformers", "jinja2")
 _MODEL_FILES = (
     "config.json", "tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template",
@@ -174,17 +173,12 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
             return None
 
     model = attempt("", _fetch_model, config.model, config.work / "model")
-    tokenizer, vocab_size, hashes = model or (Path(), 0, {})
-    wanted = attempt("draft_model_config", _draft_vocab_size, parameters.draft_model_config, config.work)
+    tokenizer, vocab_size, hashes, target = model or (Path(), 0, {}, {})
+    size = model and attempt("draft_model_config", _draft_vocab_size, parameters, target, config.work)
     splits = {split: getattr(parameters, f"dataset_{split}_split") for split in _SPLITS}
     found = {split: attempt(f"dataset_{split}_split", _files, uri) or [] for split, uri in splits.items() if uri}
     if not splits["train"]:
         problems.append("dataset_train_split: not given; give the path or URI of a JSONL file of conversations")
-    if model and wanted and wanted > vocab_size:
-        problems.append(
-            f"draft_model_config: its draft_vocab_size is {wanted}; allowed: at most the target's vocabulary of "
-            f"{vocab_size}"
-        )
     if problems:
         raise DraftModelError(problems)
     settings = {
@@ -200,7 +194,6 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
         for split, files in found.items()
         for index, (file, identity) in enumerate(files)
     ]
-    size = wanted or min(_DEFAULT_DRAFT_VOCABULARY, vocab_size)
     named = [(source.file.name, source.key) for source in sources]
     fingerprint = _hash(named, size, parameters.max_rejected_fraction)
     encoder = EncoderSettings(tokenizer, parameters.chat_template, parameters.max_length, vocab_size)
@@ -212,8 +205,8 @@ def _files(given: str) -> list[tuple[File, str]]:
         return [(file, file.identity()) for file in find(given)]
 
 
-def _fetch_model(uri: str, into: Path) -> tuple[Path, int, dict[str, str]]:
-    """Returns the folder with tokenizer and configuration, V, and the files' hashes."""
+def _fetch_model(uri: str, into: Path) -> tuple[Path, int, dict[str, str], dict[str, Any]]:
+    """Returns the folder with tokenizer and configuration, V, the files' hashes, and config.json."""
     manifest = storage.read_manifest(uri, stage="import")
     folder = storage.fetch(uri, into, only=lambda name: name.startswith(_MODEL_FILES))
     config = _json(folder / "config.json", f"model: config.json of {uri}")
@@ -222,16 +215,15 @@ def _fetch_model(uri: str, into: Path) -> tuple[Path, int, dict[str, str]]:
     if not isinstance(vocab_size, int):
         raise DraftModelError(f"model: config.json of {uri} has no vocab_size; import a text-generation model")
     hashes = {file.path: file.sha256 for file in manifest.files if file.path.startswith(_MODEL_FILES)}
-    return folder, vocab_size, hashes
+    return folder, vocab_size, hashes, config
 
 
-def _draft_vocab_size(uri: str, work: Path) -> int | None:
-    if not uri:
-        return None
-    size = _json(storage.fetch_file(uri, work / "draft_model_config"), uri).get("draft_vocab_size")
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise DraftModelError(f"draft_model_config: {uri}: its draft_vocab_size is {size!r}; allowed: an integer >= 1")
-    return size
+def _draft_vocab_size(parameters: Parameters, target: Mapping[str, Any], work: Path) -> int:
+    family, uri = drafts.family(parameters.draft_architecture), parameters.draft_model_config
+    shape = family.default_shape(target)
+    if uri:
+        shape = family.adapt(shape, _json(storage.fetch_file(uri, work / "draft_model_config"), uri))
+    return int(shape.draft_vocab_size)
 
 
 def _json(path: Path, name: str) -> dict[str, Any]:
