@@ -35,10 +35,6 @@ def test_a_users_mistake_is_told_without_a_traceback(run):
     assert done.stderr == "error: 2 problems:\n  - one: bad\n  - two: worse\n"
 
 
-def test_a_single_mistake_is_a_single_line(run):
-    assert run(through_exit_code("raise DraftModelError('one: bad')")).stderr == "error: one: bad\n"
-
-
 def test_a_mistake_that_another_one_caused_still_has_no_traceback(run):
     body = "try: int('x')\n    except ValueError as error: raise DraftModelError('one: bad') from error"
     assert run(through_exit_code(body)).stderr == "error: one: bad\n"
@@ -99,11 +95,6 @@ def test_a_path_that_the_locale_cannot_write_is_printed_all_the_same(run):
 def test_ctrl_c(run):
     done = run(through_exit_code("os.kill(os.getpid(), signal.SIGINT)"))
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
-
-
-def test_success_is_zero_and_another_exit_passes_through(run):
-    assert run(through_exit_code("pass")).returncode == 0
-    assert run(through_exit_code("sys.exit(7)")).returncode == 7
 
 
 def test_our_log_lines_are_seen_and_other_libraries_only_warn(run):
