@@ -20,12 +20,12 @@ from kfp_pipeline.commands import COMMANDS
 @click.group(cls=Group, context_settings=SETTINGS)
 @click.version_option(package_name="pipeline-draft-model")
 def cli() -> None:
-    """Train the draft model that makes an LLM decode faster (EAGLE-3 speculative decoding).
+    """Train the draft model that makes an LLM decode faster (speculative decoding).
 
     \b
     On this machine, all at once:   draft-model run --params run.yaml
     One stage at a time:            draft-model import | dataset | train | evaluate
-    With what was trained:          draft-model compare | export
+    With what was trained:          draft-model compare | export | push
     On a cluster:                   draft-model submit --params run.yaml --watch
 
     A URI is a path, file://..., s3://bucket/key or minio://bucket/key; for S3 the endpoint and the keys come from the
@@ -179,6 +179,32 @@ def export_command(draft: str, form: Any, target: str, output: str, work: Path |
 
     with scratch(work) as folder:
         click.echo(export(draft, form, output, folder, target))
+
+
+@cli.command("push")
+@click.argument("draft", metavar="FOLDER")
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="A new repository is for its owners only.")
+@click.option("--dry-run", is_flag=True, help="Only say which files would go.")
+@WORK
+def push_command(draft: str, repository: str, private: bool, dry_run: bool, work: Path | None) -> None:
+    """Put a finished draft (.../final) with its card on the Hugging Face Hub.
+
+    The token is HF_TOKEN's, or that of `hf auth login`. The state of the training stays here.
+
+    \b
+    draft-model push s3://bucket/draft/final my-org/qwen3-8b-eagle3 --private
+    """  # noqa: D301
+    from draft_model.evaluation import push
+
+    push.check_name(repository)
+    files = push.files_of(draft)
+    for file in files:
+        click.echo(f"{file.size:>15,}  {file.path}")
+    click.echo(f"{sum(file.size for file in files):>15,}  bytes {'would go' if dry_run else 'go'} to {repository}")
+    if not dry_run:
+        with scratch(work) as folder:
+            click.echo(push.push(draft, repository, folder, private=private))
 
 
 @cli.command("plan")

@@ -90,6 +90,8 @@ def _option(parameter: Parameter) -> Decorator:
     default = f"  [default: {parameter.default}]" if parameter.default != "" else ""
     return click.option(
         f"--{parameter.name}",
+        *(["--engine"] if parameter.name == "evaluation_engine" else []),
+        parameter.name,
         metavar="|".join(parameter.choices) or _METAVARS[parameter.type],
         default=None,
         help=parameter.description + default,

@@ -63,7 +63,7 @@ def test_the_report_is_one_small_file_that_asks_nothing_of_the_network(report, t
     outward = {"src", "href", "xlink:href", "srcset", "data", "action"}
     references = {value for _, attributes in page.elements for name, value in attributes.items() if name in outward}
     assert {value for value in references if not value.startswith("data:")} == {"#findings"}
-    assert sum(value.startswith("data:image/svg+xml") for value in references) == 4
+    assert sum(value.startswith("data:image/svg+xml") for value in references) == 5
     assert not re.search(r"@import|url\((?!#)", html)
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
 
@@ -74,7 +74,8 @@ def test_the_first_screen_says_what_the_draft_saves(report, training, evaluation
     for expected in (
         "HuggingFaceTB/SmolLM2-135M-Instruct", "1,577 conversations", "1.91 acceptance length; 1.03 before training",
         "Yes, lossless 9,631 tokens compared with the target's own over 40 prompts; 1 ties",
-        "1.36× at 1 1.18× at 4 vLLM 0.32.0, float32", "2 26.1% 0.1% 48.3%", "first reply 30 1,900 1.931",
+        "1.36× at 1 1.18× at 4 vLLM 0.32.0, float32", "num_speculative_tokens = 3 is the fastest",
+        "2 26.1% 0.1% 48.3%", "first reply 30 1,900 1.931",
     ):  # fmt: skip
         assert expected in first
 

@@ -190,6 +190,33 @@ def test_a_draft_in_the_style_of_specforge_starts_the_same_training(train, plain
     assert started.losses == train(num_epochs=1, resume_from_checkpoint=plain.result.final).losses
 
 
+def test_an_eagle31_draft_of_any_trainer_starts_the_same_training(train, inputs, tmp_path):
+    shape = {**json.loads(Path(inputs.draft_config).read_text()), "eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4, 5]}
+    (tmp_path / "shape.json").write_text(json.dumps(shape))
+    ours = train(num_epochs=1, draft_architecture="eagle3.1", draft_model_config=str(tmp_path / "shape.json"))
+    config = json.loads(ours.read("final/config.json"))
+    assert {name: config[name] for name in config if "norm" in name} == {
+        "fc_norm": True, "norm_output": True, "rms_norm_eps": 1e-6,
+    }  # fmt: skip
+    assert config["num_aux_hidden_states"] == 5
+    started = train(num_epochs=1, resume_from_checkpoint=ours.result.final)
+    assert started.record["draft"] == ours.record["draft"]
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / "model.safetensors").write_bytes(ours.read("final/model.safetensors"))
+    own = {name: config[name] for name in ("fc_norm", "norm_output", "eagle_aux_hidden_state_layer_ids")}
+    del config["target_model_type"]
+    (served / "config.json").write_text(json.dumps(config))
+    for folder in (served, speculators_style(served, tmp_path / "speculators", **own)):
+        assert train(num_epochs=1, resume_from_checkpoint=str(folder)).losses == started.losses
+
+
+def test_a_draft_of_other_maths_is_refused_by_name(train, served, tmp_path):
+    folder = speculators_style(served, tmp_path / "speculators", norm_before_residual=True)
+    with pytest.raises(DraftModelError, match="`norm_before_residual` is set"):
+        train(resume_from_checkpoint=str(folder))
+
+
 def test_the_checkpoints_vocabulary_wins_when_resuming_too(train, plain, inputs, tmp_path):
     """The data set is the same but for its vocabulary file, which an overwriting trainer would believe."""
     manifest = storage.read_manifest(inputs.dataset)

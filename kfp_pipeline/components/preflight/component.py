@@ -1,7 +1,7 @@
 """Checks the run's parameters and everything that they name, before any heavy step starts.
 
 A run that cannot start ends here: the problems are the last lines of this step's log. No later step validates again,
-each gets the parameters that it reads as one value.
+each gets those of the parameters that it reads that are not the defaults, as one value.
 
 Args:
     run_id: of the pipeline's run.
@@ -12,10 +12,6 @@ Returns:
     dataset: parameters of the data set.
     train: parameters of the training.
     evaluate: parameters of the evaluation.
-    cpu: CPU request of the import's and the data set's pods.
-    memory: memory request of the same.
-    node_selector: labels of their nodes.
-    tolerations: of the taints of these nodes.
 """
 
 from typing import NamedTuple
@@ -47,9 +43,7 @@ def preflight(  # noqa: D103
     regenerate_answers: str, regenerate_temperature: float, regenerate_max_new_tokens: int,
     regenerate_samples_per_prompt: int, regenerate_limit: int,
 ) -> NamedTuple(  # type: ignore[valid-type]
-    "Plan",
-    [("model_import", dict), ("dataset", dict), ("train", dict), ("evaluate", dict), ("cpu", str), ("memory", str),
-     ("node_selector", dict), ("tolerations", list)],
+    "Plan", [("model_import", dict), ("dataset", dict), ("train", dict), ("evaluate", dict)]
 ):  # fmt: skip
     values = {**locals()}
     from draft_model import steps

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from draft_model.dataset.templates import TEMPLATES
 from draft_model.dataset.tokens import Split
 from draft_model.errors import DraftModelError
 from draft_model.hub import hub_address
+from draft_model.parameters import Parameters
 
 logger = logging.getLogger(__name__)
 
@@ -95,17 +96,8 @@ def choose_prompts(
     else:
         rows = [row for benchmark in benchmarks for row in _of_benchmark(benchmark, limit)]
         source = ", ".join(benchmark.hub_id for benchmark in benchmarks) or given
-        renderers = {tools: Renderer(tokenizer, TEMPLATES[template], tools=tools) for tools in (False, True)}
-        found = []
-        for number, (row, category) in enumerate(rows or _of_files(given, limit), start=1):
-            try:
-                text = renderers[bool(row.tools)].prompt(row)
-            except Rejected as refusal:
-                raise DraftModelError(
-                    f"evaluation_prompts: conversation {number} of {source} makes no prompt ({refusal}); allowed: "
-                    f"{_ALLOWED}"
-                ) from None
-            found.append((tokenizer(text, add_special_tokens=False)["input_ids"], category))
+        texts = render(rows or _of_files(given, limit), source, tokenizer, template)
+        found = [(tokenizer(text, add_special_tokens=False)["input_ids"], category) for text, category in texts]
     kept = [(tokens, category) for tokens, category in found if 2 <= len(tokens) <= longest]
     if not kept:
         name = "evaluation_prompts" if given else "dataset_validation_split"
@@ -118,6 +110,36 @@ def choose_prompts(
     for tokens, category in kept:
         groups.setdefault(category, []).append(tokens)
     return Prompts(groups, source)
+
+
+def render(rows: Iterable[tuple[Row, str]], source: str, tokenizer: Any, template: str) -> list[tuple[str, str]]:
+    """Texts of prompts with their categories.
+
+    Raises:
+        DraftModelError: when the chat template refuses one.
+    """
+    renderers = {tools: Renderer(tokenizer, TEMPLATES[template], tools=tools) for tools in (False, True)}
+    texts = []
+    for number, (row, category) in enumerate(rows, start=1):
+        try:
+            texts.append((renderers[bool(row.tools)].prompt(row), category))
+        except Rejected as refusal:
+            raise DraftModelError(
+                f"evaluation_prompts: conversation {number} of {source} makes no prompt ({refusal}); allowed: "
+                f"{_ALLOWED}"
+            ) from None
+    return texts
+
+
+def check_template(p: Parameters, tokenizer: Any) -> None:
+    """Writes the prompts of files as the evaluation will, so that one that the template refuses is found before.
+
+    Raises:
+        DraftModelError: when the chat template refuses one.
+    """
+    if p.evaluation_prompts and not _named(p.evaluation_prompts):
+        rows = _of_files(p.evaluation_prompts, p.evaluation_conversations)
+        render(rows, p.evaluation_prompts, tokenizer, p.chat_template)
 
 
 def check(given: str, limit: int) -> None:

@@ -27,8 +27,6 @@ from draft_model.shown import table
 from draft_model.tracking import tracked
 
 logger = logging.getLogger(__name__)
-_store: Any = storage
-"""For `copy` and `read_range`, which not every storage has."""
 
 STAGE = "import"
 _FORMAT = 2  # of the canonical folder; part of the content key, so that a change of it imports anew
@@ -177,14 +175,14 @@ def _headers(source: Source, weights: Weights, folder: Path, uri: str) -> list[s
     """Brings only the weights' headers, with holes for the tensors, where an object store can copy the files itself."""
     between = source.listing.uri and storage.is_remote(source.listing.uri) and storage.is_remote(uri)
     final = weights.kind == "safetensors" and (weights.index or weights.names == ["model.safetensors"])
-    if not (between and final and hasattr(storage, "copy") and hasattr(storage, "read_range")):
+    if not (between and final):
         return []
     for name in weights.names:
         file, size = storage.join(source.listing.uri, source.paths[name]), source.files[name].size or 0
         with (folder / name).open("wb") as header:
             if size > 8:
-                length = int.from_bytes(start := _store.read_range(file, 0, 8), "little")
-                header.write(start + _store.read_range(file, 8, min(max(length, 1), size, 10**8)))
+                length = int.from_bytes(start := storage.read_range(file, 0, 8), "little")
+                header.write(start + storage.read_range(file, 8, min(max(length, 1), size, 10**8)))
             header.truncate(size)
     return weights.names
 
@@ -219,7 +217,7 @@ def _upload(source: Source, folder: Path, uri: str, remote: list[str]) -> list[s
     if remote:
         below = source.paths[remote[0]].removesuffix(remote[0]).rstrip("/")
         folder_uri = storage.join(source.listing.uri, below) if below else source.listing.uri
-        records += _store.copy(folder_uri, uri, remote)
+        records += storage.copy(folder_uri, uri, remote)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name != CARD and name not in remote:

@@ -79,6 +79,16 @@ def _batch_arithmetic(p: Parameters) -> Problem | None:
     return None
 
 
+def _sampling(p: Parameters) -> Problem | None:
+    if not p.evaluation_temperature or p.evaluation_engine != "transformers":
+        return None
+    return Problem(
+        "evaluation_temperature",
+        f"given {p.evaluation_temperature:g} with evaluation_engine=transformers, which decodes greedily only: use "
+        "another engine, or leave one of the two out",
+    )
+
+
 _WORLD = ("num_nodes_draft_model_training", "number_of_gpu_to_use_draft_model_training")
 _BATCHES = ("draft_global_batch_size", "draft_micro_batch_size", "draft_accumulation_steps")
 _RULES: tuple[tuple[Stage, Sequence[str], Callable[[Parameters], Problem | None]], ...] = (
@@ -88,6 +98,7 @@ _RULES: tuple[tuple[Stage, Sequence[str], Callable[[Parameters], Problem | None]
     ("train", (*_WORLD, "tp_size"), _tensor_parallelism),
     ("train", (*_WORLD, "tp_size", "dp_size"), _world_size),
     ("train", (*_WORLD, *_BATCHES), _batch_arithmetic),
+    ("evaluate", ("evaluation_temperature", "evaluation_engine"), _sampling),
 )
 """Stage, the parameters that each must be valid by itself, and the rule."""
 

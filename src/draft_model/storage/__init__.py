@@ -16,6 +16,7 @@ from draft_model.storage.folders import (
     read_bytes,
     read_file,
     read_manifest,
+    read_range,
     read_versioned,
     remove,
     remove_manifest,
@@ -31,6 +32,6 @@ from draft_model.storage.uri import is_remote, join, without_credentials
 __all__ = [
     "MANIFEST", "FileRecord", "Manifest", "copy", "create", "delete", "exists", "extend", "fetch", "fetch_file",
     "fetch_tree", "is_remote", "is_whole", "join", "list_files", "patience", "probe", "publish", "put_file",
-    "read_bytes", "read_file", "read_manifest", "read_versioned", "remove", "remove_manifest", "replace",
+    "read_bytes", "read_file", "read_manifest", "read_range", "read_versioned", "remove", "remove_manifest", "replace",
     "without_credentials", "write_bytes", "write_manifest",
 ]  # fmt: skip

@@ -317,6 +317,19 @@ def read_versioned(uri: str) -> tuple[bytes, str] | None:
     return folder.read(name)
 
 
+def read_range(uri: str, offset: int, length: int, version: str = "") -> bytes:
+    """Bytes [offset, offset + length) of a file, fewer at its end.
+
+    Args:
+        uri: the file.
+        offset: of the first byte.
+        length: in bytes.
+        version: stamp that `list_files` gave; an object that has another one by now is refused.
+    """
+    folder, name = _file(uri)
+    return folder.read_range(name, offset, length, version)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Makes or replaces a small file atomically."""
     folder, name = _file(uri)

@@ -275,6 +275,16 @@ class S3Folder:
 
         return self._unless_missing(lambda: self._request(name, get))
 
+    def read_range(self, name: str, offset: int, length: int, version: str = "") -> bytes:
+        """Bytes [offset, offset + length) of an object, fewer at its end; refused if its version (ETag) is another."""
+        span: Any = {"Range": f"bytes={offset}-{offset + length - 1}"} | ({"IfMatch": version} if version else {})
+        try:
+            return bytes(self._request(name, lambda client, to: client.get_object(**to, **span)["Body"].read()))
+        except DraftModelError as error:
+            if _code(error.__cause__)[1] == 416:  # nothing is there from this offset on
+                return b""
+            raise
+
     def _unless_missing(self, ask: Callable[[], Result]) -> Result | None:
         try:
             return ask()

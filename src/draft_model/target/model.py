@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from draft_model.drafts.eagle3.batch import Batch
+from draft_model.drafts.batch import Batch
 from draft_model.drafts.transfer import to_device
 from draft_model.errors import DraftModelError
 from draft_model.target.fused import fuse, multiplier
@@ -80,7 +80,7 @@ class Target:
         return head_logits(hidden, self.head, self.bias, self.config)
 
     def features(self) -> Tensor:
-        """The features of the last forward pass, [B, T, 3H]."""
+        """The features of the last forward pass, [B, T, nH]."""
         return torch.cat([self._taken[layer] for layer in self.aux_layers], -1)
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class Target:
             batch: B conversations, on the host.
 
         Returns:
-            Per conversation the features and the hidden states after the final norm, [T_b, 3H + H].
+            Per conversation the features and the hidden states after the final norm, [T_b, nH + H].
         """
         final = self.decoder(input_ids=to_device(batch.tokens, self.device), use_cache=False).last_hidden_state
         states = torch.cat((self.features(), final), -1)
@@ -128,7 +128,7 @@ def load_target(folder: Path, aux_layers: tuple[int, ...], dtype: torch.dtype, d
         device: where it runs.
 
     Raises:
-        DraftModelError: when transformers cannot load it, or it has not the structure that EAGLE-3 needs.
+        DraftModelError: when transformers cannot load it, or it has not the structure that features are taken from.
     """
     return Target(check_structure(load_model(folder, dtype).to(device), aux_layers), aux_layers)
 
@@ -165,7 +165,7 @@ def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **setti
 
 
 def check_structure(model: Any, aux_layers: tuple[int, ...]) -> Any:
-    """Gives a loaded model back where EAGLE-3 can take its features.
+    """Gives a loaded model back where features can be taken from it.
 
     Args:
         model: of transformers.

@@ -62,7 +62,7 @@ def write_checkpoint(
     from safetensors.torch import save_file
 
     shutil.rmtree(folder, ignore_errors=True)
-    drafts.family().save(folder, draft)
+    drafts.family(draft.config.family).save(folder, draft)
     (folder / STATE).mkdir()
     tensors = {**optimizer_tensors(draft, optimizer), "random": torch.stack(random)}
     save_file(tensors, folder / STATE / "state.safetensors")
@@ -109,7 +109,7 @@ def read_checkpoint(uri: str, work: Path) -> Loaded:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not whole:
             _check_foreign(uri, folder, config)
-        config, tensors = drafts.family().read(config, load_file(folder / WEIGHTS), uri)
+        config, tensors = drafts.family_of(config, uri).read(config, load_file(folder / WEIGHTS), uri)
         if not (folder / STATE).is_dir():
             return Loaded(uri, config, tensors, None, None)
         state = load_file(folder / STATE / "state.safetensors")

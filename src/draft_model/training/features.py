@@ -1,7 +1,7 @@
 """The frozen target's states, computed in the first epoch and kept on disk for the later ones where there is room.
 
-A token's states are 4H numbers (three feature layers and the final one). On a CPU the target's forward pass is half of
-a step, so a second epoch from kept states takes about half the time; on a GPU computing them anew outruns a disk.
+On a CPU the target's forward pass is half of a step, so a second epoch from kept states takes about half the time; on a
+GPU computing them anew outruns a disk.
 
 The last bits of a state depend on what else is in the target's batch. So the plan alone says which conversations go
 through the target together, and a training that is resumed computes the very states that it would have kept.
@@ -32,7 +32,7 @@ class StateStore:
     Args:
         folder: where the file goes.
         lengths: tokens of each conversation, int64 [C].
-        width: numbers per token, 4H.
+        width: numbers per token, of `Shape.state_width`.
         dtype: of the states.
         epochs: how often each conversation is needed; 1 keeps nothing.
         device: of the target.
@@ -82,7 +82,7 @@ class StateStore:
             compute: gives the states of those that are missing, which are then kept.
 
         Returns:
-            [T_b, 4H] of each.
+            [T_b, width] of each.
         """
         assert self._kept is not None
         missing = [index for index in conversations.tolist() if not self._have[index]]

@@ -162,7 +162,7 @@ def _publish_final(output: Output, training: Training, complete: Callable[[Path,
     folder, step, history = work / "final", training.done, training.history
     name = output.best() if output.keeping.best else None
     if name is None:
-        drafts.family().save(folder, training.draft)
+        drafts.family(training.draft.config.family).save(folder, training.draft)
         best = history.best
         if best and len(history.validation) > 1 and best["step"] != step:
             logger.info(

@@ -110,7 +110,7 @@ def sizes_of(config: Mapping[str, Any]) -> TargetSizes:
 
 def make_plan(config: Mapping[str, Any], shape: Shape, p: Parameters, cluster: Cluster, workload: Workload) -> Plan:
     """Works a training out, from the target's config.json, the draft's shape and the run's parameters."""
-    target, costs = sizes_of(config), drafts.family().costs(shape, p.ttt_length)
+    target, costs = sizes_of(config), drafts.family(shape.family).costs(shape, p.ttt_length)
     world, tp, width = p.world_size, p.tp_size, _width(p)
     dp = world // tp
     beside = _beside(target, shape, costs, p, workload.supervised, cluster.memory)
@@ -176,7 +176,7 @@ def beside_target(folder: Path, shape: Shape, p: Parameters, longest: int, memor
 
     Every token of its longest conversation is taken as supervised.
     """
-    costs = drafts.family().costs(shape, p.ttt_length)
+    costs = drafts.family(shape.family).costs(shape, p.ttt_length)
     p = p.model_copy(update={"max_length": longest})
     return sum(_beside(sizes_of(read_config(str(folder))), shape, costs, p, 1.0, memory).values())
 
@@ -197,7 +197,7 @@ def read_config(path: str, parameter: str = "config") -> dict[str, Any]:
 
 def draft_of(config: Mapping[str, Any], p: Parameters) -> Shape:
     """The draft's shape: the default for the target's configuration, with draft_model_config over it."""
-    family = drafts.family()
+    family = drafts.family(p.draft_architecture)
     default = family.default_shape(config)
     given = p.draft_model_config
     return family.adapt(default, read_config(given, "draft_model_config")) if given else default

@@ -79,20 +79,26 @@ def prepare(
         go_on: which of the two.
         work: scratch folder of this process.
     """
-    p, family = config.parameters, drafts.family()
+    p = config.parameters
     model, dataset = inputs.model, inputs.dataset
     dtype = torch.bfloat16 if p.compute_dtype == "bfloat16" else torch.float32
     target_config = read_config(str(model))
     if resumed is None:
+        family = drafts.family(p.draft_architecture)
         shape = draft_of(target_config, p)
         t2d, d2t = vocabulary.load_vocabulary(dataset / vocabulary.FILE)
+        if shape.draft_vocab_size == shape.vocab_size:  # all tokens, whichever the data set chose
+            t2d, d2t = family.vocabulary({}, shape)
         if shape.draft_vocab_size != len(d2t):
             raise DraftModelError(
                 f"draft_model_config: draft_vocab_size is {shape.draft_vocab_size}, but the data set was built for "
                 f"{len(d2t)}: build it with the same draft_model_config"
             )
     else:
-        # The checkpoint's shape and vocabulary win: its head's rows mean them.
+        # The checkpoint's family, shape and vocabulary win: its head's rows mean them.
+        family = drafts.family_of(resumed.config, resumed.uri)
+        if family.name != p.draft_architecture:
+            logger.info("draft_architecture: the draft is %s, as in %s", family.title, resumed.uri)
         default = family.default_shape(target_config)
         shape = family.adapt(default, resumed.config, f"resume_from_checkpoint: {resumed.uri}")
         t2d, d2t = family.vocabulary(resumed.tensors, shape)
@@ -120,7 +126,10 @@ def prepare(
         draft.parameters(), lr=p.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
     )
     torch.manual_seed(p.seed * ranks.world + ranks.rank)
-    objective: Any = family.objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest)
+    loss = family.default_loss if p.draft_loss == "default" else p.draft_loss
+    objective = family.objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest, loss)
+    for name in family.unused:
+        logger.info("%s: without effect on %s", name, family.title)
     training = Training(
         p, ranks, target, draft, optimizer, objective, train_split, validation, total, work, inputs.fingerprint
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft_model.drafts.eagle3.batch import Batch, collate
+from draft_model.drafts.batch import Batch, collate
 from draft_model.drafts.eagle3.config import DraftConfig
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.objective import StepSums
@@ -29,7 +29,7 @@ class Case:
     Attributes:
         draft: random float32 weights, large enough that every part of the layer matters.
         batch: B conversations.
-        states: per conversation the target's features and final hidden states, [T_b, 4H].
+        states: per conversation the target's features and final hidden states, [T_b, (n + 1) H].
         embedding: the target's, [V, H].
         head: the target's, [V, H].
     """
@@ -89,6 +89,7 @@ class Case:
             config.head_dim,
             config.rms_norm_eps,
             config.rope_parameters["rope_theta"],
+            config.norm_output,
         )
         sums = reference.training_step(
             weights, shape, conversations, self.embedding.double(), self.draft.target_ids, steps
@@ -104,7 +105,9 @@ class Case:
         batch = self.batch
         index = torch.tensor(rows)
         width = int(batch.lengths[index].max())
-        kept = Batch(batch.tokens[index, :width], batch.lengths[index], batch.predicted[index, :width])
+        kept = Batch(
+            batch.tokens[index, :width], batch.lengths[index], batch.predicted[index, :width], batch.keys[index]
+        )
         return replace(self, batch=kept, states=[self.states[row] for row in rows])
 
 
@@ -180,7 +183,7 @@ def random_case(
     return Case(
         draft=draft,
         batch=collate([(ids, mask(len(ids))) for ids in tokens]),
-        states=[torch.randn(length, 4 * hidden, generator=generator) for length in lengths],
+        states=[torch.randn(length, draft.config.state_width, generator=generator) for length in lengths],
         embedding=torch.randn(vocab, hidden, generator=generator),
         head=torch.randn(vocab, hidden, generator=generator) / hidden**0.5,
     )

@@ -25,6 +25,7 @@ class Geometry:
     head_dim: int
     eps: float
     theta: float
+    norm_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,19 @@ def layer_outputs(
     keys: list[Tensor] = []
     values: list[Tensor] = []
     outputs: list[Tensor] = []
-    hidden = conversation.features[: max(length - 2, 0)] @ weights["fc.weight"].T
+    features = conversation.features[: max(length - 2, 0)]
+    if "input_norm.weight" in weights:
+        features = rms_norm(features, weights["input_norm.weight"], shape.eps)
+    if own := [w for name, w in weights.items() if name.startswith("fc_norm.")]:
+        size = features.shape[1] // len(own)
+        parts = [features[:, place * size : (place + 1) * size] for place in range(len(own))]
+        features = torch.cat([rms_norm(part, w, shape.eps) for part, w in zip(parts, own, strict=True)], -1)
+    hidden = features @ weights["fc.weight"].T
     for step in range(min(steps, max(length - 2, 0))):
         count = length - 2 - step
         hidden = hidden[:count]
+        if step and shape.norm_output:
+            hidden = rms_norm(hidden, weights["norm.weight"], shape.eps)
         token = embedding[conversation.tokens[1 + step : 1 + step + count]]
         x = torch.cat(
             (

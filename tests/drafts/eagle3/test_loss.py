@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draft_model.drafts.eagle3.batch import Batch
 from draft_model.drafts.eagle3.objective import StepSums
 
 from .case import Case, random_case, relative_error
@@ -55,6 +54,21 @@ def assert_same_gradients(found, truth, tolerance: float) -> None:
 def test_equals_the_reference(seed, lengths, steps, draft_vocab, learnt, heads, size):
     shape = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": size}
     case = random_case(seed, lengths, draft_vocab=draft_vocab, learnt=learnt, **shape)
+    assert_equals_reference(case, steps)
+
+
+EAGLE31 = [
+    {"fc_norm": True, "norm_output": True},
+    {"norm_before_fc": True, "aux_layers": (1, 2, 3, 4, 5)},
+    {"fc_norm": True, "norm_before_fc": True, "norm_output": True, "aux_layers": (2, 5)},
+    {"norm_output": True, "aux_layers": (3,)},
+]
+
+
+@pytest.mark.parametrize("switches", EAGLE31)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_eagle31_equals_the_reference(steps, switches):
+    case = random_case(steps, [17, 9, 3, 12], learnt=lambda n: torch.arange(n) >= n // 2, **switches)
     assert_equals_reference(case, steps)
 
 
@@ -178,10 +192,10 @@ def test_the_gradient_of_one_conversations_features_does_not_depend_on_its_neigh
     assert truth.any()
     for rows in ([0, 1], [0, 2], [0, 2, 1]):
         assert relative_error(features_gradient(case, rows), truth) < 1e-6
-    batch = Batch(
-        torch.cat([case.batch.tokens[:1], other.batch.tokens[1:].flip(1)]),
-        case.batch.lengths,
-        torch.cat([case.batch.predicted[:1], other.batch.predicted[1:]]),
+    batch = replace(
+        case.batch,
+        tokens=torch.cat([case.batch.tokens[:1], other.batch.tokens[1:].flip(1)]),
+        predicted=torch.cat([case.batch.predicted[:1], other.batch.predicted[1:]]),
     )
     changed = replace(case, batch=batch, states=[case.states[0], *(-states for states in case.states[1:])])
     assert relative_error(features_gradient(changed, [0, 1, 2]), truth) < 1e-6
@@ -194,7 +208,7 @@ def test_padding_is_never_read():
     for row, length in enumerate(case.batch.lengths.tolist()):
         tokens[row, length:] = 31
         predicted[row, length - 1 :] = True
-    junk = replace(case, batch=Batch(tokens, case.batch.lengths, predicted)).ours(6)
+    junk = replace(case, batch=replace(case.batch, tokens=tokens, predicted=predicted)).ours(6)
     assert torch.equal(junk.loss, plain.loss)
     assert torch.equal(junk.sums.tensor(), plain.sums.tensor())
     assert all(torch.equal(junk.gradients[name], plain.gradients[name]) for name in plain.gradients)
@@ -204,7 +218,7 @@ def test_the_amount_of_padding_changes_nothing():
     case = random_case(5, [9, 14, 4])
     tokens, predicted = torch.full((3, 40), 31), torch.ones(3, 40, dtype=torch.bool)
     tokens[:, :14], predicted[:, :14] = case.batch.tokens, case.batch.predicted
-    wide, plain = replace(case, batch=Batch(tokens, case.batch.lengths, predicted)).ours(6), case.ours(6)
+    wide, plain = replace(case, batch=replace(case.batch, tokens=tokens, predicted=predicted)).ours(6), case.ours(6)
     assert torch.allclose(wide.sums.tensor(), plain.sums.tensor())
     assert_same_gradients(wide.gradients, plain.gradients, 1e-6)
 

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from draft_model.drafts import kernels
-from draft_model.drafts.eagle3.batch import Plan
+from draft_model.drafts.base import Counts
+from draft_model.drafts.eagle3.plan import Plan
 
 STEP_DECAY = 0.8
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
@@ -39,13 +40,12 @@ TeacherHead = Callable[[Tensor], Tensor]
 
 
 @dataclass
-class StepSums:
-    """Sums over positions, one entry per unroll step, float64 [steps]; divide only after reducing over ranks.
+class StepSums(Counts):
+    """Sums over positions, one entry per unroll step.
 
     Attributes:
-        loss: soft cross-entropy, nats.
-        supervised: positions that the loss counts (the target's top token lies in the draft vocabulary).
-        agree: of those, the draft's top token is the target's.
+        agree: supervised positions (the target's top token lies in the draft vocabulary) where the draft's top token
+            is the target's.
         overlap: sum of sum_v min(p, q): the acceptance probability under sampling.
         candidates: positions whose token is the assistant's, in the draft vocabulary or not.
         reached: candidates all of whose earlier steps agreed.
@@ -54,8 +54,6 @@ class StepSums:
         kept: proposals that those rounds keep.
     """
 
-    loss: Tensor
-    supervised: Tensor
     agree: Tensor
     overlap: Tensor
     candidates: Tensor
@@ -63,23 +61,6 @@ class StepSums:
     accepted: Tensor
     rounds: Tensor
     kept: Tensor
-
-    @classmethod
-    def zeros(cls, steps: int, device: torch.device | None = None) -> StepSums:
-        """No positions yet."""
-        return cls.from_tensor(torch.zeros(9, steps, dtype=torch.float64, device=device))
-
-    def tensor(self) -> Tensor:
-        """All sums as one tensor [9, steps], to be reduced."""
-        return torch.stack(list(vars(self).values()))
-
-    @classmethod
-    def from_tensor(cls, sums: Tensor) -> StepSums:
-        """The inverse of `tensor`."""
-        return cls(*sums.unbind(0))
-
-    def __add__(self, other: StepSums) -> StepSums:
-        return StepSums.from_tensor(self.tensor() + other.tensor())
 
     def means(self) -> dict[str, list[float]]:
         """Per step: loss in nats, top-1 agreement, alpha (overlap), conditional acceptance."""
@@ -253,10 +234,10 @@ class Heads:
         agreed = agrees.cummin(0).values
         before = torch.cat((torch.ones_like(agrees[:1]), agreed[:-1])) & exists
         chains = torch.stack((exists, before, before & agrees)).sum(-1, dtype=torch.float64)
-        return StepSums.from_tensor(torch.cat((self.sums, chains, torch.stack(_rounds(plan, agreed.sum(0))))))
+        return StepSums.from_tensor(torch.cat((self.sums, chains, torch.stack(decode_rounds(plan, agreed.sum(0))))))
 
 
-def _rounds(plan: Plan, agreed: Tensor) -> tuple[Tensor, Tensor]:
+def decode_rounds(plan: Plan, agreed: Tensor) -> tuple[Tensor, Tensor]:
     """Walks through every reply as decoding would, for 1, 2, ... proposals per round.
 
     A round at a row keeps as many proposals as agree there and goes on behind the token after them. The walk is done
