@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from draft_model.doors import raise_on_sigterm
+from draft_model.entrypoint import raise_on_sigterm
 from draft_model.errors import DraftModelError, named_parameters
 from draft_model.parameters import PARAMETERS, REMOVED, STAGES, Parameter, Stage, parameters_of
 from draft_model.parameters.rules import problems_with, unknown

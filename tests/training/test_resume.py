@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from draft_model import doors, storage
+from draft_model import entrypoint, storage
 from draft_model.errors import DraftModelError
 from draft_model.training import job
 from draft_model.training.trainer import Interrupted
@@ -114,7 +114,7 @@ def test_a_crash_costs_what_came_after_the_last_checkpoint_and_no_more(train, pl
 
 
 def test_a_door_that_is_asked_to_stop_exits_with_143(train, monkeypatch):
-    monkeypatch.setattr(doors, "set_up_logging", lambda: None)  # it would take pytest's own handlers away
+    monkeypatch.setattr(entrypoint, "set_up_logging", lambda: None)  # it would take pytest's own handlers away
     config = train.config()
     monkeypatch.setenv("DRAFT_MODEL_JOB", config.to_json())
     with when_logged("step 2, ", terminate), pytest.raises(SystemExit) as ended:

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from draft_model.doors import ERROR_FILE, WORK_FOLDER
+from draft_model.entrypoint import ERROR_FILE, WORK_FOLDER
 
-DOOR = "import os, signal, sys\nfrom draft_model.doors import *\nfrom draft_model.errors import DraftModelError\n"
+DOOR = "import os, signal, sys\nfrom draft_model.entrypoint import *\nfrom draft_model.errors import DraftModelError\n"
 
 
 @pytest.fixture
