@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from draft_model.doors import exit_code, printable
+from draft_model.entrypoint import exit_code, printable
+from draft_model.markdown import table
 from draft_model.options import SETTINGS, WORK, Group, given, options_of, scratch, uri
 from draft_model.parameters import PARAMETERS, Parameters, Stage
-from draft_model.shown import table
 from kfp_pipeline.commands import COMMANDS
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from draft_model import storage
-from draft_model.doors import ERROR_FILE, exit_code, raise_on_sigterm, step
+from draft_model.entrypoint import ERROR_FILE, exit_code, raise_on_sigterm, step
 from draft_model.errors import DraftModelError
+from draft_model.markdown import bullets
 from draft_model.parameters import PARAMETERS, Parameters, Stage
-from draft_model.shown import bullets
 
 logger = logging.getLogger(__name__)
 
