@@ -241,7 +241,7 @@ def _speed_rows(runs: Sequence[tuple[int, Times, Times]]) -> list[Row]:
 
 
 def recommend(rows: Sequence[Row]) -> int | None:
-    """The number of proposals of the highest mean speed-up over batch sizes, geometric; None where no others were timed."""
+    """The number of proposals with the highest geometric mean of speed-ups; None where only one was timed."""
     logs: dict[int, float] = {}
     for row in rows:
         k = row["num_speculative_tokens"]
