@@ -57,12 +57,9 @@ def preflight(values: Mapping[str, Any], run_id: str, summary: Artifact) -> tupl
         if report.problems:
             raise DraftModelError(report.problems)
         parameters, node = Parameters.model_validate(report.values), report.nodes["import"]
-        stages = [
-            {**parameters.of_stage(stage), "storage_uri": parameters.storage_uri}
-            for stage in STAGES
-            if stage != "regenerate"
-        ]
-    return (*stages, node.cpus, node.memory, node.node_selector, node.tolerations)
+        stages = {stage: {**parameters.of_stage(stage), "storage_uri": parameters.storage_uri} for stage in STAGES}
+        stages["dataset"] |= stages.pop("regenerate")  # one step runs both
+    return (*stages.values(), node.cpus, node.memory, node.node_selector, node.tolerations)
 
 
 def import_model(
@@ -86,12 +83,23 @@ def import_model(
 def build_dataset(
     parameters: Mapping[str, Any], run_id: str, model_uri: str, dataset: Artifact, report: Artifact, metrics: Artifact
 ) -> str:
-    """Builds the data set for the target's tokenizer, or finds it built, and returns its URI."""
+    """Builds the data set for the target's tokenizer, or finds it built, and returns its URI.
+
+    Where regenerate_answers is not off, it is made of the target's own answers.
+    """
     from draft_model.dataset import REPORT_PAGE, DatasetConfig, run
+    from draft_model.regenerate import RegenerateConfig
+    from draft_model.regenerate import run as regenerate
 
     with step("dataset") as work:
         p = Parameters.model_validate(parameters)
         output = _output(p, "dataset", dataset.uri, run_id)
+        if p.regenerate_answers != "off":
+            uri = f"{output['output']}-answers"
+            answers = regenerate(RegenerateConfig(model_uri, uri, p, work / "answers", output["root"]))
+            p = p.model_copy(update={f"dataset_{split}_split": answers.split_uri(split) for split in answers.splits})
+            _record(dataset, answers=answers.uri)
+            _record(metrics, **answers.metrics())
         result = run(DatasetConfig(model=model_uri, work=work, parameters=p, **output))
         _describe(dataset, result.uri, fingerprint=result.fingerprint, chat_template=p.chat_template)
         _record(metrics, **result.metrics())

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from draft_model import engine as engines
-from draft_model.dataset.encode import load_tokenizer
-from draft_model.dataset.templates import TEMPLATES
+from draft_model.dataset.encode import end_tokens, load_tokenizer
 from draft_model.dataset.tokens import Split
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.engine import Difference, Job, Measured
@@ -83,16 +82,6 @@ def open_case(p: Parameters, model: Path, dataset: Path | None, template: str, l
     longest -= p.evaluation_max_new_tokens + p.num_speculative_tokens + 1
     prompts = choose_prompts(p.evaluation_prompts, split, tokenizer, template, p.evaluation_conversations, longest)
     return Case(p, model, tokenizer, prompts, end_tokens(model, tokenizer, template), engine, work)
-
-
-def end_tokens(model: Path, tokenizer: Any, template: str) -> list[int]:
-    """Ids that end a reply, as in engines: generation_config's, the tokenizer's and the template's end of turn."""
-    files = (path for name in ("generation_config.json", "config.json") if (path := model / name).exists())
-    configs = (json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") for path in files)
-    configured: int | list[int] = next((eos for eos in configs if eos is not None), [])
-    ids = {configured} if isinstance(configured, int) else set(configured)
-    end_of_turn = tokenizer.convert_tokens_to_ids(TEMPLATES[template].ends[0])
-    return sorted((ids | {end_of_turn, tokenizer.eos_token_id}) - {None, tokenizer.unk_token_id})
 
 
 def measure(case: Case, candidates: Sequence[Candidate]) -> list[Measured]:
