@@ -1,13 +1,11 @@
 """The engine's process: what is asked of it, what comes back, and one sentence for each way in which it fails."""
 
 import json
-import os
 import stat
 import sys
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 from click.testing import CliRunner
 
@@ -21,7 +19,6 @@ from draft_model.evaluation.measure import check_engine
 from draft_model.parameters import Parameters
 from draft_model.parameters.rules import problems_with
 
-SERVING = Path(os.environ.get(engine.PYTHON) or Path(__file__).parents[2] / ".venv-serving/bin/python")
 EAGLE3 = family("eagle3")
 PROMPTS = [[[1, 2, 3], [4, 5]], [[6, 7]]]
 JOB = Job("/target", "/draft", "eagle3", {"num_speculative_tokens": 3}, 3, PROMPTS, 8, [2, 5], 0.0, 0)
@@ -210,47 +207,3 @@ def test_a_failed_engine_leaves_the_draft_whole_and_a_report_that_says_so(traine
     assert "this draft is not mine" in (tmp_path / "final/report.html").read_text()
     assert "Not measured" in (tmp_path / "final/README.md").read_text()
     assert not (tmp_path / "final/evaluation.json").exists()
-
-
-FIVE = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4, 5], "norm_before_fc": True}
-
-
-@pytest.mark.skipif(not SERVING.exists(), reason="`make check-serving` installs vLLM for CPU")
-@pytest.mark.parametrize(("architecture", "shape"), [("eagle3", {}), ("eagle3.1", {}), ("eagle3.1", FIVE)])
-def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch, architecture, shape):
-    """The whole stage on a tiny target, once in vLLM and once by our decoder."""
-    from training.case import QUICK, build_dataset, make_inputs
-
-    from draft_model import evaluation, training
-
-    write = tiny.write_target
-    # vLLM's attention on a CPU has no heads smaller than 32.
-    monkeypatch.setattr(tiny, "write_target", lambda folder: write(folder, 3, head_dim=32))
-    model = make_inputs(tmp_path).model
-    # The draft knows the whole vocabulary: few of a random target's choices would lie in a part of it.
-    split = str(tmp_path / "validation.jsonl")
-    data = build_dataset(tmp_path / "whole", model, tiny.conversations(13), dataset_validation_split=split)
-    (tmp_path / "shape.json").write_text(json.dumps(shape))
-    kind = {"draft_architecture": architecture, "draft_model_config": str(tmp_path / "shape.json")}
-    settings = Parameters(**{**QUICK, "num_epochs": 2, **kind})
-    train = training.TrainConfig(model, data, str(tmp_path / "out"), tmp_path / "work", settings)
-    final = training.job.run(train).final
-    monkeypatch.setenv(engine.PYTHON, str(SERVING))
-    found = []
-    for name, temperature in (("vllm", 0.7), ("transformers", 0.0)):
-        p = Parameters(
-            evaluation_engine=name, evaluation_max_new_tokens=12, num_speculative_tokens=2,
-            evaluation_temperature=temperature,
-        )  # fmt: skip
-        evaluation.run(evaluation.EvaluateConfig(model, data, final, tmp_path / f"work-{name}", p))
-        found.append(json.loads(Path(final, "evaluation.json").read_text()))
-    theirs, ours = found
-    assert theirs["engine"].startswith("vLLM 0.")
-    assert theirs["lossless"]["identical"]
-    assert theirs["sampled"]["rounds"] > 0
-    assert [row["batch_size"] for row in theirs["speed"]] == [1, 4]
-    assert 1.05 < ours["trained"]["acceptance_length"] < 2.95, "some proposals are kept and some are not"
-    if not (theirs["lossless"]["ties"] or ours["lossless"]["ties"]):
-        assert theirs["trained"] == ours["trained"]
-        assert theirs["untrained"] == ours["untrained"]
-        assert theirs["by_category"] == ours["by_category"]

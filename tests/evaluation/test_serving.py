@@ -141,8 +141,12 @@ def same_counts(theirs, ours):
             assert theirs[name] == ours[name]
 
 
+FIVE = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4, 5], "norm_before_fc": True}
+
+
 @needs_engine
-def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("architecture", "shape"), [("eagle3", {}), ("eagle3.1", {}), ("eagle3.1", FIVE)])
+def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch, architecture, shape):
     """The whole stage on a tiny target, once in vLLM and once by our decoder."""
     write = tiny.write_target
     # vLLM's attention on a CPU has no heads smaller than 32.
@@ -151,7 +155,9 @@ def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch):
     # The draft knows the whole vocabulary: few of a random target's choices would lie in a part of it.
     split = str(tmp_path / "validation.jsonl")
     data = build_dataset(tmp_path / "whole", model, tiny.conversations(13), dataset_validation_split=split)
-    settings = Parameters(**{**QUICK, "num_epochs": 2})
+    (tmp_path / "shape.json").write_text(json.dumps(shape))
+    kind = {"draft_architecture": architecture, "draft_model_config": str(tmp_path / "shape.json")}
+    settings = Parameters(**{**QUICK, "num_epochs": 2, **kind})
     final = training.job.run(training.TrainConfig(model, data, str(tmp_path / "o"), tmp_path / "w", settings)).final
     common = {"evaluation_conversations": 0, "evaluation_max_new_tokens": 80, "num_speculative_tokens": 2}
     theirs = evaluate(

@@ -8,6 +8,7 @@ prompt before the answer begins.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,16 @@ def encode_prompts(tokenizer: Any, chat_template: str, rows: Sequence[Row]) -> l
         except Rejected as refusal:
             prompts.append(str(refusal))
     return prompts
+
+
+def end_tokens(model: Path, tokenizer: Any, template: str) -> list[int]:
+    """Ids that end a reply, as in engines: generation_config's, the tokenizer's and the template's end of turn."""
+    files = (path for name in ("generation_config.json", "config.json") if (path := model / name).exists())
+    configs = (json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") for path in files)
+    configured: int | list[int] = next((eos for eos in configs if eos is not None), [])
+    ids = {configured} if isinstance(configured, int) else set(configured)
+    end_of_turn = tokenizer.convert_tokens_to_ids(TEMPLATES[template].ends[0])
+    return sorted((ids | {end_of_turn, tokenizer.eos_token_id}) - {None, tokenizer.unk_token_id})
 
 
 class Encoder:
