@@ -274,7 +274,7 @@ def _run_import(p: Parameters, work: Path, **uris: str) -> dict[str, Any]:
 def _run_regenerate(p: Parameters, work: Path, **uris: str) -> dict[str, Any]:
     from draft_model.regenerate import RegenerateConfig, run
 
-    result = run(RegenerateConfig(work=work, parameters=p, **uris))
+    result = run(RegenerateConfig(uris["model"], uris["output"], p, work, uris.get("root", "")))
     return {
         "uri": result.uri, "written_by": "regenerate", "metrics": result.metrics(),
         "parameters": {f"dataset_{split}_split": result.split_uri(split) for split in result.splits},

@@ -90,7 +90,7 @@ class Parameters(BaseModel):
         "Standard_d12_v2", "Instance type of the import step when its compute is `serverless`.", "import")
     instance_type_draft_model_training: Text = _p(
         "Standard_nc24rs_v3", "Instance type of the training job's pods when its compute is `serverless`.", "train")
-    num_nodes_draft_model_training: int = _p(1, "Nodes (pods) of the training job.", "train", ge=1)
+    num_nodes_draft_model_training: int = _p(1, "Nodes (pods) of the training job.", "regenerate", "train", ge=1)
     number_of_gpu_to_use_draft_model_training: int = _p(
         1, "GPUs, and so processes, per node; on a machine without GPUs: processes on its CPU.",
         "regenerate", "train", "evaluate", ge=1)
