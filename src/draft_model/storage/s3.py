@@ -191,22 +191,18 @@ class Store:
                     "certificate authority, or correct http or https in AWS_ENDPOINT_URL"
                 )
             case HTTPClientError() | EndpointConnectionError() | ConnectTimeoutError() | IncompleteReadError():
-                kind, text = (
-                    StoreUnavailable,
-                    (
-                        f"the object store at {where} cannot be reached; check that the store is running, the network, and "
-                        "AWS_ENDPOINT_URL (host, port, http or https)"
-                    ),
+                kind = StoreUnavailable
+                text = (
+                    f"the object store at {where} cannot be reached; check that the store is running, the network, "
+                    "and AWS_ENDPOINT_URL (host, port, http or https)"
                 )
             case BotoCoreError() | Boto3Error():
                 text = f"the AWS client gives up: {without_credentials(error)}; check the AWS_* environment variables"
             case OSError() if token and error.filename == token:
-                uri, text = (
-                    "AWS_WEB_IDENTITY_TOKEN_FILE",
-                    (
-                        f"given {token!r}, which cannot be read ({error.strerror}); check the service account of the pod "
-                        "and the annotation of its role, or unset it and AWS_ROLE_ARN"
-                    ),
+                uri = "AWS_WEB_IDENTITY_TOKEN_FILE"
+                text = (
+                    f"given {token!r}, which cannot be read ({error.strerror}); check the service account of the "
+                    "pod and the annotation of its role, or unset it and AWS_ROLE_ARN"
                 )
             case _:
                 return None
