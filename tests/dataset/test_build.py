@@ -116,13 +116,6 @@ def test_counts_of_result_report_manifest_and_shards_agree(tmp_path, build, mode
     assert shown == tokenizer.decode(first.input_ids[first.loss_mask])
 
 
-def test_without_validation_there_is_none(tmp_path, build):
-    result = build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(5)))
-    assert result.validation is None
-    assert not (tmp_path / "out" / "validation").exists()
-    assert list(report(tmp_path)["splits"]) == ["train"]
-
-
 def test_the_draft_vocabulary_is_that_of_the_training_answers(tmp_path, build, models):
     config = tmp_path / "draft.json"
     train = write(tmp_path / "train.jsonl", some_rows(60))
@@ -152,19 +145,6 @@ def test_the_draft_vocabulary_is_that_of_the_training_answers(tmp_path, build, m
 def test_without_a_size_the_draft_vocabulary_is_never_larger_than_the_targets(tmp_path, build):
     result = build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(3)))
     assert result.draft_vocab_size == result.vocab_size < 32_000
-
-
-def test_cut_answers_have_no_supervised_end(tmp_path, build, models):
-    end = load_tokenizer(models["qwen2"]).convert_tokens_to_ids("<|im_end|>")
-    rows = [
-        row("?", "the answer", finish="length"),
-        row("?", "the answer", finish="stop"),
-        row("?", "the answer"),
-    ]
-    build(dataset_train_split=write(tmp_path / "train.jsonl", rows))
-    split = Split(tmp_path / "out" / "train")
-    assert [end in split[i].input_ids[split[i].loss_mask] for i in range(3)] == [False, True, True]
-    assert len({split[i].input_ids.tobytes() for i in range(3)}) == 1
 
 
 def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path, build, monkeypatch):

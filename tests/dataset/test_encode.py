@@ -121,15 +121,6 @@ def test_every_line_is_kept_or_rejected_and_none_is_both(encoders, lines):
     assert len(encoded.lengths) == len(encoded.turns) == len(encoded.numbers)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "llama3", "deepseek", "gpt-oss"])
-def test_tokens_are_what_the_tokenizer_makes_of_the_conversation(encoders, kind):
-    encoder = encoders[kind]
-    turns = [("user", "what is it?", False), ("assistant", "the answer", False)] * 2
-    messages = [{"role": role, "content": text} for role, text, _ in turns]
-    expected = encoder.tokenizer.apply_chat_template(messages, chat_template=encoder.renderer.jinja)["input_ids"]
-    assert encoder.encode([(1, line(turns))]).ids.tolist() == expected
-
-
 def test_a_token_never_spans_header_and_answer(encoders):
     encoder = encoders["qwen2"]
     joined = encoder.tokenizer.tokenize("<|im_start|>assistant\n\n\nthe answer")
@@ -141,21 +132,6 @@ def test_a_token_never_spans_header_and_answer(encoders):
         [{"role": "user", "content": "?"}], add_generation_prompt=True, chat_template=encoder.renderer.jinja
     )["input_ids"]
     assert encoded.ids[:first].tolist() == prompt, "the draft is trained on the prompts that it will serve"
-
-
-def test_reasoning_that_the_template_keeps_is_supervised_and_its_scaffold_is_not(encoders):
-    encoder = encoders["qwen3"]
-    turns = [
-        ("user", "one", False), ("assistant", "<think>\nwhy\n</think>\n\nfirst", False),
-        ("user", "two", False), ("assistant", "<think>\nhow\n</think>\n\nsecond", False),
-    ]  # fmt: skip
-    found, _ = supervised_runs(encoder, encoder.encode([(1, line(turns))]))
-    assert found == ["first<|im_end|>", "<think>\nhow\n</think>\n\nsecond<|im_end|>"]
-    plain, whole = supervised_runs(
-        encoder, encoder.encode([(1, line([("user", "?", False), ("assistant", "yes", False)]))])
-    )
-    assert plain == ["yes<|im_end|>"]
-    assert "<think>\n\n</think>\n\nyes" in whole
 
 
 @pytest.mark.parametrize(
