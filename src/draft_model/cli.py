@@ -24,7 +24,7 @@ def cli() -> None:
 
     \b
     On this machine, all at once:   draft-model run --params run.yaml
-    One stage at a time:            draft-model import | dataset | train | evaluate
+    One stage at a time:            draft-model import | regenerate | dataset | train | evaluate
     With what was trained:          draft-model compare | export | push
     On a cluster:                   draft-model submit --params run.yaml --watch
 
@@ -57,6 +57,29 @@ def import_command(output: str, work: Path | None, **options: Any) -> None:
 
     with _checked("import", options, work) as (parameters, folder):
         click.echo(run(ImportConfig(output=output, work=folder, parameters=parameters)).uri)
+
+
+@cli.command("regenerate")
+@uri("model", "The imported model.")
+@uri("output", "Where the conversations go.")
+@options_of("regenerate")
+@WORK
+def regenerate_command(model: str, output: str, work: Path | None, **options: Any) -> None:
+    """Replace the assistants' turns of conversations by the target's own answers, turn by turn.
+
+    The lines are those that `draft-model dataset` takes. The answers go to OUTPUT/train, and with a validation split to
+    OUTPUT/validation, as JSONL files for `dataset_train_split` and `dataset_validation_split`; OUTPUT/report.html shows
+    them beside those that were there. vLLM generates where it is installed (DRAFT_MODEL_ENGINE_PYTHON names another
+    Python that has it), else transformers. What was interrupted goes on where it was.
+
+    \b
+    draft-model regenerate --model s3://bucket/qwen3-8b --dataset_train_split s3://bucket/chats.jsonl \\
+        --chat_template qwen --output s3://bucket/own
+    """  # noqa: D301
+    from draft_model.regenerate import RegenerateConfig, run
+
+    with _checked("regenerate", {"regenerate_answers": "all", **given(options)}, work) as (parameters, folder):
+        click.echo(run(RegenerateConfig(model=model, output=output, parameters=parameters, work=folder)).uri)
 
 
 @cli.command("dataset")
@@ -215,10 +238,11 @@ def push_command(draft: str, repository: str, private: bool, dry_run: bool, work
 @click.option("--network", default=50.0, help="Between nodes, GB/s for each GPU.")
 @click.option("--tokens", default=1000.0, help="Of a conversation on average.")
 @click.option("--supervised", default=0.6, help="Share of the tokens that is the assistant's.")
+@click.option("--conversations", default=100_000, help="To train on; says what acceptance length to expect.")
 @options_of("train", "max_length")
 def plan_command(
     config: str, memory: float, peak: float, share: float, network: float, tokens: float, supervised: float,
-    **options: Any,
+    conversations: int, **options: Any,
 ) -> None:  # fmt: skip
     """Work out memory, time and network of a training, without loading the target.
 
@@ -228,13 +252,20 @@ def plan_command(
     """  # noqa: D301
     from draft_model.preflight import check
     from draft_model.training import plan
+    from draft_model.training.expectations import advice, expectation
 
     parameters = check(given(options), ["train"])
     cluster = plan.Cluster(memory * 1e9, peak * 1e12, share, network * 1e9)
     target = plan.read_config(config)
     draft = plan.draft_of(target, parameters)
     made = plan.make_plan(target, draft, parameters, cluster, plan.Workload(tokens, supervised))
-    _print_table(plan.rows_of(made, parameters, cluster), width=110)
+    seen = conversations * parameters.num_epochs * tokens * supervised
+    rows = [
+        *plan.rows_of(made, parameters, cluster),
+        ("acceptance length", expectation(seen, parameters.num_speculative_tokens)),
+        ("recommended", advice(parameters)),
+    ]
+    _print_table(rows, width=110)
 
 
 def _print_table(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from draft_model.dataset import vocabulary
-from draft_model.dataset.tally import Tally
+from draft_model.dataset.report import Tally
 from draft_model.parameters import Parameters
 
 Json = dict[str, Any]
@@ -64,7 +64,8 @@ def make_training() -> Json:
         "dataset": {},
         "steps": 792, "epochs": 4.0, "world_size": 1, "tokens": 1920464, "seconds": 3623.5,
         "tokens_per_second": 530.0, "draft_parameters": 9839232,
-        "log": log,
+        "log": log, "draft_step": 792, "acceptance_length": 1.91,
+        "best": {"step": 594, "epoch": 3, "acceptance_length": 1.95},
         "validation": [log_entry(step, -0.045) for step in (198, 396, 594, 792)],
         "versions": {"python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0", "draft_model": "0.0.1"},
         "hardware": "Intel(R) Xeon(R) CPU @ 2.60GHz, 2 cores, 8 GiB",

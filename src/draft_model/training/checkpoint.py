@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "training_state"
 RECORD = "training.json"
-_OPTIMIZER = ("exp_avg", "exp_avg_sq", "step")  # AdamW's own names; a step without supervised tokens counts for none
+_OPTIMIZER = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")  # AdamW's own names, and Muon's
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,12 @@ def optimizer_tensors(draft: Draft, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def restore(draft: Draft, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], uri: str) -> None:
-    """Puts what `optimizer_tensors` gave back to the bit, into a draft of the same shape and a fresh AdamW over it."""
+    """Puts what `optimizer_tensors` gave back to the bit, into a draft of the same shape and a fresh optimizer."""
+    if any(key.startswith("momentum_buffer.") for key in state) != (optimizer.defaults.get("name") == "muon"):
+        raise DraftModelError(
+            f"draft_optimizer: the training in {uri} used the other optimizer, whose state means nothing to this one: "
+            "use the same, or resume=false with resume_from_checkpoint"
+        )
     weights = {name.removeprefix("weight."): tensor for name, tensor in state.items() if name.startswith("weight.")}
     load_weights(draft, weights, uri)
     for name, parameter in draft.named_parameters():

@@ -24,6 +24,7 @@ from draft_model.target.model import Target
 from draft_model.target.parallel import load_share
 from draft_model.training.checkpoint import Loaded
 from draft_model.training.config import TrainConfig
+from draft_model.training.optimizer import make_optimizer
 from draft_model.training.plan import beside_target, draft_of, read_config
 from draft_model.training.trainer import Training, check_position, planned_steps
 
@@ -122,9 +123,7 @@ def prepare(
     check_finite(target)
     draft: Any = family.create(shape, t2d, d2t).to(ranks.device)
     draft.initialise(p.seed, target)
-    optimizer = torch.optim.AdamW(
-        draft.parameters(), lr=p.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
-    )
+    optimizer = make_optimizer(p.draft_optimizer, draft, p.learning_rate)
     torch.manual_seed(p.seed * ranks.world + ranks.rank)
     loss = family.default_loss if p.draft_loss == "default" else p.draft_loss
     objective = family.objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest, loss)
