@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+
+_CREDENTIALS = re.compile(
+    r"(?P<keep>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s'\"]*@"  # user:password@ of a URL
+    r"|(?P<name>(?:X-Amz-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|token|sig)=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
 
 
 class Problem(str):
@@ -60,3 +67,8 @@ class StoreUnavailable(DraftModelError):
 def named_parameters(problems: Sequence[str]) -> set[str]:
     """The parameters that problems are about; sentences about none of them are left out."""
     return {problem.parameter for problem in problems if isinstance(problem, Problem)}
+
+
+def without_credentials(text: object) -> str:
+    """Text of a foreign exception or a URL without user, password, signature or token of the URLs in it."""
+    return _CREDENTIALS.sub(lambda found: found["keep"] or f"{found['name']}***", str(text))

@@ -23,7 +23,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
-from draft_model.hub import without_credentials
+from draft_model.errors import without_credentials
 from draft_model.parameters import Stage
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ _DEFAULTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRI
              "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}  # fmt: skip
 _PARENT = "mlflow.parentRunId"
 _LONGEST_VALUE = 6000
+_SETTLE = 0.5  # seconds in which a parent that another stage makes at the same time is seen
 END_SECONDS, FAILED_SECONDS = 120.0, 10.0
 """How long the end of a stage waits for the server; a pod that failed or was asked to stop has half a minute."""
 PAUSE = 60.0  # seconds after a failure in which records are dropped
@@ -160,6 +161,7 @@ class Tracker:
             wanted = f"tags.`draft_model.run` = '{group}'"
             if not (parents := self._oldest_first(wanted)):
                 made = client.create_run(self._experiment, run_name="draft-model", tags={"draft_model.run": group})
+                time.sleep(_SETTLE)
                 parents = self._oldest_first(wanted)
                 if parents[0].info.run_id != made.info.run_id:
                     client.delete_run(made.info.run_id)

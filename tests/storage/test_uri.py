@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, without_credentials
 from draft_model.storage import is_remote, join
-from draft_model.storage.uri import ObjectAddress, name_problem, parse, split, without_credentials
+from draft_model.storage.uri import ObjectAddress, name_problem, parse, split
 
 TRICKY = st.text(alphabet=st.sampled_from("ab.:/\\\0~ é\udc80C"), max_size=12)
 

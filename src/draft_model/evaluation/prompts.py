@@ -20,7 +20,7 @@ from draft_model.dataset.reader import Row, read_conversations
 from draft_model.dataset.tokens import Split
 from draft_model.dataset.workers import Workers
 from draft_model.errors import DraftModelError
-from draft_model.hub import hub_address
+from draft_model.model_import.hub import hub_address
 from draft_model.parameters import Parameters
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 from draft_model import storage
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, without_credentials
 from draft_model.evaluation.card import FOLDER, FOLDER_NOTE
-from draft_model.hub import hub_address, without_credentials
+from draft_model.model_import.hub import hub_address
 
 _STAYS = "training_state"
 

@@ -14,8 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from draft_model.errors import DraftModelError
-from draft_model.hub import hub_address, without_credentials
+from draft_model.errors import DraftModelError, without_credentials
 from draft_model.model_import.files import File, Listing
 
 logger = logging.getLogger(__name__)
@@ -28,6 +27,13 @@ Result = TypeVar("Result")
 
 class Unreachable(DraftModelError):
     """The Hub does not answer from here, or is too busy; whether it has the repository is not known."""
+
+
+def hub_address() -> str:
+    """Where HF_ENDPOINT says the Hub is, without user and password."""
+    from huggingface_hub import constants
+
+    return without_credentials(constants.ENDPOINT)
 
 
 def find(name: str, scratch: Path, seconds: float | None = None) -> Listing:

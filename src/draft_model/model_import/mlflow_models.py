@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from draft_model.errors import DraftModelError
-from draft_model.hub import without_credentials
+from draft_model.errors import DraftModelError, without_credentials
 from draft_model.model_import.files import File, Listing, list_stored
 
 _STORED = ("s3://", "minio://", "file://", "/")

@@ -27,11 +27,11 @@ from draft_model.storage.folders import (
 )  # fmt: skip
 from draft_model.storage.manifest import MANIFEST, FileRecord, Manifest
 from draft_model.storage.transfer import patience
-from draft_model.storage.uri import is_remote, join, without_credentials
+from draft_model.storage.uri import is_remote, join
 
 __all__ = [
     "MANIFEST", "FileRecord", "Manifest", "copy", "create", "delete", "exists", "extend", "fetch", "fetch_file",
     "fetch_tree", "is_remote", "is_whole", "join", "list_files", "patience", "probe", "publish", "put_file",
     "read_bytes", "read_file", "read_manifest", "read_range", "read_versioned", "remove", "remove_manifest", "replace",
-    "without_credentials", "write_bytes", "write_manifest",
+    "write_bytes", "write_manifest",
 ]  # fmt: skip

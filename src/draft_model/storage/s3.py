@@ -36,7 +36,7 @@ from botocore.exceptions import (
     PartialCredentialsError,
 )
 
-from draft_model.errors import DraftModelError, StoreUnavailable
+from draft_model.errors import DraftModelError, StoreUnavailable, without_credentials
 from draft_model.storage.local import CHANGED, LocalFolder, partial_file
 from draft_model.storage.manifest import FileRecord, record_of
 from draft_model.storage.transfer import (
@@ -48,7 +48,7 @@ from draft_model.storage.transfer import (
     in_parallel,
     local_errors,
 )
-from draft_model.storage.uri import ObjectAddress, without_credentials
+from draft_model.storage.uri import ObjectAddress
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.client import S3Client

@@ -12,15 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import url2pathname
 
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, without_credentials
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_CREDENTIALS = re.compile(
-    r"(?P<keep>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s'\"]*@"  # user:password@ of a URL
-    r"|(?P<name>(?:X-Amz-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|token|sig)=)[^&\s'\"]+",
-    re.IGNORECASE,
-)
 _ALLOWED = "allowed: a local path, file:///path, s3://bucket/key or minio://bucket/key"
 
 
@@ -129,8 +124,3 @@ def split(uri: str) -> tuple[str, str]:
         case Path() as path if path.name:
             return str(path.parent), check_name(path.name, str(path.parent))
     raise DraftModelError(f"given {uri!r}, which is a folder or bucket; give the URI of a file")
-
-
-def without_credentials(text: object) -> str:
-    """Text of a foreign exception or a URL without user, password, signature or token of the URLs in it."""
-    return _CREDENTIALS.sub(lambda found: found["keep"] or f"{found['name']}***", str(text))

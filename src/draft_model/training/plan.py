@@ -198,9 +198,10 @@ def read_config(path: str, parameter: str = "config") -> dict[str, Any]:
 def draft_of(config: Mapping[str, Any], p: Parameters) -> Shape:
     """The draft's shape: the default for the target's configuration, with draft_model_config over it."""
     family = drafts.family(p.draft_architecture)
-    default = family.default_shape(config)
-    given = p.draft_model_config
-    return family.adapt(default, read_config(given, "draft_model_config")) if given else default
+    shape: Shape = family.default_shape(config)
+    if p.draft_model_config:
+        shape = family.adapt(shape, read_config(p.draft_model_config, "draft_model_config"))
+    return shape
 
 
 def context_problem(config: Mapping[str, Any], max_length: int) -> str:
