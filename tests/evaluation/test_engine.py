@@ -136,7 +136,7 @@ FIVE = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4, 5], "norm_before_fc": T
 
 
 @pytest.mark.skipif(not SERVING.exists(), reason="`make check-serving` installs vLLM for CPU")
-@pytest.mark.parametrize(("architecture", "shape"), [("eagle3", {}), ("eagle3.1", {}), ("eagle3.1", FIVE)])
+@pytest.mark.parametrize(("architecture", "shape"), [("eagle3", {}), ("eagle3.1", FIVE)])
 def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch, architecture, shape):
     """The whole stage on a tiny target, once in vLLM and once by our decoder."""
     from training.case import QUICK, build_dataset, make_inputs
