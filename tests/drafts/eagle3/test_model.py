@@ -133,6 +133,20 @@ def test_a_new_draft_starts_from_what_the_target_knows():
     assert not torch.equal(first.fc.weight, other.fc.weight)
 
 
+def test_a_new_eagle31_draft_starts_with_rows_of_size_one():
+    target = Target(llama(), (1, 3, 5))
+    with torch.no_grad():
+        target.decoder.norm.weight.uniform_(0.5, 2.0)
+    config = replace(draft_config_for(target.config.to_dict()), fc_norm=True, norm_output=True)
+    draft = Eagle3Draft(config, torch.ones(64, dtype=torch.bool), torch.zeros(64, dtype=torch.int64))
+    draft.initialise(3, target)
+    assert draft.norm.weight.eq(1).all()
+    torch.testing.assert_close(draft.lm_head.weight, target.head * target.norm)
+    shrunk = target.last_layer["mlp.down_proj.weight"] / draft.midlayer.mlp.down_proj.weight
+    assert float(shrunk.std() / shrunk.mean()) == pytest.approx(0, abs=1e-5)
+    assert shrunk.mean() > 1
+
+
 def test_a_draft_of_another_shape_keeps_its_random_layer():
     target = Target(llama(), (1, 3, 5))
     first, other = (new_draft(target, seed, intermediate_size=40) for seed in (0, 1))
