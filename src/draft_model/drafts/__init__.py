@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "eagle3": "draft_model.drafts.eagle3.family:EAGLE3",
+    "eagle3.1": "draft_model.drafts.eagle3.family:EAGLE31",
     "dflash": "draft_model.drafts.dspark.family:DFLASH",
     "dspark": "draft_model.drafts.dspark.family:DSPARK",
 }

@@ -17,7 +17,9 @@ from draft_model.drafts import family_of
 if TYPE_CHECKING:
     from draft_model.drafts.base import Family
 
-_FOLDER, _TARGET = "THIS_FOLDER", "TARGET"
+FOLDER, _TARGET = "THIS_FOLDER", "TARGET"
+FOLDER_NOTE = f"`{FOLDER}` is the path of this folder, or its id on a model hub.\n"
+"""What a card says of FOLDER before the draft is on the Hub."""
 
 Json = Mapping[str, Any]
 
@@ -58,6 +60,12 @@ def serve_commands(target: str, revision: str, draft: str, proposals: int, famil
     return {"vLLM": shlex.join(vllm), "SGLang": shlex.join(sglang)}
 
 
+def best_proposals(training: Json, evaluation: Json | None) -> int:
+    """How many tokens to propose at a time: the fastest number that was measured, else what the draft is made for."""
+    best = evaluation and evaluation["recommended_num_speculative_tokens"]
+    return int(best or training["parameters"].get("num_speculative_tokens") or 3)
+
+
 def plain(text: object) -> str:
     """Text that Markdown shows as it is, also in a table's cell; line breaks become spaces."""
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(text).split()))
@@ -77,7 +85,7 @@ def write_card(path: Path, training: Json, evaluation: Json | None, dataset: Jso
 
     hub_id, revision = hub_source(training)
     target, given, split = training["target"], training["parameters"], dataset["splits"]["train"]
-    proposals = evaluation["num_speculative_tokens"] if evaluation else given["num_speculative_tokens"]
+    proposals = best_proposals(training, evaluation)
     family = family_of(training["draft"])
     header = ModelCardData(
         library_name="transformers",
@@ -87,7 +95,7 @@ def write_card(path: Path, training: Json, evaluation: Json | None, dataset: Jso
         tags=[family.vllm_method, "speculative-decoding"],
     )
     linked = f"[{plain(hub_id)}](https://huggingface.co/{hub_id})" if hub_id else plain(target_name(training))
-    commands = serve_commands(hub_id or _TARGET, revision, _FOLDER, proposals, family)
+    commands = serve_commands(hub_id or _TARGET, revision, FOLDER, proposals, family)
     placeholder = "" if hub_id else f"`{_TARGET}` is the path of the target, imported from {plain(target['source'])}.\n"
     serving = "\n".join(
         f"{engine}:\n\n```bash\n{command.replace(' --', f' {chr(92)}{chr(10)}  --')}\n```\n"
@@ -119,8 +127,7 @@ one forward pass and keeps those that it would have written itself. It is of use
 
 ## Serving
 
-`{_FOLDER}` is the path of this folder, or its id on a model hub.
-{placeholder}
+{FOLDER_NOTE}{placeholder}
 {serving}
 ## Training
 
@@ -152,6 +159,18 @@ def _results(evaluation: Json) -> str:
         [row["batch_size"], f"{row['target_alone_tokens_per_second']:,.1f}", f"{row['tokens_per_second']:,.1f}",
          f"{row['speed_up']:.2f}"] for row in evaluation["speed"]
     ]  # fmt: skip
+    best = evaluation["recommended_num_speculative_tokens"]
+    average = f" ({best} is the fastest number on average)" if best else ""
+    timed = (
+        f"""
+Throughput, {evaluation["num_speculative_tokens"]} tokens proposed at a time{average}:
+
+| requests at once | target alone, tokens/s | with the draft, tokens/s | speed-up |
+|---:|---:|---:|---:|
+{_rows(speed)}"""
+        if speed
+        else "\nThroughput was not measured."
+    )
     verdict = "The replies are those of the target alone" if lossless["identical"] else (
         "**The replies differ from those of the target alone: do not serve this draft before that is understood**"
     )  # fmt: skip
@@ -163,10 +182,7 @@ Greedy decoding of {evaluation["prompts"]:,} prompts of {plain(evaluation["promp
 {evaluation["max_new_tokens"]:,} new tokens each, {evaluation["num_speculative_tokens"]} tokens proposed at a time, by
 {plain(evaluation["engine"])} in {evaluation["dtype"]} on {plain(evaluation["hardware"])}. {verdict}:
 {lossless["compared_tokens"]:,} tokens were compared, with {len(lossless["ties"])} ties.
-
-| requests at once | target alone, tokens/s | with the draft, tokens/s | speed-up |
-|---:|---:|---:|---:|
-{_rows(speed)}"""
+{timed}"""
 
 
 def markup(text: object) -> str:
@@ -220,7 +236,7 @@ def print_summary(final: Path, folder: Path) -> None:
     console.print(table)
     hub_id, revision = hub_source(training)
     target = hub_id or source
-    proposals = evaluation["num_speculative_tokens"] if evaluation else 3
+    proposals = best_proposals(training, evaluation)
     commands = serve_commands(target, revision, str(final), proposals, family)
     steps = {"open the report": str(final / "report.html")}
     steps |= {f"serve it in {engine}": command for engine, command in commands.items()}

@@ -128,6 +128,14 @@ def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
             f"{first['prompt']}, token {first['position']}, {margin}); the draft must not be served before that is "
             "understood: see report.html and evaluation.json beside it"
         )
+    if not (agreement := evaluation["agreement"])["agrees"]:
+        raise DraftModelError(
+            f"evaluation: {evaluation['engine']} measures an acceptance length of {agreement['measured']:.2f}, the "
+            f"training's own simulation on the same replies gives {agreement['simulated']:.2f} (allowed: "
+            f"{agreement['bound']:.2f} apart): the engine computes another draft than was trained. Likely causes: "
+            "feature layers counted otherwise, rotary settings, order of the norms, chat template; compare config.json "
+            f"of {config.final} with what the engine's log says of the draft"
+        )
     return replace(
         result,
         measured=True,

@@ -79,15 +79,37 @@ def _batch_arithmetic(p: Parameters) -> Problem | None:
     return None
 
 
+def _sampling(p: Parameters) -> Problem | None:
+    if not p.evaluation_temperature or p.evaluation_engine != "transformers":
+        return None
+    return Problem(
+        "evaluation_temperature",
+        f"given {p.evaluation_temperature:g} with evaluation_engine=transformers, which decodes greedily only: use "
+        "another engine, or leave one of the two out",
+    )
+
+
+def _samples(p: Parameters) -> Problem | None:
+    if p.regenerate_samples_per_prompt == 1 or p.regenerate_temperature or p.regenerate_answers == "off":
+        return None
+    return Problem(
+        "regenerate_samples_per_prompt",
+        f"given {p.regenerate_samples_per_prompt} with regenerate_temperature=0, where all samples would be alike: use "
+        "1, or another temperature",
+    )
+
+
 _WORLD = ("num_nodes_draft_model_training", "number_of_gpu_to_use_draft_model_training")
 _BATCHES = ("draft_global_batch_size", "draft_micro_batch_size", "draft_accumulation_steps")
 _RULES: tuple[tuple[Stage, Sequence[str], Callable[[Parameters], Problem | None]], ...] = (
     ("import", MODEL_SOURCES, _one_model_source),
     ("import", ("huggingface_id",), _hub_id_shape),
     ("dataset", ("dataset_train_split",), _training_data),
+    ("regenerate", ("regenerate_samples_per_prompt", "regenerate_temperature", "regenerate_answers"), _samples),
     ("train", (*_WORLD, "tp_size"), _tensor_parallelism),
     ("train", (*_WORLD, "tp_size", "dp_size"), _world_size),
     ("train", (*_WORLD, *_BATCHES), _batch_arithmetic),
+    ("evaluate", ("evaluation_temperature", "evaluation_engine"), _sampling),
 )
 """Stage, the parameters that each must be valid by itself, and the rule."""
 

@@ -136,6 +136,8 @@ def load_target(folder: Path, aux_layers: tuple[int, ...], dtype: torch.dtype, d
 def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **settings: Any) -> Any:
     """Loads an imported model with transformers, from safetensors and without code of its own.
 
+    FP8 weights are dequantised, on a GPU too: the training reads the last layer's, and multiplies in the compute type.
+
     Args:
         folder: a Transformers folder.
         dtype: compute type.
@@ -146,13 +148,18 @@ def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **setti
         DraftModelError: when transformers cannot.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     load = (auto_class or AutoModelForCausalLM).from_pretrained
     try:
-        return load(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **settings)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        quantisation = getattr(config, "quantization_config", None) or {}
+        if fp8 := quantisation.get("quant_method") == "fp8":
+            quantisation["dequantize"] = True  # FineGrainedFP8Config as an argument would drop modules_to_not_convert
+        model = load(folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, **settings)
+        return model.to(dtype) if fp8 else model  # what is not quantised keeps its own type otherwise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise DraftModelError(f"the target model in {folder} cannot be loaded: {error}") from error
 

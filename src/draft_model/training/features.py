@@ -10,7 +10,9 @@ through the target together, and a training that is resumed computes the very st
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -62,6 +64,8 @@ class StateStore:
         path = folder / "target_states.bin"
         with path.open("wb") as file:
             file.truncate(size)
+            if sys.platform == "linux":
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here; in the mapped file, SIGBUS
         shape = (int(self._starts[-1]), width)
         self._kept = torch.from_file(str(path), shared=True, size=shape[0] * width, dtype=dtype).view(shape)
 

@@ -24,6 +24,7 @@ from draft_model.target.model import Target
 from draft_model.target.parallel import load_share
 from draft_model.training.checkpoint import Loaded
 from draft_model.training.config import TrainConfig
+from draft_model.training.optimizer import make_optimizer
 from draft_model.training.plan import beside_target, draft_of, read_config
 from draft_model.training.trainer import Training, check_position, planned_steps
 
@@ -32,19 +33,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a training reads.
+    """What a training reads."""
 
-    Attributes:
-        model: local folder of the target.
-        dataset: local folder of the data set.
-        source: what the target's manifest says of it.
-        fingerprint: of the data set.
-    """
-
-    model: Path
-    dataset: Path
-    source: dict[str, Any]
-    fingerprint: str
+    model: Path  # local folder of the target
+    dataset: Path  # local folder of the data set
+    source: dict[str, Any]  # what the target's manifest says of it
+    fingerprint: str  # of the data set
 
 
 def fetch_inputs(config: TrainConfig) -> Inputs:
@@ -76,7 +70,7 @@ def _fetch(uri: str, into: Path, stage: str) -> tuple[str, dict[str, Any]]:
 def prepare(
     config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded | None, go_on: bool, work: Path
 ) -> Training:
-    """Puts a training together.
+    """Puts a training together; raises DraftModelError where its parts do not fit one another.
 
     Args:
         config: of the job.
@@ -85,9 +79,6 @@ def prepare(
         resumed: a checkpoint to go on from, or to start from the weights of.
         go_on: which of the two.
         work: scratch folder of this process.
-
-    Raises:
-        DraftModelError: where the parts do not fit one another.
     """
     p = config.parameters
     model, dataset = inputs.model, inputs.dataset
@@ -132,9 +123,7 @@ def prepare(
     check_finite(target)
     draft: Any = family.create(shape, t2d, d2t).to(ranks.device)
     draft.initialise(p.seed, target)
-    optimizer = torch.optim.AdamW(
-        draft.parameters(), lr=p.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
-    )
+    optimizer = make_optimizer(p.draft_optimizer, draft, p.learning_rate)
     torch.manual_seed(p.seed * ranks.world + ranks.rank)
     loss = family.default_loss if p.draft_loss == "default" else p.draft_loss
     objective = family.objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest, loss)
@@ -154,11 +143,7 @@ def prepare(
 
 
 def check_finite(target: Target) -> None:
-    """Refuses a target with weights that are no numbers, which would make every loss one.
-
-    Raises:
-        DraftModelError: names the first of them.
-    """
+    """Refuses a target with weights that are no numbers, which would make every loss one; names the first."""
     for name, parameter in target.model.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if not local.is_floating_point() or local.element_size() == 1 or not local.numel():

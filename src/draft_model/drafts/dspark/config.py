@@ -97,7 +97,9 @@ class BlockConfig(DraftConfig):
     def from_json(cls, config: Mapping[str, Any]) -> BlockConfig:
         """Reads the config.json that `to_json` wrote."""
         layers = config.get("dflash_config", config)
-        whole = {"draft_vocab_size": config["vocab_size"], "markov_rank": 0, "enable_confidence_head": False} | dict(config)
+        whole = {"draft_vocab_size": config["vocab_size"], "markov_rank": 0, "enable_confidence_head": False} | dict(
+            config
+        )
         whole |= {"mask_token_id": layers["mask_token_id"]}
         whole |= {"aux_layers": tuple(layer + 1 for layer in layers["target_layer_ids"])}
         return cls(**{field.name: whole[field.name] for field in fields(cls)})

@@ -43,13 +43,13 @@ class ChainProposer:
         order = torch.ones(width, columns, dtype=torch.bool, device=ends.device).tril(columns - width)
         own = torch.eye(width, columns, dtype=torch.bool, device=ends.device).roll(columns - width, 1)
         mask = (visible.unsqueeze(1) & order) | own  # [B, Q, C + Q]
-        hidden = self._step(functional.linear(features.float(), self.weights.fc), tokens, positions, mask)
-        hidden, position = hidden[rows, ends].unsqueeze(1), positions[rows, ends].unsqueeze(1)
-        proposed = [self._best(hidden)]
+        hidden = self._step(self.weights.combine(features.float()), tokens, positions, mask)
+        hidden, best = self._read(hidden[rows, ends].unsqueeze(1))
+        proposed, position = [best], positions[rows, ends].unsqueeze(1)
         for depth in range(1, count):
             mask = torch.cat((visible, visible.new_ones(len(rows), depth)), 1).unsqueeze(1)
-            hidden = self._step(hidden, proposed[-1], position + depth, mask)
-            proposed.append(self._best(hidden))
+            hidden, best = self._read(self._step(hidden, proposed[-1], position + depth, mask))
+            proposed.append(best)
         self.keys, self.values = self.keys[:, :, :columns], self.values[:, :, :columns]
         return torch.cat(proposed, 1)
 
@@ -57,9 +57,11 @@ class ChainProposer:
         """Keeps some rows of the batch, int64 [B']."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 
-    def _best(self, hidden: Tensor) -> Tensor:
-        logits = functional.linear(self.weights.rms_norm(hidden, self.weights.norm), self.head)  # [B, 1, D]
-        return self.target_ids[logits.argmax(-1)]
+    def _read(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the next step reads, and the favourite token of the layer's output [B, 1, H]."""
+        normed = self.weights.rms_norm(hidden, self.weights.norm)
+        best = functional.linear(normed, self.head).argmax(-1)
+        return normed if self.weights.config.norm_output else hidden, self.target_ids[best]
 
     def _step(self, hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """One pass of the layer over Q columns, whose keys and values stay in the cache: [B, Q, H] -> [B, Q, H]."""

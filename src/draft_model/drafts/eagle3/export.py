@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from draft_model.drafts.base import WEIGHTS, load_weights
-from draft_model.drafts.eagle3.config import ARCHITECTURE, LAYER_IDS, DraftConfig, layers_of, to_sglang
+from draft_model.drafts.eagle3.config import ARCHITECTURE, LAYER_IDS, SWITCHES, DraftConfig, layers_of, to_sglang
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.errors import DraftModelError
 
@@ -32,7 +32,6 @@ _LAYER_KEYS = {
     "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",
     "rope_parameters", "vocab_size",
 }  # fmt: skip
-_OTHER_MATHS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
 def save_draft(folder: Path, draft: Eagle3Draft, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -105,12 +104,15 @@ def canonical(
         for name, tensor in tensors.items()
         if name not in _OF_TARGET
     }
-    problems = [
-        f"{uri}: `{name}` is set, and the draft trained here has no such step"
-        for name in _OTHER_MATHS
-        if config.get(name) or (config.get("eagle_config") or {}).get(name)
-    ]
-    if strange := sorted(renamed.keys() - _TENSORS):
+    nested = config.get("eagle_config") or {}
+    switches = {name: True for name in SWITCHES if config.get(name) or nested.get(name)}
+    problems = []
+    if config.get("norm_before_residual") or nested.get("norm_before_residual"):
+        problems.append(f"{uri}: `norm_before_residual` is set, and the draft trained here has no such step")
+    known = _TENSORS | ({"input_norm.weight"} if "norm_before_fc" in switches else set())
+    if "fc_norm" in switches:
+        known |= {name for name in renamed if name.startswith("fc_norm.")}
+    if strange := sorted(renamed.keys() - known):
         problems.append(f"{uri}: the draft trained here has no place for {', '.join(strange)}")
     if problems:
         raise DraftModelError(problems)
@@ -118,7 +120,7 @@ def canonical(
         if name in renamed:
             renamed[name] = renamed[name].to(dtype)
     if _LAYER not in config:
-        return dict(config), renamed
+        return {**config, **switches}, renamed
     from transformers import AutoConfig
 
     given = dict(config[_LAYER])
@@ -127,7 +129,7 @@ def canonical(
     kept = {key: value for key, value in layer.items() if key in _LAYER_KEYS}
     outside = {key: config.get(key) for key in ("draft_vocab_size", LAYER_IDS, "target_hidden_size")}
     outside["architectures"] = [ARCHITECTURE]
-    return kept | {key: value for key, value in outside.items() if value is not None}, renamed
+    return kept | switches | {key: value for key, value in outside.items() if value is not None}, renamed
 
 
 def exported(
@@ -166,6 +168,7 @@ def _speculators(config: Mapping[str, Any], layers: list[int] | None, target: Ma
         **({LAYER_IDS: layers} if layers else {}),
         "norm_before_residual": False,
         "norm_before_fc": False,
+        **{name: True for name in SWITCHES if config.get(name)},
         "embed_requires_grad": False,
         "tie_word_embeddings": False,
         "dtype": config.get("dtype", "bfloat16"),

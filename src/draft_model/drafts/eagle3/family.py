@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from draft_model.drafts.base import Costs, Family
-from draft_model.drafts.eagle3.config import ARCHITECTURES, DraftConfig, draft_config_for, with_overrides
+from draft_model.drafts.eagle3.config import ARCHITECTURES, SWITCHES, DraftConfig, draft_config_for, with_overrides
 from draft_model.drafts.eagle3.decode import ChainProposer
 from draft_model.drafts.eagle3.export import canonical, exported, load_draft, save_draft, vocabulary_of
 from draft_model.drafts.eagle3.model import Eagle3Draft
@@ -26,8 +30,9 @@ def costs(shape: DraftConfig, steps: int) -> Costs:
         kept = gate_up if gate_up * number * KEPT_SHARE <= memory else 0
         return steps * (4 * hidden + 1.3 * queries + 2 * keys) + kept
 
+    norms = 4 + len(shape.aux_layers) * (shape.fc_norm + shape.norm_before_fc)
     return Costs(
-        parameters=features + projections + block + 4 * hidden + vocabulary * hidden,
+        parameters=features + projections + block + norms * hidden + vocabulary * hidden,
         token_numbers=5 * hidden + 5 * queries + 3 * keys,
         row_numbers=row_numbers,
         # Two for each multiply-add, and twice the forward pass for the backward pass; attention is causal.
@@ -37,6 +42,18 @@ def costs(shape: DraftConfig, steps: int) -> Costs:
         chunk_bytes=lambda width: (
             4.0 * vocabulary * hidden + chunk * width * (shape.vocab_size + (1 + steps) * vocabulary)
         ),
+    )
+
+
+def is_eagle3(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of an EAGLE-3 draft of any trainer; some name no architecture."""
+    return not config.get("architectures") or config["architectures"][0] in ARCHITECTURES
+
+
+def is_eagle31(config: Mapping[str, Any]) -> bool:
+    """Whether one of EAGLE-3.1's switches is on."""
+    return is_eagle3(config) and any(
+        config.get(name) or (config.get("eagle_config") or {}).get(name) for name in SWITCHES
     )
 
 
@@ -50,8 +67,7 @@ EAGLE3 = Family(
         "speculative-eagle-topk": 1,
         "speculative-num-draft-tokens": proposals + 1,
     },
-    # Drafts of old trainers name no architecture.
-    owns=lambda config: not config.get("architectures") or config["architectures"][0] in ARCHITECTURES,
+    owns=lambda config: is_eagle3(config) and not is_eagle31(config),
     default_shape=draft_config_for,
     adapt=with_overrides,
     create=Eagle3Draft,
@@ -63,4 +79,11 @@ EAGLE3 = Family(
     read=canonical,
     vocabulary=vocabulary_of,
     export=exported,
+)
+EAGLE31 = replace(
+    EAGLE3,
+    name="eagle3.1",
+    title="EAGLE-3.1",
+    owns=is_eagle31,
+    default_shape=lambda target: replace(draft_config_for(target), fc_norm=True, norm_output=True),
 )

@@ -103,7 +103,7 @@ class _Loss(torch.autograd.Function):
         unroll = Unroll(weights, objective.rotary, plan, objective.backend)
         embeddings = functional.embedding(plan.tokens, objective.target.embedding)
         outputs = unroll.forward(embeddings, features, learn)
-        heads = Heads(objective.teacher(final, plan), weights.norm, weights.head, outputs, plan, learn)
+        heads = Heads(objective.teacher(final, plan), weights.norm, weights.head, outputs, plan, learn, objective.kind)
         outcome.append(heads.step_sums())
         if learn:
             ctx.learnt = unroll, heads
@@ -123,9 +123,7 @@ class _Loss(torch.autograd.Function):
         sums.norm.addcmul_(heads.grad_norm, grad)
         del heads.grad_head
         torch._foreach_mul_([heads.grads], grad.to(heads.grads.dtype))  # a plain mul_ by a GPU's scalar is slower
-        d_features = unroll.backward(heads.grads, sums)
-        d_packed = None
+        d_packed = unroll.backward(heads.grads, sums, of_features=ctx.needs_input_grad[3])
         if ctx.needs_input_grad[3]:  # never in training: the target is frozen
-            d_packed = d_features.new_zeros(ctx.shape)
-            d_packed[:, : unroll.weights.fc.shape[1]] = d_features @ unroll.weights.fc
+            d_packed = functional.pad(d_packed, (0, ctx.shape[1] - d_packed.shape[1]))
         return None, None, None, d_packed, *nothing
