@@ -85,7 +85,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "speculative_config": speculative if job.draft else None,
         "dtype": "auto" if job.gpus else "float32",
         "tensor_parallel_size": max(1, job.gpus),
-        "max_model_len": max(map(len, job.prompts)) + job.max_new_tokens + job.proposals + 1,
+        "max_model_len": max(map(len, job.prompts)) + job.max_new_tokens + 2 * (job.proposals + 1),
         "generation_config": "vllm",
         "skip_tokenizer_init": True,
         "enforce_eager": not job.gpus,

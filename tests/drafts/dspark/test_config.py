@@ -94,6 +94,7 @@ def test_tensors_are_named_as_engines_load_them():
     ("dspark", {"architectures": ["DFlashDraftModel"]}, "Qwen3DSparkModel"),
     ("dspark", {"hidden_size": 16}, "the target has 32"),
     ("dspark", {"loss_decay_gamma": 0}, "number > 0"),
+    ("dspark", {"fc_norm": True}, "not a setting of a block draft"),
     ("dspark", {"depth": 3}, "not a setting"),
 ])  # fmt: skip
 def test_what_no_block_draft_can_have_is_refused(name, given, said):

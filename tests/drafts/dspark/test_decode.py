@@ -32,7 +32,7 @@ def pair(name: str, seed: int):
 
 
 def job(proposals, limit, end=()):
-    return Job("", "", "dspark", proposals, [], limit, list(end), 0.0, 0, [])
+    return Job("", "", "dspark", {}, proposals, [], limit, list(end), 0.0, 0, [])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

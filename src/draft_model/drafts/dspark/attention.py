@@ -43,7 +43,7 @@ def block_attention(backend: str, blocks: Blocks, size: int, heads: int) -> Atte
 
     def attend(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor) -> Tensor:
         parts: list[Tensor] = [
-            checkpoint(  # type: ignore[misc]
+            checkpoint(
                 attend_dense, q[mine], k[mine], v[mine], context_k[seen], context_v[seen], blocks.times[mine],
                 use_reentrant=False, preserve_rng_state=False,
             )
@@ -77,7 +77,8 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: 
     p = torch.softmax(torch.cat((far, near), -1), -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     out = (p[..., :length].flatten(1, 2) @ context_v.transpose(0, 1)).unflatten(1, (count, -1))
     out = out + p[..., length:] @ v.permute(2, 0, 1, 3)  # [kv, n, S g, d]
-    return out.unflatten(2, (size, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    attended: Tensor = out.unflatten(2, (size, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    return attended
 
 
 def block_mask(blocks: Blocks, size: int) -> Any:
@@ -111,4 +112,5 @@ def _flex(mask: Any, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context
     keys, values = (torch.cat((far, near.flatten(0, 1))) for far, near in ((context_k, k), (context_v, v)))
     rows = [x.transpose(0, 1).unsqueeze(0) for x in (q.flatten(0, 1), keys, values)]  # [1, heads, rows, d]
     out: Tensor = flex(*rows, block_mask=mask, enable_gqa=True)
-    return out[0].transpose(0, 1).unflatten(0, q.shape[:2])
+    attended: Tensor = out[0].transpose(0, 1).unflatten(0, q.shape[:2])
+    return attended

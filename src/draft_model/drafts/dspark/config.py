@@ -25,6 +25,8 @@ _DERIVED = (
     "num_target_layers", "max_window_layers", "use_sliding_window", "sliding_window",
 )  # fmt: skip
 
+_CHAINS = ("fc_norm", "norm_before_fc", "norm_output", "eagle_aux_hidden_state_layer_ids", "eagle_config")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig(DraftConfig):
@@ -102,7 +104,7 @@ class BlockConfig(DraftConfig):
         )
         whole |= {"mask_token_id": layers["mask_token_id"]}
         whole |= {"aux_layers": tuple(layer + 1 for layer in layers["target_layer_ids"])}
-        return cls(**{field.name: whole[field.name] for field in fields(cls)})
+        return cls(**{field.name: whole[field.name] for field in fields(cls) if field.name in whole})
 
 
 def feature_layers(layers: int, count: int) -> tuple[int, ...]:
@@ -206,6 +208,7 @@ def _problems(default: BlockConfig, given: Mapping[str, Any]) -> list[str]:
                         f"of {default.vocab_size}")  # fmt: skip
     if given.get("num_target_layers", depth) != depth:
         problems.append(f"`num_target_layers` is {given['num_target_layers']!r}; the target has {depth}")
+    problems += [f"`{key}` is not a setting of a block draft" for key in _CHAINS if given.get(key)]
     ids = given.get("target_layer_ids", [0])
     if not isinstance(ids, list | tuple) or list(ids) != sorted(set(ids)) or not 0 <= ids[0] <= ids[-1] < depth - 1:
         problems.append(f"`target_layer_ids` is {ids!r}; allowed: ascending numbers from 0 to {depth - 2}")

@@ -59,7 +59,7 @@ class BlockProposer:
         x = functional.embedding(ids, self.embedding)
         for layer, (keys, values) in zip(draft.layers, self.cache, strict=True):
             x = layer(x, table, (keys, values), attend)
-        logits = draft.norm(x)[:, shape.first :] @ self.head.T  # [B, K, V]
+        logits: Tensor = draft.norm(x)[:, shape.first :] @ self.head.T  # [B, K, V]
         if not shape.markov_rank:
             return logits.argmax(-1)
         proposed, heads = [anchors], draft.markov_head

@@ -63,7 +63,7 @@ def load_draft(folder: Path) -> BlockDraft:
     try:
         config = BlockConfig.from_json(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise DraftModelError(f"{folder} holds no block draft that this version can read: {error}") from error
     draft = BlockDraft(config, *vocabulary_of(tensors, config))
     load_weights(draft, tensors, str(folder))

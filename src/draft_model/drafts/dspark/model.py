@@ -13,7 +13,7 @@ itself cannot; it and the confidence are DSpark's, DFlash has neither. Parameter
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,8 @@ class Layer(nn.Module):
         parts = (self.self_attn.queries(rows, table), *self.self_attn.keys_values(rows, table))
         q, k, v = (part.unflatten(0, blocks) for part in parts)
         x = x + _linear(attend(q, k, v, *context).flatten(2), self.self_attn.o_proj)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class _MarkovHead(nn.Module):
@@ -123,7 +124,7 @@ class BlockDraft(nn.Module):
         hidden, rank = config.hidden_size, config.markov_rank
         self.fc = nn.Linear(len(config.aux_layers) * hidden, hidden, bias=False)
         self.hidden_norm, self.norm = (_Norm(hidden, config.rms_norm_eps) for _ in range(2))
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers: Any = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         if rank:
             self.markov_head = _MarkovHead(config.vocab_size, rank)
         if config.enable_confidence_head:

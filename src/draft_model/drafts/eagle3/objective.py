@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -256,14 +257,14 @@ def _rejection_gradient(p: Tensor, q: Tensor, out: Tensor) -> Tensor:
     return torch.where(lower, share - 1.0, share, out=out).mul_(q)
 
 
-def decode_rounds(plan: Plan, agreed: Tensor) -> tuple[Tensor, Tensor]:
+def decode_rounds(plan: Any, agreed: Tensor) -> tuple[Tensor, Tensor]:
     """Walks through every reply as decoding would, for 1, 2, ... proposals per round.
 
     A round at a row keeps as many proposals as agree there and goes on behind the token after them. The walk is done
     for all rows at once by doubling: after n rounds of it, each row knows the sums of its next 2^n rounds.
 
     Args:
-        plan: positions.
+        plan: with reply_rows, reply_ends, reply_starts, longest_reply and steps, as `Plan` has them.
         agreed: leading steps of each row that agree, int64 [N].
 
     Returns:
