@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from draft_model.doors import raise_on_sigterm
+from draft_model.entrypoint import raise_on_sigterm
 from draft_model.errors import DraftModelError
 from draft_model.options import VALUES, Command, together, values_of
 

@@ -21,7 +21,7 @@ import click
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from draft_model.doors import exit_code
+from draft_model.entrypoint import exit_code
 from draft_model.errors import DraftModelError
 from kfp_pipeline.client import Server, by_name, connect
 from kfp_pipeline.pipeline import NAME

@@ -10,10 +10,10 @@ from typing import Any
 
 import click
 
-from draft_model.doors import exit_code, printable
+from draft_model.entrypoint import exit_code, printable
+from draft_model.markdown import table
 from draft_model.options import SETTINGS, WORK, Group, given, options_of, scratch, uri
 from draft_model.parameters import PARAMETERS, Parameters, Stage
-from draft_model.shown import table
 from kfp_pipeline.commands import COMMANDS
 
 
@@ -24,7 +24,7 @@ def cli() -> None:
 
     \b
     On this machine, all at once:   draft-model run --params run.yaml
-    One stage at a time:            draft-model import | dataset | train | evaluate
+    One stage at a time:            draft-model import | regenerate | dataset | train | evaluate
     With what was trained:          draft-model compare | export | push
     On a cluster:                   draft-model submit --params run.yaml --watch
 
@@ -57,6 +57,29 @@ def import_command(output: str, work: Path | None, **options: Any) -> None:
 
     with _checked("import", options, work) as (parameters, folder):
         click.echo(run(ImportConfig(output=output, work=folder, parameters=parameters)).uri)
+
+
+@cli.command("regenerate")
+@uri("model", "The imported model.")
+@uri("output", "Where the conversations go.")
+@options_of("regenerate")
+@WORK
+def regenerate_command(model: str, output: str, work: Path | None, **options: Any) -> None:
+    """Replace the assistants' turns of conversations by the target's own answers, turn by turn.
+
+    The lines are those that `draft-model dataset` takes. The answers go to OUTPUT/train, and with a validation split to
+    OUTPUT/validation, as JSONL files for `dataset_train_split` and `dataset_validation_split`; OUTPUT/report.html shows
+    them beside those that were there. vLLM generates where it is installed (DRAFT_MODEL_ENGINE_PYTHON names another
+    Python that has it), else transformers. What was interrupted goes on where it was.
+
+    \b
+    draft-model regenerate --model s3://bucket/qwen3-8b --dataset_train_split s3://bucket/chats.jsonl \\
+        --chat_template qwen --output s3://bucket/own
+    """  # noqa: D301
+    from draft_model.regenerate import RegenerateConfig, run
+
+    with _checked("regenerate", {"regenerate_answers": "all", **given(options)}, work) as (parameters, folder):
+        click.echo(run(RegenerateConfig(model=model, output=output, parameters=parameters, work=folder)).uri)
 
 
 @cli.command("dataset")

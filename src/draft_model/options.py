@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from draft_model.doors import raise_on_sigterm
+from draft_model.entrypoint import raise_on_sigterm
 from draft_model.errors import DraftModelError, named_parameters
 from draft_model.parameters import PARAMETERS, REMOVED, STAGES, Parameter, Stage, parameters_of
 from draft_model.parameters.rules import problems_with, unknown
@@ -41,7 +41,11 @@ class Command(click.Command):
                 words += value if isinstance(value, tuple) else [value or ""]
         known = [option for parameter in self.get_params(ctx) for option in parameter.opts]
         options = [word.partition("=")[0] for word in words if word.startswith("-")]
-        problems = [click.NoSuchOption(option, possibilities=known).format_message() for option in options]
+        problems = [
+            f"--{unknown(name)}" if (name := _normal(option.lstrip("-"))) in REMOVED
+            else click.NoSuchOption(option, possibilities=known).format_message()
+            for option in options
+        ]  # fmt: skip
         if rest and not options:
             problems.append(f"Got unexpected extra argument ({' '.join(rest)})")
         if problems := problems + ctx.meta.get(_PROBLEMS, []):
@@ -98,15 +102,7 @@ def _option(parameter: Parameter) -> Decorator:
 def options_of(stage: Stage, *others: str) -> Decorator:
     """The options of a stage's parameters, and of some others by name."""
     chosen = [*parameters_of(stage), *(parameter for parameter in PARAMETERS if parameter.name in others)]
-    return together(*map(_option, chosen), *map(_removed_option, REMOVED))
-
-
-def _removed_option(name: str) -> Decorator:
-    def refuse(_: click.Context, __: click.Parameter, value: str | None) -> None:
-        if value is not None:
-            raise click.UsageError(f"--{unknown(name)}")
-
-    return click.option(f"--{name}", hidden=True, expose_value=False, callback=refuse)
+    return together(*map(_option, chosen))
 
 
 def together(*options: Decorator) -> Decorator:

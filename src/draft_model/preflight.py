@@ -24,9 +24,9 @@ from draft_model.evaluation import prompts
 from draft_model.jobs.compute import misfit, weights_of
 from draft_model.jobs.context import check_cluster, check_nodes, nodes_of, on_cluster, wants_cluster
 from draft_model.kubeflow import own_server_too_old
+from draft_model.markdown import bullets, table
 from draft_model.parameters import PARAMETERS, STAGES, Parameters, Stage
 from draft_model.parameters.rules import MODEL_SOURCES, problems_with, valid_values
-from draft_model.shown import bullets, table
 from draft_model.storage.transfer import in_parallel, local_errors
 
 if TYPE_CHECKING:

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from draft_model import storage
-from draft_model.doors import ERROR_FILE, exit_code, raise_on_sigterm, step
+from draft_model.entrypoint import ERROR_FILE, exit_code, raise_on_sigterm, step
 from draft_model.errors import DraftModelError
+from draft_model.markdown import bullets
 from draft_model.parameters import PARAMETERS, Parameters, Stage
-from draft_model.shown import bullets
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,7 @@ _ALL_STAGES = (
 """Parameters of jobs, their nodes and their folders, which every step reads besides its stage's."""
 _FILES: dict[Stage, tuple[str, ...]] = {
     "import": ("pytorch_model_path", "mlflow_model_path"),
+    "regenerate": ("dataset_train_split", "dataset_validation_split"),
     "dataset": ("dataset_train_split", "dataset_validation_split", "draft_model_config"),
     "evaluate": ("evaluation_prompts",),
 }
@@ -104,9 +105,18 @@ def import_model(
 def build_dataset(
     parameters: Mapping[str, Any], run_id: str, model_uri: str, dataset: Artifact, report: Artifact, metrics: Artifact
 ) -> str:
-    """Builds the data set for the target's tokenizer, or finds it built, and returns its URI."""
+    """Builds the data set for the target's tokenizer, or finds it built, and returns its URI.
+
+    Where regenerate_answers is not off, it is made of the target's own answers.
+    """
     with step("dataset") as work:
         p = Parameters.model_validate(parameters)
+        if p.regenerate_answers != "off":
+            uris = {"model": model_uri, **_output(p, "answers", f"{dataset.uri}-answers", run_id)}
+            answers = _perform("regenerate", p, uris, _beside(uris, run_id), run_id, work)
+            p = p.model_copy(update=answers["parameters"])
+            _record(dataset, answers=answers["uri"])
+            _record(metrics, **answers["metrics"])
         uris = {"model": model_uri, **_output(p, "dataset", dataset.uri, run_id)}
         result = _perform("dataset", p, uris, _beside(uris, run_id), run_id, work)
         _describe(dataset, result["uri"], **result["metadata"])
@@ -234,7 +244,8 @@ def _perform(
 
     here = [name for name in _FILES.get(stage, ()) if _is_path(getattr(p, name))]
     if wants_cluster(p) and not here:
-        return jobs.run_stage(stage, p, {name: uri for name, uri in uris.items() if uri}, beside, run_id, work)
+        nodes = p.num_nodes_draft_model_training if stage == "regenerate" else 1
+        return jobs.run_stage(stage, p, {name: uri for name, uri in uris.items() if uri}, beside, run_id, work, nodes)
     if importlib.util.find_spec("transformers") is None:
         raise DraftModelError(
             "training_backend: given 'local', but the image of this step only coordinates: use pytorchjob or trainjob, "
@@ -257,6 +268,16 @@ def _run_import(p: Parameters, work: Path, **uris: str) -> dict[str, Any]:
         "uri": result.uri, "written_by": "import", "page": result.markdown(),
         "metadata": {**metadata, "bytes": result.size},
         "metrics": {"parameters": result.parameter_count, "bytes": result.size},
+    }  # fmt: skip
+
+
+def _run_regenerate(p: Parameters, work: Path, **uris: str) -> dict[str, Any]:
+    from draft_model.regenerate import RegenerateConfig, run
+
+    result = run(RegenerateConfig(uris["model"], uris["output"], p, work, uris.get("root", "")))
+    return {
+        "uri": result.uri, "written_by": "regenerate", "metrics": result.metrics(),
+        "parameters": {f"dataset_{split}_split": result.split_uri(split) for split in result.splits},
     }  # fmt: skip
 
 
@@ -285,7 +306,7 @@ def _run_evaluate(p: Parameters, work: Path, **uris: str) -> dict[str, Any]:
 
 
 _RUNS: dict[Stage, Callable[..., dict[str, Any]]] = {
-    "import": _run_import, "dataset": _run_dataset, "evaluate": _run_evaluate,
+    "import": _run_import, "regenerate": _run_regenerate, "dataset": _run_dataset, "evaluate": _run_evaluate,
 }  # fmt: skip
 """What the process of a stage runs: its result is what the step shows, and the manifest's folder and stage."""
 

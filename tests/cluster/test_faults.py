@@ -31,9 +31,9 @@ STAND_IN = [sys.executable, str(Path(__file__).with_name("stand_in.py"))]
 COORDINATOR = r"""
 import re, sys
 from pathlib import Path
-from draft_model import doors, jobs
+from draft_model import entrypoint, jobs
 from draft_model.training import TrainConfig
-code = doors.exit_code(lambda: print(jobs.run(TrainConfig.from_json(sys.argv[1]), sys.argv[2])))
+code = entrypoint.exit_code(lambda: print(jobs.run(TrainConfig.from_json(sys.argv[1]), sys.argv[2])))
 peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
 print("torch" in sys.modules, int(peak[1]) // 1024)
 sys.exit(code)

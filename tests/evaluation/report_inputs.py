@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from draft_model.dataset import vocabulary
-from draft_model.dataset.tally import Tally
+from draft_model.dataset.report import Tally
 from draft_model.parameters import Parameters
 
 Json = dict[str, Any]

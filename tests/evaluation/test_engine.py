@@ -1,19 +1,16 @@
 """The engine's process: what is asked of it, what comes back, and one sentence for each way in which it fails."""
 
-import ast
 import json
-import os
 import stat
 import sys
-import zipfile
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from click.testing import CliRunner
 
 from draft_model import engine
+from draft_model.cli import cli
 from draft_model.drafts import family
 from draft_model.engine import Counts, Job, Process, compare_replies, explain, sglang, vllm
 from draft_model.errors import DraftModelError
@@ -22,11 +19,9 @@ from draft_model.evaluation.measure import check_engine
 from draft_model.parameters import Parameters
 from draft_model.parameters.rules import problems_with
 
-SERVING = Path(os.environ.get(engine.PYTHON) or Path(__file__).parents[2] / ".venv-serving/bin/python")
 EAGLE3 = family("eagle3")
 PROMPTS = [[[1, 2, 3], [4, 5]], [[6, 7]]]
 JOB = Job("/target", "/draft", "eagle3", {"num_speculative_tokens": 3}, 3, PROMPTS, 8, [2, 5], 0.0, 0)
-WHEELS = Path(__file__).parents[2] / ".venv-serving/wheels"
 
 
 def test_vllm_decodes_the_target_by_nothing_but_its_weights():
@@ -41,33 +36,6 @@ def test_vllm_decodes_the_target_by_nothing_but_its_weights():
 def test_sglangs_histograms_are_counted():
     outputs = [{"meta_info": {sglang.HISTOGRAM: [2, 0, 1, 1]}}, {"meta_info": {sglang.HISTOGRAM: [0, 3]}}]
     assert sglang.counts(outputs, 3) == Counts(7, 21, 8, [5, 2, 1])
-
-
-def test_sglangs_own_source_has_every_name_that_is_used_of_it():
-    """Of the wheel that `make check-serving` downloads; SGLang itself runs on GPUs only."""
-    wheel = next(WHEELS.glob("sglang-*.whl"), None)
-    if wheel is None:
-        pytest.skip(f"{WHEELS} has no wheel of SGLang; `make check-serving` downloads it")
-
-    def fields(*files):
-        classes = [node for file in files for node in ast.walk(ast.parse(source.read(file)))
-                   if isinstance(node, ast.ClassDef)]  # fmt: skip
-        return {field.target.id for node in classes for field in node.body if isinstance(field, ast.AnnAssign)}
-
-    with zipfile.ZipFile(wheel) as source:
-        options = {name.replace("-", "_"): value for name, value in EAGLE3.sglang_options(3).items()}
-        job = replace(JOB, method=EAGLE3.sglang_algorithm, options=options, gpus=2)
-        settings = [name for name in source.namelist() if name.startswith("sglang/srt/arg_groups/fields/")]
-        assert sglang.arguments(job).keys() <= fields(*settings)
-        assert not [name for name in sglang.arguments(replace(job, draft="")) if "speculative" in name]
-        assert f'"{EAGLE3.sglang_algorithm}"'.encode() in source.read("sglang/srt/arg_groups/validation_hook.py")
-        assert sglang.sampling(job, 0.5).keys() <= fields("sglang/srt/sampling/sampling_params.py")
-        manager = source.read("sglang/srt/managers/tokenizer_manager.py").decode()
-        assert f'meta_info["{sglang.HISTOGRAM}"]' in manager
-        (engine,) = (node for node in ast.walk(ast.parse(source.read("sglang/srt/entrypoints/engine.py")))
-                     if isinstance(node, ast.FunctionDef) and node.name == "generate")  # fmt: skip
-        names = {"input_ids", "sampling_params", "return_logprob", "top_logprobs_num"}
-        assert names <= {argument.arg for argument in engine.args.args}
 
 
 def test_a_difference_is_a_tie_only_within_the_types_rounding():
@@ -207,6 +175,19 @@ def test_speed_is_timed_beside_the_target_and_a_number_of_proposals_recommended(
     EAGLE3.load(tmp_path / "again/final")
 
 
+def test_compare_takes_the_engine_and_runs_it_once_per_draft(trained, tmp_path, python):
+    python("").write_text(FAKE.format(python=sys.executable))
+    words = [
+        "compare", "--model", trained.inputs.model, "--dataset", trained.inputs.dataset, "--engine", "vllm",
+        "--num_speculative_tokens", "2", "--json", str(tmp_path / "found.json"), *[str(trained.final)] * 2,
+    ]  # fmt: skip
+    done = CliRunner().invoke(cli, words, catch_exceptions=False, env={"COLUMNS": "300"})
+    assert done.exit_code == 0
+    assert "fake 1" in done.output
+    for record in json.loads((tmp_path / "found.json").read_text()):
+        assert [(row["num_speculative_tokens"], row["speed_up"]) for row in record["speed"]] == [(2, 2.0), (2, 2.0)]
+
+
 def test_more_gpus_than_there_are_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(DraftModelError, match=r"number_of_gpu_to_use_evaluation: 4 are asked for .* has 2"):
@@ -226,47 +207,3 @@ def test_a_failed_engine_leaves_the_draft_whole_and_a_report_that_says_so(traine
     assert "this draft is not mine" in (tmp_path / "final/report.html").read_text()
     assert "Not measured" in (tmp_path / "final/README.md").read_text()
     assert not (tmp_path / "final/evaluation.json").exists()
-
-
-FIVE = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4, 5], "norm_before_fc": True}
-
-
-@pytest.mark.skipif(not SERVING.exists(), reason="`make check-serving` installs vLLM for CPU")
-@pytest.mark.parametrize(("architecture", "shape"), [("eagle3", {}), ("eagle3.1", {}), ("eagle3.1", FIVE)])
-def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch, architecture, shape):
-    """The whole stage on a tiny target, once in vLLM and once by our decoder."""
-    from training.case import QUICK, build_dataset, make_inputs
-
-    from draft_model import evaluation, training
-
-    write = tiny.write_target
-    # vLLM's attention on a CPU has no heads smaller than 32.
-    monkeypatch.setattr(tiny, "write_target", lambda folder: write(folder, 3, head_dim=32))
-    model = make_inputs(tmp_path).model
-    # The draft knows the whole vocabulary: few of a random target's choices would lie in a part of it.
-    split = str(tmp_path / "validation.jsonl")
-    data = build_dataset(tmp_path / "whole", model, tiny.conversations(13), dataset_validation_split=split)
-    (tmp_path / "shape.json").write_text(json.dumps(shape))
-    kind = {"draft_architecture": architecture, "draft_model_config": str(tmp_path / "shape.json")}
-    settings = Parameters(**{**QUICK, "num_epochs": 2, **kind})
-    train = training.TrainConfig(model, data, str(tmp_path / "out"), tmp_path / "work", settings)
-    final = training.job.run(train).final
-    monkeypatch.setenv(engine.PYTHON, str(SERVING))
-    found = []
-    for name, temperature in (("vllm", 0.7), ("transformers", 0.0)):
-        p = Parameters(
-            evaluation_engine=name, evaluation_max_new_tokens=12, num_speculative_tokens=2,
-            evaluation_temperature=temperature,
-        )  # fmt: skip
-        evaluation.run(evaluation.EvaluateConfig(model, data, final, tmp_path / f"work-{name}", p))
-        found.append(json.loads(Path(final, "evaluation.json").read_text()))
-    theirs, ours = found
-    assert theirs["engine"].startswith("vLLM 0.")
-    assert theirs["lossless"]["identical"]
-    assert theirs["sampled"]["rounds"] > 0
-    assert [row["batch_size"] for row in theirs["speed"]] == [1, 4]
-    assert 1.05 < ours["trained"]["acceptance_length"] < 2.95, "some proposals are kept and some are not"
-    if not (theirs["lossless"]["ties"] or ours["lossless"]["ties"]):
-        assert theirs["trained"] == ours["trained"]
-        assert theirs["untrained"] == ours["untrained"]
-        assert theirs["by_category"] == ours["by_category"]

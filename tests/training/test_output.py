@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from draft_model import storage
-from draft_model.doors import user_error
+from draft_model.entrypoint import user_error
 from draft_model.errors import DraftModelError
 from draft_model.storage import s3 as transfers
 from draft_model.training import job, lease
@@ -211,7 +211,7 @@ def test_a_store_that_stays_away_ends_the_training_and_the_checkpoint_stays_here
     assert "cannot be reached" in reason
     folder = kept.partition("it stays in ")[2].partition(",")[0]
     assert "resume_from_checkpoint" in kept
-    assert not Path(folder).is_relative_to(train.folder / "work-1")  # doors remove that one
+    assert not Path(folder).is_relative_to(train.folder / "work-1")  # which the process removes at its end
     resumed = train(resume="true", resume_from_checkpoint=folder)
     assert resumed.losses == plain.losses
     assert load_file(f"{folder}/model.safetensors")

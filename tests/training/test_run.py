@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from draft_model import storage
 from draft_model.dataset import Split, load_vocabulary
-from draft_model.doors import user_error
+from draft_model.entrypoint import user_error
 from draft_model.errors import DraftModelError
 from draft_model.training import TrainConfig, features
 from draft_model.training.job import run

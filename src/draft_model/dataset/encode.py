@@ -8,6 +8,7 @@ prompt before the answer begins.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from draft_model.dataset.reader import Line, Rejected, parse
+from draft_model.dataset.reader import Line, Rejected, Row, parse
 from draft_model.dataset.render import Rendered, Renderer
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.errors import DraftModelError
@@ -72,6 +73,29 @@ def load_tokenizer(folder: Path) -> Any:
         )
     tokenizer.model_max_length = 1 << 60  # the encoder cuts and counts; no warning
     return tokenizer
+
+
+def encode_prompts(tokenizer: Any, chat_template: str, rows: Sequence[Row]) -> list[list[int] | str]:
+    """Token ids of each prompt, up to where the reply begins, or why a conversation makes none; for `Workers.call`."""
+    renderers = {tools: Renderer(tokenizer, TEMPLATES[chat_template], tools=tools) for tools in (False, True)}
+    prompts: list[list[int] | str] = []
+    for row in rows:
+        try:
+            text = renderers[bool(row.tools)].prompt(row)
+            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Rejected as refusal:
+            prompts.append(str(refusal))
+    return prompts
+
+
+def end_tokens(model: Path, tokenizer: Any, template: str) -> list[int]:
+    """Ids that end a reply, as in engines: generation_config's, the tokenizer's and the template's end of turn."""
+    files = (path for name in ("generation_config.json", "config.json") if (path := model / name).exists())
+    configs = (json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") for path in files)
+    configured: int | list[int] = next((eos for eos in configs if eos is not None), [])
+    ids = {configured} if isinstance(configured, int) else set(configured)
+    end_of_turn = tokenizer.convert_tokens_to_ids(TEMPLATES[template].ends[0])
+    return sorted((ids | {end_of_turn, tokenizer.eos_token_id}) - {None, tokenizer.unk_token_id})
 
 
 class Encoder:

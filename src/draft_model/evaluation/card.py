@@ -160,9 +160,10 @@ def _results(evaluation: Json) -> str:
          f"{row['speed_up']:.2f}"] for row in evaluation["speed"]
     ]  # fmt: skip
     best = evaluation["recommended_num_speculative_tokens"]
+    average = f" ({best} is the fastest number on average)" if best else ""
     timed = (
         f"""
-Throughput, {evaluation["num_speculative_tokens"]} tokens proposed at a time{f" ({best} is the fastest number on average)" if best else ""}:
+Throughput, {evaluation["num_speculative_tokens"]} tokens proposed at a time{average}:
 
 | requests at once | target alone, tokens/s | with the draft, tokens/s | speed-up |
 |---:|---:|---:|---:|

@@ -17,8 +17,7 @@ import psutil
 import torch
 
 from draft_model import engine as engines
-from draft_model.dataset.encode import load_tokenizer
-from draft_model.dataset.templates import TEMPLATES
+from draft_model.dataset.encode import end_tokens, load_tokenizer
 from draft_model.dataset.tokens import Split
 from draft_model.drafts import family
 from draft_model.drafts.base import Draft
@@ -137,16 +136,6 @@ def gpus_of(p: Parameters) -> int:
     return min(wanted, there)
 
 
-def end_tokens(model: Path, tokenizer: Any, template: str) -> list[int]:
-    """Ids that end a reply, as in engines: generation_config's, the tokenizer's and the template's end of turn."""
-    files = (path for name in ("generation_config.json", "config.json") if (path := model / name).exists())
-    configs = (json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") for path in files)
-    configured: int | list[int] = next((eos for eos in configs if eos is not None), [])
-    ids = {configured} if isinstance(configured, int) else set(configured)
-    end_of_turn = tokenizer.convert_tokens_to_ids(TEMPLATES[template].ends[0])
-    return sorted((ids | {end_of_turn, tokenizer.eos_token_id}) - {None, tokenizer.unk_token_id})
-
-
 def timed_proposals(p: Parameters) -> tuple[int, ...]:
     """Numbers of proposals that a draft's throughput is timed with, to find the best one."""
     return tuple(range(1, p.num_speculative_tokens + 3))
@@ -241,7 +230,7 @@ def _speed_rows(runs: Sequence[tuple[int, Times, Times]]) -> list[Row]:
 
 
 def recommend(rows: Sequence[Row]) -> int | None:
-    """The number of proposals of the highest mean speed-up over batch sizes, geometric; None where no others were timed."""
+    """The number of proposals with the highest geometric mean of speed-ups; None where only one was timed."""
     logs: dict[int, float] = {}
     for row in rows:
         k = row["num_speculative_tokens"]

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from draft_model.dataset.reader import Rejected, Row, read_conversations
-from draft_model.dataset.render import Renderer
-from draft_model.dataset.templates import TEMPLATES
+from draft_model.dataset.encode import encode_prompts
+from draft_model.dataset.reader import Row, read_conversations
 from draft_model.dataset.tokens import Split
+from draft_model.dataset.workers import Workers
 from draft_model.errors import DraftModelError
 from draft_model.hub import hub_address
 from draft_model.parameters import Parameters
@@ -97,8 +97,7 @@ def choose_prompts(
     else:
         rows = [row for benchmark in benchmarks for row in _of_benchmark(benchmark, limit)]
         source = ", ".join(benchmark.hub_id for benchmark in benchmarks) or given
-        texts = render(rows or _of_files(given, limit), source, tokenizer, template)
-        found = [(tokenizer(text, add_special_tokens=False)["input_ids"], category) for text, category in texts]
+        found = encode(rows or _of_files(given, limit), source, tokenizer, template)
     kept = [(tokens, category) for tokens, category in found if 2 <= len(tokens) <= longest]
     if not kept:
         name = "evaluation_prompts" if given else "dataset_validation_split"
@@ -113,23 +112,22 @@ def choose_prompts(
     return Prompts(groups, source)
 
 
-def render(rows: Iterable[tuple[Row, str]], source: str, tokenizer: Any, template: str) -> list[tuple[str, str]]:
-    """Texts of prompts with their categories.
+def encode(rows: Sequence[tuple[Row, str]], source: str, tokenizer: Any, template: str) -> list[tuple[list[int], str]]:
+    """Token ids of prompts with their categories; the chat template runs in a limited process.
 
     Raises:
         DraftModelError: when the chat template refuses one.
     """
-    renderers = {tools: Renderer(tokenizer, TEMPLATES[template], tools=tools) for tools in (False, True)}
-    texts = []
-    for number, (row, category) in enumerate(rows, start=1):
-        try:
-            texts.append((renderers[bool(row.tools)].prompt(row), category))
-        except Rejected as refusal:
+    with Workers() as worker:
+        encoded = worker.call(encode_prompts, tokenizer, template, [row for row, _ in rows])
+    found = []
+    for number, (prompt, (_, category)) in enumerate(zip(encoded, rows, strict=True), start=1):
+        if isinstance(prompt, str):
             raise DraftModelError(
-                f"evaluation_prompts: conversation {number} of {source} makes no prompt ({refusal}); allowed: "
-                f"{_ALLOWED}"
-            ) from None
-    return texts
+                f"evaluation_prompts: conversation {number} of {source} makes no prompt ({prompt}); allowed: {_ALLOWED}"
+            )
+        found.append((prompt, category))
+    return found
 
 
 def check_template(p: Parameters, tokenizer: Any) -> None:
@@ -139,8 +137,8 @@ def check_template(p: Parameters, tokenizer: Any) -> None:
         DraftModelError: when the chat template refuses one.
     """
     if p.evaluation_prompts and not _named(p.evaluation_prompts):
-        rows = _of_files(p.evaluation_prompts, p.evaluation_conversations)
-        render(rows, p.evaluation_prompts, tokenizer, p.chat_template)
+        rows = list(_of_files(p.evaluation_prompts, p.evaluation_conversations))
+        encode(rows, p.evaluation_prompts, tokenizer, p.chat_template)
 
 
 def check(given: str, limit: int) -> None:

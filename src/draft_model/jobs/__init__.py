@@ -130,7 +130,7 @@ def run_job(spec: JobSpec, run_id: str, work: Path) -> None:
     Raises:
         DraftModelError: why its output is not whole.
     """
-    from draft_model.doors import raise_on_sigterm
+    from draft_model.entrypoint import raise_on_sigterm
     from draft_model.jobs.context import connect, request_for
     from draft_model.jobs.coordinate import Coordinator, patiently
 

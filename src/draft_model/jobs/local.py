@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from draft_model.doors import ERROR_FILE, raise_on_sigterm
+from draft_model.entrypoint import ERROR_FILE, raise_on_sigterm
 from draft_model.errors import DraftModelError
 from draft_model.jobs.spec import JobSpec
 from draft_model.jobs.torchrun import STOP_SECONDS

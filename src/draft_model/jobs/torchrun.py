@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from draft_model.doors import ERROR_FILE
+from draft_model.entrypoint import ERROR_FILE
 from draft_model.processes import end_with_parent
 
 STOP_SECONDS = 600

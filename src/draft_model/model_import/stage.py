@@ -19,11 +19,11 @@ from typing import Any
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
+from draft_model.markdown import table
 from draft_model.model_import import sandbox
 from draft_model.model_import.files import CARD, INDEX, Weights, check_small, choose_weights, description
 from draft_model.model_import.sources import Source, resolve
 from draft_model.parameters import Parameters
-from draft_model.shown import table
 from draft_model.tracking import tracked
 
 logger = logging.getLogger(__name__)

@@ -89,12 +89,23 @@ def _sampling(p: Parameters) -> Problem | None:
     )
 
 
+def _samples(p: Parameters) -> Problem | None:
+    if p.regenerate_samples_per_prompt == 1 or p.regenerate_temperature or p.regenerate_answers == "off":
+        return None
+    return Problem(
+        "regenerate_samples_per_prompt",
+        f"given {p.regenerate_samples_per_prompt} with regenerate_temperature=0, where all samples would be alike: use "
+        "1, or another temperature",
+    )
+
+
 _WORLD = ("num_nodes_draft_model_training", "number_of_gpu_to_use_draft_model_training")
 _BATCHES = ("draft_global_batch_size", "draft_micro_batch_size", "draft_accumulation_steps")
 _RULES: tuple[tuple[Stage, Sequence[str], Callable[[Parameters], Problem | None]], ...] = (
     ("import", MODEL_SOURCES, _one_model_source),
     ("import", ("huggingface_id",), _hub_id_shape),
     ("dataset", ("dataset_train_split",), _training_data),
+    ("regenerate", ("regenerate_samples_per_prompt", "regenerate_temperature", "regenerate_answers"), _samples),
     ("train", (*_WORLD, "tp_size"), _tensor_parallelism),
     ("train", (*_WORLD, "tp_size", "dp_size"), _world_size),
     ("train", (*_WORLD, *_BATCHES), _batch_arithmetic),

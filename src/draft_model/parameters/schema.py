@@ -90,10 +90,10 @@ class Parameters(BaseModel):
         "Standard_d12_v2", "Instance type of the import step when its compute is `serverless`.", "import")
     instance_type_draft_model_training: Text = _p(
         "Standard_nc24rs_v3", "Instance type of the training job's pods when its compute is `serverless`.", "train")
-    num_nodes_draft_model_training: int = _p(1, "Nodes (pods) of the training job.", "train", ge=1)
+    num_nodes_draft_model_training: int = _p(1, "Nodes (pods) of the training job.", "regenerate", "train", ge=1)
     number_of_gpu_to_use_draft_model_training: int = _p(
-        1, "GPUs, and so processes, per node; on a machine without GPUs: processes on its CPU.", "train", "evaluate",
-        ge=1)
+        1, "GPUs, and so processes, per node; on a machine without GPUs: processes on its CPU.",
+        "regenerate", "train", "evaluate", ge=1)
     huggingface_id: Text = _p(
         "", "Target model: a text-generation model of the Hugging Face Hub, `org/name` or `org/name@revision`.",
         "import")
@@ -103,10 +103,11 @@ class Parameters(BaseModel):
     mlflow_model_path: NoQuoting = _p(
         "", "Target model: an MLflow model of the `transformers` flavour.", "import", kind="mlflow_model")
     dataset_train_split: Text = _p(
-        "", "Training conversations, JSONL, plain, gzip or zstd: a file, folder or glob.", "dataset", kind="uri_file")
+        "", "Training conversations, JSONL, plain, gzip or zstd: a file, folder or glob.",
+        "regenerate", "dataset", kind="uri_file")
     dataset_validation_split: Text = _p(
         "", "Validation conversations, as the training ones; not given: no validation, no evaluation.",
-        "dataset", kind="uri_file")
+        "regenerate", "dataset", kind="uri_file")
     draft_model_config: Text = _p(
         "", "Draft configuration, JSON; what it leaves out is generated from the target's.",
         "dataset", "train", kind="uri_file")
@@ -116,17 +117,18 @@ class Parameters(BaseModel):
         "train", unit="conversations", ge=1)
     learning_rate: float = _p(0.0001, "Peak learning rate.", "train", gt=0)
     max_length: int = _p(
-        2048, "Longer conversations are cut at the end, and counted in the report.", "dataset", unit="tokens", ge=16)
+        2048, "Longer conversations are cut at the end, and counted in the report.",
+        "regenerate", "dataset", unit="tokens", ge=16)
     warmup_ratio: float = _p(0.015, "Warm-up's share of the total steps.", "train", ge=0, le=1)
     max_grad_norm: float = _p(0.5, "Gradients are clipped to this global norm.", "train", gt=0)
     ttt_length: int = _p(
         7, "Training-time-test unroll: draft steps that are trained through.", "train", unit="steps", ge=1)
     chat_template: Literal["llama3", "qwen", "gpt-oss", "deepseek-r1-distill"] = _p(
         "llama3", "Whose turn markers the target's chat template writes; says which tokens are the assistant's.",
-        "dataset")
+        "regenerate", "dataset")
     attention_backend: Literal["flex_attention", "sdpa"] = _p(
         "flex_attention", "Attention of the draft; on CPU flex_attention runs as sdpa (same values).", "train")
-    tp_size: int = _p(1, "Tensor parallelism of the target model.", "train", ge=1)
+    tp_size: int = _p(1, "Tensor parallelism of the target model.", "regenerate", "train", ge=1)
     dp_size: int = _p(1, "Data parallelism; 1: derived from nodes, GPUs and tp_size.", "train", ge=1)
     draft_global_batch_size: int = _p(
         8, "Conversations per optimizer step, over all processes.", "train", unit="conversations", ge=1)
@@ -138,7 +140,8 @@ class Parameters(BaseModel):
     eval_interval: int = _p(1, "Epochs between two validations.", "train", unit="epochs", ge=1)
     save_interval: int = _p(
         1, "Epochs between two checkpoints; the last is always saved.", "train", unit="epochs", ge=1)
-    seed: int = _p(0, "Same seed, data and world size: same losses.", "train", "evaluate", ge=0, le=LARGEST_SEED)
+    seed: int = _p(
+        0, "Same seed, data and world size: same losses.", "regenerate", "train", "evaluate", ge=0, le=LARGEST_SEED)
     total_steps: int = _p(
         0, "Training stops there, and the schedule decays over it; 0: what num_epochs comes to.",
         "train", unit="steps", ge=0)
@@ -160,7 +163,8 @@ class Parameters(BaseModel):
         "", "Folder (s3:// or a path) under which the stages of this run write; not given: KFP's pipeline root.",
         kind="uri_folder")
     max_rejected_fraction: float = _p(
-        0.01, "More unusable lines than this share of a data file stop the run.", "dataset", ge=0, le=1)
+        0.01, "More unusable lines than this share of a data file stop the run.", "regenerate", "dataset",
+        ge=0, le=1)
     compute_dtype: Literal["bfloat16", "float32"] = _p(
         "bfloat16", "Type that training computes in; master weights and reductions are float32 always.", "train")
     num_speculative_tokens: int = _p(

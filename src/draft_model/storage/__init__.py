@@ -11,6 +11,7 @@ from draft_model.storage.folders import (
     fetch_tree,
     is_whole,
     list_files,
+    probe,
     publish,
     put_file,
     read_bytes,
@@ -25,7 +26,6 @@ from draft_model.storage.folders import (
     write_manifest,
 )  # fmt: skip
 from draft_model.storage.manifest import MANIFEST, FileRecord, Manifest
-from draft_model.storage.probe import probe
 from draft_model.storage.transfer import patience
 from draft_model.storage.uri import is_remote, join, without_credentials
 

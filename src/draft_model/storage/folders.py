@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from draft_model.storage import manifest
 from draft_model.storage.local import LocalFolder
 from draft_model.storage.manifest import MANIFEST, MANIFEST_LIMIT, FileRecord, Manifest
 from draft_model.storage.transfer import in_parallel, local_errors
-from draft_model.storage.uri import ObjectAddress, check_name, is_remote, parse, split
+from draft_model.storage.uri import check_name, is_remote, join, parse, split
 
 if TYPE_CHECKING:
     from draft_model.storage.s3 import S3Folder
@@ -30,10 +31,8 @@ _PROBLEMS_SHOWN = 20
 def folder_of(uri: str) -> LocalFolder | S3Folder:
     """The folder at a URI, local or in an object store."""
     address = parse(uri)
-    return LocalFolder(address, uri) if isinstance(address, Path) else _in_s3(address, uri)
-
-
-def _in_s3(address: ObjectAddress, uri: str) -> S3Folder:
+    if isinstance(address, Path):
+        return LocalFolder(address, uri)
     from draft_model.storage.s3 import S3Folder  # boto3 takes half a second, which a local run need not spend
 
     return S3Folder(address, uri)
@@ -155,9 +154,13 @@ def read_manifest(uri: str, *, stage: str | None = None) -> Manifest:
 
 
 def is_whole(uri: str, record: Manifest) -> bool:
-    """Whether every file of a manifest is there with its size; none is read."""
-    there = folder_of(uri).files()
-    return all(there.get(file.path, (-1, ""))[0] == file.size for file in record.files)
+    """Whether every file of a manifest is there with its content.
+
+    On a disk every file is read; of objects the size and the SHA-256 in their metadata are compared.
+    """
+    folder = folder_of(uri)
+    with local_errors(uri):
+        return all(in_parallel(lambda file, _: folder.has(file), record.files))
 
 
 def remove_manifest(uri: str) -> None:
@@ -352,3 +355,42 @@ def delete(uri: str, version: str | None = None) -> bool:
     """Removes a file, if it still has the version where one is given; returns False where it has another."""
     folder, name = _file(uri)
     return folder.remove(name, version)
+
+
+def probe(uri: str, *, conditional: bool = True) -> list[str]:
+    """Writes an object in parts, reads it in ranges, tries conditional writes, and removes all of it.
+
+    Args:
+        uri: folder that a run is to write to.
+        conditional: whether the run needs conditional writes, as a lease does.
+
+    Returns:
+        What does not work, a sentence each; nothing where all does.
+    """
+    problems: list[str] = []
+    folder = join(uri, f"probe-{uuid.uuid4().hex}")
+    with tempfile.TemporaryDirectory() as work:
+        try:
+            (Path(work) / "large").write_bytes(data := os.urandom(9 * 2**20))
+            put_file(Path(work) / "large", join(folder, "large"))
+            if fetch_file(join(folder, "large"), Path(work, "back")).read_bytes() != data:
+                problems.append(f"{uri}: an object of 9 MiB comes back with another content; see the log of the store")
+            if conditional:
+                file = join(folder, "lease")
+                made = [create(file, b"first"), create(file, b"second")]
+                found = read_versioned(file)
+                wrong = replace(file, b"third", '"0123456789abcdef0123456789abcdef"')
+                right = found is not None and not wrong and replace(file, b"fourth", found[1])
+                if made != [True, False] or wrong or not right:
+                    problems.append(
+                        f"{uri}: the store does not obey conditional writes "
+                        f"({'If-None-Match' if made != [True, False] else 'If-Match'}), which keep two runs out of one "
+                        "folder; use another store or a folder on a disk"
+                    )
+        except DraftModelError as error:
+            problems += error.problems
+        try:
+            remove(folder)
+        except DraftModelError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    return problems

@@ -94,6 +94,10 @@ class LocalFolder:
         with local_errors(self.uri):
             return (self.path / name).is_file()
 
+    def has(self, record: FileRecord) -> bool:
+        """Whether a file is there with the content of its record."""
+        return problem(self.inside(record.path), record) is None
+
     def write(self, name: str, data: bytes) -> None:
         """Makes or replaces a small file atomically and durably."""
         with self._written(name, data) as (partial, path):

@@ -184,7 +184,7 @@ def _publish_final(output: Output, training: Training, complete: Callable[[Path,
 
 def main() -> int:
     """`torchrun -m draft_model.training`, in a job's pod or beside the command line; DRAFT_MODEL_JOB configures it."""
-    from draft_model.doors import TERMINATED, exit_code
+    from draft_model.entrypoint import TERMINATED, exit_code
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 

@@ -41,7 +41,7 @@ class Case:
     head: Tensor
 
     def on(
-        self, device: str, steps: int, backend: str = "sdpa", dtype: torch.dtype = torch.float32
+        self, device: str, steps: int, backend: str = "sdpa", dtype: torch.dtype = torch.float32, loss: str = "kl"
     ) -> tuple[Objective, list[Tensor]]:
         """The code under test, taught by this case's states instead of a model's, and these states."""
         head = self.head.to(device, dtype)
@@ -51,7 +51,7 @@ class Case:
             device=torch.device(device),
         )
         draft = copy.deepcopy(self.draft).to(device) if device != "cpu" else self.draft
-        objective = Objective(draft, target, steps, backend, dtype, self.batch.tokens.shape[1])
+        objective = Objective(draft, target, steps, backend, dtype, self.batch.tokens.shape[1], loss)
         return objective, [states.to(device, dtype) for states in self.states]
 
     def ours(
@@ -61,16 +61,17 @@ class Case:
         dtype: torch.dtype = torch.float32,
         divisor: int = 1,
         device: str = "cpu",
+        loss: str = "kl",
     ) -> Outcome:
         """What it makes of the batch: loss, sums and the gradient of every parameter."""
-        objective, states = self.on(device, steps, backend, dtype)
+        objective, states = self.on(device, steps, backend, dtype, loss)
         objective.draft.zero_grad()
-        loss, sums = objective(self.batch, states)
-        (loss / divisor).backward()
+        total, sums = objective(self.batch, states)
+        (total / divisor).backward()
         gradients = {name: weight.grad.clone() for name, weight in objective.draft.named_parameters()}
-        return Outcome(loss.detach(), sums, gradients)
+        return Outcome(total.detach(), sums, gradients)
 
-    def theirs(self, steps: int) -> tuple[reference.Sums, dict[str, Tensor]]:
+    def theirs(self, steps: int, loss: str = "kl") -> tuple[reference.Sums, dict[str, Tensor]]:
         """The same by the reference, in float64."""
         weights = {name: w.detach().double().requires_grad_() for name, w in self.draft.named_parameters()}
         config = self.draft.config
@@ -92,7 +93,7 @@ class Case:
             config.norm_output,
         )
         sums = reference.training_step(
-            weights, shape, conversations, self.embedding.double(), self.draft.target_ids, steps
+            weights, shape, conversations, self.embedding.double(), self.draft.target_ids, steps, loss
         )
         gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         if sums.total.requires_grad:

@@ -153,6 +153,7 @@ def training_step(
     embedding: Tensor,
     target_ids: Tensor,
     steps: int,
+    kind: str = "kl",
 ) -> Sums:
     """The un-normalised loss of a batch, sum over steps of 0.8^i loss_i, and all that is counted on the way.
 
@@ -163,6 +164,7 @@ def training_step(
         embedding: the target's, [V, H].
         target_ids: target id of each draft token, [D].
         steps: unroll length.
+        kind: of the loss: soft cross-entropy (kl), 1 - alpha (tv), or both by exp(-3 alpha), held constant (lk).
     """
     sums = Sums(steps)
     known = target_ids.tolist()
@@ -181,11 +183,13 @@ def training_step(
                     continue
                 log_q = row - row.logsumexp(0)
                 p = torch.softmax(teacher[target_ids], 0)
-                loss = -(p * log_q).sum()
+                loss, alpha = -(p * log_q).sum(), torch.minimum(p, log_q.exp()).sum()
+                share = {"kl": 1.0, "tv": 0.0, "lk": torch.exp(-3 * alpha.detach())}[kind]
+                loss = share * loss + (1 - share) * (1 - alpha)
                 sums.total = sums.total + 0.8**step * loss
                 sums.loss[step] += loss.item()
                 sums.supervised[step] += 1
-                sums.overlap[step] += torch.minimum(p, log_q.exp()).sum().item()
+                sums.overlap[step] += alpha.item()
                 candidate[t, step] = known[int(row.argmax())] == top
                 sums.agree[step] += candidate[t, step]
         for t, step in candidate:

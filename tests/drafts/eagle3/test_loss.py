@@ -20,9 +20,9 @@ from .case import Case, random_case, relative_error
 COUNTS = ("supervised", "agree", "candidates", "reached", "accepted")
 
 
-def assert_equals_reference(case: Case, steps: int) -> StepSums:
-    ours = case.ours(steps)
-    sums, gradients = case.theirs(steps)
+def assert_equals_reference(case: Case, steps: int, loss: str = "kl") -> StepSums:
+    ours = case.ours(steps, loss=loss)
+    sums, gradients = case.theirs(steps, loss)
     for name in COUNTS:
         assert getattr(ours.sums, name).tolist() == getattr(sums, name), name
     assert float(ours.loss) == pytest.approx(float(sums.total.detach()), rel=1e-5)
@@ -49,12 +49,13 @@ def assert_same_gradients(found, truth, tolerance: float) -> None:
     learnt=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
     heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (6, 2), (4, 1)]),
     size=st.sampled_from([2, 4, 6, 10]),
+    loss=st.sampled_from(["kl", "lk", "tv"]),
 )
 @settings(max_examples=60, deadline=None)
-def test_equals_the_reference(seed, lengths, steps, draft_vocab, learnt, heads, size):
+def test_equals_the_reference(seed, lengths, steps, draft_vocab, learnt, heads, size, loss):
     shape = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": size}
     case = random_case(seed, lengths, draft_vocab=draft_vocab, learnt=learnt, **shape)
-    assert_equals_reference(case, steps)
+    assert_equals_reference(case, steps, loss)
 
 
 EAGLE31 = [
@@ -85,6 +86,21 @@ def test_a_reply_after_a_prompt(steps):
 def test_more_teachers_than_one_chunk_of_the_heads():
     case = random_case(1, [90, 70, 110], learnt=1.0, hidden_size=8, intermediate_size=8)
     assert_equals_reference(case, 7)
+
+
+@pytest.mark.parametrize("loss", ["lk", "tv"])
+def test_losses_that_count_the_rejection(loss):
+    case = random_case(7, [19, 3, 12], learnt=lambda n: torch.arange(n) >= n // 2)
+    assert_equals_reference(case, 4, loss)
+    sums = case.ours(4, loss=loss).sums
+    rejection = sums.supervised - sums.overlap
+    assert torch.allclose(sums.loss, rejection) == (loss == "tv")
+    bfloat16, (exact, gradients) = case.ours(4, loss=loss, dtype=torch.bfloat16), case.theirs(4, loss)
+    assert float(bfloat16.loss) == pytest.approx(float(exact.total.detach()), rel=2e-2)
+    flat, truth = (
+        torch.cat([g.flatten().double() for g in given.values()]) for given in (bfloat16.gradients, gradients)
+    )
+    assert relative_error(flat, truth) < 0.1  # the gradient of min(p, q) jumps where they are equal
 
 
 @pytest.mark.parametrize("draft_vocab", [1, 5, 16, 30, 37])

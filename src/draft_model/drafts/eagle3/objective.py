@@ -1,4 +1,4 @@
-r"""What training minimises: soft cross-entropy of each step's draft to the target, and how often they agree.
+r"""What training minimises, at each step's positions: soft cross-entropy of the draft to the target, or the rejection.
 
     total = sum_i 0.8^i sum_t l_i(t)          l = -sum_v p(v) log q(v)          v in the draft vocabulary
 
@@ -11,7 +11,11 @@ so loss and gradients need z, p and q of one position at a time, and nothing of 
 steps run here after the unroll, a chunk of teacher positions at a time, each with one target head and one softmax p
 for all steps, and their gradients leave as soon as they are known. Logits of the whole batch never exist. The backward
 pass only multiplies by the gradient of the total. max_v z(v) = logsumexp(z) + log max_v q(v) gives l without a second
-pass, and sum_v min(p, q) = 1 - |q - p|_1 / 2 the probability that sampling accepts.
+pass, and alpha = sum_v min(p, q) = 1 - |q - p|_1 / 2 the probability that sampling accepts. The rejection 1 - alpha,
+which is the total variation of p and q, is a loss of its own (draft_loss=tv). LK (arXiv 2602.23881, draft_loss=lk) goes
+from one to the other as a position gets better, by a weight w that counts as a constant:
+
+    l_tv = 1 - alpha     dl_tv/dz = q (sum_{q < p} q - [q < p])     l_lk = w l + (1 - w) l_tv     w = exp(-3 alpha)
 
 The sums stay sums. The training loop divides by the supervised tokens of the GLOBAL batch, so that splitting a batch
 over ranks or micro-batches changes nothing. They also stay on the device until they are logged.
@@ -114,6 +118,7 @@ class Heads:
         outputs: the layer's output of each step, [steps, N, H].
         plan: positions.
         learn: whether gradients are wanted.
+        loss: draft_loss: `kl`, `lk` or `tv`.
 
     Attributes:
         sums: loss, supervised, agree, overlap, float64 [4, steps].
@@ -124,9 +129,10 @@ class Heads:
     """
 
     def __init__(
-        self, teacher: Teacher, norm: Tensor, weight: Tensor, outputs: Tensor, plan: Plan, learn: bool
+        self, teacher: Teacher, norm: Tensor, weight: Tensor, outputs: Tensor, plan: Plan, learn: bool, loss: str
     ) -> None:  # fmt: skip
         self._teacher, self._norm, self._weight, self._plan, self._learn = teacher, norm, weight, plan, learn
+        self._kind = loss
         self._outputs = outputs.flatten(0, 1)  # [steps * N, H]
         self._decay = STEP_DECAY ** torch.arange(plan.steps, device=weight.device, dtype=torch.float32)
         teachers = len(plan.teachers)
@@ -170,7 +176,7 @@ class Heads:
         teachers = torch.arange(count, device=students.device).repeat(steps)
         unit, scale = kernels.rms_norm(self._outputs, self._norm, self._teacher.eps, rows)
         z = unit @ self._weight.T  # [steps * C, D]
-        sums = triton_kernels.distill(z, taught, teachers, weights, self._learn).view(steps, count, 4)
+        sums = triton_kernels.distill(z, taught, teachers, weights, self._learn, self._kind).view(steps, count, 4)
         self.sums += sums.sum(1, dtype=torch.float64).T
         self.agree[:, start : start + count] = sums[:, :, 2] > 0
         if not self._learn:
@@ -209,8 +215,14 @@ class Heads:
         normaliser = z.gather(-1, favourite.unsqueeze(-1)).squeeze(-1) - highest.log()
         losses = normaliser - torch.bmm(p.unsqueeze(1), z.unsqueeze(2)).flatten()
         agrees = favourite == top
+        rejection = _rejection_gradient(p, q, z) if self._learn and self._kind != "kl" else None
         difference = q.sub_(p)
         overlap = 1.0 - 0.5 * torch.linalg.vector_norm(difference, 1, dim=-1)  # sum min(p, q)
+        if self._kind != "kl":
+            share = torch.exp(-kernels.LK_DECAY * overlap) if self._kind == "lk" else torch.zeros_like(overlap)
+            losses = share * losses + (1 - share) * (1 - overlap)
+            if rejection is not None:
+                difference.sub_(rejection).mul_(share.unsqueeze(1)).add_(rejection)
         self.agree[step, teachers] = agrees
         parts = (losses, torch.ones_like(losses), agrees, overlap)
         self.sums[:, step] += torch.stack([part.sum(dtype=torch.float64) for part in parts])
@@ -235,6 +247,13 @@ class Heads:
         before = torch.cat((torch.ones_like(agrees[:1]), agreed[:-1])) & exists
         chains = torch.stack((exists, before, before & agrees)).sum(-1, dtype=torch.float64)
         return StepSums.from_tensor(torch.cat((self.sums, chains, torch.stack(decode_rounds(plan, agreed.sum(0))))))
+
+
+def _rejection_gradient(p: Tensor, q: Tensor, out: Tensor) -> Tensor:
+    """Of 1 - sum min(p, q) by the draft's logits, for softmaxes p and q [C, D]; `out` is overwritten."""
+    lower = q < p
+    share = torch.mul(q, lower, out=out).sum(-1, keepdim=True)
+    return torch.where(lower, share - 1.0, share, out=out).mul_(q)
 
 
 def decode_rounds(plan: Plan, agreed: Tensor) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ class _Loss(torch.autograd.Function):
         unroll = Unroll(weights, objective.rotary, plan, objective.backend)
         embeddings = functional.embedding(plan.tokens, objective.target.embedding)
         outputs = unroll.forward(embeddings, features, learn)
-        heads = Heads(objective.teacher(final, plan), weights.norm, weights.head, outputs, plan, learn)
+        heads = Heads(objective.teacher(final, plan), weights.norm, weights.head, outputs, plan, learn, objective.kind)
         outcome.append(heads.step_sums())
         if learn:
             ctx.learnt = unroll, heads

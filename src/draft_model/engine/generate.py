@@ -1,0 +1,188 @@
+"""vLLM answers prompts as they come: continuous batching and prefix caching, in a process of its own.
+
+The two processes speak JSON lines: requests over the standard input, answers over a pipe, because vLLM writes its log
+to the standard output. A conversation's next prompt goes in as soon as its answer is there; nothing waits for a batch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import IO, Any
+
+from draft_model import engine as engines
+from draft_model.errors import DraftModelError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn, in vLLM's words; these defaults are what engines take where a model says nothing."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a process generates with."""
+
+    model: str  # folder of the target
+    context: int  # tokens of prompt and answer together, at most
+    sampling: Sampling
+    end_tokens: list[int]
+    gpus: int  # that the target is split over; 0: on the CPU
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt."""
+
+    id: int
+    prompt: list[int]
+    max_new_tokens: int
+    seed: int  # of its sampling
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was generated for a prompt."""
+
+    id: int  # of the request
+    tokens: list[int]  # without the end token
+    finish: str  # stop, or length where it was cut
+
+
+class VllmGenerator:
+    """A process that generates; `close` ends it.
+
+    Args:
+        settings: of the generation.
+        devices: value of CUDA_VISIBLE_DEVICES for the process; None leaves it.
+
+    Raises:
+        DraftModelError: from `submit` and `next`, when the process has failed; says why.
+    """
+
+    in_flight = 512
+    """Conversations at once: two shards, more than vLLM batches by default."""
+    continuous = True
+
+    def __init__(self, settings: Settings, devices: str | None = None) -> None:
+        answers, write = os.pipe()
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path}
+        if devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = devices
+        self._process = subprocess.Popen(
+            [engines._python(), "-m", "draft_model.engine.generate", json.dumps(asdict(settings)), str(write)],
+            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", pass_fds=[write], start_new_session=True,
+        )  # fmt: skip
+        os.close(write)
+        self._answers: IO[str] = os.fdopen(answers, encoding="utf-8")
+        self._last: deque[str] = deque(maxlen=400)
+        self._log = threading.Thread(target=self._pass_on_log, daemon=True)
+        self._log.start()
+
+    def _pass_on_log(self) -> None:
+        for line in self._process.stdout or ():
+            sys.stderr.write(line)
+            self._last.append(line)
+
+    def submit(self, request: Request) -> None:
+        """Sends a prompt; its answer comes in any order."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # `next` says why
+            self._process.stdin.write(json.dumps(asdict(request)) + "\n")
+            self._process.stdin.flush()
+
+    def next(self) -> Answer:
+        """Waits for the next answer."""
+        if line := self._answers.readline():
+            return Answer(**json.loads(line))
+        self.close()
+        raise DraftModelError(
+            f"regenerate_answers: vllm {engines.explain(self._process.returncode, ''.join(self._last))}"
+        )
+
+    def close(self) -> None:
+        """Ends the process and what it has started."""
+        with suppress(OSError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._log.join()
+        self._answers.close()
+
+
+def main(settings: Mapping[str, Any], answers: IO[str]) -> None:
+    """Generates until the standard input ends, which it does with the process that started this one.
+
+    Args:
+        settings: `Settings` as JSON has them.
+        answers: where the answers go.
+    """
+    from draft_model.engine.vllm import _CPU
+
+    requests: SimpleQueue[str | None] = SimpleQueue()
+
+    def receive() -> None:
+        for line in sys.stdin:
+            requests.put(line)
+        requests.put(None)
+
+    threading.Thread(target=receive, daemon=True).start()
+    for name, value in {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **_CPU}.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+    from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
+
+    engine = LLM(
+        model=settings["model"], dtype="auto" if settings["gpus"] else "float32", max_model_len=settings["context"],
+        tensor_parallel_size=max(1, settings["gpus"]), enforce_eager=not settings["gpus"], generation_config="vllm",
+        skip_tokenizer_init=True, enable_prefix_caching=True, trust_remote_code=False, seed=0,
+    ).llm_engine  # fmt: skip
+    sampling = settings["sampling"]
+    while True:
+        busy = engine.has_unfinished_requests()
+        while not busy or not requests.empty():
+            line = requests.get()
+            if line is None:
+                return
+            request = Request(**json.loads(line))
+            params = SamplingParams(
+                **sampling, max_tokens=request.max_new_tokens, seed=request.seed if sampling["temperature"] else None,
+                stop_token_ids=settings["end_tokens"], detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            )  # fmt: skip
+            engine.add_request(str(request.id), {"prompt_token_ids": request.prompt}, params)
+            busy = True
+        for done in engine.step():
+            if done.finished:
+                output = done.outputs[0]
+                tokens = list(output.token_ids)
+                if output.finish_reason == "stop" and tokens and tokens[-1] in settings["end_tokens"]:
+                    tokens.pop()
+                answer = Answer(int(done.request_id), tokens, output.finish_reason or "length")
+                answers.write(json.dumps(asdict(answer)) + "\n")
+                answers.flush()
+
+
+if __name__ == "__main__":
+    with os.fdopen(int(sys.argv[2]), "w", encoding="utf-8") as pipe:
+        main(json.loads(sys.argv[1]), pipe)

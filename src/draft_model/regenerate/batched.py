@@ -1,0 +1,102 @@
+"""transformers' own `generate` for a batch at a time: for small targets, where there is no engine.
+
+Which conversations share a batch depends on their numbers alone, so rounding is the same wherever a batch runs. Each
+row is sampled with a generator of its own: Gumbel noise on the logits makes the greedy choice a draw.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from draft_model.engine.generate import Answer, Request, Sampling, Settings
+from draft_model.target.model import load_model
+
+
+class BatchedGenerator:
+    """Answers prompts with transformers, in the target's process.
+
+    Args:
+        settings: of the generation.
+    """
+
+    in_flight = 16
+    """Prompts at once; a CPU does 16 rows in about the time of one."""
+    continuous = False
+
+    def __init__(self, settings: Settings) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._model = load_model(Path(settings.model), dtype).to(device).eval()
+        self._settings = settings
+        self._waiting: list[Request] = []
+        self._answers: deque[Answer] = deque()
+
+    def submit(self, request: Request) -> None:
+        """Takes a prompt into the next batch."""
+        self._waiting.append(request)
+
+    def next(self) -> Answer:
+        """Gives the next answer; with none left, the prompts that wait are the next batch."""
+        if not self._answers:
+            self._answers.extend(self._generate(self._waiting))
+            self._waiting = []
+        return self._answers.popleft()
+
+    def close(self) -> None:
+        """Frees the target."""
+        del self._model
+
+    @torch.no_grad()
+    def _generate(self, batch: list[Request]) -> list[Answer]:
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        device, ends = self._model.device, self._settings.end_tokens
+        width = max(len(request.prompt) for request in batch)
+        # A row is filled up with its own first token: a penalty on repetition has seen that anyway.
+        rows = [[request.prompt[0]] * (width - len(request.prompt)) + request.prompt for request in batch]
+        mask = [[0] * (width - len(request.prompt)) + [1] * len(request.prompt) for request in batch]
+        config = GenerationConfig(
+            do_sample=False, max_new_tokens=max(request.max_new_tokens for request in batch), eos_token_id=ends,
+            pad_token_id=ends[0],
+        )  # fmt: skip
+        self._model.generation_config = GenerationConfig()  # what a call leaves open is taken from there
+        output = self._model.generate(
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList(self._processors(batch)),
+        )
+        answers = []
+        for request, row in zip(batch, output[:, width:].tolist(), strict=True):
+            row = row[: request.max_new_tokens]
+            end = next((index for index, token in enumerate(row) if token in ends), None)
+            answers.append(Answer(request.id, row[:end], "length" if end is None else "stop"))
+        return answers
+
+    def _processors(self, batch: list[Request]) -> list[object]:
+        from transformers.generation import logits_process as of
+
+        sampling: Sampling = self._settings.sampling
+        chosen: list[object] = []
+        if sampling.repetition_penalty != 1:
+            chosen.append(of.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        if not sampling.temperature:
+            return chosen
+        chosen.append(of.TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            chosen.append(of.TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            chosen.append(of.TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p:
+            chosen.append(of.MinPLogitsWarper(sampling.min_p))
+        generators = [torch.Generator().manual_seed(request.seed) for request in batch]
+
+        def draw(_tokens: Tensor, logits: Tensor) -> Tensor:
+            noise = [torch.empty(logits.shape[1]).exponential_(generator=each).log() for each in generators]
+            return logits - torch.stack(noise).to(logits.device)
+
+        return [*chosen, draw]

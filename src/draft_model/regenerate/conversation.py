@@ -1,0 +1,255 @@
+"""One conversation: its assistant turns are replaced in order by what the target says, given its own earlier answers.
+
+A conversation is a Python generator: it yields a prompt and receives the answer, so any number of them can be under way
+with one engine. Answers are kept as they were generated. Only gpt-oss's channels are taken apart, for no chat template
+writes them as text.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
+
+from draft_model.dataset.reader import Message, Rejected, Row, parse
+from draft_model.dataset.render import Renderer
+from draft_model.dataset.templates import Template, as_json
+from draft_model.engine.generate import Answer, Request
+
+Key = TypeVar("Key")
+Chat = Generator[tuple[list[int], int], Answer, "Outcome"]
+"""Yields a prompt and how many tokens its answer may have."""
+
+TOO_LONG = "prompt too long"
+OTHER_CALLS = "tool results do not fit the answer"
+IN_REASONING = "cut while it reasoned"
+_TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+_RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
+
+
+class Engine(Protocol):
+    """What answers prompts."""
+
+    in_flight: int  # conversations at once
+    continuous: bool  # whether one that has ended is replaced at once, or only all together
+
+    def submit(self, request: Request) -> None:
+        """Takes a prompt."""
+
+    def next(self) -> Answer:
+        """Gives the next answer, in any order."""
+
+    def close(self) -> None:
+        """Frees what it holds."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant turn before and after."""
+
+    before: str
+    after: str
+    tokens_before: int
+    tokens: int
+    finish: str  # stop or length
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a conversation."""
+
+    record: dict[str, Any] | None = None  # a line of the output; None where it was put aside
+    turns: list[Turn] = field(default_factory=list)  # those that were regenerated
+    kept: int = 0  # assistant turns that were left as they were
+    reason: str = ""  # why it was put aside, or ends early
+    detail: str = ""
+    faulty: bool = False  # it cannot be used, whatever the target says
+
+
+class Writer:
+    """Makes prompts of conversations, and conversations of answers.
+
+    Args:
+        tokenizer: the target's.
+        template: whose turn markers it writes.
+        context: tokens that prompt and answer may have together.
+        max_new_tokens: of an answer.
+    """
+
+    def __init__(self, tokenizer: Any, template: Template, context: int, max_new_tokens: int) -> None:
+        self._tokenizer, self._template = tokenizer, template
+        self._context, self._max_new_tokens = context, max_new_tokens
+        self._renderers = [Renderer(tokenizer, template, tools=tools) for tools in (False, True)]
+
+    def converse(self, line: bytes, suffix: str, number: str) -> Chat:
+        """Regenerates a line of the input.
+
+        Args:
+            line: as it stands in the file.
+            suffix: appended to the id; of a sample, where there are several.
+            number: id of a line that has none.
+        """
+        turns: list[Turn] = []
+        try:
+            row = parse(line)
+            if row.text:
+                raise Rejected("rendered text", "`text` is one piece; give `conversations` or `messages`")
+            return (yield from self._regenerate(row, suffix, number, turns))
+        except RecursionError:
+            return Outcome(reason="wrong shape", detail="the line is nested too deeply", faulty=True)
+        except Rejected as refusal:
+            return Outcome(reason=refusal.reason, detail=refusal.detail, faulty=not turns)
+
+    def _regenerate(self, row: Row, suffix: str, number: str, turns: list[Turn]) -> Chat:
+        renderer = self._renderers[bool(row.tools)]
+        messages: list[Message] = []
+        finish, ignored, reason, detail = [], [], "", ""
+        flags = zip(row.answers, row.cut, row.ignored, strict=True)
+        for index, message in enumerate(row.messages):
+            if message["role"] != "assistant":
+                messages.append(message)
+                continue
+            _, was_cut, is_ignored = next(flags)
+            if is_ignored or not messages or messages[-1]["role"] not in ("user", "tool"):
+                messages.append({**message, "weight": 0})  # nothing asks for it, or nobody learns it
+                finish.append("length" if was_cut else "stop")
+                ignored.append(True)
+                continue
+            text = renderer.prompt(replace(row, messages=messages))
+            prompt = self._tokens(text)
+            room = self._context - len(prompt)
+            if room < 1:
+                reason, detail = TOO_LONG, f"message {index + 1}: {len(prompt)} tokens before it; {self._context} fit"
+                break
+            answer = yield prompt, min(room, self._max_new_tokens)
+            said = self._tokenizer.decode(answer.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            if answer.finish == "length":  # within a character
+                said = said.rstrip("\N{REPLACEMENT CHARACTER}")
+            try:
+                made = self._message(said, opened=text.rstrip().endswith("<think>"))
+            except Rejected as refusal:
+                reason, detail = f"answer: {refusal.reason}", f"message {index + 1}: {refusal.detail}"
+                break
+            before = _text(message)
+            turns.append(Turn(before, said, len(self._tokens(before)), len(answer.tokens), answer.finish))
+            messages.append(made)
+            finish.append(answer.finish)
+            ignored.append(False)
+            if index + 1 < len(row.messages) and not made["content"] and "tool_calls" not in made:
+                reason, detail = IN_REASONING, f"message {index + 1}: {len(answer.tokens)} tokens"
+                break
+            if index + 1 < len(row.messages) and _calls(made) != _calls(message):
+                reason, detail = OTHER_CALLS, f"message {index + 1}"
+                break
+        if not turns and not reason:
+            raise Rejected("no assistant turn", "none of its assistant turns is learnt")
+        if not turns:
+            return Outcome(reason=reason, detail=detail, faulty=reason == TOO_LONG)
+        while reason and messages[-1]["role"] != "assistant":
+            messages.pop()
+        cut = tuple(each == "length" for each in finish)
+        renderer.render(
+            replace(row, messages=messages, cut=cut, ignored=tuple(ignored))
+        )  # as the data set's stage will
+        record = {"id": f"{row.columns.get('id', number)}{suffix}" if suffix else row.columns.get("id", number)}
+        record |= {name: value for name, value in row.columns.items() if name != "id"}
+        record |= {"tools": row.tools} if row.tools else {}
+        record |= {"conversations": messages, "finish": finish}
+        return Outcome(record, turns, sum(ignored), reason, detail)
+
+    def _tokens(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _message(self, said: str, *, opened: bool) -> Message:
+        """An answer as a message; `opened`: the prompt ends where the model's reasoning begins.
+
+        Raises:
+            Rejected: there is nothing in it, or what the data set's stage would refuse.
+        """
+        message: Message = {"role": "assistant", "content": said}
+        if self._template.opening:
+            message = _of_channels(said)
+        elif "</think>" not in said and (opened or said.lstrip().startswith("<think>")):  # cut while it reasoned
+            message |= {"content": "", "reasoning_content": said.lstrip().removeprefix("<think>")}
+        if not _text(message).strip():
+            raise Rejected("empty", "the target ended its turn at once")
+        self._template.refuse_control_tokens(Row([message]))
+        return message
+
+
+def drive(engine: Engine, chats: Iterator[tuple[Key, Chat]], seed: Any) -> Iterator[tuple[Key, Outcome]]:
+    """Has an engine answer conversations; yields each with its key when it has ended.
+
+    Args:
+        engine: takes so many conversations at once as it can.
+        chats: not begun yet.
+        seed: from a key and the number of the answer to the seed of its sampling.
+    """
+    active: dict[int, tuple[Key, Chat, int]] = {}
+    numbers = itertools.count()
+
+    def advance(key: Key, chat: Chat, turn: int, answer: Answer | None) -> Iterable[tuple[Key, Outcome]]:
+        try:
+            prompt, room = next(chat) if answer is None else chat.send(answer)
+        except StopIteration as end:
+            return [(key, end.value)]
+        number = next(numbers)
+        active[number] = (key, chat, turn + 1)
+        engine.submit(Request(number, prompt, room, seed(key, turn)))
+        return []
+
+    while True:
+        if engine.continuous or not active:
+            started = list(itertools.islice(chats, engine.in_flight - len(active)))
+            for key, chat in started:
+                yield from advance(key, chat, 0, None)
+            if not active and not started:
+                return
+        if active:
+            answer = engine.next()
+            yield from advance(*active.pop(answer.id), answer)
+
+
+def _of_channels(said: str) -> Message:
+    """gpt-oss: reasoning, answer and call stand in channels of their own."""
+    message: Message = {"role": "assistant", "content": ""}
+    for part in said.split("<|start|>assistant"):
+        head, _, body = part.partition("<|message|>")
+        body = body.removesuffix("<|end|>")
+        if recipient := _RECIPIENT.search(head):
+            try:
+                call = {"name": recipient[1], "arguments": json.loads(body)}
+            except ValueError:
+                raise Rejected("call is not JSON", f"{recipient[1]}: {body[:80]}") from None
+            message = {**message, "content": None, "tool_calls": [{"type": "function", "function": call}]}
+        elif "analysis" in head:
+            message["reasoning_content"] = body
+        else:
+            message["content"] = body
+    return message
+
+
+def _calls(message: Message) -> list[tuple[str, Any]]:
+    """Names and arguments of a turn's calls, also where they stand in its text as Qwen and Llama 3 write them."""
+    if "tool_calls" in message:
+        functions = [call["function"] for call in message["tool_calls"]]
+        return [(function["name"], function["arguments"]) for function in functions]
+    content = (message["content"] or "").removeprefix("<|python_tag|>").strip()
+    found = []
+    for text in _TOOL_CALL.findall(content) or ([content] if content.startswith("{") else []):
+        try:
+            call = json.loads(text)
+        except ValueError:
+            continue
+        if "name" in call:
+            found.append((call["name"], call.get("arguments", call.get("parameters"))))
+    return found
+
+
+def _text(message: Message) -> str:
+    parts = (message.get("reasoning_content"), message["content"], as_json(message.get("tool_calls")))
+    return "\n".join(part for part in parts if part)

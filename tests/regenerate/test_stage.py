@@ -1,0 +1,284 @@
+"""Conversations of a tiny target from end to end: the answers are its own, whoever generates them and however often."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import tiny
+
+from draft_model import dataset, model_import, storage
+from draft_model.dataset.tokens import Split
+from draft_model.engine.generate import Sampling
+from draft_model.errors import DraftModelError
+from draft_model.parameters import Parameters
+from draft_model.parameters.rules import problems_with
+from draft_model.regenerate import RegenerateConfig, run, stage
+
+ROWS = [
+    {"id": "greek", "conversations": [
+        {"role": "user", "content": "alpha beta"}, {"role": "assistant", "content": "gamma"},
+        {"role": "user", "content": "delta"}, {"role": "assistant", "content": "epsilon zeta"}]},
+    *(row for row in tiny.conversations(11) if row["id"] != "tiny-0-5"),  # to that one it says nothing
+]  # fmt: skip
+BAR = 93
+"""A token that this target often writes; it ends its replies, so that some of them are cut and some are not."""
+GREEDY = {"chat_template": "qwen", "max_length": 160, "regenerate_max_new_tokens": 12, "regenerate_temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("regenerate")
+    source = tiny.write_target(folder / "source", seed=4)
+    (source / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [1, BAR], "temperature": 0.7, "top_k": 5})
+    )
+    settings = model_import.ImportConfig(
+        str(folder / "model"), folder / "work", Parameters(pytorch_model_path=str(source))
+    )
+    return model_import.run(settings).uri
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(stage, "SHARD_LINES", 4)
+    monkeypatch.setattr(stage, "_POLL_SECONDS", 0.01)
+    monkeypatch.delenv("DRAFT_MODEL_ENGINE_PYTHON", raising=False)
+
+
+@pytest.fixture
+def regenerate(model, tmp_path):
+    def regenerate(name, rows=ROWS, *, root="", pod=0, pods=1, **settings):
+        data = tmp_path / "train.jsonl"
+        if not data.exists():
+            tiny.write_jsonl(data, rows)
+        p = Parameters(dataset_train_split=str(data), **{"regenerate_answers": "all", **GREEDY, **settings})
+        return run(RegenerateConfig(model, str(tmp_path / name), p, tmp_path / f"work-{name}-{pod}", root, pod, pods))
+
+    return regenerate
+
+
+def contents(uri):
+    return {
+        path.relative_to(uri).as_posix(): path.read_bytes() for path in sorted(Path(uri).rglob("*")) if path.is_file()
+    }
+
+
+def lines(uri, split="train"):
+    parts = sorted(Path(uri, split).glob("part-*"))
+    return [json.loads(line) for part in parts for line in gzip.decompress(part.read_bytes()).splitlines()]
+
+
+def said_by(model, messages, longest=12):
+    """The target's greedy answer to one prompt by itself, and whether it ended."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, target = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))["input_ids"]
+    made = []
+    for _ in range(longest):
+        token = int(target(torch.tensor([ids + made])).logits[0, -1].argmax())
+        if token in (1, BAR):
+            return tokenizer.decode(made), "stop"
+        made.append(token)
+    return tokenizer.decode(made).rstrip("\N{REPLACEMENT CHARACTER}"), "length"
+
+
+def test_each_turn_is_what_the_target_says_to_its_own_earlier_answers(regenerate, model):
+    made = lines(regenerate("out").uri)
+    assert [row["id"] for row in made] == [row["id"] for row in ROWS]
+    for given, row in zip(ROWS[:4], made, strict=False):
+        expected, finish = [], []
+        for message in given["conversations"]:
+            if message["role"] == "assistant":
+                text, how = said_by(model, expected)
+                expected.append({"role": "assistant", "content": text})
+                finish.append(how)
+            else:
+                expected.append(message)
+        assert (row["conversations"], row["finish"]) == (expected, finish)
+
+
+def test_the_data_set_takes_all_of_it_and_teaches_no_end_after_a_cut_answer(regenerate, model, tmp_path):
+    made = regenerate("out")
+    p = Parameters(dataset_train_split=made.split_uri("train"), chat_template="qwen", max_length=160)
+    built = dataset.run(dataset.DatasetConfig(model, str(tmp_path / "dataset"), p, tmp_path / "work"))
+    assert (built.train.rows_kept, built.train.rows_rejected) == (made.splits["train"]["conversations"], 0)
+    finish = [how for row in lines(made.uri) for how in row["finish"]]
+    split = Split(Path(built.uri) / "train")
+    rows = [split[index] for index in range(len(split))]
+    ends = sum(int((row.input_ids[row.loss_mask] == 1).sum()) for row in rows)
+    assert (ends, made.splits["train"]["cut"]) == (finish.count("stop"), finish.count("length"))
+    assert min(finish.count("length"), finish.count("stop")) > 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"regenerate_temperature": 0.9, "regenerate_samples_per_prompt": 2}])
+def test_the_number_of_pods_changes_nothing(regenerate, tmp_path, settings):
+    regenerate("alone", **settings)
+    others = [
+        threading.Thread(target=regenerate, args=("three",), kwargs={"pod": n, "pods": 3, **settings}) for n in (2, 1)
+    ]
+    for other in others:
+        other.start()
+    regenerate("three", pod=0, pods=3, **settings)
+    for other in others:
+        other.join()
+    assert contents(tmp_path / "alone") == contents(tmp_path / "three")
+
+
+def test_a_run_that_was_killed_goes_on_with_the_shards_that_are_missing(regenerate, model, tmp_path):
+    regenerate("whole")
+    program = (
+        "import sys, time; from pathlib import Path; from draft_model.regenerate import stage\n"
+        "stage.SHARD_LINES = 4; upload = stage._upload\n"
+        "def slow(shard, *rest):\n    if shard.number == 2: time.sleep(600)\n    upload(shard, *rest)\n"
+        "stage._upload = slow; stage.run(stage.RegenerateConfig.from_json(sys.argv[1]))"
+    )
+    p = Parameters(dataset_train_split=str(tmp_path / "train.jsonl"), regenerate_answers="all", **GREEDY)
+    config = RegenerateConfig(model, str(tmp_path / "killed"), p, tmp_path / "work").to_json()
+    pieces = tmp_path / "killed/pieces/train"
+    with subprocess.Popen([sys.executable, "-c", program, config], env={**os.environ}) as process:
+        while len(list(pieces.glob("part-*.json")) if pieces.exists() else []) < 2:
+            assert process.poll() is None
+            threading.Event().wait(0.05)
+        os.kill(process.pid, signal.SIGKILL)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed/train").glob("part-*")}
+    assert len(before) == 2
+    regenerate("killed")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_answers_are_found_again_where_data_model_and_settings_are_the_same(regenerate, tmp_path):
+    root = str(tmp_path / "root")
+    first = regenerate("", root=root)
+    again = regenerate("", root=root, build_dataset_num_proc=3, seed=5)  # greedy: the seed plays no part
+    assert (first.reused, again.reused, again.uri, again.splits) == (False, True, first.uri, first.splits)
+    others = [
+        {"regenerate_max_new_tokens": 5},
+        {"regenerate_limit": 3},
+        {"regenerate_temperature": 1.0},
+        {"max_length": 99},
+    ]
+    uris = {regenerate("", root=root, **other).uri for other in others}
+    assert len(uris | {first.uri}) == 5
+    next(Path(first.uri, "train").glob("part-*")).unlink()
+    assert not regenerate("", root=root).reused
+
+
+def test_sampling_is_the_targets_own_unless_a_temperature_is_given(model):
+    assert stage.read_sampling(Path(model), -1.0) == Sampling(temperature=0.7, top_k=5)
+    assert stage.read_sampling(Path(model), 1.3) == Sampling(temperature=1.3, top_k=5)
+    assert stage.read_sampling(Path(model), 0.0) == Sampling(temperature=0.0)
+
+
+def test_samples_of_a_conversation_differ_and_are_told_apart(regenerate):
+    sampled = {"regenerate_temperature": 1.0, "regenerate_samples_per_prompt": 2}
+    made = {row["id"]: row["conversations"] for row in lines(regenerate("two", **sampled).uri)}
+    assert list(made) == [name for row in ROWS for sample in (0, 1) if (name := f"{row['id']}-{sample}") in made]
+    pairs = [
+        (made[f"{row['id']}-0"], made[f"{row['id']}-1"])
+        for row in ROWS
+        if f"{row['id']}-1" in made and f"{row['id']}-0" in made
+    ]
+    assert sum(one != two for one, two in pairs) > 5
+    other = {row["id"]: row["conversations"] for row in lines(regenerate("seed", seed=1, **sampled).uri)}
+    assert other != made
+    (problem,) = problems_with(
+        {"regenerate_answers": "train", "regenerate_temperature": 0, "regenerate_samples_per_prompt": 2}, ["regenerate"]
+    )
+    assert problem.startswith("regenerate_samples_per_prompt: given 2 with regenerate_temperature=0")
+
+
+def test_draws_follow_the_distribution(model):
+    """Two thousand first tokens against the probabilities that the settings leave."""
+    import torch
+
+    from draft_model.engine.generate import Request, Settings
+    from draft_model.regenerate.batched import BatchedGenerator
+
+    sampling = Sampling(temperature=1.5, top_k=4)
+    generator = BatchedGenerator(Settings(model, 160, sampling, [1, BAR], 0))
+    prompt = [5, 6, 7]
+    for number in range(2000):
+        generator.submit(Request(number, prompt, 1, seed=number))
+    drawn = [(generator.next().tokens or [1])[0] for _ in range(2000)]
+    logits = generator._model(torch.tensor([prompt])).logits[0, -1] / 1.5
+    best = logits.topk(4)
+    for token, share in zip(best.indices.tolist(), best.values.softmax(0).tolist(), strict=True):
+        assert abs(drawn.count(token) / 2000 - share) < 0.05
+    assert set(drawn) <= set(best.indices.tolist())
+
+
+def test_what_cannot_be_used_is_put_aside_with_its_line(regenerate, tmp_path):
+    long = {
+        "id": "long",
+        "conversations": [{"role": "user", "content": "alpha " * 200}, {"role": "assistant", "content": "x"}],
+    }
+    text = {"text": "<|im_start|>assistant\nhello<|im_end|>"}
+    later = {"id": "later", "conversations": [*ROWS[0]["conversations"][:2], *long["conversations"]]}
+    rows = [*ROWS, long, text, {"conversations": []}, later]
+    with pytest.raises(
+        DraftModelError, match=r"3 of 15 conversations cannot be regenerated .*train.jsonl line 12: prompt"
+    ):
+        regenerate("out", rows)
+    made = regenerate("out", max_rejected_fraction=0.5)
+    assert [row["id"] for row in lines(made.uri)] == [*(row["id"] for row in ROWS), "later"]
+    assert [message["role"] for message in lines(made.uri)[-1]["conversations"]] == ["user", "assistant"]
+    counts = made.splits["train"]
+    assert counts["put_aside"] == {"prompt too long": 1, "rendered text": 1, "empty": 1}
+    assert counts["ended_early"] == {"prompt too long": 1}
+    aside = [json.loads(line) for line in Path(made.uri, "rejected.jsonl").read_text().splitlines()]
+    assert [(it["line"], it["reason"]) for it in aside] == [
+        (12, "prompt too long"),
+        (13, "rendered text"),
+        (14, "empty"),
+    ]
+    page = Path(made.uri, "report.html").read_text()
+    assert "gamma" in page
+    assert "prompt too long" in page
+    assert (
+        json.loads(Path(made.uri, "report.json").read_text())["splits"]["train"]["samples"][0][1]["before"] == "gamma"
+    )
+
+
+def test_limit_and_splits(regenerate, tmp_path):
+    given = {
+        "dataset_validation_split": str(tiny.write_jsonl(tmp_path / "held.jsonl", ROWS[:2])),
+        "regenerate_limit": 5,
+    }
+    both = regenerate("both", **given)
+    assert {split: counts["conversations"] for split, counts in both.splits.items()} == {"train": 5, "validation": 2}
+    assert len(lines(both.uri, "validation")) == 2
+    assert list(regenerate("train", **given, regenerate_answers="train").splits) == ["train"]
+
+
+def test_an_engine_that_is_named_and_not_there_is_no_reason_to_be_slow_in_silence(regenerate, monkeypatch):
+    monkeypatch.setenv("DRAFT_MODEL_ENGINE_PYTHON", sys.executable)
+    with pytest.raises(
+        DraftModelError, match=r"DRAFT_MODEL_ENGINE_PYTHON: given .*cannot import vllm; install it there"
+    ):
+        regenerate("out")
+
+
+def test_the_command_line(model, tmp_path):
+    from click.testing import CliRunner
+
+    from draft_model.cli import cli
+
+    data = tiny.write_jsonl(tmp_path / "train.jsonl", ROWS[:2])
+    options = [f"--{name}={value}" for name, value in {**GREEDY, "dataset_train_split": data}.items()]
+    done = CliRunner().invoke(
+        cli, ["regenerate", f"--model={model}", f"--output={tmp_path / 'out'}", *options], catch_exceptions=False
+    )
+    assert done.stdout.strip() == str(tmp_path / "out")
+    assert (
+        storage.read_manifest(str(tmp_path / "out"), stage="regenerate").properties["splits"]["train"]["conversations"]
+        == 2
+    )
