@@ -92,6 +92,7 @@ VARIANTS: dict[str, Recipe] = {
     "quiet": replace(BASE, embedding=0.0, noise=0.0),
     "muon-1e-2": replace(BASE, muon=1e-2),
     "muon-2e-2": MUON,
+    "muon-2e-2-step-decay-0.5": replace(MUON, step_decay=0.5),
     "muon-2e-2-rate-2e-3": replace(MUON, rate=2e-3),
     "muon-2e-2-ns3": replace(MUON, muon_steps=3),
     "muon-2e-2-m0.9": replace(MUON, muon_momentum=0.9),

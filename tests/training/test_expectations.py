@@ -15,6 +15,8 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize(
     ("tokens", "own", "lengths"),
     [
+        (41_500, True, [1.33, 1.48]),  # benchmarks/recipe.py, 160 conversations, AdamW and Muon
+        (102_000, True, [1.72]),  # 400 conversations, Muon
         (102_000 * 2, True, [1.66]),  # the demo of 391 conversations, two epochs
         (408_000, True, [1.82]),  # 1,564 conversations, one epoch
         (2_500_000, True, [1.89]),  # speculators #751 and the like: 5,000 conversations
@@ -25,7 +27,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 def test_the_range_holds_what_was_measured(tokens, own, lengths):
     low, high = expected_acceptance_length(tokens, 3, own)
     assert all(low <= length <= high for length in lengths)
-    assert high - low < 0.6
+    assert high - low < 0.7
 
 
 @pytest.mark.parametrize("own", [True, False])

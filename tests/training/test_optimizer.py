@@ -11,9 +11,10 @@ from training.test_resume import interrupted_at
 
 
 def make_draft():
-    shape = family().default_shape(tiny.llama_config().to_dict())
+    eagle3 = family("eagle3")
+    shape = eagle3.default_shape(tiny.llama_config().to_dict())
     torch.manual_seed(0)
-    return family().create(shape, torch.ones(shape.vocab_size, dtype=torch.bool), torch.zeros(shape.draft_vocab_size))
+    return eagle3.create(shape, torch.ones(shape.vocab_size, dtype=torch.bool), torch.zeros(shape.draft_vocab_size))
 
 
 def test_draft_optimizer_muon_is_pytorchs_muon_for_the_layer_and_adamw_for_head_and_norms():

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from draft_model.parameters import Parameters
 
-POINTS = ((1e4, 0.14), (4e4, 0.27), (2e5, 0.42), (4e5, 0.48), (2.5e6, 0.52), (2.5e8, 0.68))
+POINTS = ((1e4, 0.17), (4e4, 0.30), (1e5, 0.40), (2e5, 0.45), (4e5, 0.50), (2.5e6, 0.55), (2.5e8, 0.68))
 """Supervised tokens and p."""
-SPREAD = 0.07
-"""Of p, between targets and kinds of conversation."""
-FOREIGN = 0.17
+SPREAD = 0.08
+"""Of p, between recipes, targets and kinds of conversation."""
+FOREIGN = 0.20
 """What p loses where the answers are not the target's own."""
 
 
@@ -52,8 +52,6 @@ def expectation(tokens: float, proposals: int) -> str:
 
 def advice(p: Parameters) -> str:
     """Settings that give more accepted tokens for the same data than the contract's defaults; see docs/training.md."""
-    wanted = {"draft_optimizer": "muon", "ttt_length": max(p.num_speculative_tokens, 2), "num_epochs": 1}
+    wanted = {"draft_optimizer": "muon", "ttt_length": p.num_speculative_tokens}
     changes = [f"{name}={value}" for name, value in wanted.items() if getattr(p, name) != value]
-    return ", ".join(
-        [*changes, "more of the target's own answers before a second epoch, and small steps while they are few"]
-    )
+    return ", ".join([*changes, "1 or 2 conversations per step and learning_rate 0.001 below a million tokens"])

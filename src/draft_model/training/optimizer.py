@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from draft_model.drafts.base import Draft
 
 MOMENTUM = 0.95
-RATIO = 10.0
+RATIO = 20.0
 """Muon's rate is so many times learning_rate; benchmarks/README.md has the measurement."""
 
 
