@@ -81,10 +81,10 @@ def test_a_target_that_does_not_fit_ends_the_evaluation_before_it_starts(tmp_pat
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "model.safetensors").write_bytes(b"x" * 100)
     uris = {name: f"{tmp_path}/at/{name}" for name in weights}
-    storage.publish(tmp_path / "model", uris["model"], stage="import", properties={"parameter_count": 10**10})
+    storage.publish(tmp_path / "model", uris["model"], stage="import", properties={"parameter_count": 12 * 10**9})
     storage.publish(tmp_path / "draft", uris["draft"], stage="train", properties={})
     p = {"training_backend": "pytorchjob", "instance_type_evaluation": "g6.xlarge"}
-    assert "the evaluation needs 20.0 GB" in steps._misfit(steps.Parameters(**p), uris["model"], uris["draft"])
+    assert "the evaluation needs 24.0 GB" in steps._misfit(steps.Parameters(**p), uris["model"], uris["draft"])
     assert steps._misfit(steps.Parameters(training_backend="local"), uris["model"], uris["draft"]) == ""
 
 

@@ -120,7 +120,8 @@ def test_a_stages_result_is_what_its_process_left_in_the_store(tmp_path, monkeyp
     """Neither the process' end nor another run's result counts."""
     output, model = str(tmp_path / "jobs"), str(tmp_path / "model")
     if whole:
-        storage.publish(tmp_path, model, stage="import", properties={})
+        (tmp_path / "files").mkdir()
+        storage.publish(tmp_path / "files", model, stage="import", properties={})
     seen = []
 
     def run_job(spec, run_id, work):

@@ -68,7 +68,9 @@ def trained(launcher, planned, uris):
 @pytest.fixture(scope="module")
 def evaluated(launcher, planned, uris, trained):
     draft = trained.accepted()["Output"]
-    return launcher.run("evaluate-draft-model", run_id=RUN, parameters=planned.accepted()["evaluate"], draft_uri=draft, **uris)
+    return launcher.run(
+        "evaluate-draft-model", run_id=RUN, parameters=planned.accepted()["evaluate"], draft_uri=draft, **uris
+    )
 
 
 def test_the_preflight_gives_each_stage_those_of_its_parameters_that_were_given(planned):
