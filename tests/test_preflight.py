@@ -14,7 +14,7 @@ import pytest
 from evaluation.dataset_hub import DatasetHub
 from model_import.hub_server import TOKEN, Hub
 
-from draft_model import storage
+from draft_model import preflight, storage
 from draft_model.dataset import files
 from draft_model.errors import DraftModelError
 from draft_model.kubeflow import HEALTH
@@ -279,14 +279,31 @@ def test_conversations_longer_than_the_target_knows_positions_are_a_note(hub, ru
 
 
 def test_a_default_instance_type_binds_no_pod_where_nothing_says_that_the_cluster_has_it(hub, run, monkeypatch):
-    default = {"compute_model_import": "serverless", "max_length": 1024}
-    found = run(**default)
+    monkeypatch.setattr(preflight, "check_cluster", lambda *_: ([], []))
+    monkeypatch.setattr(preflight, "check_nodes", lambda *_: [])
+    jobs = {"training_backend": "pytorchjob", "compute_draft_model_training": "cpu-pool", "max_length": 1024}
+    found = run(**jobs, compute_model_import="serverless")
     assert found.nodes["import"].node_selector == {}
     (note,) = found.notes
     assert note.startswith("instance_type_model_import: the default ")
-    named = run(**default, instance_type_model_import="Standard_D8s_v5")
+    named = run(**jobs, compute_model_import="serverless", instance_type_model_import="Standard_D8s_v5")
     assert named.nodes["import"].node_selector == {"node.kubernetes.io/instance-type": "Standard_D8s_v5"}
     assert named.notes == []
+
+
+def test_a_target_that_the_evaluations_gpus_cannot_hold_stops_the_run_before_its_training(
+    hub, run, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(preflight, "check_cluster", lambda *_: ([], []))
+    monkeypatch.setattr(preflight, "check_nodes", lambda *_: [])
+    config = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
+              "num_hidden_layers": 80, "vocab_size": 128256}  # fmt: skip
+    put(str(tmp_path), "model/config.json", content=json.dumps(config).encode())
+    given = {"huggingface_id": "", "pytorch_model_path": str(tmp_path / "model"), "training_backend": "pytorchjob"}
+    given |= {"instance_type_draft_model_training": "p5.48xlarge"}
+    (told,) = run(**given).problems
+    assert told.startswith("number_of_gpu_to_use_evaluation: the evaluation needs 141.8 GB")
+    assert run(**given, number_of_gpu_to_use_evaluation=4).problems == []
 
 
 def test_a_hub_that_cannot_be_reached_from_here_is_left_to_the_import(run, monkeypatch):
@@ -352,12 +369,15 @@ def test_a_hub_that_does_not_answer_is_a_note_for_benchmarks(benchmarks, run_on,
 
 
 def test_in_a_pod_a_note_says_what_the_evaluations_pod_must_reach(benchmarks, run_on, monkeypatch, tmp_path):
+    def notes(prompts):
+        return [note for note in run_on(prompts).notes if note.startswith("evaluation_prompts: ")]
+
     put(str(tmp_path), "prompts.jsonl", content=PROMPT)
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-    (note,) = run_on("gsm8k").notes
+    (note,) = notes("gsm8k")
     assert note.startswith("evaluation_prompts: found from here")
-    assert "must let the step evaluate-draft-model out" in note
-    assert run_on(str(tmp_path / "prompts.jsonl")).notes == run_on("").notes == []
+    assert "network policies must let it out" in note
+    assert notes(str(tmp_path / "prompts.jsonl")) == notes("") == []
 
 
 def test_the_object_store_is_written_to_with_the_later_steps_keys(hub, run, object_store):
@@ -447,13 +467,15 @@ def test_in_a_pod_a_server_that_is_too_old_is_told(hub, run, pod):
     [((200, {"items": [{}]}), ""), ((200, {"items": []}), "no node of this cluster has the labels {} now; unless an"),
      ((403, {"message": "no"}), "whether a node has the labels {} cannot be seen with this service account's rights")],
 )  # fmt: skip
-def test_labels_that_no_node_may_have_are_a_note(hub, run, pod, answer, told):
+def test_labels_that_no_node_may_have_are_a_note(hub, run, pod, monkeypatch, answer, told):
     pod["/api/v1/nodes"] = answer
     labels = "node.kubernetes.io/instance-type=Standard_D8s_v5"
     given = {"compute_model_import": "serverless", "instance_type_model_import": "Standard_D8s_v5"}
-    notes = run(**given, max_length=1024, training_backend="local").notes
-    start = "instance_type_model_import, compute_model_import: "
-    assert [start + told.format(labels) in note for note in notes] == ([True] if told else [])
+    monkeypatch.setattr(preflight, "check_cluster", lambda *_: ([], []))
+    given |= {"compute_draft_model_training": "cpu-pool", "max_length": 1024}
+    notes = run(**given).notes
+    assert ["start_limit: " + told.format(labels) in note for note in notes] == ([True] if told else [])
+    assert all("the import job's pods cannot start, and the run ends after start_limit" in note for note in notes)
 
 
 def test_everything_is_told_at_once_and_shown(hub, run, tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from draft_model import steps, storage
+from draft_model import jobs, steps, storage
 from draft_model.parameters import PARAMETERS
 
 DEFAULTS = {parameter.name: parameter.default for parameter in PARAMETERS}
@@ -38,24 +38,54 @@ def read(artifact):
     return Path(artifact.path).read_text(encoding="utf-8").replace("\\", "")
 
 
-@pytest.mark.parametrize(
-    ("given", "selector"),
-    [
-        ({"instance_type_model_import": "standard_D8S_v5"}, {"node.kubernetes.io/instance-type": "Standard_D8s_v5"}),
-        ({"instance_type_model_import": "Standard_D8s_v5", "compute_model_import": "cpu-pool"}, None),
-    ],
-)
-def test_the_pods_of_import_and_data_set_get_the_nodes_of_the_compute(summary, tmp_path, given, selector):
+def test_what_passes_between_steps_is_what_was_given_and_what_jobs_need(summary, tmp_path):
     data = str(tiny.write_jsonl(tmp_path / "train.jsonl", tiny.conversations(2)))
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    values = {**DEFAULTS, "pytorch_model_path": str(model), "dataset_train_split": data, "training_backend": "local"}
-    *stages, cpu, memory, found, tolerations = steps.preflight({**values, **given, "other": 1}, "RUN", summary)
-    assert (cpu[-1], memory[-2:], type(tolerations)) == ("m", "Mi", list)
-    assert found == selector or (selector is None and "node.kubernetes.io/instance-type" not in found)
-    assert [stage["storage_uri"] for stage in stages] == [""] * 4
-    assert f"| import, dataset | {cpu} | {memory} |" in read(summary)
+    given = {"pytorch_model_path": str(model), "dataset_train_split": data, "training_backend": "local"}
+    given |= {"start_limit": 5, "num_epochs": 3, "evaluation_conversations": 9, "regenerate_limit": 4}
+    imported, built, trained, evaluated = steps.preflight({**DEFAULTS, **given, "other": 1}, "RUN", summary)
+    every = {"training_backend": "local", "start_limit": 5}
+    assert imported == {**every, "pytorch_model_path": str(model)}
+    assert built == {**every, "dataset_train_split": data, "regenerate_limit": 4}
+    assert trained == {**every, "num_epochs": 3}
+    assert evaluated == {**every, "evaluation_conversations": 9}
+
+
+def stage(monkeypatch, **parameters):
+    """What the import runs as: the name of the function that was called."""
+    called = []
+    monkeypatch.setattr(jobs, "run_stage", lambda *given: called.append("job") or {})
+    monkeypatch.setitem(steps._RUNS, "import", lambda *_, **__: called.append("here") or {})
+    steps._perform("import", steps.Parameters(**parameters), {}, "s3://b/jobs", "RUN", Path())
+    return called
+
+
+def test_a_stage_is_a_job_where_there_is_a_cluster_and_pods_see_its_inputs(monkeypatch):
+    assert stage(monkeypatch, training_backend="pytorchjob", huggingface_id="a/b") == ["job"]
+    assert stage(monkeypatch, training_backend="pytorchjob", pytorch_model_path="s3://b/m") == ["job"]
+    assert stage(monkeypatch, training_backend="pytorchjob", pytorch_model_path="/data/m") == ["here"]
+    assert stage(monkeypatch, training_backend="local", huggingface_id="a/b") == ["here"]
+    assert stage(monkeypatch, huggingface_id="a/b") == ["here"]
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    assert stage(monkeypatch, huggingface_id="a/b") == ["job"]
+
+
+def test_a_target_that_does_not_fit_ends_the_evaluation_before_it_starts(tmp_path, monkeypatch):
+    """By the weights that were imported, and the compute map."""
+    weights = {"model": {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 1}, "draft": {}}
+    for name, config in weights.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "model.safetensors").write_bytes(b"x" * 100)
+    uris = {name: f"{tmp_path}/at/{name}" for name in weights}
+    storage.publish(tmp_path / "model", uris["model"], stage="import", properties={"parameter_count": 12 * 10**9})
+    storage.publish(tmp_path / "draft", uris["draft"], stage="train", properties={})
+    p = {"training_backend": "pytorchjob", "instance_type_evaluation": "g6.xlarge"}
+    assert "the evaluation needs 24.0 GB" in steps._misfit(steps.Parameters(**p), uris["model"], uris["draft"])
+    assert steps._misfit(steps.Parameters(training_backend="local"), uris["model"], uris["draft"]) == ""
 
 
 def clean(summary, status, **changes):

@@ -1,4 +1,4 @@
-"""The whole compiled pipeline, its training as a PyTorchJob of two nodes with two processes each.
+"""The whole compiled pipeline: each stage a PyTorchJob, its training one of two nodes with two processes each.
 
 One of the four processes is killed on the way, as a machine that goes would do: the second attempt goes on from the
 newest checkpoint, and the weights are those that the local back end trains undisturbed.
@@ -30,13 +30,18 @@ WORLD = {"num_nodes_draft_model_training": 2, "number_of_gpu_to_use_draft_model_
 @pytest.fixture(scope="module")
 def values(tmp_path_factory, object_store):
     data = tmp_path_factory.mktemp("data")
-    draft_config = f"s3://{object_store.bucket}/draft.json"
-    storage.write_bytes(draft_config, b'{"draft_vocab_size": 200}')
+    inputs = f"s3://{object_store.bucket}/inputs"  # which pods see, as they see no folder of this machine
+    tiny.write_target(data / "target")
+    tiny.write_jsonl(data / "train.jsonl", tiny.conversations(24))
+    tiny.write_jsonl(data / "validation.jsonl", tiny.conversations(6, seed=1))
+    (data / "draft.json").write_text('{"draft_vocab_size": 200}')
+    for file in (path for path in data.rglob("*") if path.is_file()):
+        storage.put_file(file, storage.join(inputs, *file.relative_to(data).parts))
     return {
-        "pytorch_model_path": str(tiny.write_target(data / "target")),
-        "dataset_train_split": str(tiny.write_jsonl(data / "train.jsonl", tiny.conversations(24))),
-        "dataset_validation_split": str(tiny.write_jsonl(data / "validation.jsonl", tiny.conversations(6, seed=1))),
-        "draft_model_config": draft_config,
+        "pytorch_model_path": f"{inputs}/target",
+        "dataset_train_split": f"{inputs}/train.jsonl",
+        "dataset_validation_split": f"{inputs}/validation.jsonl",
+        "draft_model_config": f"{inputs}/draft.json",
         "chat_template": "qwen",
         "max_length": 64,
         "ttt_length": 2,
@@ -63,7 +68,7 @@ def whole_folder(parent):
     return f"{parent}/{manifest.partition('/')[0]}"
 
 
-def test_the_pipeline_trains_on_the_cluster_and_survives_a_machine(
+def test_every_stage_is_a_job_of_the_cluster_and_the_training_survives_a_machine(
     server, operator, as_coordinator, store_secret, object_store, values, tmp_path
 ):
     root = f"s3://{object_store.bucket}/whole-pipeline"
@@ -71,6 +76,7 @@ def test_the_pipeline_trains_on_the_cluster_and_survives_a_machine(
     killer = threading.Thread(target=kill_a_process_after, args=(f"{output}/epoch_2", operator), daemon=True)
     killer.start()
     cluster = {"training_backend": "pytorchjob", "compute_draft_model_training": "cpu-pool", "storage_uri": root}
+    cluster["compute_model_import"] = "cpu-pool"
     final = run_local({**values, **cluster}, tmp_path / "run").final
     killer.join()
 
@@ -82,6 +88,11 @@ def test_the_pipeline_trains_on_the_cluster_and_survives_a_machine(
     assert training["steps"] == 90
     assert json.loads((final / "evaluation.json").read_text())["lossless"]["identical"]
     assert Cluster(server.api, NAMESPACE).objects(PYTORCHJOB) == []
+    beside = {name.rpartition("/")[2]: storage.join(root, name) for name in storage.list_files(root)}
+    for stage in ("import", "dataset", "evaluate"):
+        assert json.loads(storage.read_bytes(beside[f"{stage}_job.json"]))["state"] == "SUCCEEDED"
+        (pod,) = (name for name in operator.started if f"-{stage}-a0-" in name)
+        assert f"{pod}.log" in beside
 
     first, second = (attempt["name"] for attempt in record["attempts"])
     log = storage.read_bytes(f"{output}/logs/{second}/{second}-master-0.log").decode()

@@ -17,10 +17,11 @@ from draft_model.jobs.coordinate import Coordinator
 from draft_model.jobs.spec import PYTORCHJOB, RUNTIME, TRAINJOB, pytorchjob
 from draft_model.parameters import Parameters
 from draft_model.training import TrainConfig
-from jobs.fake import Clock, FakeCluster, status
+from jobs.fake import Clock, FakeCluster, pod, status
 from jobs.requests import GOLDEN, OWNER, RUN
 
 KEY = {"name": "mlflow-login", "key": "token"}
+HUB = {"name": "draft-model-hub", "key": "token", "optional": True}
 RUNNING, DONE = status("Running"), status("Succeeded", pods=[])
 WORKFLOW = {"metadata": {"name": OWNER["name"]}, "spec": {}}
 ENDS = [
@@ -45,7 +46,7 @@ def coordinate_(tmp_path, monkeypatch):
         cluster.script = [*script]
         spec = replace(GOLDEN["1x1"].spec, output=str(tmp_path / "output"), **changes)
         Coordinator(cluster, replace(GOLDEN["1x1"], spec=spec), tmp_path / "work").run()
-        return json.loads((tmp_path / "output/train_job.json").read_text())
+        return json.loads((tmp_path / f"output/{spec.stage}_job.json").read_text())
 
     run.cluster = cluster
     return run
@@ -100,6 +101,42 @@ def test_auto_takes_the_other_kind_where_an_operator_does_not_run(coordinate_, c
     fixed = parameters.model_copy(update={"training_backend": "pytorchjob"})
     with pytest.raises(DraftModelError, match="its operator does not run"):
         coordinate_({}, parameters=fixed, config="another")
+
+
+@pytest.mark.parametrize("stage", ["import", "regenerate", "dataset", "train", "evaluate"])
+def test_a_pod_of_any_stage_that_no_node_fits_ends_the_run_with_the_schedulers_words(coordinate_, stage):
+    stuck = pod(job="draft-3f2c9a10-a0" if stage == "train" else f"draft-3f2c9a10-{stage}-a0")
+    said = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/5 nodes have a GPU"}
+    stuck["status"] = {"conditions": [said]}
+    parameters = GOLDEN["1x1"].spec.parameters.model_copy(update={"start_limit": 0})  # minutes
+    with pytest.raises(DraftModelError, match=r"start_limit: draft-.* exceeded 0 minutes") as caught:
+        coordinate_(status("Created", pods=[stuck]), stage=stage, parameters=parameters)
+    assert "0/5 nodes have a GPU" in caught.value.problems[1]
+    assert coordinate_.cluster.there == {}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_stages_result_is_what_its_process_left_in_the_store(tmp_path, monkeypatch, whole):
+    """Neither the process' end nor another run's result counts."""
+    output, model = str(tmp_path / "jobs"), str(tmp_path / "model")
+    if whole:
+        (tmp_path / "files").mkdir()
+        storage.publish(tmp_path / "files", model, stage="import", properties={})
+    seen = []
+
+    def run_job(spec, run_id, work):
+        storage.write_bytes(f"{output}/import_result.json", b'{"run_id": "another"}')
+        assert spec.check() == [f"there is no result of this run at {output}/import_result.json"]
+        job = json.loads(spec.config)
+        result = {"run_id": job["run_id"], "uri": model, "written_by": "import", "page": "x"}
+        storage.write_bytes(job["result"], json.dumps(result).encode())
+        seen.append(spec)
+        assert (spec.check() == []) is whole
+
+    monkeypatch.setattr(jobs, "run_job", run_job)
+    result = jobs.run_stage("import", Parameters(), {"root": "s3://b/root"}, output, RUN, tmp_path)
+    assert (result["uri"], result["page"]) == (model, "x")
+    assert seen[0].uris == {"root": "s3://b/root", "output": output}
 
 
 def test_a_forged_job_is_not_adopted():
@@ -196,21 +233,23 @@ def test_the_pods_get_the_stores_variables_clean_and_no_credential(monkeypatch):
     given = {
         "AWS_ENDPOINT_URL": "http://minio:9000\n", "AWS_REGION": "eu-1\n", "AWS_MAX_ATTEMPTS": "9", "HOME": "/",
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_SECRET_ACCESS_KEY": "x",
+        "HF_ENDPOINT": "https://mirror", "HF_TOKEN": "y", "HTTPS_PROXY": "",
     }  # fmt: skip
     assert context.inherited(given) == {
         "AWS_ENDPOINT_URL": "http://minio:9000", "AWS_DEFAULT_REGION": "eu-1", "AWS_MAX_ATTEMPTS": "9",
-        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "HF_ENDPOINT": "https://mirror",
     }  # fmt: skip
     with pytest.raises(DraftModelError, match="AWS_ENDPOINT_URL: holds a name or password"):
         context.inherited({"AWS_ENDPOINT_URL": "http://me:secret@minio"})
 
 
-def test_the_pods_log_in_to_the_tracking_server_by_reference(monkeypatch):
+def test_the_pods_log_in_to_tracking_server_and_hub_by_reference(monkeypatch):
     """As Kubeflow Pipelines 2.17 makes the pod of a task where its MLflow plugin logs in by a Secret."""
     env = [
         {"name": "MLFLOW_TRACKING_URI", "value": "https://mlflow"},
         {"name": "MLFLOW_TRACKING_TOKEN", "valueFrom": {"secretKeyRef": KEY}},
         {"name": "MLFLOW_TRACKING_PASSWORD", "value": "written in the open"},
+        {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": HUB}},
         {"name": "OTHER", "valueFrom": {"secretKeyRef": KEY}},
     ]
     own = {"metadata": OWNER, "spec": {"containers": [{"name": "main", "image": "i", "env": env}, {"name": "wait"}]}}
@@ -221,6 +260,7 @@ def test_the_pods_log_in_to_the_tracking_server_by_reference(monkeypatch):
     assert made.image == os.environ.get(context.IMAGE, "i")
     text = json.dumps(pytorchjob(made))
     assert json.dumps({"name": "MLFLOW_TRACKING_TOKEN", "valueFrom": {"secretKeyRef": KEY}}) in text
+    assert json.dumps({"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": HUB}}) in text
     assert "written in the open" not in text
     assert '"key": "accesskey", "optional": true' in text
 

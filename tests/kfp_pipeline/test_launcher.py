@@ -68,18 +68,19 @@ def trained(launcher, planned, uris):
 @pytest.fixture(scope="module")
 def evaluated(launcher, planned, uris, trained):
     draft = trained.accepted()["Output"]
-    return launcher.run("evaluate-draft-model", parameters=planned.accepted()["evaluate"], draft_uri=draft, **uris)
+    return launcher.run(
+        "evaluate-draft-model", run_id=RUN, parameters=planned.accepted()["evaluate"], draft_uri=draft, **uris
+    )
 
 
-def test_the_preflight_gives_each_stage_its_parameters_and_the_pods_their_nodes(planned):
+def test_the_preflight_gives_each_stage_those_of_its_parameters_that_were_given(planned):
     plan = planned.accepted()
     assert plan["train"]["num_epochs"] == 1
     assert "num_epochs" not in plan["dataset"]
-    # The default instance type is of one cloud, and nothing says that this cluster has it.
-    assert plan["node_selector"] == {}
+    assert plan["model_import"].keys() == {"pytorch_model_path", "max_length", "training_backend"}
+    assert all(value != DEFAULTS[name] for stage in plan.values() for name, value in stage.items())
     page = planned.uploaded("summary")
     assert page.startswith("# This run can start\n")
-    assert "instance\\_type\\_model\\_import: the default" in page
     assert "| num\\_epochs | 1 | 2 |\n" in page
 
 
@@ -153,8 +154,7 @@ def test_a_mistake_ends_a_step_with_its_sentences_last(launcher, inputs, planned
         given["parameters"] = {**given["parameters"], **wrong}
     else:
         given = {**given, **wrong}
-    run_id = {} if step == "evaluate-draft-model" else {"run_id": RUN}
-    ended = Launcher(tmp_path, launcher.root).run(step, **run_id, **given)
+    ended = Launcher(tmp_path, launcher.root).run(step, run_id=RUN, **given)
     assert ended.process.returncode == 2
     assert "Traceback" not in ended.process.stderr
     _, said = re.split(r"^error: ", ended.process.stderr, flags=re.MULTILINE)

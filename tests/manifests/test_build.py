@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 from draft_model.jobs import compute
 from draft_model.parameters import Parameters
 from kfp_pipeline.compile import MANIFEST
+from kfp_pipeline.pipeline import HUB
 from kfp_pipeline.recurring import read
 from manifests.kustomize import (
     COMPONENTS,
@@ -172,6 +173,7 @@ def test_the_policy_on_jobs_admits_the_image_and_the_secrets_of_the_pipeline():
         assert all(image.startswith(policy["image_prefix"]) for image in images)
         (secret,) = one(overlay(name), "Role", "draft-model-steps")["rules"][0]["resourceNames"]
         assert f",{secret}," in policy["secrets"]
+        assert f",{HUB}," in policy["secrets"]
         assert not any("ValidatingAdmission" in d["kind"] for d in overlay("dev"))
 
 

@@ -104,7 +104,7 @@ INSIDE = {
     "training elsewhere": Place(29500, "team-b", PEER),
 }
 STEP = {"names", "API server", "KFP", "KFP's store", "MLflow"}
-LOOKS_OUTSIDE = {"preflight", "import-model"}
+LOOKS_OUTSIDE = {"preflight"}
 
 
 def reached(policies: list[dict], namespace: str, labels: dict) -> set[str]:
@@ -132,6 +132,14 @@ def test_each_step_reaches_what_it_needs_and_no_more():
 def test_training_reaches_its_peers_names_the_store_and_the_tracking(backend):
     labels = training()[backend]
     assert reached(policies_of("multi-user"), "team-a", labels) == {"names", "KFP's store", "MLflow", "training"}
+
+
+def test_the_imports_pod_reaches_the_hub_and_no_other_jobs():
+    for stage in ("import", "dataset", "evaluate", "regenerate"):
+        labels = {**PEER, "app.kubernetes.io/component": stage}
+        found = reached(policies_of("multi-user"), "team-a", labels)
+        more = {"the internet"} if stage == "import" else set()
+        assert found - {"training"} == {"names", "KFP's store", "MLflow"} | more, stage
 
 
 def test_a_patch_of_the_label_changes_every_way_to_mlflow():
