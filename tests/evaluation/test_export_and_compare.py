@@ -246,7 +246,8 @@ def pushed(trained, tmp_path):
     storage.publish(final, str(final), stage=manifest.stage, properties=manifest.properties)
 
     def run(*words, token=TOKEN):
-        with Hub(tmp_path / "work/model") as hub:
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        with Hub(tmp_path / "hub") as hub:
             environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
             program = Path(sysconfig.get_path("scripts")) / "draft-model"
             command = [program, "push", final, *words]
