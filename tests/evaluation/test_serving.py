@@ -142,6 +142,7 @@ def same_counts(theirs, ours):
 
 
 @needs_engine
+@pytest.mark.timeout(1800)  # several starts of vLLM, a minute each
 def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch):
     """The whole stage on a tiny target, once in vLLM and once by our decoder."""
     write = tiny.write_target
@@ -170,6 +171,7 @@ def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch):
 
 
 @needs_engine
+@pytest.mark.timeout(1800)  # several starts of vLLM, a minute each
 def test_the_demos_draft_is_counted_alike(tmp_path):
     """What `make demo` trained, by the path that the step takes, against the counts that our decoder wrote."""
     demo = ROOT / "demo/run/output/final"
