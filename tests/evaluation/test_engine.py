@@ -2,9 +2,11 @@
 
 import json
 import stat
+import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import psutil
 import pytest
 import torch
 from click.testing import CliRunner
@@ -104,6 +106,24 @@ def test_a_process_that_dies_or_takes_too_long_is_one_sentence(python):
         Process("vllm", JOB, time_limit=0.2) as process,
     ):
         process.measure()
+
+
+def test_what_an_engine_started_ends_when_its_parent_is_killed(tmp_path):
+    engine_code = (
+        "import subprocess; from draft_model.engine import serve; "
+        "serve(lambda job: type('E', (), {'pid': lambda self: subprocess.Popen(['sleep', '600']).pid})())"
+    )
+    parent_code = (
+        f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {engine_code!r}], text=True, "
+        "stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True); "
+        f"child.stdin.write({json.dumps(asdict(JOB))!r} + '\\n[\"pid\"]\\n'); child.stdin.flush(); "
+        "print(child.stdout.readline(), flush=True); child.wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent_code], stdout=subprocess.PIPE, text=True) as parent:
+        started = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        psutil.wait_procs([started], timeout=20)
+        assert not started.is_running() or started.status() == psutil.STATUS_ZOMBIE
 
 
 def test_auto_takes_vllm_where_it_can_be_imported(python, monkeypatch):

@@ -146,6 +146,7 @@ FIVE = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4, 5], "norm_before_fc": T
 
 
 @needs_engine
+@pytest.mark.timeout(1800)  # several starts of vLLM, a minute each
 @pytest.mark.parametrize(
     ("architecture", "shape"), [("eagle3", {}), ("eagle3.1", {}), ("eagle3.1", FIVE), ("dflash", BLOCK)]
 )
@@ -179,6 +180,7 @@ def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch, architec
 
 
 @needs_engine
+@pytest.mark.timeout(1800)  # several starts of vLLM, a minute each
 def test_the_demos_draft_is_counted_alike(tmp_path):
     """What `make demo` trained, by the path that the step takes, against the counts that our decoder wrote."""
     demo = ROOT / "demo/run/output/final"

@@ -110,7 +110,7 @@ class Hub:
         """Answers what an upload posts: a new repository, how each file goes, where large ones go, the commit."""
         path, answer = request.path.partition("?")[0], {}
         if request.headers.get("Authorization", "") != f"Bearer {TOKEN}":
-            return self._send(request, 401, {})
+            return self._send(request, 401, {"Content-Type": "application/json"}, b"{}")
         if path == "/api/repos/create":
             self.made.append(json.loads(body))
             answer = {"url": f"{self.endpoint}/org/name", "name": "org/name", "id": "1"}

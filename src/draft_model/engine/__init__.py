@@ -332,6 +332,9 @@ def serve(load: Callable[[Any], Any], job: type = Job) -> None:
         load: makes the engine of a job.
         job: its record.
     """
+    # What the engine starts must end with it too, or it would keep the GPU's memory: all of the session is killed.
+    end: Callable[..., None] = lambda *_: os.killpg(0, signal.SIGKILL)  # noqa: E731
+    signal.signal(signal.SIGTERM, end)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # end with the process that started this one
     answers = os.fdopen(os.dup(1), "w")
@@ -341,3 +344,4 @@ def serve(load: Callable[[Any], Any], job: type = Job) -> None:
         method, *arguments = json.loads(line)
         answer = getattr(engine, method)(*arguments)
         print(json.dumps(asdict(answer) if is_dataclass(answer) else answer), file=answers, flush=True)  # type: ignore[arg-type]
+    end()

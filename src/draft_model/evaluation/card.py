@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
 import sys
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +19,7 @@ from draft_model.drafts import family_of
 if TYPE_CHECKING:
     from draft_model.drafts.base import Family
 
-FOLDER, _TARGET = "THIS_FOLDER", "TARGET"
+FOLDER = "THIS_FOLDER"
 FOLDER_NOTE = f"`{FOLDER}` is the path of this folder, or its id on a model hub.\n"
 """What a card says of FOLDER before the draft is on the Hub."""
 
@@ -84,9 +86,7 @@ def write_card(path: Path, training: Json, evaluation: Json | None, dataset: Jso
     from huggingface_hub import ModelCard, ModelCardData
 
     hub_id, revision = hub_source(training)
-    target, given, split = training["target"], training["parameters"], dataset["splits"]["train"]
-    proposals = best_proposals(training, evaluation)
-    family = family_of(training["draft"])
+    target, family = training["target"], family_of(training["draft"])
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -94,95 +94,38 @@ def write_card(path: Path, training: Json, evaluation: Json | None, dataset: Jso
         base_model=hub_id or None,
         tags=[family.vllm_method, "speculative-decoding"],
     )
-    linked = f"[{plain(hub_id)}](https://huggingface.co/{hub_id})" if hub_id else plain(target_name(training))
-    commands = serve_commands(hub_id or _TARGET, revision, FOLDER, proposals, family)
-    placeholder = "" if hub_id else f"`{_TARGET}` is the path of the target, imported from {plain(target['source'])}.\n"
-    serving = "\n".join(
-        f"{engine}:\n\n```bash\n{command.replace(' --', f' {chr(92)}{chr(10)}  --')}\n```\n"
-        for engine, command in commands.items()
-    )
-    facts = {
-        "Conversations": f"{split['rows_kept']:,}",
-        "Tokens": f"{split['tokens']:,}, of them {split['supervised_tokens']:,} supervised",
-        "Chat template": f"{dataset['chat_template']}, at most {dataset['max_length']:,} tokens a conversation",
-        "Draft vocabulary": f"{dataset['draft_vocab_size']:,} of {dataset['vocab_size']:,} tokens, "
-        f"{split['coverage']:.2%} of the supervised ones",
-        "Steps": f"{training['steps']:,} of {given['draft_global_batch_size']} conversations",
-        "Unroll steps (ttt_length)": given["ttt_length"],
-        "Learning rate": f"{given['learning_rate']} at its peak, then cosine to 0",
-        "Seed": given["seed"],
-        "Hardware": f"{training['hardware']}, {training['seconds'] / 60:,.1f} minutes",
-        "Versions": ", ".join(f"{package} {number}" for package, number in training["versions"].items()),
-    }
-    body = f"""
-# {plain(name)}
-
-An {family.title} draft of {training["draft_parameters"]:,} parameters for speculative decoding with {linked}
-({plain(target["architecture"])}, {target["parameters"]:,} parameters). It proposes tokens; the target checks them in
-one forward pass and keeps those that it would have written itself. It is of use with this target only.
-
-## Results
-
-{_results(evaluation) if evaluation else "Not measured: nothing was decoded with this draft."}
-
-## Serving
-
-{FOLDER_NOTE}{placeholder}
-{serving}
-## Training
-
-| | |
-|---|---|
-{_rows([fact, plain(value)] for fact, value in facts.items())}
-
-## Limits
-
-- Acceptance depends on the prompts: expect less on topics, languages and formats unlike the training conversations.
-- Expect less when sampling than with greedy decoding, the less the higher the temperature.
-- The draft does not change what the target writes: the target's own limits and biases apply.
-"""
+    body = render(
+        "card.md.j2", name=name, family=family, training=training, target=target, given=training["parameters"],
+        evaluation=evaluation, dataset=dataset, split=dataset["splits"]["train"], hub_id=hub_id,
+        target_name=target_name(training), folder_note=FOLDER_NOTE,
+        commands=serve_commands(hub_id or "TARGET", revision, FOLDER, best_proposals(training, evaluation), family),
+    )  # fmt: skip
     ModelCard(f"---\n{header.to_yaml()}\n---\n{body}").save(path)
 
 
-def _rows(rows: Any) -> str:
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+def render(template: str, **content: Any) -> str:
+    """A page of a template; those of HTML escape what is put in, those of Markdown where they say `md`."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-
-def _results(evaluation: Json) -> str:
-    trained, untrained, lossless = evaluation["trained"], evaluation["untrained"], evaluation["lossless"]
-    before = f"{untrained['acceptance_length']:.2f}" if untrained else "not measured"
-    rows = [["Tokens per target pass (mean acceptance length)", f"{trained['acceptance_length']:.2f}", before]]
-    for index, share in enumerate(trained["acceptance_by_position"]):
-        old = f"{untrained['acceptance_by_position'][index]:.1%}" if untrained else ""
-        rows.append([f"Passes that accepted at least {index + 1} of the proposed tokens", f"{share:.1%}", old])
-    speed = [
-        [row["batch_size"], f"{row['target_alone_tokens_per_second']:,.1f}", f"{row['tokens_per_second']:,.1f}",
-         f"{row['speed_up']:.2f}"] for row in evaluation["speed"]
-    ]  # fmt: skip
-    best = evaluation["recommended_num_speculative_tokens"]
-    average = f" ({best} is the fastest number on average)" if best else ""
-    timed = (
-        f"""
-Throughput, {evaluation["num_speculative_tokens"]} tokens proposed at a time{average}:
-
-| requests at once | target alone, tokens/s | with the draft, tokens/s | speed-up |
-|---:|---:|---:|---:|
-{_rows(speed)}"""
-        if speed
-        else "\nThroughput was not measured."
+    environment = Environment(
+        loader=PackageLoader("draft_model", "evaluation/templates"),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    verdict = "The replies are those of the target alone" if lossless["identical"] else (
-        "**The replies differ from those of the target alone: do not serve this draft before that is understood**"
-    )  # fmt: skip
-    return f"""| | trained | before training |
-|---|---:|---:|
-{_rows(rows)}
+    environment.filters |= {
+        "count": partial(_number, digits=0),
+        "decimal": _number,
+        "percent": partial(_number, digits=1, kind="%"),
+        "compact": lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
+        "md": plain,
+    }
+    return environment.get_template(template).render(**content)
 
-Greedy decoding of {evaluation["prompts"]:,} prompts of {plain(evaluation["prompts_source"])}, up to
-{evaluation["max_new_tokens"]:,} new tokens each, {evaluation["num_speculative_tokens"]} tokens proposed at a time, by
-{plain(evaluation["engine"])} in {evaluation["dtype"]} on {plain(evaluation["hardware"])}. {verdict}:
-{lossless["compared_tokens"]:,} tokens were compared, with {len(lossless["ties"])} ties.
-{timed}"""
+
+def _number(value: float | None, digits: int = 2, kind: str = "f") -> str:
+    return f"{value:,.{digits}{kind}}" if value is not None and math.isfinite(value) else "–"
 
 
 def markup(text: object) -> str:

@@ -66,7 +66,7 @@ def push(draft: str, repository: str, work: Path, *, private: bool) -> str:
         api = HfApi()
         address = api.create_repo(repository, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=staged, commit_message="Draft model with its report and card")
-    except (HTTPError, OfflineModeIsEnabled, RuntimeError) as error:
+    except (HTTPError, OfflineModeIsEnabled, RuntimeError, ValueError) as error:
         answer = error.response if isinstance(error, HfHubHTTPError) else None
         reason = without_credentials(str(error)).strip().splitlines()[0]
         denied = answer is not None and answer.status_code in (401, 403)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from draft_model.drafts import family_of
-from draft_model.evaluation.card import target_name
+from draft_model.evaluation.card import render, target_name
 from draft_model.evaluation.prompts import VALIDATION
 from draft_model.parameters import PARAMETERS
 from draft_model.training.expectations import expectation
@@ -39,24 +37,10 @@ def write_report(path: Path, content: Json) -> None:
         content: of report.json: `training` (training.json), `dataset` (its report.json), `evaluation` (evaluation.json,
             or None with the reason in `not_measured`) and `hashes` of what went in and came out.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("draft_model", "evaluation/templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "count": partial(_number, digits=0),
-        "decimal": _number,
-        "percent": partial(_number, digits=1, kind="%"),
-        "compact": lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
-    }
     evaluation, training, dataset = content["evaluation"], content["training"], content["dataset"]
     speed_chart, charts = _charts(training, evaluation)
-    page = environment.get_template("report.html.j2").render(
+    page = render(
+        "report.html.j2",
         **content,
         target=target_name(training),
         family=family_of(training["draft"]).title,
@@ -76,10 +60,6 @@ def write_report(path: Path, content: Json) -> None:
 def _expected(training: Json, dataset: Json) -> str:
     counts, proposals = dataset["splits"]["train"], training["parameters"].get("num_speculative_tokens")
     return expectation(training["tokens"] * counts["supervised_tokens"] / counts["tokens"], proposals or 3)
-
-
-def _number(value: float | None, digits: int = 2, kind: str = "f") -> str:
-    return f"{value:,.{digits}{kind}}" if value is not None and math.isfinite(value) else "–"
 
 
 def _excerpt(pairs: Sequence[Sequence[Any]]) -> list[tuple[str, bool]]:
