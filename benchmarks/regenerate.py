@@ -6,8 +6,8 @@
 `overhead` times the stage (reading, rendering, tokens, upload, report; not the engine's start) beside a loop of
 `LLM.chat`, turn by turn over the same conversations with the same arguments, in vLLM for CPU.
 
-`gain` trains two drafts with the same questions, steps and settings, one on foreign answers and one on the target's own,
-and gives the acceptance length that the trainer simulates on the target's own answers to held-out questions.
+`gain` trains two drafts with the same questions and settings, one on foreign answers and one on the target's own, and
+gives the acceptance length that the trainer simulates on the target's own answers to held-out questions.
 The foreign answers are people's prose: to each question the docstring of Python's standard library that shares most
 words with it, cut to 64 words.
 """

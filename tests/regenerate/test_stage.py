@@ -285,6 +285,28 @@ def test_the_command_line(model, tmp_path):
     )
 
 
+def test_the_pipelines_data_set_is_made_of_the_targets_answers(model, tmp_path, monkeypatch):
+    from test_steps import DEFAULTS, Artifact
+
+    from draft_model import steps
+
+    monkeypatch.setattr(steps.step.__wrapped__.__globals__["signal"], "signal", lambda *_: None)
+    data = tiny.write_jsonl(tmp_path / "train.jsonl", ROWS)
+    folder = tmp_path / "root/RUN/step"
+    folder.mkdir(parents=True)
+    values = {**DEFAULTS, **GREEDY, "pytorch_model_path": str(tmp_path), "dataset_train_split": str(data)}
+    artifacts = [Artifact(str(folder / name), str(folder / name)) for name in ("dataset", "report", "metrics")]
+    own = values | {"regenerate_answers": "train", "training_backend": "local"}
+    (tmp_path / "config.json").write_text("{}")
+    _, given, *_ = steps.preflight(own, "RUN", Artifact(str(folder / "summary"), str(folder / "summary")))
+    built = steps.build_dataset(given, "RUN", model, *artifacts)
+    answers = artifacts[0].metadata["answers"]
+    assert answers.startswith(f"{tmp_path}/root/regenerated/")
+    assert artifacts[2].metadata["regenerated_train_conversations"] == len(ROWS)
+    read = storage.read_manifest(built, stage="dataset").properties["parameters"]["dataset_train_split"]
+    assert read == f"{answers}/train"
+
+
 @pytest.mark.skipif(not SERVING.exists(), reason="`make check-serving` installs vLLM for CPU")
 def test_vllm_gives_the_answers_of_transformers(tmp_path, monkeypatch):
     """In float32 on a CPU: the same greedy answers, whatever batches they were in."""
