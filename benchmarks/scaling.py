@@ -131,7 +131,7 @@ def reduce_worker(shape: str, way: str, steps: int) -> dict[str, Any]:
     from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    from draft_model.drafts.eagle3.batch import collate
+    from draft_model.drafts.batch import collate
     from draft_model.ranks import start_ranks
     from draft_model.training.gradients import Gradients
 

@@ -20,7 +20,7 @@ from typing import Any
 import kfp
 import kfp_server_api
 import urllib3
-from kfp.client.token_credentials_base import TokenCredentialsBase
+from kfp.client import ServiceAccountTokenVolumeCredentials
 
 from draft_model.errors import DraftModelError
 from draft_model.kubeflow import HEALTH, too_old
@@ -28,8 +28,7 @@ from draft_model.kubeflow import HEALTH, too_old
 logger = logging.getLogger(__name__)
 
 ENDPOINT = "KF_PIPELINES_ENDPOINT"
-TIMEOUT = (10, 60)
-"""Seconds to connect, and to wait for an answer."""
+TIMEOUT = (10, 60)  # seconds to connect, and to wait for an answer
 _PORT_FORWARD = "kubectl -n kubeflow port-forward svc/ml-pipeline-ui 8080:80"
 _LOGIN = (
     "it may ask for a login (--token-file, for example of `kubectl create token default-editor --audience "
@@ -57,28 +56,17 @@ class Conflict(DraftModelError):
 
 @dataclass(frozen=True)
 class Server:
-    """A KFP API server.
+    """A KFP API server."""
 
-    Attributes:
-        client: a kfp.Client whose methods raise DraftModelError.
-        host: address of the API.
-        namespace: of the runs on a multi-user server; empty on a single-user one.
-    """
-
-    client: Any
-    host: str
-    namespace: str = ""
+    client: Any  # a kfp.Client whose methods raise DraftModelError
+    host: str  # address of the API
+    namespace: str = ""  # of the runs on a multi-user server
 
     @classmethod
     def of(cls, client: kfp.Client, namespace: str = "") -> Server:
         """Wraps a client, whose methods raise DraftModelError from then on.
 
-        Args:
-            client: made with whatever credentials the server asks for.
-            namespace: of the user; empty: that of the client's own settings.
-
-        Raises:
-            DraftModelError: where the server does not answer or refuses access, or the namespace does not fit.
+        Without the user's namespace, that of the client's own settings is taken; one that does not fit is refused.
         """
         _guard(client)
         server = cls(client, client._existing_config.host)
@@ -123,16 +111,13 @@ def connect(host: str = "", namespace: str = "", token_file: Path | None = None,
         namespace: of the user, on a multi-user server.
         token_file: holds a bearer token; it is read for each request, so that a renewed one takes effect.
         ca_file: certificates to trust, PEM.
-
-    Raises:
-        DraftModelError: where the server cannot be reached or refuses access.
     """
     if problems := problems_with(host, token_file, ca_file):
         raise DraftModelError(problems)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # its retries end in our own sentence
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "only works with v2.0.0-beta.2 and later"
-        credentials = _TokenFile(token_file) if token_file else None
+        credentials = ServiceAccountTokenVolumeCredentials(str(token_file)) if token_file else None
         client = _Client(host=host or None, credentials=credentials, ssl_ca_cert=str(ca_file) if ca_file else None)
     return Server.of(client, namespace)
 
@@ -154,17 +139,6 @@ def problems_with(host: str, token_file: Path | None, ca_file: Path | None) -> l
             f"`{_PORT_FORWARD}`, then --host http://127.0.0.1:8080"
         )
     return problems
-
-
-class _TokenFile(TokenCredentialsBase):  # type: ignore[misc]
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def refresh_api_key_hook(self, config: Any) -> None:
-        try:
-            config.api_key["authorization"] = self.file.read_text(encoding="utf-8").strip()
-        except OSError as error:
-            raise DraftModelError(f"--token-file: {self.file} cannot be read: {error.strerror}") from error
 
 
 class _Client(kfp.Client):  # type: ignore[misc]
@@ -204,6 +178,8 @@ def _json_of(text: str, host: str) -> dict[str, Any]:
 def _explained(host: str) -> Iterator[None]:
     try:
         yield
+    except OSError as error:  # of the token file, which may be taken away
+        raise DraftModelError(f"--token-file: {error.filename} cannot be read: {error.strerror}") from error
     except kfp_server_api.ApiException as error:
         said = f"{host} answers {error.status}: {_sentence(error.body) or error.reason or 'no reason given'}"
         away = not error.status or error.status >= 500 or error.status == 429

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from draft_model.doors import raise_on_sigterm
+from draft_model.entrypoint import raise_on_sigterm
 from draft_model.errors import DraftModelError
-from draft_model.options import VALUES, together, values_of
+from draft_model.options import VALUES, Command, together, values_of
 
 if TYPE_CHECKING:
     from kfp_pipeline.client import Server
@@ -33,7 +33,7 @@ _SERVER = together(
 )  # fmt: skip
 
 
-@click.command("run")
+@click.command("run", cls=Command)
 @VALUES
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("runs/local"), help="Where the run's files go.")
 def run_command(params: Path | None, settings: tuple[str, ...], folder: Path) -> None:
@@ -51,7 +51,7 @@ def run_command(params: Path | None, settings: tuple[str, ...], folder: Path) ->
     print_summary(run_local(values, folder.resolve()).final, folder)
 
 
-@click.command("compile")
+@click.command("compile", cls=Command)
 @click.option("--output", type=click.Path(path_type=Path), help="File for the IR, to upload.")
 @click.option("--manifest", type=click.Path(path_type=Path), help="File for the Kubernetes resources, to apply.")
 @_IMAGE
@@ -76,7 +76,7 @@ def compile_command(output: Path | None, manifest: Path | None, images: tuple[st
     click.echo("\n".join(map(str, write_compiled(output, manifest))))
 
 
-@click.command("submit")
+@click.command("submit", cls=Command)
 @_SERVER
 @VALUES
 @_IMAGE
@@ -133,7 +133,7 @@ def submit_command(
         _follow(server, submitted.run_id, {"namespace": namespace, **where})
 
 
-@click.command("watch")
+@click.command("watch", cls=Command)
 @_SERVER
 @click.argument("run")
 def watch_command(run: str, **where: Any) -> None:
@@ -150,7 +150,7 @@ def watch_command(run: str, **where: Any) -> None:
     _follow(server, run, where)
 
 
-@click.command("logs")
+@click.command("logs", cls=Command)
 @_SERVER
 @click.argument("run")
 @click.argument("step", required=False, default="")
@@ -178,7 +178,7 @@ def logs_command(run: str, step: str, **where: Any) -> None:
         click.echo("\n".join(logs.own_lines(lines) if step and not pod.driver else why))
 
 
-@click.command("terminate")
+@click.command("terminate", cls=Command)
 @_SERVER
 @click.argument("run")
 def terminate_command(run: str, **where: Any) -> None:

@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import yaml
 
 from draft_model import storage
-from draft_model.doors import ERROR_FILE, TERMINATED, WORK_FOLDER, raise_on_sigterm
+from draft_model.entrypoint import ERROR_FILE, TERMINATED, WORK_FOLDER, raise_on_sigterm
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.preflight import check

@@ -25,10 +25,7 @@ _TAIL = 20
 
 @dataclass(frozen=True)
 class Pod:
-    """A pod of a run: phase and message are Argo's; a driver is KFP's own, before the step's.
-
-    `created` is the Workflow's date; `started` is the time at which Argo asked for the pod.
-    """
+    """A pod of a run: phase and message are Argo's; a driver is KFP's own, before the step's."""
 
     step: str
     name: str
@@ -36,8 +33,8 @@ class Pod:
     message: str
     driver: bool
     namespace: str
-    created: str
-    started: str = ""
+    created: str  # the Workflow's date
+    started: str = ""  # when Argo asked for the pod
 
     @property
     def failed(self) -> bool:

@@ -2,7 +2,8 @@
 
 Its inputs are the records of `draft_model.parameters`, in their order. The first step validates them and gives each
 stage those that it reads as one value. Big things pass between the steps as URIs in object storage, with an artifact
-beside each for lineage; no model ever crosses a coordinating pod.
+beside each for lineage. On a cluster each heavy stage is a job (`draft_model.jobs`) that its step coordinates, so that
+a pod that cannot start ends the run with the reason: KFP itself would wait for ever.
 
 KFP caches none of the steps. Import and data set look at what their inputs hold now, and use the result of the same
 content and settings where the store has it whole: a changed file is seen, and a deleted result is made again.
@@ -14,7 +15,7 @@ from typing import Any
 from kfp import dsl, kubernetes
 
 from draft_model.jobs.cluster import ACCOUNT
-from draft_model.jobs.context import IMAGE, STORE_VARIABLES
+from draft_model.jobs.context import ENGINE_IMAGE, IMAGE, STORE_VARIABLES
 from draft_model.parameters import PARAMETERS
 from draft_model.tracking import RUN
 from kfp_pipeline.components.build_dataset import build_dataset
@@ -33,8 +34,8 @@ HUB = "draft-model-hub"
 """Secret with the Hub's `token`, and ConfigMap with the `endpoint` of a mirror; without them, public models only."""
 ASK_HUB = ("preflight", "import-model", "build-dataset", "evaluate-draft-model")
 JOBS = "draft-model-coordinator"
-MANAGE_JOBS = ("preflight", "train-draft-model", "clean-up")
-"""Secret with the token of the account that may manage training jobs, and the steps that get it; no other may."""
+"""Secret with the token of the account that may manage jobs. Every step gets it: preflight checks what it may, the
+others start, follow and end jobs. None runs a model's or a user's code; their jobs' pods do, without a token."""
 STEP = "draft-model/step"
 """Label of a step's pod: the name of its task."""
 RETRY_SECONDS = 30 * 24 * 3600
@@ -46,7 +47,7 @@ OUTPUT, HANDLER, HANDLER_NAME = "output_model_path", "exit-handler-1", "train-a-
 
 
 def _description() -> str:
-    lines = ["Trains the EAGLE-3 draft model for speculative decoding of a target model.", ""]
+    lines = ["Trains a draft model for speculative decoding of a target model.", ""]
     for parameter in PARAMETERS:
         unit = f" ({parameter.unit})" if parameter.unit else ""
         allowed = f" Allowed: {parameter.allowed}." if parameter.allowed else ""
@@ -65,14 +66,13 @@ def _pipeline(*values: Any) -> None:
         dataset = build_dataset(parameters=plan["dataset"], run_id=run_id, **uris)
         uris["dataset_uri"] = dataset.outputs["Output"]
         trained = train_draft_model(parameters=plan["train"], run_id=run_id, **uris)
-        evaluate_draft_model(parameters=plan["evaluate"], draft_uri=trained.outputs["Output"], **uris)
-    for task in (model, dataset):
-        task.set_cpu_request(plan["cpu"]).set_memory_request(plan["memory"])
-        kubernetes.add_node_selector_json(task, plan["node_selector"])
-        kubernetes.add_toleration_json(task, plan["tolerations"])
-    # It only coordinates: a step that was evicted is started again and takes its job over.
-    trained.set_cpu_request("250m").set_memory_request("512Mi").set_env_variable(IMAGE, IMAGES["trainer"])
-    trained.set_retry(2, backoff_duration="10s", backoff_max_duration=f"{RETRY_SECONDS}s")
+        draft = {"draft_uri": trained.outputs["Output"]}
+        evaluated = evaluate_draft_model(parameters=plan["evaluate"], run_id=run_id, **uris, **draft)
+    # They only coordinate: a step that was evicted is started again and takes its job over.
+    for task, kind in ((model, "importer"), (dataset, "dataset"), (trained, "trainer"), (evaluated, "engine")):
+        task.set_cpu_request("250m").set_memory_request("512Mi").set_env_variable(IMAGE, IMAGES[kind])
+        task.set_retry(2, backoff_duration="10s", backoff_max_duration=f"{RETRY_SECONDS}s")
+    dataset.set_env_variable(ENGINE_IMAGE, IMAGES["engine"])
     for task in dsl.pipeline_context.Pipeline.get_default_pipeline().tasks.values():
         task.set_caching_options(False)
         _set_up_pod(task, inputs["object_store_secret"])
@@ -84,8 +84,7 @@ def _set_up_pod(task: Any, secret: Any) -> None:
     kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env=keys, optional=True)
     store = {STORE_KEYS.get(name, name): name for name in STORE_VARIABLES}
     kubernetes.use_config_map_as_env(task, config_map_name=STORE, config_map_key_to_env=store, optional=True)
-    if task.name in MANAGE_JOBS:
-        kubernetes.use_secret_as_volume(task, secret_name=JOBS, mount_path=str(ACCOUNT), optional=True)
+    kubernetes.use_secret_as_volume(task, secret_name=JOBS, mount_path=str(ACCOUNT), optional=True)
     if task.name in ASK_HUB:
         token, mirror = {"token": "HF_TOKEN"}, {"endpoint": "HF_ENDPOINT"}
         kubernetes.use_secret_as_env(task, secret_name=HUB, secret_key_to_env=token, optional=True)

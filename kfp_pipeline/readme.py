@@ -15,7 +15,7 @@ from typing import Any
 import docstring_parser
 import yaml
 
-from draft_model.shown import table
+from draft_model.markdown import table
 
 FOLDER = Path(__file__).parent / "components"
 

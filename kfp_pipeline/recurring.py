@@ -21,7 +21,7 @@ import click
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from draft_model.doors import exit_code
+from draft_model.entrypoint import exit_code
 from draft_model.errors import DraftModelError
 from kfp_pipeline.client import Server, by_name, connect
 from kfp_pipeline.pipeline import NAME
@@ -127,18 +127,11 @@ def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
     for name in (name for name in wanted.runs if name not in kept):
         schedule = wanted.runs[name]
         client.create_recurring_run(
-            experiment_id=experiment_id,
-            job_name=name,
-            description=f"{schedule.description} [draft-model {marks[name]}]".strip(),
-            cron_expression=schedule.cron,
-            max_concurrency=schedule.max_concurrency,
-            no_catchup=not schedule.catch_up,
-            params=schedule.typed(),
-            pipeline_id=pipeline_id,
-            version_id=version_id,
-            enabled=schedule.enabled,
-            service_account=wanted.service_account,
-        )
+            experiment_id=experiment_id, pipeline_id=pipeline_id, version_id=version_id, job_name=name,
+            description=f"{schedule.description} [draft-model {marks[name]}]".strip(), enabled=schedule.enabled,
+            cron_expression=schedule.cron, max_concurrency=schedule.max_concurrency, no_catchup=not schedule.catch_up,
+            params=schedule.typed(), service_account=wanted.service_account,
+        )  # fmt: skip
         done.append(f"created {name}")
     return done
 

@@ -49,13 +49,9 @@ class Submitted:
 
 
 def submit(
-    server: Server,
-    values: Mapping[str, Any],
-    *,
-    experiment: str = EXPERIMENT,
-    run_name: str = "",
+    server: Server, values: Mapping[str, Any], *, experiment: str = EXPERIMENT, run_name: str = "",
     service_account: str = SERVICE_ACCOUNT,
-) -> Submitted:
+) -> Submitted:  # fmt: skip
     """Starts a run of the pipeline, and uploads the pipeline where the server does not have it.
 
     Args:

@@ -19,10 +19,8 @@ logger = logging.getLogger(__name__)
 
 SUCCEEDED = "SUCCEEDED"
 ENDS = (SUCCEEDED, "FAILED", "CANCELED", "SKIPPED")
-PAUSES = (0.5, 10.0)
-"""Seconds between two polls: at first, when states change often, and later."""
-PATIENCE = timedelta(minutes=30)
-"""How long a server may be unreachable."""
+PAUSES = (0.5, 10.0)  # seconds between two polls: at first, when states change often, and later
+PATIENCE = timedelta(minutes=30)  # how long a server may be unreachable
 STALL = 120.0
 """Seconds without a change after which the run's Workflow is asked for what it waits for; doubled up to ten minutes."""
 _CHECKPOINT = re.compile(r"checkpoint .*\w+://\S+")
@@ -34,21 +32,13 @@ class Stuck(DraftModelError):
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended.
+    """How a run ended."""
 
-    Attributes:
-        state: of the run, as KFP names it.
-        outcome: succeeded, failed, terminated (by a person) or lost (a step's pod was killed from outside).
-        failures: why each failed step did, several lines each, by the step's name.
-        notes: what the exit task says, the newest checkpoint, how to go on.
-        explained: whether the server gave the logs.
-    """
-
-    state: str
-    outcome: str
-    failures: Mapping[str, list[str]]
-    notes: list[str]
-    explained: bool
+    state: str  # of the run, as KFP names it
+    outcome: str  # succeeded, failed, terminated (by a person) or lost (a step's pod was killed from outside)
+    failures: Mapping[str, list[str]]  # why each failed step did, several lines each
+    notes: list[str]  # what the exit task says, the newest checkpoint, how to go on
+    explained: bool  # whether the server gave the logs
 
 
 def watch(server: Server, run_id: str) -> Ended:

@@ -71,6 +71,20 @@ def test_the_table_in_the_docs_is_the_graph():
         above.add(name)
 
 
+def test_only_a_family_names_its_own_modules():
+    """What is outside asks `drafts.family`; so another family is one folder and one line in a table."""
+    families = {folder.name for folder in (SOURCE / "drafts").iterdir() if (folder / "family.py").exists()}
+    assert families
+    named = re.compile(rf"drafts[./]({'|'.join(families)})\b|Eagle3\w+|StepSums")
+    assert [
+        f"{file.relative_to(SOURCE)}: {found[0]}"
+        for file in IMPORTS
+        if not any((SOURCE / "drafts" / name) in file.parents for name in families)
+        and file != SOURCE / "drafts/__init__.py"
+        for found in named.finditer(file.read_text(encoding="utf-8"))
+    ] == []
+
+
 def test_command_line_and_pipeline_import_no_heavy_library():
     program = "import sys, draft_model.cli, kfp_pipeline.pipeline; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -11,7 +11,7 @@ import pytest
 from contract import CONTRACT
 from jobs.requests import request
 
-from draft_model.jobs.render import pytorchjob, trainjob
+from draft_model.jobs.spec import pytorchjob, trainjob
 
 TESTS = Path(__file__).parent
 EFFECTS = {
@@ -20,11 +20,9 @@ EFFECTS = {
         "number_of_gpu_to_use_draft_model_training": "test_nodes_are_pods_and_gpus_are_processes",
     },
     "test_parameters.py": {"dp_size": "test_data_parallelism_that_was_set_and_does_not_fit_is_refused"},
-    "test_steps.py": {
-        "instance_type_model_import": "test_the_pods_of_import_and_data_set_get_the_nodes_of_the_compute",
-        "compute_model_import": "test_the_pods_of_import_and_data_set_get_the_nodes_of_the_compute",
-    },
     "jobs/test_compute.py": {
+        "instance_type_model_import": "test_import_and_data_set_ask_for_cpus_and_are_not_held_to_them",
+        "compute_model_import": "test_import_and_data_set_ask_for_cpus_and_are_not_held_to_them",
         "instance_type_draft_model_training": "test_three_clouds_and_any_case",
         "compute_draft_model_training": "test_a_named_compute_wins_and_says_so",
     },

@@ -44,10 +44,6 @@ def test_words_are_the_contracts():
     assert {p.name: p.choices for p in PARAMETERS[:35] if p.choices} == words
 
 
-def test_additions_come_after_the_contract_and_are_marked():
-    assert [p.addition for p in PARAMETERS] == [False] * 35 + [True] * (len(PARAMETERS) - 35)
-
-
 def test_each_parameter_has_a_sentence_and_is_read_by_a_stage():
     assert all(p.help.strip() for p in PARAMETERS)
     assert all(p.stages for p in PARAMETERS if p.name != "storage_uri")  # every step's
@@ -214,12 +210,6 @@ def test_exactly_one_model_source(count):
 def test_a_source_that_is_empty_is_not_given(source):
     values = {"huggingface_id": "", "pytorch_model_path": "", "mlflow_model_path": "", source: "a/b"}
     assert problems_with({**values, "dataset_train_split": "t"}) == []
-
-
-def test_not_given_is_the_empty_string_or_zero():
-    empty = {name: "" for name, _, default, _ in CONTRACT if default == "" and name not in GIVEN}
-    assert validate({**GIVEN, **empty, "total_steps": 0}) == validate(GIVEN)
-    assert only(dataset_train_split="").startswith("dataset_train_split: not given")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "a/b/c", "/b", "a/", "a b/c", "@main", "gpt2@main"])

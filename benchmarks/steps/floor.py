@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from common import TTT_LENGTH, Shape, now
-from draft_model.drafts.eagle3.batch import collate, plan_unroll
+from draft_model.drafts.batch import collate
+from draft_model.drafts.eagle3.plan import plan_unroll
 
 FORWARD, BACKWARD = 1, 2  # products per matrix product: y = x W; then dx and dW
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from common import AUX_LAYERS, LEARNING_RATE, MAX_GRAD_NORM, TTT_LENGTH, Scene, serve
-from draft_model.drafts.eagle3.batch import collate
+from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.step import Objective

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 from draft_model.errors import DraftModelError
 
-KINDS = ("importer", "dataset", "trainer", "coordinator")
-"""What containers/ builds. The trainer's image has what all the others have, so it can stand for each of them."""
+KINDS = ("importer", "dataset", "trainer", "coordinator", "engine")
+"""What containers/ builds. The trainer's image has what the first ones have, so it can stand for each of them; it does
+for the engine's, which has vLLM besides, where none is named."""
 
 VARIABLE = "DRAFT_MODEL_IMAGES"
 _DEFAULT = "localhost/pipeline-draft-model/{kind}:0.0.1"
@@ -21,7 +22,7 @@ def images_by_kind(given: Sequence[str]) -> dict[str, str]:
 
     Args:
         given: images by tag or digest. `NAME` is for all kinds, and its `{kind}` stands for each of them; `KIND=NAME`
-            is for one kind, and wins.
+            is for one kind, and wins. The engine's is the trainer's where it has no line of its own.
 
     Raises:
         DraftModelError: where a kind is unknown or has no image.
@@ -30,7 +31,8 @@ def images_by_kind(given: Sequence[str]) -> dict[str, str]:
     problems = [f"--image: given {kind}={name}; allowed kinds: {', '.join(KINDS)}"
                 for kind, name in named.items() if kind not in KINDS]  # fmt: skip
     general = [image for image in given if "=" not in image]
-    images = {kind: name.replace("{kind}", kind) for name in general for kind in KINDS} | named
+    images = {kind: name.replace("{kind}", kind) for name in general for kind in KINDS if kind != "engine"} | named
+    images.setdefault("engine", images.get("trainer", ""))
     if missing := [kind for kind in KINDS if not images.get(kind)]:
         problems.append(f"--image: no image for {', '.join(missing)}; add KIND=NAME, or NAME for all kinds")
     if problems:

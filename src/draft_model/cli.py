@@ -10,22 +10,22 @@ from typing import Any
 
 import click
 
-from draft_model.doors import exit_code, printable
+from draft_model.entrypoint import exit_code, printable
+from draft_model.markdown import table
 from draft_model.options import SETTINGS, WORK, Group, given, options_of, scratch, uri
 from draft_model.parameters import PARAMETERS, Parameters, Stage
-from draft_model.shown import table
 from kfp_pipeline.commands import COMMANDS
 
 
 @click.group(cls=Group, context_settings=SETTINGS)
 @click.version_option(package_name="pipeline-draft-model")
 def cli() -> None:
-    """Train the draft model that makes an LLM decode faster (EAGLE-3 speculative decoding).
+    """Train the draft model that makes an LLM decode faster (speculative decoding).
 
     \b
     On this machine, all at once:   draft-model run --params run.yaml
     One stage at a time:            draft-model import | regenerate | dataset | train | evaluate
-    With what was trained:          draft-model compare | export
+    With what was trained:          draft-model compare | export | push
     On a cluster:                   draft-model submit --params run.yaml --watch
 
     A URI is a path, file://..., s3://bucket/key or minio://bucket/key; for S3 the endpoint and the keys come from the
@@ -204,6 +204,32 @@ def export_command(draft: str, form: Any, target: str, output: str, work: Path |
         click.echo(export(draft, form, output, folder, target))
 
 
+@cli.command("push")
+@click.argument("draft", metavar="FOLDER")
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="A new repository is for its owners only.")
+@click.option("--dry-run", is_flag=True, help="Only say which files would go.")
+@WORK
+def push_command(draft: str, repository: str, private: bool, dry_run: bool, work: Path | None) -> None:
+    """Put a finished draft (.../final) with its card on the Hugging Face Hub.
+
+    The token is HF_TOKEN's, or that of `hf auth login`. The state of the training stays here.
+
+    \b
+    draft-model push s3://bucket/draft/final my-org/qwen3-8b-eagle3 --private
+    """  # noqa: D301
+    from draft_model.evaluation import push
+
+    push.check_name(repository)
+    files = push.files_of(draft)
+    for file in files:
+        click.echo(f"{file.size:>15,}  {file.path}")
+    click.echo(f"{sum(file.size for file in files):>15,}  bytes {'would go' if dry_run else 'go'} to {repository}")
+    if not dry_run:
+        with scratch(work) as folder:
+            click.echo(push.push(draft, repository, folder, private=private))
+
+
 @cli.command("plan")
 @click.option("--config", required=True, metavar="URI", help="The target's config.json, or its folder.")
 @click.option("--memory", default=80.0, help="Of a GPU, GB.")
@@ -212,10 +238,11 @@ def export_command(draft: str, form: Any, target: str, output: str, work: Path |
 @click.option("--network", default=50.0, help="Between nodes, GB/s for each GPU.")
 @click.option("--tokens", default=1000.0, help="Of a conversation on average.")
 @click.option("--supervised", default=0.6, help="Share of the tokens that is the assistant's.")
+@click.option("--conversations", default=100_000, help="To train on; says what acceptance length to expect.")
 @options_of("train", "max_length")
 def plan_command(
     config: str, memory: float, peak: float, share: float, network: float, tokens: float, supervised: float,
-    **options: Any,
+    conversations: int, **options: Any,
 ) -> None:  # fmt: skip
     """Work out memory, time and network of a training, without loading the target.
 
@@ -225,13 +252,20 @@ def plan_command(
     """  # noqa: D301
     from draft_model.preflight import check
     from draft_model.training import plan
+    from draft_model.training.expectations import advice, expectation
 
     parameters = check(given(options), ["train"])
     cluster = plan.Cluster(memory * 1e9, peak * 1e12, share, network * 1e9)
     target = plan.read_config(config)
     draft = plan.draft_of(target, parameters)
     made = plan.make_plan(target, draft, parameters, cluster, plan.Workload(tokens, supervised))
-    _print_table(plan.rows_of(made, parameters, cluster), width=110)
+    seen = conversations * parameters.num_epochs * tokens * supervised
+    rows = [
+        *plan.rows_of(made, parameters, cluster),
+        ("acceptance length", expectation(seen, parameters.num_speculative_tokens)),
+        ("recommended", advice(parameters)),
+    ]
+    _print_table(rows, width=110)
 
 
 def _print_table(

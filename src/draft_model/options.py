@@ -4,23 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from draft_model.doors import raise_on_sigterm
+from draft_model.entrypoint import raise_on_sigterm
 from draft_model.errors import DraftModelError, named_parameters
-from draft_model.parameters import PARAMETERS, REMOVED, Parameter, Stage, parameters_of
+from draft_model.parameters import PARAMETERS, REMOVED, STAGES, Parameter, Stage, parameters_of
 from draft_model.parameters.rules import problems_with, unknown
 from draft_model.scratch import scratch_folder
 
+_PROBLEMS = "draft_model.problems"
 _METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 Decorator = Callable[[Any], Any]
 
 
+class Command(click.Command):
+    """Reports all that is wrong with a command line at once, where click stops at the first problem."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As click's; each option and argument keeps its problem until all were read."""
+        super().__init__(*args, **kwargs)
+        self.context_settings.update(ignore_unknown_options=True, allow_extra_args=True)
+        for parameter in self.params:
+            vars(parameter)["handle_parse_result"] = partial(_collect, parameter.handle_parse_result)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click's; raises a UsageError with all problems, those of the parameters' values too."""
+        rest = super().parse_args(ctx, args)
+        words = list(rest)
+        for parameter in self.params:
+            if isinstance(parameter, click.Argument):
+                value = ctx.params.get(parameter.name or "")
+                words += value if isinstance(value, tuple) else [value or ""]
+        known = [option for parameter in self.get_params(ctx) for option in parameter.opts]
+        options = [word.partition("=")[0] for word in words if word.startswith("-")]
+        problems = [
+            f"--{unknown(name)}" if (name := _normal(option.lstrip("-"))) in REMOVED
+            else click.NoSuchOption(option, possibilities=known).format_message()
+            for option in options
+        ]  # fmt: skip
+        if rest and not options:
+            problems.append(f"Got unexpected extra argument ({' '.join(rest)})")
+        if problems := problems + ctx.meta.get(_PROBLEMS, []):
+            values = {parameter.name: ctx.params.get(parameter.name) for parameter in PARAMETERS}
+            problems += problems_with(given(values), [stage for stage in STAGES if stage == self.name])
+            raise click.UsageError(str(DraftModelError(problems)), ctx)
+        return rest
+
+
+def _collect(handle: Callable[..., Any], ctx: click.Context, options: Any, args: list[str]) -> tuple[Any, list[str]]:
+    try:
+        return handle(ctx, options, args)  # type: ignore[no-any-return]
+    except click.UsageError as error:
+        ctx.meta.setdefault(_PROBLEMS, []).append(error.format_message())
+        return None, args
+
+
 class Group(click.Group):
     """Commands in the order in which they are used."""
+
+    command_class = Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """As they were added."""
@@ -44,6 +90,8 @@ def _option(parameter: Parameter) -> Decorator:
     default = f"  [default: {parameter.default}]" if parameter.default != "" else ""
     return click.option(
         f"--{parameter.name}",
+        *(["--engine"] if parameter.name == "evaluation_engine" else []),
+        parameter.name,
         metavar="|".join(parameter.choices) or _METAVARS[parameter.type],
         default=None,
         help=parameter.description + default,
@@ -54,15 +102,7 @@ def _option(parameter: Parameter) -> Decorator:
 def options_of(stage: Stage, *others: str) -> Decorator:
     """The options of a stage's parameters, and of some others by name."""
     chosen = [*parameters_of(stage), *(parameter for parameter in PARAMETERS if parameter.name in others)]
-    return together(*map(_option, chosen), *map(_removed_option, REMOVED))
-
-
-def _removed_option(name: str) -> Decorator:
-    def refuse(_: click.Context, __: click.Parameter, value: str | None) -> None:
-        if value is not None:
-            raise click.UsageError(f"--{unknown(name)}")
-
-    return click.option(f"--{name}", hidden=True, expose_value=False, callback=refuse)
+    return together(*map(_option, chosen))
 
 
 def together(*options: Decorator) -> Decorator:

@@ -2,13 +2,14 @@
 
 `check` reads parameters and every input that they name: what a command line does. `inspect_run` is the pipeline's
 first step: it also asks the Hub, writes to the object store as the later steps will, and asks the cluster for what the
-training job needs.
+jobs need.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,11 +21,12 @@ from draft_model import storage
 from draft_model.dataset.files import find
 from draft_model.errors import DraftModelError, Problem, named_parameters
 from draft_model.evaluation import prompts
+from draft_model.jobs.compute import misfit, weights_of
 from draft_model.jobs.context import check_cluster, check_nodes, nodes_of, on_cluster, wants_cluster
 from draft_model.kubeflow import own_server_too_old
+from draft_model.markdown import bullets, table
 from draft_model.parameters import PARAMETERS, STAGES, Parameters, Stage
 from draft_model.parameters.rules import MODEL_SOURCES, problems_with, valid_values
-from draft_model.shown import bullets, table
 from draft_model.storage.transfer import in_parallel, local_errors
 
 if TYPE_CHECKING:
@@ -41,13 +43,14 @@ class Report:
         values: the run's parameters by name.
         problems: what keeps the run from starting, a sentence each.
         notes: what is worth knowing, or could not be checked from here.
-        nodes: what the pods of `import` (the data set's too) and `train` ask for.
+        nodes: what the pods of the jobs ask for: `import` (the data set's too), `train` (a regeneration's too) and
+            `evaluate`; none where each stage runs in its step.
     """
 
     values: Mapping[str, Any]
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    nodes: dict[str, Compute] = field(default_factory=dict)
+    nodes: dict[Stage, Compute] = field(default_factory=dict)
 
     def markdown(self) -> str:
         """The page that the KFP UI shows."""
@@ -72,11 +75,12 @@ class Report:
         return parameter in named_parameters(self.problems)
 
 
-def _node_row(item: tuple[str, Compute]) -> tuple[str, ...]:
+def _node_row(item: tuple[Stage, Compute]) -> tuple[str, ...]:
     stage, node = item
     labels = ", ".join(f"{key}={value}" for key, value in node.node_selector.items())
     gpus = f"{node.gpus} {node.gpu_resource}" if node.gpus else "none"
-    return {"import": "import, dataset"}.get(stage, stage), node.cpus, node.memory, gpus, labels, node.queue or "none"
+    pods = {"import": "import, dataset", "train": "train, regenerate"}.get(stage, stage)
+    return pods, node.cpus, node.memory, gpus, labels, node.queue or "none"
 
 
 def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parameters:
@@ -139,13 +143,19 @@ def _resolve_nodes(parameters: Parameters, report: Report) -> None:
         report.nodes.update(nodes_of(parameters.model_dump()))
     except DraftModelError as error:
         report.problems.extend(error.problems)
-    report.notes.extend(node.note for node in report.nodes.values() if node.note)
+    report.notes.extend(dict.fromkeys(node.note for node in report.nodes.values() if node.note))
+    if on_cluster() and not wants_cluster(parameters):
+        report.notes.append(
+            "training_backend: with 'local' each stage runs in the pod of its step: compute_* and instance_type_* "
+            "choose no nodes, and a pod that cannot start waits for ever"
+        )
 
 
 def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
-    """Asks the Hub for the model, and compares max_length with the positions that the target knows."""
+    """Asks the Hub for the model; compares its size with the evaluation's node, and its positions with max_length."""
     from draft_model.model_import import hub
-    from draft_model.model_import.sources import resolve
+    from draft_model.model_import.files import description
+    from draft_model.model_import.sources import Source, resolve
 
     sources = [name for name in MODEL_SOURCES if getattr(parameters, name)]
     if len(sources) != 1 or report.has(sources[0]) or parameters.mlflow_model_path.startswith(("models:/", "runs:/")):
@@ -153,10 +163,17 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
     try:
         if parameters.huggingface_id:
             listing = hub.find(parameters.huggingface_id, work / "hub", seconds=_HUB_SECONDS)
-            files = listing.bring(["config.json"] if "config.json" in listing.files else [])
+            source = Source(
+                "huggingface_id", parameters.huggingface_id, listing, {name: name for name in listing.files}
+            )
         else:
-            files = resolve(parameters, work).bring(["config.json"])
-        config = json.loads(files["config.json"].read_text(encoding="utf-8")) if files else {}
+            source = resolve(parameters, work)
+        prompts_given = parameters.evaluation_prompts and not report.has("evaluation_prompts")
+        names = description(source.paths) if prompts_given else source.paths.keys() & {"config.json"}
+        files = source.bring(names)
+        if prompts_given:
+            _inspect_prompts(parameters, files, work, report)
+        config = json.loads(files["config.json"].read_text(encoding="utf-8")) if "config.json" in files else {}
     except hub.Unreachable as error:
         report.notes.append(f"huggingface_id: not checked from here, the import does: {error}")
         return
@@ -165,6 +182,8 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
         return
     except ValueError:  # the import says what is wrong with a config.json
         return
+    if isinstance(config, dict) and (node := report.nodes.get("evaluate")) and (weights := weights_of(config)):
+        report.problems.extend(filter(None, [misfit(config, weights, 0.0, parameters, node)]))
     text = config.get("text_config", config) if isinstance(config, dict) else {}
     longest = text.get("max_position_embeddings") if isinstance(text, dict) else None
     if isinstance(longest, int) and longest < parameters.max_length:
@@ -172,6 +191,24 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
             f"max_length: given {parameters.max_length}, but the target's config.json has max_position_embeddings = "
             f"{longest}, and knows no positions beyond; use max_length={longest}"
         )
+
+
+def _inspect_prompts(parameters: Parameters, files: Mapping[str, Path], work: Path, report: Report) -> None:
+    """Writes the prompts of files by the target's own chat template, which may refuse them."""
+    from draft_model.dataset.encode import load_tokenizer
+
+    folder = work / "tokenizer"
+    for name, path in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / name)
+    try:
+        tokenizer = load_tokenizer(folder)
+    except DraftModelError:  # the data set says what is wrong with a tokenizer
+        return
+    try:
+        prompts.check_template(parameters, tokenizer)
+    except DraftModelError as error:
+        report.problems.extend(Problem.of("evaluation_prompts", problem) for problem in error.problems)
 
 
 def _inspect_benchmarks(parameters: Parameters, report: Report) -> None:
@@ -185,8 +222,8 @@ def _inspect_benchmarks(parameters: Parameters, report: Report) -> None:
     outside = benchmarks or parameters.evaluation_prompts.partition("://")[0].lower() in ("https", "gs")
     if outside and on_cluster() and not problems and not notes:
         report.notes.append(
-            "evaluation_prompts: found from here; the evaluation fetches them after the training, from its own pod: "
-            "network policies must let the step evaluate-draft-model out, too; or give a file in the object store"
+            "evaluation_prompts: found from here; the evaluation fetches them after the training, from its job's pod: "
+            "network policies must let it out, too; or give a file in the object store"
         )
 
 
@@ -225,11 +262,9 @@ def _inspect_store(parameters: Parameters, root: str, report: Report) -> None:
 
 def _inspect_cluster(parameters: Parameters, report: Report) -> None:
     if wants_cluster(parameters):
-        problems, notes = check_cluster(parameters, report.nodes.get("train"))
+        problems, notes = check_cluster(parameters, report.nodes)
         report.problems.extend(problems)
-        report.notes.extend(notes)
-    if wants_cluster(parameters) or on_cluster():
-        report.notes.extend(check_nodes(report.nodes))
+        report.notes.extend([*notes, *check_nodes(report.nodes)])
 
 
 def _read_data(name: str, uri: str) -> None:
@@ -263,11 +298,12 @@ def _read_model(name: str, uri: str) -> None:
     """Configuration and tokenizer, wherever the import finds them; a registry's models are left to the import."""
     if uri.startswith(("models:/", "runs:/")):
         return
+    from draft_model.model_import.files import description
     from draft_model.model_import.sources import resolve
 
     with TemporaryDirectory() as folder:
         source = resolve(Parameters.model_validate({name: uri}), Path(folder))
-        source.bring(source.described_by)
+        source.bring(description(source.paths))
 
 
 _READERS: dict[str, Callable[[str, str], Any]] = {

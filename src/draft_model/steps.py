@@ -1,27 +1,47 @@
-"""What the steps of the Kubeflow pipeline do: one function per component, without kfp.
+"""What the steps of the Kubeflow pipeline do: one function per component, without kfp; and their jobs' processes.
 
 A component of `kfp_pipeline` only calls its function here, with parameters by name, URIs, and KFP's artifacts to fill
-in. An artifact's `uri` stays where KFP put it, because its launcher refuses any other; where the files really are is
-in the artifact's metadata, in a README.md at the artifact's path, and travels as an output parameter.
+in. On a cluster the step coordinates a job, whose pods run `python -m draft_model.steps`; elsewhere the stage runs in
+the step. Both ways give the same result: what the step's artifacts and metrics show.
+
+An artifact's `uri` stays where KFP put it, because its launcher refuses any other; where the files really are is in the
+artifact's metadata, in a README.md at the artifact's path, and travels as an output parameter.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
 import math
-import shutil
-from collections.abc import Iterable, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
 from draft_model import storage
-from draft_model.doors import step
+from draft_model.entrypoint import ERROR_FILE, exit_code, raise_on_sigterm, step
 from draft_model.errors import DraftModelError
-from draft_model.parameters import PARAMETERS, STAGES, Parameters
-from draft_model.shown import bullets
+from draft_model.markdown import bullets
+from draft_model.parameters import PARAMETERS, Parameters, Stage
 
 logger = logging.getLogger(__name__)
+
+_ALL_STAGES = (
+    "storage_uri", "training_backend", "training_attempts", "queue_limit", "start_limit", "run_limit", "compute_map",
+    "object_store_secret", "compute_model_import", "instance_type_model_import", "compute_draft_model_training",
+    "instance_type_draft_model_training", "number_of_gpu_to_use_draft_model_training", "max_length",
+)  # fmt: skip
+"""Parameters of jobs, their nodes and their folders, which every step reads besides its stage's."""
+_FILES: dict[Stage, tuple[str, ...]] = {
+    "import": ("pytorch_model_path", "mlflow_model_path"),
+    "regenerate": ("dataset_train_split", "dataset_validation_split"),
+    "dataset": ("dataset_train_split", "dataset_validation_split", "draft_model_config"),
+    "evaluate": ("evaluation_prompts",),
+}
+"""Parameters that may name files of this machine, where no pod sees them."""
 
 
 class Artifact(Protocol):
@@ -35,7 +55,7 @@ class Artifact(Protocol):
         """Of the file or folder on this machine that KFP uploads to `uri`."""
 
 
-def preflight(values: Mapping[str, Any], run_id: str, summary: Artifact) -> tuple[Any, ...]:
+def preflight(values: Mapping[str, Any], run_id: str, summary: Artifact) -> tuple[dict[str, Any], ...]:
     """Checks the run and writes the page about it; no later step validates again.
 
     Args:
@@ -44,8 +64,8 @@ def preflight(values: Mapping[str, Any], run_id: str, summary: Artifact) -> tupl
         summary: the page.
 
     Returns:
-        The parameters of import, dataset, train and evaluate, and CPUs, memory, node selector and tolerations of the
-        pods of import and dataset.
+        The parameters of import, dataset, train and evaluate, as far as they are not the defaults: KFP keeps several
+        copies of what passes between steps.
     """
     from draft_model.preflight import inspect_run
 
@@ -56,28 +76,30 @@ def preflight(values: Mapping[str, Any], run_id: str, summary: Artifact) -> tupl
             logger.info("%s", note)
         if report.problems:
             raise DraftModelError(report.problems)
-        parameters, node = Parameters.model_validate(report.values), report.nodes["import"]
-        stages = {stage: {**parameters.of_stage(stage), "storage_uri": parameters.storage_uri} for stage in STAGES}
-        stages["dataset"] |= stages.pop("regenerate")  # one step runs both
-    return (*stages.values(), node.cpus, node.memory, node.node_selector, node.tolerations)
+        given = Parameters.model_validate(report.values)
+        steps: tuple[set[Stage], ...] = ({"import"}, {"regenerate", "dataset"}, {"train"}, {"evaluate"})
+        return tuple(
+            {
+                p.name: getattr(given, p.name)
+                for p in PARAMETERS
+                if (stages & {*p.stages} or p.name in _ALL_STAGES) and getattr(given, p.name) != p.default
+            }
+            for stages in steps
+        )
 
 
 def import_model(
     parameters: Mapping[str, Any], run_id: str, model: Artifact, summary: Artifact, metrics: Artifact
 ) -> str:
     """Imports the target, or finds it imported, and returns its URI."""
-    from draft_model.model_import import ImportConfig, run
-
     with step("import") as work:
         p = Parameters.model_validate(parameters)
-        result = run(ImportConfig(work=work, parameters=p, **_output(p, "model", model.uri, run_id)))
-        _describe(
-            model, result.uri, source=result.source, revision=result.revision, licence=result.licence,
-            architecture=result.architecture, parameter_count=result.parameter_count, bytes=result.size,
-        )  # fmt: skip
-        _write(summary, result.markdown())
-        _record(metrics, parameters=result.parameter_count, bytes=result.size)
-    return result.uri
+        uris = _output(p, "model", model.uri, run_id)
+        result = _perform("import", p, uris, _beside(uris, run_id), run_id, work)
+        _describe(model, result["uri"], **result["metadata"])
+        _write(summary, result["page"])
+        _record(metrics, **result["metrics"])
+    return str(result["uri"])
 
 
 def build_dataset(
@@ -87,24 +109,20 @@ def build_dataset(
 
     Where regenerate_answers is not off, it is made of the target's own answers.
     """
-    from draft_model.dataset import REPORT_PAGE, DatasetConfig, run
-    from draft_model.regenerate import RegenerateConfig
-    from draft_model.regenerate import run as regenerate
-
     with step("dataset") as work:
         p = Parameters.model_validate(parameters)
-        output = _output(p, "dataset", dataset.uri, run_id)
         if p.regenerate_answers != "off":
-            uri = f"{output['output']}-answers"
-            answers = regenerate(RegenerateConfig(model_uri, uri, p, work / "answers", output["root"]))
-            p = p.model_copy(update={f"dataset_{split}_split": answers.split_uri(split) for split in answers.splits})
-            _record(dataset, answers=answers.uri)
-            _record(metrics, **answers.metrics())
-        result = run(DatasetConfig(model=model_uri, work=work, parameters=p, **output))
-        _describe(dataset, result.uri, fingerprint=result.fingerprint, chat_template=p.chat_template)
-        _record(metrics, **result.metrics())
-        Path(report.path).write_bytes(storage.read_bytes(storage.join(result.uri, REPORT_PAGE)))
-    return result.uri
+            uris = {"model": model_uri, **_output(p, "answers", f"{dataset.uri}-answers", run_id)}
+            answers = _perform("regenerate", p, uris, _beside(uris, run_id), run_id, work)
+            p = p.model_copy(update=answers["parameters"])
+            _record(dataset, answers=answers["uri"])
+            _record(metrics, **answers["metrics"])
+        uris = {"model": model_uri, **_output(p, "dataset", dataset.uri, run_id)}
+        result = _perform("dataset", p, uris, _beside(uris, run_id), run_id, work)
+        _describe(dataset, result["uri"], **result["metadata"])
+        _record(metrics, **result["metrics"])
+        Path(report.path).write_bytes(storage.read_bytes(result["report"]))
+    return str(result["uri"])
 
 
 def train_draft_model(
@@ -123,7 +141,7 @@ def train_draft_model(
         storage.read_manifest(result.final, stage="train")
         _describe(
             draft, result.output, final=result.final, checkpoints=config.checkpoints,
-            format="EAGLE-3, for vLLM and SGLang",
+            format=f"{p.draft_architecture}, for vLLM and SGLang",
         )  # fmt: skip
         _record(
             metrics, steps=result.steps, final_loss=result.loss, simulated_acceptance_length=result.acceptance_length
@@ -132,26 +150,37 @@ def train_draft_model(
 
 
 def evaluate_draft_model(
-    parameters: Mapping[str, Any], model_uri: str, dataset_uri: str, draft_uri: str,
+    parameters: Mapping[str, Any], run_id: str, model_uri: str, dataset_uri: str, draft_uri: str,
     report: Artifact, card: Artifact, metrics: Artifact,
 ) -> None:  # fmt: skip
     """Measures the draft; its log ends with the result."""
-    from draft_model.evaluation import EvaluateConfig, run
-
     with step("evaluate") as work:
         _check_inputs({"import": model_uri, "dataset": dataset_uri, "train": draft_uri})
         p = Parameters.model_validate(parameters)
-        config = EvaluateConfig(model=model_uri, dataset=dataset_uri, final=draft_uri, work=work, parameters=p)
-        result = run(config)
-        shutil.copyfile(result.report, report.path)
-        shutil.copyfile(result.card, card.path)
-        if result.measured:
-            shares = {f"acceptance_at_position_{k}": x for k, x in enumerate(result.acceptance_by_position, start=1)}
-            _record(
-                metrics, acceptance_length=result.acceptance_length, compared_tokens=result.compared_tokens,
-                untrained_acceptance_length=result.untrained_acceptance_length, **shares,
-            )  # fmt: skip
-        logger.info("%s", evaluation_sentence(result))
+        uris = {"model": model_uri, "dataset": dataset_uri, "final": draft_uri}
+        if misfit := _misfit(p, model_uri, draft_uri):
+            raise DraftModelError([misfit, f"the draft in {draft_uri} is whole and can be served; it was not measured"])
+        result = _perform("evaluate", p, uris, draft_uri.rstrip("/").rpartition("/")[0], run_id, work)
+        for artifact, name in ((report, "report.html"), (card, "README.md")):
+            Path(artifact.path).write_bytes(storage.read_bytes(storage.join(draft_uri, name)))
+        _record(metrics, **result["metrics"])
+        logger.info("%s", result["sentence"])
+
+
+def _misfit(p: Parameters, model_uri: str, draft_uri: str) -> str:
+    """Why the evaluation's node cannot hold the target; empty where it can, where that is not known, and elsewhere."""
+    from draft_model.jobs.compute import misfit
+    from draft_model.jobs.context import nodes_of
+
+    if (node := nodes_of(p.model_dump()).get("evaluate")) is None:
+        return ""
+    model, draft = storage.read_manifest(model_uri, stage="import"), storage.read_manifest(draft_uri)
+    files, drafts = (
+        sum(file.size for file in manifest.files if file.path.endswith(".safetensors")) for manifest in (model, draft)
+    )
+    count = 0 if model.properties.get("quantization") else model.properties.get("parameter_count", 0)
+    config = json.loads(storage.read_bytes(storage.join(model_uri, "config.json")))
+    return misfit(config, 2.0 * count if count else files, drafts, p, node)
 
 
 def evaluation_sentence(result: Any) -> str:
@@ -167,7 +196,7 @@ def evaluation_sentence(result: Any) -> str:
 def clean_up(
     run_id: str, training_backend: str, storage_uri: str, checkpoint_path: str, status: Any, summary: Artifact
 ) -> None:
-    """Deletes what the training step left on the cluster, and says how the run ended and how to go on.
+    """Deletes what the steps left on the cluster, and says how the run ended and how to go on.
 
     Args:
         run_id: of the pipeline's run, which is a label of its jobs.
@@ -196,6 +225,90 @@ def _output(p: Parameters, name: str, artifact_uri: str, run_id: str) -> dict[st
     root, in_run, _ = artifact_uri.partition(f"/{run_id}/")
     output = storage.join(p.storage_uri, name) if p.storage_uri else artifact_uri
     return {"output": output, "root": p.storage_uri or (root if in_run else "")}
+
+
+def _beside(uris: Mapping[str, str], run_id: str) -> str:
+    """Where a job's record, logs and result go: two runs may write to the same output at once."""
+    return storage.join(uris["root"], "jobs", run_id) if uris["root"] else uris["output"]
+
+
+def _perform(
+    stage: Stage, p: Parameters, uris: Mapping[str, str], beside: str, run_id: str, work: Path
+) -> dict[str, Any]:  # fmt: skip
+    """A stage's result, by a job where there is a cluster for it, else by this process.
+
+    Where an input is a file of this machine, which no pod of a cluster sees, it runs here, too.
+    """
+    from draft_model import jobs
+    from draft_model.jobs.context import wants_cluster
+
+    here = [name for name in _FILES.get(stage, ()) if _is_path(getattr(p, name))]
+    if wants_cluster(p) and not here:
+        nodes = p.num_nodes_draft_model_training if stage == "regenerate" else 1
+        return jobs.run_stage(stage, p, {name: uri for name, uri in uris.items() if uri}, beside, run_id, work, nodes)
+    if importlib.util.find_spec("transformers") is None:
+        raise DraftModelError(
+            "training_backend: given 'local', but the image of this step only coordinates: use pytorchjob or trainjob, "
+            "or compile the pipeline with `--image` naming the trainer's image for all steps"
+        )
+    return {"run_id": run_id, **_RUNS[stage](p, work, **uris)}
+
+
+def _is_path(value: str) -> bool:
+    return value.startswith("file:") or (":/" not in value and ("/" in value or "." in value))
+
+
+def _run_import(p: Parameters, work: Path, **uris: str) -> dict[str, Any]:
+    from draft_model.model_import import ImportConfig, run
+
+    result = run(ImportConfig(work=work, parameters=p, **uris))
+    metadata = {name: getattr(result, name)
+                for name in ("source", "revision", "licence", "architecture", "parameter_count")}  # fmt: skip
+    return {
+        "uri": result.uri, "written_by": "import", "page": result.markdown(),
+        "metadata": {**metadata, "bytes": result.size},
+        "metrics": {"parameters": result.parameter_count, "bytes": result.size},
+    }  # fmt: skip
+
+
+def _run_regenerate(p: Parameters, work: Path, **uris: str) -> dict[str, Any]:
+    from draft_model.regenerate import RegenerateConfig, run
+
+    result = run(RegenerateConfig(uris["model"], uris["output"], p, work, uris.get("root", "")))
+    return {
+        "uri": result.uri, "written_by": "regenerate", "metrics": result.metrics(),
+        "parameters": {f"dataset_{split}_split": result.split_uri(split) for split in result.splits},
+    }  # fmt: skip
+
+
+def _run_dataset(p: Parameters, work: Path, **uris: str) -> dict[str, Any]:
+    from draft_model.dataset import REPORT_PAGE, DatasetConfig, run
+
+    result = run(DatasetConfig(work=work, parameters=p, **uris))
+    return {
+        "uri": result.uri, "written_by": "dataset", "report": storage.join(result.uri, REPORT_PAGE),
+        "metadata": {"fingerprint": result.fingerprint, "chat_template": p.chat_template},
+        "metrics": result.metrics(),
+    }  # fmt: skip
+
+
+def _run_evaluate(p: Parameters, work: Path, **uris: str) -> dict[str, Any]:
+    from draft_model.evaluation import EvaluateConfig, run
+
+    result, metrics = run(EvaluateConfig(work=work, parameters=p, **uris)), {}
+    if result.measured:
+        metrics = {
+            "acceptance_length": result.acceptance_length, "compared_tokens": result.compared_tokens,
+            "untrained_acceptance_length": result.untrained_acceptance_length,
+            **{f"acceptance_at_position_{k}": x for k, x in enumerate(result.acceptance_by_position, start=1)},
+        }  # fmt: skip
+    return {"uri": result.final, "written_by": "train", "metrics": metrics, "sentence": evaluation_sentence(result)}
+
+
+_RUNS: dict[Stage, Callable[..., dict[str, Any]]] = {
+    "import": _run_import, "regenerate": _run_regenerate, "dataset": _run_dataset, "evaluate": _run_evaluate,
+}  # fmt: skip
+"""What the process of a stage runs: its result is what the step shows, and the manifest's folder and stage."""
 
 
 def _check_inputs(folders: Mapping[str, str]) -> None:
@@ -237,3 +350,27 @@ def _is_storable(value: Any) -> bool:
 
 def _write(artifact: Artifact, text: str) -> None:
     Path(artifact.path).write_text(text, encoding="utf-8")
+
+
+def main() -> int:
+    """`python -m draft_model.steps`: the process of a job's pod; DRAFT_MODEL_JOB says which stage it runs."""
+    from draft_model.jobs.torchrun import tell_kubernetes
+
+    def work() -> None:
+        raise_on_sigterm()
+        job = json.loads(os.environ["DRAFT_MODEL_JOB"])
+        folder = Path(job["work"], job["stage"])
+        folder.mkdir(parents=True, exist_ok=True)
+        result = _RUNS[job["stage"]](Parameters.model_validate(job["parameters"]), folder, **job["uris"])
+        if os.environ.get("PET_NODE_RANK", "0") == "0":  # of several nodes, the first one writes
+            storage.write_bytes(job["result"], json.dumps({**result, "run_id": job["run_id"]}).encode())
+
+    if path := os.environ.get(ERROR_FILE):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if code := exit_code(work):
+        tell_kubernetes()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

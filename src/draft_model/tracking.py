@@ -28,10 +28,8 @@ from draft_model.parameters import Stage
 
 logger = logging.getLogger(__name__)
 
-RUN = "DRAFT_MODEL_RUN"
-"""Environment variable: what the stages of one pipeline run have in common."""
-LOGIN = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
-"""Environment variables with a secret in them."""
+RUN = "DRAFT_MODEL_RUN"  # what the stages of one pipeline run have in common
+LOGIN = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")  # with a secret in them
 _FORWARDED = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME",
               "MLFLOW_WORKSPACE", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_INSECURE_TLS", RUN)  # fmt: skip
 _DEFAULTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
@@ -40,8 +38,7 @@ _PARENT = "mlflow.parentRunId"
 _LONGEST_VALUE = 6000
 END_SECONDS, FAILED_SECONDS = 120.0, 10.0
 """How long the end of a stage waits for the server; a pod that failed or was asked to stop has half a minute."""
-PAUSE = 60.0
-"""Seconds after a failure in which records are dropped."""
+PAUSE = 60.0  # seconds after a failure in which records are dropped
 Stagelike = TypeVar("Stagelike", bound=Callable[..., Any])
 
 
@@ -52,12 +49,7 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 class Tracker:
-    """Reports a stage to MLflow. Its methods return at once and raise nothing.
-
-    Args:
-        stage: names the run.
-        uri: of the server or store; empty: nothing is tracked.
-    """
+    """Reports a stage to the server or store at a URI, if any. Its methods return at once and raise nothing."""
 
     def __init__(self, stage: str | None = None, uri: str = "") -> None:
         self._stage, self._uri, self.active = stage, uri, bool(uri)

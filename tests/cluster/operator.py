@@ -25,7 +25,7 @@ from urllib.parse import parse_qs, urlsplit
 from kubernetes import client
 
 from cluster.apiserver import NAMESPACE, ApiServer, free_port
-from draft_model.jobs.render import WORK
+from draft_model.jobs.spec import WORK
 
 NODE = "node-1"
 _ROUND_SECONDS = 0.15

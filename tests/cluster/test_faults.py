@@ -31,9 +31,9 @@ STAND_IN = [sys.executable, str(Path(__file__).with_name("stand_in.py"))]
 COORDINATOR = r"""
 import re, sys
 from pathlib import Path
-from draft_model import doors, jobs
+from draft_model import entrypoint, jobs
 from draft_model.training import TrainConfig
-code = doors.exit_code(lambda: print(jobs.run(TrainConfig.from_json(sys.argv[1]), sys.argv[2])))
+code = entrypoint.exit_code(lambda: print(jobs.run(TrainConfig.from_json(sys.argv[1]), sys.argv[2])))
 peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
 print("torch" in sys.modules, int(peak[1]) // 1024)
 sys.exit(code)
@@ -144,7 +144,7 @@ def let_end(run, result="whole"):
 
 
 def record_of(run):
-    return json.loads(storage.read_bytes(storage.join(run.config.output, "training_job.json")))
+    return json.loads(storage.read_bytes(storage.join(run.config.output, "train_job.json")))
 
 
 def test_a_run_without_faults(begin, jobs_there, operator):
@@ -165,7 +165,7 @@ def test_a_run_without_faults(begin, jobs_there, operator):
 
     run.start()  # KFP may start a step again that had just ended
     assert run.end() == 0
-    assert "trained already" in run.text
+    assert "has succeeded already" in run.text
     assert operator.started[f"{run.job}-master-0"] == 1
 
 
@@ -226,10 +226,10 @@ def test_a_run_that_was_killed_is_cleaned_up_by_the_pipelines_exit_task(begin, j
     run.says("RUNNING")
     run.process.kill()
     monkeypatch.setenv("KUBECONFIG", str(coordinator))
-    assert "no training job was left" in jobs.clean_up("of-another-run", "pytorchjob", state="RUNNING")
+    assert "no job was left" in jobs.clean_up("of-another-run", "pytorchjob", state="RUNNING")
     assert jobs_there(run) == [run.job]
     told = jobs.clean_up(run.run_id, "pytorchjob", state="RUNNING")
-    assert f"the training step left pytorchjobs/{run.job}: deleted" in told
+    assert f"a step left pytorchjobs/{run.job}: deleted" in told
     assert jobs_there(run) == []
 
 

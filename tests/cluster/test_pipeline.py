@@ -19,7 +19,7 @@ from cluster.apiserver import NAMESPACE
 from cluster.conftest import eventually
 from draft_model import jobs, storage
 from draft_model.jobs.cluster import Cluster
-from draft_model.jobs.render import PYTORCHJOB
+from draft_model.jobs.spec import PYTORCHJOB
 from draft_model.parameters import Parameters
 from draft_model.training import TrainConfig
 from kfp_pipeline.local import run_local
@@ -74,7 +74,7 @@ def test_the_pipeline_trains_on_the_cluster_and_survives_a_machine(
     final = run_local({**values, **cluster}, tmp_path / "run").final
     killer.join()
 
-    record = json.loads(storage.read_bytes(f"{output}/training_job.json"))
+    record = json.loads(storage.read_bytes(f"{output}/train_job.json"))
     assert [attempt["reason"] for attempt in record["attempts"]] == ["Killed", ""]
     assert record["state"] == "SUCCEEDED"
     training = json.loads((final / "training.json").read_text())

@@ -9,7 +9,7 @@ from cluster.conftest import eventually
 from draft_model.jobs.cluster import Cluster
 from draft_model.jobs.compute import Compute
 from draft_model.jobs.context import check_cluster
-from draft_model.jobs.request import Kind
+from draft_model.jobs.spec import Kind
 from draft_model.parameters import Parameters
 
 QUEUES = Kind("kueue.x-k8s.io", "v1beta2", "localqueues", "LocalQueue")

@@ -13,8 +13,7 @@ from draft_model.errors import DraftModelError
 from draft_model.jobs import cluster as cluster_module
 from draft_model.jobs.backends import ALL_KINDS, Backend, choose, jobs_of_run
 from draft_model.jobs.cluster import Cluster, Unavailable
-from draft_model.jobs.render import PYTORCHJOB
-from draft_model.jobs.request import WORKFLOW
+from draft_model.jobs.spec import PYTORCHJOB, WORKFLOW
 from draft_model.jobs.states import State
 
 BACKENDS = ("pytorchjob", "trainjob")

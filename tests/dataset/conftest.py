@@ -257,7 +257,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
         folder = tmp_path_factory.mktemp(name)
         tokenizer = _tokenizer(*rest)
         tokenizer.save_pretrained(folder)
-        config = {"model_type": "llama", "vocab_size": len(tokenizer) + 12}
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_hidden_layers": 8}
+        config = {"model_type": "llama", "vocab_size": len(tokenizer) + 12, **sizes}
         (folder / "config.json").write_text(json.dumps(config))
         storage.publish(folder, str(folder), stage="import", properties={})
         folders[name] = folder

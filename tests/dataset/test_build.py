@@ -5,16 +5,19 @@ import json
 import os
 import random
 import shutil
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from draft_model import storage
-from draft_model.dataset import DatasetConfig, Split, encode, load_vocabulary, run, workers
+from draft_model import drafts, storage
+from draft_model.dataset import DatasetConfig, Split, load_vocabulary, run, workers
 from draft_model.dataset import build as stage
 from draft_model.dataset.encode import load_tokenizer
 from draft_model.errors import DraftModelError
@@ -165,8 +168,8 @@ def test_cut_answers_have_no_supervised_end(tmp_path, build, models):
 
 
 def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path, build, monkeypatch):
-    monkeypatch.setattr(workers, "BYTES_PER_PROCESS", 1)
-    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    monkeypatch.setattr(stage, "BYTES_PER_PROCESS", 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(stage, "PIECE_BYTES", 100_000)
     data = [*some_rows(1500), b"no"]
     given = {
@@ -193,7 +196,7 @@ def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path
 
 
 def test_processes_are_lowered_to_the_cores_and_said_once(tmp_path, build, monkeypatch, caplog):
-    monkeypatch.setattr(workers, "_cores", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     caplog.set_level("INFO")
     build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(3)), build_dataset_num_proc=96)
     said = [record.getMessage() for record in caplog.records if "build_dataset_num_proc" in record.getMessage()]
@@ -205,7 +208,7 @@ def test_what_is_built_is_not_built_again_and_nothing_is_tokenised(tmp_path, bui
     given = {"dataset_train_split": write(tmp_path / "train.jsonl", some_rows(20))}
     first = build(**given)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(encode, "load_tokenizer", None)
+    monkeypatch.setattr(stage, "Workers", None)
     again = build(**given, learning_rate=0.5, build_dataset_num_proc=2)
     assert again.reused
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == written
@@ -291,7 +294,7 @@ def test_below_a_root_the_content_and_the_settings_say_where(tmp_path, models, o
 
     first = build()
     assert first.uri == f"{root}/datasets/{first.fingerprint[:24]}"
-    monkeypatch.setattr(encode, "load_tokenizer", None)
+    monkeypatch.setattr(stage, "Workers", None)
     assert build(learning_rate=0.5) == replace(first, reused=True)
     monkeypatch.undo()
     assert build(max_length=2000).uri != first.uri
@@ -299,25 +302,52 @@ def test_below_a_root_the_content_and_the_settings_say_where(tmp_path, models, o
     storage.remove_manifest(first.uri)
     assert build() == first
     shard = next(file for file in storage.read_manifest(first.uri).files if file.path.endswith(".parquet"))
-    storage.write_bytes(f"{first.uri}/{shard.path}", b"cut")
-    assert build() == first
+    whole = storage.read_bytes(f"{first.uri}/{shard.path}")
+    for damaged in (b"cut", bytes([whole[0] ^ 1]) + whole[1:]):
+        storage.write_bytes(f"{first.uri}/{shard.path}", damaged)
+        assert build() == first
+        assert storage.read_bytes(f"{first.uri}/{shard.path}") == whole
     storage.remove(first.uri)
     assert build() == first
-    # Two at once: the second finds the first one's result when it is done.
-    storage.remove(first.uri)
-    describe = stage._describe
-
-    def describe_and_be_overtaken(*given):
-        monkeypatch.undo()
-        assert build("other") == first
-        return describe(*given)
-
-    monkeypatch.setattr(stage, "_describe", describe_and_be_overtaken)
-    assert build() == replace(first, reused=True)
-    storage.fetch(first.uri, tmp_path / "fetched")
     # A changed file at the same URI is seen, also where size and time stay.
     write(Path(train), some_rows(20, seed=1))
     assert build().uri != first.uri
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_two_runs_that_build_one_data_set_at_once_leave_it_whole(tmp_path, models, monkeypatch, together):
+    train = write(tmp_path / "train.jsonl", some_rows(20))
+    given = Parameters(dataset_train_split=train, chat_template="qwen", build_dataset_num_proc=1)
+    describe, both, ended = stage._describe, threading.Barrier(2), threading.Event()
+
+    def build(name):
+        result = run(DatasetConfig(str(models["qwen2"]), "", given, tmp_path / name, str(tmp_path / "root")))
+        ended.set()
+        return result
+
+    def wait(*arguments):  # until both have encoded, or until the other one has ended
+        if both.wait(60) == 0 and not together:
+            ended.wait(60)
+        return describe(*arguments)
+
+    monkeypatch.setattr(stage, "_describe", wait)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(build, ("one", "two")))
+    assert replace(results[0], reused=False) == replace(results[1], reused=False)
+    if not together:
+        assert sorted(result.reused for result in results) == [False, True]
+    folder = storage.fetch(results[0].uri, tmp_path / "fetched")
+    assert len(Split(folder / "train")) == 20
+    assert not (folder / "pieces").exists()
+
+
+def test_a_family_that_knows_the_whole_vocabulary_gets_all_of_it(tmp_path, build, monkeypatch):
+    whole = SimpleNamespace(default_shape=lambda config: SimpleNamespace(draft_vocab_size=config["vocab_size"]))
+    monkeypatch.setattr(drafts, "family", lambda name: whole)
+    result = build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(3)))
+    assert result.draft_vocab_size == result.vocab_size
+    assert result.train.coverage == 1
+    assert load_vocabulary(tmp_path / "out")[1].abs().sum() == 0
 
 
 def test_too_many_faulty_lines_stop_the_stage_with_the_first_ten_of_both_splits(tmp_path, build):
@@ -396,21 +426,21 @@ def test_all_unusable_inputs_are_told_at_once(tmp_path, build):
     assert "dataset_train_split" in told
     assert "absent.jsonl" in told
     assert "dataset_validation_split" in told
-    assert "draft_model_config: its draft_vocab_size is 1000000; allowed: at most" in told
+    assert "draft_model_config: `draft_vocab_size` is 1000000; the target's vocabulary has" in told
 
 
 @pytest.mark.parametrize("size", [0, -1, "many", True, 1.5])
 def test_a_draft_vocabulary_size_that_is_none_is_refused(tmp_path, build, size):
     config = tmp_path / "draft.json"
     config.write_text(json.dumps({"draft_vocab_size": size}))
-    with pytest.raises(DraftModelError, match=r"draft_model_config: .* allowed: an integer >= 1"):
+    with pytest.raises(DraftModelError, match=r"draft_model_config: .* allowed: a whole number >= 1"):
         build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(2)), draft_model_config=str(config))
 
 
 def test_a_model_folder_of_another_stage_or_without_a_tokenizer_is_refused(tmp_path, build, models):
     train = write(tmp_path / "train.jsonl", some_rows(2))
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "text_config": {"vocab_size": 9}}')
+    shutil.copy(models["qwen2"] / "config.json", tmp_path / "model")
     models = {**models, "bare": tmp_path / "model"}
     storage.publish(models["bare"], str(models["bare"]), stage="train", properties={})
     config = DatasetConfig(
@@ -428,21 +458,30 @@ def test_a_chat_template_that_does_not_fit_is_refused_before_any_row_is_read(tmp
         build(dataset_train_split=write(tmp_path / "train.jsonl", [b"bad"]), chat_template="llama3")
 
 
-def test_a_process_that_dies_is_told_and_what_to_do(tmp_path, models):
-    encoder = encode.Encoder(encode.EncoderSettings(models["qwen2"], "qwen", 100, 600))
-    encoder.renderer = Deadly()
-    told = pytest.raises(DraftModelError, match=r"build_dataset_num_proc: .* memory")
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"{}")
-    with told:
-        list(workers.encode_files(encoder, 2, [(None, path)] * 2))
+LONG = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
-class Deadly:
-    """Kills the process that it is sent to."""
+@pytest.mark.parametrize(
+    "hostile", [LONG, "{{ 9 ** (messages[1].content | length * 10 ** 9) }}", "{{ 'x' * 10 ** 12 }}"]
+)
+def test_a_chat_template_that_never_ends_or_takes_all_memory_is_stopped_with_a_sentence(
+    tmp_path, models, monkeypatch, hostile
+):
+    monkeypatch.setattr(workers, "SECONDS", 1)
+    model = tmp_path / "model"
+    shutil.copytree(models["qwen2"], model)
+    with (model / "chat_template.jinja").open("a") as template:
+        template.write(f"{{% if messages[-1].content == 'evil' %}}{hostile}{{% endif %}}")
+    storage.publish(model, str(model), stage="import", properties={})
+    given = Parameters(dataset_train_split=write(tmp_path / "a.jsonl", [row("?", "evil")]), chat_template="qwen")
+    with pytest.raises(DraftModelError, match=r"chat template or tokenizer does not end: .* more than 1 s"):
+        run(DatasetConfig(str(model), str(tmp_path / "out"), given, tmp_path / "work"))
+    assert not storage.exists(str(tmp_path / "out"))
 
-    def __reduce__(self):
-        return os._exit, (9,)
+
+def test_a_process_that_is_killed_is_told_and_what_to_do():
+    with workers.Workers(2) as pool, pytest.raises(DraftModelError, match=r"one of 2 processes .* memory is short: lo"):
+        list(pool.map(os._exit, [(None, (9,))] * 4))
 
 
 def test_everything_may_lie_in_an_object_store(tmp_path, models, object_store):
@@ -521,14 +560,11 @@ class Page(HTMLParser):
 
 
 def test_a_line_of_100_megabytes_is_cut_without_tokenising_it_all(tmp_path, build, models, monkeypatch):
-    asked = []
-    shorten = encode._shorten
-    monkeypatch.setattr(encode, "_shorten", lambda *given: asked.append(shorten(*given)) or asked[-1])
+    monkeypatch.setattr(workers, "SECONDS", 10)  # of CPU time; to tokenise all of it takes a minute
     answer = "the quick brown fox " * 5_000_000  # 100 MB
     data = write(tmp_path / "train.jsonl", [row("?", answer), row("a", "b")])
     result = build(dataset_train_split=data, max_length=64)
     assert (result.train.rows_kept, result.train.rows_truncated) == (2, 1)
-    assert sum(map(len, asked)) < 100_000
     tokenizer = load_tokenizer(models["qwen2"])
     prompt = "<|im_start|>system\nYou are Qwen, a helpful assistant.<|im_end|>\n<|im_start|>user\n?<|im_end|>\n"
     text = f"{prompt}<|im_start|>assistant\n{answer[:4000]}"

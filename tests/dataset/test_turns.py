@@ -292,6 +292,23 @@ def test_reasoning_that_was_cut_off_has_no_end(encode, kind, first, second):
         assert encode(kind, messages=messages)[0] == [first, second]
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen3-thinking", "llama3", "deepseek", "gpt-oss"])
+def test_finish_length_has_no_end_of_turn_supervision(encode, kind):
+    cut = {"role": "assistant", "content": "one two", "finish": "length"}
+    whole = {**cut, "finish": "stop"}
+    ends = TEMPLATES[KINDS[kind][0]].ends
+    (first, last), _ = encode(kind, messages=[ASK, cut, ASK, cut])
+    assert (first, last) == (first.removesuffix("two") + "two", last.removesuffix("two") + "two")
+    (first, last), _ = encode(kind, messages=[ASK, cut, ASK, whole])
+    assert first.endswith("two")
+    assert last.endswith(("two" + ends[0], "two<|return|>"))
+    call = {"role": "assistant", "tool_calls": CALL, "finish": "length"}
+    if kind not in ("deepseek", "gpt-oss"):
+        ((found, _), _) = encode(kind, messages=[*DIALOGUE[:2], call, *DIALOGUE[3:]], tools=TOOLS)
+        assert "weather" in found
+        assert not found.endswith(ends)
+
+
 @pytest.mark.parametrize("opened", ["<think>\n", ""])
 def test_reasoning_inside_the_text_is_as_good_as_reasoning_beside_it(encode, opened):
     inside = [

@@ -153,7 +153,8 @@ def test_merge(monkeypatch, dtype, later, heads, kv_heads, size):
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_distillation(dtype):
+@pytest.mark.parametrize("loss", ["kl", "lk", "tv"])
+def test_distillation(dtype, loss):
     from draft_model.drafts import triton_kernels
 
     vocab, known, teachers = 5000, 2300, 4
@@ -172,12 +173,13 @@ def test_distillation(dtype):
     p = logits[:, ids].cpu().double().softmax(-1)[rows.cpu()]
     log_q = exact.log_softmax(-1)
     counts = (weights.cpu() > 0) & (taught[2].cpu()[rows.cpu()] >= 0)
-    losses = -(p * log_q).sum(-1) * counts
+    overlap = torch.minimum(p, log_q.exp()).sum(-1) * counts
+    share = {"kl": 1.0, "tv": 0.0, "lk": torch.exp(-3 * overlap.detach())}[loss]
+    losses = (share * -(p * log_q).sum(-1) + (1 - share) * (1 - overlap)) * counts
     (losses * weights.cpu()).sum().backward()
-    sums = triton_kernels.distill(z, taught, rows, weights, True).cpu()
+    sums = triton_kernels.distill(z, taught, rows, weights, True, loss).cpu()
     assert torch.equal(sums[:, 1] > 0, counts)
     assert torch.equal(sums[:, 2] > 0, counts & (exact.argmax(-1) == taught[2].cpu()[rows.cpu()]))
-    overlap = torch.minimum(p, log_q.exp()).sum(-1) * counts
     assert_close([sums[:, 0], sums[:, 3], z], [losses.detach(), overlap.detach(), exact.grad], dtype)
 
 

@@ -2,40 +2,39 @@
 
 import json
 import stat
-from dataclasses import asdict
-from pathlib import Path
+import sys
+from dataclasses import replace
 
 import pytest
-import tiny
+import torch
+from click.testing import CliRunner
 
 from draft_model import engine
-from draft_model.drafts.eagle3.export import load_draft
-from draft_model.engine import Counts, Job, compare_replies, explain, sglang, vllm
+from draft_model.cli import cli
+from draft_model.drafts import family
+from draft_model.engine import Counts, Job, Process, compare_replies, explain, sglang, vllm
 from draft_model.errors import DraftModelError
+from draft_model.evaluation import evaluate, measure
 from draft_model.evaluation.measure import check_engine
 from draft_model.parameters import Parameters
+from draft_model.parameters.rules import problems_with
 
-SERVING = Path(__file__).parents[2] / ".venv-serving/bin/python"
-JOB = Job("/target", "/draft", "eagle3", 3, [[[1, 2, 3], [4, 5]], [[6, 7]]], 8, [2, 5], 0.0, 0, [1, 4])
+EAGLE3 = family("eagle3")
+PROMPTS = [[[1, 2, 3], [4, 5]], [[6, 7]]]
+JOB = Job("/target", "/draft", "eagle3", {"num_speculative_tokens": 3}, 3, PROMPTS, 8, [2, 5], 0.0, 0)
 
 
 def test_vllm_decodes_the_target_by_nothing_but_its_weights():
-    found = vllm.arguments(JOB, gpus=4)
+    found = vllm.arguments(replace(JOB, gpus=4))
     assert found["speculative_config"] == {"method": "eagle3", "model": "/draft", "num_speculative_tokens": 3}
     assert (found["dtype"], found["tensor_parallel_size"], found["max_model_len"]) == ("auto", 4, 3 + 8 + 4)
     assert (found["generation_config"], found["trust_remote_code"]) == ("vllm", False)
-    alone = vllm.arguments(Job(**{**asdict(JOB), "draft": ""}), gpus=0)
+    alone = vllm.arguments(replace(JOB, draft=""))
     assert (alone["speculative_config"], alone["dtype"], alone["tensor_parallel_size"]) == (None, "float32", 1)
 
 
-def test_sglang_gets_its_names_and_its_histograms_are_counted():
-    found = sglang.arguments(JOB, gpus=2)
-    assert {name: value for name, value in found.items() if name.startswith("speculative")} == {
-        "speculative_algorithm": "EAGLE3", "speculative_draft_model_path": "/draft", "speculative_num_steps": 3,
-        "speculative_eagle_topk": 1, "speculative_num_draft_tokens": 4,
-    }  # fmt: skip
-    assert not [name for name in sglang.arguments(Job(**{**asdict(JOB), "draft": ""}), 1) if "speculative" in name]
-    outputs = [{"meta_info": {"spec_accept_histogram": [2, 0, 1, 1]}}, {"meta_info": {"spec_accept_histogram": [0, 3]}}]
+def test_sglangs_histograms_are_counted():
+    outputs = [{"meta_info": {sglang.HISTOGRAM: [2, 0, 1, 1]}}, {"meta_info": {sglang.HISTOGRAM: [0, 3]}}]
     assert sglang.counts(outputs, 3) == Counts(7, 21, 8, [5, 2, 1])
 
 
@@ -92,13 +91,19 @@ def python(tmp_path, monkeypatch):
     return script
 
 
-def test_a_process_that_dies_or_takes_too_long_is_one_sentence(python, tmp_path):
+def test_a_process_that_dies_or_takes_too_long_is_one_sentence(python):
     python("kill -SEGV $$")
-    with pytest.raises(DraftModelError, match=r"vllm with the draft was ended by signal 11"):
-        engine.measure("vllm", JOB, tmp_path)
+    with (
+        pytest.raises(DraftModelError, match=r"vllm with the draft was ended by signal 11"),
+        Process("vllm", JOB) as process,
+    ):
+        process.measure()
     python("exec sleep 600")
-    with pytest.raises(DraftModelError, match=r"took longer than 0 minutes; lower evaluation_conversations"):
-        engine.measure("vllm", JOB, tmp_path, time_limit=0.2)
+    with (
+        pytest.raises(DraftModelError, match=r"took longer than 0 minutes; lower evaluation_conversations"),
+        Process("vllm", JOB, time_limit=0.2) as process,
+    ):
+        process.measure()
 
 
 def test_auto_takes_vllm_where_it_can_be_imported(python, monkeypatch):
@@ -116,54 +121,89 @@ def test_an_engine_that_is_missing_and_sampling_without_one_are_refused():
         check_engine(Parameters(evaluation_engine="sglang"))
     with pytest.raises(DraftModelError, match=r"evaluation_temperature: given 0.7, but only an engine"):
         check_engine(Parameters(evaluation_temperature=0.7))
+    refused = problems_with({"evaluation_temperature": 0.7, "evaluation_engine": "transformers"}, ["evaluate"])
+    assert [problem for problem in refused if problem.startswith("evaluation_temperature: given 0.7")]
+
+
+FAKE = """#!{python}
+import json, sys
+if sys.argv[1] == "-c":
+    sys.exit(0)
+job = json.loads(sys.stdin.readline())
+speed = 10.0 * (1 + bool(job["draft"]) * (1 if job["proposals"] == 2 else 0.5))
+for line in sys.stdin:
+    method, *arguments = json.loads(line)
+    if job["proposals"] == 4:
+        sys.exit("ValueError: at most 3 here")
+    reply = [[[7] * 50 for _ in group] for group in job["groups"]]
+    rounds = [25 * len(group) for group in job["groups"]]
+    counts = [dict(rounds=n, drafted=2 * n, accepted=n, by_position=[n, 0][: job["proposals"]]) for n in rounds]
+    print(json.dumps(speed / arguments[0] if method == "time" else dict(
+        engine="fake 1", hardware="none", dtype="float32", outputs=reply, margins=[[[9.0] * 50] * len(group) for
+        group in job["groups"]], counts=counts if job["draft"] else [], drafted=[], sampled=None, speed={{}},
+    )), flush=True)
+"""
+
+
+def test_speed_is_timed_beside_the_target_and_a_number_of_proposals_recommended(trained, tmp_path, python, monkeypatch):
+    python("").write_text(FAKE.format(python=sys.executable))
+    settings = {"evaluation_batch_sizes": "1,4,16", "evaluation_conversations": 0}
+    trained.evaluate(tmp_path, **settings)
+    found = json.loads((tmp_path / "final/evaluation.json").read_text())
+    names = ("num_speculative_tokens", "batch_size", "speed_up")
+    assert [tuple(row[name] for name in names) for row in found["speed_by_proposals"]] == [
+        (2, 1, 2.0), (2, 4, 2.0), (1, 1, 1.5), (1, 4, 1.5), (3, 1, 1.5), (3, 4, 1.5),
+    ], "a CPU is not timed at 16"  # fmt: skip
+    assert [row["batch_size"] for row in found["speed"]] == [1, 4]
+    assert (found["recommended_num_speculative_tokens"], found["timing"]) == (2, "in turn, run by run")
+    (problem,) = found["not_measured"]
+    assert problem.startswith("the trained draft, 4 tokens proposed at a time: ")
+    assert "at most 3 here" in problem
+    page = (tmp_path / "final/report.html").read_text()
+    assert "at most 3 here" in page
+    assert "Speed-up by requests at once" in page
+    assert found["agreement"]["not_compared"].startswith("only ")
+    # The fake engine keeps one proposal a round; the draft, of a few steps of training, almost none.
+    monkeypatch.setattr(evaluate, "MIN_ROUNDS", 1)
+    monkeypatch.setattr(measure, "_holds_two_targets", lambda case: False)
+    with pytest.raises(DraftModelError, match=r"fake 1 measures an acceptance length of 2.00, .* feature layers"):
+        trained.evaluate(tmp_path / "again", **settings)
+    found = json.loads((tmp_path / "again/final/evaluation.json").read_text())
+    assert found["agreement"]["simulated"] < 1.5
+    assert found["timing"].startswith("one after the other")
+    assert found["speed"][0]["speed_up"] == 2.0
+    EAGLE3.load(tmp_path / "again/final")
+
+
+def test_compare_takes_the_engine_and_runs_it_once_per_draft(trained, tmp_path, python):
+    python("").write_text(FAKE.format(python=sys.executable))
+    words = [
+        "compare", "--model", trained.inputs.model, "--dataset", trained.inputs.dataset, "--engine", "vllm",
+        "--num_speculative_tokens", "2", "--json", str(tmp_path / "found.json"), *[str(trained.final)] * 2,
+    ]  # fmt: skip
+    done = CliRunner().invoke(cli, words, catch_exceptions=False, env={"COLUMNS": "300"})
+    assert done.exit_code == 0
+    assert "fake 1" in done.output
+    for record in json.loads((tmp_path / "found.json").read_text()):
+        assert [(row["num_speculative_tokens"], row["speed_up"]) for row in record["speed"]] == [(2, 2.0), (2, 2.0)]
+
+
+def test_more_gpus_than_there_are_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(DraftModelError, match=r"number_of_gpu_to_use_evaluation: 4 are asked for .* has 2"):
+        measure.gpus_of(Parameters(number_of_gpu_to_use_evaluation=4))
+    assert measure.gpus_of(Parameters(number_of_gpu_to_use_draft_model_training=2)) == 2
+    assert measure.gpus_of(Parameters(number_of_gpu_to_use_evaluation=1)) == 1
 
 
 def test_a_failed_engine_leaves_the_draft_whole_and_a_report_that_says_so(trained, tmp_path, python):
-    python('case "$1" in -c) exit 0;; esac; echo "ValueError: this draft is not mine"; exit 1')
+    python('case "$1" in -c) exit 0;; esac; echo "ValueError: this draft is not mine" >&2; exit 1')
     with pytest.raises(DraftModelError, match=r"failed: ValueError: this draft is not mine") as failed:
         trained.evaluate(tmp_path)
     assert failed.value.problems[-1].endswith("is whole and can be served")
-    load_draft(tmp_path / "final")
+    EAGLE3.load(tmp_path / "final")
     report = json.loads((tmp_path / "final/report.json").read_text())
     assert report["evaluation"] is None
     assert "this draft is not mine" in (tmp_path / "final/report.html").read_text()
     assert "Not measured" in (tmp_path / "final/README.md").read_text()
     assert not (tmp_path / "final/evaluation.json").exists()
-
-
-@pytest.mark.skipif(not SERVING.exists(), reason="`make check-serving` installs vLLM for CPU")
-def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch):
-    """The whole stage on a tiny target, once in vLLM and once by our decoder."""
-    from training.case import QUICK, build_dataset, make_inputs
-
-    from draft_model import evaluation, training
-
-    write = tiny.write_target
-    # vLLM's attention on a CPU has no heads smaller than 32.
-    monkeypatch.setattr(tiny, "write_target", lambda folder: write(folder, 3, head_dim=32))
-    model = make_inputs(tmp_path).model
-    # The draft knows the whole vocabulary: few of a random target's choices would lie in a part of it.
-    split = str(tmp_path / "validation.jsonl")
-    data = build_dataset(tmp_path / "whole", model, tiny.conversations(13), dataset_validation_split=split)
-    settings = Parameters(**{**QUICK, "num_epochs": 2})
-    train = training.TrainConfig(model, data, str(tmp_path / "out"), tmp_path / "work", settings)
-    final = training.job.run(train).final
-    monkeypatch.setenv(engine.PYTHON, str(SERVING))
-    found = []
-    for name, temperature in (("vllm", 0.7), ("transformers", 0.0)):
-        p = Parameters(
-            evaluation_engine=name, evaluation_max_new_tokens=12, num_speculative_tokens=2,
-            evaluation_temperature=temperature,
-        )  # fmt: skip
-        evaluation.run(evaluation.EvaluateConfig(model, data, final, tmp_path / f"work-{name}", p))
-        found.append(json.loads(Path(final, "evaluation.json").read_text()))
-    theirs, ours = found
-    assert theirs["engine"].startswith("vLLM 0.")
-    assert theirs["lossless"]["identical"]
-    assert theirs["sampled"]["rounds"] > 0
-    assert [row["batch_size"] for row in theirs["speed"]] == [1, 4]
-    assert 1.05 < ours["trained"]["acceptance_length"] < 2.95, "some proposals are kept and some are not"
-    if not (theirs["lossless"]["ties"] or ours["lossless"]["ties"]):
-        assert theirs["trained"] == ours["trained"]
-        assert theirs["untrained"] == ours["untrained"]
-        assert theirs["by_category"] == ours["by_category"]

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from model_import.hub_server import TOKEN, Hub
 from safetensors.torch import load_file, save_file
 
 from draft_model import storage
@@ -232,3 +234,75 @@ def test_a_folder_of_ours_without_its_manifest_is_refused(trained, tmp_path):
     shutil.copytree(trained.final, tmp_path / "part", ignore=shutil.ignore_patterns("manifest.json"))
     with pytest.raises(DraftModelError, match=r"part was written by this project and has no manifest.json"):
         export(str(tmp_path / "part"), "vllm", str(tmp_path / "out"), tmp_path / "work")
+
+
+@pytest.fixture
+def pushed(trained, tmp_path):
+    """Runs `draft-model push` on a copy of the draft with a card, against a Hub on this machine."""
+    _, final = trained.evaluate(tmp_path)
+    final.joinpath("training_state").mkdir()
+    final.joinpath("training_state/moments.bin").write_bytes(b"private")
+    manifest = storage.read_manifest(str(final))
+    storage.publish(final, str(final), stage=manifest.stage, properties=manifest.properties)
+
+    def run(*words, token=TOKEN):
+        with Hub(tmp_path / "work/model") as hub:
+            environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
+            program = Path(sysconfig.get_path("scripts")) / "draft-model"
+            command = [program, "push", final, *words]
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+        return done, hub
+
+    return run, final
+
+
+def test_a_draft_goes_to_the_hub_with_a_card_that_names_the_repository(pushed, tmp_path):
+    run, final = pushed
+    done, hub = run("org/name", "--dry-run")
+    assert (done.returncode, hub.requests, hub.made) == (0, [], [])
+    assert "model.safetensors" in done.stdout
+    assert "training_state" not in done.stdout
+    done, hub = run("org/name", "--private")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, f"{hub.endpoint}/org/name"), done.stderr
+    assert hub.made[0]["private"] is True or hub.made[0]["visibility"] == "private"
+    names = {file.path for file in storage.read_manifest(str(final)).files} - {"training_state/moments.bin"}
+    assert hub.pushed.keys() == names | {"manifest.json"}
+    assert hub.pushed["model.safetensors"] == (final / "model.safetensors").read_bytes()
+    card = hub.pushed["README.md"].decode()
+    assert '"model": "org/name"' in card
+    assert "THIS_FOLDER" not in card
+    assert "THIS_FOLDER" in (final / "README.md").read_text(encoding="utf-8")
+    for name, data in hub.pushed.items():
+        (tmp_path / "downloaded").mkdir(exist_ok=True)
+        (tmp_path / "downloaded" / name).write_bytes(data)
+    storage.fetch(str(tmp_path / "downloaded"), tmp_path / "again")
+
+
+def test_what_cannot_be_pushed_is_one_sentence(pushed):
+    run, final = pushed
+    refused = {
+        "org": run("org"),
+        "HF_TOKEN": run("org/name", token="hf_wrong"),
+    }
+    (final / "model.safetensors").write_bytes(b"other")
+    refused["model.safetensors"] = run("org/name")
+    for word, (done, hub) in refused.items():
+        assert done.returncode == 2
+        assert word in done.stderr
+        assert "Traceback" not in done.stderr
+        assert hub.pushed == {}
+
+
+def test_a_flipped_byte_in_a_folder_of_ours_is_refused(trained, tmp_path):
+    folder = Path(shutil.copytree(trained.final, tmp_path / "flipped"))
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(DraftModelError, match=r"model\.safetensors"):
+        export(str(folder), "vllm", str(tmp_path / "out"), tmp_path / "work")
+    parameters = Parameters(evaluation_conversations=1)
+    with pytest.raises(DraftModelError, match=r"model\.safetensors"):
+        compare(
+            CompareConfig(trained.inputs.model, trained.inputs.dataset, (str(folder),), tmp_path / "work", parameters)
+        )
+    assert not (tmp_path / "out").exists()

@@ -1,14 +1,18 @@
 """Greedy decoding: the target's own tokens, and the acceptance that training simulates."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import llama
 
-from draft_model.drafts.eagle3.batch import collate, plan_unroll
+from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import draft_config_for
-from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.plan import plan_unroll
 from draft_model.drafts.eagle3.step import Objective
 from draft_model.drafts.eagle3.unroll import Unroll
+from draft_model.drafts.rotary import Rotary
 from draft_model.engine import Counts, Job
 from draft_model.evaluation.greedy import Reply, batch_size, counts_of, decode, is_recurrent, reference
 from draft_model.target.model import Target
@@ -16,14 +20,17 @@ from draft_model.target.model import Target
 PROMPTS = [[3, 5, 7, 1, 2], [0, 4], [1, 2, 3, 4, 5, 6, 7, 0, 5, 1, 3], [6, 6, 2], [2, 7, 1, 0, 2, 4], [7, 3, 3]]
 
 
-def pair(vocabulary: int, known: int, seed: int = 0, **changes):
+EAGLE31 = {"fc_norm": True, "norm_before_fc": True, "norm_output": True, "aux_layers": (1, 2, 3, 4, 5)}
+
+
+def pair(vocabulary: int, known: int, seed: int = 0, switches=(), **changes):
     """A random target and a random draft; with a small vocabulary they agree by chance often enough."""
     model = llama(seed, vocab_size=vocabulary, **changes)
     config = draft_config_for({**model.config.to_dict(), "model_type": "llama"})
     ids = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(seed))[:known].sort().values
     t2d = torch.zeros(vocabulary, dtype=torch.bool)
     t2d[ids] = True
-    config = type(config)(**{**vars(config), "draft_vocab_size": known})
+    config = replace(config, draft_vocab_size=known, **dict(switches))
     target = Target(model, config.aux_layers)
     draft = Eagle3Draft(config, t2d, ids - torch.arange(known))
     draft.initialise(seed, target)
@@ -32,7 +39,7 @@ def pair(vocabulary: int, known: int, seed: int = 0, **changes):
 
 def job(proposals, limit, end=()):
     """What is decoded."""
-    return Job("", "", "eagle3", proposals, [], limit, list(end), 0.0, 0, [])
+    return Job("", "", "", {}, proposals, [], limit, list(end), 0.0, 0)
 
 
 def own(target, prompts, limit, end=()):
@@ -115,11 +122,10 @@ def foreseen_rounds(target, draft, tokens, prompt_length, proposals):
     batch = collate([(torch.tensor(tokens), torch.ones(len(tokens), dtype=torch.bool))])
     plan = plan_unroll(batch, proposals)
     states = target.states(batch)[0]
-    hidden_size = draft.config.hidden_size
     weights = draft.weights(torch.float32)
     rotary = Rotary(draft.config, target.device).table(len(tokens) + proposals, torch.float32)
     embedded = torch.nn.functional.embedding(plan.tokens, target.embedding)
-    features = states[:, : 3 * hidden_size]
+    features = states[:, : -draft.config.hidden_size]
     hidden = Unroll(weights, rotary, plan, "sdpa").forward(embedded, features, keep=False)
     proposed = draft.target_ids[(weights.rms_norm(hidden, weights.norm) @ draft.lm_head.weight.T).argmax(-1)]
     row = {int(time): number for number, time in enumerate(plan.windows.row_time)}
@@ -133,8 +139,9 @@ def foreseen_rounds(target, draft, tokens, prompt_length, proposals):
     return rounds
 
 
-def test_rounds_accept_what_the_training_time_unroll_foresees():
-    target, draft = pair(vocabulary=8, known=6, seed=2)
+@pytest.mark.parametrize("switches", [{}, EAGLE31], ids=["eagle3", "eagle3.1"])
+def test_rounds_accept_what_the_training_time_unroll_foresees(switches):
+    target, draft = pair(vocabulary=8, known=6, seed=2, switches=switches)
     replies = decode(target, draft, PROMPTS, job(3, 60))
     for prompt, reply in zip(PROMPTS, replies, strict=True):
         foreseen = foreseen_rounds(target, draft, prompt + reply.tokens, len(prompt), 3)

@@ -63,9 +63,20 @@ def test_the_report_is_one_small_file_that_asks_nothing_of_the_network(report, t
     outward = {"src", "href", "xlink:href", "srcset", "data", "action"}
     references = {value for _, attributes in page.elements for name, value in attributes.items() if name in outward}
     assert {value for value in references if not value.startswith("data:")} == {"#findings"}
-    assert sum(value.startswith("data:image/svg+xml") for value in references) == 4
+    assert sum(value.startswith("data:image/svg+xml") for value in references) == 5
     assert not re.search(r"@import|url\((?!#)", html)
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+
+
+def test_the_report_says_what_is_usual_and_what_the_best_checkpoint_would_have_given(
+    report, training, evaluation, dataset
+):
+    text = Page(report(training, evaluation, dataset)).text
+    assert re.search(r"Usual acceptance length: 1\.\d to 2\.\d with 3 proposals after 1\.\d M supervised tokens", text)
+    told = "best at step 594, epoch 3, with a simulated acceptance length of 1.950 against 1.910"
+    assert told in text
+    training["best"] = {"step": 792, "epoch": 4, "acceptance_length": 1.91}
+    assert "would have served" not in Page(report(training, evaluation, dataset)).text
 
 
 def test_the_first_screen_says_what_the_draft_saves(report, training, evaluation, dataset):
@@ -74,7 +85,8 @@ def test_the_first_screen_says_what_the_draft_saves(report, training, evaluation
     for expected in (
         "HuggingFaceTB/SmolLM2-135M-Instruct", "1,577 conversations", "1.91 acceptance length; 1.03 before training",
         "Yes, lossless 9,631 tokens compared with the target's own over 40 prompts; 1 ties",
-        "1.36× at 1 1.18× at 4 vLLM 0.32.0, float32", "2 26.1% 0.1% 48.3%", "first reply 30 1,900 1.931",
+        "1.36× at 1 1.18× at 4 vLLM 0.32.0, float32", "num_speculative_tokens = 3 is the fastest",
+        "2 26.1% 0.1% 48.3%", "first reply 30 1,900 1.931",
     ):  # fmt: skip
         assert expected in first
 
@@ -157,6 +169,8 @@ def test_a_sound_run_has_nothing_to_check(report, training, evaluation, dataset)
     evaluation["predicted_acceptance_length"] = 1.95
     assert list(findings(training, evaluation, dataset)) == []
     assert "To check Nothing" in Page(report(training, evaluation, dataset)).text
+    evaluation |= {"predicted_acceptance_length": 2.2, "prompts_source": "prompts.jsonl"}  # of another kind
+    assert list(findings(training, evaluation, dataset)) == []
 
 
 def test_findings_name_what_is_out_of_bounds(training, evaluation, dataset):

@@ -1,19 +1,37 @@
-"""What we tell people to type and to apply is what the engines take."""
+"""Drafts in the engines themselves, and what we tell people to type and to apply, which must be what engines take.
 
+`make check-serving` sets up vLLM for CPU and runs these; without it those that need an engine are skipped.
+"""
+
+import ast
 import json
 import os
+import shutil
 import subprocess
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 from report_inputs import make_dataset, make_evaluation, make_training
 from test_card import commands_of
+from training.case import QUICK, build_dataset, make_inputs
 
+from draft_model import engine, evaluation, training
+from draft_model.drafts import family
+from draft_model.engine import Job, sglang
 from draft_model.evaluation.card import write_card
+from draft_model.parameters import Parameters, parameters_of
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-serving/bin/python"
+WHEELS = ROOT / ".venv-serving/wheels"
+EAGLE3 = family("eagle3")
+needs_engine = pytest.mark.skipif(
+    not os.environ.get(engine.PYTHON), reason=f"{engine.PYTHON} is not set; `make check-serving` sets it"
+)
 SPECULATIVE = {"method": "eagle3", "num_speculative_tokens": 3}
 
 
@@ -77,3 +95,96 @@ def test_sglangs_command_has_its_names(card_commands):
         "--speculative-num-steps", "--speculative-eagle-topk", "--speculative-num-draft-tokens",
     }  # fmt: skip
     assert {word for word in card_commands[1] if word.startswith("--")} == names
+
+
+def test_sglangs_own_source_has_every_name_that_is_used_of_it():
+    """Of the wheel that `make check-serving` downloads; SGLang itself runs on GPUs only."""
+    wheel = next(WHEELS.glob("sglang-*.whl"), None)
+    if wheel is None:
+        pytest.skip(f"{WHEELS} has no wheel of SGLang; `make check-serving` downloads it")
+
+    def fields(*files):
+        classes = [node for file in files for node in ast.walk(ast.parse(source.read(file)))
+                   if isinstance(node, ast.ClassDef)]  # fmt: skip
+        return {field.target.id for node in classes for field in node.body if isinstance(field, ast.AnnAssign)}
+
+    with zipfile.ZipFile(wheel) as source:
+        options = {name.replace("-", "_"): value for name, value in EAGLE3.sglang_options(3).items()}
+        job = Job("/target", "/draft", EAGLE3.sglang_algorithm, options, 3, [[[1]]], 8, [2], 0.0, 0, gpus=2)
+        settings = [name for name in source.namelist() if name.startswith("sglang/srt/arg_groups/fields/")]
+        assert sglang.arguments(job).keys() <= fields(*settings)
+        assert not [name for name in sglang.arguments(replace(job, draft="")) if "speculative" in name]
+        assert f'"{EAGLE3.sglang_algorithm}"'.encode() in source.read("sglang/srt/arg_groups/validation_hook.py")
+        assert sglang.sampling(job, 0.5).keys() <= fields("sglang/srt/sampling/sampling_params.py")
+        manager = source.read("sglang/srt/managers/tokenizer_manager.py").decode()
+        assert f'meta_info["{sglang.HISTOGRAM}"]' in manager
+        (engine,) = (node for node in ast.walk(ast.parse(source.read("sglang/srt/entrypoints/engine.py")))
+                     if isinstance(node, ast.FunctionDef) and node.name == "generate")  # fmt: skip
+        names = {"input_ids", "sampling_params", "return_logprob", "top_logprobs_num"}
+        assert names <= {argument.arg for argument in engine.args.args}
+
+
+def evaluate(model, data, final, work, **settings):
+    """evaluation.json of the stage with these parameters."""
+    evaluation.run(evaluation.EvaluateConfig(str(model), str(data), str(final), work, Parameters(**settings)))
+    return json.loads((Path(final) / "evaluation.json").read_text(encoding="utf-8"))
+
+
+def same_counts(theirs, ours):
+    assert theirs["engine"].startswith("vLLM 0.")
+    assert theirs["lossless"]["identical"]
+    assert theirs["agreement"]["not_compared"] == ours["agreement"]["not_compared"] == ""
+    for found in (theirs, ours):
+        assert found["agreement"]["simulated"] == pytest.approx(found["agreement"]["measured"], abs=0.05)
+    if not (theirs["lossless"]["ties"] or ours["lossless"]["ties"]):
+        for name in ("trained", "untrained", "by_category"):
+            assert theirs[name] == ours[name]
+
+
+FIVE = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4, 5], "norm_before_fc": True}
+
+
+@needs_engine
+@pytest.mark.parametrize(("architecture", "shape"), [("eagle3", {}), ("eagle3.1", {}), ("eagle3.1", FIVE)])
+def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch, architecture, shape):
+    """The whole stage on a tiny target, once in vLLM and once by our decoder."""
+    write = tiny.write_target
+    # vLLM's attention on a CPU has no heads smaller than 32.
+    monkeypatch.setattr(tiny, "write_target", lambda folder: write(folder, 3, head_dim=32))
+    model = make_inputs(tmp_path).model
+    # The draft knows the whole vocabulary: few of a random target's choices would lie in a part of it.
+    split = str(tmp_path / "validation.jsonl")
+    data = build_dataset(tmp_path / "whole", model, tiny.conversations(13), dataset_validation_split=split)
+    (tmp_path / "shape.json").write_text(json.dumps(shape))
+    kind = {"draft_architecture": architecture, "draft_model_config": str(tmp_path / "shape.json")}
+    settings = Parameters(**{**QUICK, "num_epochs": 2, **kind})
+    final = training.job.run(training.TrainConfig(model, data, str(tmp_path / "o"), tmp_path / "w", settings)).final
+    common = {"evaluation_conversations": 0, "evaluation_max_new_tokens": 80, "num_speculative_tokens": 2}
+    theirs = evaluate(
+        model, data, final, tmp_path / "vllm", evaluation_engine="vllm", evaluation_temperature=0.7,
+        evaluation_batch_sizes="1,4,16", **common,
+    )  # fmt: skip
+    ours = evaluate(model, data, final, tmp_path / "ours", evaluation_engine="transformers", **common)
+    assert 1.05 < ours["trained"]["acceptance_length"] < 2.95, "some proposals are kept and some are not"
+    same_counts(theirs, ours)
+    assert theirs["sampled"]["rounds"] > 0
+    assert {(row["num_speculative_tokens"], row["batch_size"]) for row in theirs["speed_by_proposals"]} == {
+        (k, size) for k in (1, 2, 3, 4) for size in (1, 4)
+    }
+    assert theirs["recommended_num_speculative_tokens"] in (1, 2, 3, 4)
+    assert (theirs["timing"], theirs["not_measured"]) == ("in turn, run by run", [])
+
+
+@needs_engine
+def test_the_demos_draft_is_counted_alike(tmp_path):
+    """What `make demo` trained, by the path that the step takes, against the counts that our decoder wrote."""
+    demo = ROOT / "demo/run/output/final"
+    if not (demo / "evaluation.json").exists():
+        pytest.skip("run `make demo` first")
+    report = json.loads((demo / "report.json").read_text(encoding="utf-8"))
+    shutil.copytree(demo, tmp_path / "final")
+    model, data = (it["uri"] for it in report["hashes"][:2])
+    known = report["training"]["parameters"]
+    given = {p.name: known[p.name] for p in parameters_of("evaluate") if p.name in known}
+    given |= {"evaluation_engine": "vllm", "evaluation_batch_sizes": "", "mlflow_tracking_uri": ""}
+    same_counts(evaluate(model, data, tmp_path / "final", tmp_path / "work", **given), report["evaluation"])

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 
-from draft_model.jobs.render import PYTORCHJOB
-from draft_model.jobs.request import WORKFLOW
+from draft_model.jobs.spec import PYTORCHJOB, WORKFLOW
 from jobs.requests import RUN
 
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from draft_model.jobs.compute import Compute, ComputeMap, built_in, resolve
-from draft_model.jobs.render import WORK
-from draft_model.jobs.request import JobRequest, JobSpec
+from draft_model.jobs.spec import WORK, JobRequest, JobSpec
 from draft_model.parameters import Parameters
 from draft_model.training import TrainConfig
 
@@ -38,8 +37,8 @@ def spec(**parameters) -> JobSpec:
     uris = {name: f"s3://bucket/run/{name}" for name in ("model", "dataset", "output")}
     config = TrainConfig(**uris, work=Path(WORK), parameters=p, again=True)
     return JobSpec(
-        "training", "draft_model.training", config.to_json(), uris, uris["output"], p,
-        p.num_nodes_draft_model_training, p.number_of_gpu_to_use_draft_model_training, check=list,
+        "train", config.to_json(), uris, uris["output"], p, check=list, nodes=p.num_nodes_draft_model_training,
+        processes=p.number_of_gpu_to_use_draft_model_training,
     )  # fmt: skip
 
 

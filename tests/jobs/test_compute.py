@@ -9,7 +9,7 @@ import pytest
 
 from draft_model.errors import DraftModelError
 from draft_model.jobs import compute
-from draft_model.jobs.compute import ComputeMap, built_in, load_map, resolve
+from draft_model.jobs.compute import Compute, ComputeMap, built_in, load_map, misfit, resolve, weights_of
 from draft_model.jobs.context import nodes_of
 from draft_model.parameters import Parameters
 from jobs.requests import MAP
@@ -88,7 +88,83 @@ def test_both_stages_are_told_at_once(monkeypatch):
 
 
 def test_training_on_this_machine_needs_no_node():
-    assert nodes_of({"instance_type_draft_model_training": "y", "training_backend": "local"}).keys() == {"import"}
+    local = {"training_backend": "local"}
+    assert nodes_of({"instance_type_draft_model_training": "y", **local}) == {}
+    with pytest.raises(DraftModelError, match="compute_model_import: given 'nowhere'"):
+        nodes_of({"compute_model_import": "nowhere", **local})
+
+
+def evaluation(**parameters):
+    node = resolve(MAP, "evaluate", Parameters(instance_type_draft_model_training="p5.48xlarge", **parameters))
+    return node.node_selector.get("node.kubernetes.io/instance-type"), node.gpus
+
+
+def test_the_evaluation_gets_the_trainings_nodes_or_its_own():
+    """By compute_evaluation, instance_type_evaluation and number_of_gpu_to_use_evaluation."""
+    assert evaluation(number_of_gpu_to_use_draft_model_training=8) == ("p5.48xlarge", 8)
+    assert evaluation(number_of_gpu_to_use_evaluation=2) == ("p5.48xlarge", 2)
+    assert evaluation(instance_type_evaluation="g6.12xlarge") == ("g6.12xlarge", 1)
+    assert evaluation(compute_evaluation="spot") == ("Standard_ND96isr_H100_v5", 1)
+    assert evaluation(compute_draft_model_training="cpu-pool") == (None, 0)
+    assert evaluation(compute_evaluation="serverless") == ("p5.48xlarge", 1)
+    elastic = Parameters(compute_draft_model_training="spot")
+    assert resolve(MAP, "train", elastic).restarts == 3  # torchrun alone starts processes again
+    assert resolve(MAP, "evaluate", elastic).restarts == resolve(MAP, "regenerate", elastic).restarts == 0
+    with pytest.raises(DraftModelError, match=r"number_of_gpu_to_use_evaluation: given 9; .* use at most 8$"):
+        evaluation(number_of_gpu_to_use_evaluation=9)
+    with pytest.raises(DraftModelError, match="compute_evaluation: given 'nowhere'"):
+        evaluation(compute_evaluation="nowhere")
+
+
+LLAMA_70B = {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
+    "num_hidden_layers": 80, "vocab_size": 128256,
+}  # fmt: skip
+MIXTRAL = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "num_hidden_layers": 32, "vocab_size": 32000, "num_local_experts": 8,
+}  # fmt: skip
+
+
+def test_weights_are_counted_from_the_configuration():
+    assert weights_of(LLAMA_70B) == pytest.approx(2 * 70_553_706_496, rel=1e-4)
+    assert weights_of(MIXTRAL) == pytest.approx(2 * 46_702_792_704, rel=1e-4)
+    assert weights_of({**LLAMA_70B, "quantization_config": {}}) > 0
+    assert weights_of({**LLAMA_70B, "quantization_config": {"bits": 4}}) == weights_of({"hidden_size": 4}) == 0
+
+
+@pytest.mark.parametrize(
+    ("type_name", "gpus", "fits"),
+    [("p5.48xlarge", 1, False), ("p5.48xlarge", 2, True), ("Standard_NC24rs_v3", 4, False)],
+)
+def test_a_target_that_the_evaluations_gpus_cannot_hold_is_refused(type_name, gpus, fits):
+    p = Parameters(instance_type_evaluation=type_name, number_of_gpu_to_use_evaluation=gpus)
+    told = misfit(LLAMA_70B, weights_of(LLAMA_70B), 2e9, p, resolve(MAP, "evaluate", p))
+    assert (told == "") is fits
+    if not fits:
+        assert told.startswith(
+            "number_of_gpu_to_use_evaluation: the evaluation needs 143.8 GB (target 141.1, draft 2.0"
+        )
+        assert f"({gpus} GPUs of " in told
+
+
+def test_what_is_not_known_of_the_gpus_refuses_nothing_and_memory_counts_without_them():
+    p = Parameters(compute_evaluation="cpu-pool")
+    assert misfit(LLAMA_70B, 5e9, 0.0, p, resolve(MAP, "evaluate", p)) == ""
+    assert "pods without GPUs" in misfit(LLAMA_70B, 6e9, 0.0, p, resolve(MAP, "evaluate", p))
+    assert misfit(LLAMA_70B, 1e15, 0.0, p, Compute("1", "1Mi", gpus=1)) == ""
+    assert misfit({}, 1e9, 0.0, p, Compute("1", "1024Mi")) == ""
+
+
+def test_import_and_data_set_ask_for_cpus_and_are_not_held_to_them():
+    """compute_model_import and instance_type_model_import choose their nodes."""
+    p = Parameters(compute_model_import="spot")
+    for stage in ("import", "dataset"):
+        node = resolve(MAP, stage, p)
+        assert (node.gpus, node.limited) == (0, False)
+        assert node.node_selector == {"node.kubernetes.io/instance-type": "Standard_ND96isr_H100_v5"}
+    typed = resolve(MAP, "dataset", Parameters(instance_type_model_import="standard_D8S_v5"))
+    assert typed.node_selector == {"node.kubernetes.io/instance-type": "Standard_D8s_v5"}
 
 
 def test_a_map_of_ones_own(tmp_path):

@@ -10,11 +10,11 @@ import pytest
 
 from draft_model import jobs, storage
 from draft_model.errors import DraftModelError, StoreUnavailable
-from draft_model.jobs import cleanup, context, coordinate, follow
+from draft_model.jobs import cleanup, context, coordinate, follow, local
 from draft_model.jobs.backends import Backend, _difference
 from draft_model.jobs.cluster import Forbidden, Unavailable
 from draft_model.jobs.coordinate import Coordinator
-from draft_model.jobs.render import PYTORCHJOB, RUNTIME, TRAINJOB, pytorchjob
+from draft_model.jobs.spec import PYTORCHJOB, RUNTIME, TRAINJOB, pytorchjob
 from draft_model.parameters import Parameters
 from draft_model.training import TrainConfig
 from jobs.fake import Clock, FakeCluster, status
@@ -45,7 +45,7 @@ def coordinate_(tmp_path, monkeypatch):
         cluster.script = [*script]
         spec = replace(GOLDEN["1x1"].spec, output=str(tmp_path / "output"), **changes)
         Coordinator(cluster, replace(GOLDEN["1x1"], spec=spec), tmp_path / "work").run()
-        return json.loads((tmp_path / "output/training_job.json").read_text())
+        return json.loads((tmp_path / "output/train_job.json").read_text())
 
     run.cluster = cluster
     return run
@@ -169,7 +169,7 @@ def test_the_end_is_told_in_words_with_the_checkpoint_to_go_on_from(clean, state
     assert bool(clean.cluster.there) is kept
     clean.cluster.there.clear()
     told = "\n".join(clean(state))
-    assert "no training job was left" in told
+    assert "no job was left" in told
     assert (f"the newest checkpoint: {output}/step_1694" in told) is ("succeeded" not in said)
     assert ("Retry in the UI goes on from it" in told) is ("succeeded" not in said)
 
@@ -188,8 +188,8 @@ def test_an_outage_is_no_clean_cluster(clean, monkeypatch, error):
 
     monkeypatch.setattr(clean.cluster, "objects", refuse)
     told = "\n".join(clean("FAILED"))
-    assert "whether a training job is left is not known" in told
-    assert "no training job was left" not in told
+    assert "whether a job is left is not known" in told
+    assert "no job was left" not in told
 
 
 def test_the_pods_get_the_stores_variables_clean_and_no_credential(monkeypatch):
@@ -197,12 +197,12 @@ def test_the_pods_get_the_stores_variables_clean_and_no_credential(monkeypatch):
         "AWS_ENDPOINT_URL": "http://minio:9000\n", "AWS_REGION": "eu-1\n", "AWS_MAX_ATTEMPTS": "9", "HOME": "/",
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_SECRET_ACCESS_KEY": "x",
     }  # fmt: skip
-    assert context.store_variables(given) == {
+    assert context.inherited(given) == {
         "AWS_ENDPOINT_URL": "http://minio:9000", "AWS_DEFAULT_REGION": "eu-1", "AWS_MAX_ATTEMPTS": "9",
         "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     }  # fmt: skip
     with pytest.raises(DraftModelError, match="AWS_ENDPOINT_URL: holds a name or password"):
-        context.store_variables({"AWS_ENDPOINT_URL": "http://me:secret@minio"})
+        context.inherited({"AWS_ENDPOINT_URL": "http://me:secret@minio"})
 
 
 def test_the_pods_log_in_to_the_tracking_server_by_reference(monkeypatch):
@@ -242,7 +242,7 @@ def test_the_result_is_what_the_record_beside_the_served_draft_says(tmp_path, mo
         (tmp_path / "out/final").mkdir(parents=True)
         (tmp_path / "out/final/training.json").write_text(json.dumps(record))
 
-    monkeypatch.setattr(jobs, "run_job", train)
+    monkeypatch.setattr(local, "run", train)
     p = Parameters(training_backend="local")
     found = jobs.run(TrainConfig("m", "d", str(tmp_path / "out"), tmp_path / "work", p))
     assert (found.steps, found.loss, found.acceptance_length) == (4, 1.0, 1.5)

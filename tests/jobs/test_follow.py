@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from draft_model.jobs import failures, logs
 from draft_model.jobs import follow as following
+from draft_model.jobs import states
 from draft_model.jobs.backends import Backend
 from draft_model.jobs.cluster import Forbidden, Unavailable
-from draft_model.jobs.follow import Follower
-from draft_model.jobs.logs import LogStreams, prefixed
+from draft_model.jobs.follow import Follower, LogStreams, prefixed
 from draft_model.jobs.states import _CONDITIONS, LIMITS, Pod, State, pod_of, status_of
 from jobs.fake import Clock, FakeCluster, pod, status
-from jobs.requests import GOLDEN, request, spec
+from jobs.requests import GOLDEN, request
 
 
 @pytest.fixture
@@ -43,8 +42,8 @@ STARTING, RUNNING, DONE = status("Created"), status("Running"), status("Succeede
 
 def test_the_states_in_a_row_are_told(follow, caplog):
     caplog.set_level("INFO", "draft_model")
-    outcome, _ = follow(STARTING, RUNNING, status("Restarting", "again"), RUNNING, DONE)
-    assert outcome.state is State.SUCCEEDED
+    failure, _ = follow(STARTING, RUNNING, status("Restarting", "again"), RUNNING, DONE)
+    assert failure is None
     told = [found[1] for record in caplog.records if (found := re.search(r"-a0: ([A-Z]+)", record.message))]
     assert told == ["STARTING", "RUNNING", "RESTARTING", "RUNNING", "SUCCEEDED"]
 
@@ -59,23 +58,23 @@ def test_the_states_in_a_row_are_told(follow, caplog):
     ],
 )
 def test_each_phase_has_its_own_limit(follow, script, parameters, reason, words):
-    outcome, _ = follow(*script, wanted=request(**parameters))
-    assert outcome.failure.reason == reason
-    assert not outcome.failure.retryable
-    assert re.search(words, outcome.failure.problems[0])
+    failure, _ = follow(*script, wanted=request(**parameters))
+    assert failure.reason == reason
+    assert not failure.retryable
+    assert re.search(words, failure.problems[0])
 
 
 def test_a_long_queue_does_not_use_up_the_time_to_start_or_run(follow):
     queued = [status("Suspended", suspend=True)] * 50
-    outcome, _ = follow(*queued, STARTING, RUNNING, DONE, wanted=request(start_limit=3, run_limit=3))
-    assert outcome.state is State.SUCCEEDED
+    failure, _ = follow(*queued, STARTING, RUNNING, DONE, wanted=request(start_limit=3, run_limit=3))
+    assert failure is None
 
 
 def test_an_api_server_that_is_away_ends_nothing(follow, caplog):
     caplog.set_level("INFO", "draft_model")
     away = [Unavailable("refused")] * 30
-    outcome, _ = follow(RUNNING, *away, RUNNING, *away, DONE)
-    assert outcome.state is State.SUCCEEDED
+    failure, _ = follow(RUNNING, *away, RUNNING, *away, DONE)
+    assert failure is None
     assert sum("does not answer" in record.message for record in caplog.records) == 2
 
 
@@ -85,23 +84,23 @@ def test_a_right_that_is_missing_from_the_start_is_told_at_once(follow):
 
 
 def test_a_server_that_has_not_read_its_roles_yet_is_waited_for(follow):
-    outcome, _ = follow(RUNNING, Forbidden("may not get pytorchjobs"), DONE)
-    assert outcome.state is State.SUCCEEDED
+    failure, _ = follow(RUNNING, Forbidden("may not get pytorchjobs"), DONE)
+    assert failure is None
     with pytest.raises(Forbidden):
         follow(RUNNING, *[Forbidden("may not get pytorchjobs")] * 5, DONE)
 
 
 def test_a_job_that_is_gone_was_deleted(follow):
-    outcome, _ = follow(RUNNING, None)
-    assert outcome.state is State.DELETED
-    assert "was deleted while it was RUNNING" in outcome.failure.problems[0]
+    failure, _ = follow(RUNNING, None)
+    assert failure.reason == "Deleted"
+    assert "was deleted while it was RUNNING" in failure.problems[0]
 
 
 def test_a_queue_without_kueue_is_found_out_and_one_with_it_is_not(follow, caplog):
     caplog.set_level("INFO", "draft_model")
     waiting = status("Suspended", suspend=True)
-    outcome, _ = follow(waiting, wanted=GOLDEN["queue"])
-    assert outcome.failure.reason == "UnmanagedQueue"
+    failure, _ = follow(waiting, wanted=GOLDEN["queue"])
+    assert failure.reason == "UnmanagedQueue"
 
     def manage(cluster):
         (job,) = cluster.there.values()
@@ -110,16 +109,16 @@ def test_a_queue_without_kueue_is_found_out_and_one_with_it_is_not(follow, caplo
         cluster.kueue = [{"metadata": {"ownerReferences": owner}, "status": {"conditions": said}}]
 
     running = status("Running", suspend=False, pods=[pod(), pod("b")])
-    outcome, _ = follow(*[waiting] * 5, running, DONE, wanted=GOLDEN["queue"], prepare=manage)
-    assert outcome.state is State.SUCCEEDED
+    failure, _ = follow(*[waiting] * 5, running, DONE, wanted=GOLDEN["queue"], prepare=manage)
+    assert failure is None
     assert any("queue research: 16 more GPUs are needed" in record.message for record in caplog.records)
 
 
 def test_an_image_that_cannot_be_pulled_ends_the_wait(follow):
     stuck = status("Created", pods=[pod(waiting={"reason": "ImagePullBackOff", "message": "no such tag"})])
-    outcome, _ = follow(stuck)
-    assert outcome.failure.reason == "ImagePull"
-    assert "no such tag" in outcome.failure.problems[0]
+    failure, _ = follow(stuck)
+    assert failure.reason == "ImagePull"
+    assert "no such tag" in failure.problems[0]
 
 
 def test_what_was_never_scheduled_is_told_with_the_schedulers_words(follow):
@@ -127,9 +126,9 @@ def test_what_was_never_scheduled_is_told_with_the_schedulers_words(follow):
     unscheduled["status"] = {"conditions": [
         {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/5 nodes have 8 GPUs"}
     ]}  # fmt: skip
-    outcome, _ = follow(status("Created", pods=[unscheduled]), wanted=request(start_limit=2))
-    assert outcome.failure.reason == "Unschedulable"
-    assert "0/5 nodes have 8 GPUs" in " ".join(outcome.failure.problems)
+    failure, _ = follow(status("Created", pods=[unscheduled]), wanted=request(start_limit=2))
+    assert failure.reason == "Unschedulable"
+    assert "0/5 nodes have 8 GPUs" in " ".join(failure.problems)
 
 
 def test_warning_events_of_the_job_are_shown_once(follow, caplog):
@@ -165,13 +164,13 @@ PEER = Pod("p1", 1, ended=True, exit_code=1, finished="2026-01-01T00:00:03Z")
 )  # fmt: skip
 def test_the_cause_is_told_and_not_what_it_did_to_the_others(cause, tail, reason, retryable):
     tails = {"p0": tail, "p1": ["RuntimeError: Connection closed by peer [10.0.0.7]:4711"]}
-    failure = failures.classify("job", spec(), "failed", [PEER, cause], tails)
+    failure = states.classify("job", "train", "failed", [PEER, cause], tails)
     assert (failure.reason, failure.retryable) == (reason, retryable)
 
 
 def test_a_pod_that_lost_its_peers_is_not_blamed_while_another_still_ends(follow, monkeypatch):
     monkeypatch.setattr(following, "DRAIN_SECONDS", 0.0)
-    monkeypatch.setattr(logs, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(following, "LOG_SECONDS", 0.01)
     lost = pod("a", exitCode=1, message="Connection reset by peer", finishedAt="2026-01-01T00:00:01Z")
     killed = pod("b", exitCode=137, finishedAt="2026-01-01T00:00:09Z")
     looks = iter([[lost, pod("b")]] * 20)
@@ -179,26 +178,26 @@ def test_a_pod_that_lost_its_peers_is_not_blamed_while_another_still_ends(follow
     def still_ends(cluster):
         cluster.pods = lambda selector: next(looks, [lost, killed])
 
-    outcome, _ = follow(status("Failed"), prepare=still_ends)
-    assert outcome.failure.reason == "Killed"
+    failure, _ = follow(status("Failed"), prepare=still_ends)
+    assert failure.reason == "Killed"
     assert next(looks, None) is None
 
 
 def test_a_trainers_problems_come_word_for_word_and_a_crash_with_its_last_lines():
     mistake = Pod("p0", 0, ended=True, exit_code=2, message='{"problems": ["a: given 1", "b: given 2"]}')
-    assert failures.classify("job", spec(), "", [PEER, mistake], {}).problems == ["a: given 1", "b: given 2"]
-    crash = failures.classify(
-        "job", spec(), "", [Pod("p0", 0, ended=True, exit_code=1)], {"p0": ["one", "KeyError: 'x'"]}
+    assert states.classify("job", "train", "", [PEER, mistake], {}).problems == ["a: given 1", "b: given 2"]
+    crash = states.classify(
+        "job", "train", "", [Pod("p0", 0, ended=True, exit_code=1)], {"p0": ["one", "KeyError: 'x'"]}
     )
     assert crash.problems[-1].strip() == "KeyError: 'x'"
 
 
 def test_a_deadline_and_an_unknown_end_are_told():
-    late = failures.classify(
-        "job", spec(), "Job job has failed because it was active longer than specified deadline", [], {}
+    late = states.classify(
+        "job", "train", "Job job has failed because it was active longer than specified deadline", [], {}
     )
     assert late.reason == "Deadline"
-    assert "quota" in failures.classify("job", spec(), "pods were refused: quota", [], {}).problems[0]
+    assert "quota" in states.classify("job", "train", "pods were refused: quota", [], {}).problems[0]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +243,7 @@ REJECTED = ["UnexpectedAdmissionError", "OutOfcpu", "OutOfmemory", "OutOfpods", 
 @pytest.mark.parametrize("reason", REJECTED)
 def test_a_pod_that_a_kubelet_rejects_is_the_machines_fault(reason):
     rejected = pod_of(pod(reason=reason), 0)
-    assert failures.classify("job", spec(), "1 Master replica(s) failed", [rejected], {}).retryable
+    assert states.classify("job", "train", "1 Master replica(s) failed", [rejected], {}).retryable
 
 
 @pytest.mark.parametrize(
@@ -257,13 +256,13 @@ def test_a_pod_that_a_kubelet_rejects_is_the_machines_fault(reason):
 )  # fmt: skip
 def test_a_broken_gpu_or_driver_is_the_machines_fault(ended, line, retryable):
     broken = Pod("p0", 0, ended=True, **ended)
-    assert failures.classify("job", spec(), "", [broken], {"p0": [line]}).retryable is retryable
+    assert states.classify("job", "train", "", [broken], {"p0": [line]}).retryable is retryable
 
 
 def test_a_job_that_no_operator_touches_is_told_within_minutes(follow):
-    outcome, cluster = follow({}, wanted=request(start_limit=60))
-    assert outcome.failure.reason == "NoOperator"
-    assert "PyTorchJob draft-3f2c9a10-a0 has no status" in outcome.failure.problems[0]
+    failure, cluster = follow({}, wanted=request(start_limit=60))
+    assert failure.reason == "NoOperator"
+    assert "PyTorchJob draft-3f2c9a10-a0 has no status" in failure.problems[0]
     assert cluster.clock.minutes <= 4
 
 
@@ -294,5 +293,5 @@ def test_a_watch_that_breaks_is_made_anew_and_wakes_the_follower(follow):
         get = cluster.get
         cluster.get = lambda *of: get(*of) if seen.wait(20) else None
 
-    outcome, _ = follow(RUNNING, DONE, prepare=watched)
-    assert outcome.state is State.SUCCEEDED
+    failure, _ = follow(RUNNING, DONE, prepare=watched)
+    assert failure is None

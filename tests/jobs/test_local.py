@@ -35,9 +35,9 @@ def start():
     def start(config, text):
         code = (
             "import sys\n"
-            "from draft_model import doors, jobs\n"
+            "from draft_model import entrypoint, jobs\n"
             "from draft_model.training import TrainConfig\n"
-            "sys.exit(doors.exit_code(lambda: print(jobs.run(TrainConfig.from_json(sys.argv[1])))))\n"
+            "sys.exit(entrypoint.exit_code(lambda: print(jobs.run(TrainConfig.from_json(sys.argv[1])))))\n"
         )
         command = [sys.executable, "-c", code, config.to_json()]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -12,8 +12,7 @@ import pytest
 import yaml
 
 from draft_model.jobs.compute import Compute
-from draft_model.jobs.render import pytorchjob, trainjob
-from draft_model.jobs.request import SPEC_HASH
+from draft_model.jobs.spec import SPEC_HASH, pytorchjob, trainjob
 from jobs.requests import GOLDEN, OWNER, RUN, other_settings, request
 
 FOLDER = Path(__file__).parent / "golden"
@@ -130,11 +129,11 @@ def test_names_labels_owner_deadline():
 
 def test_each_stage_has_names_and_a_command_of_its_own():
     wanted = GOLDEN["1x1"]
-    (job,) = pytorchjob(replace(wanted, spec=replace(wanted.spec, stage="evaluate", module="draft_model.evaluation")))
+    (job,) = pytorchjob(replace(wanted, spec=replace(wanted.spec, stage="evaluate")))
     assert job["metadata"]["name"] == "draft-3f2c9a10-evaluate-a0"
     assert job["metadata"]["labels"]["app.kubernetes.io/component"] == "evaluate"
     (container,) = job["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]["containers"]
-    assert container["command"][-2:] == ["-m", "draft_model.evaluation"]
+    assert container["command"] == ["python", "-m", "draft_model.steps"]
 
 
 def test_only_a_queued_job_waits_to_be_let_go():

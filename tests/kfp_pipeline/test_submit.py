@@ -14,7 +14,7 @@ from kfp_api import COOKIE, PAGE, KfpApi
 
 from draft_model.errors import DraftModelError
 from draft_model.kubeflow import own_server_too_old
-from kfp_pipeline.client import NotLetIn, Server, ServerAway, connect
+from kfp_pipeline.client import NotLetIn, ServerAway, connect
 from kfp_pipeline.compile import compile_documents, compile_manifests
 from kfp_pipeline.submit import check, submit
 from kfp_pipeline.watch import watch
@@ -152,21 +152,6 @@ def test_who_is_not_known_is_told_how_to_be(api, tmp_path):
         assert "the-wrong-one" not in str(caught.value)
 
 
-def test_a_token_that_was_made_before_counts(api):
-    api.token = "made-before"
-    submit(Server.of(kfp.Client(host=api.host, existing_token="made-before")), VALUES)
-    assert len(api.runs) == 1
-
-
-def test_headers_of_kfps_own_settings_count(api, tmp_path):
-    api.token = "of-the-settings"
-    header = {"client_authentication_header_name": "Authorization"}
-    value = {"client_authentication_header_value": "Bearer of-the-settings"}
-    (tmp_path / "context.json").write_text(json.dumps({"namespace": "", **header, **value}))
-    submit(connect(api.host), VALUES)
-    assert len(api.runs) == 1
-
-
 def test_the_address_may_come_from_the_environment_and_links_go_to_the_ui(api, monkeypatch):
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", api.host)
     monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://kubeflow.example/pipeline/")
@@ -232,17 +217,6 @@ def test_a_terminated_run_is_told_from_a_failed_one(api, history, outcome):
     assert watch(server, run_id).outcome == outcome
 
 
-def test_who_follows_a_run_waits_for_the_server_only_so_long(api, monkeypatch, caplog):
-    server = connect(api.host)
-    run_id = submit(server, VALUES).run_id
-    monkeypatch.setattr("kfp_pipeline.watch.PATIENCE", timedelta(0))
-    api.stop()
-    with caplog.at_level("INFO"), pytest.raises(ServerAway, match="does not answer"):
-        watch(server, run_id)
-    assert caplog.text.count("The run goes on; asking again") == 1
-    api.start()
-
-
 def test_a_run_whose_version_is_gone_is_followed_all_the_same(api):
     server = connect(api.host)
     run_id = submit(server, VALUES).run_id
@@ -305,11 +279,6 @@ def test_a_cookie_of_kfps_own_settings_gets_past_a_login_page(api, tmp_path):
     assert len(api.runs) == 1
 
 
-def test_an_address_with_another_path_is_no_api(api):
-    with pytest.raises(DraftModelError, match="404: Not Found"):
-        connect(f"{api.host}/elsewhere")
-
-
 @pytest.fixture
 def certificate(tmp_path):
     """A certificate for 127.0.0.1 that hangs on nothing, with its key."""
@@ -335,19 +304,6 @@ def test_tls(certificate):
             connect(api.host)
         submit(connect(api.host, ca_file=certificate / "ca.pem"), VALUES)
         assert len(api.runs) == 1
-
-
-def test_parameters_are_checked_before_the_server_is_asked(api):
-    server = connect(api.host)
-    asked = len(api.requests)
-    with pytest.raises(DraftModelError) as caught:
-        submit(server, VALUES | {"num_epochs": 0, "chat_templat": "qwen", "dataset_validation_split": "v.jsonl"})
-    assert [problem.partition(":")[0] for problem in caught.value.problems] == [
-        "num_epochs",
-        "chat_templat",
-        "dataset_validation_split",
-    ]
-    assert len(api.requests) == asked
 
 
 @pytest.mark.parametrize(

@@ -236,14 +236,6 @@ def test_the_environment_can_say_who_where_and_what(api, draft_model, tmp_path):
     assert [experiment["display_name"] for experiment in api.experiments.values()][1:] == ["the-platforms"]
 
 
-def test_who_is_not_let_in_gets_a_sentence(api, draft_model):
-    api.token = "other"
-    done = draft_model("submit", "--host", api.host, *GIVEN)
-    assert done.returncode == 2
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert error.startswith(f"error: {api.host} answers 401: ")
-
-
 def test_a_server_that_goes_away_is_waited_for(api, started):
     api.story = RUNNING
     process = started("submit", "--host", api.host, *GIVEN, "--watch")

@@ -8,7 +8,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 from jobs.requests import GOLDEN
 
-from draft_model.jobs.render import pytorchjob, trainjob
+from draft_model.jobs.spec import pytorchjob, trainjob
 from manifests.kustomize import MANIFESTS, build, needs_kubectl, one, overlay, pods_of
 
 pytestmark = needs_kubectl

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 from jobs.requests import GOLDEN
 
-from draft_model.jobs.render import pytorchjob, trainjob
+from draft_model.jobs.spec import pytorchjob, trainjob
 from manifests.kustomize import needs_kubectl, one, overlay
 
 celpy = pytest.importorskip("celpy", reason="cel-python evaluates the policy's expressions")

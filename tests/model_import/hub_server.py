@@ -5,6 +5,7 @@ Weights are in large-file storage: they are redirected to another host, which kn
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -31,6 +32,8 @@ class Hub:
         refuses: `gated`, `private` or a status that every API request is answered with.
         ranges: whether the file host knows ranges.
         arrived: whether the client has written some of an answer that is to be reset.
+        made: what was asked for of each new repository.
+        pushed: the files of the commit that was pushed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,6 +46,9 @@ class Hub:
         self.leaves_out = ""
         self.arrived = lambda: True
         self.sent: dict[str, bytes] = {}
+        self.made: list[dict] = []
+        self.objects: dict[str, bytes] = {}
+        self.pushed: dict[str, bytes] = {}
         hub = self
 
         class Answer(BaseHTTPRequestHandler):
@@ -56,6 +62,13 @@ class Hub:
 
             def do_GET(self):
                 hub.answer(self, body=True)
+
+            def do_POST(self):
+                hub.take(self, self.rfile.read(int(self.headers.get("Content-Length", 0))))
+
+            def do_PUT(self):
+                hub.objects[self.path.rpartition("/")[2]] = self.rfile.read(int(self.headers["Content-Length"]))
+                hub._send(self, 200, {"ETag": "stored"})
 
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), Answer) for _ in range(2)]
         self.endpoint, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
@@ -93,12 +106,38 @@ class Hub:
         else:
             self._send(request, 401, {"X-Error-Code": "RepoNotFound"})
 
+    def take(self, request, body: bytes) -> None:
+        """Answers what an upload posts: a new repository, how each file goes, where large ones go, the commit."""
+        path, answer = request.path.partition("?")[0], {}
+        if request.headers.get("Authorization", "") != f"Bearer {TOKEN}":
+            return self._send(request, 401, {})
+        if path == "/api/repos/create":
+            self.made.append(json.loads(body))
+            answer = {"url": f"{self.endpoint}/org/name", "name": "org/name", "id": "1"}
+        elif "/preupload/" in path:
+            files = [file["path"] for file in json.loads(body)["files"]]
+            answer["files"] = [{"path": name, "uploadMode": "lfs" if self._large(name) else "regular",
+                                "shouldIgnore": False} for name in files]  # fmt: skip
+        elif path.endswith("/objects/batch"):
+            objects = json.loads(body)["objects"]
+            upload = [{"upload": {"href": f"{self.cdn}/objects/{each['oid']}"}} for each in objects]
+            pairs = zip(objects, upload, strict=True)
+            answer = {"transfer": "basic", "objects": [{**each, "actions": actions} for each, actions in pairs]}
+        elif "/commit/" in path:
+            for key, value in (json.loads(line).values() for line in body.splitlines()):
+                if key == "file":
+                    self.pushed[value["path"]] = base64.b64decode(value["content"])
+                elif key == "lfsFile":
+                    self.pushed[value["path"]] = self.objects[value["oid"]]
+            answer = {"commitUrl": f"{self.endpoint}/org/name/commit/{COMMIT}", "commitOid": COMMIT}
+        return self._send(request, 200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
+
     def _send(self, request, status: int, headers: dict[str, str], data: bytes = b"") -> None:
         request.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
             request.send_header(name, value)
         request.end_headers()
-        if request.command == "GET":
+        if request.command != "HEAD":
             request.wfile.write(data)
 
     def _describe(self, request, revision: str | None) -> None:

@@ -1,10 +1,7 @@
 """What can be a target model comes out as one canonical folder; what cannot is refused with the reason."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 
 import pytest
@@ -167,8 +164,6 @@ def test_from_an_object_store_to_an_object_store(target, below, scheme, upload, 
 
 
 def test_weights_stay_in_the_object_store_where_it_can_copy_them(model, upload, tmp_path, bring):
-    if not hasattr(storage, "copy") or not hasattr(storage, "read_range"):
-        pytest.skip("this storage copies nothing itself")
     result = bring(output=f"{upload(model)}-out", pytorch_model_path=(uri := upload(model)))
     assert not (tmp_path / "work/source/model.safetensors").exists()
     assert same_weights(storage.fetch(result.uri, tmp_path / "back"), model)
@@ -287,18 +282,3 @@ def test_sharded_weights_come_with_their_index(model, target, bring):
     assert names(result.uri) == (CANONICAL - {"model.safetensors"}) | shards
     assert same_weights(result.uri, target)
     assert result.parameter_count == sum(weight.numel() for weight in loaded.parameters())
-
-
-def test_the_hub_that_cannot_be_reached_is_told_without_the_token(tmp_path):
-    environment = {**os.environ, "HF_ENDPOINT": "http://me:hf_never_shown@127.0.0.1:9", "HF_TOKEN": "hf_never_shown"}
-    program = (
-        "from draft_model.model_import import hub; hub.WAIT = 0; from draft_model.cli import main; import sys; "
-        f"sys.argv[1:] = ['import', '--huggingface_id', 'org/name@v1', '--output', {str(tmp_path / 'out')!r}]; main()"
-    )
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2
-    said = done.stderr.splitlines()[-1]
-    assert said.startswith("error: huggingface_id: org/name@v1 cannot be downloaded: http://127.0.0.1:9 cannot be")
-    assert "HF_ENDPOINT" in said
-    assert "Traceback" not in done.stderr
-    assert "hf_never_shown" not in done.stdout + done.stderr

@@ -313,6 +313,23 @@ def test_small_files_by_themselves(place):
     assert not storage.exists(join(place, "deep"))
 
 
+def test_a_range_of_a_file_is_read_alone_and_of_one_version(place):
+    file = join(place, "a/b")
+    storage.write_bytes(file, b"0123456789")
+    version = storage.list_files(place)["a/b"][1]
+    for offset, length, expected in ((0, 3, b"012"), (8, 5, b"89"), (10, 4, b""), (0, 10, b"0123456789")):
+        assert storage.read_range(file, offset, length, version) == expected
+    storage.write_bytes(file, b"")
+    assert storage.read_range(file, 0, 8) == b""
+    storage.write_bytes(file, b"other")
+    if place.startswith("s3"):
+        with pytest.raises(DraftModelError, match="changed while it was read"):
+            storage.read_range(file, 0, 3, version)
+    storage.delete(file)
+    with pytest.raises(DraftModelError):
+        storage.read_range(file, 0, 3)
+
+
 def test_an_empty_folder_can_be_handed_over(place, tmp_path):
     (tmp_path / "nothing").mkdir()
     assert storage.publish(tmp_path / "nothing", place, stage="import", properties={}).files == ()

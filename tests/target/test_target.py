@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from drafts.eagle3.families import FAMILIES, HIDDEN, LAYERS, SHAPE, VOCAB, save_target
 
-from draft_model.drafts.eagle3.batch import Batch, collate
+from draft_model.drafts.batch import Batch, collate
 from draft_model.drafts.eagle3.config import DraftConfig, choose_aux_layers, draft_config_for
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.step import Objective
@@ -71,7 +72,7 @@ def test_right_padding_changes_no_real_position(family):
     for row, length in enumerate(LENGTHS):
         junk[row, length:] = 33
     plain = family.target.states(batch)
-    padded = family.target.states(Batch(junk, batch.lengths, batch.predicted))
+    padded = family.target.states(replace(batch, tokens=junk))
     for row, tokens in enumerate(family.tokens):
         alone = family.target.states(collate([(tokens, torch.ones(len(tokens), dtype=torch.bool))]))
         torch.testing.assert_close(plain[row], alone[0], rtol=1e-4, atol=1e-4)

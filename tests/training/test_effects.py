@@ -1,5 +1,6 @@
 """Parameters of the training whose effect no other test shows by their name; see tests/test_effects.py."""
 
+import json
 import logging
 from datetime import timedelta
 
@@ -31,6 +32,20 @@ def test_warmup_ratio_is_the_share_of_the_steps_before_the_peak(train, plain):
 def test_ttt_length_is_the_number_of_unrolled_steps(train, plain):
     assert {len(losses) for losses in plain.losses.values()} == {QUICK["ttt_length"]}
     assert {len(losses) for losses in train(ttt_length=5, total_steps=1).losses.values()} == {5}
+
+
+def test_draft_loss_is_what_is_minimised(train, plain):
+    rejected, mixed = (train(draft_loss=loss, total_steps=1).record["log"][0] for loss in ("tv", "lk"))
+    assert rejected["loss"] == pytest.approx([1 - alpha for alpha in rejected["alpha"]], rel=1e-5)
+    assert rejected["alpha"] == mixed["alpha"] == plain.record["log"][0]["alpha"]
+    found = zip(rejected["loss"], mixed["loss"], plain.losses[1], strict=True)
+    assert all(tv < lk < kl for tv, lk, kl in found)
+
+
+def test_draft_architecture_is_the_family_of_a_new_draft(train):
+    trained = train(draft_architecture="eagle3.1", total_steps=1)
+    assert b"fc_norm.2.weight" in trained.read("final/model.safetensors")
+    assert json.loads(trained.read("final/config.json"))["norm_output"]
 
 
 def test_draft_global_batch_size_is_the_conversations_of_a_step(train, plain):

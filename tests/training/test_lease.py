@@ -17,6 +17,7 @@ import pytest
 
 from draft_model import jobs, storage
 from draft_model.errors import DraftModelError, StoreUnavailable
+from draft_model.storage.local import LocalFolder
 from draft_model.training import job, lease
 from draft_model.training.lease import Lease, hold
 from draft_model.training.trainer import Interrupted
@@ -285,6 +286,24 @@ def test_a_run_whose_lease_went_to_another_stops_and_writes_nothing_more(train, 
     assert held(str(place))["run_id"] == "other"
     kept = Path(str(caught.value).partition("it stays in ")[2].partition(",")[0])
     assert (kept / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("late", ["epoch_1", "final"])
+def test_a_holder_that_paused_within_an_upload_publishes_nothing(train, tmp_path, monkeypatch, late):
+    place, put = tmp_path / "shared", LocalFolder.put
+
+    def overtaken(folder, sources):
+        records = put(folder, sources)
+        if folder.uri.endswith(late):
+            write = {"run_id": "other", "processes": [{"name": "there:1"}]}
+            (place / "lease.json").write_text(json.dumps(write))
+        return records
+
+    monkeypatch.setattr(LocalFolder, "put", overtaken)
+    with pytest.raises(DraftModelError, match="belongs to run other"):
+        train(str(place), num_epochs=1)
+    assert (place / late / "model.safetensors").is_file()
+    assert not (place / late / "manifest.json").exists()
 
 
 def test_the_door_of_a_job_holds_the_lease_and_gives_it_back(train, plain, tmp_path, caplog):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from draft_model.dataset import Split, load_vocabulary
-from draft_model.drafts.eagle3.batch import collate
+from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.step import Objective

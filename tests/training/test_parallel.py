@@ -15,7 +15,7 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from draft_model.drafts.eagle3.batch import collate
+from draft_model.drafts.batch import collate
 from draft_model.errors import DraftModelError
 from draft_model.ranks import PeerLost, start_ranks
 from draft_model.target import parallel

@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from draft_model import drafts
-from draft_model.drafts.eagle3.batch import collate
+from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import draft_config_for
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.step import Objective
@@ -50,7 +50,7 @@ def pair(**changes):
 
 def test_a_drafts_parameters_are_counted_right():
     _, draft = pair()
-    assert drafts.family().costs(draft.config, 7).parameters == sum(
+    assert drafts.family("eagle3").costs(draft.config, 7).parameters == sum(
         parameter.numel() for parameter in draft.parameters()
     )
 
@@ -79,7 +79,7 @@ def test_activations_are_about_those_that_autograd_keeps(changes, tokens, steps)
     before = alive()
     _loss, _ = objective(batch, states)
     kept = sum(size for pointer, size in alive().items() if pointer not in before)
-    costs = drafts.family().costs(draft.config, steps)
+    costs = drafts.family("eagle3").costs(draft.config, steps)
     expected = 4 * tokens * (costs.token_numbers + costs.row_numbers(4 * tokens, math.inf))
     weights = 4 * sum(parameter.numel() for parameter in draft.parameters())  # copies in the compute type
     assert 0.75 * expected < kept < 1.35 * expected + weights
@@ -126,7 +126,7 @@ def test_twice_the_gpus_are_twice_as_fast_on_paper_and_nothing_is_sent_by_one():
     )
     assert one.seconds_per_million == pytest.approx(2 * two.seconds_per_million)
     assert one.reduction == 0
-    assert two.reduction == pytest.approx(4 * drafts.family().costs(draft, 7).parameters)
+    assert two.reduction == pytest.approx(4 * drafts.family("eagle3").costs(draft, 7).parameters)
 
 
 RECOMMENDED = (  # target, GPUs, tp_size, training_batch_size, draft_micro_batch_size, draft_global_batch_size

@@ -23,7 +23,7 @@ from kfp.dsl import HTML, Dataset, Metrics, Output
 from kfp_pipeline.components.images import IMAGES
 
 
-@dsl.component(base_image=IMAGES["dataset"], install_kfp_package=False)
+@dsl.component(base_image=IMAGES["coordinator"], install_kfp_package=False)
 def build_dataset(  # noqa: D103
     parameters: dict[str, Any], run_id: str, model_uri: str,
     dataset: Output[Dataset], report: Output[HTML], metrics: Output[Metrics],

@@ -21,7 +21,7 @@ from kfp.dsl import Markdown, Metrics, Model, Output
 from kfp_pipeline.components.images import IMAGES
 
 
-@dsl.component(base_image=IMAGES["importer"], install_kfp_package=False)
+@dsl.component(base_image=IMAGES["coordinator"], install_kfp_package=False)
 def import_model(  # noqa: D103
     parameters: dict[str, Any], run_id: str, model: Output[Model], summary: Output[Markdown], metrics: Output[Metrics],
 ) -> str:  # fmt: skip

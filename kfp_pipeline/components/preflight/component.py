@@ -1,7 +1,7 @@
 """Checks the run's parameters and everything that they name, before any heavy step starts.
 
 A run that cannot start ends here: the problems are the last lines of this step's log. No later step validates again,
-each gets the parameters that it reads as one value.
+each gets those of the parameters that it reads that are not the defaults, as one value.
 
 Args:
     run_id: of the pipeline's run.
@@ -12,10 +12,6 @@ Returns:
     dataset: parameters of the regeneration and of the data set.
     train: parameters of the training.
     evaluate: parameters of the evaluation.
-    cpu: CPU request of the import's and the data set's pods.
-    memory: memory request of the same.
-    node_selector: labels of their nodes.
-    tolerations: of the taints of these nodes.
 """
 
 from typing import NamedTuple
@@ -44,12 +40,10 @@ def preflight(  # noqa: D103
     object_store_secret: str, keep_checkpoints: int, final_checkpoint: str, checkpoint_path: str,
     mlflow_tracking_uri: str, evaluation_engine: str, evaluation_batch_sizes: str, compute_evaluation: str,
     instance_type_evaluation: str, number_of_gpu_to_use_evaluation: int, draft_architecture: str, draft_loss: str,
-    regenerate_answers: str, regenerate_temperature: float, regenerate_max_new_tokens: int,
+    draft_optimizer: str, regenerate_answers: str, regenerate_temperature: float, regenerate_max_new_tokens: int,
     regenerate_samples_per_prompt: int, regenerate_limit: int,
 ) -> NamedTuple(  # type: ignore[valid-type]
-    "Plan",
-    [("model_import", dict), ("dataset", dict), ("train", dict), ("evaluate", dict), ("cpu", str), ("memory", str),
-     ("node_selector", dict), ("tolerations", list)],
+    "Plan", [("model_import", dict), ("dataset", dict), ("train", dict), ("evaluate", dict)]
 ):  # fmt: skip
     values = {**locals()}
     from draft_model import steps

@@ -1,4 +1,4 @@
-"""Trains the EAGLE-3 draft model: coordinates the job whose processes read and write object storage themselves.
+"""Trains the draft model: coordinates the job whose processes read and write object storage themselves.
 
 Args:
     parameters: of the training, by name.

@@ -6,7 +6,7 @@ same files for prompts.
 
 from draft_model.dataset.build import REPORT_PAGE, DatasetConfig, DatasetResult, run
 from draft_model.dataset.reader import Rejected, Row, read_conversations
-from draft_model.dataset.tally import SplitSummary
+from draft_model.dataset.report import SplitSummary
 from draft_model.dataset.tokens import Conversation, Split
 from draft_model.dataset.vocabulary import load_vocabulary
 

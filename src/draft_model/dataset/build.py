@@ -8,6 +8,8 @@ number of processes, and two runs at once write the same files.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -20,16 +22,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from draft_model import storage
+from draft_model import drafts, storage
 from draft_model.dataset import vocabulary
 from draft_model.dataset.encode import Encoder, EncoderSettings
 from draft_model.dataset.files import File, find, read_errors
 from draft_model.dataset.render import check_fit
-from draft_model.dataset.report import write_report
-from draft_model.dataset.tally import SplitSummary, Tally
+from draft_model.dataset.report import SplitSummary, Tally, colour, count, write_report
 from draft_model.dataset.templates import TEMPLATES
-from draft_model.dataset.tokens import INDEX, Shard, write_index
-from draft_model.dataset.workers import encode_files, usable_processes
+from draft_model.dataset.tokens import INDEX, Shard, write_index, write_shard
+from draft_model.dataset.workers import Workers
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.tracking import tracked
@@ -38,14 +39,13 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4
 """Raised whenever this package would make something else of the same inputs."""
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = BYTES_PER_PROCESS = 8 << 20
 REPORT = "report.json"
 REPORT_PAGE = "report.html"
 REJECTED = "rejected.jsonl"
 
 _PIECES = "pieces"
 _SPLITS = ("train", "validation")
-_DEFAULT_DRAFT_VOCABULARY = 32_000
 _MAKERS = ("pipeline-draft-model", "tokenizers", "transformers", "jinja2")
 _MODEL_FILES = (
     "config.json", "tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template",
@@ -107,8 +107,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Inputs:
-    tokenizer: Path
-    vocab_size: int
+    encoder: EncoderSettings
     sources: list[_Source]
     draft_vocab_size: int
     fingerprint: str
@@ -174,17 +173,12 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
             return None
 
     model = attempt("", _fetch_model, config.model, config.work / "model")
-    tokenizer, vocab_size, hashes = model or (Path(), 0, {})
-    wanted = attempt("draft_model_config", _draft_vocab_size, parameters.draft_model_config, config.work)
+    tokenizer, vocab_size, hashes, target = model or (Path(), 0, {}, {})
+    size = model and attempt("draft_model_config", _draft_vocab_size, parameters, target, config.work)
     splits = {split: getattr(parameters, f"dataset_{split}_split") for split in _SPLITS}
     found = {split: attempt(f"dataset_{split}_split", _files, uri) or [] for split, uri in splits.items() if uri}
     if not splits["train"]:
         problems.append("dataset_train_split: not given; give the path or URI of a JSONL file of conversations")
-    if model and wanted and wanted > vocab_size:
-        problems.append(
-            f"draft_model_config: its draft_vocab_size is {wanted}; allowed: at most the target's vocabulary of "
-            f"{vocab_size}"
-        )
     if problems:
         raise DraftModelError(problems)
     settings = {
@@ -200,10 +194,10 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
         for split, files in found.items()
         for index, (file, identity) in enumerate(files)
     ]
-    size = wanted or min(_DEFAULT_DRAFT_VOCABULARY, vocab_size)
     named = [(source.file.name, source.key) for source in sources]
     fingerprint = _hash(named, size, parameters.max_rejected_fraction)
-    return _Inputs(tokenizer, vocab_size, sources, size, fingerprint)
+    encoder = EncoderSettings(tokenizer, parameters.chat_template, parameters.max_length, vocab_size)
+    return _Inputs(encoder, sources, size, fingerprint)
 
 
 def _files(given: str) -> list[tuple[File, str]]:
@@ -211,8 +205,8 @@ def _files(given: str) -> list[tuple[File, str]]:
         return [(file, file.identity()) for file in find(given)]
 
 
-def _fetch_model(uri: str, into: Path) -> tuple[Path, int, dict[str, str]]:
-    """Returns the folder with tokenizer and configuration, V, and the files' hashes."""
+def _fetch_model(uri: str, into: Path) -> tuple[Path, int, dict[str, str], dict[str, Any]]:
+    """Returns the folder with tokenizer and configuration, V, the files' hashes, and config.json."""
     manifest = storage.read_manifest(uri, stage="import")
     folder = storage.fetch(uri, into, only=lambda name: name.startswith(_MODEL_FILES))
     config = _json(folder / "config.json", f"model: config.json of {uri}")
@@ -221,16 +215,15 @@ def _fetch_model(uri: str, into: Path) -> tuple[Path, int, dict[str, str]]:
     if not isinstance(vocab_size, int):
         raise DraftModelError(f"model: config.json of {uri} has no vocab_size; import a text-generation model")
     hashes = {file.path: file.sha256 for file in manifest.files if file.path.startswith(_MODEL_FILES)}
-    return folder, vocab_size, hashes
+    return folder, vocab_size, hashes, config
 
 
-def _draft_vocab_size(uri: str, work: Path) -> int | None:
-    if not uri:
-        return None
-    size = _json(storage.fetch_file(uri, work / "draft_model_config"), uri).get("draft_vocab_size")
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-        raise DraftModelError(f"draft_model_config: {uri}: its draft_vocab_size is {size!r}; allowed: an integer >= 1")
-    return size
+def _draft_vocab_size(parameters: Parameters, target: Mapping[str, Any], work: Path) -> int:
+    family, uri = drafts.family(parameters.draft_architecture), parameters.draft_model_config
+    shape = family.default_shape(target)
+    if uri:
+        shape = family.adapt(shape, _json(storage.fetch_file(uri, work / "draft_model_config"), uri))
+    return int(shape.draft_vocab_size)
 
 
 def _json(path: Path, name: str) -> dict[str, Any]:
@@ -245,17 +238,15 @@ def _json(path: Path, name: str) -> dict[str, Any]:
 
 def _build(config: DatasetConfig, inputs: _Inputs, output: str, folder: Path) -> tuple[Mapping[str, Any], bool]:
     """Encodes and publishes; returns the manifest's properties, and whether another run was faster."""
-    given = config.parameters
-    settings = EncoderSettings(inputs.tokenizer, given.chat_template, given.max_length, inputs.vocab_size)
-    encoder = Encoder(settings)
-    check_fit(encoder.tokenizer, encoder.template)
+    given, settings = config.parameters, inputs.encoder
     files = Counter(source.split for source in inputs.sources)
-    tallies = {split: Tally.empty(inputs.vocab_size, given.max_length) for split in files}
+    tallies = {split: Tally.empty(settings.vocab_size, given.max_length) for split in files}
     index: dict[str, list[Shard]] = {split: [] for split in files}
     records: list[storage.FileRecord] = []
-    pieces = _encode(inputs.sources, encoder, given.build_dataset_num_proc, output, folder)
-    with (folder / REJECTED).open("w", encoding="utf-8") as rejected:
-        for source, before, counts in pieces:
+    processes = usable_processes(given.build_dataset_num_proc, sum(source.file.size for source in inputs.sources))
+    with Workers(processes) as workers, (folder / REJECTED).open("w", encoding="utf-8") as rejected:
+        workers.call(_check_fit, settings)
+        for source, before, counts in _encode(inputs, workers, output, folder):
             split, name = source.split, source.file.name
             tallies[split].add(counts)
             for number, reason, detail in counts["rejected"]:
@@ -268,10 +259,11 @@ def _build(config: DatasetConfig, inputs: _Inputs, output: str, folder: Path) ->
                 records.append(storage.FileRecord(**counts["shard"]))
                 shard = records[-1].path.partition("/")[2]
                 index[split].append(Shard(shard, sum(counts["lengths"][1]), name, before))
-    _check_rejected(given, tallies)
+        _check_rejected(given, tallies)
+        samples = workers.call(_colour, settings, tallies["train"].samples)
     for split in files:
         write_index(index[split], folder / split / INDEX)
-    properties = _describe(given, encoder, inputs, tallies, folder)
+    properties = _describe(given, inputs, tallies, samples, folder)
     names = (REJECTED, REPORT, REPORT_PAGE, vocabulary.FILE, *(f"{split}/{INDEX}" for split in files))
     records += [_put(folder / name, output, name) for name in names]
     if found := _find_built(output, inputs.fingerprint):  # its manifest would be gone for a moment
@@ -284,34 +276,67 @@ def _build(config: DatasetConfig, inputs: _Inputs, output: str, folder: Path) ->
     return properties, False
 
 
+def usable_processes(wanted: int, size: int) -> int:
+    """Lowers build_dataset_num_proc to the cores and the bytes of all input: a process loads the tokenizer first."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # a pod's CPU limit is not in its affinity
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, int(quota) // int(period))
+    processes = max(1, min(wanted, cores, size // BYTES_PER_PROCESS))
+    if processes < wanted:
+        text = "build_dataset_num_proc: %d lowered to %d (%d cores, %.1f MB of input)"
+        log.info(text, wanted, processes, cores, size / 1e6)
+    return processes
+
+
 def _encode(
-    sources: list[_Source], encoder: Encoder, wanted: int, output: str, folder: Path
+    inputs: _Inputs, workers: Workers, output: str, folder: Path
 ) -> Iterator[tuple[_Source, int, dict[str, Any]]]:
     """Yields the counts of all pieces in order, with the lines before them; uploads the shards that are new."""
     from tqdm import tqdm
 
-    def jobs() -> Iterator[tuple[tuple[_Source, str, int, str, bytes | None], Path | None]]:
-        for source in sources:
+    def calls() -> Iterator[tuple[tuple[_Source, str, int, str, bytes | None], tuple[EncoderSettings, Path] | None]]:
+        for source in inputs.sources:
             for name, before, piece in source.pieces():
                 state = storage.join(output, _PIECES, f"{name}.json")
                 found, path = storage.read_file(state), folder / f"{name}.jsonl"
                 if found is None:
                     path.write_bytes(piece)
-                yield (source, name, before, state, found), path if found is None else None
+                yield (source, name, before, state, found), (inputs.encoder, path) if found is None else None
 
-    processes = usable_processes(wanted, sum(source.file.size for source in sources))
     with tqdm(desc="dataset", unit=" rows", unit_scale=True, mininterval=0.1 if os.isatty(2) else 10) as bar:
-        for (source, name, before, state, found), counts in encode_files(encoder, processes, jobs()):
-            if found is not None:
-                yield source, before, json.loads(found)
+        for (source, name, before, state, found), counts in workers.map(_encode_piece, calls()):
+            if counts is None:
+                yield source, before, json.loads(found or b"")
                 continue
-            assert counts is not None
             shard = folder / f"{name}.parquet"
             counts["shard"] = asdict(_put(shard, output, f"{source.split}/{name}.parquet")) if shard.exists() else None
             shard.unlink(missing_ok=True)
             storage.write_bytes(state, json.dumps(counts, sort_keys=True, separators=(",", ":")).encode())
             bar.update(sum(counts["lengths"][1]) + len(counts["rejected"]))
             yield source, before, counts
+
+
+_encoder = functools.lru_cache(maxsize=1)(Encoder)  # one a process
+
+
+def _check_fit(settings: EncoderSettings) -> None:
+    encoder = _encoder(settings)
+    check_fit(encoder.tokenizer, encoder.template)
+
+
+def _encode_piece(settings: EncoderSettings, path: Path) -> dict[str, Any]:
+    """Encodes the lines of a file to a shard beside it, and removes it; without rows there is no shard."""
+    lines = path.read_bytes().split(b"\n")
+    path.unlink()
+    rows = _encoder(settings).encode([(number, line) for number, line in enumerate(lines, start=1) if line.strip()])
+    if len(rows.lengths):
+        write_shard(rows, path.with_suffix(".parquet"))
+    return count(rows)
+
+
+def _colour(settings: EncoderSettings, samples: list[Any]) -> list[list[tuple[str, bool]]]:
+    return [colour(_encoder(settings).tokenizer, ids, mask) for ids, mask in samples]
 
 
 def _put(path: Path, output: str, name: str) -> storage.FileRecord:
@@ -339,14 +364,14 @@ def _check_rejected(parameters: Parameters, tallies: Mapping[str, Tally]) -> Non
 
 
 def _describe(
-    parameters: Parameters, encoder: Encoder, inputs: _Inputs, tallies: Mapping[str, Tally], folder: Path
+    parameters: Parameters, inputs: _Inputs, tallies: Mapping[str, Tally], samples: list[Any], folder: Path
 ) -> dict[str, Any]:
     """Writes vocabulary and report; returns the manifest's properties."""
     ids = vocabulary.choose(tallies["train"].supervised, inputs.draft_vocab_size)
-    vocabulary.save_vocabulary(ids, inputs.vocab_size, folder / vocabulary.FILE)
+    vocabulary.save_vocabulary(ids, inputs.encoder.vocab_size, folder / vocabulary.FILE)
     without = ("build_dataset_num_proc", "mlflow_tracking_uri")  # the same data has the same bytes
     properties = {
-        "vocab_size": inputs.vocab_size,
+        "vocab_size": inputs.encoder.vocab_size,
         "draft_vocab_size": len(ids),
         "chat_template": parameters.chat_template,
         "max_length": parameters.max_length,
@@ -357,7 +382,7 @@ def _describe(
         "parameters": {n: value for n, value in parameters.of_stage("dataset").items() if n not in without},
     }
     sources = {split: [s.file.name for s in inputs.sources if s.split == split] for split in tallies}
-    report = write_report(properties, sources, tallies, encoder.tokenizer, folder / REPORT_PAGE)
+    report = write_report(properties, sources, tallies, samples, folder / REPORT_PAGE)
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
     return properties

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from draft_model.dataset.reader import Line, Rejected, parse
+from draft_model.dataset.reader import Line, Rejected, Row, parse
 from draft_model.dataset.render import Rendered, Renderer
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.errors import DraftModelError
@@ -73,6 +73,19 @@ def load_tokenizer(folder: Path) -> Any:
         )
     tokenizer.model_max_length = 1 << 60  # the encoder cuts and counts; no warning
     return tokenizer
+
+
+def encode_prompts(tokenizer: Any, chat_template: str, rows: Sequence[Row]) -> list[list[int] | str]:
+    """Token ids of each prompt, up to where the reply begins, or why a conversation makes none; for `Workers.call`."""
+    renderers = {tools: Renderer(tokenizer, TEMPLATES[chat_template], tools=tools) for tools in (False, True)}
+    prompts: list[list[int] | str] = []
+    for row in rows:
+        try:
+            text = renderers[bool(row.tools)].prompt(row)
+            prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Rejected as refusal:
+            prompts.append(str(refusal))
+    return prompts
 
 
 def end_tokens(model: Path, tokenizer: Any, template: str) -> list[int]:

@@ -19,6 +19,9 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from fsspec.utils import glob_translate
+
+from draft_model import storage
 from draft_model.errors import DraftModelError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
@@ -130,11 +133,49 @@ def find(given: str) -> list[File]:
     if scheme in ("http", "ftp") or "::" in scheme:
         raise DraftModelError(f"{given}: {scheme}:// is not read; use https://, or copy the file to s3:// or a disk")
     try:
-        store, top, infos = _retry(lambda: _list_files(scheme, given), given)
+        found = _in_store(given) if scheme in ("s3", "minio") else _retry(lambda: _in_file_system(scheme, given), given)
     except (ImportError, ValueError) as error:
         raise DraftModelError(f"{given}: {error}; install what is missing, or copy the file to s3://") from error
-    if not infos:
+    if not found:
         raise DraftModelError(f"{given}: there is no file of conversations; {_GIVE}")
+    return sorted(found, key=lambda file: file.name)
+
+
+def _in_store(given: str) -> list[File]:
+    folder, pattern = given.rstrip("/"), ""
+    if marks := set("*?[") & set(given):
+        folder = given[: min(map(given.index, marks))].rpartition("/")[0]
+        pattern = glob_translate(given[len(folder) + 1 :])
+    listed = storage.list_files(folder)
+    single = list(listed) == [folder.rpartition("/")[2]] and storage.exists(folder)
+
+    def make(name: str, size: int, etag: str) -> File:
+        uri = folder if single else storage.join(folder, name)
+        return File(name, uri, size, etag, lambda start, length: storage.read_range(uri, start, length, etag))
+
+    chosen = [name for name in listed if single or (re.match(pattern, name) if pattern else _is_taken(name))]
+    return [make(name, *listed[name]) for name in chosen]
+
+
+def _is_taken(name: str) -> bool:
+    return name.endswith(ENDINGS) and "/." not in f"/{name}"
+
+
+def _in_file_system(scheme: str, given: str) -> list[File]:
+    import fsspec
+
+    local = url2pathname(urlsplit(given).path) if given.lower().startswith("file://") else given
+    store, path = fsspec.core.url_to_fs(str(Path(local).expanduser()) if scheme == "file" else given)
+    store.invalidate_cache()  # listings are kept for the life of the process
+    marks = set("*?[") & set(path)
+    if marks and not (scheme == "file" and Path(path).exists()):
+        infos = {name: info for name, info in store.glob(path, detail=True).items() if info["type"] != "directory"}
+        top = path[: min(map(path.index, marks))].rpartition("/")[0]
+    elif store.isdir(path):
+        top, infos = path.rstrip("/"), store.find(path, detail=True)
+        infos = {name: info for name, info in infos.items() if _is_taken(name[len(top) + 1 :])}
+    else:
+        top, infos = path.rpartition("/")[0], {path: store.info(path)}
 
     def make(path: str, info: dict[str, Any]) -> File:
         uri = path if scheme == "file" else store.unstrip_protocol(path)
@@ -146,31 +187,7 @@ def find(given: str) -> list[File]:
         versioned = scheme != "file" and info.keys() - {"name", "size", "type"}
         return File(path[len(top) :].lstrip("/"), uri, info["size"], store.ukey(path) if versioned else "", fetch)
 
-    return [make(path, infos[path]) for path in sorted(infos)]
-
-
-def _list_files(scheme: str, given: str) -> tuple[Any, str, dict[str, dict[str, Any]]]:
-    """Returns the file system, the folder that names are relative to, and what it tells of each file."""
-    import fsspec
-
-    if scheme in ("s3", "minio"):
-        from draft_model.dataset.s3 import S3FileSystem
-
-        store, path = S3FileSystem(), given.partition("://")[2].rstrip("/")
-    else:
-        local = url2pathname(urlsplit(given).path) if given.lower().startswith("file://") else given
-        store, path = fsspec.core.url_to_fs(str(Path(local).expanduser()) if scheme == "file" else given)
-        store.invalidate_cache()  # listings are kept for the life of the process
-    marks = set("*?[") & set(path)
-    if marks and not (scheme == "file" and Path(path).exists()):
-        found = store.glob(path, detail=True).items()
-        top = path[: min(map(path.index, marks))].rpartition("/")[0]
-        return store, top, {name: info for name, info in found if info["type"] != "directory"}
-    if store.isdir(path):
-        top, infos = path.rstrip("/"), store.find(path, detail=True)
-        names = [name for name in infos if name.endswith(ENDINGS) and "/." not in name[len(top) :]]
-        return store, top, {name: infos[name] for name in names}
-    return store, path.rpartition("/")[0], {path: store.info(path)}
+    return [make(path, info) for path, info in infos.items()]
 
 
 def _https_file(given: str) -> File:

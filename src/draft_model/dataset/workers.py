@@ -1,34 +1,101 @@
-"""Processes that encode pieces into shards, in order and only a few ahead, so that memory stays flat."""
+"""Processes that run a stranger's chat template and tokenizer, with limits on their memory and CPU time.
+
+The templates run in transformers' Jinja sandbox, which keeps them from files and code, but not from looping or growing.
+So they run in processes of their own, forked in milliseconds from a server that has loaded the libraries once; they end
+with the process that uses them, also where that is killed.
+"""
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
+import resource
+import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from draft_model.dataset.encode import Encoder
-from draft_model.dataset.tally import count
-from draft_model.dataset.tokens import write_shard
 from draft_model.errors import DraftModelError
 
-log = logging.getLogger(__name__)
+T = TypeVar("T")
 Tag = TypeVar("Tag")
 
-BYTES_PER_PROCESS = 8 << 20
-_encoder: Encoder | None = None
+MEMORY = 8 << 30
+"""Bytes that a process may take."""
+SECONDS = 600
+"""CPU time of one call; to encode 8 MB of conversations takes some ten seconds."""
+_PRELOADED = [
+    "draft_model.dataset.encode", "transformers.modeling_utils", "transformers.models.auto.tokenization_auto",
+    "transformers.models.auto.modeling_auto", "transformers.models.llama.tokenization_llama", "pyarrow.parquet",
+]  # fmt: skip
 
 
-def _start(encoder: Encoder) -> None:
-    global _encoder
+class Workers:
+    """Processes for the length of a `with` block.
+
+    Args:
+        processes: how many.
+    """
+
+    def __init__(self, processes: int = 1) -> None:
+        context = multiprocessing.get_context("forkserver")  # a fork of this process, with its threads, could hang
+        context.set_forkserver_preload(_PRELOADED)
+        self._processes = processes
+        self._pool = ProcessPoolExecutor(processes, context, _start, (MEMORY,))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def call(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Calls a function in one of the processes."""
+        ((_, result),) = self.map(work, [(None, arguments)])
+        return cast(T, result)
+
+    def map(
+        self, work: Callable[..., T], calls: Iterable[tuple[Tag, tuple[Any, ...] | None]]
+    ) -> Iterator[tuple[Tag, T | None]]:
+        """Calls a function many times, only a few calls ahead, so that memory stays flat.
+
+        Args:
+            work: what to call.
+            calls: a tag and the arguments of each call; None where nothing is to be called.
+
+        Yields:
+            The tags with their results, in order.
+
+        Raises:
+            DraftModelError: a call exceeded a limit, or memory is short.
+        """
+        pending: deque[tuple[Tag, Future[T] | None]] = deque()
+        try:
+            for tag, arguments in calls:
+                submitted = None if arguments is None else self._pool.submit(_call, SECONDS, work, *arguments)
+                pending.append((tag, submitted))
+                if len(pending) > self._processes + 1:
+                    tag, future = pending.popleft()
+                    yield tag, future.result() if future else None
+            while pending:
+                tag, future = pending.popleft()
+                yield tag, future.result() if future else None
+        except (BrokenProcessPool, MemoryError) as error:
+            raise DraftModelError(
+                f"one of {self._processes} processes was stopped. Either memory is short: lower build_dataset_num_proc "
+                "or give the step more memory. Or the model's chat template or tokenizer does not end: it took "
+                f"more than {SECONDS} s of CPU time or {MEMORY >> 30} GiB of memory for some conversations; check "
+                "where the model comes from"
+            ) from error
+
+
+def _start(memory: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = encoder
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -39,75 +106,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(path: Path, encoder: Encoder | None = None) -> dict[str, Any]:
-    """Encodes the lines of a file, and removes it; returns the counts. Without rows there is no shard."""
-    encoder = encoder or _encoder
-    assert encoder is not None
-    lines = path.read_bytes().split(b"\n")
-    path.unlink()
-    rows = encoder.encode([(number, line) for number, line in enumerate(lines, start=1) if line.strip()])
-    if len(rows.lengths):
-        write_shard(rows, path.with_suffix(".parquet"))
-    return count(rows)
-
-
-def usable_processes(wanted: int, size: int) -> int:
-    """Lowers build_dataset_num_proc to the cores and the bytes of all input: a process takes a second to start."""
-    cores = _cores()
-    processes = max(1, min(wanted, cores, size // BYTES_PER_PROCESS))
-    if processes < wanted:
-        text = "build_dataset_num_proc: %d lowered to %d (%d cores, %.1f MB of input)"
-        log.info(text, wanted, processes, cores, size / 1e6)
-    return processes
-
-
-def encode_files(
-    encoder: Encoder, processes: int, jobs: Iterable[tuple[Tag, Path | None]]
-) -> Iterator[tuple[Tag, dict[str, Any] | None]]:
-    """Encodes files of lines to shards beside them (`.parquet`), on several processes, or in this one if it is one.
-
-    Args:
-        encoder: sent to the processes as it is: loading the tokenizer anew takes seconds.
-        processes: how many.
-        jobs: what to yield with each result, and the file; None where nothing is to be done.
-
-    Yields:
-        The counts of each in order, as `Tally.add` takes them.
-
-    Raises:
-        DraftModelError: a process died, as it does where memory is short.
-    """
-    spawn = multiprocessing.get_context("spawn")  # a fork after the tokenizer's threads have run can hang
-    pool = ProcessPoolExecutor(processes, spawn, _start, (encoder,)) if processes > 1 else None
-    pending: deque[tuple[Tag, Future[dict[str, Any]] | None]] = deque()
+def _call(seconds: float, work: Callable[..., T], *arguments: Any) -> T:
+    signal.setitimer(signal.ITIMER_PROF, seconds)  # ends the process, native code too
     try:
-        for tag, path in jobs:
-            if not pool:
-                yield tag, _encode(path, encoder) if path else None
-                continue
-            pending.append((tag, pool.submit(_encode, path) if path else None))
-            if len(pending) > processes + 1:
-                yield _finish(*pending.popleft())
-        while pending:
-            yield _finish(*pending.popleft())
-    except BrokenProcessPool as error:
-        raise DraftModelError(
-            f"build_dataset_num_proc: one of {processes} processes died, most likely for lack of memory; lower it, or "
-            "give the step more memory"
-        ) from error
+        return work(*arguments)
     finally:
-        if pool:
-            pool.shutdown(cancel_futures=True)
-
-
-def _finish(tag: Tag, future: Future[dict[str, Any]] | None) -> tuple[Tag, dict[str, Any] | None]:
-    return tag, future.result() if future else None
-
-
-def _cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:  # a pod's CPU limit is not in its affinity
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores
+        signal.setitimer(signal.ITIMER_PROF, 0)

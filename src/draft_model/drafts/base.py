@@ -1,22 +1,25 @@
 """What the loop, checkpoints, evaluation, export and plan need of a family of drafts.
 
-A family is a folder below `drafts/` with a `Family`, and a line in `drafts.FAMILIES`. docs/architecture.md says how to
-add one, and which modules outside still name EAGLE-3's classes.
+A family is a folder below `drafts/` with a `Family`, and a line in `drafts.FAMILIES`; docs/architecture.md says how to
+add one. Nothing outside `drafts/` names a family's modules.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import torch
+from torch import Tensor, nn
+
+from draft_model.drafts.batch import Batch
 from draft_model.errors import DraftModelError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from draft_model.target.model import Target
 
 WEIGHTS = "model.safetensors"
 
@@ -39,6 +42,16 @@ class Shape(ABC):
     max_position_embeddings: int
     aux_layers: tuple[int, ...]
 
+    @property
+    @abstractmethod
+    def family(self) -> str:
+        """Name of the family in `drafts.FAMILIES`."""
+
+    @property
+    def state_width(self) -> int:
+        """Numbers per token of the target's states: n features and the final hidden state, (n + 1) H."""
+        return (len(self.aux_layers) + 1) * self.hidden_size
+
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """config.json as the engines read it."""
@@ -49,14 +62,125 @@ class Draft(Protocol):
 
     config: Any
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All that is trained."""
+
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """All that is trained, by name."""
+        """The same by name."""
 
     def to(self, device: torch.device) -> Any:
         """The draft on a device."""
 
     def initialise(self, seed: int, target: Any) -> None:
         """Fresh weights, from what the target knows already."""
+
+
+@dataclass
+class Counts(ABC):
+    """Sums over positions, float64 [n], an entry for each unroll step or place in a block.
+
+    Sums of micro-batches, ranks and steps are added; nothing is divided before. A family adds its own fields.
+
+    Attributes:
+        loss: summed, nats.
+        supervised: positions that the loss counts.
+    """
+
+    loss: Tensor
+    supervised: Tensor
+
+    @classmethod
+    def zeros(cls, size: int, device: torch.device | None = None) -> Self:
+        """No positions yet."""
+        return cls.from_tensor(torch.zeros(len(fields(cls)), size, dtype=torch.float64, device=device))
+
+    def tensor(self) -> Tensor:
+        """All sums as one tensor [fields, n], to be reduced."""
+        return torch.stack(list(vars(self).values()))
+
+    @classmethod
+    def from_tensor(cls, sums: Tensor) -> Self:
+        """The inverse of `tensor`; also of the same numbers in one row."""
+        return cls(*sums.view(len(fields(cls)), -1).unbind(0))
+
+    def cpu(self) -> Self:
+        """The same on the host."""
+        return self.from_tensor(self.tensor().cpu())
+
+    def __add__(self, other: Self) -> Self:
+        return self.from_tensor(self.tensor() + other.tensor())
+
+    @property
+    def divisor(self) -> Tensor:
+        """What a summed gradient is divided by to be a mean, a scalar; where it is 0, nothing was supervised."""
+        return self.supervised[0]
+
+    @abstractmethod
+    def means(self) -> dict[str, list[float]]:
+        """What the log shows, by entry: `loss`, `conditional_acceptance` and the family's own."""
+
+    @abstractmethod
+    def acceptance_length(self, proposals: int) -> float:
+        """Acceptance length that greedy decoding would have with so many proposals per round."""
+
+    def measures(self, proposals: int) -> dict[str, Any]:
+        """A log record: means, None where no position was supervised, and acceptance lengths."""
+        known = (self.supervised > 0).tolist()
+        return {
+            **{
+                name: [value if there else None for value, there in zip(values, known, strict=True)]
+                for name, values in self.means().items()
+            },
+            "acceptance_length": self.acceptance_length(proposals),
+            "acceptance_length_by_proposals": [self.acceptance_length(k) for k in range(1, len(known) + 1)],
+        }
+
+
+class Objective(Protocol):
+    """The loss of a draft against its target."""
+
+    dtype: torch.dtype
+
+    def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, Any]:
+        """The loss summed over supervised positions, whose backward adds to the parameters' `.grad`.
+
+        What is drawn at random comes from `batch.keys` alone.
+
+        Args:
+            batch: B conversations, on the host.
+            states: what `Target.states` gave for each of them, [T_b, Shape.state_width].
+
+        Returns:
+            A float32 scalar and the `Counts`, both on the device.
+        """
+
+    def no_counts(self) -> Any:
+        """The `Counts` of no conversation, on the device."""
+
+
+class Proposer(Protocol):
+    """Greedy proposals for the rows of a batch; it keeps what it has read of the columns so far."""
+
+    def propose(
+        self, features: Tensor, tokens: Tensor, positions: Tensor, visible: Tensor, ends: Tensor, count: int
+    ) -> Tensor:
+        """Reads new columns of the context, then proposes what follows each row's last one.
+
+        Args:
+            features: the target's, of Q new columns, [B, Q, nH].
+            tokens: the token after each column, int64 [B, Q]; the one after a row's last column is the newest, which
+                the target has not read.
+            positions: of the columns, int64 [B, Q].
+            visible: columns that a row may see, the new ones included, bool [B, C + Q].
+            ends: each row's last accepted new column, int64 [B].
+            count: K, how many tokens to propose.
+
+        Returns:
+            Token ids of the target, int64 [B, K].
+        """
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps some rows of the batch, int64 [B']."""
 
 
 @dataclass(frozen=True)
@@ -81,32 +205,51 @@ class Costs:
     chunk_bytes: Callable[[int], float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One family of drafts.
 
     Attributes:
+        name: value of draft_architecture.
+        title: in texts.
+        vllm_method: `method` of vLLM's speculative configuration.
+        sglang_algorithm: SGLang's --speculative-algorithm.
+        sglang_options: (proposals) -> SGLang's further options.
+        unused: parameters without effect for it.
+        default_loss: what draft_loss `default` means for it.
+        owns: (config.json) -> whether it is of a draft of this family, ours or another trainer's.
         default_shape: (target's config.json) -> Shape of its default draft; refuses a target that cannot have one.
         adapt: (default Shape, draft_model_config or a checkpoint's config.json, what errors name) -> Shape.
         create: (Shape, t2d bool [V], d2t int64 [D]) -> Draft.
-        objective: (Draft, Target, steps, attention_backend, dtype, longest conversation) -> (Batch, list of the
-            target's states [T_b, nH + H]) -> (loss, counts): a float32 sum, and the counts that metrics are made of.
-        costs: (Shape, steps) -> Costs.
+        objective: (Draft, Target, ttt_length, attention_backend, dtype, longest conversation, draft_loss) -> Objective.
+        proposer: (Draft, Target, positions that decoding may reach) -> Proposer.
+        costs: (Shape, ttt_length) -> Costs.
         save: (folder, Draft): config.json and model.safetensors as the engines load them.
         load: (folder) -> Draft, of what `save` wrote.
         read: (config.json, tensors, URI for errors) -> both as `save` writes them, of a draft of any trainer.
-        vocabulary: (tensors, Shape) -> t2d, d2t of a checkpoint.
+        vocabulary: (tensors, Shape) -> t2d, d2t of a checkpoint; all tokens where it holds none.
+        export: (config.json, tensors, format, what `export` knows of the target) -> both in another tool's format.
     """
 
-    default_shape: Callable[[Mapping[str, Any]], Shape]
-    adapt: Callable[..., Shape]
-    create: Callable[[Any, Tensor, Tensor], Draft]
-    objective: Callable[..., Callable[[Any, list[Tensor]], tuple[Tensor, Any]]]
+    name: str
+    title: str
+    vllm_method: str
+    sglang_algorithm: str
+    sglang_options: Callable[[int], dict[str, int]]
+    unused: tuple[str, ...] = ()
+    default_loss: str = "kl"
+    owns: Callable[[Mapping[str, Any]], bool]
+    default_shape: Callable[[Mapping[str, Any]], Any]
+    adapt: Callable[..., Any]
+    create: Callable[[Any, Tensor, Tensor], Any]
+    objective: Callable[..., Objective]
+    proposer: Callable[[Any, Target, int], Proposer]
     costs: Callable[[Any, int], Costs]
     save: Callable[[Path, Any], None]
-    load: Callable[[Path], Draft]
+    load: Callable[[Path], Any]
     read: Callable[[Mapping[str, Any], Mapping[str, Tensor], str], tuple[dict[str, Any], dict[str, Tensor]]]
     vocabulary: Callable[[Mapping[str, Tensor], Any], tuple[Tensor, Tensor]]
+    export: Callable[..., tuple[dict[str, Any], dict[str, Tensor]]]
 
 
 def load_weights(draft: Draft, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -120,8 +263,6 @@ def load_weights(draft: Draft, tensors: Mapping[str, Tensor], source: str) -> No
     Raises:
         DraftModelError: when a tensor is missing or of another shape.
     """
-    import torch
-
     own = dict(draft.named_parameters())
     problems = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]
     problems += [

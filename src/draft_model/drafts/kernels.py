@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+LK_DECAY = 3.0
+"""How fast draft_loss=lk goes from the divergence to the rejection as a position gets better."""
+
 
 def fused(x: Tensor) -> bool:
     """Whether Triton kernels run: on a GPU, or in Triton's interpreter (tests)."""

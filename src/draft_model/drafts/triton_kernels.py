@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from draft_model.drafts.kernels import LK_DECAY
+
 _PROGRAMS = 264  # of kernels that sum over rows: two per multiprocessor of an H100
 
 
@@ -372,7 +374,7 @@ def teach(logits: Tensor, target_ids: Tensor, draft_ids: Tensor) -> tuple[Tensor
 @triton.jit(do_not_specialize_on_alignment=["teachers", "weights", "sums"])
 def _distill(
     z, teacher_logits, teacher_normaliser, top, teachers, weights, sums,
-    D: tl.constexpr, LEARN: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, LEARN: tl.constexpr, REJECTION: tl.constexpr, DECAY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     weight = tl.load(weights + row)
@@ -395,6 +397,7 @@ def _distill(
         maximum = higher
     lse = maximum + tl.log(tl.sum(total, 0))
     difference, before = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    lower = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, D, BLOCK):
         column = start + lane
         inside = column < D
@@ -404,26 +407,43 @@ def _distill(
         difference += tl.abs(gap)
         # Where several logits are the highest, the first is the draft's choice.
         before += tl.where((student == maximum) & (column <= favourite), tl.where(column < favourite, 2.0, 1.0), 0.0)
-        if LEARN:
+        if LEARN and not REJECTION:
             tl.store(student_at + column, tl.where(counts, gap * weight, 0.0), mask=inside)
+        if REJECTION:
+            lower += tl.where(gap < 0.0, tl.exp(student - lse), 0.0)
+    loss = lse - tl.sum(cross, 0)
+    if REJECTION:
+        overlap, below = 1.0 - 0.5 * tl.sum(difference, 0), tl.sum(lower, 0)
+        share = tl.exp(-DECAY * overlap) if DECAY else 0.0
+        loss = share * loss + (1.0 - share) * (1.0 - overlap)
+        if LEARN:
+            for start in range(0, D, BLOCK):
+                column = start + lane
+                inside = column < D
+                student = tl.load(student_at + column, mask=inside, other=float("-inf")).to(tl.float32)
+                p = tl.exp(tl.load(teacher_at + column, mask=inside, other=float("-inf")).to(tl.float32) - teacher_lse)
+                q = tl.exp(student - lse)
+                gradient = share * (q - p) + (1.0 - share) * q * (below - tl.where(q < p, 1.0, 0.0))
+                tl.store(student_at + column, tl.where(counts, gradient * weight, 0.0), mask=inside)
     one = tl.where(counts, 1.0, 0.0)
-    tl.store(sums + row * 4, tl.where(counts, lse - tl.sum(cross, 0), 0.0))
+    tl.store(sums + row * 4, tl.where(counts, loss, 0.0))
     tl.store(sums + row * 4 + 1, one)
     tl.store(sums + row * 4 + 2, tl.where(counts & (tl.sum(before, 0) == 1.0), 1.0, 0.0))
     tl.store(sums + row * 4 + 3, tl.where(counts, 1.0 - 0.5 * tl.sum(difference, 0), 0.0))
 
 
 def distill(
-    z: Tensor, teacher: tuple[Tensor, Tensor, Tensor], teachers: Tensor, weights: Tensor, learn: bool
+    z: Tensor, teacher: tuple[Tensor, Tensor, Tensor], teachers: Tensor, weights: Tensor, learn: bool, loss: str
 ) -> Tensor:
-    """Soft cross-entropy of student logits to their teachers'; with `learn` its gradient takes the place of z.
+    """Loss of student logits against their teachers'; with `learn` its gradient takes the place of z.
 
     Args:
         z: student logits, [R, D].
         teacher: of `teach`.
         teachers: row of each student's teacher, int64 [R].
         weights: what the loss of each student counts in the gradient, float32 [R]; 0 for none at all.
-        learn: whether z becomes weight (q - p).
+        learn: whether z becomes the gradient.
+        loss: `kl`, `lk` or `tv`; see eagle3/objective.py.
 
     Returns:
         Loss, whether it counts, agreement and overlap of each student, float32 [R, 4].
@@ -433,7 +453,8 @@ def distill(
     block = min(4096, triton.next_power_of_2(z.shape[1]))
     # Many warps for few rows at once: the second pass over a row finds it in the cache.
     _distill[(len(z),)](
-        z, logits, normaliser, top, teachers, weights, sums, z.shape[1], learn, block, num_warps=16
+        z, logits, normaliser, top, teachers, weights, sums, z.shape[1], learn, loss != "kl",
+        LK_DECAY if loss == "lk" else 0.0, block, num_warps=16,
     )  # fmt: skip
     return sums
 

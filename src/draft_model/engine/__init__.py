@@ -1,26 +1,26 @@
-"""An inference engine measures a draft: vLLM or SGLang, in a process of its own.
+"""An inference engine, vLLM or SGLang, in a process of its own.
 
-A process reads a `Job` as JSON, loads the target, alone or with a draft, decodes the prompts and writes a `Measured`. A
-crash, a refused draft or exhausted memory ends that process alone and becomes one sentence here. This module and those
-that the process runs import nothing but the standard library and the engine, so the engine may live in another
-environment, whose Python DRAFT_MODEL_ENGINE_PYTHON names.
+A `Process` loads the target, alone or with a draft, and answers requests: JSON lines on its standard input and output,
+its log on standard error. A crash, a refused draft or exhausted memory ends that process alone and becomes one
+sentence here. This module and those that the process runs import nothing but the standard library and the engine, so
+the engine may live in another environment, whose Python DRAFT_MODEL_ENGINE_PYTHON names.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
@@ -30,30 +30,39 @@ from draft_model.errors import DraftModelError
 
 PYTHON = "DRAFT_MODEL_ENGINE_PYTHON"
 """Environment variable: the Python that has the engine; not set: this one."""
-ENGINES = ("vllm", "sglang")
 TIME_LIMIT = 2 * 3600
 """Seconds that one process may take."""
 TIE_MARGINS = {"float32": 1e-4, "float16": 0.06, "bfloat16": 0.5}
 """By compute type: two tokens tie where their logprobs are closer than this, because a forward pass over K + 1 tokens
 rounds otherwise than one over a single token. For 16 bits, about four steps of a logit between 16 and 32."""
-_SOURCES = str(Path(__file__).parents[2])
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process measures."""
+    """What one process loads and decodes."""
 
     target: str  # folder
     draft: str  # folder; empty for the target alone
-    method: str  # the draft's family, as vLLM names it
+    method: str  # the draft's family, as the engine names it
+    options: dict[str, int]  # the engine's further settings of speculative decoding
     proposals: int  # K, tokens proposed in a round
     groups: list[list[list[int]]]  # token ids of the prompts by category
     max_new_tokens: int
     end_tokens: list[int]
     temperature: float  # of sampling, which is measured beside greedy decoding; 0: greedy alone
     seed: int  # of sampling
-    batch_sizes: list[int]  # throughput is timed with so many requests at once
+    gpus: int = 0  # over which the target is split; 0: on a CPU
+    memory_share: float = 0.9  # of each GPU's memory that this process may take
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """All prompts, category by category."""
+        return [prompt for group in self.groups for prompt in group]
+
+    def batch(self, size: int, number: int) -> list[list[int]]:
+        """The prompts of the n-th timed run: taken in turn, again where there are not enough."""
+        return [self.prompts[index % len(self.prompts)] for index in range(number * size, (number + 1) * size)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,13 @@ class Counts:
     def acceptance_length(self) -> float:
         """Tokens per forward pass of the target: 1 + accepted / rounds."""
         return 1.0 + self.accepted / max(1, self.rounds)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the acceptance length, with rounds taken as independent."""
+        rounds = max(1, self.rounds)
+        square = sum((2 * k + 1) * count for k, count in enumerate(self.by_position)) / rounds  # mean of accepted^2
+        return math.sqrt(max(0.0, square - (self.accepted / rounds) ** 2) / rounds)
 
     def report(self) -> dict[str, Any]:
         """The counts with the shares derived from them, as evaluation.json has them.
@@ -106,15 +122,12 @@ class Measured:
     hardware: str
     dtype: str  # compute type
     outputs: list[list[list[int]]]  # greedy replies by category and prompt, token ids, the end token included
-    margins: list[list[list[float]]] = field(
-        default_factory=list
-    )  # target alone: best logprob less the second, by token
+    # Of the target alone: best logprob less the second, by token.
+    margins: list[list[list[float]]] = field(default_factory=list)
     counts: list[Counts] = field(default_factory=list)  # of greedy decoding by category; empty for the target alone
-    drafted: list[list[list[bool]]] = field(
-        default_factory=list
-    )  # by token, whether the draft proposed it, where known
+    drafted: list[list[list[bool]]] = field(default_factory=list)  # whether the draft proposed a token, where known
     sampled: Counts | None = None  # of sampling, over all categories
-    speed: dict[int, float] = field(default_factory=dict)  # tokens per second by batch size
+    speed: dict[int, float] = field(default_factory=dict)  # tokens per second by batch size; of our own decoder
 
     @property
     def total(self) -> Counts:
@@ -195,60 +208,91 @@ def _can_import(module: str) -> bool:
         raise DraftModelError(f"{PYTHON}: given {_python()!r}, which cannot be run ({error})") from error
 
 
-def measure(engine: str, job: Job, work: Path, time_limit: float = TIME_LIMIT) -> Measured:
-    """Runs a job in a process of its own; its log goes to standard error.
+class Process:
+    """A running engine; leaving the context ends it and all that it started.
 
     Args:
-        engine: vllm or sglang.
-        job: what to measure.
-        work: scratch folder.
+        engine: vllm or sglang: a module of this package whose `serve` answers.
+        job: what to load.
         time_limit: seconds after which the process is ended.
-
-    Raises:
-        DraftModelError: when the process fails; says why and what to do.
     """
-    work.mkdir(parents=True, exist_ok=True)
-    request, answer = work / "job.json", work / "measured.json"
-    request.write_text(json.dumps(asdict(job)), encoding="utf-8")
-    answer.unlink(missing_ok=True)
-    path = os.pathsep.join(filter(None, [_SOURCES, os.environ.get("PYTHONPATH")]))
-    command = [_python(), "-m", f"draft_model.engine.{engine}", str(request), str(answer)]
-    last: deque[str] = deque(maxlen=400)
-    started = time.monotonic()
-    # A session of its own, because the engine starts processes too and all of them must end.
-    with subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    ) as process:
-        timer = threading.Timer(time_limit, lambda: os.killpg(process.pid, signal.SIGKILL))
-        timer.start()
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                text = line.decode("utf-8", "replace")
-                sys.stderr.write(text)
-                last.append(text)
-            code = process.wait()
-        finally:
-            timer.cancel()
-            with suppress(ProcessLookupError):  # what the engine started must not outlive it
-                os.killpg(process.pid, signal.SIGKILL)
-    if code == 0 and answer.exists():
-        values = json.loads(answer.read_text(encoding="utf-8"))
-        values["counts"] = [Counts(**counts) for counts in values["counts"]]
-        values["sampled"] = Counts(**values["sampled"]) if values["sampled"] else None
-        values["speed"] = {int(size): speed for size, speed in values["speed"].items()}
-        return Measured(**values)
-    name = f"evaluation_engine: {engine} {'with the draft' if job.draft else 'with the target alone'}"
-    if time.monotonic() - started >= time_limit:
-        raise DraftModelError(
-            f"{name} took longer than {time_limit / 60:.0f} minutes; lower evaluation_conversations or "
-            "evaluation_max_new_tokens"
-        )
-    raise DraftModelError(f"{name} {explain(code, ''.join(last))}")
+
+    def __init__(self, engine: str, job: Any, time_limit: float = TIME_LIMIT) -> None:
+        self.name = f"evaluation_engine: {engine} {'with the draft' if job.draft else 'with the target alone'}"
+        self._log: deque[str] = deque(maxlen=400)
+        self._late, self._limit = False, time_limit
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        # A session of its own, because the engine starts processes too and all of them must end.
+        self._process = subprocess.Popen(
+            [_python(), "-m", f"draft_model.engine.{engine}"], env={**os.environ, "PYTHONPATH": path}, text=True,
+            errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._copy_log, self._end_group)]
+        self._timer = threading.Timer(time_limit, self._end_late)
+        for thread in (*self._threads, self._timer):
+            thread.start()
+        self._send(asdict(job))
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._kill()
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            with suppress(BrokenPipeError):
+                stream.close()  # type: ignore[union-attr]
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of the process's engine with JSON values; returns its result as JSON.
+
+        Raises:
+            DraftModelError: when the process fails; says why and what to do.
+        """
+        self._send([method, *arguments])
+        if answer := self._process.stdout.readline():  # type: ignore[union-attr]
+            return json.loads(answer)
+        code = self._process.wait()
+        self._kill()
+        if self._late:
+            raise DraftModelError(
+                f"{self.name} took longer than {self._limit / 60:.0f} minutes; lower evaluation_conversations or "
+                "evaluation_max_new_tokens"
+            )
+        raise DraftModelError(f"{self.name} {explain(code, ''.join(self._log))}")
+
+    def measure(self) -> Measured:
+        """Decodes all prompts of the job."""
+        values = self.ask("measure")
+        counts, sampled = values["counts"], values["sampled"]
+        sampled = Counts(**sampled) if sampled else None
+        return Measured(**{**values, "counts": [Counts(**its) for its in counts], "sampled": sampled})
+
+    def _send(self, value: Any) -> None:
+        with suppress(BrokenPipeError):  # the process is gone: its answer says why
+            self._process.stdin.write(json.dumps(value) + "\n")  # type: ignore[union-attr]
+            self._process.stdin.flush()  # type: ignore[union-attr]
+
+    def _copy_log(self) -> None:
+        for line in self._process.stderr:  # type: ignore[union-attr]
+            sys.stderr.write(line)
+            self._log.append(line)
+
+    def _end_group(self) -> None:
+        """What the engine started must not outlive it, and holds the pipes open."""
+        self._process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _end_late(self) -> None:
+        self._late = True
+        self._process.kill()
+
+    def _kill(self) -> None:
+        self._timer.cancel()
+        self._process.kill()
+        for thread in self._threads:
+            thread.join(10)
 
 
 _MEMORY = re.compile(
@@ -271,8 +315,8 @@ def explain(code: int, log: str) -> str:
     if _MEMORY.search(log) or code == -signal.SIGKILL:
         reason = next((cause for cause in reversed(causes) if _MEMORY.search(cause)), f"exit status {code}")
         return (
-            f"ran out of memory ({reason}); use larger or more GPUs for the evaluation, or lower "
-            "evaluation_max_new_tokens"
+            f"ran out of memory ({reason}); use larger GPUs or a higher number_of_gpu_to_use_evaluation, or lower "
+            "evaluation_max_new_tokens and evaluation_batch_sizes"
         )
     if causes:
         return f"failed: {causes[-1]}"
@@ -281,30 +325,19 @@ def explain(code: int, log: str) -> str:
     return f"failed with exit status {code}: {(log.strip().splitlines() or ['it wrote no log'])[-1]}"
 
 
-def serve(run: Callable[[Job], Measured]) -> None:
-    """Main function of an engine's process: job.json in, measured.json out."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # end with the process that started this one
-    job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    Path(sys.argv[2]).write_text(json.dumps(asdict(run(job))), encoding="utf-8")
-
-
-def time_batches(job: Job, on_gpu: bool, generate: Callable[[list[list[int]]], int]) -> dict[int, float]:
-    """Tokens per second by batch size: medians of three runs after one that warms up.
+def serve(load: Callable[[Any], Any], job: type = Job) -> None:
+    """Main function of an engine's process: a job, then [method, argument, ...] a line; a JSON line in answer to each.
 
     Args:
-        job: its prompts are taken in turn, again where a batch is larger.
-        on_gpu: a CPU is timed with few requests only.
-        generate: decodes prompts at once and returns how many tokens it wrote.
+        load: makes the engine of a job.
+        job: its record.
     """
-    prompts = [prompt for group in job.groups for prompt in group]
-    found = {}
-    for size in job.batch_sizes if on_gpu else [size for size in job.batch_sizes if size <= 4]:
-        batch = [prompts[index % len(prompts)] for index in range(size)]
-        generate(batch)
-        speeds = []
-        for _ in range(3):
-            started = time.perf_counter()
-            speeds.append(generate(batch) / (time.perf_counter() - started))
-        found[size] = sorted(speeds)[1]
-    return found
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # end with the process that started this one
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the engine prints is its log
+    engine = load(job(**json.loads(sys.stdin.readline())))
+    for line in sys.stdin:
+        method, *arguments = json.loads(line)
+        answer = getattr(engine, method)(*arguments)
+        print(json.dumps(asdict(answer) if is_dataclass(answer) else answer), file=answers, flush=True)  # type: ignore[arg-type]

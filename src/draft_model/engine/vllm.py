@@ -1,11 +1,14 @@
-"""vLLM measures a job: `python -m draft_model.engine.vllm job.json measured.json`."""
+"""vLLM as an engine's process: `python -m draft_model.engine.vllm`."""
 
 from __future__ import annotations
 
 import os
+import platform
+import time
+from pathlib import Path
 from typing import Any
 
-from draft_model.engine import Counts, Job, Measured, serve, time_batches
+from draft_model.engine import Counts, Job, Measured, serve
 
 _CPU = {  # without these vLLM binds all threads to one core and reserves half of the memory
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -15,61 +18,82 @@ _CPU = {  # without these vLLM binds all threads to one core and reserves half o
 }
 
 
-def run(job: Job) -> Measured:
-    """Decodes the prompts, category by category, because vLLM's counters are sums over requests."""
-    for name, value in {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **_CPU}.items():
-        os.environ.setdefault(name, value)
-    import torch
-    import vllm  # type: ignore[import-not-found]
-    from vllm import LLM, SamplingParams
+class Vllm:
+    """vLLM with one job's target; decodes category by category, because its counters are sums over requests."""
 
-    gpus = torch.cuda.device_count()
-    engine: Any = LLM(**arguments(job, gpus))
+    def __init__(self, job: Job) -> None:
+        for name, value in {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **_CPU}.items():
+            os.environ.setdefault(name, value)
+        from vllm import LLM  # type: ignore[import-not-found]
 
-    def generate(prompts: list[list[int]], temperature: float = 0.0, logprobs: int | None = None) -> list[Any]:
+        self.job, self.engine = job, LLM(**arguments(job))
+
+    def measure(self) -> Measured:
+        """Greedy decoding of all prompts, and sampling where the job has a temperature."""
+        import torch
+        import vllm
+
+        job, gpus = self.job, self.job.gpus
+        greedy = [self._counted(group, 0.0, None if job.draft else 2) for group in job.groups]
+        return Measured(
+            engine=f"vLLM {vllm.__version__}",
+            hardware=f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else cpu(torch.get_num_threads()),
+            dtype=str(self.engine.llm_engine.vllm_config.model_config.dtype).removeprefix("torch."),
+            outputs=[[list(output.token_ids) for output in outputs] for outputs, _ in greedy],
+            margins=[] if job.draft else [[_margins(output.logprobs) for output in outputs] for outputs, _ in greedy],
+            counts=[counts for _, counts in greedy] if job.draft else [],
+            sampled=self._counted(job.prompts, job.temperature)[1] if job.draft and job.temperature else None,
+        )
+
+    def time(self, size: int, number: int) -> float:
+        """Tokens per second of the n-th batch of a size."""
+        started = time.perf_counter()
+        outputs = self._generate(self.job.batch(size, number))
+        return sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - started)
+
+    def _generate(self, prompts: list[list[int]], temperature: float = 0.0, logprobs: int | None = None) -> list[Any]:
+        from vllm import SamplingParams
+
+        job = self.job
         sampling = SamplingParams(
             temperature=temperature, max_tokens=job.max_new_tokens, stop_token_ids=job.end_tokens,
             seed=job.seed if temperature else None, logprobs=logprobs, detokenize=False,
         )  # fmt: skip
         requests: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return [output.outputs[0] for output in engine.generate(requests, sampling, use_tqdm=False)]
+        return [output.outputs[0] for output in self.engine.generate(requests, sampling, use_tqdm=False)]
 
-    def counted(temperature: float, prompts: list[list[int]], logprobs: int | None = None) -> tuple[list[Any], Counts]:
-        before = _counts(engine, job.proposals)
-        outputs = generate(prompts, temperature, logprobs)
-        return outputs, _counts(engine, job.proposals).plus(before, -1)
-
-    greedy = [counted(0.0, group, None if job.draft else 2) for group in job.groups]
-    everything = [prompt for group in job.groups for prompt in group]
-    return Measured(
-        engine=f"vLLM {vllm.__version__}",
-        hardware=f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else f"CPU, {torch.get_num_threads()} threads",
-        dtype=str(engine.llm_engine.vllm_config.model_config.dtype).removeprefix("torch."),
-        outputs=[[list(output.token_ids) for output in outputs] for outputs, _ in greedy],
-        margins=[] if job.draft else [[_margins(output.logprobs) for output in outputs] for outputs, _ in greedy],
-        counts=[counts for _, counts in greedy] if job.draft else [],
-        sampled=counted(job.temperature, everything)[1] if job.draft and job.temperature else None,
-        speed=time_batches(job, gpus > 0, lambda batch: sum(len(output.token_ids) for output in generate(batch))),
-    )
+    def _counted(
+        self, prompts: list[list[int]], temperature: float, logprobs: int | None = None
+    ) -> tuple[list[Any], Counts]:
+        before = _counts(self.engine, self.job.proposals)
+        outputs = self._generate(prompts, temperature, logprobs)
+        return outputs, _counts(self.engine, self.job.proposals).plus(before, -1)
 
 
-def arguments(job: Job, gpus: int) -> dict[str, Any]:
+def cpu(threads: int) -> str:
+    """A CPU's model and threads."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU ({(names or [platform.machine()])[0]}, {threads} threads)"
+
+
+def arguments(job: Job) -> dict[str, Any]:
     """Arguments of `vllm.LLM`; nothing but the target's own settings decides what it decodes."""
-    longest = max(len(prompt) for group in job.groups for prompt in group)
-    speculative = {"method": job.method, "model": job.draft, "num_speculative_tokens": job.proposals}
+    speculative = {"method": job.method, "model": job.draft, **job.options}
     return {
         "model": job.target,
         "speculative_config": speculative if job.draft else None,
-        "dtype": "auto" if gpus else "float32",
-        "tensor_parallel_size": max(1, gpus),
-        "max_model_len": longest + job.max_new_tokens + job.proposals + 1,
+        "dtype": "auto" if job.gpus else "float32",
+        "tensor_parallel_size": max(1, job.gpus),
+        "max_model_len": max(map(len, job.prompts)) + job.max_new_tokens + job.proposals + 1,
         "generation_config": "vllm",
         "skip_tokenizer_init": True,
-        "enforce_eager": not gpus,
+        "enforce_eager": not job.gpus,
         "enable_prefix_caching": False,
         "disable_log_stats": False,  # the counters
         "trust_remote_code": False,
         "seed": job.seed,
+        **({"gpu_memory_utilization": job.memory_share} if job.gpus else {}),
     }
 
 
@@ -90,4 +114,4 @@ def _margins(logprobs: list[dict[int, Any]]) -> list[float]:
 
 
 if __name__ == "__main__":
-    serve(run)
+    serve(Vllm)

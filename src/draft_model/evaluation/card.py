@@ -10,9 +10,16 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_FOLDER, _TARGET = "THIS_FOLDER", "TARGET"
+from draft_model.drafts import family_of
+
+if TYPE_CHECKING:
+    from draft_model.drafts.base import Family
+
+FOLDER, _TARGET = "THIS_FOLDER", "TARGET"
+FOLDER_NOTE = f"`{FOLDER}` is the path of this folder, or its id on a model hub.\n"
+"""What a card says of FOLDER before the draft is on the Hub."""
 
 Json = Mapping[str, Any]
 
@@ -32,7 +39,7 @@ def target_name(training: Json) -> str:
     return hub_source(training)[0] or source.rstrip("/").rpartition("/")[2] or source
 
 
-def serve_commands(target: str, revision: str, draft: str, proposals: int) -> dict[str, str]:
+def serve_commands(target: str, revision: str, draft: str, proposals: int, family: Family) -> dict[str, str]:
     """Shell commands that serve a draft, by engine.
 
     Args:
@@ -40,16 +47,23 @@ def serve_commands(target: str, revision: str, draft: str, proposals: int) -> di
         revision: its revision on the Hub; may be empty.
         draft: the draft's folder.
         proposals: tokens to propose at a time.
+        family: the draft's.
     """
     at = ("--revision", revision) if revision else ()
-    speculative = json.dumps({"method": "eagle3", "model": draft, "num_speculative_tokens": proposals})
+    speculative = json.dumps({"method": family.vllm_method, "model": draft, "num_speculative_tokens": proposals})
     sglang = (
-        "python", "-m", "sglang.launch_server", "--model-path", target, *at, "--speculative-algorithm", "EAGLE3",
-        "--speculative-draft-model-path", draft, "--speculative-num-steps", str(proposals),
-        "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", str(proposals + 1),
+        "python", "-m", "sglang.launch_server", "--model-path", target, *at,
+        "--speculative-algorithm", family.sglang_algorithm, "--speculative-draft-model-path", draft,
+        *(word for name, value in family.sglang_options(proposals).items() for word in (f"--{name}", str(value))),
     )  # fmt: skip
     vllm = ("vllm", "serve", target, *at, "--speculative-config", speculative)
     return {"vLLM": shlex.join(vllm), "SGLang": shlex.join(sglang)}
+
+
+def best_proposals(training: Json, evaluation: Json | None) -> int:
+    """How many tokens to propose at a time: the fastest number that was measured, else what the draft is made for."""
+    best = evaluation and evaluation["recommended_num_speculative_tokens"]
+    return int(best or training["parameters"].get("num_speculative_tokens") or 3)
 
 
 def plain(text: object) -> str:
@@ -71,16 +85,17 @@ def write_card(path: Path, training: Json, evaluation: Json | None, dataset: Jso
 
     hub_id, revision = hub_source(training)
     target, given, split = training["target"], training["parameters"], dataset["splits"]["train"]
-    proposals = evaluation["num_speculative_tokens"] if evaluation else given["num_speculative_tokens"]
+    proposals = best_proposals(training, evaluation)
+    family = family_of(training["draft"])
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         license=target.get("licence") or None,
         base_model=hub_id or None,
-        tags=["eagle3", "speculative-decoding"],
+        tags=[family.vllm_method, "speculative-decoding"],
     )
     linked = f"[{plain(hub_id)}](https://huggingface.co/{hub_id})" if hub_id else plain(target_name(training))
-    commands = serve_commands(hub_id or _TARGET, revision, _FOLDER, proposals)
+    commands = serve_commands(hub_id or _TARGET, revision, FOLDER, proposals, family)
     placeholder = "" if hub_id else f"`{_TARGET}` is the path of the target, imported from {plain(target['source'])}.\n"
     serving = "\n".join(
         f"{engine}:\n\n```bash\n{command.replace(' --', f' {chr(92)}{chr(10)}  --')}\n```\n"
@@ -102,7 +117,7 @@ def write_card(path: Path, training: Json, evaluation: Json | None, dataset: Jso
     body = f"""
 # {plain(name)}
 
-An EAGLE-3 draft of {training["draft_parameters"]:,} parameters for speculative decoding with {linked}
+An {family.title} draft of {training["draft_parameters"]:,} parameters for speculative decoding with {linked}
 ({plain(target["architecture"])}, {target["parameters"]:,} parameters). It proposes tokens; the target checks them in
 one forward pass and keeps those that it would have written itself. It is of use with this target only.
 
@@ -112,8 +127,7 @@ one forward pass and keeps those that it would have written itself. It is of use
 
 ## Serving
 
-`{_FOLDER}` is the path of this folder, or its id on a model hub.
-{placeholder}
+{FOLDER_NOTE}{placeholder}
 {serving}
 ## Training
 
@@ -145,6 +159,18 @@ def _results(evaluation: Json) -> str:
         [row["batch_size"], f"{row['target_alone_tokens_per_second']:,.1f}", f"{row['tokens_per_second']:,.1f}",
          f"{row['speed_up']:.2f}"] for row in evaluation["speed"]
     ]  # fmt: skip
+    best = evaluation["recommended_num_speculative_tokens"]
+    average = f" ({best} is the fastest number on average)" if best else ""
+    timed = (
+        f"""
+Throughput, {evaluation["num_speculative_tokens"]} tokens proposed at a time{average}:
+
+| requests at once | target alone, tokens/s | with the draft, tokens/s | speed-up |
+|---:|---:|---:|---:|
+{_rows(speed)}"""
+        if speed
+        else "\nThroughput was not measured."
+    )
     verdict = "The replies are those of the target alone" if lossless["identical"] else (
         "**The replies differ from those of the target alone: do not serve this draft before that is understood**"
     )  # fmt: skip
@@ -156,10 +182,7 @@ Greedy decoding of {evaluation["prompts"]:,} prompts of {plain(evaluation["promp
 {evaluation["max_new_tokens"]:,} new tokens each, {evaluation["num_speculative_tokens"]} tokens proposed at a time, by
 {plain(evaluation["engine"])} in {evaluation["dtype"]} on {plain(evaluation["hardware"])}. {verdict}:
 {lossless["compared_tokens"]:,} tokens were compared, with {len(lossless["ties"])} ties.
-
-| requests at once | target alone, tokens/s | with the draft, tokens/s | speed-up |
-|---:|---:|---:|---:|
-{_rows(speed)}"""
+{timed}"""
 
 
 def markup(text: object) -> str:
@@ -204,7 +227,8 @@ def print_summary(final: Path, folder: Path) -> None:
             "lossless": f"{verdict}: {lossless['compared_tokens']:,} compared on {lossless['prompts']} prompts, "
             f"{len(lossless['ties'])} ties",
         }
-    table = Table(title="EAGLE-3 draft model", show_header=False, title_style="bold")
+    family = family_of(training["draft"])
+    table = Table(title=f"{family.title} draft model", show_header=False, title_style="bold")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
@@ -212,7 +236,8 @@ def print_summary(final: Path, folder: Path) -> None:
     console.print(table)
     hub_id, revision = hub_source(training)
     target = hub_id or source
-    commands = serve_commands(target, revision, str(final), evaluation["num_speculative_tokens"] if evaluation else 3)
+    proposals = best_proposals(training, evaluation)
+    commands = serve_commands(target, revision, str(final), proposals, family)
     steps = {"open the report": str(final / "report.html")}
     steps |= {f"serve it in {engine}": command for engine, command in commands.items()}
     if (tracking := os.environ.get("MLFLOW_TRACKING_URI", "")).startswith("sqlite:"):

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from draft_model import storage
-from draft_model.drafts import family
+from draft_model.drafts import family_of
 from draft_model.drafts.base import load_weights
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import markup
-from draft_model.evaluation.measure import Candidate, category_table, differences, measure, open_case, speed_table
+from draft_model.evaluation.measure import Candidate, category_table, differences, measure, open_case
 from draft_model.export import fetched
 from draft_model.parameters import Parameters
 from draft_model.training.checkpoint import read_checkpoint
@@ -48,20 +48,25 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
         raise DraftModelError("--dataset, --evaluation_prompts: neither is given; one must say what to decode")
     model = fetched(config.model, config.work / "model")
     dataset = storage.fetch(config.dataset, config.work / "dataset") if config.dataset else None
-    candidates = [_candidate(uri, model, config.work / f"draft_{n}") for n, uri in enumerate(config.drafts)]
+    candidates = [
+        _candidate(uri, model, config.work / f"draft_{n}", p.num_speculative_tokens)
+        for n, uri in enumerate(config.drafts)
+    ]
     longest = min(candidate.draft.config.max_position_embeddings for candidate in candidates)
     case = open_case(p, model, dataset, p.chat_template, longest, config.work)
-    alone, *found = measure(case, candidates)
+    results = measure(case, candidates)
+    alone = results.alone
     return [
         {
             "draft": uri,
             **measured.total.report(),
             "by_category": category_table(case, measured),
-            "speed": speed_table(alone, measured),
+            "speed": speed,
             "identical": all(difference.tie for difference in differences(alone, measured)[1]),
             "hardware": f"{alone.hardware}, {alone.engine}, {alone.dtype}",
         }
-        for uri, measured in zip(config.drafts, found, strict=True)
+        for uri, measured, speed in zip(config.drafts, results.drafts, results.speed, strict=True)
+        if measured is not None
     ]
 
 
@@ -83,12 +88,12 @@ def table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     return [*rows, ["the target's own tokens", *("yes" if record["identical"] else "NO" for record in records)]]
 
 
-def _candidate(uri: str, model: Path, work: Path) -> Candidate:
+def _candidate(uri: str, model: Path, work: Path, proposals: int) -> Candidate:
     """A draft of any known format, in the shape that its configuration and the target's give it."""
     loaded = read_checkpoint(uri, work)
-    kind = family()
+    kind = family_of(loaded.config, uri)
     default = kind.default_shape(json.loads((model / "config.json").read_text(encoding="utf-8")))
     shape = kind.adapt(default, loaded.config, uri)
     draft: Any = kind.create(shape, *kind.vocabulary(loaded.tensors, shape))
     load_weights(draft, loaded.tensors, uri)
-    return Candidate(uri, draft, fetched(uri, work))
+    return Candidate(uri, draft, fetched(uri, work), (proposals,))

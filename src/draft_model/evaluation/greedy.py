@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from draft_model.drafts.eagle3.decode import Proposer
-from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts import family
+from draft_model.drafts.base import Draft
 from draft_model.engine import Counts, Job, Measured
 from draft_model.target.model import Target
 
@@ -59,7 +59,7 @@ def batch_size(target: Target) -> int:
     return BATCH if layer_types(target) <= _WHOLE and not is_recurrent(target) else 1
 
 
-def run(job: Job, target: Target, draft: Eagle3Draft | None, label: str, hardware: str) -> Measured:
+def run(job: Job, target: Target, draft: Draft | None, label: str, hardware: str) -> Measured:
     """Decodes all prompts in batches of like length.
 
     Args:
@@ -108,7 +108,7 @@ def counts_of(replies: Sequence[Reply], proposals: int) -> Counts:
 
 
 @torch.no_grad()
-def decode(target: Target, draft: Eagle3Draft, prompts: Sequence[Sequence[int]], job: Job) -> list[Reply]:
+def decode(target: Target, draft: Draft, prompts: Sequence[Sequence[int]], job: Job) -> list[Reply]:
     """Decodes one batch with a draft; the job says how many tokens to propose, and where replies end."""
     batch = _Batch(target, draft, prompts, job)
     while batch.rows:
@@ -119,7 +119,7 @@ def decode(target: Target, draft: Eagle3Draft, prompts: Sequence[Sequence[int]],
 class _Batch:
     """The rows still being decoded. `last` is each row's newest token, which the target has not read yet."""
 
-    def __init__(self, target: Target, draft: Eagle3Draft, prompts: Sequence[Sequence[int]], job: Job) -> None:
+    def __init__(self, target: Target, draft: Draft, prompts: Sequence[Sequence[int]], job: Job) -> None:
         from transformers import DynamicCache
 
         self.target, self.proposals = target, job.proposals
@@ -136,7 +136,8 @@ class _Batch:
         self.context = tokens[:, :0]  # what a recurrent target reads again
         # Cached columns that each row may see, bool [B, C]; columns are in the order of time.
         self.visible = torch.arange(width, device=device) < self.lengths.unsqueeze(1)
-        self.proposer = Proposer(draft, target, width + self.limit + 2 * self.proposals + 2)
+        length = width + self.limit + 2 * self.proposals + 2
+        self.proposer = family(draft.config.family).proposer(draft, target, length)
         positions = torch.arange(width, device=device).expand_as(tokens)
         final, features = self._read(tokens, positions, self.visible)
         ends, rows = self.lengths - 1, torch.arange(len(prompts), device=device)
@@ -171,7 +172,7 @@ class _Batch:
         self._drop_finished()
 
     def _read(self, tokens: Tensor, positions: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The target over new columns: hidden states after the final norm [B, Q, H] and features [B, Q, 3H]."""
+        """The target over new columns: hidden states after the final norm [B, Q, H] and features [B, Q, nH]."""
         width = tokens.shape[1]
         if self.cache is None:
             self.context = torch.cat((self.context, tokens), 1)

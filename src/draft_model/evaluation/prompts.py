@@ -15,16 +15,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from draft_model.dataset.reader import Rejected, Row, read_conversations
-from draft_model.dataset.render import Renderer
-from draft_model.dataset.templates import TEMPLATES
+from draft_model.dataset.encode import encode_prompts
+from draft_model.dataset.reader import Row, read_conversations
 from draft_model.dataset.tokens import Split
+from draft_model.dataset.workers import Workers
 from draft_model.errors import DraftModelError
 from draft_model.hub import hub_address
+from draft_model.parameters import Parameters
 
 logger = logging.getLogger(__name__)
 
 _ALLOWED = '{"prompt": "..."}, or a conversation as in the training data, and perhaps `category`'
+VALIDATION = "the validation split"
 _REFUSALS = (401, 403, 404)
 """What the Hub answers where it has no such data set, or not for this token."""
 
@@ -91,21 +93,11 @@ def choose_prompts(
         if validation is None:
             raise DraftModelError("dataset_validation_split, evaluation_prompts: neither is given; nothing to decode")
         found = list(islice(_of_split(validation), limit or None))
-        source = "the validation split"
+        source = VALIDATION
     else:
         rows = [row for benchmark in benchmarks for row in _of_benchmark(benchmark, limit)]
         source = ", ".join(benchmark.hub_id for benchmark in benchmarks) or given
-        renderers = {tools: Renderer(tokenizer, TEMPLATES[template], tools=tools) for tools in (False, True)}
-        found = []
-        for number, (row, category) in enumerate(rows or _of_files(given, limit), start=1):
-            try:
-                text = renderers[bool(row.tools)].prompt(row)
-            except Rejected as refusal:
-                raise DraftModelError(
-                    f"evaluation_prompts: conversation {number} of {source} makes no prompt ({refusal}); allowed: "
-                    f"{_ALLOWED}"
-                ) from None
-            found.append((tokenizer(text, add_special_tokens=False)["input_ids"], category))
+        found = encode(rows or _of_files(given, limit), source, tokenizer, template)
     kept = [(tokens, category) for tokens, category in found if 2 <= len(tokens) <= longest]
     if not kept:
         name = "evaluation_prompts" if given else "dataset_validation_split"
@@ -118,6 +110,35 @@ def choose_prompts(
     for tokens, category in kept:
         groups.setdefault(category, []).append(tokens)
     return Prompts(groups, source)
+
+
+def encode(rows: Sequence[tuple[Row, str]], source: str, tokenizer: Any, template: str) -> list[tuple[list[int], str]]:
+    """Token ids of prompts with their categories; the chat template runs in a limited process.
+
+    Raises:
+        DraftModelError: when the chat template refuses one.
+    """
+    with Workers() as worker:
+        encoded = worker.call(encode_prompts, tokenizer, template, [row for row, _ in rows])
+    found = []
+    for number, (prompt, (_, category)) in enumerate(zip(encoded, rows, strict=True), start=1):
+        if isinstance(prompt, str):
+            raise DraftModelError(
+                f"evaluation_prompts: conversation {number} of {source} makes no prompt ({prompt}); allowed: {_ALLOWED}"
+            )
+        found.append((prompt, category))
+    return found
+
+
+def check_template(p: Parameters, tokenizer: Any) -> None:
+    """Writes the prompts of files as the evaluation will, so that one that the template refuses is found before.
+
+    Raises:
+        DraftModelError: when the chat template refuses one.
+    """
+    if p.evaluation_prompts and not _named(p.evaluation_prompts):
+        rows = list(_of_files(p.evaluation_prompts, p.evaluation_conversations))
+        encode(rows, p.evaluation_prompts, tokenizer, p.chat_template)
 
 
 def check(given: str, limit: int) -> None:

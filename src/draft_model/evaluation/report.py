@@ -15,8 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from draft_model.drafts import family_of
 from draft_model.evaluation.card import target_name
+from draft_model.evaluation.prompts import VALIDATION
 from draft_model.parameters import PARAMETERS
+from draft_model.training.expectations import expectation
 
 MIN_COVERAGE = 0.98
 MAX_TRUNCATED = 0.05
@@ -52,11 +55,15 @@ def write_report(path: Path, content: Json) -> None:
         "compact": lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
     }
     evaluation, training, dataset = content["evaluation"], content["training"], content["dataset"]
+    speed_chart, charts = _charts(training, evaluation)
     page = environment.get_template("report.html.j2").render(
         **content,
         target=target_name(training),
+        family=family_of(training["draft"]).title,
         findings=list(findings(training, evaluation, dataset)),
-        charts=_charts(training),
+        charts=charts,
+        speed_chart=speed_chart,
+        expected=_expected(training, dataset),
         simulated=next((e[-1] for e in (training["validation"], training["log"]) if e), None),
         conversation=_excerpt(dataset["samples"][0]),
         reply=_excerpt(evaluation["sample"]["reply"]) if evaluation else [],
@@ -64,6 +71,11 @@ def write_report(path: Path, content: Json) -> None:
         parameters=[(parameter, training["parameters"].get(parameter.name)) for parameter in PARAMETERS],
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _expected(training: Json, dataset: Json) -> str:
+    counts, proposals = dataset["splits"]["train"], training["parameters"].get("num_speculative_tokens")
+    return expectation(training["tokens"] * counts["supervised_tokens"] / counts["tokens"], proposals or 3)
 
 
 def _number(value: float | None, digits: int = 2, kind: str = "f") -> str:
@@ -132,40 +144,76 @@ def _result_findings(evaluation: Json) -> Iterator[Finding]:
             f"Training did not help: {trained:.2f} tokens per target pass, {untrained['acceptance_length']:.2f} before",
             "Usual reasons are too few steps, and a learning_rate or chat_template that does not fit.",
         )
-    predicted = evaluation["predicted_acceptance_length"]
-    if predicted is not None and abs(predicted - trained) > max(0.1, 0.05 * trained):
+    agreement, predicted = evaluation["agreement"], evaluation["predicted_acceptance_length"]
+    if not agreement["agrees"]:
+        yield (
+            f"Measured acceptance length {agreement['measured']:.2f}, simulated by the training on the same replies: "
+            f"{agreement['simulated']:.2f}",
+            "The engine computes another draft than was trained: compare feature layers, rotary settings, order of the "
+            "norms and chat template.",
+        )
+    elif (
+        predicted is not None
+        and evaluation["prompts_source"] == VALIDATION  # other prompts may well be harder or easier
+        and abs(predicted - trained) > max(0.1, 0.05 * trained)
+    ):
         yield (
             f"Validation predicts an acceptance length of {predicted:.2f}, measured: {trained:.2f}",
             "Validation follows the replies of the data, decoding the target's own: train on replies that the target "
-            "wrote. If they are its own, the engine computes another draft than the training: compare feature layers, "
-            "rotary settings, order of the norms and chat template.",
+            "wrote (regenerate_answers).",
         )
+    slow = [row["batch_size"] for row in evaluation["speed"] if row["speed_up"] < 1]
+    if slow and not evaluation["engine"].startswith("this"):
+        yield (
+            f"With the draft decoding is slower at {', '.join(map(str, slow))} requests at once",
+            "There the target's passes are no longer limited by memory bandwidth: propose fewer tokens, or none.",
+        )
+    for problem in evaluation["not_measured"]:
+        yield "Not measured", problem
 
 
-def _charts(training: Json) -> list[str]:
-    """Training curves as data URIs of SVG; the same numbers give the same bytes."""
+def _charts(training: Json, evaluation: Json | None) -> tuple[str, list[str]]:
+    """Speed-up by batch size, empty where it was not timed, and training curves: data URIs of SVG."""
+    log, validation = training["log"][:: max(1, len(training["log"]) // _POINTS)], training["validation"]
+    curves = []
+    for title, key in (("Loss (nats)", "loss"), ("Conditional acceptance", "conditional_acceptance"),
+                       ("Acceptance length", "acceptance_length"), ("Learning rate", "learning_rate")):  # fmt: skip
+        lines = []
+        for entries, form in ((log, "-"), (validation, "o")):
+            entries = [entry for entry in entries if entry.get(key) is not None]
+            values = [entry[key] if isinstance(entry[key], list) else [entry[key]] for entry in entries]
+            for index, column in enumerate(zip(*values, strict=True)):
+                label = f"position {index + 1}" if form == "-" and len(values[0]) > 1 else None
+                ys = [math.nan if y is None else y for y in column]
+                lines.append(([entry["step"] for entry in entries], ys, form, index, label))
+        curves.append(_draw(title, "optimizer step", lines))
+    rows = evaluation["speed_by_proposals"] if evaluation else []
+    lines = []
+    for index, proposals in enumerate(sorted({row["num_speculative_tokens"] for row in rows})):
+        its = [row for row in rows if row["num_speculative_tokens"] == proposals]
+        xs, ys = [row["batch_size"] for row in its], [row["speed_up"] for row in its]
+        lines.append((xs, ys, "o-", index, f"{proposals} proposed"))
+    return _draw("Speed-up", "requests at once", lines, base=2) if rows else "", curves if log or validation else []
+
+
+def _draw(title: str, below: str, lines: Sequence[tuple[Any, Any, str, int, str | None]], base: int = 0) -> str:
+    """A chart of (xs, ys, form, colour, label); the same numbers give the same bytes. A base makes x logarithmic."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    log, validation = training["log"][:: max(1, len(training["log"]) // _POINTS)], training["validation"]
-    drawn = []
     style = {"svg.fonttype": "none", "svg.hashsalt": "report", "axes.spines.top": False, "axes.spines.right": False}
     # Grey reads on a light page and on a dark one.
     grey = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), "#808080")
-    for title, key in (("Loss (nats)", "loss"), ("Conditional acceptance", "conditional_acceptance"),
-                       ("Acceptance length", "acceptance_length"), ("Learning rate", "learning_rate")):  # fmt: skip
-        with rc_context({**style, **grey, "font.size": 8}):
-            figure = Figure(figsize=(4.4, 2.5), layout="constrained")
-            axes = figure.add_subplot(title=title, xlabel="optimizer step")
-            for entries, form in ((log, "-"), (validation, "o")):
-                entries = [entry for entry in entries if entry.get(key) is not None]
-                values = [entry[key] if isinstance(entry[key], list) else [entry[key]] for entry in entries]
-                for index, column in enumerate(zip(*values, strict=True)):
-                    label = f"position {index + 1}" if form == "-" and len(values[0]) > 1 else None
-                    ys = [math.nan if y is None else y for y in column]
-                    axes.plot([e["step"] for e in entries], ys, form, color=f"C{index % 10}", markersize=4, label=label)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=6, frameon=False, ncols=2)
-            figure.savefig(buffer := io.BytesIO(), format="svg", transparent=True, metadata={"Date": None})
-        drawn.append("data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode())
-    return drawn if log or validation else []
+    with rc_context({**style, **grey, "font.size": 8}):
+        figure = Figure(figsize=(4.4, 2.5), layout="constrained")
+        axes = figure.add_subplot(title=title, xlabel=below)
+        for xs, ys, form, colour, label in lines:
+            axes.plot(xs, ys, form, color=f"C{colour % 10}", markersize=4, label=label)
+        if base:
+            axes.set_xscale("log", base=base)
+            axes.set_xticks(sizes := sorted({x for xs, *_ in lines for x in xs}), map(str, sizes), minor=False)
+            axes.axhline(1, color="#808080", linewidth=0.8)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=6, frameon=False, ncols=2)
+        figure.savefig(buffer := io.BytesIO(), format="svg", transparent=True, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

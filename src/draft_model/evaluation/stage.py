@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from draft_model import storage
+from draft_model.drafts import family_of
 from draft_model.errors import DraftModelError
 from draft_model.parameters import PARAMETERS, Parameters
 from draft_model.tracking import Tracker, track
@@ -101,9 +102,8 @@ def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
         "hashes": hashes,
     }
     write_report(added["report.html"], content)
-    write_card(
-        added["README.md"], training, evaluation, data, name=f"{target_name(training).rpartition('/')[2]}-eagle3"
-    )
+    name = f"{target_name(training).rpartition('/')[2]}-{family_of(training['draft']).name}"
+    write_card(added["README.md"], training, evaluation, data, name=name)
     added["report.json"].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     if evaluation is not None or (final / "evaluation.json").exists():  # an earlier measurement is replaced by null
         added["evaluation.json"] = config.work / "evaluation.json"
@@ -127,6 +127,14 @@ def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
             f"evaluation: speculative decoding changed the output of {len(different)} replies (first: prompt "
             f"{first['prompt']}, token {first['position']}, {margin}); the draft must not be served before that is "
             "understood: see report.html and evaluation.json beside it"
+        )
+    if not (agreement := evaluation["agreement"])["agrees"]:
+        raise DraftModelError(
+            f"evaluation: {evaluation['engine']} measures an acceptance length of {agreement['measured']:.2f}, the "
+            f"training's own simulation on the same replies gives {agreement['simulated']:.2f} (allowed: "
+            f"{agreement['bound']:.2f} apart): the engine computes another draft than was trained. Likely causes: "
+            "feature layers counted otherwise, rotary settings, order of the norms, chat template; compare config.json "
+            f"of {config.final} with what the engine's log says of the draft"
         )
     return replace(
         result,

@@ -1,6 +1,7 @@
 """The pipeline's heavy stages as jobs: created, followed and ended from a coordinating process.
 
-On a cluster a PyTorchJob or a TrainJob computes and this process coordinates; elsewhere torchrun on this machine does.
+On a cluster the pods of a PyTorchJob or a TrainJob compute and this process coordinates; elsewhere torchrun trains on
+this machine, and the other stages run in the process that asks for them.
 """
 
 from __future__ import annotations
@@ -9,18 +10,20 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from draft_model import storage
 from draft_model.errors import DraftModelError, StoreUnavailable
+from draft_model.parameters import Parameters, Stage
 
 if TYPE_CHECKING:
-    from draft_model.jobs.request import JobSpec
+    from draft_model.jobs.spec import JobSpec
     from draft_model.training.config import TrainConfig, TrainResult
 
-__all__ = ["clean_up", "lacking", "run", "run_job"]
+__all__ = ["clean_up", "lacking", "run", "run_job", "run_stage"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +31,7 @@ logger = logging.getLogger(__name__)
 def run(config: TrainConfig, run_id: str = "") -> TrainResult:
     """Trains a draft as a job and waits for its end; see `run_job`."""
     from draft_model.jobs.context import wants_cluster
-    from draft_model.jobs.request import JobSpec
+    from draft_model.jobs.spec import WORK, JobSpec
     from draft_model.training.config import TrainResult
     from draft_model.training.lease import hold, own_run_id
 
@@ -37,17 +40,24 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
     result.unlink(missing_ok=True)
     on_cluster = wants_cluster(p)
     if on_cluster:
-        from draft_model.jobs.render import WORK
-
         # A run that Kubeflow has not started is known by its output. Whatever a queue or an operator starts again goes
         # on from this run's own checkpoints.
         run_id = run_id or f"cli-{hashlib.sha256(config.output.encode()).hexdigest()[:16]}"
         job = replace(config, work=Path(WORK), run_id=run_id, again=True)
     else:
         job = replace(config, run_id=run_id or own_run_id())
+
+    def prepare() -> None:
+        """Keeps what an earlier run left under this output from being taken for this one's."""
+        storage.remove_manifest(final)
+        index = storage.join(config.checkpoints, "checkpoints.json")
+        if p.resume == "false" and storage.exists(index):
+            for name in json.loads(storage.read_bytes(index)):
+                storage.remove_manifest(storage.join(config.checkpoints, name))
+            storage.write_bytes(index, b"[]")
+
     spec = JobSpec(
-        stage="training",
-        module="draft_model.training",
+        stage="train",
         config=job.to_json(),
         uris={
             "model": config.model, "dataset": config.dataset, "output": config.output,
@@ -55,23 +65,62 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
         },
         output=config.output,
         parameters=p,
-        nodes=p.num_nodes_draft_model_training,
-        processes=p.number_of_gpu_to_use_draft_model_training,
         # On this machine the output may hold an earlier run's draft, which a mistake in this one must not remove.
         check=lambda: lacking(final, "train") if on_cluster or result.exists() else ["it has left no result"],
-        prepare=lambda: _prepare(config),
+        prepare=prepare,
+        nodes=p.num_nodes_draft_model_training,
+        processes=p.number_of_gpu_to_use_draft_model_training,
     )  # fmt: skip
     with (
         hold(config.output, job.run_id, outermost=True, parameter="output"),
         hold(p.checkpoint_path, job.run_id, outermost=True),
     ):
-        run_job(spec, job.run_id, config.work)
+        if on_cluster:
+            run_job(spec, job.run_id, config.work)
+        else:
+            from draft_model.jobs import local
+
+            local.run(spec, config.work)
     record = json.loads(storage.read_bytes(storage.join(final, "training.json")))
     return TrainResult.from_record(config.output, final, record)
 
 
+def run_stage(
+    stage: Stage, p: Parameters, uris: Mapping[str, str], output: str, run_id: str, work: Path, nodes: int = 1
+) -> dict[str, Any]:
+    """Runs a stage other than the training as a job on the cluster, and waits for its end; see `run_job`.
+
+    Args:
+        stage: of the pipeline.
+        p: of the run.
+        uris: what the stage reads and writes, by the names of its configuration.
+        output: URI that the job's record, its logs and its result go under.
+        run_id: of the pipeline's run.
+        work: scratch folder of this process.
+        nodes: pods of the job.
+
+    Returns:
+        What the stage's process left as its result; `uri` is of the folder with its manifest.
+    """
+    from draft_model.jobs.spec import WORK, JobSpec
+
+    result = storage.join(output, f"{stage}_result.json")
+    job = {"stage": stage, "run_id": run_id, "parameters": p.model_dump(), "uris": dict(uris), "result": result,
+           "work": WORK}  # fmt: skip
+
+    def check() -> list[str]:
+        found = json.loads(storage.read_file(result) or b"{}")
+        if found.get("run_id") != run_id:
+            return [f"there is no result of this run at {result}"]
+        return lacking(found["uri"], found["written_by"])
+
+    spec = JobSpec(stage, json.dumps(job), {**uris, "output": output}, output, p, check=check, nodes=nodes)
+    run_job(spec, run_id, work)
+    return dict(json.loads(storage.read_bytes(result)))
+
+
 def run_job(spec: JobSpec, run_id: str, work: Path) -> None:
-    """Runs a stage as a job and waits for its end.
+    """Runs a stage as a job of the cluster and waits for its end.
 
     Args:
         spec: of the job.
@@ -81,14 +130,8 @@ def run_job(spec: JobSpec, run_id: str, work: Path) -> None:
     Raises:
         DraftModelError: why its output is not whole.
     """
-    from draft_model.jobs.context import connect, request_for, wants_cluster
-
-    if not wants_cluster(spec.parameters):
-        from draft_model.jobs import local
-
-        local.run(spec, work)
-        return
-    from draft_model.doors import raise_on_sigterm
+    from draft_model.entrypoint import raise_on_sigterm
+    from draft_model.jobs.context import connect, request_for
     from draft_model.jobs.coordinate import Coordinator, patiently
 
     logger.info("the %s job runs on the cluster; this process coordinates it", spec.stage)
@@ -106,16 +149,6 @@ def lacking(uri: str, stage: str) -> list[str]:
         raise
     except DraftModelError as error:
         return error.problems
-
-
-def _prepare(config: TrainConfig) -> None:
-    """Keeps what an earlier run left under this output from being taken for this one's."""
-    storage.remove_manifest(storage.join(config.output, "final"))
-    index = storage.join(config.checkpoints, "checkpoints.json")
-    if config.parameters.resume == "false" and storage.exists(index):
-        for name in json.loads(storage.read_bytes(index)):
-            storage.remove_manifest(storage.join(config.checkpoints, name))
-        storage.write_bytes(index, b"[]")
 
 
 def clean_up(

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from draft_model.errors import DraftModelError
-from draft_model.jobs import render
+from draft_model.jobs import spec
 from draft_model.jobs.cluster import Cluster, Forbidden
-from draft_model.jobs.render import PYTORCHJOB, RUNTIME, TRAINJOB
-from draft_model.jobs.request import RUN_ID, SPEC_HASH, JobRequest, Kind, Manifest
+from draft_model.jobs.spec import PYTORCHJOB, RUN_ID, RUNTIME, SPEC_HASH, TRAINJOB, JobRequest, Kind, Manifest
 from draft_model.jobs.states import Pod, State, Status, pod_of, status_of
+from draft_model.parameters import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +37,11 @@ class _Type(NamedTuple):
 
 _TYPES = {
     "pytorchjob": _Type(
-        (PYTORCHJOB,), render.pytorchjob, "pytorch", "training.kubeflow.org/job-name",
+        (PYTORCHJOB,), spec.pytorchjob, "pytorch", "training.kubeflow.org/job-name",
         "training.kubeflow.org/replica-index",
     ),
     "trainjob": _Type(
-        (RUNTIME, TRAINJOB), render.trainjob, "node", "jobset.sigs.k8s.io/jobset-name",
+        (RUNTIME, TRAINJOB), spec.trainjob, "node", "jobset.sigs.k8s.io/jobset-name",
         "batch.kubernetes.io/job-completion-index",
     ),
 }  # fmt: skip
@@ -117,7 +117,7 @@ class Backend:
     def _rank(self, pod: Manifest, request: JobRequest) -> int:
         labels = {**pod["metadata"].get("annotations", {}), **pod["metadata"]["labels"]}
         worker = labels.get("training.kubeflow.org/replica-type") == "worker"
-        return int(labels.get(self._rank_label, "0")) + (worker and "Master" in render.replicas_of(request))
+        return int(labels.get(self._rank_label, "0")) + (worker and "Master" in request.replicas)
 
     def pods_of_run(self, request: JobRequest) -> list[Manifest]:
         """Pods of all attempts of the run's job."""
@@ -212,7 +212,7 @@ def choose(cluster: Cluster, wanted: str, run_id: str = "", without: str = "") -
         kinds = " or ".join(_TYPES[name].kinds[-1].kind for name in names)
         raise DraftModelError(
             f"training_backend: given {wanted!r}, but this cluster has no {kinds}: install Kubeflow's training "
-            "operator, or use training_backend=local, which trains in this step's own pod"
+            "operator, or use training_backend=local, which runs each stage in its step's own pod"
         )
     if len(found) > 1 and run_id:
         with suppress(Forbidden):  # without the right to list TrainJobs there are none of this run
@@ -235,8 +235,8 @@ def jobs_of_run(cluster: Cluster, run_id: str) -> list[tuple[Kind, Manifest]]:
     return found
 
 
-def check(cluster: Cluster, wanted: str, queue: str, compute: str) -> tuple[list[str], list[str]]:
-    """What keeps a cluster from running a job, and what cannot be seen with this account's rights."""
+def check(cluster: Cluster, wanted: str, queues: Mapping[Stage, str]) -> tuple[list[str], list[str]]:
+    """What keeps a cluster from running the jobs, and what cannot be seen with this account's rights."""
     problems, notes = [], []
     verbs = ("create", "get", "list", "watch", "delete")
     rights = [(verb, kind.group, kind.plural) for kind in choose(cluster, wanted).kinds for verb in verbs]
@@ -247,12 +247,14 @@ def check(cluster: Cluster, wanted: str, queue: str, compute: str) -> tuple[list
             f"{cluster.namespace}: apply manifests/base there, whose account draft-model-coordinator may, and whose "
             "Secret of that name gives the step its token"
         )
-    start = f"compute_draft_model_training: {compute} waits in the queue {queue}"
-    version = cluster.groups().get(_KUEUE) if queue else ""
-    if version is None:
-        problems.append(f"{start}, but this cluster has no Kueue: install it, or choose a compute without a queue")
-    elif version and not cluster.may("get", _KUEUE, "localqueues"):
-        notes.append(f"{start}; whether it exists cannot be seen with this service account's rights")
-    elif version and cluster.get(Kind(_KUEUE, version, "localqueues", "LocalQueue"), queue) is None:
-        problems.append(f"{start}, but namespace {cluster.namespace} has no LocalQueue of that name: create it")
+    for queue in sorted(set(filter(None, queues.values()))):
+        stages = ", ".join(stage for stage, name in queues.items() if name == queue)
+        start = f"compute_map: the jobs of {stages} wait in the queue {queue}"
+        version = cluster.groups().get(_KUEUE)
+        if version is None:
+            problems.append(f"{start}, but this cluster has no Kueue: install it, or choose a compute without a queue")
+        elif not cluster.may("get", _KUEUE, "localqueues"):
+            notes.append(f"{start}; whether it exists cannot be seen with this service account's rights")
+        elif cluster.get(Kind(_KUEUE, version, "localqueues", "LocalQueue"), queue) is None:
+            problems.append(f"{start}, but namespace {cluster.namespace} has no LocalQueue of that name: create it")
     return problems, notes

@@ -11,8 +11,7 @@ from draft_model.errors import DraftModelError
 from draft_model.jobs.backends import jobs_of_run
 from draft_model.jobs.cluster import Cluster, Unavailable
 from draft_model.jobs.context import connect, own_pod, owner_of, run_ended, wants_cluster
-from draft_model.jobs.render import RUNTIME
-from draft_model.jobs.request import Manifest
+from draft_model.jobs.spec import RUNTIME
 from draft_model.parameters import Parameters
 
 logger = logging.getLogger(__name__)
@@ -36,14 +35,13 @@ def run(run_id: str, training_backend: str, state: str, message: str, checkpoint
         deadline = time.monotonic() + AWAY_SECONDS
         while True:
             try:
-                cluster = connect()
-                ended, lines = _end_jobs(cluster, run_id, succeeded=state in _SUCCEEDED)
+                ended, lines = _end_jobs(connect(), run_id, succeeded=state in _SUCCEEDED)
                 break
             except (Unavailable, DraftModelError) as error:
                 if isinstance(error, DraftModelError) or time.monotonic() > deadline:
                     lines = [
-                        f"whether a training job is left is not known ({error}): look with `kubectl get "
-                        f"pytorchjobs,trainjobs -l draft-model/run-id={run_id}`; it ends at its deadline at the latest"
+                        f"whether a job is left is not known ({error}): look with `kubectl get pytorchjobs,trainjobs "
+                        f"-l draft-model/run-id={run_id}`; it ends at its deadline at the latest"
                     ]
                     break
                 time.sleep(2.0)
@@ -57,25 +55,23 @@ def _end_jobs(cluster: Cluster, run_id: str, *, succeeded: bool) -> tuple[bool |
     """Deletes what is left, but a running job only where a person ended the run, or nobody can tell."""
     owner = owner_of(own_pod(cluster))
     ended = run_ended(cluster, owner) if owner else None
-    found = jobs_of_run(cluster, run_id)
-    running = [job for kind, job in found if kind != RUNTIME and not _has_ended(job)]
+    found, running = jobs_of_run(cluster, run_id), []
+    for kind, job in found:
+        conditions = job.get("status", {}).get("conditions") or ()
+        over = any(c["type"] in ("Succeeded", "Complete", "Failed") and c["status"] == "True" for c in conditions)
+        if kind != RUNTIME and not over:
+            running.append(f"{job['kind']} {job['metadata']['name']}")
     if running and ended is False and not succeeded:
-        names = ", ".join(f"{job['kind']} {job['metadata']['name']}" for job in running)
         return ended, [
-            f"{names} runs on: the step that followed it was lost, and nobody terminated the run. Retry in the UI "
-            "follows it again; its output is whole once it has ended, and it is deleted with the run's Workflow"
+            f"{', '.join(running)} runs on: the step that followed it was lost, and nobody terminated the run. Retry "
+            "in the UI follows it again; its output is whole once it has ended, and it goes with the run's Workflow"
         ]
     lines = []
     for kind, job in found:
         cluster.delete(kind, job["metadata"]["name"])
-        lines.append(f"the training step left {kind.plural}/{job['metadata']['name']}: deleted")
+        lines.append(f"a step left {kind.plural}/{job['metadata']['name']}: deleted")
         logger.warning("%s", lines[-1])
-    return ended, lines or ["no training job was left"]
-
-
-def _has_ended(job: Manifest) -> bool:
-    conditions = job.get("status", {}).get("conditions") or ()
-    return any(c["type"] in ("Succeeded", "Complete", "Failed") and c["status"] == "True" for c in conditions)
+    return ended, lines or ["no job was left"]
 
 
 def _how_to_go_on(checkpoint_path: str, root: str) -> list[str]:

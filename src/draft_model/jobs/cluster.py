@@ -20,7 +20,7 @@ from kubernetes import client, config, watch
 from kubernetes.config.incluster_config import InClusterConfigLoader
 
 from draft_model.errors import DraftModelError
-from draft_model.jobs.request import Kind, Manifest
+from draft_model.jobs.spec import Kind, Manifest
 
 _POD_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 ACCOUNT = Path("/var/run/secrets/draft-model/coordinator")

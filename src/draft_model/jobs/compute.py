@@ -9,16 +9,16 @@ from __future__ import annotations
 import difflib
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
-from draft_model.parameters import Parameters
+from draft_model.parameters import Parameters, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,17 @@ KEY = "compute_map.json"
 SERVERLESS = "serverless"
 INSTANCE_TYPE_LABEL = "node.kubernetes.io/instance-type"
 _SHOWN = 12
+_USED = 0.9
+"""Share of a GPU's memory that vLLM takes."""
+_SUFFIX: dict[Stage, str] = {"import": "model_import", "dataset": "model_import", "evaluate": "evaluation"}
+"""Of the parameters that choose a stage's nodes, where they are not the training's."""
 
 _Cpus = Annotated[float, Field(gt=0, description="CPUs that a pod may ask for when it has the node to itself.")]
 _Memory = Annotated[float, Field(gt=0, description="Memory, GiB, that a pod may ask for on a node to itself.")]
 _Gpus = Annotated[int, Field(ge=0, description="GPUs of the node; 0: processes train on its CPUs.")]
+_GpuMemory = Annotated[
+    float | None, Field(gt=0, description="Memory of one GPU, GiB; the evaluation refuses targets that do not fit.")
+]
 
 
 class Toleration(BaseModel):
@@ -55,6 +62,7 @@ class InstanceType(BaseModel):
     cpus: _Cpus
     memory_gib: _Memory
     gpus: _Gpus = 0
+    gpu_memory_gib: _GpuMemory = None
     gpu_resource: str = Field(default="nvidia.com/gpu", description="Resource name of the GPUs.")
     tolerations: list[Toleration] = Field(default=[], description="Of the taints that such nodes have.")
 
@@ -68,13 +76,14 @@ class NamedCompute(BaseModel):
     cpus: _Cpus | None = None
     memory_gib: _Memory | None = None
     gpus: _Gpus | None = None
+    gpu_memory_gib: _GpuMemory = None
     gpu_resource: str = Field(default="", description="Resource name of the GPUs, where it is not the instance type's.")
     node_selector: dict[str, str] = Field(default={}, description="Labels of the nodes, besides the type's.")
     tolerations: list[Toleration] = Field(default=[], description="Besides the instance type's.")
-    queue: str = Field(default="", description="Kueue LocalQueue that the training job waits in.")
-    priority_class: str = Field(default="", description="PriorityClass of the training job's pods.")
+    queue: str = Field(default="", description="Kueue LocalQueue that jobs wait in.")
+    priority_class: str = Field(default="", description="PriorityClass of the jobs' pods.")
     restarts: int = Field(
-        default=0, ge=0, description="Times that torchrun restarts a job's processes in place (an elastic job)."
+        default=0, ge=0, description="Times that torchrun restarts a training's processes in place (an elastic job)."
     )
 
 
@@ -94,6 +103,8 @@ class Compute:
     cpus: str  # a Kubernetes quantity, as memory
     memory: str
     gpus: int = 0  # 0 on a CPU pool
+    gpu_memory: float = 0.0  # of one GPU, bytes; 0 where the map does not say
+    limited: bool = True  # memory and CPUs are all that it gets; else it may use what the node has
     gpu_resource: str = "nvidia.com/gpu"
     node_selector: dict[str, str] = field(default_factory=dict)
     tolerations: list[dict[str, str]] = field(default_factory=list)  # as a pod has them
@@ -143,11 +154,18 @@ def load_map(name: str, config_map: Callable[[str], dict[str, str] | None]) -> C
     return found
 
 
-def resolve(compute_map: ComputeMap, stage: Literal["import", "train"], p: Parameters) -> Compute:
-    """What a pod of a stage asks for; `import` runs on CPUs, whatever the node has."""
-    suffix = "model_import" if stage == "import" else "draft_model_training"
-    name, type_name = getattr(p, f"compute_{suffix}"), getattr(p, f"instance_type_{suffix}")
-    gpus = p.number_of_gpu_to_use_draft_model_training if stage == "train" else 0
+def resolve(compute_map: ComputeMap, stage: Stage, p: Parameters) -> Compute:
+    """What a pod of a stage's job asks for; import and data set run on CPUs, whatever the node has."""
+    suffix, gpus, count = _SUFFIX.get(stage, "draft_model_training"), 0, "number_of_gpu_to_use_draft_model_training"
+    if suffix != "model_import":
+        gpus = p.number_of_gpu_to_use_draft_model_training
+    if stage == "evaluate":
+        if p.number_of_gpu_to_use_evaluation:
+            gpus, count = p.number_of_gpu_to_use_evaluation, "number_of_gpu_to_use_evaluation"
+        if not (p.compute_evaluation or p.instance_type_evaluation):
+            suffix = "draft_model_training"
+    name = getattr(p, f"compute_{suffix}") or SERVERLESS
+    type_name = getattr(p, f"instance_type_{suffix}") or p.instance_type_draft_model_training
     if name != SERVERLESS:
         if name not in compute_map.computes:
             raise DraftModelError(
@@ -155,30 +173,32 @@ def resolve(compute_map: ComputeMap, stage: Literal["import", "train"], p: Param
                 f"{_some(compute_map.computes, name)}: use one of them, or {SERVERLESS} with an instance type"
             )
         logger.info("compute_%s: %s is a named compute, so instance_type_%s is not used", suffix, name, suffix)
-        return _sized(compute_map, compute_map.computes[name], gpus, f"compute {name!r}")
-    known, default = built_in(), getattr(Parameters(), f"instance_type_{suffix}")
-    found = _find(compute_map.instance_types, type_name)
-    if type_name.lower() == default.lower() and (compute_map == known or not found):
-        return _any_node(known, default, gpus, f"instance_type_{suffix}")
-    if found is None:
+        found = _sized(compute_map, compute_map.computes[name], gpus, f"compute {name!r}", count)
+    else:
+        found = _of_type(compute_map, type_name, gpus, suffix, count)
+    # A pod of CPUs alone asks for the least that it needs; only torchrun starts processes again.
+    return replace(found, limited=suffix != "model_import", restarts=found.restarts if stage == "train" else 0)
+
+
+def _of_type(compute_map: ComputeMap, name: str, gpus: int, suffix: str, count: str) -> Compute:
+    known, defaults = built_in(), Parameters()
+    default = getattr(defaults, f"instance_type_{suffix}") or defaults.instance_type_draft_model_training
+    found = _find(compute_map.instance_types, name)
+    if found is None and name.lower() != default.lower():
         raise DraftModelError(
-            f"instance_type_{suffix}: given {type_name!r}, which the compute map does not have; it has "
-            f"{_some(compute_map.instance_types, type_name)}: use one of them, name a compute in compute_{suffix}, or "
+            f"instance_type_{suffix}: given {name!r}, which the compute map does not have; it has "
+            f"{_some(compute_map.instance_types, name)}: use one of them, name a compute in compute_{suffix}, or "
             "add the type to the map (compute_map)"
         )
-    return _sized(compute_map, NamedCompute(instance_type=found), gpus, f"instance type {found}")
-
-
-def _any_node(known: ComputeMap, default: str, gpus: int, parameter: str) -> Compute:
-    """For the default instance type on a cluster that may not have it: its GPUs' share of a node, but no node label.
-
-    A pod that no node fits would wait for ever. Without GPUs it asks for little, and may use what the node has.
-    """
+    if found and (name.lower() != default.lower() or compute_map != known):
+        return _sized(compute_map, NamedCompute(instance_type=found), gpus, f"instance type {found}", count)
+    # Nobody chose it, and the cluster may not have it: its GPUs' share of a node, but no node label, since a pod that
+    # no node fits would wait in vain. Without GPUs it asks for little.
     asked = replace(
-        _sized(known, NamedCompute(instance_type=default), gpus, f"instance type {default}"),
+        _sized(known, NamedCompute(instance_type=default), gpus, f"instance type {default}", count),
         node_selector={},
-        note=f"{parameter}: the default {default} may be none of this cluster's types, so the pods may run on any "
-        "node that has the resources; name a type, or a compute of a compute map of the cluster, to choose nodes",
+        note=f"instance_type_{suffix}: the default {default} may be none of this cluster's types, so the pods may run "
+        "on any node that has the resources; name a type, or a compute of the cluster's compute map, to choose nodes",
     )
     logger.warning("%s", asked.note)
     return asked if gpus else replace(asked, cpus="1000m", memory="4096Mi")
@@ -198,7 +218,7 @@ def _some(names: Iterable[str], wanted: str) -> str:
     return (", ".join(ordered[:_SHOWN]) or "none") + (f" and {rest} more" if rest > 0 else "")
 
 
-def _sized(compute_map: ComputeMap, named: NamedCompute, gpus: int, what: str) -> Compute:
+def _sized(compute_map: ComputeMap, named: NamedCompute, gpus: int, what: str, count: str) -> Compute:
     """The share of the node for so many of its GPUs; all of it where no GPU is asked for or the node has none."""
     type_name = _find(compute_map.instance_types, named.instance_type)
     if named.instance_type and type_name is None:
@@ -213,15 +233,16 @@ def _sized(compute_map: ComputeMap, named: NamedCompute, gpus: int, what: str) -
     there = named.gpus if named.gpus is not None else base.gpus if base else 0
     if there and gpus > there:
         raise DraftModelError(
-            f"number_of_gpu_to_use_draft_model_training: given {gpus}; {what} has {there} per node: use at most "
-            f"{there}, and more nodes (num_nodes_draft_model_training)"
+            f"{count}: given {gpus}; {what} has {there} per node: use at most {there}"
+            + (", and more nodes (num_nodes_draft_model_training)" if "training" in count else "")
         )
-    used = min(gpus, there)
+    used, gpu_memory = min(gpus, there), named.gpu_memory_gib or (base.gpu_memory_gib if base else None)
     share = used / there if used else 1.0
     return Compute(
         cpus=f"{int(cpus * share * 1000)}m",
         memory=f"{int(memory * share * 1024)}Mi",
         gpus=used,
+        gpu_memory=(gpu_memory or 0.0) * 2**30,
         gpu_resource=named.gpu_resource or (base.gpu_resource if base else "nvidia.com/gpu"),
         node_selector={**({INSTANCE_TYPE_LABEL: type_name} if type_name else {}), **named.node_selector},
         tolerations=[each.manifest() for each in (*(base.tolerations if base else ()), *named.tolerations)],
@@ -229,6 +250,55 @@ def _sized(compute_map: ComputeMap, named: NamedCompute, gpus: int, what: str) -
         priority_class=named.priority_class,
         restarts=named.restarts,
     )
+
+
+def misfit(config: Mapping[str, Any], weights: float, draft: float, p: Parameters, node: Compute) -> str:
+    """Why an evaluation's node cannot hold the target; empty where it can, or where the map does not say what it has.
+
+    Args:
+        config: the target's config.json.
+        weights: of the target, bytes in bfloat16, or as quantized.
+        draft: of the draft, bytes.
+        p: of the run.
+        node: that the evaluation gets.
+    """
+    text = config.get("text_config") or config
+    try:
+        heads = text.get("num_key_value_heads") or text["num_attention_heads"]
+        width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+        tokens = p.max_length + p.evaluation_max_new_tokens
+        cache = 2 * 2 * text["num_hidden_layers"] * heads * width * tokens
+    except (KeyError, TypeError):  # such a target has no plain attention
+        tokens, cache = 0, 0
+    there = node.gpus * node.gpu_memory * _USED if node.gpus else 2**20 * float(node.memory.removesuffix("Mi"))
+    needed = weights + draft + cache
+    if not there or needed <= there:
+        return ""
+    what = f"{node.gpus} GPUs of {node.gpu_memory / 1e9:.0f} GB, of which engines use {_USED:.0%}" if node.gpus else (
+        "pods without GPUs")  # fmt: skip
+    return (
+        f"number_of_gpu_to_use_evaluation: the evaluation needs {needed / 1e9:.1f} GB (target {weights / 1e9:.1f}, "
+        f"draft {draft / 1e9:.1f}, keys and values of {tokens} tokens {cache / 1e9:.1f}), and its node gives it "
+        f"{there / 1e9:.1f} GB ({what}): give it more GPUs, or a larger instance_type_evaluation or compute_evaluation"
+    )
+
+
+def weights_of(config: Mapping[str, Any]) -> float:
+    """Bytes of a target's weights in bfloat16, by its config.json; 0 where that does not tell."""
+    text = config.get("text_config") or config
+    if config.get("quantization_config"):  # by fewer bits
+        return 0.0
+    try:
+        hidden, queries = text["hidden_size"], text["num_attention_heads"]
+        width = text.get("head_dim") or hidden // queries
+        keys = text.get("num_key_value_heads") or queries
+        experts = text.get("num_experts") or text.get("num_local_experts") or text.get("n_routed_experts") or 1
+        wide = (text.get("moe_intermediate_size") if experts > 1 else None) or text["intermediate_size"]
+        layer = 2 * hidden * width * (queries + keys) + 3 * experts * hidden * wide
+        ends = text["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
+        return 2.0 * float(text["num_hidden_layers"] * layer + ends)
+    except (KeyError, TypeError):
+        return 0.0
 
 
 def schema() -> str:

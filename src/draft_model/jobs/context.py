@@ -1,4 +1,4 @@
-"""The run that this process belongs to: its cluster, pod and Workflow, and what its job's pods inherit from them."""
+"""The run that this process belongs to: its cluster, pod and Workflow, and what its jobs' pods inherit from them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.jobs import compute
 from draft_model.jobs.compute import Compute
-from draft_model.jobs.request import WORKFLOW, JobRequest, JobSpec, Manifest
-from draft_model.parameters import Parameters
+from draft_model.jobs.spec import WORKFLOW, JobRequest, JobSpec, Manifest
+from draft_model.parameters import Parameters, Stage
 from draft_model.tracking import LOGIN, forwarded
 
 if TYPE_CHECKING:
@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IMAGE = "DRAFT_MODEL_IMAGE"
-"""Environment variable: image of the job's pods, where it is not this pod's own."""
+IMAGE, ENGINE_IMAGE = "DRAFT_MODEL_IMAGE", "DRAFT_MODEL_ENGINE_IMAGE"
+"""Environment variables: image of the pods of a step's job, where it is not this pod's own; of a regeneration's."""
 STORE_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_MAX_ATTEMPTS", "AWS_REQUEST_CHECKSUM_CALCULATION",
                    "AWS_RESPONSE_CHECKSUM_VALIDATION", "AWS_CA_BUNDLE")  # fmt: skip
-"""What the ConfigMap of the object store may set; the job's pods get the same as the step."""
+"""What the ConfigMap of the object store may set; the jobs' pods get the same as the step."""
+_NETWORK = ("HF_ENDPOINT", "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY")
 
 
 def on_cluster() -> bool:
@@ -36,7 +37,7 @@ def on_cluster() -> bool:
 
 
 def wants_cluster(parameters: Parameters) -> bool:
-    """Whether the training is to run as pods of a cluster."""
+    """Whether the stages are to run as jobs of a cluster."""
     wanted = parameters.training_backend
     return on_cluster() if wanted == "auto" else wanted != "local"
 
@@ -48,62 +49,64 @@ def connect() -> Cluster:
     return Cluster.connect()
 
 
-def nodes_of(values: Mapping[str, Any]) -> dict[str, Compute]:
-    """What the pods of the import and of the training ask for, by stage; nothing where parameters are invalid."""
+def nodes_of(values: Mapping[str, Any]) -> dict[Stage, Compute]:
+    """What the pods of the jobs ask for, by stage; nothing where parameters are invalid or there are no jobs.
+
+    The data set has the import's nodes, and a regeneration the training's.
+    """
     try:
         parameters = Parameters.model_validate(dict(values))
     except ValidationError:
         return {}
-    found = compute.load_map(parameters.compute_map, lambda name: connect().config_map(name))
-    nodes, problems = {}, []
-    for stage in ("import", "train") if wants_cluster(parameters) else ("import",):
+    jobs, found, problems = wants_cluster(parameters), dict[Stage, Compute](), list[str]()
+    compute_map = compute.load_map(parameters.compute_map, lambda name: connect().config_map(name))
+    stages: tuple[Stage, ...] = ("import", "train", "evaluate") if jobs else ("import",)
+    for stage in stages:
         try:
-            nodes[stage] = compute.resolve(found, stage, parameters)
+            found[stage] = compute.resolve(compute_map, stage, parameters)
         except DraftModelError as error:
-            problems += error.problems
+            problems += [problem for problem in error.problems if problem not in problems]
     if problems:
         raise DraftModelError(problems)
-    return nodes
+    return found if jobs else {}
 
 
-def check_cluster(parameters: Parameters, wanted: Compute | None) -> tuple[list[str], list[str]]:
-    """What keeps a run's job from running on the cluster, and what cannot be seen from here; creates nothing."""
+def check_cluster(parameters: Parameters, nodes: Mapping[Stage, Compute]) -> tuple[list[str], list[str]]:
+    """What keeps a run's jobs from running on the cluster, and what cannot be seen from here; creates nothing."""
     from draft_model.jobs.backends import check
     from draft_model.jobs.cluster import Unavailable
 
-    queue, name = wanted.queue if wanted else "", parameters.compute_draft_model_training
     try:
-        return check(connect(), parameters.training_backend, queue, name)
+        return check(connect(), parameters.training_backend, {stage: node.queue for stage, node in nodes.items()})
     except DraftModelError as error:
         return error.problems, []
     except Unavailable as error:
         return [f"training_backend: the API server does not answer ({error}): start the run again later"], []
 
 
-def check_nodes(nodes: Mapping[str, Compute]) -> list[str]:
+def check_nodes(nodes: Mapping[Stage, Compute]) -> list[str]:
     """What is worth knowing of node labels: that no node has them now, or that this cannot be seen from here.
 
     It is never a problem: an autoscaler may add such a node when a pod asks for it.
     """
     from draft_model.jobs.cluster import Unavailable
 
-    notes, names = [], {"import": "model_import", "train": "draft_model_training"}
+    notes = dict[str, None]()
     for stage, node in nodes.items():
         labels = ",".join(f"{key}={value}" for key, value in node.node_selector.items())
-        start = "instance_type_{0}, compute_{0}: ".format(names[stage])
-        ends = "the run ends after start_limit" if stage == "train" else "KFP waits for ever: terminate the run"
+        end = f"the {stage} job's pods cannot start, and the run ends after start_limit"
         try:
             if labels and not connect().has_node(labels):
-                notes.append(
-                    f"{start}no node of this cluster has the labels {labels} now; unless an autoscaler adds one, no "
-                    f"pod can start, and {ends}"
-                )
+                notes[
+                    f"start_limit: no node of this cluster has the labels {labels} now; unless an autoscaler adds one, "
+                    + end
+                ] = None
         except (DraftModelError, Unavailable):
-            notes.append(
-                f"{start}whether a node has the labels {labels} cannot be seen with this service account's rights; "
-                f"where none has, no pod can start, and {ends}"
-            )
-    return notes
+            notes[
+                f"start_limit: whether a node has the labels {labels} cannot be seen with this service account's "
+                f"rights; where none has, {end}"
+            ] = None
+    return list(notes)
 
 
 def request_for(cluster: Cluster, spec: JobSpec, run_id: str) -> JobRequest:
@@ -118,36 +121,36 @@ def request_for(cluster: Cluster, spec: JobSpec, run_id: str) -> JobRequest:
     login = login_of(pod)
     for name, key in (("AWS_ACCESS_KEY_ID", "accesskey"), ("AWS_SECRET_ACCESS_KEY", "secretkey")) if secret else ():
         login[name] = {"name": secret, "key": key, "optional": True}
-    image = spec.image or os.environ.get(IMAGE) or _image_of(pod)
-    if not image:
+    image = (os.environ.get(ENGINE_IMAGE) if spec.stage == "regenerate" else "") or os.environ.get(IMAGE)
+    if not (image := image or _image_of(pod)):
         raise DraftModelError(f"the image of the job's pods is not known here: name it in {IMAGE}")
+    compute_map = compute.load_map(spec.parameters.compute_map, cluster.config_map)
     return JobRequest(
         run_id=run_id,
         attempt=0,
         spec=spec,
-        compute=compute.resolve(
-            compute.load_map(spec.parameters.compute_map, cluster.config_map), "train", spec.parameters
-        ),
+        compute=compute.resolve(compute_map, spec.stage, spec.parameters),
         image=image,
         namespace=cluster.namespace,
         owner=owner_of(pod),
-        variables={**forwarded(os.environ), **store_variables(os.environ)},
+        variables={**forwarded(os.environ), **inherited(os.environ)},
         login=login,
     )
 
 
-def store_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """The object store's variables for a pod, without the newline that `echo | base64` leaves."""
+def inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables of object store, Hub and network for a pod, without the newline that `echo | base64` leaves."""
     found = {
-        name: environment.get(name, "").strip() for name in (*STORE_VARIABLES, "AWS_ENDPOINT_URL_S3", "AWS_REGION")
+        name: environment.get(name, "").strip()
+        for name in (*STORE_VARIABLES, *_NETWORK, "AWS_ENDPOINT_URL_S3", "AWS_REGION")
     }
     endpoint, region = found.pop("AWS_ENDPOINT_URL_S3"), found.pop("AWS_REGION")
     found["AWS_ENDPOINT_URL"] = endpoint or found["AWS_ENDPOINT_URL"]
     found["AWS_DEFAULT_REGION"] = found["AWS_DEFAULT_REGION"] or region
-    if "@" in urlsplit(found["AWS_ENDPOINT_URL"]).netloc:
+    if secret := [name for name, value in found.items() if "@" in urlsplit(value).netloc]:
         raise DraftModelError(
-            "AWS_ENDPOINT_URL: holds a name or password, which a job's manifest would show: put the keys into the "
-            "Secret that object_store_secret names"
+            f"{', '.join(secret)}: holds a name or password, which a job's manifest would show: put keys of the object "
+            "store into the Secret that object_store_secret names, and leave others out of the URL"
         )
     return {name: value for name, value in found.items() if value}
 
@@ -168,10 +171,10 @@ def _image_of(pod: Manifest | None) -> str:
 
 
 def login_of(pod: Manifest | None) -> dict[str, Manifest]:
-    """How a pod logs in to the tracking server: its references to Secrets, by variable, and no value itself."""
+    """How a pod logs in to tracking server and Hub: its references to Secrets, by variable, and no value itself."""
     entries = [entry for container in pod["spec"]["containers"] for entry in container.get("env", ())] if pod else []
     references = {entry["name"]: entry.get("valueFrom", {}).get("secretKeyRef") for entry in entries}
-    return {name: references[name] for name in LOGIN if references.get(name)}
+    return {name: references[name] for name in (*LOGIN, "HF_TOKEN") if references.get(name)}
 
 
 def owner_of(pod: Manifest | None) -> Manifest | None:

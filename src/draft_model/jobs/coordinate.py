@@ -23,12 +23,9 @@ from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.jobs.backends import Job, choose
 from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
 from draft_model.jobs.context import run_ended
-from draft_model.jobs.failures import Failure
-from draft_model.jobs.follow import Follower
-from draft_model.jobs.logs import LogStreams
-from draft_model.jobs.render import GRACE_SECONDS, pytorchjob
-from draft_model.jobs.request import SPEC_HASH, JobRequest
-from draft_model.jobs.states import State
+from draft_model.jobs.follow import Follower, LogStreams
+from draft_model.jobs.spec import GRACE_SECONDS, SPEC_HASH, JobRequest, pytorchjob
+from draft_model.jobs.states import Failure, State
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +39,7 @@ Answer = TypeVar("Answer")
 
 @dataclass
 class Record:
-    """What is kept of a run's job beside its output, so that nothing is trained twice."""
+    """What is kept of a run's job beside its output, so that nothing is computed twice."""
 
     run_id: str
     spec_sha256: str  # of the first attempt, so that other settings are not taken for the same job
@@ -65,7 +62,7 @@ class Coordinator:
         digest = pytorchjob(self._request)[0]["metadata"]["annotations"][SPEC_HASH]
         record = patiently(lambda: self._load(digest))
         if record and record.state is State.SUCCEEDED:
-            logger.info("this run has trained already: %s", self._output)
+            logger.info("the %s job of this run has succeeded already: %s", self._request.spec.stage, self._output)
             return
         if record and record.state is State.FAILED and self._retried:
             raise DraftModelError(record.attempts[-1]["problems"])
@@ -82,7 +79,7 @@ class Coordinator:
                 raise DraftModelError([*failure.problems, *([f"{tried} the machines fail"] * failure.retryable)])
 
     def _load(self, digest: str) -> Record | None:
-        """The record of this run under these settings; a damaged one is no reason not to train."""
+        """The record of this run under these settings; a damaged one is no reason not to begin."""
         try:
             values = json.loads(storage.read_bytes(self._file))
             record = Record(**{**values, "state": State(values["state"])})
@@ -102,8 +99,8 @@ class Coordinator:
         logs = LogStreams(self._backend.logs, self._work / "logs" / request.name)
         try:
             job = self._create(request)
-            outcome = Follower(self._backend, job, logs).follow()
-            ended, failure = True, outcome.failure
+            failure = Follower(self._backend, job, logs).follow()
+            ended = True
             if failure is None and (lacks := patiently(request.spec.check)):
                 problems = [f"{job.name} ended with success, but without its output: {each}" for each in lacks]
                 failure = Failure("NoOutput", False, problems)
@@ -121,11 +118,23 @@ class Coordinator:
             logs.finish(0)
             self._keep(logs.folder, request)
 
+    def _create(self, request: JobRequest) -> Job:
+        job = patiently(lambda: self._backend.create_or_adopt(request))
+        logger.info(
+            "%s: %s %s, %d pod(s) x %d process(es)", job.name, "took over the" if job.adopted else "created the",
+            self._backend.kind.kind, request.spec.nodes, request.spec.processes,
+        )  # fmt: skip
+        return job
+
     def _note(self, record: Record, request: JobRequest, failure: Failure | None) -> None:
         """Records how an attempt ended before its job is deleted, so that it is not repeated."""
         attempts, limit = len(record.attempts) + 1, request.spec.parameters.training_attempts
-        if failure and failure.reason == "NoOperator" and self._wanted == "auto" and self._other_backend():
-            return
+        if failure and failure.reason == "NoOperator" and self._wanted == "auto":
+            try:
+                choose(self._cluster, "auto", without=self._backend.name)
+                return  # it follows at once
+            except (DraftModelError, Unavailable):
+                pass
         record.state = State.SUCCEEDED
         if failure:
             record.state = State.RESTARTING if failure.retryable and attempts < limit else State.FAILED
@@ -135,24 +144,11 @@ class Coordinator:
         )
         self._save(record)
         if failure and record.state is State.RESTARTING:
+            begins = ", from the newest checkpoint" if request.spec.stage == "train" else ""
             logger.warning(
-                "%s failed (%s): attempt %d of %d follows, from the newest checkpoint: %s", request.name,
-                failure.reason, attempts + 1, limit, failure.problems[0].removesuffix("; its last lines:"),
+                "%s failed (%s): attempt %d of %d follows%s: %s", request.name, failure.reason, attempts + 1, limit,
+                begins, failure.problems[0].removesuffix("; its last lines:"),
             )  # fmt: skip
-
-    def _other_backend(self) -> bool:
-        try:
-            return bool(choose(self._cluster, "auto", without=self._backend.name))
-        except (DraftModelError, Unavailable):
-            return False
-
-    def _create(self, request: JobRequest) -> Job:
-        job = patiently(lambda: self._backend.create_or_adopt(request))
-        logger.info(
-            "%s: %s %s, %d pod(s) x %d process(es)", job.name, "took over the" if job.adopted else "created the",
-            self._backend.kind.kind, request.spec.nodes, request.spec.processes,
-        )  # fmt: skip
-        return job
 
     def _delete(self, request: JobRequest) -> None:
         """Deletes the job and waits until its pods are gone: their GPUs are free, and nothing writes any more."""
@@ -174,7 +170,7 @@ class Coordinator:
                     return
                 if time.monotonic() > next_line:
                     logger.info("%s is deleted; waiting for its pods, which still hold their GPUs: %s; they have %d s "
-                                "to save a checkpoint", request.name, ", ".join(pods), GRACE_SECONDS)  # fmt: skip
+                                "to save what they can", request.name, ", ".join(pods), GRACE_SECONDS)  # fmt: skip
                     next_line = time.monotonic() + _WAITING_SECONDS
             except (Unavailable, Forbidden):
                 pass

@@ -1,19 +1,20 @@
-"""Following one job to its end: what is logged, what is waited for, and when waiting is over."""
+"""Following one job to its end: its pods' logs, what is waited for, and when waiting is over."""
 
 from __future__ import annotations
 
 import logging
+import re
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from draft_model.errors import DraftModelError
 from draft_model.jobs.backends import Backend, Job
 from draft_model.jobs.cluster import Forbidden, Unavailable
-from draft_model.jobs.failures import Failure, classify, limit_exceeded, never_starts
-from draft_model.jobs.logs import LogStreams
-from draft_model.jobs.states import Clock, Pod, State, Status
+from draft_model.jobs.states import LIMITS, Failure, Pod, State, Status, classify, limit_exceeded, never_starts
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +26,80 @@ DRAIN_SECONDS = 15.0
 CAUSE_SECONDS = 60.0  # a pod whose process was killed ends after its other processes have
 POLL_SECONDS = 10.0  # with a watch: for pods, limits and events, which it does not cover
 POLL_ALONE_SECONDS = 2.0  # without one
+LOG_SECONDS = 1.0  # between two attempts to read a log
+_TAIL = 60
+_RANK = re.compile(r"\[\d+\] ")
+_BAR = re.compile(r"(?:\[\d+\] )?\r")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended: SUCCEEDED, FAILED or DELETED, and unless it succeeded why."""
+def prefixed(line: str, node: int) -> str:
+    """A pod's line with the rank that wrote it; of a progress bar, which rewrites its line, the last state.
 
-    state: State
-    failure: Failure | None = None
+    torchrun writes the rank before each line of its processes; its own lines get the node's.
+    """
+    rank = _RANK.match(line)
+    text = next((part for part in reversed(_BAR.split(line[rank.end() :] if rank else line)) if part.strip()), "")
+    return f"{rank.group() if rank else f'[node {node}] '}{text}"
+
+
+class LogStreams:
+    """The logs of one job's pods, each followed by a thread: to a file, and to this step's own log as `[rank] line`.
+
+    Args:
+        read: gives time and text of a pod's lines after a time, until its container ends.
+        folder: for the whole logs, a file per pod.
+        show: shows one line.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[str, str], Iterator[tuple[str, str]]],
+        folder: Path,
+        show: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    ) -> None:
+        self._read_log, self.folder, self._show = read, folder, show
+        self.tails: dict[str, deque[str]] = {}
+        self._pods: dict[str, Pod] = {}  # by uid: a queue that resumes a job makes new pods of the same names
+        self._threads: dict[str, threading.Thread] = {}
+        self._closed = threading.Event()
+
+    def follow(self, pods: Sequence[Pod]) -> None:
+        """Notes where the pods are, and starts to follow those that are new."""
+        self._pods = {pod.uid: pod for pod in pods}
+        for pod in pods:
+            if pod.started and pod.uid not in self._threads:
+                self.tails[pod.name] = deque(maxlen=_TAIL)
+                thread = threading.Thread(target=self._read, args=(pod,), name=f"log of {pod.name}", daemon=True)
+                self._threads[pod.uid] = thread
+                thread.start()
+
+    def finish(self, seconds: float, *, close: bool = True) -> None:
+        """Waits for the logs' ends, which come with their containers'; closes those that do not end in time."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if close:
+            self._closed.set()
+
+    def _read(self, pod: Pod) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        since = ""
+        with (self.folder / f"{pod.name}.log").open("a", encoding="utf-8") as file:
+            while not self._closed.is_set():
+                now = self._pods.get(pod.uid)  # before reading, so that the last lines are not missed
+                ended = now is None or now.ended
+                try:
+                    for moment, line in self._read_log(pod.name, since):
+                        since = moment
+                        file.write(line + "\n")
+                        self.tails[pod.name].append(line)
+                        self._show(prefixed(line, pod.node))
+                except (Unavailable, DraftModelError):
+                    pass
+                file.flush()
+                if ended:
+                    return
+                self._closed.wait(LOG_SECONDS)
 
 
 class Follower:
@@ -42,8 +109,9 @@ class Follower:
         self, backend: Backend, job: Job, logs: LogStreams, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._backend, self._job, self._logs, self._now = backend, job, logs, clock
-        self._started = self._answered = clock()
-        self._clock = Clock(job.request.spec.parameters, self._started)
+        self._stage, self._parameters = job.request.spec.stage, job.request.spec.parameters
+        self._started = self._answered = self._entered = self._last = clock()
+        self._state, self._running = State.STARTING, 0.0  # for the limits
         self._shown: tuple[Status, str] | None = None
         self._before = State.STARTING
         self._warned: list[str] = []
@@ -52,8 +120,8 @@ class Follower:
         self._queue_known = not job.request.compute.queue
         self._changed, self._closed, self._watching = threading.Event(), threading.Event(), False
 
-    def follow(self) -> Outcome:
-        """Waits for the job's end, or for the moment from which waiting makes no sense.
+    def follow(self) -> Failure | None:
+        """Waits for the job's end, or for the moment from which waiting makes no sense; gives why it failed.
 
         An API server that does not answer ends nothing: the job goes on without it, and so does the waiting.
         """
@@ -62,12 +130,12 @@ class Follower:
         try:
             while True:
                 try:
-                    outcome = self._read()
+                    ended, failure = self._read()
                     if self._away:
                         logger.info("the API server answers again")
                     self._away, known, self._answered = False, True, self._now()
-                    if outcome is not None:
-                        return outcome
+                    if ended:
+                        return failure
                 except (Unavailable, Forbidden) as error:
                     refused = isinstance(error, Forbidden)
                     if refused and (not known or self._now() - self._answered > FORBIDDEN_SECONDS):
@@ -101,30 +169,43 @@ class Follower:
             self._closed.wait(min(10.0, 0.5 * 2**failures))
             failures += 1
 
-    def _read(self) -> Outcome | None:
-        job, parameters = self._job, self._job.request.spec.parameters
+    def _read(self) -> tuple[bool, Failure | None]:
+        """Whether the job has ended or cannot go on, and why it failed if it did."""
+        job = self._job
         status, pods, earlier = self._backend.read(job)
-        detail = self._detail(status, earlier)
-        self._log(status, detail)
+        detail = self._log(status, earlier)
         if status.state is State.DELETED:
-            problem = f"{job.name} was deleted while it was {self._before}: run again with resume=true to go on from "
-            return Outcome(status.state, Failure("Deleted", False, [problem + "its newest checkpoint"]))
+            again = "run again with resume=true to go on from its newest checkpoint"
+            again = again if self._stage == "train" else "run this step again"
+            return True, Failure("Deleted", False, [f"{job.name} was deleted while it was {self._before}: {again}"])
         self._logs.follow(pods)
         if status.state is State.SUCCEEDED:
             self._logs.finish(DRAIN_SECONDS)
-            return Outcome(status.state)
+            return True, None
         if status.state is State.FAILED:
-            return Outcome(status.state, self._cause(status.detail))
+            return True, self._cause(status.detail)
         if status.state is not State.RUNNING:
             for line in self._backend.warnings(job):
                 if line not in self._warned:
                     self._warned.append(line)
                     logger.warning("%s", line)
         failure = self._no_operator(status) or self._unmanaged(status) or self._stuck(pods)
-        if limit := self._clock.enter(status.state, self._now()):
-            failure = failure or limit_exceeded(job.name, limit, getattr(parameters, limit), detail, pods)
+        if limit := self._limit(status.state):
+            failure = failure or limit_exceeded(job.name, limit, getattr(self._parameters, limit), detail, pods)
             failure.problems.extend(self._warned[-3:])
-        return Outcome(State.FAILED, failure) if failure else None
+        return failure is not None, failure
+
+    def _limit(self, state: State) -> str:
+        """Notes the state; gives the parameter whose limit is exceeded, or nothing."""
+        now = self._now()
+        if LIMITS.get(self._state) == "run_limit":
+            self._running += now - self._last
+        self._last = now
+        if state is not self._state:
+            self._state, self._entered = state, now
+        limit = LIMITS.get(state, "")
+        spent = self._running if limit == "run_limit" else now - self._entered
+        return limit if limit and spent > 60.0 * getattr(self._parameters, limit) else ""
 
     def _cause(self, detail: str) -> Failure:
         """Why the job failed. A pod that lost its peers may end, and fail the job, before the one that is to blame."""
@@ -137,30 +218,27 @@ class Follower:
                 if not pods:
                     break
                 self._changed.wait(POLL_SECONDS / 20)
-            self._logs.drain(DRAIN_SECONDS)
-            failure = classify(self._job.name, self._job.request.spec, detail, pods, self._logs.tails)
+            self._logs.finish(DRAIN_SECONDS, close=False)
+            failure = classify(self._job.name, self._stage, detail, pods, self._logs.tails)
             if failure.reason != "Collective":
                 break
         self._logs.finish(0)
         return failure
 
-    def _log(self, status: Status, detail: str) -> None:
-        """A line for each change of state, and for each other detail while the job starts."""
-        if (status, detail) == self._shown:
-            return
-        seconds = self._now() - self._started
-        logger.info("%s: %s%s (%.0f s)", self._job.name, status.state, f", {detail}" if detail else "", seconds)
-        self._before = self._shown[0].state if self._shown else State.STARTING
-        self._shown = (status, detail)
-
-    def _detail(self, status: Status, earlier: Sequence[str]) -> str:
-        queue = self._job.request.compute.queue
+    def _log(self, status: Status, earlier: Sequence[str]) -> str:
+        """A line for each change of state, and for each other detail while the job starts; gives the detail."""
+        queue, detail = self._job.request.compute.queue, status.detail
         if status.state is State.QUEUED and queue:
-            return f"queue {queue}: {self._backend.workload(self._job) or 'no word from Kueue yet'}"
-        if status.state is State.STARTING and earlier:
+            detail = f"queue {queue}: {self._backend.workload(self._job) or 'no word from Kueue yet'}"
+        elif status.state is State.STARTING and earlier:
             pods = f"{', '.join(earlier[:3])}{' and more' if len(earlier) > 3 else ''}"
-            return f"{status.detail}; earlier pods of this run still end and hold their GPUs: {pods}"
-        return status.detail
+            detail += f"; earlier pods of this run still end and hold their GPUs: {pods}"
+        if (status, detail) != self._shown:
+            seconds = self._now() - self._started
+            logger.info("%s: %s%s (%.0f s)", self._job.name, status.state, f", {detail}" if detail else "", seconds)
+            self._before = self._shown[0].state if self._shown else State.STARTING
+            self._shown = (status, detail)
+        return detail
 
     def _no_operator(self, status: Status) -> Failure | None:
         """The kind's definition is installed, but nothing acts on its objects: no status, no pod, no event."""

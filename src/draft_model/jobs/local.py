@@ -1,4 +1,4 @@
-"""A job on this machine: a plain process where it is alone, torchrun otherwise."""
+"""A training on this machine: a plain process where it is alone, torchrun otherwise."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from draft_model.doors import ERROR_FILE, raise_on_sigterm
+from draft_model.entrypoint import ERROR_FILE, raise_on_sigterm
 from draft_model.errors import DraftModelError
-from draft_model.jobs.request import JobSpec
+from draft_model.jobs.spec import JobSpec
 from draft_model.jobs.torchrun import STOP_SECONDS
 
 logger = logging.getLogger(__name__)
-
-
-def command(module: str, world: int) -> list[str]:
-    """The command of the job's processes."""
-    if world == 1:
-        return [sys.executable, "-m", module]
-    launcher = ["draft_model.jobs.torchrun", "--standalone", f"--nproc-per-node={world}"]
-    return [sys.executable, "-m", *launcher, "-m", module]
 
 
 def run(spec: JobSpec, work: Path) -> None:
@@ -56,7 +48,9 @@ def run(spec: JobSpec, work: Path) -> None:
         threads = max(1, (os.cpu_count() or 1) // world)
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     raise_on_sigterm()
-    process = subprocess.Popen(command(spec.module, world), env={**os.environ, **environment})
+    launcher = ["draft_model.jobs.torchrun", "--standalone", f"--nproc-per-node={world}", "-m"] if world > 1 else []
+    command = [sys.executable, "-m", *launcher, "draft_model.training"]
+    process = subprocess.Popen(command, env={**os.environ, **environment})
     try:
         # With a time-out it looks every 50 ms; without one, a signal just before the wait would not end it.
         code = process.wait(timeout=math.inf)

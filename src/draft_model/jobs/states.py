@@ -1,13 +1,15 @@
-"""The states of a job, from what Kubernetes says of it and its pods; docs/kubernetes.md draws them."""
+"""The states of a job, from what Kubernetes says of it and its pods, and why one failed; see docs/kubernetes.md."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from draft_model.jobs.request import JobRequest, Manifest
-from draft_model.parameters import Parameters
+from draft_model.jobs.spec import JobRequest, Manifest
+from draft_model.parameters import Stage
 
 
 class State(StrEnum):
@@ -90,8 +92,7 @@ def pod_of(pod: Manifest, node: int) -> Pod:
     reason = status.get("reason") or ended.get("reason", "")
     if disrupted := conditions.get(("DisruptionTarget", "True")):
         reason = disrupted.get("reason", "Disrupted")
-    if not waiting:
-        waiting = conditions.get(("PodScheduled", "False"), {})
+    waiting = waiting or conditions.get(("PodScheduled", "False"), {})
     return Pod(
         name=pod["metadata"]["name"],
         node=node,
@@ -106,20 +107,117 @@ def pod_of(pod: Manifest, node: int) -> Pod:
     )
 
 
-class Clock:
-    """How long a job has been in each phase, compared with the limits; times in seconds of any origin."""
+_LINES = 15
+_PEERS = re.compile(
+    r"Watchdog caught collective operation timeout|NCCL (?:error|timeout)|DistBackendError|ncclRemoteError"
+    r"|ncclSystemError|Connection (?:closed|reset) by peer|Timed out (?:waiting|after)|DistNetworkError"
+    r"|RendezvousConnectionError|RendezvousTimeoutError|Broken pipe|wait timeout after"
+    r"|another one is gone or does not answer",
+    re.IGNORECASE,
+)
+_GPU_MEMORY = re.compile(r"CUDA out of memory|torch\.OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")
+_GPU_BROKEN = re.compile(
+    r"uncorrectable ECC|ECC error|GPU is lost|fallen off the bus|Driver/library version mismatch|driver error"
+    r"|nvidia-container-cli: initialization error|CUDA-capable device\(s\) is/are busy or unavailable"
+    r"|No CUDA GPUs are available|system not yet initialized",
+    re.IGNORECASE,
+)
+_MACHINE = re.compile(
+    # taken away: by kubelet, node controller, scheduler, drain
+    r"Evicted|Node(Lost|Shutdown|Unreachable)|Terminated|Shutdown|Preempting|PreemptionByScheduler|Disrupted"
+    r"|DeletionByTaintManager|EvictionByEvictionAPI|DeletionByPodGC|TerminationByKubelet|ContainerStatusUnknown"
+    # rejected by a kubelet, as after a restart of the node
+    r"|UnexpectedAdmissionError|OutOf.+|Node(Affinity|Unschedulable|Ports)|TaintToleration|TopologyAffinityError"
+    r"|InvalidNodeInfo"
+)
+_NEVER_STARTS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull",
+                 "CreateContainerConfigError", "CreateContainerError", "RunContainerError")  # fmt: skip
+_SMALLER: dict[Stage, str] = {
+    "train": "lower draft_micro_batch_size, training_batch_size or max_length",
+    "dataset": "lower build_dataset_num_proc",
+    "evaluate": "lower evaluation_batch_sizes or evaluation_max_new_tokens",
+}
 
-    def __init__(self, parameters: Parameters, now: float) -> None:
-        self._limits = {name: 60.0 * getattr(parameters, name) for name in LIMITS.values()}
-        self._state, self._entered, self._last, self._running = State.STARTING, now, now, 0.0
 
-    def enter(self, state: State, now: float) -> str:
-        """Notes the state at a moment; gives the parameter whose limit is exceeded, or nothing."""
-        if LIMITS.get(self._state) == "run_limit":
-            self._running += now - self._last
-        self._last = now
-        if state is not self._state:
-            self._state, self._entered = state, now
-        limit = LIMITS.get(state, "")
-        spent = self._running if limit == "run_limit" else now - self._entered
-        return limit if limit and spent > self._limits[limit] else ""
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt failed."""
+
+    reason: str  # one word: OOMKilled, Evicted, ImagePull, Unschedulable, Collective, UserError, ...
+    retryable: bool  # the machines failed, so another attempt makes sense
+    problems: list[str]  # sentences for the user
+
+
+def classify(
+    job: str, stage: Stage, detail: str, pods: Sequence[Pod], tails: Mapping[str, Iterable[str]]
+) -> Failure:  # fmt: skip
+    """Finds the cause among all that failed after it.
+
+    A process that dies takes its peers with it, each with an error about its connection. The cause is the pod that
+    ended first with something else to say.
+
+    Args:
+        job: its name.
+        stage: that it runs.
+        detail: what the job's own status says.
+        pods: all its pods.
+        tails: the last lines of each pod's log, by pod name.
+    """
+    failed = [pod for pod in pods if pod.exit_code or (pod.ended and pod.exit_code is None)]
+    failed.sort(key=lambda pod: pod.finished or "~")
+    order = {"UserError": 0, "OOMKilled": 1, "Collective": 3}
+    if found := [_of_pod(pod, stage, tails.get(pod.name, ())) for pod in failed]:
+        return min(found, key=lambda failure: order.get(failure.reason, 2))
+    if "longer than specified deadline" in detail or "DeadlineExceeded" in detail:
+        return Failure("Deadline", False, [f"{job} ran longer than start_limit + run_limit: raise run_limit"])
+    return Failure("Failed", False, [f"{job} failed: {detail or 'Kubernetes does not say why'}"])
+
+
+def _of_pod(pod: Pod, stage: Stage, tail: Iterable[str]) -> Failure:
+    text, last = "\n".join([*tail, pod.message]), [f"  {line}" for line in list(tail)[-_LINES:]]
+    if pod.exit_code == 2:
+        try:  # the process's own sentences, as jobs/torchrun.py left them
+            return Failure("UserError", False, [str(problem) for problem in json.loads(pod.message)["problems"]])
+        except (ValueError, KeyError, TypeError):
+            pass
+    smaller = _SMALLER.get(stage, "lower what it processes at once")
+    if pod.reason == "OOMKilled":
+        problem = f"{pod.name} used more memory than its limit (OOMKilled): {smaller}, or choose a larger instance type"
+        return Failure("OOMKilled", False, [problem])
+    if _MACHINE.fullmatch(pod.reason):
+        return Failure(pod.reason, True, [f"{pod.name} lost its machine ({pod.reason}): {pod.message or 'no details'}"])
+    if _GPU_BROKEN.search(text):
+        return Failure("GPU", True, [f"{pod.name}: a GPU or its driver failed: {pod.message or 'see its log'}", *last])
+    if _GPU_MEMORY.search(text):
+        problem = f"{pod.name} has too little GPU memory: {smaller}, or choose GPUs with more"
+        return Failure("GPUMemory", False, [problem, *last])
+    if pod.exit_code in (137, 143):
+        problem = f"{pod.name} was killed (exit code {pod.exit_code}): a preempted or overcommitted machine"
+        return Failure("Killed", True, [problem])
+    if _PEERS.search(text):
+        problem = f"{pod.name} lost its peers or waited for them longer than dist_timeout"
+        return Failure("Collective", True, [problem, *last])
+    code = "" if pod.exit_code is None else f" with exit code {pod.exit_code}"
+    last = last or [f"  {line}" for line in pod.message.splitlines()[-_LINES:]]
+    return Failure("Error", False, [f"{pod.name} failed{code}; its last lines:", *last])
+
+
+def never_starts(pods: Sequence[Pod]) -> Failure | None:
+    """What keeps a container from starting and will not go away by waiting."""
+    for pod in pods:
+        if pod.waiting.partition(":")[0] in _NEVER_STARTS:
+            reason, advice = "Container", "see its events"
+            if "Image" in pod.waiting:
+                reason, advice = "ImagePull", "check the image's name, and that the cluster may pull it"
+            return Failure(reason, False, [f"{pod.name} does not start: {pod.waiting}: {advice}"])
+    return None
+
+
+def limit_exceeded(job: str, limit: str, minutes: int, detail: str, pods: Sequence[Pod]) -> Failure:
+    """A phase took longer than its parameter allows."""
+    waiting = [f"{pod.name}: {pod.waiting}" for pod in pods if pod.waiting]
+    reason = {"queue_limit": "Queue", "start_limit": "Start", "run_limit": "Run"}[limit]
+    if limit == "start_limit" and any(pod.waiting.startswith("Unschedulable") for pod in pods):
+        reason = "Unschedulable"
+    problem = f"{limit}: {job} exceeded {minutes} minutes ({detail}): raise {limit}, or remove what it waits for"
+    return Failure(reason, False, [problem, *waiting])

@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from draft_model.doors import ERROR_FILE
+from draft_model.entrypoint import ERROR_FILE
 from draft_model.processes import end_with_parent
 
 STOP_SECONDS = 600
@@ -30,8 +30,8 @@ def main() -> int:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     _end_on_signals()
     code = _torchrun()
-    if path and code:
-        _report(Path(path))
+    if code:
+        tell_kubernetes()
     return code
 
 
@@ -59,10 +59,10 @@ def _end_on_signals() -> None:
     threading.Thread(target=wait, name="signals", daemon=True).start()
 
 
-def _report(error: Path) -> None:
-    """Puts the problems into the pod's log, and into its status where there is one."""
-    end = os.environ.get(TERMINATION_LOG)
-    if not end or not error.exists():
+def tell_kubernetes() -> None:
+    """Puts the problems that a process reported into the pod's log and status, where this is a job's pod."""
+    end, error = os.environ.get(TERMINATION_LOG), Path(os.environ.get(ERROR_FILE, ""))
+    if not end or not error.is_file():
         return
     problems = json.loads(error.read_text(encoding="utf-8"))
     for problem in problems:

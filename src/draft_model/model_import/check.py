@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from draft_model.drafts.eagle3.config import draft_config_for
-from draft_model.drafts.eagle3.model import Rotary
+from draft_model.drafts import DEFAULT, family
+from draft_model.drafts.rotary import Rotary
 from draft_model.errors import DraftModelError
 from draft_model.model_import.convert import first_line
 from draft_model.model_import.files import INDEX
@@ -99,7 +99,7 @@ def _without_code(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def _config_problems(config: dict[str, Any]) -> list[str]:
-    draft = draft_config_for(config)
+    draft = family(DEFAULT).default_shape(config)
     problems: list[str] = []
     quantisation = config.get("quantization_config") or {}
     method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation

@@ -20,41 +20,27 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 CARD = "README.md"
 _NAMED_TEMPLATE = re.compile(r"additional_chat_templates/[\w-]+\.jinja")
-_MAX_SMALL_FILE = 200 * 10**6
-"""Bytes; no configuration, tokenizer or index is larger."""
+_MAX_SMALL_FILE = 200 * 10**6  # bytes; no configuration, tokenizer or index is larger
 _NO_WEIGHTS = ("optimizer", "scheduler", "training_args", "trainer_state", "rng_state", "scaler", "adapter_", "consol")
 
 
 @dataclass(frozen=True)
 class File:
-    """A file of a listing.
+    """A file of a listing."""
 
-    Attributes:
-        size: bytes; None where the source does not say.
-        stamp: changes with the content: an ETag, a Git object's id, a modification time.
-        sha256: where the source states it, else empty.
-    """
-
-    size: int | None
-    stamp: str
-    sha256: str = ""
+    size: int | None  # bytes; None where the source does not say
+    stamp: str  # changes with the content: an ETag, a Git object's id, a modification time
+    sha256: str = ""  # where the source states it
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder, a repository or a logged model.
+    """The files of a folder, a repository or a logged model."""
 
-    Attributes:
-        files: by their paths.
-        bring: gives local paths of some of the files, downloading what is remote.
-        revision: commit of a Hub repository, else empty.
-        uri: the folder where `storage` can reach it, else empty.
-    """
-
-    files: Mapping[str, File]
-    bring: Callable[[Iterable[str]], dict[str, Path]]
-    revision: str = ""
-    uri: str = ""
+    files: Mapping[str, File]  # by their paths
+    bring: Callable[[Iterable[str]], dict[str, Path]]  # local paths of some of the files; downloads what is remote
+    revision: str = ""  # commit of a Hub repository
+    uri: str = ""  # the folder where `storage` can reach it
 
 
 def list_stored(uri: str, scratch: Path) -> Listing:
@@ -96,18 +82,11 @@ def check_small(names: Iterable[str], files: Mapping[str, File]) -> None:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weight files of a model.
-
-    Attributes:
-        kind: safetensors, or PyTorch's pickles.
-        names: the files.
-        index: says which tensor is in which file; empty where there is none.
-        problems: what is wrong with them.
-    """
+    """The weight files of a model, and what is wrong with them."""
 
     kind: Literal["safetensors", "pickle"]
     names: list[str]
-    index: str = ""
+    index: str = ""  # says which tensor is in which file
     problems: list[str] = field(default_factory=list)
 
 

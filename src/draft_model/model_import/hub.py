@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,12 +31,9 @@ class Unreachable(DraftModelError):
 
 
 def find(name: str, scratch: Path, seconds: float | None = None) -> Listing:
-    """Lists a repository at one commit; downloads nothing yet.
+    """Lists a repository (`org/name` or `org/name@revision`) at one commit; downloads nothing yet.
 
-    Args:
-        name: `org/name` or `org/name@revision`.
-        scratch: where its files are downloaded to.
-        seconds: to wait for an answer, retries included; None: some minutes.
+    Waits for an answer for so many seconds, retries included, or some minutes.
 
     Raises:
         DraftModelError: where it is missing or gated.
@@ -45,9 +43,7 @@ def find(name: str, scratch: Path, seconds: float | None = None) -> Listing:
     from huggingface_hub import HfApi, snapshot_download
 
     repository, _, revision = name.partition("@")
-    ask: Callable[[], Any] = lambda: HfApi().model_info(  # noqa: E731
-        repository, revision=revision or None, timeout=seconds, files_metadata=True
-    )
+    ask = partial(HfApi().model_info, repository, revision=revision or None, timeout=seconds, files_metadata=True)
     info = _request(name, ask, seconds)
     if not info.sha:
         raise DraftModelError(
@@ -63,7 +59,7 @@ def find(name: str, scratch: Path, seconds: float | None = None) -> Listing:
         paths = {name: scratch / name for name in names}
         patterns = [glob.escape(name) for name in paths]
         _request(
-            name, lambda: snapshot_download(repository, revision=info.sha, local_dir=scratch, allow_patterns=patterns)
+            name, partial(snapshot_download, repository, revision=info.sha, local_dir=scratch, allow_patterns=patterns)
         )
         if missing := [name for name, path in paths.items() if not path.is_file()]:
             raise DraftModelError(f"huggingface_id: {name} lacks {', '.join(missing)} at commit {info.sha}")

@@ -18,10 +18,7 @@ _STORED = ("s3://", "minio://", "file://", "/")
 def find(uri: str, scratch: Path, server: str = "") -> Listing:
     """Lists a logged or registered model; where it lies in an object store or on a disk, it is read from there.
 
-    Args:
-        uri: `models:/...` or `runs:/...`.
-        scratch: where files are downloaded to.
-        server: URI of the tracking server; empty: MLFLOW_TRACKING_URI.
+    Without the URI of a tracking server, MLFLOW_TRACKING_URI's is asked.
     """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
     from mlflow import MlflowClient

@@ -33,14 +33,7 @@ _server: subprocess.Popen[bytes] | None = None
 
 
 def run(task: str, *, memory: int = MEMORY, cpu: int = CPU_SECONDS, wall: int = WALL_SECONDS, **arguments: Any) -> Any:
-    """Runs a task in a limited child process.
-
-    Args:
-        task: `inspect` or `convert`.
-        memory: limit in bytes.
-        cpu: limit in seconds of CPU time.
-        wall: limit in seconds.
-        arguments: of the task; JSON values.
+    """Runs `inspect` or `convert` in a child process with limits in bytes and seconds; arguments are JSON values.
 
     Raises:
         DraftModelError: what the task refuses, or which limit it exceeded.

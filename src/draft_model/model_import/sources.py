@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,35 +16,22 @@ from draft_model.parameters import Parameters
 
 _BELOW = ("", "model/", "model_artifact/model/", "data/model/")
 _TOKENIZERS_BELOW = ("components/tokenizer/", "data/tokenizer/")
-_CONFIGS_BELOW = ("data/config/",)
 _MAX_MLMODEL = 10**6
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model where it lies now.
+    """A model where it lies now."""
 
-    Attributes:
-        parameter: that named it.
-        name: as the user gave it.
-        listing: all files.
-        paths: of the files in the listing, by their names in one Transformers folder.
-    """
-
-    parameter: str
-    name: str
-    listing: Listing
-    paths: Mapping[str, str]
+    parameter: str  # that named it
+    name: str  # as the user gave it
+    listing: Listing  # all files
+    paths: Mapping[str, str]  # of the files in the listing, by their names in one Transformers folder
 
     @property
     def files(self) -> dict[str, File]:
         """The model's and the tokenizer's files by their names in one Transformers folder."""
         return {name: self.listing.files[path] for name, path in self.paths.items()}
-
-    @property
-    def described_by(self) -> list[str]:
-        """The names of configuration and tokenizer files."""
-        return description(self.paths)
 
     def bring(self, names: Iterable[str]) -> dict[str, Path]:
         """Gives local paths of files, downloading what is remote."""
@@ -54,15 +41,7 @@ class Source:
 
 
 def resolve(parameters: Parameters, work: Path) -> Source:
-    """Finds the one given source; lists its files and reads no weights.
-
-    Args:
-        parameters: of the run.
-        work: scratch folder for what is downloaded.
-
-    Raises:
-        DraftModelError: where it is missing, unreadable or of another kind than its parameter says.
-    """
+    """Finds the one given source, and refuses one of another kind than its parameter says; reads no weights."""
     scratch = work / "source"
     if name := parameters.huggingface_id:
         listing = hub.find(name, scratch)
@@ -103,9 +82,8 @@ def _from_mlflow(uri: str, scratch: Path, server: str) -> Source:
         names = ", ".join(flavours) or "none"
         raise DraftModelError(f"mlflow_model_path: {uri} has the flavours {names}; allowed: transformers")
     found = {CARD: CARD} if CARD in files else {}
-    for folder in _CONFIGS_BELOW:
-        found |= _inside(files, folder)
-    below = _model_folder([*files, *(f"data/model/{name}" for name in found)])
+    found |= _inside(files, "data/config/")
+    below = _model_folder({*files, *(f"data/model/{name}" for name in found)})
     if below is None:
         raise DraftModelError(f"mlflow_model_path: {uri} holds no model with a config.json below its MLmodel")
     found |= _inside(files, below)
@@ -141,9 +119,8 @@ def _stored(parameter: str, uri: str, scratch: Path) -> Listing:
         raise DraftModelError([f"{parameter}: {problem}" for problem in error.problems]) from error
 
 
-def _model_folder(names: Iterable[str]) -> str | None:
-    known = set(names)
-    return next((folder for folder in _BELOW if f"{folder}config.json" in known), None)
+def _model_folder(names: Collection[str]) -> str | None:
+    return next((folder for folder in _BELOW if f"{folder}config.json" in names), None)
 
 
 def _inside(files: Iterable[str], folder: str) -> dict[str, str]:

@@ -19,71 +19,49 @@ from typing import Any
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
+from draft_model.markdown import table
 from draft_model.model_import import sandbox
-from draft_model.model_import.files import CARD, INDEX, Weights, check_small, choose_weights
+from draft_model.model_import.files import CARD, INDEX, Weights, check_small, choose_weights, description
 from draft_model.model_import.sources import Source, resolve
 from draft_model.parameters import Parameters
-from draft_model.shown import table
 from draft_model.tracking import tracked
 
 logger = logging.getLogger(__name__)
-_store: Any = storage
-"""For `copy` and `read_range`, which not every storage has."""
 
 STAGE = "import"
-_FORMAT = 2
-"""Of the canonical folder; part of the content key, so that a change of it imports anew."""
-_CONVERTED_PER_SECOND = 10**7
-"""Bytes of a pickle that are converted in a second of CPU time, at the least."""
+_FORMAT = 2  # of the canonical folder; part of the content key, so that a change of it imports anew
+_CONVERTED_PER_SECOND = 10**7  # bytes of a pickle in a second of CPU time, at the least
 
 
 @dataclass(frozen=True)
 class ImportConfig:
     """One import.
 
-    Attributes:
-        output: URI of the folder to write.
-        work: scratch folder on this machine.
-        parameters: of the run; exactly one model source is given.
-        root: URI of a folder that runs share; where given, the model goes to `<root>/models/<content key>` in place of
-            `output`, and a whole one that is there already is used.
+    With a root, the URI of a folder that runs share, the model goes to `<root>/models/<content key>` in place of
+    `output`, and a whole one that is there already is used.
     """
 
-    output: str
-    work: Path
-    parameters: Parameters
+    output: str  # URI of the folder to write
+    work: Path  # scratch folder on this machine
+    parameters: Parameters  # of the run; exactly one model source is given
     root: str = field(default="", kw_only=True)
 
 
 @dataclass(frozen=True)
 class ImportResult:
-    """What an import leaves.
+    """What an import leaves; words are empty where there is nothing to say."""
 
-    Attributes:
-        uri: of the canonical folder.
-        source: what was imported, as the user gave it.
-        revision: commit of a Hub repository; empty for other sources.
-        licence: as the source names it; empty where it names none.
-        architecture: transformers' class.
-        parameter_count: number of weights; those that are used twice count once.
-        conversion: what was done to weights that were no safetensors; empty for those that were.
-        size: bytes of all files.
-        quantization: of the weights, such as `fp8`; empty where they are plain.
-        max_positions: longest sequence that the target was made for, in tokens; 0 where it does not say.
-        reused: whether it was there already, whole and of the same content.
-    """
-
-    uri: str
-    source: str
-    revision: str
-    licence: str
-    architecture: str
-    parameter_count: int
-    conversion: str
-    size: int
-    quantization: str = ""
-    max_positions: int = 0
-    reused: bool = False
+    uri: str  # of the canonical folder
+    source: str  # what was imported, as the user gave it
+    revision: str  # commit of a Hub repository
+    licence: str  # as the source names it
+    architecture: str  # transformers' class
+    parameter_count: int  # number of weights; those that are used twice count once
+    conversion: str  # what was done to weights that were no safetensors
+    size: int  # bytes of all files
+    quantization: str = ""  # of the weights, such as `fp8`
+    max_positions: int = 0  # longest sequence that the target was made for, in tokens; 0 where it does not say
+    reused: bool = False  # whether it was there already, whole and of the same content
 
     def markdown(self) -> str:
         """What the KFP UI shows."""
@@ -111,9 +89,6 @@ def is_weight(name: str) -> bool:
 def run(config: ImportConfig) -> ImportResult:
     """Imports the target model; where the same content is there already, whole, copies nothing.
 
-    Args:
-        config: what to import and where to.
-
     Raises:
         DraftModelError: when the source cannot be read or the model cannot be used; nothing is published then.
     """
@@ -134,13 +109,9 @@ def run(config: ImportConfig) -> ImportResult:
     if not config.root:  # below a root, another run may be reading the same content
         storage.remove_manifest(uri)
     properties = {
-        **facts,
-        "source": source.name,
-        "revision": source.listing.revision,
-        "digest": key,
-        "licence": _licence(source),
-        "parameters": config.parameters.of_stage("import"),
-    }
+        **facts, "source": source.name, "revision": source.listing.revision, "digest": key,
+        "licence": _licence(source), "parameters": config.parameters.of_stage("import"),
+    }  # fmt: skip
     manifest = storage.write_manifest(uri, STAGE, _upload(source, folder, uri, remote), properties)
     result = _result(uri, manifest, reused=False)
     logger.info(
@@ -173,12 +144,11 @@ def _result(uri: str, manifest: storage.Manifest, *, reused: bool) -> ImportResu
 
 
 def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dict[str, Any]]:
-    """Checks the model and makes its canonical folder in the scratch folder; weights are links there.
+    """Checks the model and makes its canonical folder in the scratch folder, where weights are links.
 
-    Returns:
-        The folder, the weight files that their object store is still to copy, and what is known of the model.
+    Returns the folder, the weight files that their object store is still to copy, and what is known of the model.
     """
-    names = [*source.described_by, *([CARD] if CARD in source.files else [])]
+    names = [*description(source.paths), *([CARD] if CARD in source.files else [])]
     check_small(names, source.files)
     folder = work / "model"
     shutil.rmtree(folder, ignore_errors=True)
@@ -205,14 +175,14 @@ def _headers(source: Source, weights: Weights, folder: Path, uri: str) -> list[s
     """Brings only the weights' headers, with holes for the tensors, where an object store can copy the files itself."""
     between = source.listing.uri and storage.is_remote(source.listing.uri) and storage.is_remote(uri)
     final = weights.kind == "safetensors" and (weights.index or weights.names == ["model.safetensors"])
-    if not (between and final and hasattr(storage, "copy") and hasattr(storage, "read_range")):
+    if not (between and final):
         return []
     for name in weights.names:
         file, size = storage.join(source.listing.uri, source.paths[name]), source.files[name].size or 0
         with (folder / name).open("wb") as header:
             if size > 8:
-                length = int.from_bytes(start := _store.read_range(file, 0, 8), "little")
-                header.write(start + _store.read_range(file, 8, min(max(length, 1), size, 10**8)))
+                length = int.from_bytes(start := storage.read_range(file, 0, 8), "little")
+                header.write(start + storage.read_range(file, 8, min(max(length, 1), size, 10**8)))
             header.truncate(size)
     return weights.names
 
@@ -247,7 +217,7 @@ def _upload(source: Source, folder: Path, uri: str, remote: list[str]) -> list[s
     if remote:
         below = source.paths[remote[0]].removesuffix(remote[0]).rstrip("/")
         folder_uri = storage.join(source.listing.uri, below) if below else source.listing.uri
-        records += _store.copy(folder_uri, uri, remote)
+        records += storage.copy(folder_uri, uri, remote)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name != CARD and name not in remote:

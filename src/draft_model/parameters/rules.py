@@ -79,6 +79,16 @@ def _batch_arithmetic(p: Parameters) -> Problem | None:
     return None
 
 
+def _sampling(p: Parameters) -> Problem | None:
+    if not p.evaluation_temperature or p.evaluation_engine != "transformers":
+        return None
+    return Problem(
+        "evaluation_temperature",
+        f"given {p.evaluation_temperature:g} with evaluation_engine=transformers, which decodes greedily only: use "
+        "another engine, or leave one of the two out",
+    )
+
+
 def _samples(p: Parameters) -> Problem | None:
     if p.regenerate_samples_per_prompt == 1 or p.regenerate_temperature or p.regenerate_answers == "off":
         return None
@@ -99,6 +109,7 @@ _RULES: tuple[tuple[Stage, Sequence[str], Callable[[Parameters], Problem | None]
     ("train", (*_WORLD, "tp_size"), _tensor_parallelism),
     ("train", (*_WORLD, "tp_size", "dp_size"), _world_size),
     ("train", (*_WORLD, *_BATCHES), _batch_arithmetic),
+    ("evaluate", ("evaluation_temperature", "evaluation_engine"), _sampling),
 )
 """Stage, the parameters that each must be valid by itself, and the rule."""
 

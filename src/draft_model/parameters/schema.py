@@ -90,10 +90,10 @@ class Parameters(BaseModel):
         "Standard_d12_v2", "Instance type of the import step when its compute is `serverless`.", "import")
     instance_type_draft_model_training: Text = _p(
         "Standard_nc24rs_v3", "Instance type of the training job's pods when its compute is `serverless`.", "train")
-    num_nodes_draft_model_training: int = _p(1, "Nodes (pods) of the training job.", "train", ge=1)
+    num_nodes_draft_model_training: int = _p(1, "Nodes (pods) of the training job.", "regenerate", "train", ge=1)
     number_of_gpu_to_use_draft_model_training: int = _p(
         1, "GPUs, and so processes, per node; on a machine without GPUs: processes on its CPU.",
-        "regenerate", "train", ge=1)
+        "regenerate", "train", "evaluate", ge=1)
     huggingface_id: Text = _p(
         "", "Target model: a text-generation model of the Hugging Face Hub, `org/name` or `org/name@revision`.",
         "import")
@@ -223,9 +223,12 @@ class Parameters(BaseModel):
         ge=0)
     draft_architecture: Literal["eagle3", "eagle3.1", "dflash", "dspark"] = _p(
         "eagle3", "Family of the draft: which one when is in docs/drafts.md.", "dataset", "train")
-    draft_loss: Literal["kl", "lk", "tv"] = _p(
-        "kl", "Loss per position: divergence from the target (kl), the rejection itself (lk), total variation (tv).",
-        "train")
+    draft_loss: Literal["default", "kl", "lk", "tv"] = _p(
+        "default", "Loss per position: divergence from the target (kl; default of EAGLE-3), the rejection itself (lk), "
+        "total variation (tv; default of DFlash and DSpark).", "train")
+    draft_optimizer: Literal["adamw", "muon"] = _p(
+        "adamw", "Optimizer; muon: Muon for the matrices of the draft's layers, AdamW for head and norms: more "
+        "accepted tokens from the same data, at more time per step.", "train")
     regenerate_answers: Literal["off", "train", "all"] = _p(
         "off", "Replace the assistants' turns of the training data, or of the validation data too, by the target's own "
         "answers.", "regenerate")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from draft_model.storage import manifest
 from draft_model.storage.local import LocalFolder
 from draft_model.storage.manifest import MANIFEST, MANIFEST_LIMIT, FileRecord, Manifest
 from draft_model.storage.transfer import in_parallel, local_errors
-from draft_model.storage.uri import ObjectAddress, check_name, is_remote, parse, split
+from draft_model.storage.uri import check_name, is_remote, join, parse, split
 
 if TYPE_CHECKING:
     from draft_model.storage.s3 import S3Folder
@@ -30,10 +31,8 @@ _PROBLEMS_SHOWN = 20
 def folder_of(uri: str) -> LocalFolder | S3Folder:
     """The folder at a URI, local or in an object store."""
     address = parse(uri)
-    return LocalFolder(address, uri) if isinstance(address, Path) else _in_s3(address, uri)
-
-
-def _in_s3(address: ObjectAddress, uri: str) -> S3Folder:
+    if isinstance(address, Path):
+        return LocalFolder(address, uri)
     from draft_model.storage.s3 import S3Folder  # boto3 takes half a second, which a local run need not spend
 
     return S3Folder(address, uri)
@@ -44,7 +43,9 @@ def _file(uri: str) -> tuple[LocalFolder | S3Folder, str]:
     return folder_of(parent), name
 
 
-def publish(folder: Path, uri: str, *, stage: str, properties: Mapping[str, Any]) -> Manifest:
+def publish(
+    folder: Path, uri: str, *, stage: str, properties: Mapping[str, Any], check: Callable[[], None] | None = None
+) -> Manifest:
     """Makes a local folder available, whole, at a URI.
 
     Files that are there already are not sent again; files that an earlier manifest there lists and this one does not
@@ -55,6 +56,7 @@ def publish(folder: Path, uri: str, *, stage: str, properties: Mapping[str, Any]
         uri: destination; local or in an object store.
         stage: the stage that made them.
         properties: what the stage says about them; JSON values.
+        check: called right before the manifest is written; where it raises, the folder stays without one.
 
     Returns:
         The manifest, as `read_manifest` gives it.
@@ -77,6 +79,8 @@ def publish(folder: Path, uri: str, *, stage: str, properties: Mapping[str, Any]
     else:
         in_parallel(lambda name, _: target.remove(name), sorted(stale))
         records = target.put(sources)
+    if check is not None:
+        check()
     return _seal(target, stage, records, properties)
 
 
@@ -150,9 +154,13 @@ def read_manifest(uri: str, *, stage: str | None = None) -> Manifest:
 
 
 def is_whole(uri: str, record: Manifest) -> bool:
-    """Whether every file of a manifest is there with its size; none is read."""
-    there = folder_of(uri).files()
-    return all(there.get(file.path, (-1, ""))[0] == file.size for file in record.files)
+    """Whether every file of a manifest is there with its content.
+
+    On a disk every file is read; of objects the size and the SHA-256 in their metadata are compared.
+    """
+    folder = folder_of(uri)
+    with local_errors(uri):
+        return all(in_parallel(lambda file, _: folder.has(file), record.files))
 
 
 def remove_manifest(uri: str) -> None:
@@ -312,6 +320,19 @@ def read_versioned(uri: str) -> tuple[bytes, str] | None:
     return folder.read(name)
 
 
+def read_range(uri: str, offset: int, length: int, version: str = "") -> bytes:
+    """Bytes [offset, offset + length) of a file, fewer at its end.
+
+    Args:
+        uri: the file.
+        offset: of the first byte.
+        length: in bytes.
+        version: stamp that `list_files` gave; an object that has another one by now is refused.
+    """
+    folder, name = _file(uri)
+    return folder.read_range(name, offset, length, version)
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Makes or replaces a small file atomically."""
     folder, name = _file(uri)
@@ -334,3 +355,42 @@ def delete(uri: str, version: str | None = None) -> bool:
     """Removes a file, if it still has the version where one is given; returns False where it has another."""
     folder, name = _file(uri)
     return folder.remove(name, version)
+
+
+def probe(uri: str, *, conditional: bool = True) -> list[str]:
+    """Writes an object in parts, reads it in ranges, tries conditional writes, and removes all of it.
+
+    Args:
+        uri: folder that a run is to write to.
+        conditional: whether the run needs conditional writes, as a lease does.
+
+    Returns:
+        What does not work, a sentence each; nothing where all does.
+    """
+    problems: list[str] = []
+    folder = join(uri, f"probe-{uuid.uuid4().hex}")
+    with tempfile.TemporaryDirectory() as work:
+        try:
+            (Path(work) / "large").write_bytes(data := os.urandom(9 * 2**20))
+            put_file(Path(work) / "large", join(folder, "large"))
+            if fetch_file(join(folder, "large"), Path(work, "back")).read_bytes() != data:
+                problems.append(f"{uri}: an object of 9 MiB comes back with another content; see the log of the store")
+            if conditional:
+                file = join(folder, "lease")
+                made = [create(file, b"first"), create(file, b"second")]
+                found = read_versioned(file)
+                wrong = replace(file, b"third", '"0123456789abcdef0123456789abcdef"')
+                right = found is not None and not wrong and replace(file, b"fourth", found[1])
+                if made != [True, False] or wrong or not right:
+                    problems.append(
+                        f"{uri}: the store does not obey conditional writes "
+                        f"({'If-None-Match' if made != [True, False] else 'If-Match'}), which keep two runs out of one "
+                        "folder; use another store or a folder on a disk"
+                    )
+        except DraftModelError as error:
+            problems += error.problems
+        try:
+            remove(folder)
+        except DraftModelError as error:
+            problems += [problem for problem in error.problems if problem not in problems]
+    return problems

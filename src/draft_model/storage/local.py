@@ -80,10 +80,23 @@ class LocalFolder:
                 return None
         return data, hashlib.sha256(data).hexdigest()
 
+    def read_range(self, name: str, offset: int, length: int, version: str = "") -> bytes:
+        """Bytes [offset, offset + length) of a file, fewer at its end; of a disk's file the version is not compared."""
+        try:
+            with local_errors(self.uri), (self.path / name).open("rb") as stream:
+                stream.seek(offset)
+                return stream.read(length)
+        except FileNotFoundError:
+            raise DraftModelError(f"{self.path / name}: there is no such file; check the URI") from None
+
     def exists(self, name: str) -> bool:
         """Whether there is a file of this name."""
         with local_errors(self.uri):
             return (self.path / name).is_file()
+
+    def has(self, record: FileRecord) -> bool:
+        """Whether a file is there with the content of its record."""
+        return problem(self.inside(record.path), record) is None
 
     def write(self, name: str, data: bytes) -> None:
         """Makes or replaces a small file atomically and durably."""

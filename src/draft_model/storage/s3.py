@@ -94,7 +94,6 @@ _SENTENCES = {
 }
 _BY_CODE = {code: sentence for codes, sentence in _SENTENCES.items() for code in codes}
 _BUSY = {"429", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
-_UNREACHABLE = (HTTPClientError, EndpointConnectionError, ConnectTimeoutError, IncompleteReadError)
 _FOREIGN = (ClientError, BotoCoreError, Boto3Error, OSError, RecursionError)
 
 
@@ -170,59 +169,62 @@ class Store:
         if self._endpoint == KFP_STORE:
             where += " (the store of Kubeflow Pipelines, which minio:// means without AWS_ENDPOINT_URL)"
         token, kind = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"), DraftModelError
-        if isinstance(error, ClientError):
-            kind, text = _refusal(error, uri)
-        elif isinstance(error, NoCredentialsError | PartialCredentialsError):
-            text = (
-                f"{uri}: there are no credentials for the object store; set AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or give this machine or pod a role"
-            )
-        elif isinstance(error, RecursionError):  # botocore follows a redirect that names no region again and again
-            text = (
-                f"{uri}: the object store at {where} redirects every request; correct http or https in "
-                "AWS_ENDPOINT_URL, or set AWS_DEFAULT_REGION to the region of the bucket"
-            )
-        elif isinstance(error, ParamValidationError):
-            text = f"{uri}: S3 allows no such bucket or key; correct the URI"
-        elif any(sign in str(error) for sign in ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")):
-            text = (
-                f"{uri}: no trusted TLS connection to the object store at {where}; set AWS_CA_BUNDLE to the file of "
-                "its certificate authority, or correct http or https in AWS_ENDPOINT_URL"
-            )
-        elif isinstance(error, _UNREACHABLE):
-            kind = StoreUnavailable
-            text = (
-                f"{uri}: the object store at {where} cannot be reached; check that the store is running, the network, "
-                "and AWS_ENDPOINT_URL (host, port, http or https)"
-            )
-        elif isinstance(error, BotoCoreError | Boto3Error):
-            text = (
-                f"{uri}: the AWS client gives up: {without_credentials(error)}; check the AWS_* environment variables"
-            )
-        elif isinstance(error, OSError) and token and error.filename == token:
-            text = (
-                f"AWS_WEB_IDENTITY_TOKEN_FILE: given {token!r}, which cannot be read ({error.strerror}); check the "
-                "service account of the pod and the annotation of its role, or unset it and AWS_ROLE_ARN"
-            )
-        else:
-            return None
-        problem = kind(text)
+        untrusted = any(sign in str(error) for sign in ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER"))
+        match error:
+            case ClientError():
+                kind, text = _refusal(error)
+            case NoCredentialsError() | PartialCredentialsError():
+                text = (
+                    "there are no credentials for the object store; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+                    "or give this machine or pod a role"
+                )
+            case RecursionError():  # botocore follows a redirect that names no region again and again
+                text = (
+                    f"the object store at {where} redirects every request; correct http or https in AWS_ENDPOINT_URL, "
+                    "or set AWS_DEFAULT_REGION to the region of the bucket"
+                )
+            case ParamValidationError():
+                text = "S3 allows no such bucket or key; correct the URI"
+            case _ if untrusted:
+                text = (
+                    f"no trusted TLS connection to the object store at {where}; set AWS_CA_BUNDLE to the file of its "
+                    "certificate authority, or correct http or https in AWS_ENDPOINT_URL"
+                )
+            case HTTPClientError() | EndpointConnectionError() | ConnectTimeoutError() | IncompleteReadError():
+                kind = StoreUnavailable
+                text = (
+                    f"the object store at {where} cannot be reached; check that the store is running, the network, "
+                    "and AWS_ENDPOINT_URL (host, port, http or https)"
+                )
+            case BotoCoreError() | Boto3Error():
+                text = f"the AWS client gives up: {without_credentials(error)}; check the AWS_* environment variables"
+            case OSError() if token and error.filename == token:
+                uri = "AWS_WEB_IDENTITY_TOKEN_FILE"
+                text = (
+                    f"given {token!r}, which cannot be read ({error.strerror}); check the service account of the "
+                    "pod and the annotation of its role, or unset it and AWS_ROLE_ARN"
+                )
+            case _:
+                return None
+        if text.startswith("STS "):
+            uri = "AWS_ROLE_ARN"
+        problem = kind(f"{uri}: {text}")
         problem.__cause__ = error
         return problem
 
 
-def _refusal(error: ClientError, uri: str) -> tuple[type[DraftModelError], str]:
+def _refusal(error: ClientError) -> tuple[type[DraftModelError], str]:
     code, status = _code(error)
     if error.operation_name.startswith("AssumeRole"):
         message = without_credentials(error.response.get("Error", {}).get("Message", ""))
         return DraftModelError, (
-            f"AWS_ROLE_ARN: STS does not give this process the role {os.environ.get('AWS_ROLE_ARN', 'of its profile')} "
+            f"STS does not give this process the role {os.environ.get('AWS_ROLE_ARN', 'of its profile')} "
             f"({code}: {message}); check the trust policy of the role, the identity provider and the service account"
         )
     if code in _BUSY or status == 429 or (status >= 500 and code not in _BY_CODE):
-        return StoreUnavailable, f"{uri}: the object store is too busy or away ({code or status}); try again later"
+        return StoreUnavailable, f"the object store is too busy or away ({code or status}); try again later"
     unknown = f"the object store refuses {error.operation_name} with {code or status or 'no code'}; see its log"
-    return DraftModelError, f"{uri}: {_BY_CODE.get(code, unknown)}"
+    return DraftModelError, _BY_CODE.get(code, unknown)
 
 
 def _code(error: BaseException | None) -> tuple[str, int]:
@@ -275,6 +277,16 @@ class S3Folder:
 
         return self._unless_missing(lambda: self._request(name, get))
 
+    def read_range(self, name: str, offset: int, length: int, version: str = "") -> bytes:
+        """Bytes [offset, offset + length) of an object, fewer at its end; refused if its version (ETag) is another."""
+        span: Any = {"Range": f"bytes={offset}-{offset + length - 1}"} | ({"IfMatch": version} if version else {})
+        try:
+            return bytes(self._request(name, lambda client, to: client.get_object(**to, **span)["Body"].read()))
+        except DraftModelError as error:
+            if _code(error.__cause__)[1] == 416:  # nothing is there from this offset on
+                return b""
+            raise
+
     def _unless_missing(self, ask: Callable[[], Result]) -> Result | None:
         try:
             return ask()
@@ -284,14 +296,27 @@ class S3Folder:
             raise
 
     def exists(self, name: str) -> bool:
-        """Whether there is an object of this name."""
-        # Not HEAD: its answer has no body, so a wrong bucket would count as a missing object.
-        get = lambda client, to: client.get_object(**to)["Body"].close()  # noqa: E731
-        return self._unless_missing(lambda: self._request(name, get) or True) is not None
+        """Whether there is an object of this name; HEAD would not tell a missing bucket from a missing object."""
+        return self._unless_missing(lambda: self.read_range(name, 0, 1)) is not None
 
     def head(self, name: str) -> HeadObjectOutputTypeDef | None:
         """What the store says of an object, or None where there is no such object."""
         return self._unless_missing(lambda: self._request(name, lambda client, to: client.head_object(**to)))
+
+    def has(self, record: FileRecord) -> bool:
+        """Whether an object is there with the content of its record; one without SHA-256 in its metadata is read."""
+        head = self.head(record.path)
+        same_size = head is not None and head["ContentLength"] == record.size
+        return same_size and self._sha256(record.path, cast(Any, head)) == record.sha256
+
+    def _sha256(self, name: str, head: HeadObjectOutputTypeDef) -> str:
+        def read(client: S3Client, to: Any) -> str:
+            digest = hashlib.sha256()
+            for block in client.get_object(**to, IfMatch=head["ETag"])["Body"].iter_chunks(2**20):
+                digest.update(block)
+            return digest.hexdigest()
+
+        return head["Metadata"].get(_HASH) or self._request(name, read)
 
     def write(self, name: str, data: bytes) -> None:
         """Makes or replaces a small object."""
@@ -383,8 +408,7 @@ class S3Folder:
             path = sources[name]
             before = path.stat()
             record = record_of(path, name)
-            there = self.head(name)
-            if there and (there["ContentLength"], there["Metadata"].get(_HASH)) == (record.size, record.sha256):
+            if self.has(record):
                 advance(record.size)
                 return record
             more: Any = {"ExtraArgs": {"Metadata": {_HASH: record.sha256}}, "Config": _TRANSFER, "Callback": advance}
@@ -427,13 +451,7 @@ class S3Folder:
                 advance(size)
                 return FileRecord(name, size, there["Metadata"][_HASH])
 
-            def read(client: S3Client, to: Any) -> str:
-                digest = hashlib.sha256()
-                for block in client.get_object(**to, IfMatch=etag)["Body"].iter_chunks(2**20):
-                    digest.update(block)
-                return digest.hexdigest()
-
-            sha256 = head["Metadata"].get(_HASH) or source._request(name, read, advance.stop)
+            sha256 = source._sha256(name, head)
             noted = {_HASH: sha256, _SOURCE: etag.strip('"')}
             extra: Any = {"Metadata": noted, "MetadataDirective": "REPLACE", "CopySourceIfMatch": etag}
             origin: Any = {"Bucket": source.bucket, "Key": source.prefix + name}

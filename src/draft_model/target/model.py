@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from draft_model.drafts.eagle3.batch import Batch
+from draft_model.drafts.batch import Batch
 from draft_model.drafts.transfer import to_device
 from draft_model.errors import DraftModelError
 from draft_model.target.fused import fuse, multiplier
@@ -80,7 +80,7 @@ class Target:
         return head_logits(hidden, self.head, self.bias, self.config)
 
     def features(self) -> Tensor:
-        """The features of the last forward pass, [B, T, 3H]."""
+        """The features of the last forward pass, [B, T, nH]."""
         return torch.cat([self._taken[layer] for layer in self.aux_layers], -1)
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class Target:
             batch: B conversations, on the host.
 
         Returns:
-            Per conversation the features and the hidden states after the final norm, [T_b, 3H + H].
+            Per conversation the features and the hidden states after the final norm, [T_b, nH + H].
         """
         final = self.decoder(input_ids=to_device(batch.tokens, self.device), use_cache=False).last_hidden_state
         states = torch.cat((self.features(), final), -1)
@@ -128,13 +128,15 @@ def load_target(folder: Path, aux_layers: tuple[int, ...], dtype: torch.dtype, d
         device: where it runs.
 
     Raises:
-        DraftModelError: when transformers cannot load it, or it has not the structure that EAGLE-3 needs.
+        DraftModelError: when transformers cannot load it, or it has not the structure that features are taken from.
     """
     return Target(check_structure(load_model(folder, dtype).to(device), aux_layers), aux_layers)
 
 
 def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **settings: Any) -> Any:
     """Loads an imported model with transformers, from safetensors and without code of its own.
+
+    FP8 weights are dequantised, on a GPU too: the training reads the last layer's, and multiplies in the compute type.
 
     Args:
         folder: a Transformers folder.
@@ -146,19 +148,24 @@ def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **setti
         DraftModelError: when transformers cannot.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     load = (auto_class or AutoModelForCausalLM).from_pretrained
     try:
-        return load(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **settings)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        quantisation = getattr(config, "quantization_config", None) or {}
+        if fp8 := quantisation.get("quant_method") == "fp8":
+            quantisation["dequantize"] = True  # FineGrainedFP8Config as an argument would drop modules_to_not_convert
+        model = load(folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, **settings)
+        return model.to(dtype) if fp8 else model  # what is not quantised keeps its own type otherwise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise DraftModelError(f"the target model in {folder} cannot be loaded: {error}") from error
 
 
 def check_structure(model: Any, aux_layers: tuple[int, ...]) -> Any:
-    """Gives a loaded model back where EAGLE-3 can take its features.
+    """Gives a loaded model back where features can be taken from it.
 
     Args:
         model: of transformers.

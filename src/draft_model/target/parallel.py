@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from draft_model.drafts.eagle3.batch import collate
+from draft_model.drafts.batch import collate
 from draft_model.errors import DraftModelError
 from draft_model.ranks import Ranks, is_a_peers
 from draft_model.target.model import Target, check_structure, load_model, load_target

@@ -28,68 +28,41 @@ logger = logging.getLogger(__name__)
 
 STATE = "training_state"
 RECORD = "training.json"
-_OPTIMIZER = ("exp_avg", "exp_avg_sq", "step")  # AdamW's own names; a step without supervised tokens counts for none
+_OPTIMIZER = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")  # AdamW's own names, and Muon's
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far training is, and what a run that goes on must agree on.
+    """How far training is, and what a run that goes on must agree on."""
 
-    Attributes:
-        step: optimizer steps done.
-        epoch: epochs begun.
-        seed: of the data order.
-        global_batch: conversations per step.
-        dataset: fingerprint of the data set.
-        world: processes that trained; another number may go on.
-        history: measured so far, a `History` as JSON.
-    """
-
-    step: int
-    epoch: int
-    seed: int
-    global_batch: int
-    dataset: str
-    world: int
-    history: dict[str, Any]
+    step: int  # optimizer steps done
+    epoch: int  # epochs begun
+    seed: int  # of the data order
+    global_batch: int  # conversations per step
+    dataset: str  # fingerprint
+    world: int  # processes that trained; another number may go on
+    history: dict[str, Any]  # measured so far, a `History` as JSON
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint that was read back.
-
-    Attributes:
-        uri: of its folder.
-        config: its config.json.
-        tensors: the served weights and vocabulary, by checkpoint name.
-        state: float32 weights and moments by name, and `random`, a row for each process; None where the folder holds
-            a served draft only.
-        position: None likewise.
-    """
+    """A checkpoint that was read back; a served draft has neither state nor position."""
 
     uri: str
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    state: dict[str, Tensor] | None
+    config: dict[str, Any]  # its config.json
+    tensors: dict[str, Tensor]  # the served weights and vocabulary, by checkpoint name
+    state: dict[str, Tensor] | None  # float32 weights and moments by name; `random`, a row for each process
     position: Position | None
 
 
 def write_checkpoint(
     folder: Path, draft: Draft, optimizer: torch.optim.Optimizer, position: Position, random: list[Tensor]
 ) -> None:
-    """Writes a checkpoint to this disk, in place of what the folder holds.
-
-    Args:
-        folder: local.
-        draft: the draft.
-        optimizer: its AdamW.
-        position: how far training is.
-        random: random state of each process.
-    """
+    """Writes a checkpoint to this disk, in place of what the folder holds; `random` has each process's state."""
     from safetensors.torch import save_file
 
     shutil.rmtree(folder, ignore_errors=True)
-    drafts.family().save(folder, draft)
+    drafts.family(draft.config.family).save(folder, draft)
     (folder / STATE).mkdir()
     tensors = {**optimizer_tensors(draft, optimizer), "random": torch.stack(random)}
     save_file(tensors, folder / STATE / "state.safetensors")
@@ -107,14 +80,12 @@ def optimizer_tensors(draft: Draft, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def restore(draft: Draft, optimizer: torch.optim.Optimizer, state: dict[str, Tensor], uri: str) -> None:
-    """Puts a saved state back, to the bit.
-
-    Args:
-        draft: of the same shape.
-        optimizer: AdamW over its parameters, fresh.
-        state: of `optimizer_tensors`.
-        uri: what an error names.
-    """
+    """Puts what `optimizer_tensors` gave back to the bit, into a draft of the same shape and a fresh optimizer."""
+    if any(key.startswith("momentum_buffer.") for key in state) != (optimizer.defaults.get("name") == "muon"):
+        raise DraftModelError(
+            f"draft_optimizer: the training in {uri} used the other optimizer, whose state means nothing to this one: "
+            "use the same, or resume=false with resume_from_checkpoint"
+        )
     weights = {name.removeprefix("weight."): tensor for name, tensor in state.items() if name.startswith("weight.")}
     load_weights(draft, weights, uri)
     for name, parameter in draft.named_parameters():
@@ -128,9 +99,7 @@ def restore(draft: Draft, optimizer: torch.optim.Optimizer, state: dict[str, Ten
 def read_checkpoint(uri: str, work: Path) -> Loaded:
     """Reads a checkpoint, or a served draft without training state, ours or another trainer's.
 
-    Args:
-        uri: its folder. Ours is checked against its manifest; another trainer's has none.
-        work: scratch folder.
+    Ours is checked against its manifest; another trainer's has none.
 
     Raises:
         DraftModelError: when it is missing, damaged, one of ours without its manifest, or no draft.
@@ -145,7 +114,7 @@ def read_checkpoint(uri: str, work: Path) -> Loaded:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not whole:
             _check_foreign(uri, folder, config)
-        config, tensors = drafts.family().read(config, load_file(folder / WEIGHTS), uri)
+        config, tensors = drafts.family_of(config, uri).read(config, load_file(folder / WEIGHTS), uri)
         if not (folder / STATE).is_dir():
             return Loaded(uri, config, tensors, None, None)
         state = load_file(folder / STATE / "state.safetensors")

@@ -15,23 +15,16 @@ from draft_model.parameters import Parameters
 class TrainConfig:
     """One training job.
 
-    Attributes:
-        model: URI of the imported target.
-        dataset: URI of the data set.
-        output: URI that the trained draft goes under: `final/`, and where no checkpoint_path is given the checkpoints.
-        work: scratch folder on this machine.
-        parameters: of the run.
-        run_id: of the pipeline's run; empty for a training that was started by itself.
-        again: whether this is another attempt of a run that broke off: it goes on from the newest whole checkpoint
-            that there is, whatever `resume` says of earlier runs. With a run_id it does so from that run's own anyway.
+    Another attempt (`again`) of a run that broke off goes on from the newest whole checkpoint that there is, whatever
+    `resume` says of earlier runs; with a run_id it does so from that run's own anyway.
     """
 
-    model: str
-    dataset: str
-    output: str
-    work: Path
+    model: str  # URI of the imported target
+    dataset: str  # URI of the data set
+    output: str  # URI that `final/` goes under, and where no checkpoint_path is given the checkpoints
+    work: Path  # scratch folder on this machine
     parameters: Parameters
-    run_id: str = ""
+    run_id: str = ""  # of the pipeline's run; empty for a training that was started by itself
     again: bool = False
 
     @property
@@ -53,32 +46,17 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training job leaves.
+    """What a training job leaves."""
 
-    Attributes:
-        output: URI that the checkpoints are under.
-        final: URI of the checkpoint that is ready to serve.
-        steps: optimizer steps of the whole training, resumed ones included.
-        loss: mean loss of the first unroll step over the last logged window, nats.
-        acceptance_length: of the final draft, simulated, on the validation split; on the training data where there is
-            none.
-    """
-
-    output: str
-    final: str
-    steps: int
-    loss: float
-    acceptance_length: float
+    output: str  # URI that the checkpoints are under
+    final: str  # URI of the draft to serve
+    steps: int  # optimizer steps of the whole training, resumed ones included
+    loss: float  # mean of the first unroll step over the last logged window, nats
+    acceptance_length: float  # of the final draft, simulated, on the validation split, else on the training data
 
     @classmethod
     def from_record(cls, output: str, final: str, record: Mapping[str, Any]) -> TrainResult:
-        """The result that a finished training's training.json tells.
-
-        Args:
-            output: URI of the training.
-            final: URI of the draft that the record lies beside.
-            record: training.json.
-        """
+        """The result that the training.json of a finished training tells."""
         log = record["log"]
         loss = log[-1]["loss"][0] if log else 0.0
         return cls(output, final, record["steps"], loss, float(record["acceptance_length"]))

@@ -1,7 +1,7 @@
 """The frozen target's states, computed in the first epoch and kept on disk for the later ones where there is room.
 
-A token's states are 4H numbers (three feature layers and the final one). On a CPU the target's forward pass is half of
-a step, so a second epoch from kept states takes about half the time; on a GPU computing them anew outruns a disk.
+On a CPU the target's forward pass is half of a step, so a second epoch from kept states takes about half the time; on a
+GPU computing them anew outruns a disk.
 
 The last bits of a state depend on what else is in the target's batch. So the plan alone says which conversations go
 through the target together, and a training that is resumed computes the very states that it would have kept.
@@ -10,7 +10,9 @@ through the target together, and a training that is resumed computes the very st
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -30,7 +32,7 @@ class StateStore:
     Args:
         folder: where the file goes.
         lengths: tokens of each conversation, int64 [C].
-        width: numbers per token, 4H.
+        width: numbers per token, of `Shape.state_width`.
         dtype: of the states.
         epochs: how often each conversation is needed; 1 keeps nothing.
         device: of the target.
@@ -62,6 +64,8 @@ class StateStore:
         path = folder / "target_states.bin"
         with path.open("wb") as file:
             file.truncate(size)
+            if sys.platform == "linux":
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here; in the mapped file, SIGBUS
         shape = (int(self._starts[-1]), width)
         self._kept = torch.from_file(str(path), shared=True, size=shape[0] * width, dtype=dtype).view(shape)
 
@@ -78,7 +82,7 @@ class StateStore:
             compute: gives the states of those that are missing, which are then kept.
 
         Returns:
-            [T_b, 4H] of each.
+            [T_b, width] of each.
         """
         assert self._kept is not None
         missing = [index for index in conversations.tolist() if not self._have[index]]

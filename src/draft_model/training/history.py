@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from draft_model.drafts.eagle3.objective import StepSums
+from draft_model.drafts.base import Counts
 
 
 @dataclass
@@ -52,15 +52,16 @@ class Window:
     """What happened since the last log line, summed; divided only when it is written.
 
     Args:
-        steps: unroll length.
+        nothing: counts of no position, on the host.
         saved: `to_json` of a window that a checkpoint interrupted.
     """
 
-    def __init__(self, steps: int, saved: Mapping[str, Any] | None = None) -> None:
-        self.sums = StepSums.zeros(steps)
+    def __init__(self, nothing: Counts, saved: Mapping[str, Any] | None = None) -> None:
+        self.sums = nothing
         self.tokens, self.seconds, self.norm = 0, 0.0, 0.0
-        if saved and len(saved["sums"][0]) == steps:
-            self.sums = StepSums.from_tensor(torch.tensor(saved["sums"], dtype=torch.float64))
+        sums = torch.tensor(saved["sums"] if saved else [], dtype=torch.float64)
+        if saved and sums.shape == nothing.tensor().shape:
+            self.sums = nothing.from_tensor(sums)
             self.tokens, self.seconds, self.norm = saved["tokens"], saved["seconds"], saved["norm"]
 
     def to_json(self) -> dict[str, Any]:
@@ -70,9 +71,9 @@ class Window:
     @property
     def measured(self) -> bool:
         """Whether anything was supervised: without, there is no loss that could be written."""
-        return bool(self.sums.supervised[0] > 0)
+        return bool(self.sums.divisor > 0)
 
-    def add(self, sums: StepSums, norm: float) -> None:
+    def add(self, sums: Counts, norm: float) -> None:
         """Adds one step's sums over all processes, and the norm of its gradient before clipping."""
         self.sums, self.norm = self.sums + sums, norm
 
@@ -88,23 +89,4 @@ class Window:
             where: step, epoch and the like, which come first.
         """
         speed = self.tokens / max(self.seconds, 1e-9)
-        return {**where, **measures(self.sums, proposals), "grad_norm": self.norm, "tokens_per_second": speed}
-
-
-def measures(sums: StepSums, proposals: int) -> dict[str, Any]:
-    """Means and acceptance length of some positions; None at the unroll steps that none of them reaches.
-
-    Args:
-        sums: over all processes.
-        proposals: tokens that the simulated decoding proposes per round.
-    """
-    supervised = (sums.supervised > 0).tolist()
-    means = {
-        name: [value if known else None for value, known in zip(values, supervised, strict=True)]
-        for name, values in sums.means().items()
-    }
-    return {
-        **means,
-        "acceptance_length": sums.acceptance_length(proposals),
-        "acceptance_length_by_proposals": [sums.acceptance_length(k) for k in range(1, len(supervised) + 1)],
-    }
+        return {**where, **self.sums.measures(proposals), "grad_norm": self.norm, "tokens_per_second": speed}

@@ -6,7 +6,6 @@ the others trust it; no process waits in a collective for a download.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -42,17 +41,10 @@ logger = logging.getLogger(__name__)
 STAGE = "train"
 _OTHERS_FIRST = 10.0
 """Seconds that a process waits for torchrun to end it when another is lost, so that the other's end is seen first."""
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}
 
 
 def run(config: TrainConfig) -> TrainResult:
-    """Trains a draft in this process, together with the others that torchrun started.
-
-    Args:
-        config: the same in every process.
-
-    Returns:
-        What was trained and where it is; the same in every process.
+    """Trains a draft in this process, together with the others that torchrun started with the same config.
 
     Raises:
         DraftModelError: for what the user can put right; no `final` is published then.
@@ -61,7 +53,6 @@ def run(config: TrainConfig) -> TrainResult:
     """
     p = config.parameters
     with (
-        _disk_errors(config.work),
         working_in(config.work),
         start_ranks(timedelta(minutes=p.dist_timeout), p.tp_size) as ranks,
         _leases(config, ranks) as leases,
@@ -124,31 +115,12 @@ def run(config: TrainConfig) -> TrainResult:
 
 
 @contextmanager
-def _disk_errors(work: Path) -> Iterator[None]:
-    """A full, read-only or failing disk is the user's to put right: a sentence instead of a traceback."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK:
-            raise
-        if isinstance(error, SafetensorError) and "os error" not in str(error):
-            raise
-        where, why = getattr(error, "filename", None) or work, getattr(error, "strerror", None) or error
-        raise DraftModelError(
-            f"disk: {where}: {why}: free some space, or run with another work folder that can be written to"
-        ) from error
-
-
-@contextmanager
 def _leases(config: TrainConfig, ranks: Ranks) -> Iterator[list[Lease]]:
     """The leases on the folders that a training writes to, in the process that writes."""
     run_id = config.run_id or own_run_id()
-    folders = {
-        config.output: "output",
-        **({config.checkpoints: "checkpoint_path"} if config.parameters.checkpoint_path else {}),
-    }
+    folders = {config.output: "output"}
+    if config.parameters.checkpoint_path:
+        folders[config.checkpoints] = "checkpoint_path"
     with ExitStack() as stack:
         held = [
             stack.enter_context(hold(uri, run_id, outermost=False, parameter=parameter))
@@ -190,7 +162,7 @@ def _publish_final(output: Output, training: Training, complete: Callable[[Path,
     folder, step, history = work / "final", training.done, training.history
     name = output.best() if output.keeping.best else None
     if name is None:
-        drafts.family().save(folder, training.draft)
+        drafts.family(training.draft.config.family).save(folder, training.draft)
         best = history.best
         if best and len(history.validation) > 1 and best["step"] != step:
             logger.info(
@@ -212,7 +184,7 @@ def _publish_final(output: Output, training: Training, complete: Callable[[Path,
 
 def main() -> int:
     """`torchrun -m draft_model.training`, in a job's pod or beside the command line; DRAFT_MODEL_JOB configures it."""
-    from draft_model.doors import TERMINATED, exit_code
+    from draft_model.entrypoint import TERMINATED, exit_code
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 

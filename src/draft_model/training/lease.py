@@ -7,6 +7,9 @@ finds another's lease watches it by its own clock. A lease that changes is refus
 seconds, or all of whose processes ran on this machine and are gone, is taken over. A run that could not renew for so
 long and finds the lease gone or another's writes nothing more. All processes of one run share its lease: the
 coordinating one, the job's first, and those that are started again for them.
+
+The lease is renewed right before each manifest and index is written (`Output`). What remains is a process that is
+stopped, or a single write that takes, longer than SECONDS between that answer and that write.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +47,7 @@ class Leased(DraftModelError):
 
 
 class Lease:
-    """This run's lease on a folder.
-
-    Args:
-        folder: URI.
-        run_id: of this run; the lease is shared by all processes that give the same.
-        parameter: that named the folder, for errors.
-    """
+    """The lease on a folder (URI) of the run with this id; errors name the parameter that named the folder."""
 
     def __init__(self, folder: str, run_id: str, parameter: str = "checkpoint_path") -> None:
         self.folder, self.run_id, self.parameter = folder, run_id, parameter
@@ -61,14 +58,7 @@ class Lease:
         self._since = _now()
 
     def acquire(self) -> bool:
-        """Takes the lease, or joins this run's.
-
-        Returns:
-            Whether it was taken and not joined.
-
-        Raises:
-            DraftModelError: where another run is at work there.
-        """
+        """Takes the lease, or joins this run's; returns whether it was taken. Raises Leased while another run works."""
         seen: bytes | None = None
         started = time.monotonic()
         while not storage.create(self._uri, self._text([])):
@@ -85,7 +75,10 @@ class Lease:
                 return False
             alive = [_is_alive(process) for process in held.get("processes", [])]
             changed = seen is not None and data != seen
-            if (changed and held) or (any(alive) and _age(held) < SECONDS):
+            fresh = any(alive) and datetime.now(UTC) - datetime.fromisoformat(held["renewed"]) < timedelta(
+                seconds=SECONDS
+            )
+            if fresh or (changed and held):
                 raise Leased(
                     f"{self.parameter}: given {self.folder!r}, where run {_name(held)} has been at work since "
                     f"{held.get('since')}: wait for its end, or give this run another folder"
@@ -104,11 +97,7 @@ class Lease:
         return True
 
     def renew(self) -> None:
-        """Writes that this run is alive; called before every publication too.
-
-        Raises:
-            DraftModelError: where the lease is gone or another run's by now, or the store is away.
-        """
+        """Writes that this run is alive; raises where the lease is gone or another run's, or the store is away."""
         with self._lock:
             if not self._ended.is_set():
                 self._change(add=True)
@@ -125,11 +114,7 @@ class Lease:
                     return
 
     def end(self, release: bool) -> None:
-        """Stops renewing.
-
-        Args:
-            release: whether the next run need not wait.
-        """
+        """Stops renewing; once released, the next run need not wait."""
         # A store that is away when a training ends is not waited for: the lease runs out by itself.
         with self._lock, storage.patience(SECONDS / RENEWALS):
             self._ended.set()
@@ -181,29 +166,22 @@ def _is_alive(process: dict[str, Any]) -> bool | None:
     """Whether a lease's process runs; None where only its own machine could tell."""
     if not process.get("table") or process["table"] != this_process()["table"]:
         return None
-    try:
+    with suppress(psutil.NoSuchProcess):
         found = psutil.Process(process["pid"])
         return abs(found.create_time() - process["started"]) < 1 and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    return False
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
-def _age(held: dict[str, Any]) -> float:
-    """Seconds since a lease of this machine was renewed."""
-    return (datetime.now(UTC) - datetime.fromisoformat(held["renewed"])).total_seconds()
-
-
 def _parsed(data: bytes) -> dict[str, Any]:
     """A lease's fields; none of one that is being made."""
-    try:
-        found = json.loads(data or b"{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    with suppress(ValueError):
+        if isinstance(found := json.loads(data or b"{}"), dict):
+            return found
+    return {}
 
 
 def _name(held: dict[str, Any]) -> str:
@@ -218,17 +196,15 @@ def own_run_id() -> str:
 
 @contextmanager
 def hold(folder: str, run_id: str, *, outermost: bool, parameter: str = "checkpoint_path") -> Iterator[Lease | None]:
-    """Holds the lease on a folder while its body runs.
+    """Holds the lease on a folder, where one is named, while its body runs.
+
+    Only checkpoint_path must be leased: an output in a store without conditional writes goes without.
 
     Args:
-        folder: URI; none where empty.
+        folder: URI; empty: no lease.
         run_id: of this run.
         outermost: whether the run ends with this process, or with one that waits for it.
-        parameter: that named the folder. Only checkpoint_path must be leased: an output in a store without conditional
-            writes goes without.
-
-    Yields:
-        The lease, if there is one.
+        parameter: that named the folder.
 
     Raises:
         DraftModelError: where another run is at work there.

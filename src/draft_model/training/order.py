@@ -7,8 +7,9 @@ is the same for every world size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,3 +67,9 @@ def plan_steps(lengths: NDArray[np.int64], global_batch: int, seed: int) -> Iter
         for place, batch in enumerate(random.permutation(len(batches))):
             yield Step(epoch, place == len(batches) - 1, batches[batch])
         epoch += 1
+
+
+def draw_keys(seed: int, step: int, conversations: Iterable[int]) -> list[int]:
+    """Seeds for what an objective draws for each conversation in a step (counted from 1; 0: in a validation)."""
+    names = (f"{seed} {step} {int(index)}".encode() for index in conversations)
+    return [int.from_bytes(blake2b(name, digest_size=8).digest()) >> 1 for name in names]

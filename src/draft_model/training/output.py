@@ -15,8 +15,8 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,10 @@ _NAME = re.compile(r"(epoch|step)_\d{1,12}")
 
 @dataclass(frozen=True)
 class Keeping:
-    """Which checkpoints stay.
+    """Which checkpoints stay."""
 
-    Attributes:
-        newest: how many of the newest; 0: all.
-        best: whether also the one of the highest simulated acceptance length, on the validation split.
-    """
-
-    newest: int = 0
-    best: bool = False
+    newest: int = 0  # how many of the newest; 0: all
+    best: bool = False  # the one of the highest simulated acceptance length on the validation split, too
 
 
 class Output:
@@ -57,16 +52,11 @@ class Output:
         work: scratch folder of this process.
         keeping: which of them stay.
         output: URI that `final` goes under, where it is another one.
-        leases: on the two; renewed before every publication.
+        leases: on the two; checked before whatever other runs would see is written or removed.
     """
 
     def __init__(
-        self,
-        uri: str,
-        work: Path,
-        keeping: Keeping | None = None,
-        output: str = "",
-        leases: Sequence[Lease] = (),
+        self, uri: str, work: Path, keeping: Keeping | None = None, output: str = "", leases: Sequence[Lease] = ()
     ) -> None:
         self.uri, self.work, self.keeping, self._leases = uri, work, keeping or Keeping(), leases
         self.final = storage.join(output or uri, "final")
@@ -99,12 +89,10 @@ class Output:
 
     def _read_names(self) -> list[str]:
         data = storage.read_file(self._index)
-        try:
+        with suppress(ValueError):
             listed = json.loads(data) if data is not None else None
             if isinstance(listed, list):
                 return [name for name in listed if isinstance(name, str) and _NAME.fullmatch(name)]
-        except ValueError:
-            pass
         # Deleted or cut: the checkpoints themselves say what they are.
         folders = {name.partition("/")[0] for name in storage.list_files(self.uri) if name.endswith(storage.MANIFEST)}
         found = {name: self._whole(name) for name in folders if _NAME.fullmatch(name)}
@@ -130,13 +118,10 @@ class Output:
         """Forgets the checkpoints of an earlier training, so that none of them is taken for one of this."""
         if names := self.names():
             logger.warning("resume=false: %d checkpoint(s) under %s are forgotten", len(names), self.uri)
-
-        def forget() -> None:
-            for uri in [*map(self._at, names), self.final]:
-                storage.remove_manifest(uri)
-            self._write_index([])
-
-        self._publish(forget)
+        self._renew()
+        for uri in [*map(self._at, names), self.final]:
+            storage.remove_manifest(uri)
+        self._write_index([])
         self._properties.clear()
 
     def tidy(self) -> None:
@@ -144,17 +129,14 @@ class Output:
         names = self.names()
         torn = [name for name in names if not self._whole(name)]
         for name in torn:
-            self._publish(partial(storage.remove, self._at(name)))
+            self._renew()
+            storage.remove(self._at(name))
             logger.info("checkpoint %s was not whole and is removed: %s", name, self._at(name))
         if torn:
-            self._publish(lambda: self._write_index([name for name in names if name not in torn]))
+            self._write_index([name for name in names if name not in torn])
 
     def newest(self, run_id: str = "") -> Loaded | None:
-        """The newest whole checkpoint; a damaged one is named and the one before it taken.
-
-        Args:
-            run_id: of the run whose checkpoints alone count; empty: anybody's.
-        """
+        """The newest whole checkpoint, of this run alone where one is named; a damaged one is named and passed over."""
         for name in reversed(self.names()):
             try:
                 found = storage.read_manifest(self._at(name), stage=STAGE)
@@ -184,33 +166,14 @@ class Output:
         self._sending.append(self._sender.submit(self._send, name, folder, properties))
 
     def finish(self) -> None:
-        """Waits until all is uploaded.
-
-        Raises:
-            DraftModelError: where it could not be.
-        """
+        """Waits until all is uploaded; raises DraftModelError where it could not be."""
         while self._sending:
             self._sending.pop(0).result()
 
     def _send(self, name: str, folder: Path, properties: dict[str, Any]) -> None:
-        uri, step = self._at(name), properties["step"]
-
-        def publish() -> None:
-            # A whole checkpoint of another step may have this name: total_steps may have ended the same epoch early.
-            # It may be the only whole one, and would be lost while this one is uploaded to its place.
-            there = self._whole(name)
-            free = name if there is None or there["step"] == step else f"step_{step}"
-            names = [other for other in self.names() if other != free] + [free]
-            self._write_index(names)
-            self._properties.pop(free, None)
-            storage.publish(folder, self._at(free), stage=STAGE, properties=properties)
-            self._properties[free] = properties
-            logger.info("checkpoint %s: step %d, %s", free, step, self._at(free))
-            self._thin_out(names)
-
         try:
             with storage.patience(0.0 if self._given_up else PATIENCE):
-                self._publish(publish)
+                self._upload(name, folder, properties)
         except DraftModelError as error:
             self._given_up = True
             # Out of the scratch folders, which end with the process.
@@ -220,27 +183,31 @@ class Output:
             shutil.move(folder, kept)
             storage.publish(kept, str(kept), stage=STAGE, properties=properties)
             raise DraftModelError(
-                [*error.problems, f"{uri}: the checkpoint of step {step} could not be put there; it stays in {kept}, "
-                 "which resume_from_checkpoint may name"]
+                [*error.problems, f"{self._at(name)}: the checkpoint of step {properties['step']} could not be put "
+                 f"there; it stays in {kept}, which resume_from_checkpoint may name"]
             ) from error  # fmt: skip
         shutil.rmtree(folder)
 
-    def _publish(self, work: Callable[[], object]) -> None:
-        """Changes what is published, if the folders are still leased to this run."""
-        for lease in self._leases:
-            lease.renew()
-        work()
-
-    def _thin_out(self, names: list[str]) -> None:
-        """Removes what is not to be kept. The newest is whole by now, so a whole one is left whatever happens."""
+    def _upload(self, name: str, folder: Path, properties: dict[str, Any]) -> None:
+        # A whole checkpoint of another step may have this name: total_steps may have ended the same epoch early.
+        # It may be the only whole one, and would be lost while this one is uploaded to its place.
+        there, step = self._whole(name), properties["step"]
+        name = name if there is None or there["step"] == step else f"step_{step}"
+        names = [other for other in self.names() if other != name] + [name]
+        self._write_index(names)
+        self._properties.pop(name, None)
+        storage.publish(folder, self._at(name), stage=STAGE, properties=properties, check=self._renew)
+        self._properties[name] = properties
+        logger.info("checkpoint %s: step %d, %s", name, step, self._at(name))
         if not self.keeping.newest:
             return
-        kept = set(names[-self.keeping.newest :]) | ({self._best(names)} if self.keeping.best else set())
-        for name in names:
-            if name not in kept:
-                self._properties.pop(name, None)
-                storage.remove(self._at(name))
-        self._write_index([name for name in names if name in kept])
+        # The newest is whole by now, so a whole one is left whatever happens.
+        kept = {*names[-self.keeping.newest :], *([self._best(names)] if self.keeping.best else [])}
+        self._renew()
+        for other in (other for other in names if other not in kept):
+            self._properties.pop(other, None)
+            storage.remove(self._at(other))
+        self._write_index([other for other in names if other in kept])
 
     def best(self) -> str | None:
         """The checkpoint of the highest simulated acceptance length, the earliest of equals; None without any."""
@@ -252,18 +219,18 @@ class Output:
         return max(validated, key=validated.__getitem__, default=None)
 
     def publish_final(self, folder: Path, *, stage: str, properties: dict[str, Any]) -> None:
-        """Puts the draft to serve under the output.
+        """Puts the draft to serve under the output, with a manifest of this stage and these properties."""
+        self._renew()
+        storage.publish(folder, self.final, stage=stage, properties=properties, check=self._renew)
 
-        Args:
-            folder: the draft's files.
-            stage: of the manifest.
-            properties: of the manifest.
-        """
-        self._publish(lambda: storage.publish(folder, self.final, stage=stage, properties=properties))
+    def _renew(self) -> None:
+        for lease in self._leases:
+            lease.renew()
 
     def _at(self, name: str) -> str:
         return storage.join(self.uri, name)
 
     def _write_index(self, names: list[str]) -> None:
+        self._renew()
         storage.write_bytes(self._index, json.dumps(names).encode())
         self._names = names

@@ -29,97 +29,54 @@ STATE_BYTES = 14.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines.
+    """The machines."""
 
-    Attributes:
-        memory: of a GPU, bytes.
-        peak: of a GPU in the compute type, FLOP/s.
-        share: of the peak that a training step reaches.
-        network: between two nodes, bytes/s for each GPU.
-    """
-
-    memory: float
-    peak: float
-    share: float
-    network: float
+    memory: float  # of a GPU, bytes
+    peak: float  # of a GPU in the compute type, FLOP/s
+    share: float  # of the peak that a training step reaches
+    network: float  # between two nodes, bytes/s for each GPU
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The data.
+    """The data."""
 
-    Attributes:
-        tokens: of a conversation on average.
-        supervised: share of them that is the assistant's.
-    """
-
-    tokens: float
-    supervised: float
+    tokens: float  # of a conversation on average
+    supervised: float  # share of them that is the assistant's
 
 
 @dataclass(frozen=True)
 class TargetSizes:
-    """Sizes of the frozen target.
+    """Sizes of the frozen target; the first three count parameters."""
 
-    Attributes:
-        layers: parameters of the decoder layers, which tp_size spreads.
-        whole: of embedding and head, which every process holds.
-        active: of those that a token passes, without the embedding's.
-        depth: decoder layers.
-        intermediate: width that a token's feed-forward has at once.
-        hidden: width of the residual stream.
-        queries: width of all query heads.
-        keys: width of all key heads.
-    """
-
-    layers: int
-    whole: int
-    active: int
-    depth: int
-    intermediate: int
-    hidden: int
-    queries: int
-    keys: int
+    layers: int  # of the decoder layers, which tp_size spreads
+    whole: int  # of embedding and head, which every process holds
+    active: int  # of those that a token passes, without the embedding's
+    depth: int  # decoder layers
+    intermediate: int  # width that a token's feed-forward has at once
+    hidden: int  # width of the residual stream
+    queries: int  # width of all query heads
+    keys: int  # width of all key heads
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A training on paper.
+    """A training on paper."""
 
-    Attributes:
-        memory: bytes of one GPU by what takes them.
-        flops: of one token, target and draft, forward and backward.
-        seconds_per_million: tokens, on the whole cluster.
-        step_tokens: tokens of an optimizer step.
-        step_seconds: of one.
-        reduction: bytes that each GPU sends per step for the gradients.
-        tensor_parallel: bytes that each GPU sends per step for the target in parts.
-        gathered: bytes that each GPU gets per step of a target that is spread over the copies; 0 where it is not.
-        checkpoint: bytes of one in the store.
-        fits: whether the memory is enough.
-    """
-
-    memory: dict[str, float]
-    flops: float
-    seconds_per_million: float
-    step_tokens: float
+    memory: dict[str, float]  # bytes of one GPU by what takes them
+    flops: float  # of one token, target and draft, forward and backward
+    seconds_per_million: float  # tokens, on the whole cluster
+    step_tokens: float  # of an optimizer step
     step_seconds: float
-    reduction: float
-    tensor_parallel: float
-    gathered: float
-    checkpoint: float
-    fits: bool
+    reduction: float  # bytes that each GPU sends per step for the gradients
+    tensor_parallel: float  # bytes that each GPU sends per step for the target in parts
+    gathered: float  # bytes that each GPU gets per step of a target that is spread over the copies; 0 where it is not
+    checkpoint: float  # bytes of one in the store
+    fits: bool  # whether the memory is enough
 
 
 def sizes_of(config: Mapping[str, Any]) -> TargetSizes:
-    """Counts a target's parameters, exactly and without loading one.
-
-    Args:
-        config: its config.json.
-
-    Raises:
-        DraftModelError: where transformers does not know such a model.
-    """
+    """Counts the parameters of a target, given its config.json, exactly and without loading one."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -152,16 +109,8 @@ def sizes_of(config: Mapping[str, Any]) -> TargetSizes:
 
 
 def make_plan(config: Mapping[str, Any], shape: Shape, p: Parameters, cluster: Cluster, workload: Workload) -> Plan:
-    """Works a training out.
-
-    Args:
-        config: the target's config.json.
-        shape: the draft's.
-        p: of the run; tp_size, the batch sizes, max_length, ttt_length and compute_dtype count.
-        cluster: the machines.
-        workload: the data.
-    """
-    target, costs = sizes_of(config), drafts.family().costs(shape, p.ttt_length)
+    """Works a training out, from the target's config.json, the draft's shape and the run's parameters."""
+    target, costs = sizes_of(config), drafts.family(shape.family).costs(shape, p.ttt_length)
     world, tp, width = p.world_size, p.tp_size, _width(p)
     dp = world // tp
     beside = _beside(target, shape, costs, p, workload.supervised, cluster.memory)
@@ -197,7 +146,7 @@ def make_plan(config: Mapping[str, Any], shape: Shape, p: Parameters, cluster: C
     )
 
 
-def _width(p: Parameters) -> int:
+def _width(p: Parameters) -> int:  # bytes of a number
     return 2 if p.compute_dtype == "bfloat16" else 4
 
 
@@ -223,30 +172,17 @@ def _beside(
 
 
 def beside_target(folder: Path, shape: Shape, p: Parameters, longest: int, memory: float) -> float:
-    """Bytes that a training needs of each GPU besides the target's weights, every token supervised.
+    """Bytes that a training needs of each GPU (of `memory` bytes) besides the target's weights.
 
-    Args:
-        folder: of the target.
-        shape: the draft's.
-        p: of the run.
-        longest: tokens of the longest conversation.
-        memory: of a GPU, bytes.
+    Every token of its longest conversation is taken as supervised.
     """
-    costs = drafts.family().costs(shape, p.ttt_length)
+    costs = drafts.family(shape.family).costs(shape, p.ttt_length)
     p = p.model_copy(update={"max_length": longest})
     return sum(_beside(sizes_of(read_config(str(folder))), shape, costs, p, 1.0, memory).values())
 
 
 def read_config(path: str, parameter: str = "config") -> dict[str, Any]:
-    """Reads a configuration.
-
-    Args:
-        path: a JSON file, or for a target the folder that its config.json is in.
-        parameter: that named it, for errors.
-
-    Raises:
-        DraftModelError: where there is none, or it is no JSON object.
-    """
+    """Reads a JSON file, or for a target (`config`) the config.json of a folder; errors name the parameter."""
     from draft_model import storage
 
     uri = path if path.endswith(".json") or parameter != "config" else storage.join(path, "config.json")
@@ -260,16 +196,8 @@ def read_config(path: str, parameter: str = "config") -> dict[str, Any]:
 
 
 def draft_of(config: Mapping[str, Any], p: Parameters) -> Shape:
-    """The draft's shape: the target's default with draft_model_config over it.
-
-    Args:
-        config: the target's.
-        p: of the run; draft_model_config counts.
-
-    Raises:
-        DraftModelError: where the two do not fit.
-    """
-    family = drafts.family()
+    """The draft's shape: the default for the target's configuration, with draft_model_config over it."""
+    family = drafts.family(p.draft_architecture)
     default = family.default_shape(config)
     given = p.draft_model_config
     return family.adapt(default, read_config(given, "draft_model_config")) if given else default

@@ -24,6 +24,7 @@ from draft_model.target.model import Target
 from draft_model.target.parallel import load_share
 from draft_model.training.checkpoint import Loaded
 from draft_model.training.config import TrainConfig
+from draft_model.training.optimizer import make_optimizer
 from draft_model.training.plan import beside_target, draft_of, read_config
 from draft_model.training.trainer import Training, check_position, planned_steps
 
@@ -32,19 +33,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a training reads.
+    """What a training reads."""
 
-    Attributes:
-        model: local folder of the target.
-        dataset: local folder of the data set.
-        source: what the target's manifest says of it.
-        fingerprint: of the data set.
-    """
-
-    model: Path
-    dataset: Path
-    source: dict[str, Any]
-    fingerprint: str
+    model: Path  # local folder of the target
+    dataset: Path  # local folder of the data set
+    source: dict[str, Any]  # what the target's manifest says of it
+    fingerprint: str  # of the data set
 
 
 def fetch_inputs(config: TrainConfig) -> Inputs:
@@ -76,7 +70,7 @@ def _fetch(uri: str, into: Path, stage: str) -> tuple[str, dict[str, Any]]:
 def prepare(
     config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded | None, go_on: bool, work: Path
 ) -> Training:
-    """Puts a training together.
+    """Puts a training together; raises DraftModelError where its parts do not fit one another.
 
     Args:
         config: of the job.
@@ -85,24 +79,27 @@ def prepare(
         resumed: a checkpoint to go on from, or to start from the weights of.
         go_on: which of the two.
         work: scratch folder of this process.
-
-    Raises:
-        DraftModelError: where the parts do not fit one another.
     """
-    p, family = config.parameters, drafts.family()
+    p = config.parameters
     model, dataset = inputs.model, inputs.dataset
     dtype = torch.bfloat16 if p.compute_dtype == "bfloat16" else torch.float32
     target_config = read_config(str(model))
     if resumed is None:
+        family = drafts.family(p.draft_architecture)
         shape = draft_of(target_config, p)
         t2d, d2t = vocabulary.load_vocabulary(dataset / vocabulary.FILE)
+        if shape.draft_vocab_size == shape.vocab_size:  # all tokens, whichever the data set chose
+            t2d, d2t = family.vocabulary({}, shape)
         if shape.draft_vocab_size != len(d2t):
             raise DraftModelError(
                 f"draft_model_config: draft_vocab_size is {shape.draft_vocab_size}, but the data set was built for "
                 f"{len(d2t)}: build it with the same draft_model_config"
             )
     else:
-        # The checkpoint's shape and vocabulary win: its head's rows mean them.
+        # The checkpoint's family, shape and vocabulary win: its head's rows mean them.
+        family = drafts.family_of(resumed.config, resumed.uri)
+        if family.name != p.draft_architecture:
+            logger.info("draft_architecture: the draft is %s, as in %s", family.title, resumed.uri)
         default = family.default_shape(target_config)
         shape = family.adapt(default, resumed.config, f"resume_from_checkpoint: {resumed.uri}")
         t2d, d2t = family.vocabulary(resumed.tensors, shape)
@@ -126,11 +123,12 @@ def prepare(
     check_finite(target)
     draft: Any = family.create(shape, t2d, d2t).to(ranks.device)
     draft.initialise(p.seed, target)
-    optimizer = torch.optim.AdamW(
-        draft.parameters(), lr=p.learning_rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True
-    )
+    optimizer = make_optimizer(p.draft_optimizer, draft, p.learning_rate)
     torch.manual_seed(p.seed * ranks.world + ranks.rank)
-    objective: Any = family.objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest)
+    loss = family.default_loss if p.draft_loss == "default" else p.draft_loss
+    objective = family.objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest, loss)
+    for name in family.unused:
+        logger.info("%s: without effect on %s", name, family.title)
     training = Training(
         p, ranks, target, draft, optimizer, objective, train_split, validation, total, work, inputs.fingerprint
     )
@@ -145,11 +143,7 @@ def prepare(
 
 
 def check_finite(target: Target) -> None:
-    """Refuses a target with weights that are no numbers, which would make every loss one.
-
-    Raises:
-        DraftModelError: names the first of them.
-    """
+    """Refuses a target with weights that are no numbers, which would make every loss one; names the first."""
     for name, parameter in target.model.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if not local.is_floating_point() or local.element_size() == 1 or not local.numel():

@@ -15,24 +15,14 @@ _ACCEPTANCE = "loss {loss}, acceptance by position {conditional}, acceptance len
 
 
 class Progress:
-    """The bar of one training; silent on every rank but the first.
-
-    Args:
-        tokens: that will go through the draft.
-        speaks: whether this rank shows anything.
-    """
+    """The bar of one training, over the tokens that will go through the draft; only the first rank shows it."""
 
     def __init__(self, tokens: int, speaks: bool) -> None:
         self._speaks = speaks
         self._bar = tqdm(
-            total=tokens,
-            unit="token",
-            unit_scale=True,
-            desc="training",
-            disable=not speaks,
-            mininterval=0.5 if sys.stderr.isatty() else LOG_SECONDS,
-            dynamic_ncols=True,
-        )
+            total=tokens, unit="token", unit_scale=True, desc="training", disable=not speaks,
+            mininterval=0.5 if sys.stderr.isatty() else LOG_SECONDS, dynamic_ncols=True,
+        )  # fmt: skip
 
     def __enter__(self) -> Progress:
         return self
@@ -41,13 +31,7 @@ class Progress:
         self._bar.close()
 
     def advance(self, tokens: int, where: str, window: Any) -> None:
-        """Moves the bar on.
-
-        Args:
-            tokens: that were trained on.
-            where: which step this was.
-            window: counts since the last log line.
-        """
+        """Moves the bar on by the tokens of a step (`where`), and shows the loss since the last log line (`window`)."""
         loss = f", loss {float(window.loss[0] / window.supervised[0]):.2f}" if window.supervised[0] > 0 else ""
         self._bar.set_postfix_str(f"{where}{loss}", refresh=False)
         self._bar.update(tokens)

@@ -57,14 +57,7 @@ def hardware(ranks: Ranks) -> str:
 
 
 def record(training: Training, source: Mapping[str, Any], dataset: Path, step: int) -> dict[str, Any]:
-    """training.json: what was trained, on what, with what result.
-
-    Args:
-        training: as it is now.
-        source: what the target's manifest says of it.
-        dataset: local folder of the data set.
-        step: the one whose weights the draft beside has.
-    """
+    """training.json: what was trained, on what, with what result; the draft beside it has the weights of `step`."""
     target, history, done = training.target, training.history, training.done
     return {
         "parameters": training.parameters.of_stage("train"),

@@ -23,10 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from draft_model.dataset.tokens import Split
-from draft_model.drafts.eagle3.batch import Batch, collate
-from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.drafts.eagle3.objective import StepSums
-from draft_model.drafts.eagle3.step import Objective
+from draft_model.drafts.base import Counts, Draft, Objective
+from draft_model.drafts.batch import Batch, collate
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.ranks import Ranks
@@ -35,8 +33,8 @@ from draft_model.tracking import Tracker
 from draft_model.training.checkpoint import Loaded, Position, restore
 from draft_model.training.features import StateStore
 from draft_model.training.gradients import Gradients
-from draft_model.training.history import History, Window, measures
-from draft_model.training.order import Step, plan_steps, total_steps
+from draft_model.training.history import History, Window
+from draft_model.training.order import Step, draw_keys, plan_steps, total_steps
 from draft_model.training.progress import Progress
 from draft_model.training.schedule import learning_rate
 
@@ -70,7 +68,7 @@ class Training:
     parameters: Parameters
     ranks: Ranks
     target: Target
-    draft: Eagle3Draft
+    draft: Draft
     optimizer: torch.optim.Optimizer
     objective: Objective
     train: Split
@@ -129,7 +127,7 @@ class _Pending:
         step: its conversations.
         number: counted from 1.
         rate: its learning rate.
-        numbers: sums, gradient norm and stop requests of all processes, [9 * steps + 2]; on their way to the host.
+        numbers: sums, gradient norm and stop requests of all processes, [n + 2]; on their way to the host.
         arrived: when they are there; None where they are already.
     """
 
@@ -160,7 +158,8 @@ def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
     steps = plan[training.done :]
     store = _store(training, plan)
     gradients = Gradients(training.draft.parameters())
-    window = Window(p.ttt_length, history.window)
+    nothing = training.objective.no_counts().cpu()
+    window = Window(nothing, history.window)
     pending: deque[_Pending] = deque()
     ahead = 1 if ranks.device.type == "cuda" else 0
     size = sum(int(lengths[step.conversations].sum()) for step in steps)
@@ -190,7 +189,7 @@ def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
                 history.log.append(record := window.record(p.num_speculative_tokens, **where))
                 progress.log(record)
                 training.tracker.metrics(training.done, record | {"memory_gigabytes": _memory(ranks.device)})
-                window = Window(p.ttt_length)
+                window = Window(nothing)
             if validates:
                 _validate(training, step.epoch, progress)
             if not ahead:  # on a GPU the requests of all processes come with the step's numbers
@@ -239,7 +238,7 @@ def _store(training: Training, plan: list[Step]) -> StateStore:
     visits = np.bincount(np.concatenate([step.conversations for step in plan]))
     # Where processes share a target, each would have to know what the others have kept.
     epochs = int(visits.max()) if training.ranks.tp == 1 and not training.target.spread else 1
-    width = 4 * training.draft.config.hidden_size
+    width = training.draft.config.state_width
     dtype, device = training.objective.dtype, training.target.device
     groups = _target_batches(training, plan)
     return StateStore(training.work, training.train.lengths, width, dtype, epochs, device, groups)
@@ -258,9 +257,9 @@ def _target_batches(training: Training, plan: list[Step]) -> dict[int, tuple[int
     return batches
 
 
-def _conversations(training: Training, split: Split, indices: NDArray[np.int64] | list[int]) -> Batch:
+def _conversations(split: Split, indices: NDArray[np.int64] | list[int], keys: list[int] | None = None) -> Batch:
     rows = (split[int(index)] for index in indices)
-    return collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows])
+    return collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows], keys)
 
 
 def _target_states(training: Training, split: Split, conversations: NDArray[np.int64]) -> Iterator[Tensor]:
@@ -268,25 +267,31 @@ def _target_states(training: Training, split: Split, conversations: NDArray[np.i
     ranks, size = training.ranks, training.parameters.training_batch_size
     group = ranks.group_share(conversations)
     for start in range(0, len(group), size):
-        states = training.target.states(_conversations(training, split, group[start : start + size]))
+        states = training.target.states(_conversations(split, group[start : start + size]))
         yield from (state for place, state in enumerate(states, start) if ranks.owns(place))
     if training.target.spread:  # a validation split may leave others a pass more, and they need this one's layers
         most = ranks.largest_group_share(len(conversations))
         for _ in range(-(-most // size) - -(-len(group) // size)):
-            training.target.states(_conversations(training, split, conversations[:1]))
+            training.target.states(_conversations(split, conversations[:1]))
 
 
 def _losses(
-    training: Training, split: Split, conversations: NDArray[np.int64], states: Iterator[Tensor], size: int
-) -> Iterator[tuple[Tensor, StepSums]]:
-    """Loss and sums of this process's share, `size` conversations at a time.
+    training: Training,
+    split: Split,
+    conversations: NDArray[np.int64],
+    states: Iterator[Tensor],
+    size: int,
+    step: int,
+) -> Iterator[tuple[Tensor, Counts]]:
+    """Loss and counts of this process's share, `size` conversations at a time; `step` as in `draw_keys`.
 
     Only as many states are held as a pass of the target and one of the draft need.
     """
     mine = training.ranks.share(conversations)
     for start in range(0, len(mine), size):
         part = mine[start : start + size]
-        yield training.objective(_conversations(training, split, part), list(islice(states, len(part))))
+        batch = _conversations(split, part, draw_keys(training.parameters.seed, step, part))
+        yield training.objective(batch, list(islice(states, len(part))))
     for _ in states:  # a group whose last conversations are others' runs the target to the end all the same
         pass
 
@@ -299,28 +304,29 @@ def _learn(training: Training, step: Step, store: StateStore, gradients: Gradien
         states = iter(store.get(ranks.share(step.conversations), compute))
     else:
         states = _target_states(training, split, step.conversations)
-    sums = StepSums.zeros(p.ttt_length, ranks.device)
+    sums: Counts = training.objective.no_counts()
     gradients.clear()
-    for loss, micro_sums in _losses(training, split, step.conversations, states, p.draft_micro_batch_size):
+    size, number = p.draft_micro_batch_size, training.done + 1
+    for loss, micro_sums in _losses(training, split, step.conversations, states, size, number):
         loss.backward()
         sums = sums + micro_sums
     gradients.reduce(ranks)
     numbers = ranks.sum(torch.cat((sums.tensor().flatten(), sums.loss.new_full((1,), float(stop)))))
-    sums = StepSums.from_tensor(numbers[:-1].view(9, -1))
-    norm = gradients.norm(sums.supervised[0])
-    useful = norm.isfinite() & sums.loss.isfinite().all() & (sums.supervised[0] > 0)
+    sums = sums.from_tensor(numbers[:-1])
+    norm = gradients.norm(sums.divisor)
+    useful = norm.isfinite() & sums.loss.isfinite().all() & (sums.divisor > 0)
     rate = learning_rate(training.done, training.total, p.learning_rate, p.warmup_ratio)
     for group in training.optimizer.param_groups:
         group["lr"] = rate
-    gradients.update(training.optimizer, sums.supervised[0], norm, p.max_grad_norm, useful)
+    gradients.update(training.optimizer, sums.divisor, norm, p.max_grad_norm, useful)
     numbers = torch.cat((numbers, norm.double().unsqueeze(0)))
     if ranks.device.type != "cuda":
-        return _Pending(step, training.done + 1, rate, numbers, None)
+        return _Pending(step, number, rate, numbers, None)
     on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     on_host.copy_(numbers, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return _Pending(step, training.done + 1, rate, on_host, event)
+    return _Pending(step, number, rate, on_host, event)
 
 
 def _settle(training: Training, pending: _Pending, window: Window) -> bool:
@@ -328,7 +334,7 @@ def _settle(training: Training, pending: _Pending, window: Window) -> bool:
     if pending.arrived is not None:
         pending.arrived.synchronize()
     *_, stops, norm = pending.numbers.tolist()
-    sums = StepSums.from_tensor(pending.numbers[:-2].view(9, -1))
+    sums = window.sums.from_tensor(pending.numbers[:-2])
     if math.isfinite(norm) and bool(torch.isfinite(sums.loss).all()):
         window.add(sums, norm)
     else:
@@ -338,10 +344,10 @@ def _settle(training: Training, pending: _Pending, window: Window) -> bool:
 
 def _states_of(training: Training, indices: list[int]) -> list[Tensor]:
     """States of conversations that go through the target together; only where each process has a whole one."""
-    return training.target.states(_conversations(training, training.train, indices))
+    return training.target.states(_conversations(training.train, indices))
 
 
-def _skip(training: Training, pending: _Pending, sums: StepSums, norm: float) -> None:
+def _skip(training: Training, pending: _Pending, sums: Counts, norm: float) -> None:
     """Counts a step that was not learnt from. All ranks see the same sums, so all count it."""
     skipped = training.history.skipped
     lines = sorted(training.train.line(int(index)) for index in pending.step.conversations)
@@ -366,11 +372,11 @@ def _validate(training: Training, epoch: int, progress: Progress) -> None:
         return
     order = np.argsort(-split.lengths, kind="stable")
     states = _target_states(training, split, order)
-    sums = StepSums.zeros(p.ttt_length, training.ranks.device)
-    for _, batch_sums in _losses(training, split, order, states, p.training_batch_size):
+    sums: Counts = training.objective.no_counts()
+    for _, batch_sums in _losses(training, split, order, states, p.training_batch_size, 0):
         sums = sums + batch_sums
-    sums = StepSums.from_tensor(training.ranks.sum(sums.tensor()).cpu())
-    record = {"step": training.done, "epoch": epoch + 1, **measures(sums, p.num_speculative_tokens)}
+    sums = sums.from_tensor(training.ranks.sum(sums.tensor()).cpu())
+    record = {"step": training.done, "epoch": epoch + 1, **sums.measures(p.num_speculative_tokens)}
     training.history.validation.append(record)
     progress.log_validation(record)
     training.tracker.metrics(training.done, {f"validation_{name}": value for name, value in record.items()})

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft_model.drafts.eagle3.batch import Batch, collate
+from draft_model.drafts.batch import Batch, collate
 from draft_model.drafts.eagle3.config import DraftConfig
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.objective import StepSums
@@ -29,7 +29,7 @@ class Case:
     Attributes:
         draft: random float32 weights, large enough that every part of the layer matters.
         batch: B conversations.
-        states: per conversation the target's features and final hidden states, [T_b, 4H].
+        states: per conversation the target's features and final hidden states, [T_b, (n + 1) H].
         embedding: the target's, [V, H].
         head: the target's, [V, H].
     """
@@ -41,7 +41,7 @@ class Case:
     head: Tensor
 
     def on(
-        self, device: str, steps: int, backend: str = "sdpa", dtype: torch.dtype = torch.float32
+        self, device: str, steps: int, backend: str = "sdpa", dtype: torch.dtype = torch.float32, loss: str = "kl"
     ) -> tuple[Objective, list[Tensor]]:
         """The code under test, taught by this case's states instead of a model's, and these states."""
         head = self.head.to(device, dtype)
@@ -51,7 +51,7 @@ class Case:
             device=torch.device(device),
         )
         draft = copy.deepcopy(self.draft).to(device) if device != "cpu" else self.draft
-        objective = Objective(draft, target, steps, backend, dtype, self.batch.tokens.shape[1])
+        objective = Objective(draft, target, steps, backend, dtype, self.batch.tokens.shape[1], loss)
         return objective, [states.to(device, dtype) for states in self.states]
 
     def ours(
@@ -61,16 +61,17 @@ class Case:
         dtype: torch.dtype = torch.float32,
         divisor: int = 1,
         device: str = "cpu",
+        loss: str = "kl",
     ) -> Outcome:
         """What it makes of the batch: loss, sums and the gradient of every parameter."""
-        objective, states = self.on(device, steps, backend, dtype)
+        objective, states = self.on(device, steps, backend, dtype, loss)
         objective.draft.zero_grad()
-        loss, sums = objective(self.batch, states)
-        (loss / divisor).backward()
+        total, sums = objective(self.batch, states)
+        (total / divisor).backward()
         gradients = {name: weight.grad.clone() for name, weight in objective.draft.named_parameters()}
-        return Outcome(loss.detach(), sums, gradients)
+        return Outcome(total.detach(), sums, gradients)
 
-    def theirs(self, steps: int) -> tuple[reference.Sums, dict[str, Tensor]]:
+    def theirs(self, steps: int, loss: str = "kl") -> tuple[reference.Sums, dict[str, Tensor]]:
         """The same by the reference, in float64."""
         weights = {name: w.detach().double().requires_grad_() for name, w in self.draft.named_parameters()}
         config = self.draft.config
@@ -89,9 +90,10 @@ class Case:
             config.head_dim,
             config.rms_norm_eps,
             config.rope_parameters["rope_theta"],
+            config.norm_output,
         )
         sums = reference.training_step(
-            weights, shape, conversations, self.embedding.double(), self.draft.target_ids, steps
+            weights, shape, conversations, self.embedding.double(), self.draft.target_ids, steps, loss
         )
         gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         if sums.total.requires_grad:
@@ -104,7 +106,9 @@ class Case:
         batch = self.batch
         index = torch.tensor(rows)
         width = int(batch.lengths[index].max())
-        kept = Batch(batch.tokens[index, :width], batch.lengths[index], batch.predicted[index, :width])
+        kept = Batch(
+            batch.tokens[index, :width], batch.lengths[index], batch.predicted[index, :width], batch.keys[index]
+        )
         return replace(self, batch=kept, states=[self.states[row] for row in rows])
 
 
@@ -180,7 +184,7 @@ def random_case(
     return Case(
         draft=draft,
         batch=collate([(ids, mask(len(ids))) for ids in tokens]),
-        states=[torch.randn(length, 4 * hidden, generator=generator) for length in lengths],
+        states=[torch.randn(length, draft.config.state_width, generator=generator) for length in lengths],
         embedding=torch.randn(vocab, hidden, generator=generator),
         head=torch.randn(vocab, hidden, generator=generator) / hidden**0.5,
     )

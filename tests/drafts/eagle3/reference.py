@@ -25,6 +25,7 @@ class Geometry:
     head_dim: int
     eps: float
     theta: float
+    norm_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,19 @@ def layer_outputs(
     keys: list[Tensor] = []
     values: list[Tensor] = []
     outputs: list[Tensor] = []
-    hidden = conversation.features[: max(length - 2, 0)] @ weights["fc.weight"].T
+    features = conversation.features[: max(length - 2, 0)]
+    if "input_norm.weight" in weights:
+        features = rms_norm(features, weights["input_norm.weight"], shape.eps)
+    if own := [w for name, w in weights.items() if name.startswith("fc_norm.")]:
+        size = features.shape[1] // len(own)
+        parts = [features[:, place * size : (place + 1) * size] for place in range(len(own))]
+        features = torch.cat([rms_norm(part, w, shape.eps) for part, w in zip(parts, own, strict=True)], -1)
+    hidden = features @ weights["fc.weight"].T
     for step in range(min(steps, max(length - 2, 0))):
         count = length - 2 - step
         hidden = hidden[:count]
+        if step and shape.norm_output:
+            hidden = rms_norm(hidden, weights["norm.weight"], shape.eps)
         token = embedding[conversation.tokens[1 + step : 1 + step + count]]
         x = torch.cat(
             (
@@ -143,6 +153,7 @@ def training_step(
     embedding: Tensor,
     target_ids: Tensor,
     steps: int,
+    kind: str = "kl",
 ) -> Sums:
     """The un-normalised loss of a batch, sum over steps of 0.8^i loss_i, and all that is counted on the way.
 
@@ -153,6 +164,7 @@ def training_step(
         embedding: the target's, [V, H].
         target_ids: target id of each draft token, [D].
         steps: unroll length.
+        kind: of the loss: soft cross-entropy (kl), 1 - alpha (tv), or both by exp(-3 alpha), held constant (lk).
     """
     sums = Sums(steps)
     known = target_ids.tolist()
@@ -171,11 +183,13 @@ def training_step(
                     continue
                 log_q = row - row.logsumexp(0)
                 p = torch.softmax(teacher[target_ids], 0)
-                loss = -(p * log_q).sum()
+                loss, alpha = -(p * log_q).sum(), torch.minimum(p, log_q.exp()).sum()
+                share = {"kl": 1.0, "tv": 0.0, "lk": torch.exp(-3 * alpha.detach())}[kind]
+                loss = share * loss + (1 - share) * (1 - alpha)
                 sums.total = sums.total + 0.8**step * loss
                 sums.loss[step] += loss.item()
                 sums.supervised[step] += 1
-                sums.overlap[step] += torch.minimum(p, log_q.exp()).sum().item()
+                sums.overlap[step] += alpha.item()
                 candidate[t, step] = known[int(row.argmax())] == top
                 sums.agree[step] += candidate[t, step]
         for t, step in candidate:

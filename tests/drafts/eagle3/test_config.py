@@ -401,7 +401,7 @@ def test_engines_llama_layer_knows_the_drafts_rope_whatever_the_targets_is(rope,
 def test_every_rope_type_of_transformers_gives_a_table(kind):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from draft_model.drafts.eagle3.model import Rotary
+    from draft_model.drafts.rotary import Rotary
 
     rope = {
         None: None, "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
@@ -462,7 +462,9 @@ MISFITS = [
     ({"rope_parameters": {"rope_type": "spiral"}}, "rope_parameters", "llama3, yarn"),
     ({"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}}, "rope_theta", "give one"),
     ({LAYER_IDS: [2, 2, 5]}, LAYER_IDS, "ascending"),
-    ({LAYER_IDS: [2, 16]}, LAYER_IDS, "three"),
+    ({LAYER_IDS: []}, LAYER_IDS, "three or five"),
+    ({"fc_norm": 1}, "fc_norm", "true, false"),
+    ({"num_aux_hidden_states": 5}, "num_aux_hidden_states", "there are 3"),
     ({LAYER_IDS: ["a", 1, 2]}, LAYER_IDS, "'a'"),
     ({LAYER_IDS: 5}, LAYER_IDS, "three"),
     ({LAYER_IDS: [0, 1, 2]}, LAYER_IDS, "lowest is 1"),
@@ -488,7 +490,7 @@ def test_all_misfits_are_told_at_once(default):
         "draft_vocab_size": -4,
         "rms_norm_eps": "small",
         "rope_scaling": 5,
-        LAYER_IDS: [6],
+        LAYER_IDS: [6, 5],
         "what": 7,
     }
     found = problems(default, given)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from draft_model.drafts.eagle3.batch import collate
+from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.step import Objective
 from draft_model.parameters import Parameters
 from draft_model.ranks import Ranks

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draft_model.drafts.eagle3.batch import Batch
 from draft_model.drafts.eagle3.objective import StepSums
 
 from .case import Case, random_case, relative_error
@@ -21,9 +20,9 @@ from .case import Case, random_case, relative_error
 COUNTS = ("supervised", "agree", "candidates", "reached", "accepted")
 
 
-def assert_equals_reference(case: Case, steps: int) -> StepSums:
-    ours = case.ours(steps)
-    sums, gradients = case.theirs(steps)
+def assert_equals_reference(case: Case, steps: int, loss: str = "kl") -> StepSums:
+    ours = case.ours(steps, loss=loss)
+    sums, gradients = case.theirs(steps, loss)
     for name in COUNTS:
         assert getattr(ours.sums, name).tolist() == getattr(sums, name), name
     assert float(ours.loss) == pytest.approx(float(sums.total.detach()), rel=1e-5)
@@ -50,11 +49,27 @@ def assert_same_gradients(found, truth, tolerance: float) -> None:
     learnt=st.sampled_from([0.0, 0.2, 0.6, 1.0]),
     heads=st.sampled_from([(1, 1), (2, 2), (4, 2), (6, 2), (4, 1)]),
     size=st.sampled_from([2, 4, 6, 10]),
+    loss=st.sampled_from(["kl", "lk", "tv"]),
 )
 @settings(max_examples=60, deadline=None)
-def test_equals_the_reference(seed, lengths, steps, draft_vocab, learnt, heads, size):
+def test_equals_the_reference(seed, lengths, steps, draft_vocab, learnt, heads, size, loss):
     shape = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": size}
     case = random_case(seed, lengths, draft_vocab=draft_vocab, learnt=learnt, **shape)
+    assert_equals_reference(case, steps, loss)
+
+
+EAGLE31 = [
+    {"fc_norm": True, "norm_output": True},
+    {"norm_before_fc": True, "aux_layers": (1, 2, 3, 4, 5)},
+    {"fc_norm": True, "norm_before_fc": True, "norm_output": True, "aux_layers": (2, 5)},
+    {"norm_output": True, "aux_layers": (3,)},
+]
+
+
+@pytest.mark.parametrize("switches", EAGLE31)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_eagle31_equals_the_reference(steps, switches):
+    case = random_case(steps, [17, 9, 3, 12], learnt=lambda n: torch.arange(n) >= n // 2, **switches)
     assert_equals_reference(case, steps)
 
 
@@ -71,6 +86,21 @@ def test_a_reply_after_a_prompt(steps):
 def test_more_teachers_than_one_chunk_of_the_heads():
     case = random_case(1, [90, 70, 110], learnt=1.0, hidden_size=8, intermediate_size=8)
     assert_equals_reference(case, 7)
+
+
+@pytest.mark.parametrize("loss", ["lk", "tv"])
+def test_losses_that_count_the_rejection(loss):
+    case = random_case(7, [19, 3, 12], learnt=lambda n: torch.arange(n) >= n // 2)
+    assert_equals_reference(case, 4, loss)
+    sums = case.ours(4, loss=loss).sums
+    rejection = sums.supervised - sums.overlap
+    assert torch.allclose(sums.loss, rejection) == (loss == "tv")
+    bfloat16, (exact, gradients) = case.ours(4, loss=loss, dtype=torch.bfloat16), case.theirs(4, loss)
+    assert float(bfloat16.loss) == pytest.approx(float(exact.total.detach()), rel=2e-2)
+    flat, truth = (
+        torch.cat([g.flatten().double() for g in given.values()]) for given in (bfloat16.gradients, gradients)
+    )
+    assert relative_error(flat, truth) < 0.1  # the gradient of min(p, q) jumps where they are equal
 
 
 @pytest.mark.parametrize("draft_vocab", [1, 5, 16, 30, 37])
@@ -178,10 +208,10 @@ def test_the_gradient_of_one_conversations_features_does_not_depend_on_its_neigh
     assert truth.any()
     for rows in ([0, 1], [0, 2], [0, 2, 1]):
         assert relative_error(features_gradient(case, rows), truth) < 1e-6
-    batch = Batch(
-        torch.cat([case.batch.tokens[:1], other.batch.tokens[1:].flip(1)]),
-        case.batch.lengths,
-        torch.cat([case.batch.predicted[:1], other.batch.predicted[1:]]),
+    batch = replace(
+        case.batch,
+        tokens=torch.cat([case.batch.tokens[:1], other.batch.tokens[1:].flip(1)]),
+        predicted=torch.cat([case.batch.predicted[:1], other.batch.predicted[1:]]),
     )
     changed = replace(case, batch=batch, states=[case.states[0], *(-states for states in case.states[1:])])
     assert relative_error(features_gradient(changed, [0, 1, 2]), truth) < 1e-6
@@ -194,7 +224,7 @@ def test_padding_is_never_read():
     for row, length in enumerate(case.batch.lengths.tolist()):
         tokens[row, length:] = 31
         predicted[row, length - 1 :] = True
-    junk = replace(case, batch=Batch(tokens, case.batch.lengths, predicted)).ours(6)
+    junk = replace(case, batch=replace(case.batch, tokens=tokens, predicted=predicted)).ours(6)
     assert torch.equal(junk.loss, plain.loss)
     assert torch.equal(junk.sums.tensor(), plain.sums.tensor())
     assert all(torch.equal(junk.gradients[name], plain.gradients[name]) for name in plain.gradients)
@@ -204,7 +234,7 @@ def test_the_amount_of_padding_changes_nothing():
     case = random_case(5, [9, 14, 4])
     tokens, predicted = torch.full((3, 40), 31), torch.ones(3, 40, dtype=torch.bool)
     tokens[:, :14], predicted[:, :14] = case.batch.tokens, case.batch.predicted
-    wide, plain = replace(case, batch=Batch(tokens, case.batch.lengths, predicted)).ours(6), case.ours(6)
+    wide, plain = replace(case, batch=replace(case.batch, tokens=tokens, predicted=predicted)).ours(6), case.ours(6)
     assert torch.allclose(wide.sums.tensor(), plain.sums.tensor())
     assert_same_gradients(wide.gradients, plain.gradients, 1e-6)
 

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file
 from tiny import llama
 
+from draft_model.drafts import family_of
 from draft_model.drafts.eagle3.config import draft_config_for
 from draft_model.drafts.eagle3.export import load_draft, save_draft
-from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary, rotate
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.rotary import Rotary, rotate
 from draft_model.errors import DraftModelError
 from draft_model.target.model import Target
 
@@ -138,10 +140,16 @@ def test_a_draft_of_another_shape_keeps_its_random_layer():
     assert torch.equal(first.midlayer.self_attn.o_proj.weight, other.midlayer.self_attn.o_proj.weight)
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path):
-    draft = random_model()
+SWITCHED = {"fc_norm": True, "norm_before_fc": True, "norm_output": True, "aux_layers": (1, 2)}
+OWN = {"input_norm.weight", "fc_norm.0.weight", "fc_norm.1.weight"}
+
+
+@pytest.mark.parametrize(("changes", "names"), [({}, NAMES), (SWITCHED, NAMES | OWN)])
+def test_saved_and_loaded_it_is_the_same(tmp_path, changes, names):
+    draft = random_draft(small_config(37, 23, **changes), torch.Generator().manual_seed(0))
     save_draft(tmp_path, draft, torch.float32)
-    assert load_file(tmp_path / "model.safetensors").keys() == NAMES
+    assert load_file(tmp_path / "model.safetensors").keys() == names
+    assert family_of(json.loads((tmp_path / "config.json").read_text())).name == draft.config.family
     again = load_draft(tmp_path)
     assert again.config == draft.config
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in draft.state_dict().items())

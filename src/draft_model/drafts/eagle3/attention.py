@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from draft_model.drafts.eagle3.batch import Windows
+from draft_model.drafts.eagle3.plan import Windows
 from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,14 @@ from draft_model.errors import DraftModelError
 logger = logging.getLogger(__name__)
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "Eagle3DraftModel", "Eagle3Speculator")
+"""Ours and SpecForge's; vLLM's other name for the same class; speculators'."""
 DEFAULT_DRAFT_VOCAB_SIZE = 32_000
 MIN_TARGET_LAYERS = 4
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 USER = "draft_model_config"
+SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")
+"""Of EAGLE-3.1; all off is EAGLE-3."""
 
 # Settings with one possible value: the draft is one Llama layer with its own head and no biases.
 _FIXED: dict[str, Any] = {
@@ -67,6 +71,9 @@ class DraftConfig(Shape):
         rms_norm_eps: of every norm.
         rope_parameters: as transformers 5 writes them (`rope_type`, `rope_theta`, ...), over whole heads.
         target_model_type: the target's family; it decides how SGLang counts layers.
+        fc_norm: EAGLE-3.1: an RMSNorm of each feature before fc.
+        norm_before_fc: an RMSNorm of all features together before fc, and before those of fc_norm.
+        norm_output: EAGLE-3.1: the next step reads the state after the final norm.
     """
 
     intermediate_size: int
@@ -76,10 +83,21 @@ class DraftConfig(Shape):
     rms_norm_eps: float
     rope_parameters: dict[str, Any]
     target_model_type: str
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_output: bool = False
+
+    @property
+    def family(self) -> str:
+        """Name of the family."""
+        return "eagle3.1" if any(getattr(self, switch) for switch in SWITCHES) else "eagle3"
 
     def to_json(self) -> dict[str, Any]:
         """config.json of the checkpoint, with the keys of vLLM and of SGLang and without nulls."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "aux_layers"}
+        values = {name: value for name, value in values.items() if name not in SWITCHES or value}
+        if len(self.aux_layers) != 3:
+            values["num_aux_hidden_states"] = len(self.aux_layers)
         config = {
             **_FIXED,
             **values,
@@ -99,8 +117,9 @@ class DraftConfig(Shape):
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> DraftConfig:
         """Reads the config.json that `to_json` wrote."""
-        values = {field.name: config[field.name] for field in fields(cls) if field.name != "aux_layers"}
-        return cls(**values, aux_layers=tuple(config[LAYER_IDS]))
+        names = {field.name for field in fields(cls)} - {"aux_layers", *SWITCHES}
+        switches = {name: config.get(name, False) for name in SWITCHES}
+        return cls(**{name: config[name] for name in names}, **switches, aux_layers=tuple(config[LAYER_IDS]))
 
 
 def to_sglang(layers: tuple[int, ...], target_model_type: str) -> list[int]:
@@ -246,6 +265,11 @@ def _size_problems(default: DraftConfig, given: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"`draft_vocab_size` is {given['draft_vocab_size']}; the target's vocabulary has {default.vocab_size}"
         )
+    problems += [
+        f"`{key}` is {given[key]!r}; allowed: true, false"
+        for key in SWITCHES
+        if type(given.get(key, False)) is not bool
+    ]
     eps = given.get("rms_norm_eps", default.rms_norm_eps)
     if type(eps) not in (int, float) or not eps > 0:
         problems.append(f"`rms_norm_eps` is {eps!r}; allowed: a number > 0")
@@ -276,9 +300,9 @@ def _choose_layers(default: DraftConfig, given: Mapping[str, Any]) -> tuple[tupl
     nested = (given.get("eagle_config") or {}).get(LAYER_IDS)
     wanted = [ids for ids in (given.get(LAYER_IDS), nested) if ids is not None]
     for ids in wanted:
-        whole = isinstance(ids, list | tuple) and len(ids) == 3 and all(type(layer) is int for layer in ids)
+        whole = isinstance(ids, list | tuple) and ids and all(type(layer) is int for layer in ids)
         if not (whole and list(ids) == sorted(set(ids))):
-            return (), [f"`{LAYER_IDS}` is {ids!r}; allowed: three ascending layer numbers"]
+            return (), [f"`{LAYER_IDS}` is {ids!r}; allowed: ascending layer numbers, such as three or five"]
     if nested is not None:
         wanted[-1] = from_sglang(nested, default.target_model_type)
     # Ours names the target's type; versions that wrote another nested value for SGLang trained on vLLM's.
@@ -287,6 +311,8 @@ def _choose_layers(default: DraftConfig, given: Mapping[str, Any]) -> tuple[tupl
             f"`{LAYER_IDS}` is {wanted[0]!r}, but the one in `eagle_config` means {wanted[1]!r} to SGLang: give one"
         ]
     layers = tuple(wanted[0]) if wanted else default.aux_layers
+    if (count := given.get("num_aux_hidden_states", len(layers))) != len(layers):
+        return (), [f"`num_aux_hidden_states` is {count!r}, but there are {len(layers)} in `{LAYER_IDS}`"]
     if layers[0] < 1:
         return (), [f"`{LAYER_IDS}` is {list(layers)!r}; the lowest is 1, after the target's first layer"]
     if wanted and from_sglang(to_sglang(layers, default.target_model_type), default.target_model_type) != list(layers):
@@ -343,6 +369,8 @@ def with_overrides(default: DraftConfig, given: Mapping[str, Any], source: str =
         "hidden_size", "vocab_size", "aux_layers", "rope_parameters", "target_model_type"
     }  # fmt: skip
     values = {key: value for key, value in given.items() if key in free}
+    if source != USER:  # in a checkpoint, what is not there is off
+        values |= {key: given.get(key, False) for key in SWITCHES}
     theta = given.get("rope_theta", default.rope_parameters["rope_theta"])
     rope = {**default.rope_parameters, "rope_theta": theta}
     if "rope_parameters" in given:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary, rotate
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.rotary import Rotary, rotate
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
 
 
-class Proposer:
+class ChainProposer:
     """Proposes tokens for the rows of a batch.
 
     Args:
@@ -35,32 +36,20 @@ class Proposer:
     def propose(
         self, features: Tensor, tokens: Tensor, positions: Tensor, visible: Tensor, ends: Tensor, count: int
     ) -> Tensor:
-        """Reads new columns, then continues from each row's last one on the draft's own output.
-
-        Args:
-            features: the target's, of Q new columns, [B, Q, 3H].
-            tokens: the token after each column, int64 [B, Q].
-            positions: rotary positions, int64 [B, Q].
-            visible: columns that a row may see, the new ones included, bool [B, C + Q].
-            ends: each row's last accepted new column, int64 [B].
-            count: K, how many tokens to propose.
-
-        Returns:
-            Token ids of the target, int64 [B, K].
-        """
+        """Reads new columns, then continues from each row's last one on the draft's own output; see `base.Proposer`."""
         rows = torch.arange(len(ends), device=ends.device)
         columns, width = visible.shape[1], tokens.shape[1]
         # Causal among the new columns; a masked column still sees itself, so that no softmax is empty.
         order = torch.ones(width, columns, dtype=torch.bool, device=ends.device).tril(columns - width)
         own = torch.eye(width, columns, dtype=torch.bool, device=ends.device).roll(columns - width, 1)
         mask = (visible.unsqueeze(1) & order) | own  # [B, Q, C + Q]
-        hidden = self._step(functional.linear(features.float(), self.weights.fc), tokens, positions, mask)
-        hidden, position = hidden[rows, ends].unsqueeze(1), positions[rows, ends].unsqueeze(1)
-        proposed = [self._best(hidden)]
+        hidden = self._step(self.weights.combine(features.float()), tokens, positions, mask)
+        hidden, best = self._read(hidden[rows, ends].unsqueeze(1))
+        proposed, position = [best], positions[rows, ends].unsqueeze(1)
         for depth in range(1, count):
             mask = torch.cat((visible, visible.new_ones(len(rows), depth)), 1).unsqueeze(1)
-            hidden = self._step(hidden, proposed[-1], position + depth, mask)
-            proposed.append(self._best(hidden))
+            hidden, best = self._read(self._step(hidden, proposed[-1], position + depth, mask))
+            proposed.append(best)
         self.keys, self.values = self.keys[:, :, :columns], self.values[:, :, :columns]
         return torch.cat(proposed, 1)
 
@@ -68,9 +57,11 @@ class Proposer:
         """Keeps some rows of the batch, int64 [B']."""
         self.keys, self.values = self.keys[rows], self.values[rows]
 
-    def _best(self, hidden: Tensor) -> Tensor:
-        logits = functional.linear(self.weights.rms_norm(hidden, self.weights.norm), self.head)  # [B, 1, D]
-        return self.target_ids[logits.argmax(-1)]
+    def _read(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What the next step reads, and the favourite token of the layer's output [B, 1, H]."""
+        normed = self.weights.rms_norm(hidden, self.weights.norm)
+        best = functional.linear(normed, self.head).argmax(-1)
+        return normed if self.weights.config.norm_output else hidden, self.target_ids[best]
 
     def _step(self, hidden: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         """One pass of the layer over Q columns, whose keys and values stay in the cache: [B, Q, H] -> [B, Q, H]."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from draft_model.drafts.base import WEIGHTS, load_weights
-from draft_model.drafts.eagle3.config import LAYER_IDS, DraftConfig
+from draft_model.drafts.eagle3.config import ARCHITECTURE, LAYER_IDS, SWITCHES, DraftConfig, layers_of, to_sglang
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.errors import DraftModelError
 
@@ -32,7 +32,6 @@ _LAYER_KEYS = {
     "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",
     "rope_parameters", "vocab_size",
 }  # fmt: skip
-_OTHER_MATHS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
 def save_draft(folder: Path, draft: Eagle3Draft, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -105,12 +104,15 @@ def canonical(
         for name, tensor in tensors.items()
         if name not in _OF_TARGET
     }
-    problems = [
-        f"{uri}: `{name}` is set, and the draft trained here has no such step"
-        for name in _OTHER_MATHS
-        if config.get(name) or (config.get("eagle_config") or {}).get(name)
-    ]
-    if strange := sorted(renamed.keys() - _TENSORS):
+    nested = config.get("eagle_config") or {}
+    switches = {name: True for name in SWITCHES if config.get(name) or nested.get(name)}
+    problems = []
+    if config.get("norm_before_residual") or nested.get("norm_before_residual"):
+        problems.append(f"{uri}: `norm_before_residual` is set, and the draft trained here has no such step")
+    known = _TENSORS | ({"input_norm.weight"} if "norm_before_fc" in switches else set())
+    if "fc_norm" in switches:
+        known |= {name for name in renamed if name.startswith("fc_norm.")}
+    if strange := sorted(renamed.keys() - known):
         problems.append(f"{uri}: the draft trained here has no place for {', '.join(strange)}")
     if problems:
         raise DraftModelError(problems)
@@ -118,7 +120,7 @@ def canonical(
         if name in renamed:
             renamed[name] = renamed[name].to(dtype)
     if _LAYER not in config:
-        return dict(config), renamed
+        return {**config, **switches}, renamed
     from transformers import AutoConfig
 
     given = dict(config[_LAYER])
@@ -126,4 +128,57 @@ def canonical(
     layer = AutoConfig.for_model(given.pop("model_type", "llama"), **given).to_dict()
     kept = {key: value for key, value in layer.items() if key in _LAYER_KEYS}
     outside = {key: config.get(key) for key in ("draft_vocab_size", LAYER_IDS, "target_hidden_size")}
-    return kept | {key: value for key, value in outside.items() if value is not None}, renamed
+    outside["architectures"] = [ARCHITECTURE]
+    return kept | switches | {key: value for key, value in outside.items() if value is not None}, renamed
+
+
+def exported(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], form: str, target: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A checkpoint as another tool writes its own.
+
+    Args:
+        config: of `canonical`.
+        tensors: of `canonical`.
+        form: `vllm` or `sglang`, with the feature layers in that engine's counting alone, or `speculators`.
+        target: for `speculators`: the target's `name` and `architectures`, and how many `proposals` serve best.
+    """
+    layers = layers_of(config)
+    if form == "speculators":
+        renamed = {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in tensors.items()}
+        return _speculators(config, layers, target), renamed
+    outside = {key: value for key, value in config.items() if key not in (LAYER_IDS, "eagle_config")}
+    nested: dict[str, Any] = {"use_aux_hidden_state": True}
+    if layers and form == "sglang":
+        nested[LAYER_IDS] = to_sglang(tuple(layers), str(config.get("target_model_type", "")))
+    elif layers:
+        outside[LAYER_IDS] = layers
+    return outside | {"eagle_config": nested}, dict(tensors)
+
+
+def _speculators(config: Mapping[str, Any], layers: list[int] | None, target: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of a draft in the format of speculators 0.9 (models/eagle3/config.py, config.py)."""
+    return {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        "has_no_defaults_at_init": False,
+        "draft_vocab_size": config["draft_vocab_size"],
+        "target_hidden_size": config.get("target_hidden_size", config["hidden_size"]),
+        **({LAYER_IDS: layers} if layers else {}),
+        "norm_before_residual": False,
+        "norm_before_fc": False,
+        **{name: True for name in SWITCHES if config.get(name)},
+        "embed_requires_grad": False,
+        "tie_word_embeddings": False,
+        "dtype": config.get("dtype", "bfloat16"),
+        "transformer_layer_config": {
+            key: config[key] for key in sorted(_LAYER_KEYS | {"tie_word_embeddings"}) if key in config
+        },
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": target["proposals"]}],
+            "verifier": {"name_or_path": target["name"], "architectures": target["architectures"]},
+        },
+    }

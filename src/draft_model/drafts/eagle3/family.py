@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 from draft_model.drafts.base import Costs, Family
-from draft_model.drafts.eagle3.config import DraftConfig, draft_config_for, with_overrides
-from draft_model.drafts.eagle3.export import canonical, load_draft, save_draft, vocabulary_of
+from draft_model.drafts.eagle3.config import ARCHITECTURES, SWITCHES, DraftConfig, draft_config_for, with_overrides
+from draft_model.drafts.eagle3.decode import ChainProposer
+from draft_model.drafts.eagle3.export import canonical, exported, load_draft, save_draft, vocabulary_of
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.objective import CHUNK_ROWS
 from draft_model.drafts.eagle3.step import Objective
@@ -25,8 +30,9 @@ def costs(shape: DraftConfig, steps: int) -> Costs:
         kept = gate_up if gate_up * number * KEPT_SHARE <= memory else 0
         return steps * (4 * hidden + 1.3 * queries + 2 * keys) + kept
 
+    norms = 4 + len(shape.aux_layers) * (shape.fc_norm + shape.norm_before_fc)
     return Costs(
-        parameters=features + projections + block + 4 * hidden + vocabulary * hidden,
+        parameters=features + projections + block + norms * hidden + vocabulary * hidden,
         token_numbers=5 * hidden + 5 * queries + 3 * keys,
         row_numbers=row_numbers,
         # Two for each multiply-add, and twice the forward pass for the backward pass; attention is causal.
@@ -39,14 +45,45 @@ def costs(shape: DraftConfig, steps: int) -> Costs:
     )
 
 
+def is_eagle3(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of an EAGLE-3 draft of any trainer; some name no architecture."""
+    return not config.get("architectures") or config["architectures"][0] in ARCHITECTURES
+
+
+def is_eagle31(config: Mapping[str, Any]) -> bool:
+    """Whether one of EAGLE-3.1's switches is on."""
+    return is_eagle3(config) and any(
+        config.get(name) or (config.get("eagle_config") or {}).get(name) for name in SWITCHES
+    )
+
+
 EAGLE3 = Family(
+    name="eagle3",
+    title="EAGLE-3",
+    vllm_method="eagle3",
+    sglang_algorithm="EAGLE3",
+    sglang_options=lambda proposals: {
+        "speculative-num-steps": proposals,
+        "speculative-eagle-topk": 1,
+        "speculative-num-draft-tokens": proposals + 1,
+    },
+    owns=lambda config: is_eagle3(config) and not is_eagle31(config),
     default_shape=draft_config_for,
     adapt=with_overrides,
     create=Eagle3Draft,
     objective=Objective,
+    proposer=ChainProposer,
     costs=costs,
     save=save_draft,
     load=load_draft,
     read=canonical,
     vocabulary=vocabulary_of,
+    export=exported,
+)
+EAGLE31 = replace(
+    EAGLE3,
+    name="eagle3.1",
+    title="EAGLE-3.1",
+    owns=is_eagle31,
+    default_shape=lambda target: replace(draft_config_for(target), fc_norm=True, norm_output=True),
 )

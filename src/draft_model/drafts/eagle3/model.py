@@ -4,6 +4,9 @@
     x = cat(input_layernorm(e), hidden_norm(h))
     h = h + attention(x);  h = h + SwiGLU(post_attention_layernorm(h));  logits = lm_head(norm(h))
 
+EAGLE-3.1 adds by switches of the configuration: `input_norm` of all features together, `fc_norm` of each of the n, and
+`norm_output`, by which the next step reads norm(h) instead of h.
+
 Parameters carry the names of the checkpoint that engines load. `Weights` is the same model as the maths uses it: cast
 once per pass, and with q, k, v cut into the half that multiplies the embedding and the half that multiplies h. The
 embedding's half depends on the token alone, so the unroll computes it once and shifts it, and each later step costs
@@ -13,7 +16,7 @@ half the projection.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +36,7 @@ class Weights:
     """The draft's weights in the compute type. H: hidden, Q: heads * head_dim, K: kv_heads * head_dim, I: SwiGLU.
 
     Attributes:
-        fc: [H, 3H].
+        fc: [H, nH].
         embedding_qkv: the embedding's half of the q, k and v projections, [Q + 2K, H].
         hidden_qkv: the other half, [Q + 2K, H].
         out: [H, Q].
@@ -44,6 +47,7 @@ class Weights:
         post_attention_layernorm: [H].
         norm: [H], before the head.
         head: [D, H].
+        feature_norms: before fc, one after the other: of all features [nH], of each of the n [H], or none.
     """
 
     config: DraftConfig
@@ -58,10 +62,18 @@ class Weights:
     post_attention_layernorm: Tensor
     norm: Tensor
     head: Tensor
+    feature_norms: list[tuple[Tensor, ...]]
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm over the last dimension."""
         return functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+
+    def combine(self, features: Tensor) -> Tensor:
+        """The first step's hidden state: features [N, nH] -> [N, H]."""
+        for weights in self.feature_norms:
+            parts = zip(features.chunk(len(weights), -1), weights, strict=True)
+            features = torch.cat([self.rms_norm(part, weight) for part, weight in parts], -1)
+        return functional.linear(features, self.fc)
 
     def project_embedding(self, embedding: Tensor) -> Tensor:
         """The token's part of q, k and v: [N, H] -> [N, Q + 2K]."""
@@ -124,10 +136,15 @@ class Eagle3Draft(nn.Module):
     def __init__(self, config: DraftConfig, t2d: Tensor, d2t: Tensor) -> None:
         super().__init__()
         self.config = config
-        self.fc = nn.Linear(3 * config.hidden_size, config.hidden_size, bias=False)
+        features = len(config.aux_layers)
+        self.fc = nn.Linear(features * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = _Layer(config)
         self.norm = nn.RMSNorm(config.hidden_size)
         self.lm_head = nn.Linear(config.hidden_size, config.draft_vocab_size, bias=False)
+        if config.norm_before_fc:
+            self.input_norm = nn.RMSNorm(features * config.hidden_size)
+        if config.fc_norm:
+            self.fc_norm = nn.ModuleList(nn.RMSNorm(config.hidden_size) for _ in range(features))
         self.register_buffer("t2d", t2d)
         self.register_buffer("d2t", d2t)
 
@@ -185,16 +202,18 @@ class Eagle3Draft(nn.Module):
 
     def _arrange(self, tensors: list[Tensor], dtype: torch.dtype) -> Weights:
         """One tensor for each parameter, in their order, as `Weights`; q, k, v and gate, up joined."""
-        fc, q, k, v, out, gate, up, down, hidden_norm, input_layernorm, post, norm, head = tensors
+        fc, q, k, v, out, gate, up, down, hidden_norm, input_layernorm, post, norm, head, *own = tensors
         qkv, gate_up = _joined([q, k, v], dtype), _joined([gate, up], dtype)
         hidden = self.config.hidden_size
         fc, out, down, hidden_norm, input_layernorm, post, norm, head = (
             x.to(dtype) for x in (fc, out, down, hidden_norm, input_layernorm, post, norm, head)
         )
+        own = [x.to(dtype) for x in own]
+        norms = [tuple(own[:1]), tuple(own[1:])] if self.config.norm_before_fc else [tuple(own)]
         return Weights(
             config=self.config, fc=fc, embedding_qkv=qkv[:, :hidden], hidden_qkv=qkv[:, hidden:], out=out,
             gate_up=gate_up, down=down, input_layernorm=input_layernorm, hidden_norm=hidden_norm,
-            post_attention_layernorm=post, norm=norm, head=head,
+            post_attention_layernorm=post, norm=norm, head=head, feature_norms=[its for its in norms if its],
         )  # fmt: skip
 
 
@@ -220,38 +239,3 @@ def _joined(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     for part, tensor in zip(joined.split([len(tensor) for tensor in tensors]), tensors, strict=True):
         part.copy_(tensor)
     return joined
-
-
-class Rotary:
-    """Rotary position embedding with the target's settings (linear, dynamic, llama3, yarn: transformers' own).
-
-    Args:
-        config: the draft's shape, with rope_parameters.
-    """
-
-    def __init__(self, config: DraftConfig, device: torch.device) -> None:
-        from transformers import LlamaConfig
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        llama: Any = LlamaConfig(
-            # The table needs head_dim alone, but the class wants a hidden size that the heads divide.
-            hidden_size=config.num_attention_heads * config.head_dim,
-            num_attention_heads=config.num_attention_heads,
-            head_dim=config.head_dim,
-            max_position_embeddings=config.max_position_embeddings,
-            rope_parameters=dict(config.rope_parameters),
-        )
-        self._embedding = LlamaRotaryEmbedding(llama).to(device)
-        self._device = device
-
-    def table(self, positions: int, dtype: torch.dtype) -> Tensor:
-        """Cosines and sines of positions 0..P-1, [2, P, d]."""
-        probe = torch.empty(0, device=self._device, dtype=torch.float32)
-        cos, sin = self._embedding(probe, torch.arange(positions, device=self._device).unsqueeze(0))
-        return torch.stack((cos[0], sin[0])).to(dtype)
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates heads [N, heads, d] by the rows' cosines and sines [2, N, d]."""
-    first, second = x.chunk(2, -1)
-    return x * table[0].unsqueeze(1) + torch.cat((-second, first), -1) * table[1].unsqueeze(1)

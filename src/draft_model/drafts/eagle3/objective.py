@@ -1,4 +1,4 @@
-r"""What training minimises: soft cross-entropy of each step's draft to the target, and how often they agree.
+r"""What training minimises, at each step's positions: soft cross-entropy of the draft to the target, or the rejection.
 
     total = sum_i 0.8^i sum_t l_i(t)          l = -sum_v p(v) log q(v)          v in the draft vocabulary
 
@@ -11,7 +11,11 @@ so loss and gradients need z, p and q of one position at a time, and nothing of 
 steps run here after the unroll, a chunk of teacher positions at a time, each with one target head and one softmax p
 for all steps, and their gradients leave as soon as they are known. Logits of the whole batch never exist. The backward
 pass only multiplies by the gradient of the total. max_v z(v) = logsumexp(z) + log max_v q(v) gives l without a second
-pass, and sum_v min(p, q) = 1 - |q - p|_1 / 2 the probability that sampling accepts.
+pass, and alpha = sum_v min(p, q) = 1 - |q - p|_1 / 2 the probability that sampling accepts. The rejection 1 - alpha,
+which is the total variation of p and q, is a loss of its own (draft_loss=tv). LK (arXiv 2602.23881, draft_loss=lk) goes
+from one to the other as a position gets better, by a weight w that counts as a constant:
+
+    l_tv = 1 - alpha     dl_tv/dz = q (sum_{q < p} q - [q < p])     l_lk = w l + (1 - w) l_tv     w = exp(-3 alpha)
 
 The sums stay sums. The training loop divides by the supervised tokens of the GLOBAL batch, so that splitting a batch
 over ranks or micro-batches changes nothing. They also stay on the device until they are logged.
@@ -27,7 +31,8 @@ import torch
 from torch import Tensor
 
 from draft_model.drafts import kernels
-from draft_model.drafts.eagle3.batch import Plan
+from draft_model.drafts.base import Counts
+from draft_model.drafts.eagle3.plan import Plan
 
 STEP_DECAY = 0.8
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
@@ -39,13 +44,12 @@ TeacherHead = Callable[[Tensor], Tensor]
 
 
 @dataclass
-class StepSums:
-    """Sums over positions, one entry per unroll step, float64 [steps]; divide only after reducing over ranks.
+class StepSums(Counts):
+    """Sums over positions, one entry per unroll step.
 
     Attributes:
-        loss: soft cross-entropy, nats.
-        supervised: positions that the loss counts (the target's top token lies in the draft vocabulary).
-        agree: of those, the draft's top token is the target's.
+        agree: supervised positions (the target's top token lies in the draft vocabulary) where the draft's top token
+            is the target's.
         overlap: sum of sum_v min(p, q): the acceptance probability under sampling.
         candidates: positions whose token is the assistant's, in the draft vocabulary or not.
         reached: candidates all of whose earlier steps agreed.
@@ -54,8 +58,6 @@ class StepSums:
         kept: proposals that those rounds keep.
     """
 
-    loss: Tensor
-    supervised: Tensor
     agree: Tensor
     overlap: Tensor
     candidates: Tensor
@@ -63,23 +65,6 @@ class StepSums:
     accepted: Tensor
     rounds: Tensor
     kept: Tensor
-
-    @classmethod
-    def zeros(cls, steps: int, device: torch.device | None = None) -> StepSums:
-        """No positions yet."""
-        return cls.from_tensor(torch.zeros(9, steps, dtype=torch.float64, device=device))
-
-    def tensor(self) -> Tensor:
-        """All sums as one tensor [9, steps], to be reduced."""
-        return torch.stack(list(vars(self).values()))
-
-    @classmethod
-    def from_tensor(cls, sums: Tensor) -> StepSums:
-        """The inverse of `tensor`."""
-        return cls(*sums.unbind(0))
-
-    def __add__(self, other: StepSums) -> StepSums:
-        return StepSums.from_tensor(self.tensor() + other.tensor())
 
     def means(self) -> dict[str, list[float]]:
         """Per step: loss in nats, top-1 agreement, alpha (overlap), conditional acceptance."""
@@ -133,6 +118,7 @@ class Heads:
         outputs: the layer's output of each step, [steps, N, H].
         plan: positions.
         learn: whether gradients are wanted.
+        loss: draft_loss: `kl`, `lk` or `tv`.
 
     Attributes:
         sums: loss, supervised, agree, overlap, float64 [4, steps].
@@ -143,9 +129,10 @@ class Heads:
     """
 
     def __init__(
-        self, teacher: Teacher, norm: Tensor, weight: Tensor, outputs: Tensor, plan: Plan, learn: bool
+        self, teacher: Teacher, norm: Tensor, weight: Tensor, outputs: Tensor, plan: Plan, learn: bool, loss: str
     ) -> None:  # fmt: skip
         self._teacher, self._norm, self._weight, self._plan, self._learn = teacher, norm, weight, plan, learn
+        self._kind = loss
         self._outputs = outputs.flatten(0, 1)  # [steps * N, H]
         self._decay = STEP_DECAY ** torch.arange(plan.steps, device=weight.device, dtype=torch.float32)
         teachers = len(plan.teachers)
@@ -189,7 +176,7 @@ class Heads:
         teachers = torch.arange(count, device=students.device).repeat(steps)
         unit, scale = kernels.rms_norm(self._outputs, self._norm, self._teacher.eps, rows)
         z = unit @ self._weight.T  # [steps * C, D]
-        sums = triton_kernels.distill(z, taught, teachers, weights, self._learn).view(steps, count, 4)
+        sums = triton_kernels.distill(z, taught, teachers, weights, self._learn, self._kind).view(steps, count, 4)
         self.sums += sums.sum(1, dtype=torch.float64).T
         self.agree[:, start : start + count] = sums[:, :, 2] > 0
         if not self._learn:
@@ -228,8 +215,14 @@ class Heads:
         normaliser = z.gather(-1, favourite.unsqueeze(-1)).squeeze(-1) - highest.log()
         losses = normaliser - torch.bmm(p.unsqueeze(1), z.unsqueeze(2)).flatten()
         agrees = favourite == top
+        rejection = _rejection_gradient(p, q, z) if self._learn and self._kind != "kl" else None
         difference = q.sub_(p)
         overlap = 1.0 - 0.5 * torch.linalg.vector_norm(difference, 1, dim=-1)  # sum min(p, q)
+        if self._kind != "kl":
+            share = torch.exp(-kernels.LK_DECAY * overlap) if self._kind == "lk" else torch.zeros_like(overlap)
+            losses = share * losses + (1 - share) * (1 - overlap)
+            if rejection is not None:
+                difference.sub_(rejection).mul_(share.unsqueeze(1)).add_(rejection)
         self.agree[step, teachers] = agrees
         parts = (losses, torch.ones_like(losses), agrees, overlap)
         self.sums[:, step] += torch.stack([part.sum(dtype=torch.float64) for part in parts])
@@ -253,10 +246,17 @@ class Heads:
         agreed = agrees.cummin(0).values
         before = torch.cat((torch.ones_like(agrees[:1]), agreed[:-1])) & exists
         chains = torch.stack((exists, before, before & agrees)).sum(-1, dtype=torch.float64)
-        return StepSums.from_tensor(torch.cat((self.sums, chains, torch.stack(_rounds(plan, agreed.sum(0))))))
+        return StepSums.from_tensor(torch.cat((self.sums, chains, torch.stack(decode_rounds(plan, agreed.sum(0))))))
 
 
-def _rounds(plan: Plan, agreed: Tensor) -> tuple[Tensor, Tensor]:
+def _rejection_gradient(p: Tensor, q: Tensor, out: Tensor) -> Tensor:
+    """Of 1 - sum min(p, q) by the draft's logits, for softmaxes p and q [C, D]; `out` is overwritten."""
+    lower = q < p
+    share = torch.mul(q, lower, out=out).sum(-1, keepdim=True)
+    return torch.where(lower, share - 1.0, share, out=out).mul_(q)
+
+
+def decode_rounds(plan: Plan, agreed: Tensor) -> tuple[Tensor, Tensor]:
     """Walks through every reply as decoding would, for 1, 2, ... proposals per round.
 
     A round at a row keeps as many proposals as agree there and goes on behind the token after them. The walk is done

@@ -9,11 +9,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from draft_model.drafts.batch import Batch
 from draft_model.drafts.eagle3.attention import choose_backend
-from draft_model.drafts.eagle3.batch import Batch, Plan, plan_unroll
-from draft_model.drafts.eagle3.model import Eagle3Draft, Rotary
+from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.objective import Heads, StepSums, Teacher
+from draft_model.drafts.eagle3.plan import Plan, plan_unroll
 from draft_model.drafts.eagle3.unroll import Unroll
+from draft_model.drafts.rotary import Rotary
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
@@ -29,6 +31,7 @@ class Objective:
         attention_backend: `flex_attention` or `sdpa`.
         dtype: compute type.
         max_length: longest conversation, in tokens.
+        loss: draft_loss.
     """
 
     def __init__(
@@ -39,8 +42,9 @@ class Objective:
         attention_backend: str,
         dtype: torch.dtype,
         max_length: int,
+        loss: str = "kl",
     ) -> None:
-        self.draft, self.target, self.steps, self.dtype = draft, target, steps, dtype
+        self.draft, self.target, self.steps, self.dtype, self.kind = draft, target, steps, dtype, loss
         self.backend = choose_backend(attention_backend, target.device, dtype)
         self.rotary = Rotary(draft.config, target.device).table(max_length + steps, dtype)
         self.target_ids = draft.target_ids
@@ -65,6 +69,10 @@ class Objective:
         loss: Tensor = _Loss.apply(self, plan, outcome, packed, *self.draft.parameters())  # type: ignore[no-untyped-call]
         return loss, outcome[0]
 
+    def no_counts(self) -> StepSums:
+        """Sums over no position, on the device."""
+        return StepSums.zeros(self.steps, self.target.device)
+
     def teacher(self, final: Tensor, plan: Plan) -> Teacher:
         """The target's side of a batch, from its final hidden states [T, H]."""
         return Teacher(
@@ -86,7 +94,7 @@ class _Loss(torch.autograd.Function):
         learn = any(ctx.needs_input_grad)
         ctx.objective, ctx.learnt, ctx.shape = objective, None, packed.shape
         if not len(plan.rows):
-            outcome.append(StepSums.zeros(plan.steps, packed.device))
+            outcome.append(objective.no_counts())
             return packed.new_zeros((), dtype=torch.float32)
         plan = plan.to(packed.device)
         weights = objective.draft.weights(objective.dtype)
@@ -95,7 +103,7 @@ class _Loss(torch.autograd.Function):
         unroll = Unroll(weights, objective.rotary, plan, objective.backend)
         embeddings = functional.embedding(plan.tokens, objective.target.embedding)
         outputs = unroll.forward(embeddings, features, learn)
-        heads = Heads(objective.teacher(final, plan), weights.norm, weights.head, outputs, plan, learn)
+        heads = Heads(objective.teacher(final, plan), weights.norm, weights.head, outputs, plan, learn, objective.kind)
         outcome.append(heads.step_sums())
         if learn:
             ctx.learnt = unroll, heads
@@ -115,9 +123,7 @@ class _Loss(torch.autograd.Function):
         sums.norm.addcmul_(heads.grad_norm, grad)
         del heads.grad_head
         torch._foreach_mul_([heads.grads], grad.to(heads.grads.dtype))  # a plain mul_ by a GPU's scalar is slower
-        d_features = unroll.backward(heads.grads, sums)
-        d_packed = None
+        d_packed = unroll.backward(heads.grads, sums, of_features=ctx.needs_input_grad[3])
         if ctx.needs_input_grad[3]:  # never in training: the target is frozen
-            d_packed = d_features.new_zeros(ctx.shape)
-            d_packed[:, : unroll.weights.fc.shape[1]] = d_features @ unroll.weights.fc
+            d_packed = functional.pad(d_packed, (0, ctx.shape[1] - d_packed.shape[1]))
         return None, None, None, d_packed, *nothing

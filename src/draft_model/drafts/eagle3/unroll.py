@@ -20,8 +20,8 @@ from torch import Tensor
 
 from draft_model.drafts import kernels
 from draft_model.drafts.eagle3.attention import Attended, causal_attention
-from draft_model.drafts.eagle3.batch import Plan
 from draft_model.drafts.eagle3.model import Weights
+from draft_model.drafts.eagle3.plan import Plan
 from draft_model.drafts.kernels import accumulate, rms_norm, rms_norm_backward
 
 KEPT_SHARE = 8  # gate and up of all steps are kept where they take at most an eighth of a GPU's memory
@@ -33,6 +33,7 @@ class _Step:
 
     q: Tensor
     scale: Tensor | None
+    output_scale: Tensor | None
     given: Attended
     attended: Tensor
     total: Tensor
@@ -56,25 +57,26 @@ class Unroll:
         self._eps = weights.config.rms_norm_eps
         self._query = weights.out.shape[1]
         self._steps: list[_Step] = []
+        self._normed: list[list[tuple[Tensor, Tensor, Tensor]]] = []
 
     def forward(self, embeddings: Tensor, features: Tensor, keep: bool) -> Tensor:
         """Runs all steps.
 
         Args:
             embeddings: the target's embeddings of the batch's tokens without padding, [T, H].
-            features: the target's features of these tokens, [T, 3H].
+            features: the target's features of these tokens, [T, nH].
             keep: whether a backward will follow.
 
         Returns:
             The layer's output of each step at the plan's rows, before the final norm, [steps, N, H].
         """
         w, plan, config = self.weights, self.plan, self.weights.config
-        self._embeddings, self._features = embeddings, features
+        self._embeddings, self._features = embeddings, self._norm(features)
         unit, self._embedding_scale = rms_norm(embeddings, w.input_layernorm, self._eps)
         token_part = unit @ w.embedding_qkv.T  # [T, Q + 2K]
 
         # Step 0: keys and values of every position, from the target's features.
-        self._first = (features @ w.fc.T).index_select(0, plan.keys)  # [P, H]
+        self._first = (self._features @ w.fc.T).index_select(0, plan.keys)  # [P, H]
         unit, self._first_scale = rms_norm(self._first, w.hidden_norm, self._eps)
         shape = (config.num_key_value_heads, config.head_dim)
         k0, v0 = (unit.new_empty(len(unit), *shape) for _ in range(2))
@@ -91,7 +93,9 @@ class Unroll:
         torch.index_select(self._first, 0, plan.rows, out=hidden[0])
         keep_mlp = keep and self._mlp_fits(rows)
         for step in range(steps):
-            x, scale = hidden[step], None
+            x, scale, output_scale = hidden[step], None, None
+            if step and config.norm_output:
+                x, output_scale = rms_norm(x, w.norm, self._eps)
             q = unit.new_empty(rows, config.num_attention_heads, config.head_dim)
             tokens = plan.row_tokens[step]
             if step:
@@ -113,7 +117,8 @@ class Unroll:
             torch.addmm(middle, kernels.swiglu(both), w.down.T, out=hidden[step + 1])
             if keep:
                 kept = both if keep_mlp else None
-                self._steps.append(_Step(q, scale, given, attended, total, middle, middle_scale, kept))
+                step_ = _Step(q, scale, output_scale, given, attended, total, middle, middle_scale, kept)
+                self._steps.append(step_)
         self._hidden = hidden
         return hidden[1:]
 
@@ -125,15 +130,16 @@ class Unroll:
         size = self.plan.steps * rows * len(gate_up) * gate_up.element_size()
         return size * KEPT_SHARE <= torch.cuda.get_device_properties(gate_up.device).total_memory
 
-    def backward(self, grads: Tensor, sums: Weights) -> Tensor:
+    def backward(self, grads: Tensor, sums: Weights, of_features: bool = False) -> Tensor | None:
         """Adds the gradient of every weight but norm and head.
 
         Args:
             grads: of the outputs of each step, [steps, N, H]; used up.
             sums: float32 gradients, arranged as the weights are; added to.
+            of_features: whether the features' own gradient is wanted.
 
         Returns:
-            The gradient of fc's output at the keys' positions, [P, H].
+            The gradient of the features, [T, nH]; None where neither this nor a norm before fc was asked for.
         """
         w, plan, rotary, window = self.weights, self.plan, self.rotary, self.plan.windows
         dkeys, dvalues = (torch.empty_like(x, dtype=torch.float32) for x in (self._keys, self._values))
@@ -166,12 +172,20 @@ class Unroll:
             )
             if kept.scale is None:
                 break
+            if kept.output_scale is None:
+                d_middle += grads[step - 1]
+            else:
+                x, _ = rms_norm(x, w.norm, self._eps)
             own, _ = rms_norm(x, w.hidden_norm, self._eps)
             accumulate(sums.hidden_qkv, dqkv.T, own)
-            d_middle += grads[step - 1]
             grad, d_norm = rms_norm_backward(dqkv @ w.hidden_qkv, x, w.hidden_norm, kept.scale, residual=d_middle)
             sums.hidden_norm.add_(d_norm)
-        return self._backward_of_inputs(dqkv, d_middle, token_grad, sums)
+            if kept.output_scale is not None:
+                output = self._hidden[step]
+                grad, d_norm = rms_norm_backward(grad, output, w.norm, kept.output_scale, residual=grads[step - 1])
+                sums.norm.add_(d_norm)
+        d_first = self._backward_of_inputs(dqkv, d_middle, token_grad, sums)
+        return self._backward_of_features(d_first, sums) if of_features or w.feature_norms else None
 
     def _backward_of_inputs(self, dq: Tensor, d_rows: Tensor, token_grad: Tensor, sums: Weights) -> Tensor:
         """What stands before the steps: step-0 keys and values, the tokens' part, fc.
@@ -207,3 +221,23 @@ class Unroll:
         )
         sums.input_layernorm.add_(d_norm)
         return d_all
+
+    def _norm(self, features: Tensor) -> Tensor:
+        """What fc reads, [T, nH]; keeps what each norm was given."""
+        self._normed = []
+        for weights in self.weights.feature_norms:
+            parts = [part.contiguous() for part in features.chunk(len(weights), -1)]
+            normed = [rms_norm(part, weight, self._eps) for part, weight in zip(parts, weights, strict=True)]
+            self._normed.append(list(zip(parts, weights, (scale for _, scale in normed), strict=True)))
+            features = torch.cat([unit for unit, _ in normed], -1)
+        return features
+
+    def _backward_of_features(self, grad: Tensor, sums: Weights) -> Tensor:
+        """From the gradient of fc's output [T, H] to the features' [T, nH], through their norms."""
+        grad = grad @ self.weights.fc
+        for given, totals in zip(reversed(self._normed), reversed(sums.feature_norms), strict=True):
+            parts = zip(grad.chunk(len(given), -1), given, strict=True)
+            found = [rms_norm_backward(part.contiguous(), *its) for part, its in parts]
+            torch._foreach_add_(totals, [d_weight for _, d_weight in found])
+            grad = torch.cat([d_part for d_part, _ in found], -1)
+        return grad

@@ -32,12 +32,13 @@ _NO_SPACE = (
     "make room there (df -h, df -i), or work on another disk: --work or --folder, TMPDIR, and for the pipeline's steps "
     f"{WORK_FOLDER}"
 )
+_PERMISSIONS = "change its permissions, or choose another"
+_FILES = "raise the limit of open files (ulimit -n)"
 _MACHINE = {
-    errno.ENOSPC: _NO_SPACE,
-    errno.EDQUOT: _NO_SPACE,
-    errno.EROFS: "choose a folder that can be written to",
-    errno.EACCES: "change its permissions, or choose another",
-}
+    errno.ENOSPC: _NO_SPACE, errno.EDQUOT: _NO_SPACE, errno.EROFS: "choose a folder that can be written to",
+    errno.EACCES: _PERMISSIONS, errno.EPERM: _PERMISSIONS, errno.EMFILE: _FILES, errno.ENFILE: _FILES,
+    errno.EIO: "the disk fails (dmesg): work on another",
+}  # fmt: skip
 """What to do where the operating system refuses a file."""
 
 
@@ -53,6 +54,7 @@ def set_up_logging() -> None:
     )
     for ours in ("draft_model", "kfp_pipeline"):
         logging.getLogger(ours).setLevel(logging.INFO)
+    logging.getLogger("botocore.credentials").setLevel(logging.CRITICAL)  # a traceback before our own sentence
 
 
 def raise_on_sigterm() -> None:
@@ -70,8 +72,15 @@ def user_error(error: BaseException) -> DraftModelError | None:
     """The problems of an exception that the user can put right; None for a fault of ours."""
     if isinstance(error, DraftModelError):
         return error
-    if isinstance(error, OSError) and error.errno in _MACHINE and (error.filename or error.errno == errno.ENOSPC):
+    if (
+        isinstance(error, OSError)
+        and error.errno in _MACHINE
+        and (error.filename or _MACHINE[error.errno] == _NO_SPACE)
+    ):
         return DraftModelError(f"{error.filename or 'a disk'}: {error.strerror}; {_MACHINE[error.errno]}")
+    # Of safetensors, which is not imported here.
+    if type(error).__name__ == "SafetensorError" and (code := re.search(r"os error (\d+)", str(error))):
+        return DraftModelError(f"a disk: {error}; {_MACHINE.get(int(code[1]), _NO_SPACE)}")
     if isinstance(error, FileNotFoundError) and "temporary directory" in str(error):
         return DraftModelError(f"{error.strerror}; {_NO_SPACE}")
     return None

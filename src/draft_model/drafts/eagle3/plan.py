@@ -13,44 +13,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from draft_model.drafts.batch import Batch
 from draft_model.drafts.transfer import to_device
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Conversations, padded on the right. B conversations of at most T tokens; on the host.
-
-    Attributes:
-        tokens: int64 [B, T].
-        lengths: real tokens of each row, int64 [B].
-        predicted: bool [B, T]; True at p where token p+1 is to be learnt (an assistant's), by whichever convention.
-    """
-
-    tokens: Tensor
-    lengths: Tensor
-    predicted: Tensor
-
-    def narrow(self, start: int, count: int) -> Batch:
-        """`count` conversations from `start` on, without the padding they do not need."""
-        lengths = self.lengths[start : start + count]
-        width = int(lengths.max())
-        rows = slice(start, start + count)
-        return Batch(self.tokens[rows, :width], lengths, self.predicted[rows, :width])
-
-
-def collate(conversations: list[tuple[Tensor, Tensor]]) -> Batch:
-    """Pads conversations and shifts their loss masks by one.
-
-    Args:
-        conversations: token ids int64 [T_b] and loss mask bool [T_b] (True on the assistant's tokens) of each.
-    """
-    lengths = torch.tensor([len(tokens) for tokens, _ in conversations])
-    tokens = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
-    predicted = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, (ids, mask) in enumerate(conversations):
-        tokens[row, : len(ids)] = ids
-        predicted[row, : len(ids) - 1] = mask[1:]
-    return Batch(tokens, lengths, predicted)
 
 
 @dataclass(frozen=True)

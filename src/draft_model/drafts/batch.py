@@ -1,0 +1,50 @@
+"""Conversations as every draft's loss and the target read them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Conversations, padded on the right. B conversations of at most T tokens; on the host.
+
+    Attributes:
+        tokens: int64 [B, T].
+        lengths: real tokens of each row, int64 [B].
+        predicted: bool [B, T]; True at p where token p+1 is to be learnt (an assistant's), by whichever convention.
+        keys: seeds for what an objective draws at random for a conversation, int64 [B]. They depend on the run's seed,
+            the step and the conversation alone, so draws differ from epoch to epoch but not with the split of a batch
+            over processes and micro-batches, nor after a resume.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    predicted: Tensor
+    keys: Tensor
+
+    def narrow(self, start: int, count: int) -> Batch:
+        """`count` conversations from `start` on, without the padding they do not need."""
+        rows = slice(start, start + count)
+        width = int(self.lengths[rows].max())
+        return Batch(self.tokens[rows, :width], self.lengths[rows], self.predicted[rows, :width], self.keys[rows])
+
+
+def collate(conversations: Sequence[tuple[Tensor, Tensor]], keys: Sequence[int] | None = None) -> Batch:
+    """Pads conversations and shifts their loss masks by one.
+
+    Args:
+        conversations: token ids int64 [T_b] and loss mask bool [T_b] (True on the assistant's tokens) of each.
+        keys: of `Batch`; 0, 1, ... where not given.
+    """
+    lengths = torch.tensor([len(tokens) for tokens, _ in conversations])
+    tokens = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
+    predicted = torch.zeros(tokens.shape, dtype=torch.bool)
+    for row, (ids, mask) in enumerate(conversations):
+        tokens[row, : len(ids)] = ids
+        predicted[row, : len(ids) - 1] = mask[1:]
+    return Batch(tokens, lengths, predicted, torch.tensor(range(len(lengths)) if keys is None else keys))

@@ -1,0 +1,1 @@
+"""Block drafts: DSpark, and DFlash as its case without Markov and confidence heads."""

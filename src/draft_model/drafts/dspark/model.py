@@ -1,0 +1,165 @@
+"""A block draft: K tokens in one pass of a few layers like Qwen3's, each reading the target's features as context.
+
+    c = hidden_norm(fc(features))           of every token that the target has read, in every layer the same
+    x = embedding of (anchor, mask, ..., mask), the token after those and K - 1 (DFlash: K) to be filled in
+    q, k, v of input_layernorm(x), k and v of c as well; q_norm and k_norm per head; rotary positions
+    x = x + attention(q; k and v of c before the anchor, and of the whole block);  x = x + SwiGLU(...)
+    u = norm(x);  logits of proposal j = head u_j + w2 w1[token before it];  confidence = sigmoid(proj (u_j, w1[...]))
+
+Embedding and head are the target's. The Markov term w2 w1[...] lets a proposal see the one before it, which the pass
+itself cannot; it and the confidence are DSpark's, DFlash has neither. Parameters carry the checkpoint's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from draft_model.drafts.dspark.config import BlockConfig
+from draft_model.drafts.rotary import rotate
+
+if TYPE_CHECKING:
+    from draft_model.target.model import Target
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+"""From the blocks' q [N, S, heads, d], k and v [N, S, kv_heads, d] and the context's k and v to [N, S, heads, d]."""
+
+
+def _linear(x: Tensor, module: nn.Linear) -> Tensor:
+    """A projection in the type of x; gradients reach the float32 weight."""
+    return functional.linear(x, module.weight.to(x.dtype))
+
+
+class _Norm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        query, key = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj, self.k_proj = nn.Linear(hidden, query, bias=False), nn.Linear(hidden, key, bias=False)
+        self.v_proj, self.o_proj = nn.Linear(hidden, key, bias=False), nn.Linear(query, hidden, bias=False)
+        self.q_norm, self.k_norm = (_Norm(self.head_dim, config.rms_norm_eps) for _ in range(2))
+
+    def queries(self, x: Tensor, table: Tensor) -> Tensor:
+        """[N, H] -> rotated queries [N, heads, d]; table: cosines and sines of the rows, [2, N, d]."""
+        return rotate(self.q_norm(_linear(x, self.q_proj).unflatten(-1, (-1, self.head_dim))), table)
+
+    def keys_values(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, H] -> rotated keys and values, [N, kv_heads, d] each."""
+        k, v = (_linear(x, proj).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        return rotate(self.k_norm(k), table), v
+
+
+class _SwiGLU(nn.Module):
+    def __init__(self, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, inner, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _linear(functional.silu(_linear(x, self.gate_proj)) * _linear(x, self.up_proj), self.down_proj)
+
+
+class Layer(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = _Attention(config), _SwiGLU(config.hidden_size, config.intermediate_size)
+        self.input_layernorm, self.post_attention_layernorm = (
+            _Norm(config.hidden_size, config.rms_norm_eps) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor, table: Tensor, context: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """X [N, S, H] with the rows' table [2, N S, d], and keys and values of the context: [N, S, H]."""
+        blocks = x.shape[:2]
+        rows = self.input_layernorm(x).flatten(0, 1)
+        parts = (self.self_attn.queries(rows, table), *self.self_attn.keys_values(rows, table))
+        q, k, v = (part.unflatten(0, blocks) for part in parts)
+        x = x + _linear(attend(q, k, v, *context).flatten(2), self.self_attn.o_proj)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class _MarkovHead(nn.Module):
+    def __init__(self, vocabulary: int, rank: int) -> None:
+        super().__init__()
+        self.markov_w1 = nn.Embedding(vocabulary, rank)
+        self.markov_w2 = nn.Linear(rank, vocabulary, bias=False)
+
+
+class _ConfidenceHead(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(size, 1)
+
+
+class BlockDraft(nn.Module):
+    """The draft's float32 parameters.
+
+    Args:
+        config: the draft's shape.
+        t2d: which target tokens it knows: all of them.
+        d2t: zeros.
+    """
+
+    t2d: Tensor
+    d2t: Tensor
+
+    def __init__(self, config: BlockConfig, t2d: Tensor, d2t: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        hidden, rank = config.hidden_size, config.markov_rank
+        self.fc = nn.Linear(len(config.aux_layers) * hidden, hidden, bias=False)
+        self.hidden_norm, self.norm = (_Norm(hidden, config.rms_norm_eps) for _ in range(2))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        if rank:
+            self.markov_head = _MarkovHead(config.vocab_size, rank)
+        if config.enable_confidence_head:
+            self.confidence_head = _ConfidenceHead(hidden + rank)
+        self.register_buffer("t2d", t2d, persistent=False)
+        self.register_buffer("d2t", d2t, persistent=False)
+
+    def initialise(self, seed: int, target: Target) -> None:
+        """Random matrices, and over them what the target already knows, which short runs profit from most.
+
+        The final norm and, where the shapes are alike, every layer start as the target's last ones; `fc` passes the
+        highest feature through. The Markov head starts without effect, the confidence head at one half.
+
+        Args:
+            seed: of the random matrices.
+            target: frozen; it may be in any type.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        hidden = self.config.hidden_size
+        with torch.no_grad():
+            for parameter in self.parameters():
+                if parameter.dim() == 2:
+                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
+            self.fc.weight.mul_(0.5)[:, -hidden:].diagonal().add_(1.0)
+            self.norm.weight.copy_(target.norm)
+            for layer in self.layers:
+                for name, parameter in layer.named_parameters():
+                    source = target.last_layer.get(name)
+                    if source is not None and source.shape == parameter.shape:
+                        parameter.copy_(source)
+            if self.config.markov_rank:
+                self.markov_head.markov_w2.weight.zero_()
+            if self.config.enable_confidence_head:
+                self.confidence_head.proj.weight.zero_()
+                self.confidence_head.proj.bias.zero_()
+
+    def context(self, features: Tensor) -> Tensor:
+        """The target's features as every layer's keys and values read them: [T, n H] -> [T, H]."""
+        return self.hidden_norm(_linear(features, self.fc))  # type: ignore[no-any-return]

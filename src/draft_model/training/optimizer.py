@@ -1,0 +1,77 @@
+"""AdamW, or Muon for the matrices of the draft's layer with AdamW for its head and norms.
+
+Muon (Jordan 2024) moves a matrix by its momentum with all singular values made one, so that no few directions take the
+whole step. Five iterations of Newton-Schulz in bfloat16 come close enough to that. The update is scaled to the size
+that AdamW's would have (Moonlight, arXiv 2502.16982).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from draft_model.drafts.base import Draft
+
+MOMENTUM = 0.95
+RATIO = 10.0
+"""Muon's rate is so many times learning_rate; benchmarks/README.md has the measurement."""
+
+
+def make_optimizer(name: str, draft: Draft, rate: float) -> torch.optim.Optimizer:
+    """The optimizer that draft_optimizer names, with learning_rate `rate`."""
+    parameters = [parameter for _, parameter in draft.named_parameters()]
+    if name == "adamw":
+        return _adamw(parameters, rate)
+    vocabularies = (draft.config.vocab_size, draft.config.draft_vocab_size)  # a row of such a matrix is a token's
+    matrices = [p for p in parameters if p.dim() == 2 and min(p.shape) > 1 and p.shape[0] not in vocabularies]
+    theirs = {id(matrix) for matrix in matrices}
+    return MuonAdamW(matrices, [p for p in parameters if id(p) not in theirs], rate)
+
+
+def _adamw(parameters: Sequence[Tensor], rate: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(list(parameters), lr=rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for matrices, AdamW for others; with `grad_scale` and `found_inf` as the fused AdamW reads them."""
+
+    grad_scale: Tensor  # gradients are divided by it
+    found_inf: Tensor  # where it is not 0, nothing changes
+
+    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], rate: float) -> None:
+        super().__init__(list(matrices), {"lr": rate, "name": "muon"})
+        self._adamw = _adamw(others, rate)
+        self._adamw.state = self.state
+        self.param_groups += self._adamw.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update from the parameters' `.grad`; nothing waits for a GPU."""
+        self._adamw.grad_scale, self._adamw.found_inf = self.grad_scale, self.found_inf  # type: ignore[attr-defined]
+        self._adamw.step()
+        useful = self.found_inf == 0
+        for matrix in self.param_groups[0]["params"]:
+            state = self.state[matrix]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(matrix)
+            gradient = torch.where(useful, matrix.grad / self.grad_scale, 0.0)
+            momentum = state["momentum_buffer"].lerp_(gradient, torch.where(useful, 1 - MOMENTUM, 0.0))
+            update = orthogonalise(gradient.lerp_(momentum, MOMENTUM))
+            size = RATIO * self.param_groups[0]["lr"] * 0.2 * math.sqrt(max(matrix.shape))
+            matrix.sub_(torch.where(useful, update, 0.0), alpha=size)
+
+
+def orthogonalise(matrix: Tensor) -> Tensor:
+    """A matrix with about the same singular vectors and singular values of about one, bfloat16 [m, n]."""
+    x = matrix.bfloat16()
+    x = x.T if x.shape[0] > x.shape[1] else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):  # x <- a x + b (x x') x + c (x x')^2 x
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
