@@ -26,6 +26,7 @@ ROWS = [
         {"role": "user", "content": "delta"}, {"role": "assistant", "content": "epsilon zeta"}]},
     *(row for row in tiny.conversations(11) if row["id"] != "tiny-0-5"),  # to that one it says nothing
 ]  # fmt: skip
+SERVING = Path(__file__).parents[2] / ".venv-serving/bin/python"
 BAR = 93
 """A token that this target often writes; it ends its replies, so that some of them are cut and some are not."""
 GREEDY = {"chat_template": "qwen", "max_length": 160, "regenerate_max_new_tokens": 12, "regenerate_temperature": 0.0}
@@ -233,7 +234,7 @@ def test_what_cannot_be_used_is_put_aside_with_its_line(regenerate, tmp_path):
     assert [message["role"] for message in lines(made.uri)[-1]["conversations"]] == ["user", "assistant"]
     counts = made.splits["train"]
     assert counts["put_aside"] == {"prompt too long": 1, "rendered text": 1, "empty": 1}
-    assert counts["ended_early"] == {"prompt too long": 1}
+    assert counts["ended_early"]["prompt too long"] == 1
     aside = [json.loads(line) for line in Path(made.uri, "rejected.jsonl").read_text().splitlines()]
     assert [(it["line"], it["reason"]) for it in aside] == [
         (12, "prompt too long"),
@@ -282,3 +283,48 @@ def test_the_command_line(model, tmp_path):
         storage.read_manifest(str(tmp_path / "out"), stage="regenerate").properties["splits"]["train"]["conversations"]
         == 2
     )
+
+
+def test_the_pipelines_data_set_is_made_of_the_targets_answers(model, tmp_path, monkeypatch):
+    from test_steps import DEFAULTS, Artifact
+
+    from draft_model import steps
+
+    monkeypatch.setattr(steps.step.__wrapped__.__globals__["signal"], "signal", lambda *_: None)
+    data = tiny.write_jsonl(tmp_path / "train.jsonl", ROWS)
+    folder = tmp_path / "root/RUN/step"
+    folder.mkdir(parents=True)
+    values = {**DEFAULTS, **GREEDY, "pytorch_model_path": str(tmp_path), "dataset_train_split": str(data)}
+    artifacts = [Artifact(str(folder / name), str(folder / name)) for name in ("dataset", "report", "metrics")]
+    own = values | {"regenerate_answers": "train", "training_backend": "local"}
+    (tmp_path / "config.json").write_text("{}")
+    _, given, *_ = steps.preflight(own, "RUN", Artifact(str(folder / "summary"), str(folder / "summary")))
+    built = steps.build_dataset(given, "RUN", model, *artifacts)
+    answers = artifacts[0].metadata["answers"]
+    assert answers.startswith(f"{tmp_path}/root/regenerated/")
+    assert artifacts[2].metadata["regenerated_train_conversations"] == len(ROWS)
+    read = storage.read_manifest(built, stage="dataset").properties["parameters"]["dataset_train_split"]
+    assert read == f"{answers}/train"
+
+
+@pytest.mark.skipif(not SERVING.exists(), reason="`make check-serving` installs vLLM for CPU")
+def test_vllm_gives_the_answers_of_transformers(tmp_path, monkeypatch):
+    """In float32 on a CPU: the same greedy answers, whatever batches they were in."""
+    # vLLM's attention on a CPU has no heads smaller than 32.
+    source = tiny.write_target(tmp_path / "source", seed=3, head_dim=32)
+    settings = model_import.ImportConfig(
+        str(tmp_path / "model"), tmp_path / "w", Parameters(pytorch_model_path=str(source))
+    )
+    model = model_import.run(settings).uri
+    data = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.conversations(11))
+    p = Parameters(
+        dataset_train_split=str(data), **{**GREEDY, "regenerate_answers": "train", "max_rejected_fraction": 0.5}
+    )
+    found = []
+    for name, python in (("transformers", ""), ("vllm", str(SERVING))):
+        monkeypatch.setenv("DRAFT_MODEL_ENGINE_PYTHON", python)
+        found.append(run(RegenerateConfig(model, str(tmp_path / name), p, tmp_path / f"work-{name}")))
+    assert found[0].splits == found[1].splits
+    assert lines(found[0].uri) == lines(found[1].uri)
+    monkeypatch.setenv("DRAFT_MODEL_ENGINE_PYTHON", "")
+    assert lines(found[0].uri)

@@ -1,14 +1,15 @@
 """Turns conversations into tokens, loss masks and the draft vocabulary, for the target's tokenizer.
 
-A data set of the same content that an earlier run has built is used again.
+Where regenerate_answers is not off, the target answers the users' turns first. Answers and data set of the same content
+that an earlier run has made are used again.
 
 Args:
-    parameters: of the data set, by name.
+    parameters: of the regeneration and of the data set, by name.
     run_id: of the pipeline's run.
     model_uri: URI of the imported target.
     dataset: the data set, for lineage; its `uri` in the metadata says where the files are.
     report: lengths, turns, coverage, rejected lines and three conversations, one HTML page.
-    metrics: counts of rows and tokens, and the draft vocabulary's coverage.
+    metrics: counts of rows, answers and tokens, and the draft vocabulary's coverage.
 
 Returns:
     Output: URI of the data set.

@@ -9,7 +9,7 @@ Args:
 
 Returns:
     model_import: parameters of the import.
-    dataset: parameters of the data set.
+    dataset: parameters of the regeneration and of the data set.
     train: parameters of the training.
     evaluate: parameters of the evaluation.
 """

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import reduce
@@ -215,24 +215,30 @@ class Process:
         engine: vllm or sglang: a module of this package whose `serve` answers.
         job: what to load.
         time_limit: seconds after which the process is ended.
+        environment: further variables of the process.
     """
 
-    def __init__(self, engine: str, job: Any, time_limit: float = TIME_LIMIT) -> None:
-        self.name = f"evaluation_engine: {engine} {'with the draft' if job.draft else 'with the target alone'}"
+    def __init__(
+        self, engine: str, job: Any, time_limit: float = TIME_LIMIT, environment: Mapping[str, str] | None = None
+    ) -> None:
+        self.name = f"regenerate_answers: {engine}"
+        if isinstance(job, Job):
+            self.name = f"evaluation_engine: {engine} {'with the draft' if job.draft else 'with the target alone'}"
         self._log: deque[str] = deque(maxlen=400)
         self._late, self._limit = False, time_limit
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         # A session of its own, because the engine starts processes too and all of them must end.
         self._process = subprocess.Popen(
-            [_python(), "-m", f"draft_model.engine.{engine}"], env={**os.environ, "PYTHONPATH": path}, text=True,
-            errors="replace", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [_python(), "-m", f"draft_model.engine.{engine}"], text=True, errors="replace",
+            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,
         )  # fmt: skip
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._copy_log, self._end_group)]
         self._timer = threading.Timer(time_limit, self._end_late)
         for thread in (*self._threads, self._timer):
             thread.start()
-        self._send(asdict(job))
+        self.send(asdict(job))
 
     def __enter__(self) -> Process:
         return self
@@ -249,7 +255,11 @@ class Process:
         Raises:
             DraftModelError: when the process fails; says why and what to do.
         """
-        self._send([method, *arguments])
+        self.send([method, *arguments])
+        return self.receive()
+
+    def receive(self) -> Any:
+        """Waits for an answer, JSON; raises as `ask`."""
         if answer := self._process.stdout.readline():  # type: ignore[union-attr]
             return json.loads(answer)
         code = self._process.wait()
@@ -268,7 +278,8 @@ class Process:
         sampled = Counts(**sampled) if sampled else None
         return Measured(**{**values, "counts": [Counts(**its) for its in counts], "sampled": sampled})
 
-    def _send(self, value: Any) -> None:
+    def send(self, value: Any) -> None:
+        """Sends a JSON value."""
         with suppress(BrokenPipeError):  # the process is gone: its answer says why
             self._process.stdin.write(json.dumps(value) + "\n")  # type: ignore[union-attr]
             self._process.stdin.flush()  # type: ignore[union-attr]

@@ -1,27 +1,18 @@
 """vLLM answers prompts as they come: continuous batching and prefix caching, in a process of its own.
 
-The two processes speak JSON lines: requests over the standard input, answers over a pipe, because vLLM writes its log
-to the standard output. A conversation's next prompt goes in as soon as its answer is there; nothing waits for a batch.
+A conversation's next prompt goes in as soon as its answer is there; nothing waits for a batch.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
 import sys
 import threading
-from collections import deque
-from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from queue import SimpleQueue
-from typing import IO, Any
 
 from draft_model import engine as engines
-from draft_model.errors import DraftModelError
 
 
 @dataclass(frozen=True)
@@ -71,9 +62,6 @@ class VllmGenerator:
     Args:
         settings: of the generation.
         devices: value of CUDA_VISIBLE_DEVICES for the process; None leaves it.
-
-    Raises:
-        DraftModelError: from `submit` and `next`, when the process has failed; says why.
     """
 
     in_flight = 512
@@ -81,65 +69,33 @@ class VllmGenerator:
     continuous = True
 
     def __init__(self, settings: Settings, devices: str | None = None) -> None:
-        answers, write = os.pipe()
-        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "PYTHONPATH": path}
-        if devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = devices
-        self._process = subprocess.Popen(
-            [engines._python(), "-m", "draft_model.engine.generate", json.dumps(asdict(settings)), str(write)],
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", pass_fds=[write], start_new_session=True,
-        )  # fmt: skip
-        os.close(write)
-        self._answers: IO[str] = os.fdopen(answers, encoding="utf-8")
-        self._last: deque[str] = deque(maxlen=400)
-        self._log = threading.Thread(target=self._pass_on_log, daemon=True)
-        self._log.start()
-
-    def _pass_on_log(self) -> None:
-        for line in self._process.stdout or ():
-            sys.stderr.write(line)
-            self._last.append(line)
+        environment = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+        self._process = engines.Process("generate", settings, threading.TIMEOUT_MAX, environment)
 
     def submit(self, request: Request) -> None:
         """Sends a prompt; its answer comes in any order."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # `next` says why
-            self._process.stdin.write(json.dumps(asdict(request)) + "\n")
-            self._process.stdin.flush()
+        self._process.send(asdict(request))
 
     def next(self) -> Answer:
-        """Waits for the next answer."""
-        if line := self._answers.readline():
-            return Answer(**json.loads(line))
-        self.close()
-        raise DraftModelError(
-            f"regenerate_answers: vllm {engines.explain(self._process.returncode, ''.join(self._last))}"
-        )
+        """Waits for the next answer.
+
+        Raises:
+            DraftModelError: when the process has failed; says why.
+        """
+        return Answer(**self._process.receive())
 
     def close(self) -> None:
         """Ends the process and what it has started."""
-        with suppress(OSError):
-            self._process.stdin.close()  # type: ignore[union-attr]
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(30)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._log.join()
-        self._answers.close()
+        self._process.__exit__()
 
 
-def main(settings: Mapping[str, Any], answers: IO[str]) -> None:
-    """Generates until the standard input ends, which it does with the process that started this one.
-
-    Args:
-        settings: `Settings` as JSON has them.
-        answers: where the answers go.
-    """
+def main() -> None:
+    """Generates until the standard input ends, which it does with the process that started this one."""
     from draft_model.engine.vllm import _CPU
 
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints is its log
+    settings = json.loads(sys.stdin.readline())
     requests: SimpleQueue[str | None] = SimpleQueue()
 
     def receive() -> None:
@@ -184,5 +140,4 @@ def main(settings: Mapping[str, Any], answers: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    with os.fdopen(int(sys.argv[2]), "w", encoding="utf-8") as pipe:
-        main(json.loads(sys.argv[1]), pipe)
+    main()
