@@ -8,8 +8,8 @@ import tarfile
 import pytest
 
 from containers import layers
-from containers.conftest import HARDENED
-from kfp_pipeline.components.images import IMAGES, KINDS
+from containers.conftest import HARDENED, KINDS
+from kfp_pipeline.components.images import IMAGES
 
 TOOLS = re.compile(
     r"(^|/)s?bin/(pip[\d.]*|apt|apt-get|dpkg|perl|make|su|mount|passwd)$|(^|/)ensurepip/|-packages/(pip|setuptools|wheel)/"
@@ -27,7 +27,7 @@ def saved(docker, tmp_path_factory):
     docker.images.build(fileobj=leaking_context(), custom_context=True, network_mode="none", rm=True, tag=tag)
     path = tmp_path_factory.mktemp("saved") / "images.tar"
     try:
-        return dict(zip([*KINDS, "leak"], layers.read([*IMAGES.values(), tag], path), strict=True))
+        return dict(zip([*KINDS, "leak"], layers.read([*(IMAGES[kind] for kind in KINDS), tag], path), strict=True))
     finally:
         path.unlink(missing_ok=True)
         docker.images.remove(tag)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from containers import imports
-from kfp_pipeline.components.images import KINDS
+from containers.conftest import KINDS
 
 ROOT = Path(__file__).parents[2]
 AUDIT = ROOT / ".venv-images" / "bin" / "pip-audit"
@@ -60,10 +60,10 @@ JOB = {"huggingface-hub", "mlflow-skinny", "torch"}
     ("kind", "module", "function", "elsewhere"),
     [
         ("dataset", "draft_model.steps", "preflight", EVALUATION),
-        ("importer", "draft_model.steps", "import_model", GPU),
-        ("dataset", "draft_model.steps", "build_dataset", set()),
+        ("importer", "draft_model.steps", "_run_import", GPU),
+        ("dataset", "draft_model.steps", "_run_dataset", set()),
         ("coordinator", "draft_model.steps", "train_draft_model", JOB),
-        ("trainer", "draft_model.steps", "evaluate_draft_model", GPU),
+        ("trainer", "draft_model.steps", "_run_evaluate", GPU),
         ("coordinator", "draft_model.steps", "clean_up", JOB),
         ("trainer", "draft_model.training.__main__", "", GPU),
         ("dataset", "kfp_pipeline.recurring", "", EVALUATION),
