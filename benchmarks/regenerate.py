@@ -15,10 +15,9 @@ words with it, cut to 64 words.
 from __future__ import annotations
 
 import gzip
-import importlib
+import importlib.util
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -122,7 +121,7 @@ def docstrings() -> list[str]:
         if (
             name.startswith("_")
             or name in ("antigravity", "this", "idlelib", "turtledemo")
-            or not pkgutil.find_loader(name)
+            or importlib.util.find_spec(name) is None
         ):
             continue
         try:
@@ -130,8 +129,9 @@ def docstrings() -> list[str]:
         except Exception:  # of another platform
             continue
         for value in [module, *vars(module).values()]:
-            text = " ".join((getattr(value, "__doc__", None) or "").split()[:64])
-            if isinstance(text, str) and len(text.split()) >= 20:
+            text = getattr(value, "__doc__", None)
+            text = " ".join(text.split()[:64]) if isinstance(text, str) else ""
+            if len(text.split()) >= 20:
                 found.add(text)
     return sorted(found)
 
