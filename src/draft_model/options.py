@@ -89,8 +89,8 @@ def _option(parameter: Parameter) -> Decorator:
     """A click option of one parameter; its value stays text, so that validation sees all of them at once."""
     default = f"  [default: {parameter.default}]" if parameter.default != "" else ""
     return click.option(
-        f"--{parameter.name}",
         *(["--engine"] if parameter.name == "evaluation_engine" else []),
+        f"--{parameter.name}",
         parameter.name,
         metavar="|".join(parameter.choices) or _METAVARS[parameter.type],
         default=None,

@@ -160,7 +160,7 @@ def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch, architec
     kind = {"draft_architecture": architecture, "draft_model_config": str(tmp_path / "shape.json")}
     settings = Parameters(**{**QUICK, "num_epochs": 2, **kind})
     final = training.job.run(training.TrainConfig(model, data, str(tmp_path / "o"), tmp_path / "w", settings)).final
-    common = {"evaluation_conversations": 0, "evaluation_max_new_tokens": 80, "num_speculative_tokens": 2}
+    common = {"evaluation_conversations": 0, "evaluation_max_new_tokens": 160, "num_speculative_tokens": 2}
     theirs = evaluate(
         model, data, final, tmp_path / "vllm", evaluation_engine="vllm", evaluation_temperature=0.7,
         evaluation_batch_sizes="1,4,16", **common,
