@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 MOMENTUM = 0.95
 RATIO = 20.0
 """Muon's rate is so many times learning_rate; benchmarks/README.md has the measurement."""
+_MATRICES = ("fc.", "midlayer.", "layers.")  # of every family; a head's matrix has a row per token, and is AdamW's
 
 
 def make_optimizer(name: str, draft: Draft, rate: float) -> torch.optim.Optimizer:
     """The optimizer that draft_optimizer names, with learning_rate `rate`."""
-    parameters = [parameter for _, parameter in draft.named_parameters()]
+    named = dict(draft.named_parameters())
     if name == "adamw":
-        return _adamw(parameters, rate)
-    vocabularies = (draft.config.vocab_size, draft.config.draft_vocab_size)  # a row of such a matrix is a token's
-    matrices = [p for p in parameters if p.dim() == 2 and min(p.shape) > 1 and p.shape[0] not in vocabularies]
-    theirs = {id(matrix) for matrix in matrices}
-    return MuonAdamW(matrices, [p for p in parameters if id(p) not in theirs], rate)
+        return _adamw([*named.values()], rate)
+    matrices = [key for key, p in named.items() if p.dim() == 2 and key.startswith(_MATRICES)]
+    others = [key for key in named if key not in matrices]
+    return MuonAdamW([named[key] for key in matrices], [named[key] for key in others], rate)
 
 
 def _adamw(parameters: Sequence[Tensor], rate: float) -> torch.optim.AdamW:
