@@ -163,12 +163,14 @@ def test_vllm_counts_what_our_own_decoder_counts(tmp_path, monkeypatch, architec
     common = {"evaluation_conversations": 0, "evaluation_max_new_tokens": 160, "num_speculative_tokens": 2}
     theirs = evaluate(
         model, data, final, tmp_path / "vllm", evaluation_engine="vllm", evaluation_temperature=0.7,
-        evaluation_batch_sizes="1,4,16", **common,
+        evaluation_batch_sizes="1,4,16" if architecture == "eagle3" else "", **common,
     )  # fmt: skip
     ours = evaluate(model, data, final, tmp_path / "ours", evaluation_engine="transformers", **common)
     assert 1.05 < ours["trained"]["acceptance_length"] < 2.95, "some proposals are kept and some are not"
     same_counts(theirs, ours)
     assert theirs["sampled"]["rounds"] > 0
+    if architecture != "eagle3":
+        return
     assert {(row["num_speculative_tokens"], row["batch_size"]) for row in theirs["speed_by_proposals"]} == {
         (k, size) for k in (1, 2, 3, 4) for size in (1, 4)
     }
