@@ -52,7 +52,7 @@ GPU = {"triton"}
 """Comes with torch for CUDA."""
 EVALUATION = {"datasets", "matplotlib", "torch"} | GPU
 """What the evaluation and the import use, of which the preflight asks only whether their inputs can be read."""
-JOB = {"huggingface-hub", "mlflow-skinny", "torch"}
+JOB = {"mlflow-skinny", "torch"}
 """What the job uses, which the coordinator only follows: tracking, torchrun."""
 
 
@@ -66,7 +66,7 @@ JOB = {"huggingface-hub", "mlflow-skinny", "torch"}
         ("trainer", "draft_model.steps", "_run_evaluate", GPU),
         ("coordinator", "draft_model.steps", "clean_up", JOB),
         ("trainer", "draft_model.training.__main__", "", GPU),
-        ("dataset", "kfp_pipeline.recurring", "", EVALUATION),
+        ("dataset", "kfp_pipeline.recurring", "", EVALUATION | {"vllm"}),
     ],
 )
 def test_an_image_has_what_its_steps_import(kind, module, function, elsewhere):

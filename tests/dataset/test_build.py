@@ -116,6 +116,13 @@ def test_counts_of_result_report_manifest_and_shards_agree(tmp_path, build, mode
     assert shown == tokenizer.decode(first.input_ids[first.loss_mask])
 
 
+def test_without_validation_there_is_none(tmp_path, build):
+    result = build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(5)))
+    assert result.validation is None
+    assert not (tmp_path / "out" / "validation").exists()
+    assert list(report(tmp_path)["splits"]) == ["train"]
+
+
 def test_the_draft_vocabulary_is_that_of_the_training_answers(tmp_path, build, models):
     config = tmp_path / "draft.json"
     train = write(tmp_path / "train.jsonl", some_rows(60))

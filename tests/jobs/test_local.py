@@ -128,7 +128,7 @@ def test_a_signal_to_the_coordinating_process_ends_the_job_after_a_checkpoint(tr
 def instead(monkeypatch, body):
     """Has the job's process do something else than train."""
     code = f"import json, os, pathlib, signal, sys\n{body}"
-    monkeypatch.setattr(local, "command", lambda module, world: [sys.executable, "-c", code])
+    monkeypatch.setattr(local, "command", lambda world: [sys.executable, "-c", code])
 
 
 @pytest.fixture

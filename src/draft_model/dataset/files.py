@@ -147,6 +147,8 @@ def _in_store(given: str) -> list[File]:
         folder = given[: min(map(given.index, marks))].rpartition("/")[0]
         pattern = glob_translate(given[len(folder) + 1 :])
     listed = storage.list_files(folder)
+    if not listed and not pattern:
+        raise DraftModelError(f"given {given!r}, but there is no {given}; {_GIVE}")
     single = list(listed) == [folder.rpartition("/")[2]] and storage.exists(folder)
 
     def make(name: str, size: int, etag: str) -> File:

@@ -48,9 +48,7 @@ def run(spec: JobSpec, work: Path) -> None:
         threads = max(1, (os.cpu_count() or 1) // world)
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     raise_on_sigterm()
-    launcher = ["draft_model.jobs.torchrun", "--standalone", f"--nproc-per-node={world}", "-m"] if world > 1 else []
-    command = [sys.executable, "-m", *launcher, "draft_model.training"]
-    process = subprocess.Popen(command, env={**os.environ, **environment})
+    process = subprocess.Popen(command(world), env={**os.environ, **environment})
     try:
         # With a time-out it looks every 50 ms; without one, a signal just before the wait would not end it.
         code = process.wait(timeout=math.inf)
@@ -67,4 +65,10 @@ def run(spec: JobSpec, work: Path) -> None:
     if code or (lacks := spec.check()):
         memory = "; -9 or 137 is most often a lack of memory" if code in (-9, 137) else ""
         why = f"its own messages are above{memory}" if code else "; ".join(lacks)
-        raise DraftModelError(f"the {spec.stage} job ended with exit code {code}: {why}")
+        raise DraftModelError(f"the training job ended with exit code {code}: {why}")
+
+
+def command(world: int) -> list[str]:
+    """The command of so many training processes."""
+    launcher = ["draft_model.jobs.torchrun", "--standalone", f"--nproc-per-node={world}", "-m"] if world > 1 else []
+    return [sys.executable, "-m", *launcher, "draft_model.training"]
