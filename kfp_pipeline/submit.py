@@ -133,12 +133,12 @@ def check(values: Mapping[str, Any]) -> Parameters:
     except DraftModelError as error:
         problems += error.problems
     # A cluster's own compute map is not known here. Of parameters that are not valid, the defaults pass.
-    for stage in () if parameters.compute_map else ("import", "train"):
+    for stage in () if parameters.compute_map else ("import", "train", "evaluate"):
         try:
             if stage == "import" or parameters.training_backend != "local":
                 compute.resolve(compute.built_in(), stage, parameters)
         except DraftModelError as error:
-            problems += error.problems
+            problems += [problem for problem in error.problems if problem not in problems]
     given = {name: value.strip() for name, value in values.items() if isinstance(value, str)}
     backend, prompts = given.get("training_backend", ""), given.get("evaluation_prompts", "")
     problems += [problem for name in _URIS if (problem := _unreachable(name, given.get(name, ""), backend))]

@@ -462,6 +462,11 @@ def test_in_a_pod_a_server_that_is_too_old_is_told(hub, run, pod):
         assert run(**given).problems == []
 
 
+def test_in_a_pod_local_is_told_to_need_the_trainers_image(hub, run, pod):
+    (note,) = (each for each in run(max_length=1024, training_backend="local").notes if "'local'" in each)
+    assert "must have the trainer's image" in note
+
+
 @pytest.mark.parametrize(
     ("answer", "told"),
     [((200, {"items": [{}]}), ""), ((200, {"items": []}), "no node of this cluster has the labels {} now; unless an"),

@@ -1,6 +1,7 @@
 """What the pipeline's steps do beside calling their stage; tests/kfp_pipeline/test_launcher.py runs them whole."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import tiny
 
 from draft_model import jobs, steps, storage
+from draft_model.errors import DraftModelError
 from draft_model.parameters import PARAMETERS
 
 DEFAULTS = {parameter.name: parameter.default for parameter in PARAMETERS}
@@ -70,6 +72,20 @@ def test_a_stage_is_a_job_where_there_is_a_cluster_and_pods_see_its_inputs(monke
     assert stage(monkeypatch, huggingface_id="a/b") == ["here"]
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     assert stage(monkeypatch, huggingface_id="a/b") == ["job"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"training_backend": "local", "huggingface_id": "a/b"}, "training_backend: given 'local', but the image"),
+        ({"training_backend": "pytorchjob", "pytorch_model_path": "/data/m"},
+         "pytorch_model_path: given '/data/m', which no job's pod sees, but the image of this step only coordinates"),
+    ],
+)  # fmt: skip
+def test_what_the_coordinators_image_cannot_run_is_told_with_the_way_out(monkeypatch, given, told):
+    monkeypatch.setattr(steps.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(DraftModelError, match=f"{re.escape(told)}.*trainer's image for all steps"):
+        steps._perform("import", steps.Parameters(**given), {}, "s3://b/jobs", "RUN", Path())
 
 
 def test_a_target_that_does_not_fit_ends_the_evaluation_before_it_starts(tmp_path, monkeypatch):

@@ -146,8 +146,8 @@ def _resolve_nodes(parameters: Parameters, report: Report) -> None:
     report.notes.extend(dict.fromkeys(node.note for node in report.nodes.values() if node.note))
     if on_cluster() and not wants_cluster(parameters):
         report.notes.append(
-            "training_backend: with 'local' each stage runs in the pod of its step: compute_* and instance_type_* "
-            "choose no nodes, and a pod that cannot start waits for ever"
+            "training_backend: with 'local' each stage runs in the pod of its step, which must have the trainer's "
+            "image: compute_* and instance_type_* choose no nodes, and a pod that cannot start waits for ever"
         )
 
 

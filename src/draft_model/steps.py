@@ -247,9 +247,12 @@ def _perform(
         nodes = p.num_nodes_draft_model_training if stage == "regenerate" else 1
         return jobs.run_stage(stage, p, {name: uri for name, uri in uris.items() if uri}, beside, run_id, work, nodes)
     if importlib.util.find_spec("transformers") is None:
+        why, use = "training_backend: given 'local'", "pytorchjob or trainjob"
+        if here:
+            why, use = f"{here[0]}: given {getattr(p, here[0])!r}, which no job's pod sees", "a URI"
         raise DraftModelError(
-            "training_backend: given 'local', but the image of this step only coordinates: use pytorchjob or trainjob, "
-            "or compile the pipeline with `--image` naming the trainer's image for all steps"
+            f"{why}, but the image of this step only coordinates: use {use}, or compile the pipeline with `--image` "
+            "naming the trainer's image for all steps"
         )
     return {"run_id": run_id, **_RUNS[stage](p, work, **uris)}
 

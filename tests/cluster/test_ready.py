@@ -39,6 +39,7 @@ def test_a_cluster_without_the_operator_is_told(as_coordinator, monkeypatch):
     monkeypatch.setattr(Cluster, "has", lambda self, kind: False)
     (found,), _ = look(training_backend="auto")
     assert found.startswith("training_backend: given 'auto', but this cluster has no PyTorchJob or TrainJob")
+    assert "install Kubeflow's training operator, or use training_backend=local" in found
 
 
 def test_an_api_server_that_is_away_is_told(as_coordinator, server):

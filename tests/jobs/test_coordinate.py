@@ -15,7 +15,7 @@ from draft_model.jobs.backends import Backend, _difference
 from draft_model.jobs.cluster import Forbidden, Unavailable
 from draft_model.jobs.coordinate import Coordinator
 from draft_model.jobs.spec import PYTORCHJOB, RUNTIME, TRAINJOB, pytorchjob
-from draft_model.parameters import Parameters
+from draft_model.parameters import STAGES, Parameters
 from draft_model.training import TrainConfig
 from jobs.fake import Clock, FakeCluster, pod, status
 from jobs.requests import GOLDEN, OWNER, RUN
@@ -103,7 +103,7 @@ def test_auto_takes_the_other_kind_where_an_operator_does_not_run(coordinate_, c
         coordinate_({}, parameters=fixed, config="another")
 
 
-@pytest.mark.parametrize("stage", ["import", "regenerate", "dataset", "train", "evaluate"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_pod_of_any_stage_that_no_node_fits_ends_the_run_with_the_schedulers_words(coordinate_, stage):
     stuck = pod(job="draft-3f2c9a10-a0" if stage == "train" else f"draft-3f2c9a10-{stage}-a0")
     said = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/5 nodes have a GPU"}
@@ -211,10 +211,15 @@ def test_the_end_is_told_in_words_with_the_checkpoint_to_go_on_from(clean, state
     assert ("Retry in the UI goes on from it" in told) is ("succeeded" not in said)
 
 
-def test_a_job_whose_run_cannot_be_seen_is_deleted(clean, monkeypatch):
+def test_jobs_of_all_stages_are_deleted_where_their_run_cannot_be_seen(clean, monkeypatch):
     monkeypatch.setattr(cleanup, "owner_of", lambda pod: None)
-    Backend(clean.cluster, "pytorchjob").create_or_adopt(GOLDEN["1x1"])
-    assert any("pytorchjobs/draft-3f2c9a10-a0: deleted" in line for line in clean("RUNNING"))
+    wanted = GOLDEN["1x1"]
+    for stage in STAGES:
+        request = replace(wanted, spec=replace(wanted.spec, stage=stage))
+        assert not Backend(clean.cluster, "pytorchjob").create_or_adopt(request).adopted  # names do not collide
+    deleted = [line for line in clean("RUNNING") if "deleted" in line]
+    names = [f"draft-3f2c9a10{'' if stage == 'train' else f'-{stage}'}-a0" for stage in STAGES]
+    assert deleted == [f"a step left pytorchjobs/{name}: deleted" for name in names]
     assert clean.cluster.there == {}
 
 

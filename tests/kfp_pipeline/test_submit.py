@@ -315,6 +315,7 @@ def test_tls(certificate):
         ({"checkpoint_path": "drafts"}, "the steps are pods that share no folder"),
         ({"instance_type_draft_model_training": "Standard_nc24rs"}, "it has Standard_NC24rs_v3"),
         ({"compute_model_import": "gpu-pol"}, "which the compute map does not have"),
+        ({"compute_evaluation": "gpu-pol"}, "which the compute map does not have"),
         ({"number_of_gpu_to_use_draft_model_training": 64, "draft_global_batch_size": 64}, "per node: use at most 4"),
         ({"tp_size": 3}, "tp_size: given 3; it must divide"),
         ({"evaluation_prompts": "mtbench"}, "or name benchmarks: mt-bench, gsm8k"),

@@ -1,6 +1,7 @@
 """The compiled pipeline on a real KFP (`make test-kfp`); docs/testing.md says what it needs.
 
-Steps are not named: whatever the compiled pipeline has must be shown as ended.
+Steps are not named: whatever the compiled pipeline has must be shown as ended. Runs are local unless KFP_PARAMETERS
+says otherwise, so all steps have the trainer's image, whose steps can coordinate jobs, too.
 """
 
 import os
@@ -49,13 +50,13 @@ def start(server, tmp_path_factory):
         "object_store_secret": os.environ.get("KFP_STORE_SECRET", "mlpipeline-minio-artifact"),
         "chat_template": "qwen", "max_length": 64, "ttt_length": 2, "compute_dtype": "float32", "num_epochs": 2,
         "evaluation_conversations": 2, "evaluation_max_new_tokens": 8, "number_of_gpu_to_use_draft_model_training": 1,
-        "compute_model_import": "cpu-pool", "compute_draft_model_training": "cpu-pool",
+        "compute_model_import": "cpu-pool", "compute_draft_model_training": "cpu-pool", "training_backend": "local",
     }  # fmt: skip
     values |= dict(setting.split("=", 1) for setting in os.environ.get("KFP_PARAMETERS", "").split())
     account, started = os.environ.get("KFP_SERVICE_ACCOUNT", "draft-model-steps"), []
 
     def begin(name, **more):
-        given = values | {"storage_uri": storage.join(root, name), "training_backend": "local", **more}
+        given = values | {"storage_uri": storage.join(root, name), **more}
         run = submit(server, given, experiment=f"draft-model-{root[-8:]}", run_name=name, service_account=account)
         started.append(run.run_id)
         return run.run_id, given["storage_uri"]
@@ -158,11 +159,11 @@ def wait_for(server, run_id, words):
 
 
 def test_terminate_and_retry_go_on_from_the_checkpoint(server, start):
-    run_id, _ = start("terminated", num_epochs=100_000)
+    run_id, _ = start("terminated", num_epochs=100_000, keep_checkpoints=2)
     wait_for(server, run_id, "checkpoint epoch_1")
     server.client.terminate_run(run_id)
     ended = watch(server, run_id)
     assert ended.outcome == "terminated"
-    assert "checkpoint" in str(ended.notes)
+    assert "newest checkpoint" in str(ended.notes)
     server.client.runs.run_service_retry_run(run_id)
     wait_for(server, run_id, "resumed from")

@@ -119,6 +119,14 @@ def test_the_data_set_takes_all_of_it_and_teaches_no_end_after_a_cut_answer(rege
     assert min(finish.count("length"), finish.count("stop")) > 0
 
 
+def test_a_pod_knows_its_share_by_what_both_operators_set(monkeypatch):
+    assert (RegenerateConfig("m", "o", Parameters(), Path()).pods) == 1
+    monkeypatch.setenv("PET_NODE_RANK", "1")
+    monkeypatch.setenv("PET_NNODES", "3")
+    config = RegenerateConfig("m", "o", Parameters(), Path())
+    assert (config.pod, config.pods) == (1, 3)
+
+
 @pytest.mark.parametrize("settings", [{}, {"regenerate_temperature": 0.9, "regenerate_samples_per_prompt": 2}])
 def test_the_number_of_pods_changes_nothing(regenerate, tmp_path, settings):
     regenerate("alone", **settings)

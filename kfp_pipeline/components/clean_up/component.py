@@ -1,4 +1,4 @@
-"""Ends a run, however it went: deletes what its training left on the cluster, and says how to go on.
+"""Ends a run, however it went: deletes the jobs that its steps left on the cluster, and says how to go on.
 
 Args:
     run_id: of the pipeline's run, which is a label of its jobs.

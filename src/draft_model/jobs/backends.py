@@ -212,7 +212,8 @@ def choose(cluster: Cluster, wanted: str, run_id: str = "", without: str = "") -
         kinds = " or ".join(_TYPES[name].kinds[-1].kind for name in names)
         raise DraftModelError(
             f"training_backend: given {wanted!r}, but this cluster has no {kinds}: install Kubeflow's training "
-            "operator, or use training_backend=local, which runs each stage in its step's own pod"
+            "operator, or use training_backend=local, which runs each stage in its step's own pod, with the trainer's "
+            "image for all steps"
         )
     if len(found) > 1 and run_id:
         with suppress(Forbidden):  # without the right to list TrainJobs there are none of this run

@@ -87,10 +87,12 @@ class Parameters(BaseModel):
 
     # fmt: off
     instance_type_model_import: Text = _p(
-        "Standard_d12_v2", "Instance type of the import step when its compute is `serverless`.", "import")
+        "Standard_d12_v2", "Instance type of the import's and the data set's job when their compute is `serverless`.",
+        "import")
     instance_type_draft_model_training: Text = _p(
         "Standard_nc24rs_v3", "Instance type of the training job's pods when its compute is `serverless`.", "train")
-    num_nodes_draft_model_training: int = _p(1, "Nodes (pods) of the training job.", "regenerate", "train", ge=1)
+    num_nodes_draft_model_training: int = _p(
+        1, "Nodes (pods) of the training job, and of a regeneration.", "regenerate", "train", ge=1)
     number_of_gpu_to_use_draft_model_training: int = _p(
         1, "GPUs, and so processes, per node; on a machine without GPUs: processes on its CPU.",
         "regenerate", "train", "evaluate", ge=1)
@@ -182,17 +184,18 @@ class Parameters(BaseModel):
         "", "Name under which the draft is registered in MLflow, where tracking is set up; not given: it is not.",
         "evaluate")
     training_backend: Literal["auto", "pytorchjob", "trainjob", "local"] = _p(
-        "auto", "Who runs the training processes; auto: on a cluster PyTorchJob where it is installed, else TrainJob; "
-        "elsewhere this machine.", "train")
+        "auto", "What runs the stages: PyTorchJobs, TrainJobs, or (local) each its step's own pod; auto: on a cluster "
+        "PyTorchJobs where that kind is installed, else TrainJobs; elsewhere this machine.", "train")
     training_attempts: int = _p(
-        3, "Times that a training job is started when machines fail it; each goes on from the newest checkpoint.",
-        "train", ge=1)
-    queue_limit: int = _p(1440, "Longest wait of the training job in a queue.", "train", unit="minutes", ge=1)
+        3, "Times that each stage's job is started when machines fail it; a training goes on from its newest "
+        "checkpoint.", "train", ge=1)
+    queue_limit: int = _p(1440, "Longest wait of each stage's job in a queue.", "train", unit="minutes", ge=1)
     start_limit: int = _p(
-        60, "Longest time from there until all pods of the training job run.", "train", unit="minutes", ge=1)
-    run_limit: int = _p(2880, "Longest time that the training job may run.", "train", unit="minutes", ge=1)
+        60, "Longest time from there until all pods of the job run.", "train", unit="minutes", ge=1)
+    run_limit: int = _p(2880, "Longest time that each stage's job may run.", "train", unit="minutes", ge=1)
     compute_map: Text = _p(
-        "", "ConfigMap, or JSON file, of instance types and named computes; not given: the built-in map.", "train")
+        "", "ConfigMap, or JSON file, of instance types and named computes of all jobs; not given: the built-in map.",
+        "train")
     object_store_secret: SecretName = _p(
         "mlpipeline-minio-artifact", "Secret with the object store's keys (accesskey, secretkey); where no Secret has "
         "that name, the pods' own role counts.", "train")

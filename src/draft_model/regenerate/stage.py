@@ -59,8 +59,8 @@ class RegenerateConfig:
     root: str = ""
     """URI of the pipeline root or storage_uri: the conversations go to `<root>/regenerated/<key>`, and those that are
     whole there are used again."""
-    pod: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))  # of this process
-    pods: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
+    pod: int = field(default_factory=lambda: int(os.environ.get("PET_NODE_RANK", "0")))  # of this process
+    pods: int = field(default_factory=lambda: int(os.environ.get("PET_NNODES", "1")))
 
     def to_json(self) -> str:
         """The configuration as one line of JSON; which pod it is, each process knows by itself."""
