@@ -9,6 +9,7 @@ import yaml
 
 from containers.conftest import HARDENED
 from draft_model import storage
+from draft_model.jobs.context import IMAGE
 from kfp_pipeline.compile import COMPILED
 from kfp_pipeline.components.images import IMAGES
 
@@ -44,9 +45,11 @@ def values(object_store, tmp_path):
 
 
 def compiled_for_one_machine():
-    """The committed pipeline; here its training step trains itself, in the image of a cluster's job."""
+    """The committed pipeline; here, where there are no jobs, each step has the image of its job's pods."""
     documents = list(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))
-    documents[0]["deploymentSpec"]["executors"]["exec-train-draft-model"]["container"]["image"] = IMAGES["trainer"]
+    for executor in documents[0]["deploymentSpec"]["executors"].values():
+        variables = {each["name"]: each["value"] for each in executor["container"].get("env", ())}
+        executor["container"]["image"] = variables.get(IMAGE, executor["container"]["image"])
     return yaml.safe_dump_all(documents)
 
 
