@@ -122,7 +122,10 @@ def test_the_command_line_starts(docker, kind):
     ("kind", "modules"),
     [
         ("coordinator", "draft_model.jobs.coordinate, draft_model.jobs.cleanup, draft_model.training.lease"),
-        ("dataset", "kfp_pipeline.recurring, draft_model.jobs.backends, draft_model.preflight, draft_model.dataset.files"),
+        (
+            "dataset",
+            "kfp_pipeline.recurring, draft_model.jobs.backends, draft_model.preflight, draft_model.dataset.files",
+        ),
         ("importer", "draft_model.model_import.check, draft_model.model_import.convert, mlflow.tracking"),
         ("trainer", "draft_model.training.job, draft_model.evaluation.evaluate, datasets, matplotlib.figure"),
     ],
