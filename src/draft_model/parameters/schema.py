@@ -184,8 +184,8 @@ class Parameters(BaseModel):
         "", "Name under which the draft is registered in MLflow, where tracking is set up; not given: it is not.",
         "evaluate")
     training_backend: Literal["auto", "pytorchjob", "trainjob", "local"] = _p(
-        "auto", "What runs the stages: PyTorchJobs, TrainJobs, or (local) each its step's own pod; auto: on a cluster "
-        "PyTorchJobs where that kind is installed, else TrainJobs; elsewhere this machine.", "train")
+        "auto", "What runs the stages: PyTorchJobs, TrainJobs, or the steps themselves (local); auto: on a cluster "
+        "PyTorchJobs where that kind is installed, else TrainJobs; elsewhere local.", "train")
     training_attempts: int = _p(
         3, "Times that each stage's job is started when machines fail it; a training goes on from its newest "
         "checkpoint.", "train", ge=1)
