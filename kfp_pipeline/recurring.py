@@ -126,12 +126,14 @@ def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
         done.append(f"deleted {name}{why}")
     for name in (name for name in wanted.runs if name not in kept):
         schedule = wanted.runs[name]
-        client.create_recurring_run(
+        made = client.create_recurring_run(
             experiment_id=experiment_id, pipeline_id=pipeline_id, version_id=version_id, job_name=name,
             description=f"{schedule.description} [draft-model {marks[name]}]".strip(), enabled=schedule.enabled,
             cron_expression=schedule.cron, max_concurrency=schedule.max_concurrency, no_catchup=not schedule.catch_up,
             params=schedule.typed(), service_account=wanted.service_account,
         )  # fmt: skip
+        if not made.recurring_run_id:
+            raise DraftModelError(f"--host: {server.host} accepted {name} and named no run: this is not KFP's API")
         done.append(f"created {name}")
     return done
 

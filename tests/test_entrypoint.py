@@ -35,6 +35,12 @@ def test_a_users_mistake_is_told_without_a_traceback(run):
     assert done.stderr == "error: 2 problems:\n  - one: bad\n  - two: worse\n"
 
 
+@pytest.mark.parametrize("name", ["HF_TOKEN", "HF_ENDPOINT", "MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN"])
+@pytest.mark.parametrize("through", [through_exit_code, "with step('import'):\n    {}".format])
+def test_a_variable_of_a_secret_that_ends_with_a_line_break_is_stripped(run, name, through):
+    assert run(through(f"print(repr(os.environ['{name}']))"), **{name: "http://a\n"}).stdout == "'http://a'\n"
+
+
 def test_a_mistake_that_another_one_caused_still_has_no_traceback(run):
     body = "try: int('x')\n    except ValueError as error: raise DraftModelError('one: bad') from error"
     assert run(through_exit_code(body)).stderr == "error: one: bad\n"

@@ -113,6 +113,11 @@ def test_a_line_break_at_the_end_is_cut_and_one_inside_is_refused(name, inside):
     assert "it has a line break or control character inside" in only(**{name: plain + inside + "c"})
 
 
+@pytest.mark.parametrize("name", [p.name for p in PARAMETERS if p.type is str])
+def test_no_text_may_have_several_lines(name):
+    assert any(problem.startswith(f"{name}: ") for problem in problems(**{name: "a\nb"}))
+
+
 @pytest.mark.parametrize("uri", ["mlflow:5000", "mlflow.example.com/path", "mlruns"])
 def test_a_tracking_server_has_a_scheme(uri):
     assert only(mlflow_tracking_uri=uri).startswith(

@@ -18,6 +18,7 @@ from draft_model import preflight, storage
 from draft_model.dataset import files
 from draft_model.errors import DraftModelError
 from draft_model.kubeflow import HEALTH
+from draft_model.model_import import hub as hub_client
 from draft_model.preflight import check, inspect_run
 
 
@@ -315,6 +316,15 @@ def test_a_hub_that_cannot_be_reached_from_here_is_left_to_the_import(run, monke
     (note,) = found.notes
     assert "http://127.0.0.1:9 cannot be reached" in note
     assert note.startswith("huggingface_id: not checked from here")
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_hub_is_left_to_the_import(hub, run, status, monkeypatch):
+    monkeypatch.setattr(hub_client, "WAIT", 0.0)
+    hub.refuses = status
+    found = run()
+    assert found.problems == []
+    assert f"answers with status {status}" in found.notes[0]
 
 
 @pytest.fixture

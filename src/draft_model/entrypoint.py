@@ -57,6 +57,13 @@ def set_up_logging() -> None:
     logging.getLogger("botocore.credentials").setLevel(logging.CRITICAL)  # a traceback before our own sentence
 
 
+def clean_environment() -> None:
+    """Takes away the line break with which a Secret made by `echo` ends: no address and no header may have one."""
+    for name, value in list(os.environ.items()):
+        if name.startswith(("AWS_", "HF_", "MLFLOW_")) and value != value.strip():
+            os.environ[name] = value.strip()
+
+
 def raise_on_sigterm() -> None:
     """Turns SIGTERM, and SIGHUP of a closed terminal, into SystemExit, so that `finally` ends what was started."""
 
@@ -113,6 +120,7 @@ def exit_code(work: Callable[[], None]) -> int:
         SystemExit passes through.
     """
     set_up_logging()
+    clean_environment()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have bytes that the locale's encoding cannot write
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -140,6 +148,7 @@ def step(name: str) -> Iterator[Path]:
         A scratch folder below DRAFT_MODEL_WORK (default: the machine's temporary folder), removed at the end.
     """
     set_up_logging()
+    clean_environment()
     raise_on_sigterm()
     end_with_root()
     if name != "clean-up" and (path := os.environ.get(ERROR_FILE)) and Path(path).exists():

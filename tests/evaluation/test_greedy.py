@@ -66,7 +66,12 @@ HYBRID = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
 }  # fmt: skip
-HYBRIDS = {"MistralConfig": {"sliding_window": 6}, "Qwen3NextConfig": HYBRID}
+WINDOW = {"sliding_window": 6}
+HYBRIDS = {
+    "MistralConfig": WINDOW, "Phi3Config": {**WINDOW, "pad_token_id": 0}, "Starcoder2Config": WINDOW,
+    "MixtralConfig": {**WINDOW, "num_local_experts": 4}, "Qwen3NextConfig": HYBRID,
+    "Qwen3MoeConfig": {**WINDOW, **HYBRID, "use_sliding_window": True},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HYBRIDS)

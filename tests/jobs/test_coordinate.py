@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from kubernetes import client
 
 from draft_model import jobs, storage
 from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.jobs import cleanup, context, coordinate, follow, local
 from draft_model.jobs.backends import Backend, _difference
-from draft_model.jobs.cluster import Forbidden, Unavailable
+from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
 from draft_model.jobs.coordinate import Coordinator
 from draft_model.jobs.spec import PYTORCHJOB, RUNTIME, TRAINJOB, pytorchjob
 from draft_model.parameters import STAGES, Parameters
@@ -93,7 +96,14 @@ def test_a_store_that_is_away_costs_no_finished_job(coordinate_):
 
 def test_auto_takes_the_other_kind_where_an_operator_does_not_run(coordinate_, caplog, monkeypatch):
     monkeypatch.setattr(follow, "OPERATOR_SECONDS", 0.0)
-    coordinate_.cluster.kinds = (PYTORCHJOB, TRAINJOB, RUNTIME)
+    cluster, away = coordinate_.cluster, iter([Unavailable("503")] * 2)
+
+    def has(kind):
+        if cluster.there and (error := next(away, None)):
+            raise error
+        return kind in (PYTORCHJOB, TRAINJOB, RUNTIME)
+
+    monkeypatch.setattr(cluster, "has", has)
     parameters = GOLDEN["1x1"].spec.parameters
     record = coordinate_(*[{}] * 3, status("Complete"))
     assert record["state"] == "SUCCEEDED"
@@ -232,6 +242,31 @@ def test_an_outage_is_no_clean_cluster(clean, monkeypatch, error):
     told = "\n".join(clean("FAILED"))
     assert "whether a job is left is not known" in told
     assert "no job was left" not in told
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"null", b"<title>log in</title>", b'{"kind": "List", "it'])
+def test_what_a_gateway_answers_is_no_answer_of_kubernetes(body):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        settings = client.Configuration(host=f"http://127.0.0.1:{server.server_port}")
+        cluster = Cluster(client.ApiClient(settings), "team")
+        for ask in (cluster.groups, lambda: cluster.has(PYTORCHJOB), lambda: cluster.may("get", "", "pods"),
+                    lambda: cluster.get(PYTORCHJOB, "a"), lambda: cluster.objects(PYTORCHJOB)):  # fmt: skip
+            with pytest.raises(Unavailable):
+                ask()
+        server.shutdown()
 
 
 def test_the_pods_get_the_stores_variables_clean_and_no_credential(monkeypatch):

@@ -249,7 +249,9 @@ def test_a_pod_that_a_kubelet_rejects_is_the_machines_fault(reason):
 @pytest.mark.parametrize(
     ("ended", "line", "retryable"),
     [
-        ({"reason": "StartError", "exit_code": 128, "message": "nvidia-container-cli: driver error"}, "", True),
+        *(({"reason": "StartError", "exit_code": 128, "message": f"OCI runtime create failed: {said}"}, "", True)
+          for said in ("nvidia-container-cli: driver error", "nvidia-container-cli: device error: 0: unknown device",
+                       "failed to initialize NVML: Unknown Error", "unresolvable CDI devices nvidia.com/gpu=0")),
         ({"reason": "StartError", "exit_code": 128, "message": 'exec: "pyhton": not found'}, "", False),
         ({"exit_code": 1}, "CUDA error: uncorrectable ECC error encountered", True),
     ],
@@ -257,6 +259,8 @@ def test_a_pod_that_a_kubelet_rejects_is_the_machines_fault(reason):
 def test_a_broken_gpu_or_driver_is_the_machines_fault(ended, line, retryable):
     broken = Pod("p0", 0, ended=True, **ended)
     assert states.classify("job", "train", "", [broken], {"p0": [line]}).retryable is retryable
+    waits = Pod("p0", 0, waiting=f"CreateContainerError: {ended.get('message', line)}")
+    assert states.never_starts([waits]).retryable is retryable
 
 
 def test_a_job_that_no_operator_touches_is_told_within_minutes(follow):

@@ -91,6 +91,12 @@ def test_a_run_is_created_as_the_file_says(api, file):
     assert (experiment["display_name"], experiment["experiment_id"]) == ("draft-model", run["experiment_id"])
 
 
+def test_a_gateways_answer_is_no_recurring_run(api, file):
+    api.pages = {"/recurringruns$": "{}"}
+    with pytest.raises(DraftModelError, match="accepted weekly and named no run"):
+        apply(connect(api.host), file({"weekly": WEEKLY}), VERSION)
+
+
 def test_a_second_time_changes_nothing(api, file):
     runs = {f"run-{number}": WEEKLY for number in range(5)}  # three pages of the list
     apply(connect(api.host), file(runs), VERSION)

@@ -1,5 +1,7 @@
 """Which models can be targets is decided by their structure: each family as a tiny random model of transformers'."""
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -55,6 +57,8 @@ RECURRENT = {
     "GraniteMoeHybridConfig": {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 16,
                                "mamba_n_heads": 4, "mamba_d_head": 16, "layer_types": ["mamba", "attention"] * 3},
     "MiniMaxConfig": {"num_local_experts": 4, "head_dim": 8},
+    "Qwen3_5TextConfig": {**LINEAR, "head_dim": 8},
+    "OlmoHybridConfig": LINEAR,
     "Lfm2Config": {"layer_types": ["conv", "full_attention"] * 3},
 }  # fmt: skip
 
@@ -215,10 +219,31 @@ def test_quantised_weights_that_transformers_can_run_are_taken_as_they_are(model
     assert "its weights lack model.layers.2." in problem(model)
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors", "bitsandbytes", "no such"])
-def test_other_quantisations_are_refused_by_name(model, method):
-    change_config(model, quantization_config={"quant_method": method})
+@pytest.mark.parametrize("method", ["awq", "gptq", "compressed-tensors", "bitsandbytes", "modelopt", "no such"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_other_quantisations_are_refused_by_name(model, method, nested):
+    settings = {"quantization_config": {"quant_method": method}}
+    change_config(model, **{"text_config": json.loads((model / "config.json").read_text()) | settings} if nested
+                  else settings)  # fmt: skip
     assert f"it is quantised by '{method}'" in problem(model)
+
+
+def test_bitsandbytes_is_known_where_it_does_not_name_itself(model):
+    change_config(model, quantization_config={"load_in_8bit": True, "llm_int8_threshold": 6.0})
+    assert "it is quantised by 'bitsandbytes'" in problem(model)
+
+
+def gptq(found):
+    weights = [name for name in found if name.endswith("_proj.weight")]
+    packed = {name.replace(".weight", ".qweight"): torch.zeros(4, 4, dtype=torch.int32) for name in weights}
+    return {name: weight for name, weight in found.items() if name not in weights} | packed
+
+
+@pytest.mark.parametrize("pack", [fp8, gptq])
+def test_quantised_weights_of_which_the_configuration_says_nothing_are_refused(model, pack):
+    """Their own file (hf_quant_config.json, quantize_config.json) is none that transformers reads."""
+    rewrite(model, pack)
+    assert "are quantised, but config.json has no quantization_config" in problem(model)
 
 
 ROPE = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 128}

@@ -187,13 +187,16 @@ def test_a_server_of_2_x_keeps_a_runs_model_among_its_files(model, server, targe
     assert same_weights(result.uri, target)
 
 
-@pytest.mark.parametrize("scheme", ["wasbs", "abfss", "sftp", "nosuch"])
+@pytest.mark.parametrize("scheme", ["wasbs", "abfss", "sftp", "r2", "nosuch"])
 def test_a_model_in_a_store_whose_client_is_not_installed(server, scheme, refusal, monkeypatch):
     def answer(path, _query):
         if "get-download-uri" in path:
             return json.dumps({"artifact_uri": f"{scheme}://u:s3cret@host/m"}).encode()
         return b'{"registered_model": {"name": "target"}}' if "/registered-models/get" in path else None
 
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):  # R2's client is that of S3
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server(answer))
     (problem,) = refusal(mlflow_model_path="models:/target/3")
     assert f"it lies at {scheme}://host/m" in problem

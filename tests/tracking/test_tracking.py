@@ -5,6 +5,8 @@ import logging
 import math
 import os
 import socketserver
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -33,6 +35,19 @@ def client(uri):
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+def test_mlflow_is_imported_before_a_second_thread_can(tmp_path):
+    """Two threads that import it at once get a module that is half initialised."""
+    code = """
+import sys
+from draft_model.tracking import Tracker, track
+Tracker.work = lambda tracker: print("mlflow.tracking" in sys.modules)
+with track("import", sys.argv[1]):
+    pass
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("True\n", 0), done.stderr
 
 
 def runs(client, name):

@@ -74,7 +74,7 @@ class Cluster:
     def groups(self) -> dict[str, str]:
         """The server's API groups, each with its preferred version."""
         found = self._call("list API groups", "", self._apis.get_api_versions) or {}
-        return {group["name"]: group["preferredVersion"]["version"] for group in found.get("groups", ())}
+        return {group["name"]: group["preferredVersion"]["version"] for group in found.get("groups") or ()}
 
     def has(self, kind: Kind) -> bool:
         """Whether the server has a kind of objects."""
@@ -87,7 +87,7 @@ class Cluster:
             if str(error).startswith("404"):  # the group, in other versions only
                 return False
             raise
-        return any(resource["name"] == kind.plural for resource in (found or {})["resources"])
+        return any(resource["name"] == kind.plural for resource in (found or {}).get("resources") or ())
 
     def may(self, verb: str, group: str, resource: str) -> bool:
         """Whether this account may do that in the namespace; `pods/log` is the subresource `log` of pods."""
@@ -163,13 +163,16 @@ class Cluster:
         return kind.group, kind.version, self.namespace, kind.plural
 
     def _items(self, verb: str, method: Callable[..., Any], /, *args: str, **query: str) -> list[Manifest]:
-        return list((self._call(verb, "", method, *args, **query) or {})["items"])
+        return list((self._call(verb, "", method, *args, **query) or {}).get("items") or ())
 
     def _call(self, verb: str, name: str, method: Callable[..., Any], /, *args: Any, **more: Any) -> Manifest | None:
         """The answer as JSON; None where the object named is missing, or exists already and was to be created."""
         try:
             response = method(*args, **more, _preload_content=False, _request_timeout=_TIMEOUT)
-            return dict(json.loads(response.data))
+            answer = json.loads(response.data)
+            if not isinstance(answer, dict) or "kind" not in answer:  # of a proxy before the API server
+                raise ValueError(f"{response.data[:60]!r} is no answer of Kubernetes")
+            return answer
         except client.ApiException as error:
             status = _status(error)
             missing = status.get("reason") == "NotFound" and status.get("details", {}).get("name") == name

@@ -14,13 +14,14 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from draft_model import storage
 from draft_model.errors import DraftModelError, StoreUnavailable
-from draft_model.jobs.backends import Job, choose
+from draft_model.jobs.backends import Backend, Job, choose
 from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
 from draft_model.jobs.context import run_ended
 from draft_model.jobs.follow import Follower, LogStreams
@@ -73,10 +74,13 @@ class Coordinator:
         while failure := self._attempt(replace(self._request, attempt=len(record.attempts)), record):
             if failure.reason == "NoOperator" and record.state is not State.FAILED:
                 logger.warning("%s", failure.problems[0])
-                self._backend = choose(self._cluster, self._wanted, without=self._backend.name)
+                self._backend = self._other()
             elif record.state is State.FAILED:
                 tried = f"training_attempts: this was attempt {len(record.attempts)} of as many: raise it, or look why"
                 raise DraftModelError([*failure.problems, *([f"{tried} the machines fail"] * failure.retryable)])
+
+    def _other(self) -> Backend:
+        return patiently(lambda: choose(self._cluster, self._wanted, without=self._backend.name))
 
     def _load(self, digest: str) -> Record | None:
         """The record of this run under these settings; a damaged one is no reason not to begin."""
@@ -130,11 +134,9 @@ class Coordinator:
         """Records how an attempt ended before its job is deleted, so that it is not repeated."""
         attempts, limit = len(record.attempts) + 1, request.spec.parameters.training_attempts
         if failure and failure.reason == "NoOperator" and self._wanted == "auto":
-            try:
-                choose(self._cluster, "auto", without=self._backend.name)
+            with suppress(DraftModelError):  # the cluster has no other
+                self._other()
                 return  # it follows at once
-            except (DraftModelError, Unavailable):
-                pass
         record.state = State.SUCCEEDED
         if failure:
             record.state = State.RESTARTING if failure.retryable and attempts < limit else State.FAILED

@@ -117,8 +117,9 @@ _PEERS = re.compile(
 )
 _GPU_MEMORY = re.compile(r"CUDA out of memory|torch\.OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED")
 _GPU_BROKEN = re.compile(
-    r"uncorrectable ECC|ECC error|GPU is lost|fallen off the bus|Driver/library version mismatch|driver error"
-    r"|nvidia-container-cli: initialization error|CUDA-capable device\(s\) is/are busy or unavailable"
+    r"uncorrectable (?:ECC|NVLink)|ECC error|GPU is lost|fallen off the bus|Driver/library version mismatch"
+    r"|driver error|nvidia-container-cli: (?:initialization|detection|device|driver|mount|ldcache) error"
+    r"|initialize NVML|unresolvable CDI devices|CUDA-capable device\(s\) is/are busy or unavailable"
     r"|No CUDA GPUs are available|system not yet initialized",
     re.IGNORECASE,
 )
@@ -209,7 +210,8 @@ def never_starts(pods: Sequence[Pod]) -> Failure | None:
             reason, advice = "Container", "see its events"
             if "Image" in pod.waiting:
                 reason, advice = "ImagePull", "check the image's name, and that the cluster may pull it"
-            return Failure(reason, False, [f"{pod.name} does not start: {pod.waiting}: {advice}"])
+            broken = bool(_GPU_BROKEN.search(pod.waiting))
+            return Failure(reason, broken, [f"{pod.name} does not start: {pod.waiting}: {advice}"])
     return None
 
 

@@ -35,6 +35,7 @@ _CODE = {"auto_map", "custom_pipelines"} | {
     for kind in ("attn", "experts") for prefix in ("", "_") for suffix in ("", "_internal", "_autoset")
 }  # fmt: skip
 _MOST_NAMED = 5
+_ORIGINAL = "Use the model that it was made from: the draft serves both"
 _LACK = "its weights lack {}; save the whole model again"
 
 
@@ -73,7 +74,7 @@ def inspect(folder: str, weights: list[str]) -> dict[str, Any]:
         "problems": [],
         "architecture": type(model).__name__,
         "parameter_count": model.num_parameters(),
-        "quantization": str((config.get("quantization_config") or {}).get("quant_method", "")),
+        "quantization": _quantisation(config),
         "max_positions": int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0),
     }
 
@@ -101,12 +102,10 @@ def _without_code(path: Path) -> tuple[dict[str, Any], bool]:
 def _config_problems(config: dict[str, Any]) -> list[str]:
     draft = family(DEFAULT).default_shape(config)
     problems: list[str] = []
-    quantisation = config.get("quantization_config") or {}
-    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
-    if quantisation and method not in _QUANTISED:
+    if (method := _quantisation(config)) and method not in _QUANTISED:
         problems.append(
             f"it is quantised by {method!r} (quantization_config), which cannot be trained on here; allowed: none, "
-            f"{', '.join(_QUANTISED)}. Use the model that it was made from: the draft serves both"
+            f"{', '.join(_QUANTISED)}. {_ORIGINAL}"
         )
     rope = str(draft.rope_parameters.get("rope_type", "default"))
     try:
@@ -118,6 +117,16 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
     except Exception as error:  # settings may make transformers raise anything
         problems.append(f"its rotary embedding (rope_type {rope!r}) cannot be a draft's, too: {first_line(error)}")
     return problems
+
+
+def _quantisation(config: dict[str, Any]) -> str:
+    """What the weights are quantised by; empty where they are not."""
+    text = config.get("text_config")
+    found = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    if not isinstance(found, dict):
+        return str(found or "")
+    old = any(found.get(f"load_in_{bits}bit") for bits in (4, 8))  # of bitsandbytes, before it named itself
+    return str(found.get("quant_method") or ("bitsandbytes" if old else "unknown")) if found else ""
 
 
 def _open(folder: Path, config: dict[str, Any], own_code: bool) -> Any:
@@ -186,15 +195,20 @@ def _head_problems(model: Any, start: str) -> list[str]:
 def _weight_problems(folder: Path, names: list[str], model: Any) -> list[str]:
     """Has transformers load the headers: a tensor that no file holds would be drawn at random without a word."""
     where: dict[str, str] = {}
-    problems = []
+    problems: list[str] = []
+    packed: list[str] = []
+    quantised = any(getattr(of, "quantization_config", None) for of in (model.config, model.config.get_text_config()))
     for name in names:
         try:
             with safe_open(folder / name, framework="pt") as file:
-                where |= dict.fromkeys(file.keys(), name)
+                tensors = list(file.keys())
+                packed += [] if quantised else [tensor for tensor in tensors if _is_packed(file, tensor)]
+            where |= dict.fromkeys(tensors, name)
         except (SafetensorError, OSError) as error:
             problems.append(f"{name} is damaged or cut short: {first_line(error)}")
-    if problems:
-        return problems
+    if problems or packed:
+        sentence = f"its weights {{}} are quantised, but config.json has no quantization_config. {_ORIGINAL}"
+        return problems or _named(packed, sentence)
     if len(names) > 1 and not (folder / INDEX).exists():
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}, indent=2), encoding="utf-8")
     try:
@@ -214,6 +228,12 @@ def _weight_problems(folder: Path, names: list[str], model: Any) -> list[str]:
         *_named(sorted(info["missing_keys"]), _LACK),
         *_named(other, "its weights have another shape than its config.json says: {}"),
     ]
+
+
+def _is_packed(file: Any, name: str) -> bool:
+    """Whether a tensor is quantised: transformers would read FP8 without its scales, and miss what has another name."""
+    packed = name.endswith((".qweight", ".weight_packed"))  # GPTQ and AWQ, compressed-tensors
+    return packed or str(file.get_slice(name).get_dtype()).startswith(("F8", "F6", "F4"))
 
 
 def _named(names: list[str], sentence: str) -> list[str]:

@@ -155,8 +155,10 @@ def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **setti
     load = (auto_class or AutoModelForCausalLM).from_pretrained
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        quantisation = getattr(config, "quantization_config", None) or {}
+        parts = (config, config.get_text_config())
+        quantisation = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), {})
         if fp8 := quantisation.get("quant_method") == "fp8":
+            logger.info("the target's FP8 weights are dequantised to %s", str(dtype).removeprefix("torch."))
             quantisation["dequantize"] = True  # FineGrainedFP8Config as an argument would drop modules_to_not_convert
         model = load(folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, **settings)
         return model.to(dtype) if fp8 else model  # what is not quantised keeps its own type otherwise

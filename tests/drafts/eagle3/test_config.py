@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -316,17 +317,19 @@ SGLANG_FILES = {
 }  # fmt: skip
 
 
-def sglang_models() -> Path:
-    """SGLang's model code, out of its installed or unpacked wheel."""
-    roots = [Path(path) for path in (os.environ.get("SGLANG_WHEEL", ""), *sys.path) if path]
-    roots += Path(__file__).parents[3].glob(".venv*/lib/python*/site-packages")
-    for root in roots:
-        if (root / "sglang/srt/models/llama.py").is_file():
-            return root / "sglang/srt/models"
-    pytest.skip("sglang is not installed; unpack its wheel (pip download --no-deps sglang) and set SGLANG_WHEEL")
+def sglang_models() -> Any:
+    """The folder of SGLang's model code: installed, or in the wheel that `make check-serving` downloads."""
+    root = Path(__file__).parents[3]
+    places: list[Any] = [Path(path) for path in sys.path if path]
+    places += root.glob(".venv*/lib/python*/site-packages")
+    places += map(zipfile.Path, root.glob(".venv-serving/wheels/sglang-*.whl"))
+    for place in places:
+        if (models := place / "sglang/srt/models").joinpath("llama.py").is_file():
+            return models
+    pytest.skip("sglang is not installed; `make check-serving` downloads its wheel")
 
 
-def captured(models: Path, file: str, layers: int, ids: list[int]) -> list[int]:
+def captured(models: Any, file: str, layers: int, ids: list[int]) -> list[int]:
     """After which layers SGLang's own method captures features: it is run on a stand-in for its model."""
     classes = [node for node in ast.parse((models / file).read_text()).body if isinstance(node, ast.ClassDef)]
     (method,) = [
