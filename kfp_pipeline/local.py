@@ -181,7 +181,8 @@ def _no_orphans() -> Iterator[None]:
         end_steps()
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

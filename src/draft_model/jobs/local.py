@@ -16,6 +16,7 @@ from draft_model.entrypoint import ERROR_FILE, raise_on_sigterm
 from draft_model.errors import DraftModelError
 from draft_model.jobs.spec import JobSpec
 from draft_model.jobs.torchrun import STOP_SECONDS
+from draft_model.processes import ROOT
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def run(spec: JobSpec, work: Path) -> None:
     # A file of this run's own: an orphan of an earlier one must not write into it.
     error = Path(tempfile.mkdtemp(prefix="errors-", dir=work)) / "error.json"
     environment = {ERROR_FILE: str(error), "DRAFT_MODEL_JOB": spec.config, "TOKENIZERS_PARALLELISM": "false"}
+    environment[ROOT] = str(os.getpid())
     if world > 1:
         threads = max(1, (os.cpu_count() or 1) // world)
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
