@@ -17,9 +17,10 @@ import tiny
 from safetensors.torch import load_file
 
 from draft_model import storage
+from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import print_summary
 from draft_model.storage.embedded import EmbeddedStore
-from kfp_pipeline.local import run_local
+from kfp_pipeline.local import _alone, run_local
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"
 ENDLESS = {"num_epochs": 100_000}
@@ -124,6 +125,17 @@ def test_sigterm_to_the_command_alone_while_training_ends_everything(early):
     assert "Traceback" not in printed
     assert processes_of(folder) == []
     assert list((folder / "work").iterdir()) == []
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    with (
+        _alone(tmp_path),
+        pytest.raises(DraftModelError, match=r"--folder: .* another run is at work"),
+        _alone(tmp_path),
+    ):
+        pass
+    with _alone(tmp_path):
+        pass
 
 
 def test_kill_9_of_the_command_while_training_ends_everything(early):

@@ -20,6 +20,8 @@ from draft_model.processes import ROOT
 
 logger = logging.getLogger(__name__)
 
+_LACKS = dict.fromkeys((-9, 137), "memory") | dict.fromkeys((-7, 135), "space on the disk or in /dev/shm")
+
 
 def run(spec: JobSpec, work: Path) -> None:
     """Runs a job's processes and waits for their end; nodes and GPUs become processes here.
@@ -65,8 +67,8 @@ def run(spec: JobSpec, work: Path) -> None:
     if error.exists():
         raise DraftModelError(json.loads(error.read_text(encoding="utf-8")))
     if code or (lacks := spec.check()):
-        memory = "; -9 or 137 is most often a lack of memory" if code in (-9, 137) else ""
-        why = f"its own messages are above{memory}" if code else "; ".join(lacks)
+        hint = f"; {code} is most often a lack of {_LACKS[code]}" if code in _LACKS else ""
+        why = f"its own messages are above{hint}" if code else "; ".join(lacks)
         raise DraftModelError(f"the training job ended with exit code {code}: {why}")
 
 
