@@ -74,7 +74,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The comparison as rows of rich's markup, the head first."""
+    """The comparison as rows, the head first; the head is rich's markup."""
     rows = [["", *(markup(record["draft"]) for record in records)]]
     rows.append(["acceptance length", *(f"{record['acceptance_length']:.3f}" for record in records)])
     for name, key in (("cumulative", "acceptance_by_position"), ("conditional", "conditional_acceptance_by_position")):
@@ -83,7 +83,7 @@ def table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
             rows.append([f"{name} acceptance at {index + 1}", *("-" if x is None else f"{x:.1%}" for x in values)])
     for index, category in enumerate(records[0]["by_category"]):
         lengths = (record["by_category"][index]["acceptance_length"] for record in records)
-        rows.append([f"length, {markup(category['category'])}", *(f"{length:.3f}" for length in lengths)])
+        rows.append([f"length, {category['category']}", *(f"{length:.3f}" for length in lengths)])
     for index, speed in enumerate(records[0]["speed"]):
         values = (record["speed"][index] for record in records)
         name = f"tokens per second, batch size {speed['batch_size']}"
