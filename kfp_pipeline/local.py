@@ -6,6 +6,7 @@ object storage by itself, so the steps get an s3:// URI of the embedded store as
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import logging
@@ -76,7 +77,7 @@ def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
     os.environ.update({ERROR_FILE: str(error.resolve()), WORK_FOLDER: str(work.resolve()), RUN: uuid.uuid4().hex})
     os.environ[ROOT] = str(os.getpid())
     try:
-        with _store(parameters, folder) as (uri, data), _no_orphans():
+        with _alone(folder), _store(parameters, folder) as (uri, data), _no_orphans():
             try:
                 _execute({**parameters.model_dump(), "storage_uri": uri}, folder)
             except RuntimeError as failure:
@@ -92,6 +93,19 @@ def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
         for name in (ERROR_FILE, WORK_FOLDER, RUN, ROOT):
             del os.environ[name]
         error.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps a second run out of the folder, whose results would be taken for this one's."""
+    with (folder / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DraftModelError(
+                f"--folder: given {str(folder)!r}, where another run is at work: give another"
+            ) from None
+        yield
 
 
 @contextmanager
@@ -181,7 +195,8 @@ def _no_orphans() -> Iterator[None]:
         end_steps()
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TERMINATED)
 
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:

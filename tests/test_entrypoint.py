@@ -10,7 +10,7 @@ import pytest
 
 from draft_model.entrypoint import ERROR_FILE, WORK_FOLDER
 
-DOOR = "import os, signal, sys\nfrom draft_model.entrypoint import *\nfrom draft_model.errors import DraftModelError\n"
+DOOR = "import os, signal, sys\nfrom draft_model.entrypoint import *\nfrom draft_model.errors import Problem\n"
 
 
 @pytest.fixture
@@ -111,6 +111,18 @@ def test_our_log_lines_are_seen_and_other_libraries_only_warn(run):
         )
     )
     assert [line.partition(" ")[2] for line in done.stderr.splitlines()] == ["ours", "a warning"]
+
+
+def test_no_line_shows_a_password_or_an_escape_sequence(run):
+    text = "'http://u:SECRET@host/ \\x1b[2J'"
+    done = run(
+        through_exit_code(f"import logging; logging.getLogger('other').warning('%s', {text}); raise OSError({text})")
+    )
+    assert done.stderr.count("http://host/ \\x1b[2J") == 2
+    assert "SECRET@" not in done.stderr.replace(text, "")
+    done = run(through_exit_code(f"raise DraftModelError([{text}, Problem('a', {text})])"))
+    assert done.stderr.count("http://host/ \\x1b[2J") == 2
+    assert "SECRET" not in done.stderr
 
 
 def test_the_process_that_asked_for_it_gets_the_problems_as_a_list(run, tmp_path):

@@ -11,11 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import tiny
 from evaluation.dataset_hub import DatasetHub
 from model_import.hub_server import TOKEN, Hub
 
 from draft_model import preflight, storage
-from draft_model.dataset import files
+from draft_model.dataset import files, workers
 from draft_model.errors import DraftModelError
 from draft_model.kubeflow import HEALTH
 from draft_model.model_import import hub as hub_client
@@ -325,6 +326,21 @@ def test_a_busy_hub_is_left_to_the_import(hub, run, status, monkeypatch):
     found = run()
     assert found.problems == []
     assert f"answers with status {status}" in found.notes[0]
+
+
+def test_a_tokenizer_that_takes_all_memory_does_so_in_a_limited_process(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "MEMORY", 2 << 30)
+    model = tiny.write_target(tmp_path / "model")
+    put(str(tmp_path), "prompts.jsonl", content=PROMPT)
+    given = {"huggingface_id": "", "pytorch_model_path": str(model), "training_backend": "local"}
+    given |= {"evaluation_prompts": str(tmp_path / "prompts.jsonl"), "chat_template": "qwen"}
+    assert run(**given).problems == []
+    content = json.loads((model / "tokenizer.json").read_text())
+    replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 150}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [replace] * 4}
+    content["added_tokens"][0] |= {"content": "a", "normalized": True}  # normalised when it is loaded
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    assert run(**given).problems == []  # the import tells
 
 
 @pytest.fixture

@@ -1,10 +1,14 @@
 """Processes end with the command that they belong to, however it ends."""
 
+import os
 import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
+
+from draft_model.processes import ROOT
 
 CHILD = """
 import os, signal, sys
@@ -33,6 +37,33 @@ def test_a_stage_ends_with_the_command_through_processes_of_others(number):
     command.wait()
     command.stdout.close()
     assert pid != command.pid
+
+
+def test_a_process_whose_parent_was_gone_before_it_could_ask_ends_too():
+    with subprocess.Popen(["true"]) as parent:
+        pass
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, ROOT: str(parent.pid)})  # fmt: skip
+    assert done.stdout.endswith("\nstopped\n")
+
+
+LOCAL_RUN = """
+import subprocess
+from draft_model.entrypoint import raise_on_sigterm
+from kfp_pipeline.local import _no_orphans
+raise_on_sigterm()
+with _no_orphans(), subprocess.Popen(["sleep", "600"]) as step:  # which kfp waits for, whatever is raised
+    print(step.pid, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_a_local_run_alone_ends_its_steps(number):
+    with subprocess.Popen([sys.executable, "-c", LOCAL_RUN], stdout=subprocess.PIPE, text=True) as run:
+        step = psutil.Process(int(run.stdout.readline()))
+        run.send_signal(number)
+        assert run.wait(60) == 128 + signal.SIGTERM
+        assert not step.is_running()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

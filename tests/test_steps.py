@@ -130,14 +130,16 @@ def test_the_clean_up_says_how_the_run_ended(summary, state, said):
 
 
 @pytest.mark.parametrize("where", ["storage_uri", "checkpoint_path"])  # the run's root: test_launcher.py
-def test_the_clean_up_names_the_newest_whole_checkpoint(summary, tmp_path, where):
+@pytest.mark.parametrize("index", ['["epoch_1", "step_9"]', '["epoch_1", "st', None])
+def test_the_clean_up_names_the_newest_whole_checkpoint(summary, tmp_path, where, index):
     folder, given = {
         "storage_uri": (tmp_path / "mine/output_model_path", {"storage_uri": f"{tmp_path}/mine"}),
         "checkpoint_path": (tmp_path / "shared", {"checkpoint_path": f"{tmp_path}/shared"}),
     }[where]
-    for name in ("epoch_1", "step_9"):
-        storage.write_bytes(f"{folder}/{name}/{storage.MANIFEST}", b"{}")
-    storage.write_bytes(f"{folder}/checkpoints.json", json.dumps(["epoch_1", "step_9"]).encode())
+    for step, name in ((5, "epoch_1"), (9, "step_9")):
+        storage.write_manifest(f"{folder}/{name}", "checkpoint", [], {"step": step})
+    if index:
+        storage.write_bytes(f"{folder}/checkpoints.json", index.encode())
     _, newest, how = clean(summary, Status("RUNNING"), **given)
     assert newest == f"- the newest checkpoint: {folder}/step_9"
     assert how.endswith(f"resume_from_checkpoint={folder}/step_9 and resume=true")

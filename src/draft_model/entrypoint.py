@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, without_credentials
 from draft_model.processes import end_with_root
 from draft_model.scratch import scratch_folder
 
@@ -42,16 +42,17 @@ _MACHINE = {
 """What to do where the operating system refuses a file."""
 
 
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(without_credentials(super().format(record)))
+
+
 def set_up_logging() -> None:
     """Our own log lines to standard error, with the time; other libraries' from warnings on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Lines("%(asctime)s %(message)s", "%H:%M:%S"))
     # By force, because KFP's executor has set up its own, which shows every library at INFO.
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(asctime)s %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-        force=True,
-    )
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for ours in ("draft_model", "kfp_pipeline"):
         logging.getLogger(ours).setLevel(logging.INFO)
     logging.getLogger("botocore.credentials").setLevel(logging.CRITICAL)  # a traceback before our own sentence
@@ -130,7 +131,7 @@ def exit_code(work: Callable[[], None]) -> int:
         return 128 + signal.SIGINT
     except Exception as error:
         if (mistake := user_error(error)) is None:
-            traceback.print_exc()
+            print(printable(without_credentials(traceback.format_exc())), file=sys.stderr, end="")
             return 1
         report(mistake)
         return USER_ERROR

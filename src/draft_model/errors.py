@@ -43,7 +43,7 @@ class DraftModelError(Exception):
     """A bad parameter, an unreadable file, a store that refuses.
 
     Each entry point (CLI, KFP component, job pod) prints the problems without a traceback and exits with 2. Anything
-    else that escapes is a fault of ours and keeps its traceback.
+    else that escapes is a fault of ours and keeps its traceback. Credentials of URLs are taken out of the sentences.
 
     Args:
         problems: one sentence, or several; each names the parameter or file, what was given, what is allowed and what
@@ -51,13 +51,19 @@ class DraftModelError(Exception):
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems: list[str] = [problems] if isinstance(problems, str) else list(problems)
+        self.problems: list[str] = [*map(_clean, [problems] if isinstance(problems, str) else problems)]
         super().__init__("\n".join(self.problems))
 
     def __str__(self) -> str:
         if len(self.problems) == 1:
             return self.problems[0]
         return "\n".join([f"{len(self.problems)} problems:", *(f"  - {problem}" for problem in self.problems)])
+
+
+def _clean(problem: str) -> str:
+    if isinstance(problem, Problem):
+        return Problem(problem.parameter, without_credentials(problem.message))
+    return without_credentials(problem)
 
 
 class StoreUnavailable(DraftModelError):

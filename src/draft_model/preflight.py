@@ -196,13 +196,15 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
 def _inspect_prompts(parameters: Parameters, files: Mapping[str, Path], work: Path, report: Report) -> None:
     """Writes the prompts of files by the target's own chat template, which may refuse them."""
     from draft_model.dataset.encode import load_tokenizer
+    from draft_model.dataset.workers import Workers
 
     folder = work / "tokenizer"
     for name, path in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / name)
     try:
-        tokenizer = load_tokenizer(folder)
+        with Workers() as worker:  # nobody has looked at this model before
+            tokenizer = worker.call(load_tokenizer, folder)
     except DraftModelError:  # the data set says what is wrong with a tokenizer
         return
     try:

@@ -13,33 +13,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 ROOT = "DRAFT_MODEL_ROOT_PID"
-"""Environment variable: process id of the command that a run on this machine belongs to."""
+"""Environment variable: process id of ours that a process ends with: its parent, or the command above kfp's shells."""
 _PR_SET_PDEATHSIG = 1
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # looked up before a fork
 
 
-def set_death_signal() -> None:
-    """Has Linux send this process SIGTERM when its parent is gone, be it by SIGKILL; for pool workers and `preexec_fn`.
-
-    The parent is the thread that started it.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def set_death_signal(number: int = signal.SIGTERM) -> None:
+    """Has Linux send this process a signal when its parent, the thread that started it, is gone, be it by SIGKILL."""
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, number)
 
 
 def end_with_parent() -> None:
-    """Gets SIGTERM when this process's parent, or the run's command, is gone; a training saves its step then."""
+    """Gets SIGTERM when this process's parent, or ROOT, is gone; those that it starts will watch it in turn.
+
+    ROOT tells also of a parent that was gone before this process could ask, and means a process where Linux means the
+    thread that started it.
+    """
     set_death_signal()
     end_with_root()
+    os.environ[ROOT] = str(os.getpid())
 
 
 def end_with_root() -> None:
-    """Gets SIGTERM when the command of a run on this machine is gone.
+    """Gets SIGTERM when ROOT is gone.
 
-    Between it and a stage there are processes of others (kfp.local's shells), which outlive it.
+    Between a run's command and a stage there are processes of others (kfp.local's shells), which outlive it.
     """
     root = int(os.environ.get(ROOT, "0"))
     if root and root != os.getpid():
-        threading.Thread(target=_stop_after, args=(root,), name="run's command", daemon=True).start()
+        threading.Thread(target=_stop_after, args=(root,), name="parent", daemon=True).start()
 
 
 def _stop_after(process: int) -> None:

@@ -1,6 +1,7 @@
 """The engine's process: what is asked of it, what comes back, and one sentence for each way in which it fails."""
 
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -121,6 +122,24 @@ def test_what_an_engine_started_ends_when_its_parent_is_killed(tmp_path):
     )
     with subprocess.Popen([sys.executable, "-c", parent_code], stdout=subprocess.PIPE, text=True) as parent:
         started = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+        psutil.wait_procs([started], timeout=20)
+        assert not started.is_running() or started.status() == psutil.STATUS_ZOMBIE
+
+
+def test_an_engine_that_still_loads_ends_when_its_parent_is_killed(tmp_path):
+    (tmp_path / "vllm.py").write_text(
+        "import subprocess, sys\nchild = subprocess.Popen(['sleep', '600'])\n"
+        "print(child.pid, file=sys.stderr, flush=True)\nchild.wait()\n"
+    )
+    code = (
+        "from draft_model.engine.generate import Sampling, Settings, VllmGenerator\n"
+        "VllmGenerator(Settings('model', 64, Sampling(0.0, 1.0, 0), [1], 0)).next()"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONPATH": path}) as parent:  # fmt: skip
+        started = psutil.Process(int(parent.stderr.readline()))
         parent.kill()
         psutil.wait_procs([started], timeout=20)
         assert not started.is_running() or started.status() == psutil.STATUS_ZOMBIE

@@ -180,6 +180,21 @@ def test_drafts_of_every_format_decode_alike(trained, exported, tmp_path):
     same_rounds(trained, tmp_path, *drafts)
 
 
+def test_a_target_that_was_not_imported_is_looked_at_as_the_import_does(trained, tmp_path):
+    stranger = Path(shutil.copytree(trained.inputs.model, tmp_path / "model"))
+    (stranger / "manifest.json").unlink()
+    spoilt = json.dumps({**config(stranger), "attn_implementation": "org/kernel", "auto_map": {"AutoConfig": "x.Y"}})
+    (stranger / "config.json").write_text(spoilt)
+    parameters = Parameters(evaluation_conversations=2, evaluation_max_new_tokens=4)
+    given = CompareConfig(str(stranger), trained.inputs.dataset, (str(trained.final),), tmp_path / "w", parameters)
+    (record,) = compare(given)
+    assert record["identical"]
+    assert (stranger / "config.json").read_text() == spoilt
+    (stranger / "tokenizer.json").write_text("{")
+    with pytest.raises(DraftModelError, match=r"--model: given .* its tokenizer cannot be loaded"):
+        compare(given)
+
+
 def test_the_command_shows_two_drafts_side_by_side(trained, exported, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "alpha beta", "category": "letters"}\n', encoding="utf-8")

@@ -158,6 +158,7 @@ def test_ctrl_c_ends_the_job(train, monkeypatch, tmp_path):
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "exit code -9.*lack of memory"),
         ("sys.exit(137)", "exit code 137.*lack of memory"),
+        ("os.kill(os.getpid(), signal.SIGBUS)", "exit code -7.*/dev/shm"),
         ("sys.exit(1)", "exit code 1: its own messages are above$"),
         ("", "exit code 0: it has left no result"),
     ],

@@ -285,6 +285,10 @@ def test_a_manifest_is_a_plain_file_of_limited_size(source, tmp_path):
         file.truncate(2**40)
     with pytest.raises(DraftModelError, match="larger than"):
         storage.read_manifest(str(tmp_path / "a"))
+    with (tmp_path / "lease.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(DraftModelError, match="larger than"):
+        storage.read_file(str(tmp_path / "lease.json"))
     (tmp_path / "b").mkdir()
     os.mkfifo(tmp_path / "b/manifest.json")
     with pytest.raises(DraftModelError, match=r"has no manifest\.json"):

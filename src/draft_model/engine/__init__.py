@@ -8,7 +8,6 @@ the engine may live in another environment, whose Python DRAFT_MODEL_ENGINE_PYTH
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from draft_model.errors import DraftModelError
+from draft_model.processes import ROOT, end_with_parent
 
 PYTHON = "DRAFT_MODEL_ENGINE_PYTHON"
 """Environment variable: the Python that has the engine; not set: this one."""
@@ -35,7 +35,6 @@ TIME_LIMIT = 2 * 3600
 TIE_MARGINS = {"float32": 1e-4, "float16": 0.06, "bfloat16": 0.5}
 """By compute type: two tokens tie where their logprobs are closer than this, because a forward pass over K + 1 tokens
 rounds otherwise than one over a single token. For 16 bits, about four steps of a logit between 16 and 32."""
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -230,7 +229,7 @@ class Process:
         # A session of its own, because the engine starts processes too and all of them must end.
         self._process = subprocess.Popen(
             [_python(), "-m", f"draft_model.engine.{engine}"], text=True, errors="replace",
-            env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+            env={**os.environ, "PYTHONPATH": path, ROOT: str(os.getpid()), **(environment or {})},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,
         )  # fmt: skip
@@ -336,6 +335,14 @@ def explain(code: int, log: str) -> str:
     return f"failed with exit status {code}: {(log.strip().splitlines() or ['it wrote no log'])[-1]}"
 
 
+def end_all_with_parent() -> Callable[..., None]:
+    """Ends an engine's process with the one that started it; returns what ends it, and all that the engine started."""
+    end: Callable[..., None] = lambda *_: os.killpg(0, signal.SIGKILL)  # noqa: E731  # or it keeps the GPU's memory
+    signal.signal(signal.SIGTERM, end)
+    end_with_parent()
+    return end
+
+
 def serve(load: Callable[[Any], Any], job: type = Job) -> None:
     """Main function of an engine's process: a job, then [method, argument, ...] a line; a JSON line in answer to each.
 
@@ -343,11 +350,7 @@ def serve(load: Callable[[Any], Any], job: type = Job) -> None:
         load: makes the engine of a job.
         job: its record.
     """
-    # What the engine starts must end with it too, or it would keep the GPU's memory: all of the session is killed.
-    end: Callable[..., None] = lambda *_: os.killpg(0, signal.SIGKILL)  # noqa: E731
-    signal.signal(signal.SIGTERM, end)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)  # end with the process that started this one
+    end = end_all_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the engine prints is its log
     engine = load(job(**json.loads(sys.stdin.readline())))

@@ -93,6 +93,7 @@ def main() -> None:
     """Generates until the standard input ends, which it does with the process that started this one."""
     from draft_model.engine.vllm import _CPU
 
+    engines.end_all_with_parent()  # the end of the input is not seen while it loads
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is its log
     settings = json.loads(sys.stdin.readline())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import markup
 from draft_model.evaluation.measure import Candidate, category_table, differences, measure, open_case
 from draft_model.export import fetched
+from draft_model.model_import import sandbox
+from draft_model.model_import.files import INDEX, description
 from draft_model.parameters import Parameters
 from draft_model.training.checkpoint import read_checkpoint
 
@@ -46,7 +49,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     p = config.parameters
     if not config.dataset and not p.evaluation_prompts:
         raise DraftModelError("--dataset, --evaluation_prompts: neither is given; one must say what to decode")
-    model = fetched(config.model, config.work / "model")
+    model = _target(config.model, config.work)
     dataset = storage.fetch(config.dataset, config.work / "dataset") if config.dataset else None
     candidates = [
         _candidate(uri, model, config.work / f"draft_{n}", p.num_speculative_tokens)
@@ -71,7 +74,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The comparison as rows of rich's markup, the head first."""
+    """The comparison as rows, the head first; the head is rich's markup."""
     rows = [["", *(markup(record["draft"]) for record in records)]]
     rows.append(["acceptance length", *(f"{record['acceptance_length']:.3f}" for record in records)])
     for name, key in (("cumulative", "acceptance_by_position"), ("conditional", "conditional_acceptance_by_position")):
@@ -80,12 +83,30 @@ def table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
             rows.append([f"{name} acceptance at {index + 1}", *("-" if x is None else f"{x:.1%}" for x in values)])
     for index, category in enumerate(records[0]["by_category"]):
         lengths = (record["by_category"][index]["acceptance_length"] for record in records)
-        rows.append([f"length, {markup(category['category'])}", *(f"{length:.3f}" for length in lengths)])
+        rows.append([f"length, {category['category']}", *(f"{length:.3f}" for length in lengths)])
     for index, speed in enumerate(records[0]["speed"]):
         values = (record["speed"][index] for record in records)
         name = f"tokens per second, batch size {speed['batch_size']}"
         rows.append([name, *(f"{row['tokens_per_second']:.1f} ({row['speed_up']:.2f} x)" for row in values)])
     return [*rows, ["the target's own tokens", *("yes" if record["identical"] else "NO" for record in records)]]
+
+
+def _target(uri: str, work: Path) -> Path:
+    """A target's folder; of one that was not imported a copy that the import's limited process has looked at."""
+    given, folder = fetched(uri, work / "model"), work / "target"
+    if storage.exists(storage.join(uri, storage.MANIFEST)):
+        return given
+    names = [path.relative_to(given).as_posix() for path in given.rglob("*") if path.is_file()]
+    weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in [*description(names), *({INDEX} & {*names})]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(given / name, folder / name)
+    for name in weights:
+        (folder / name).symlink_to((given / name).resolve())
+    if problems := sandbox.run("inspect", folder=str(folder), weights=sorted(weights))["problems"]:
+        raise DraftModelError([f"--model: given {uri!r}: {problem}" for problem in problems])
+    return folder
 
 
 def _candidate(uri: str, model: Path, work: Path, proposals: int) -> Candidate:

@@ -32,7 +32,7 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
     """Trains a draft as a job and waits for its end; see `run_job`."""
     from draft_model.jobs.context import wants_cluster
     from draft_model.jobs.spec import WORK, JobSpec
-    from draft_model.training.config import TrainResult
+    from draft_model.training.config import INDEX, TrainResult, list_checkpoints
     from draft_model.training.lease import hold, own_run_id
 
     p, final = config.parameters, storage.join(config.output, "final")
@@ -50,11 +50,10 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
     def prepare() -> None:
         """Keeps what an earlier run left under this output from being taken for this one's."""
         storage.remove_manifest(final)
-        index = storage.join(config.checkpoints, "checkpoints.json")
-        if p.resume == "false" and storage.exists(index):
-            for name in json.loads(storage.read_bytes(index)):
+        if p.resume == "false" and (names := list_checkpoints(config.checkpoints)):
+            for name in names:
                 storage.remove_manifest(storage.join(config.checkpoints, name))
-            storage.write_bytes(index, b"[]")
+            storage.write_bytes(storage.join(config.checkpoints, INDEX), b"[]")
 
     spec = JobSpec(
         stage="train",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
 import time
 
 from draft_model import storage
@@ -13,6 +13,7 @@ from draft_model.jobs.cluster import Cluster, Unavailable
 from draft_model.jobs.context import connect, own_pod, owner_of, run_ended, wants_cluster
 from draft_model.jobs.spec import RUNTIME
 from draft_model.parameters import Parameters
+from draft_model.training.config import list_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,7 @@ _STATES = {
     "CANCELED": "the run was terminated",
     "CANCELLED": "the run was terminated",
 }
+_CHECKPOINTS = re.compile(r"(|.*/)(?:checkpoints\.json|(?:epoch|step)_\d+/manifest\.json)")
 _LOST = "a step was lost: its pod was killed or evicted, or could not start"
 """MLMD says RUNNING, or nothing, of a step that could not report its end."""
 
@@ -79,10 +81,12 @@ def _how_to_go_on(checkpoint_path: str, root: str) -> list[str]:
     try:
         uris = [checkpoint_path] if checkpoint_path else []
         if not uris and root:
-            indexes = [name for name in storage.list_files(root) if name.rpartition("/")[2] == "checkpoints.json"]
-            uris = [storage.join(root, *name.split("/")[:-1]) for name in indexes]
+            folders = dict.fromkeys(
+                found[1] for found in map(_CHECKPOINTS.fullmatch, storage.list_files(root)) if found
+            )
+            uris = [storage.join(root, *filter(None, folder.split("/"))) for folder in folders]
         for uri in uris:
-            for name in reversed(json.loads(storage.read_file(storage.join(uri, "checkpoints.json")) or b"[]")):
+            for name in reversed(list_checkpoints(uri)):
                 newest = storage.join(uri, name)
                 if storage.exists(storage.join(newest, storage.MANIFEST)):
                     new = f"resume_from_checkpoint={newest} and resume=true"
@@ -90,6 +94,6 @@ def _how_to_go_on(checkpoint_path: str, root: str) -> list[str]:
                         f"the newest checkpoint: {newest}",
                         f"Retry in the UI goes on from it; so does a run with {new}",
                     ]
-    except (DraftModelError, ValueError) as error:
+    except DraftModelError as error:
         return [f"the object store does not say whether there is a checkpoint ({error})"]
     return ["there is no whole checkpoint; Retry in the UI starts the step that failed again"]

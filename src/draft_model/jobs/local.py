@@ -16,8 +16,11 @@ from draft_model.entrypoint import ERROR_FILE, raise_on_sigterm
 from draft_model.errors import DraftModelError
 from draft_model.jobs.spec import JobSpec
 from draft_model.jobs.torchrun import STOP_SECONDS
+from draft_model.processes import ROOT
 
 logger = logging.getLogger(__name__)
+
+_LACKS = dict.fromkeys((-9, 137), "memory") | dict.fromkeys((-7, 135), "space on the disk or in /dev/shm")
 
 
 def run(spec: JobSpec, work: Path) -> None:
@@ -44,6 +47,7 @@ def run(spec: JobSpec, work: Path) -> None:
     # A file of this run's own: an orphan of an earlier one must not write into it.
     error = Path(tempfile.mkdtemp(prefix="errors-", dir=work)) / "error.json"
     environment = {ERROR_FILE: str(error), "DRAFT_MODEL_JOB": spec.config, "TOKENIZERS_PARALLELISM": "false"}
+    environment[ROOT] = str(os.getpid())
     if world > 1:
         threads = max(1, (os.cpu_count() or 1) // world)
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
@@ -63,8 +67,8 @@ def run(spec: JobSpec, work: Path) -> None:
     if error.exists():
         raise DraftModelError(json.loads(error.read_text(encoding="utf-8")))
     if code or (lacks := spec.check()):
-        memory = "; -9 or 137 is most often a lack of memory" if code in (-9, 137) else ""
-        why = f"its own messages are above{memory}" if code else "; ".join(lacks)
+        hint = f"; {code} is most often a lack of {_LACKS[code]}" if code in _LACKS else ""
+        why = f"its own messages are above{hint}" if code else "; ".join(lacks)
         raise DraftModelError(f"the training job ended with exit code {code}: {why}")
 
 

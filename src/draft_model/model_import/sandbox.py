@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import IO, Any, NoReturn, cast
 
 from draft_model.errors import DraftModelError
+from draft_model.processes import set_death_signal
 
 GIB = 2**30
 MEMORY, CPU_SECONDS, WALL_SECONDS = 6 * GIB, 300, 1200
@@ -102,6 +103,7 @@ def _serve() -> None:
 
 
 def _work(task: Callable[..., Any], request: dict[str, Any], writing: int) -> NoReturn:
+    set_death_signal()
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     resource.setrlimit(resource.RLIMIT_DATA, (request["memory"],) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -9,7 +9,6 @@ delete what is in it. Do not use it on a machine that you share with people you 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import json
 import os
@@ -19,7 +18,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import sysconfig
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import IO
 
 from draft_model.errors import DraftModelError
+from draft_model.processes import set_death_signal
 from draft_model.storage.local import partial_file
 from draft_model.storage.transfer import local_errors
 
@@ -44,7 +43,6 @@ _SOCKET_AGE = 60.0
 """Seconds; a younger socket may be one of a store that starts just now."""
 _TOKENS = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 _KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-_PR_SET_PDEATHSIG = 1
 _LOG_LINES = 15
 
 
@@ -121,7 +119,7 @@ class EmbeddedStore:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C must not stop it before the stages have written
                 pass_fds=[self._lock.fileno()],  # the folder stays locked as long as the store lives
-                preexec_fn=_dies_with_parent(),
+                preexec_fn=_dies_with(os.getpid()),
             )
 
     def _becomes_ready(self, process: subprocess.Popen[bytes]) -> bool:
@@ -240,14 +238,11 @@ def _free_ports() -> dict[str, int]:
         return ports
 
 
-def _dies_with_parent() -> Callable[[], None] | None:
+def _dies_with(parent: int) -> Callable[[], None]:
     """Has Linux kill the store when the thread that started it has ended; acknowledged objects are on the disk."""
-    if sys.platform != "linux":
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def arrange() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        set_death_signal(signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
 

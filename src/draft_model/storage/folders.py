@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from draft_model.storage.s3 import S3Folder
 
 _PROBLEMS_SHOWN = 20
+FILE_LIMIT = 2**28
+"""Bytes of a file that is read whole: somebody else may have written an index or a lease in a shared folder."""
 
 
 def folder_of(uri: str) -> LocalFolder | S3Folder:
@@ -317,7 +319,7 @@ def read_bytes(uri: str) -> bytes:
 def read_versioned(uri: str) -> tuple[bytes, str] | None:
     """Content of a small file and its version for `replace` and `delete`, or None where there is no such file."""
     folder, name = _file(uri)
-    return folder.read(name)
+    return folder.read(name, FILE_LIMIT)
 
 
 def read_range(uri: str, offset: int, length: int, version: str = "") -> bytes:

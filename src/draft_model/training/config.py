@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from draft_model import storage
+from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.parameters import Parameters
+
+logger = logging.getLogger(__name__)
+
+INDEX = "checkpoints.json"
+STAGE = "checkpoint"
+_NAME = re.compile(r"(epoch|step)_\d{1,12}")
 
 
 @dataclass(frozen=True)
@@ -64,3 +75,31 @@ class TrainResult:
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON object."""
         return asdict(self)
+
+
+def list_checkpoints(uri: str) -> list[str]:
+    """Names of the checkpoints under a URI, oldest first; the last may be half-written.
+
+    Where the index is missing or damaged, the checkpoints' own manifests say what is there.
+    """
+    data = storage.read_file(storage.join(uri, INDEX))
+    with suppress(ValueError):
+        listed = json.loads(data) if data is not None else None
+        if isinstance(listed, list):
+            return [name for name in listed if isinstance(name, str) and _NAME.fullmatch(name)]
+    steps = {}
+    for name in {name.partition("/")[0] for name in storage.list_files(uri) if name.endswith(storage.MANIFEST)}:
+        try:
+            if _NAME.fullmatch(name):
+                steps[name] = int(storage.read_manifest(storage.join(uri, name), stage=STAGE).properties["step"])
+        except StoreUnavailable:
+            raise
+        except DraftModelError:  # half-written or damaged
+            continue
+    names = sorted(steps, key=steps.__getitem__)
+    if names or data is not None:
+        state = "is missing" if data is None else "is damaged"
+        logger.warning(
+            "%s %s; whole checkpoints there: %s", storage.join(uri, INDEX), state, ", ".join(names) or "none"
+        )
+    return names

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,15 @@ from typing import Any
 from draft_model import storage
 from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.training.checkpoint import Loaded, read_checkpoint
+from draft_model.training.config import INDEX, STAGE, list_checkpoints
 from draft_model.training.lease import Lease
 
 logger = logging.getLogger(__name__)
 
-INDEX = "checkpoints.json"
-STAGE = "checkpoint"
 PATIENCE = 15 * 60.0
 """Seconds that an object store may be away before the training fails for it."""
 CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on this disk that are not published yet, the one being written among them; then the training waits."""
-_NAME = re.compile(r"(epoch|step)_\d{1,12}")
 
 
 @dataclass(frozen=True)
@@ -84,24 +80,8 @@ class Output:
     def names(self) -> list[str]:
         """Names of the checkpoints, oldest first; the last may be half-written. Read once: this run alone writes."""
         if self._names is None:
-            self._names = self._read_names()
+            self._names = list_checkpoints(self.uri)
         return list(self._names)
-
-    def _read_names(self) -> list[str]:
-        data = storage.read_file(self._index)
-        with suppress(ValueError):
-            listed = json.loads(data) if data is not None else None
-            if isinstance(listed, list):
-                return [name for name in listed if isinstance(name, str) and _NAME.fullmatch(name)]
-        # Deleted or cut: the checkpoints themselves say what they are.
-        folders = {name.partition("/")[0] for name in storage.list_files(self.uri) if name.endswith(storage.MANIFEST)}
-        found = {name: self._whole(name) for name in folders if _NAME.fullmatch(name)}
-        steps = {name: int(properties["step"]) for name, properties in found.items() if properties}
-        names = sorted(steps, key=steps.__getitem__)
-        if names or data is not None:
-            state = "is missing" if data is None else "is damaged"
-            logger.warning("%s %s; whole checkpoints there: %s", self._index, state, ", ".join(names) or "none")
-        return names
 
     def _whole(self, name: str) -> dict[str, Any] | None:
         """What the manifest of a checkpoint says; None of one that is half-written or damaged."""
