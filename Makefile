@@ -100,7 +100,7 @@ images: $(READY) $(IMAGE_TOOLS)/.ready ## Build the images of the steps (BASE, T
 	@containers/build $(KIND)
 
 images-check: $(READY) $(IMAGE_TOOLS)/.ready ## Lint the images' sources and print the images' sizes
-	@$(IMAGE_TOOLS)/bin/hadolint containers/Dockerfile
+	@$(IMAGE_TOOLS)/bin/hadolint containers/Dockerfile containers/Dockerfile.engine
 	@containers/sizes
 
 test-images: $(READY) $(IMAGE_TOOLS)/.ready ## Run the tests of the images, and the pipeline in them

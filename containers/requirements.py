@@ -69,7 +69,9 @@ def requirements(kind: str, torch: str) -> list[str]:
     if unknown := [name for name in names if name not in versions]:
         sys.exit(f"the lock files have no {', '.join(unknown)}: run `make lock`")
     lines = {name: f"{name}=={versions[name]}" for name in names}
-    if "torch" in lines:
+    if kind == "engine":
+        del lines["torch"]  # vLLM's environment has it
+    elif "torch" in lines:
         lines["torch"] = f"torch=={versions['torch']}+cpu" if torch == "cpu" else f"torch==={versions['torch']}"
     return list(lines.values())
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from draft_model.errors import DraftModelError
 
 KINDS = ("importer", "dataset", "trainer", "coordinator", "engine")
-"""What containers/ builds, but for the engine's, which has vLLM besides what the trainer's has. The trainer's has what
-the others have, so it can stand for each of them; it does for the engine's where none is named."""
+"""What containers/ builds. The trainer's has what the others have, so it can stand for each of them; it does for the
+engine's, which has vLLM besides, where none is named: that one is built only when asked for."""
 
 VARIABLE = "DRAFT_MODEL_IMAGES"
 _DEFAULT = "localhost/pipeline-draft-model/{kind}:0.0.1"

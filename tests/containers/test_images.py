@@ -9,6 +9,7 @@ import pytest
 
 from containers import layers
 from containers.conftest import HARDENED, KINDS
+from containers.imports import ROOT
 from kfp_pipeline.components.images import IMAGES
 
 TOOLS = re.compile(
@@ -139,6 +140,27 @@ print(*sorted(path.name for path in ours if path.exists() and path.suffix not in
 """
     named = {"pod.yaml", "compute_map.json", "report.html.j2", "pipeline_draft_model.yaml", "metadata.yaml"}
     assert named <= set(python(kind, code).split())
+
+
+def test_the_engines_image_keeps_vllms_environment_apart_from_ours(docker):
+    image = IMAGES["trainer"].replace("/trainer:", "/engine:")
+    if not docker.images.list(image):
+        pytest.skip(f"no {image}: run `make images KIND=engine`")
+    code = """
+import json, os, subprocess, transformers
+from draft_model import engine
+from importlib.metadata import version
+theirs = "import vllm, torch, transformers; print(vllm.__version__, torch.__version__, transformers.__version__)"
+print(os.getuid(), engine.choose("auto"), version("torch"), transformers.__version__)
+print(subprocess.check_output([os.environ[engine.PYTHON], "-c", theirs], text=True).strip().splitlines()[-1])
+"""
+    output = docker.containers.run(image, ["python3", "-c", code], remove=True, network_mode="none", **HARDENED)
+    (user, engine, torch, ours), (vllm, their_torch, theirs) = map(str.split, output.decode().splitlines()[-2:])
+    assert (user, engine, torch) == ("1000", "vllm", their_torch)
+    assert vllm.startswith("0.32.0")
+    assert f"transformers=={ours}" in (ROOT / "requirements.lock").read_text().splitlines()
+    assert theirs != ours
+    assert b"draft-model run --params" in docker.containers.run(image, remove=True, network_mode="none", **HARDENED)
 
 
 def test_the_coordinator_refuses_to_train_by_itself_and_says_what_to_do(python):

@@ -43,6 +43,11 @@ def test_the_trainers_image_can_stand_for_each_other_and_the_coordinators_is_the
     assert lines("coordinator") == set.intersection(*map(lines, KINDS))
 
 
+def test_the_engines_image_has_the_trainers_packages_but_torch_which_is_vllms():
+    assert {line.partition("==")[0] for line in lines("trainer") - lines("engine")} == {"torch"}
+    assert lines("engine") == lines("engine", "cuda") < lines("trainer")
+
+
 def test_an_unknown_kind_is_told():
     done = requirements("stage")
     assert done.returncode == 1

@@ -109,6 +109,12 @@ def test_a_process_that_dies_or_takes_too_long_is_one_sentence(python):
         process.measure()
 
 
+def test_a_process_sees_this_package_and_nothing_that_is_installed_beside_it(python):
+    python('ls -A "${PYTHONPATH%%:*}" >&2; test -f "${PYTHONPATH%%:*}/draft_model/engine/vllm.py" && exit 7')
+    with pytest.raises(DraftModelError, match=r"exit status 7: draft_model$"), Process("vllm", JOB) as process:
+        process.measure()
+
+
 def test_what_an_engine_started_ends_when_its_parent_is_killed(tmp_path):
     engine_code = (
         "import subprocess; from draft_model.engine import serve; "

@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -225,7 +226,10 @@ class Process:
             self.name = f"evaluation_engine: {engine} {'with the draft' if job.draft else 'with the target alone'}"
         self._log: deque[str] = deque(maxlen=400)
         self._late, self._limit = False, time_limit
-        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        # This package alone: what is installed beside it is not for the engine, which may be another Python's.
+        self._package = tempfile.TemporaryDirectory()
+        Path(self._package.name, "draft_model").symlink_to(Path(__file__).parents[1])
+        path = os.pathsep.join(filter(None, [self._package.name, os.environ.get("PYTHONPATH")]))
         # A session of its own, because the engine starts processes too and all of them must end.
         self._process = subprocess.Popen(
             [_python(), "-m", f"draft_model.engine.{engine}"], text=True, errors="replace",
@@ -244,6 +248,7 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self._kill()
+        self._package.cleanup()
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             with suppress(BrokenPipeError):
                 stream.close()  # type: ignore[union-attr]
