@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from draft_model import jobs, steps, storage
+from draft_model import jobs, regenerate, steps, storage
+from draft_model.entrypoint import ERROR_FILE
 from draft_model.parameters import PARAMETERS
 
 DEFAULTS = {parameter.name: parameter.default for parameter in PARAMETERS}
@@ -70,6 +71,35 @@ def test_a_stage_is_a_job_where_there_is_a_cluster_and_pods_see_its_inputs(monke
     assert stage(monkeypatch, huggingface_id="a/b") == ["here"]
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     assert stage(monkeypatch, huggingface_id="a/b") == ["job"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, (0, 1)),
+        ({"PET_NODE_RANK": "2", "PET_NNODES": "3"}, (2, 3)),  # a TrainJob's pod
+        ({"PET_NODE_RANK": "1", "PET_NNODES": "2", "RANK": "1", "WORLD_SIZE": "8"}, (1, 2)),  # a PyTorchJob's
+        ({"PET_NODE_RANK": "0", "PET_NNODES": "2", "RANK": "0", "WORLD_SIZE": "8"}, (0, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+    ],
+)
+def test_a_jobs_pods_share_a_regeneration_and_the_first_one_writes_its_result(
+    tmp_path, monkeypatch, environment, place
+):
+    for name in ("PET_NODE_RANK", "PET_NNODES", "RANK", "WORLD_SIZE", ERROR_FILE):
+        monkeypatch.delenv(name, raising=False)
+    result = tmp_path / "result.json"
+    job = {"stage": "regenerate", "run_id": "RUN", "parameters": {}, "result": str(result), "work": str(tmp_path)}
+    job["uris"] = {"model": "/model", "output": "/answers"}
+    for name, value in {**environment, "DRAFT_MODEL_JOB": json.dumps(job)}.items():
+        monkeypatch.setenv(name, value)
+    given = []
+    answers = regenerate.RegenerateResult("/answers", False, "", {})
+    monkeypatch.setattr(regenerate, "run", lambda config: given.append((config.pod, config.pods)) or answers)
+    monkeypatch.setattr(steps, "raise_on_sigterm", lambda: None)
+    assert steps.main() == 0
+    assert given == [place]
+    assert result.exists() == (place[0] == 0)
 
 
 def test_a_target_that_does_not_fit_ends_the_evaluation_before_it_starts(tmp_path, monkeypatch):
