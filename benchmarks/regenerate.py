@@ -6,8 +6,8 @@
 `overhead` times the stage (reading, rendering, tokens, upload, report; not the engine's start) beside a loop of
 `LLM.chat`, turn by turn over the same conversations with the same arguments, in vLLM for CPU.
 
-`gain` trains two drafts with the same questions, steps and settings, one on foreign answers and one on the target's own,
-and gives the acceptance length that the trainer simulates on the target's own greedy answers to held-out questions.
+`gain` trains two drafts with the same questions, steps and settings, one on foreign answers and one on the target's
+own, and gives the acceptance length that the trainer simulates on the target's own greedy answers to held-out questions.
 The foreign answers are people's: the questions ask what functions of NumPy do, and the answers are those functions'
 docstrings: their prose up to the parameters, then their examples.
 """
@@ -156,9 +156,8 @@ def gain(folder: str, work: Path, count: int = 160, held_out: int = 32, epochs: 
     answered = {json.loads(line)["id"] for part in parts for line in gzip.decompress(part.read_bytes()).splitlines()}
     write(Path(given), [row for row in rows[:count] if row["id"] in answered])  # the same questions for both
     steps = len(answered) * epochs // 2
-    print(
-        "| trained on | conversations | supervised tokens | steps | acceptance length, K = 3 |\n|---|---|---|---|---|"
-    )
+    columns = ("trained on", "conversations", "supervised tokens", "steps", "acceptance length, K = 3")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name, train in (("people's answers", given), ("the target's own answers", own.split_uri("train"))):
         settings = Parameters(
             dataset_train_split=train, dataset_validation_split=own.split_uri("validation"), chat_template="qwen",

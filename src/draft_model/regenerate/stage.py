@@ -154,9 +154,8 @@ def _wait(output: str, missing: Callable[[Set[str]], set[int]]) -> None:
             log.info("%d shards are done; waiting for %s", count, names)
         if time.monotonic() - since > _PATIENCE_SECONDS:
             raise DraftModelError(
-                f"regenerate_answers: no pod has finished a shard for {_PATIENCE_SECONDS / 60:.0f} minutes, and some "
-                f"of {names} are missing: it has ended or hangs (see its log); start the run again, which makes only "
-                "what is missing"
+                f"regenerate_answers: no pod has finished a shard for {_PATIENCE_SECONDS / 60:.0f} minutes, and this "
+                f"one still waits for {names}: see why in its log; start the run again, which makes only what is missing"
             )
         time.sleep(_POLL_SECONDS)
 
