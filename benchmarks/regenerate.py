@@ -7,7 +7,7 @@
 `LLM.chat`, turn by turn over the same conversations with the same arguments, in vLLM for CPU.
 
 `gain` trains two drafts with the same questions, steps and settings, one on foreign answers and one on the target's
-own, and gives the acceptance length that the trainer simulates on the target's own greedy answers to held-out questions.
+own, and gives the acceptance length that the trainer simulates on the target's own greedy answers to other questions.
 The foreign answers are people's: the questions ask what functions of NumPy do, and the answers are those functions'
 docstrings: their prose up to the parameters, then their examples.
 """

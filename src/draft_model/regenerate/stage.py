@@ -155,7 +155,7 @@ def _wait(output: str, missing: Callable[[Set[str]], set[int]]) -> None:
         if time.monotonic() - since > _PATIENCE_SECONDS:
             raise DraftModelError(
                 f"regenerate_answers: no pod has finished a shard for {_PATIENCE_SECONDS / 60:.0f} minutes, and this "
-                f"one still waits for {names}: see why in its log; start the run again, which makes only what is missing"
+                f"one still waits for {names}: see why in its log; start the run again: it makes only what is missing"
             )
         time.sleep(_POLL_SECONDS)
 
