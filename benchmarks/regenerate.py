@@ -6,18 +6,19 @@
 `overhead` times the stage (reading, rendering, tokens, upload, report; not the engine's start) beside a loop of
 `LLM.chat`, turn by turn over the same conversations with the same arguments, in vLLM for CPU.
 
-`gain` trains two drafts with the same questions and settings, one on foreign answers and one on the target's own, and
-gives the acceptance length that the trainer simulates on the target's own answers to held-out questions.
-The foreign answers are people's prose: to each question the docstring of Python's standard library that shares most
-words with it, cut to 64 words.
+`gain` trains two drafts with the same questions, steps and settings, one on foreign answers and one on the target's
+own, and gives the acceptance length that the trainer simulates on the target's own greedy answers to other questions.
+The foreign answers are people's: the questions ask what functions of NumPy do, and the answers are those functions'
+docstrings: their prose up to the parameters, then their examples.
 """
 
 from __future__ import annotations
 
 import gzip
-import importlib.util
+import inspect
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -114,71 +115,63 @@ def overhead(folder: str, work: Path, count: int = 64, longest: int = 48, contex
         )
 
 
-def docstrings() -> list[str]:
-    """The prose of the standard library's functions and classes, 20 words or longer."""
-    found = set()
-    for name in sorted(sys.stdlib_module_names):
-        if (
-            name.startswith("_")
-            or name in ("antigravity", "this", "idlelib", "turtledemo")
-            or importlib.util.find_spec(name) is None
-        ):
-            continue
-        try:
-            module = importlib.import_module(name)
-        except Exception:  # of another platform
-            continue
-        for value in [module, *vars(module).values()]:
-            text = getattr(value, "__doc__", None)
-            text = " ".join(text.split()[:64]) if isinstance(text, str) else ""
-            if len(text.split()) >= 20:
-                found.add(text)
-    return sorted(found)
+def numpy_questions(characters: int = 480) -> list[dict[str, Any]]:
+    """What each function of NumPy does: prose and examples of its docstring, whole lines up to so many characters."""
+    import numpy as np
+
+    modules = (np, np.linalg, np.fft, np.random, np.strings, np.ma, np.polynomial.polynomial, np.testing)
+    found = {}
+    for module in modules:
+        for name in sorted(vars(module)):
+            parts = re.split(r"\n([A-Z][\w ]+)\n-{4,}\n", inspect.getdoc(vars(module)[name]) or "")
+            sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+            prose = "\n".join(line for line in parts[0].splitlines() if not re.match(r"\w+\(.*\)$", line)).strip()
+            if name.startswith("_") or not prose or "Examples" not in sections:
+                continue
+            answer, lines = "", f"{prose}\n\nFor example:\n\n{sections['Examples'].strip()}".splitlines()
+            for line in lines:
+                if len(answer) + len(line) > characters:
+                    break
+                answer += f"{line}\n"
+            question = f"What does NumPy's `{module.__name__}.{name}` do? Give an example."
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer.strip()}]
+            found.setdefault(answer, {"id": f"{module.__name__}.{name}", "conversations": messages})
+    rows = list(found.values())
+    random.Random(0).shuffle(rows)
+    return rows
 
 
-def foreign(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same questions with the docstring that shares most of their words, rare words before frequent ones."""
-    texts = docstrings()
-    words = [set(re.findall(r"\w+", text.lower())) for text in texts]
-    frequency: dict[str, int] = {}
-    for each in words:
-        for word in each:
-            frequency[word] = frequency.get(word, 0) + 1
-    made = []
-    for row in rows:
-        asked = set(re.findall(r"\w+", row["conversations"][0]["content"].lower()))
-        scores = [sum(1 / frequency[word] for word in asked & each) for each in words]
-        answer = texts[scores.index(max(scores))]
-        made.append(
-            {"id": row["id"], "conversations": [row["conversations"][0], {"role": "assistant", "content": answer}]}
-        )
-    return made
-
-
-def gain(folder: str, work: Path, count: int = 192, held_out: int = 40, epochs: int = 2) -> None:
+def gain(folder: str, work: Path, count: int = 160, held_out: int = 32, epochs: int = 2) -> None:
     """Prints acceptance lengths of the two drafts."""
-    model = imported(folder, work)
-    given = write(work / "foreign.jsonl", foreign(read("train", count)))
-    held = write(work / "held.jsonl", foreign(read("validation", held_out)))
+    model, rows = imported(folder, work), numpy_questions()
+    assert len(rows) >= count + held_out
+    given = write(work / "foreign.jsonl", rows[:count])
     p = Parameters(
-        dataset_train_split=given, dataset_validation_split=held, regenerate_answers="all",
-        regenerate_max_new_tokens=96, max_length=192, max_rejected_fraction=0.1, **COMMON,
+        dataset_train_split=given, dataset_validation_split=write(work / "held.jsonl", rows[count : count + held_out]),
+        regenerate_answers="all", regenerate_max_new_tokens=96, max_length=192, max_rejected_fraction=0.1, **COMMON,
     )  # fmt: skip
     own = run(RegenerateConfig(model, str(work / "own"), p, work / "regenerate"))
-    print({name: round(value, 3) for name, value in own.metrics().items()})
-    for name, train in (("foreign answers", given), ("the target's own", own.split_uri("train"))):
+    print({name: round(value, 3) for name, value in own.metrics().items()}, flush=True)
+    parts = sorted(Path(own.split_uri("train")).glob("part-*"))
+    answered = {json.loads(line)["id"] for part in parts for line in gzip.decompress(part.read_bytes()).splitlines()}
+    write(Path(given), [row for row in rows[:count] if row["id"] in answered])  # the same questions for both
+    steps = len(answered) * epochs // 2
+    columns = ("trained on", "conversations", "supervised tokens", "steps", "acceptance length, K = 3")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for name, train in (("people's answers", given), ("the target's own answers", own.split_uri("train"))):
         settings = Parameters(
             dataset_train_split=train, dataset_validation_split=own.split_uri("validation"), chat_template="qwen",
             draft_model_config=str(EXAMPLES / "draft.json"), max_length=192, ttt_length=3, num_epochs=epochs,
-            eval_interval=epochs, draft_global_batch_size=2, draft_micro_batch_size=2, training_batch_size=2,
-            learning_rate=0.001, warmup_ratio=0.03, log_steps=40, training_backend="local", max_rejected_fraction=0.1,
+            total_steps=steps, eval_interval=epochs, draft_global_batch_size=2, draft_micro_batch_size=2,
+            training_batch_size=2, draft_optimizer="muon", learning_rate=0.001, warmup_ratio=0.03, log_steps=40,
+            training_backend="local", max_rejected_fraction=0.1,
         )  # fmt: skip
         place = work / name.replace(" ", "-")
         built = dataset.run(dataset.DatasetConfig(model, str(place / "dataset"), settings, place / "work"))
         done = jobs.run(TrainConfig(model, built.uri, str(place / "output"), place / "train", settings))
         print(
-            f"{name}: {built.train.rows_kept} conversations, {built.train.supervised_tokens} supervised tokens, "
-            f"{done.steps} steps, acceptance length {done.acceptance_length:.3f}",
+            f"| {name} | {built.train.rows_kept} | {built.train.supervised_tokens:,} | {done.steps} | "
+            f"{done.acceptance_length:.3f} |",
             flush=True,
         )  # fmt: skip
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from draft_model import jobs, steps, storage
+from draft_model import jobs, regenerate, steps, storage
+from draft_model.entrypoint import ERROR_FILE
 from draft_model.errors import DraftModelError
 from draft_model.parameters import PARAMETERS
 
@@ -86,6 +87,35 @@ def test_what_the_coordinators_image_cannot_run_is_told_with_the_way_out(monkeyp
     monkeypatch.setattr(steps.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(DraftModelError, match=f"{re.escape(told)}.*trainer's image for all steps"):
         steps._perform("import", steps.Parameters(**given), {}, "s3://b/jobs", "RUN", Path())
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, (0, 1)),
+        ({"PET_NODE_RANK": "2", "PET_NNODES": "3"}, (2, 3)),  # a TrainJob's pod
+        ({"PET_NODE_RANK": "1", "PET_NNODES": "2", "RANK": "1", "WORLD_SIZE": "8"}, (1, 2)),  # a PyTorchJob's
+        ({"PET_NODE_RANK": "0", "PET_NNODES": "2", "RANK": "0", "WORLD_SIZE": "8"}, (0, 2)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, (1, 2)),
+    ],
+)
+def test_a_jobs_pods_share_a_regeneration_and_the_first_one_writes_its_result(
+    tmp_path, monkeypatch, environment, place
+):
+    for name in ("PET_NODE_RANK", "PET_NNODES", "RANK", "WORLD_SIZE", ERROR_FILE):
+        monkeypatch.delenv(name, raising=False)
+    result = tmp_path / "result.json"
+    job = {"stage": "regenerate", "run_id": "RUN", "parameters": {}, "result": str(result), "work": str(tmp_path)}
+    job["uris"] = {"model": "/model", "output": "/answers"}
+    for name, value in {**environment, "DRAFT_MODEL_JOB": json.dumps(job)}.items():
+        monkeypatch.setenv(name, value)
+    given = []
+    answers = regenerate.RegenerateResult("/answers", False, "", {})
+    monkeypatch.setattr(regenerate, "run", lambda config: given.append((config.pod, config.pods)) or answers)
+    monkeypatch.setattr(steps, "raise_on_sigterm", lambda: None)
+    assert steps.main() == 0
+    assert given == [place]
+    assert result.exists() == (place[0] == 0)
 
 
 def test_a_target_that_does_not_fit_ends_the_evaluation_before_it_starts(tmp_path, monkeypatch):

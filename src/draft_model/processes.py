@@ -1,4 +1,4 @@
-"""How a process is asked to stop: by SIGTERM or SIGHUP, also when the processes that started it are gone."""
+"""What a process is told from outside: its place in a job, and to stop, also when those that started it are gone."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ ROOT = "DRAFT_MODEL_ROOT_PID"
 """Environment variable: process id of ours that a process ends with: its parent, or the command above kfp's shells."""
 _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # looked up before a fork
+
+
+def place_in_job() -> tuple[int, int]:
+    """This pod's number among those of its job, from 0, and how many they are; 0 and 1 outside of a job.
+
+    Of both operators' pods, those of a TrainJob have only torchrun's PET_* variables.
+    """
+    names = ("PET_NODE_RANK", "PET_NNODES") if "PET_NODE_RANK" in os.environ else ("RANK", "WORLD_SIZE")
+    number, count = (os.environ.get(name) for name in names)
+    return int(number or 0), int(count or 1)
 
 
 def set_death_signal(number: int = signal.SIGTERM) -> None:

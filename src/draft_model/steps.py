@@ -26,6 +26,7 @@ from draft_model.entrypoint import ERROR_FILE, exit_code, raise_on_sigterm, step
 from draft_model.errors import DraftModelError
 from draft_model.markdown import bullets
 from draft_model.parameters import PARAMETERS, Parameters, Stage
+from draft_model.processes import place_in_job
 
 logger = logging.getLogger(__name__)
 
@@ -365,7 +366,7 @@ def main() -> int:
         folder = Path(job["work"], job["stage"])
         folder.mkdir(parents=True, exist_ok=True)
         result = _RUNS[job["stage"]](Parameters.model_validate(job["parameters"]), folder, **job["uris"])
-        if os.environ.get("PET_NODE_RANK", "0") == "0":  # of several nodes, the first one writes
+        if place_in_job()[0] == 0:
             storage.write_bytes(job["result"], json.dumps({**result, "run_id": job["run_id"]}).encode())
 
     if path := os.environ.get(ERROR_FILE):

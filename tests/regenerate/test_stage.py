@@ -16,6 +16,7 @@ from draft_model import dataset, model_import, storage
 from draft_model.dataset.tokens import Split
 from draft_model.engine.generate import Sampling
 from draft_model.errors import DraftModelError
+from draft_model.evaluation import stage as evaluation
 from draft_model.parameters import Parameters
 from draft_model.parameters.rules import problems_with
 from draft_model.regenerate import RegenerateConfig, run, stage
@@ -147,12 +148,14 @@ def test_a_run_that_was_killed_goes_on_with_the_shards_that_are_missing(regenera
         "import sys, time; from pathlib import Path; from draft_model.regenerate import stage\n"
         "stage.SHARD_LINES = 4; upload = stage._upload\n"
         "def slow(shard, *rest):\n    if shard.number == 2: time.sleep(600)\n    upload(shard, *rest)\n"
-        "stage._upload = slow; stage.run(stage.RegenerateConfig.from_json(sys.argv[1]))"
+        "stage._upload = slow; model, output, parameters = sys.argv[1:]\n"
+        "parameters = stage.Parameters.model_validate_json(parameters)\n"
+        "stage.run(stage.RegenerateConfig(model, output, parameters, Path(output + '-work')))"
     )
     p = Parameters(dataset_train_split=str(tmp_path / "train.jsonl"), regenerate_answers="all", **GREEDY)
-    config = RegenerateConfig(model, str(tmp_path / "killed"), p, tmp_path / "work").to_json()
+    command = [sys.executable, "-c", program, model, str(tmp_path / "killed"), p.model_dump_json()]
     pieces = tmp_path / "killed/pieces/train"
-    with subprocess.Popen([sys.executable, "-c", program, config], env={**os.environ}) as process:
+    with subprocess.Popen(command) as process:
         while len(list(pieces.glob("part-*.json")) if pieces.exists() else []) < 2:
             assert process.poll() is None
             threading.Event().wait(0.05)
@@ -162,6 +165,14 @@ def test_a_run_that_was_killed_goes_on_with_the_shards_that_are_missing(regenera
     regenerate("killed")
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("pod", "dead", "own"), [(0, 1, 7), (1, 0, 4)])
+def test_a_pod_that_never_comes_ends_the_wait_for_it(regenerate, monkeypatch, capsys, pod, dead, own):
+    monkeypatch.setattr(stage, "_PATIENCE_SECONDS", 0.1)
+    with pytest.raises(DraftModelError, match=rf"regenerate_answers: no pod has finished .* waits for pod {dead}:"):
+        regenerate("half", pod=pod, pods=2)
+    assert f" {own}/{own} [" in capsys.readouterr().err  # the bar has a total
 
 
 def test_answers_are_found_again_where_data_model_and_settings_are_the_same(regenerate, tmp_path):
@@ -313,6 +324,8 @@ def test_the_pipelines_data_set_is_made_of_the_targets_answers(model, tmp_path, 
     assert artifacts[2].metadata["regenerated_train_conversations"] == len(ROWS)
     read = storage.read_manifest(built, stage="dataset").properties["parameters"]["dataset_train_split"]
     assert read == f"{answers}/train"
+    shown = evaluation._all_parameters(evaluation.EvaluateConfig(model, built, "", tmp_path, Parameters()), {})
+    assert (shown["dataset_train_split"], shown["regenerate_answers"]) == (str(data), "train")
 
 
 @pytest.mark.skipif(not SERVING.exists(), reason="`make check-serving` installs vLLM for CPU")

@@ -221,8 +221,8 @@ class Process:
     def __init__(
         self, engine: str, job: Any, time_limit: float = TIME_LIMIT, environment: Mapping[str, str] | None = None
     ) -> None:
-        self.name = f"regenerate_answers: {engine}"
-        if isinstance(job, Job):
+        self.name, self._evaluates = "regenerate_answers: vllm", isinstance(job, Job)
+        if self._evaluates:
             self.name = f"evaluation_engine: {engine} {'with the draft' if job.draft else 'with the target alone'}"
         self._log: deque[str] = deque(maxlen=400)
         self._late, self._limit = False, time_limit
@@ -273,7 +273,7 @@ class Process:
                 f"{self.name} took longer than {self._limit / 60:.0f} minutes; lower evaluation_conversations or "
                 "evaluation_max_new_tokens"
             )
-        raise DraftModelError(f"{self.name} {explain(code, ''.join(self._log))}")
+        raise DraftModelError(f"{self.name} {explain(code, ''.join(self._log), evaluates=self._evaluates)}")
 
     def measure(self) -> Measured:
         """Decodes all prompts of the job."""
@@ -321,18 +321,24 @@ _ERROR = re.compile(
 _CONSEQUENCE = re.compile(r"initialization failed|EngineDeadError|See (?:root cause above|stack trace)")
 
 
-def explain(code: int, log: str) -> str:
-    """What a failed process's exit status (negative: a signal) and last log lines say, as half a sentence."""
+def explain(code: int, log: str, *, evaluates: bool = True) -> str:
+    """Why a process failed, as half a sentence.
+
+    Args:
+        code: its exit status; negative: a signal.
+        log: the last lines of its log.
+        evaluates: whether the parameters to change are the evaluation's, or a regeneration's.
+    """
     log = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", log)
     causes = [
         f"{kind.rpartition('.')[2]}: {text}" for kind, text in _ERROR.findall(log) if not _CONSEQUENCE.search(text)
     ]
     if _MEMORY.search(log) or code == -signal.SIGKILL:
         reason = next((cause for cause in reversed(causes) if _MEMORY.search(cause)), f"exit status {code}")
-        return (
-            f"ran out of memory ({reason}); use larger GPUs or a higher number_of_gpu_to_use_evaluation, or lower "
-            "evaluation_max_new_tokens and evaluation_batch_sizes"
-        )
+        gpus, lower = "number_of_gpu_to_use_evaluation", "evaluation_max_new_tokens and evaluation_batch_sizes"
+        if not evaluates:
+            gpus, lower = "tp_size", "max_length"
+        return f"ran out of memory ({reason}); use larger GPUs or a higher {gpus}, or lower {lower}"
     if causes:
         return f"failed: {causes[-1]}"
     if code < 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -175,5 +176,10 @@ def _all_parameters(config: EvaluateConfig, trained: Mapping[str, Any]) -> dict[
     known: dict[str, Any] = {}
     for uri, stage in ((config.model, "import"), (config.dataset, "dataset")):
         known.update(storage.read_manifest(uri, stage=stage).properties.get("parameters", {}))
+    # Of regenerated conversations, the ones that were given, and how they were regenerated.
+    folder, _, split = known.get("dataset_train_split", "").rstrip("/").rpartition("/")
+    with suppress(DraftModelError):  # they are the user's own
+        given = storage.read_manifest(folder, stage="regenerate").properties["parameters"] if split == "train" else {}
+        known.update({n: value for n, value in given.items() if n.startswith(("dataset_", "regenerate_"))})
     known = {**known, **trained, **config.parameters.of_stage("evaluate")}
     return {parameter.name: known[parameter.name] for parameter in PARAMETERS if parameter.name in known}

@@ -12,13 +12,18 @@ import json
 import re
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from draft_model.dataset.reader import Message, Rejected, Row, parse
 from draft_model.dataset.render import Renderer
 from draft_model.dataset.templates import Template, as_json
 from draft_model.engine.generate import Answer, Request
 
+if TYPE_CHECKING:
+    from draft_model.engine.generate import VllmGenerator
+    from draft_model.regenerate.batched import BatchedGenerator
+
+    Engine = VllmGenerator | BatchedGenerator
 Key = TypeVar("Key")
 Chat = Generator[tuple[list[int], int], Answer, "Outcome"]
 """Yields a prompt and how many tokens its answer may have."""
@@ -30,26 +35,11 @@ _TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
 
 
-class Engine(Protocol):
-    """What answers prompts."""
-
-    in_flight: int  # conversations at once
-    continuous: bool  # whether one that has ended is replaced at once, or only all together
-
-    def submit(self, request: Request) -> None:
-        """Takes a prompt."""
-
-    def next(self) -> Answer:
-        """Gives the next answer, in any order."""
-
-    def close(self) -> None:
-        """Frees what it holds."""
-
-
 @dataclass(frozen=True)
 class Turn:
     """An assistant turn before and after."""
 
+    message: int  # its index
     before: str
     after: str
     tokens_before: int
@@ -134,7 +124,8 @@ class Writer:
                 reason, detail = f"answer: {refusal.reason}", f"message {index + 1}: {refusal.detail}"
                 break
             before = _text(message)
-            turns.append(Turn(before, said, len(self._tokens(before)), len(answer.tokens), answer.finish))
+            lengths = len(self._tokens(before)), len(answer.tokens)
+            turns.append(Turn(len(messages), before, said, *lengths, answer.finish))
             messages.append(made)
             finish.append(answer.finish)
             ignored.append(False)
@@ -151,9 +142,8 @@ class Writer:
         while reason and messages[-1]["role"] != "assistant":
             messages.pop()
         cut = tuple(each == "length" for each in finish)
-        renderer.render(
-            replace(row, messages=messages, cut=cut, ignored=tuple(ignored))
-        )  # as the data set's stage will
+        # As the data set's stage will.
+        renderer.render(replace(row, messages=messages, cut=cut, ignored=tuple(ignored)))
         record = {"id": f"{row.columns.get('id', number)}{suffix}" if suffix else row.columns.get("id", number)}
         record |= {name: value for name, value in row.columns.items() if name != "id"}
         record |= {"tools": row.tools} if row.tools else {}

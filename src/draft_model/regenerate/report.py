@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ _REFUSAL = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _SAMPLES = 5
-_SHOWN_CHARACTERS = 3000
+_SHOWN = 3000  # characters
 
 
 @dataclass
@@ -66,16 +67,12 @@ class Tally:
             self.lengths_before[_bin(turn.tokens_before)] += 1
             self.lengths[_bin(turn.tokens)] += 1
         if len(self.samples) < _SAMPLES:
-            messages, turns = outcome.record["conversations"], iter(outcome.turns)
-            pairs = [
-                ("", (message["content"] or "")[:_SHOWN_CHARACTERS])
-                if message["role"] != "assistant" or message.get("weight") == 0
-                else ((turn := next(turns)).before[:_SHOWN_CHARACTERS], turn.after[:_SHOWN_CHARACTERS])
-                for message in messages
-            ]
-            self.samples.append(
-                [{"role": m["role"], "before": b, "after": a} for m, (b, a) in zip(messages, pairs, strict=True)]
-            )
+            turns, shown = {turn.message: turn for turn in outcome.turns}, []
+            for index, message in enumerate(outcome.record["conversations"]):
+                turn = turns.get(index)
+                before, after = (turn.before, turn.after) if turn else ("", message["content"] or "")
+                shown.append({"role": message["role"], "before": before[:_SHOWN], "after": after[:_SHOWN]})
+            self.samples.append(shown)
 
     def merge(self, other: Mapping[str, Any]) -> None:
         """Adds the counts of a shard."""
@@ -86,12 +83,15 @@ class Tally:
                 setattr(self, name, getattr(self, name) + value)
         del self.samples[_SAMPLES:]
 
+    def first_rejected(self) -> str:
+        """The first lines put aside, in words."""
+        found = [f"{it['file']} line {it['line']}: {it['reason']} ({it['detail']})" for it in self.rejected[:10]]
+        return "; ".join(found) or "none"
+
     def summary(self) -> dict[str, Any]:
         """The counts, with shares of the answers."""
         found = {n: value for n, value in vars(self).items() if not isinstance(value, list | dict)}
-        shares = {
-            f"{name}_share": getattr(self, name) / max(1, self.answers) for name in ("cut", "identical", "refusals")
-        }
+        shares = {f"{n}_share": found[n] / max(1, self.answers) for n in ("cut", "identical", "refusals")}
         return {**found, **shares, "ended_early": dict(self.ended_early), "put_aside": dict(self.put_aside)}
 
 
@@ -99,14 +99,8 @@ def _bin(tokens: int) -> str:
     return str(max(16, 1 << (tokens - 1).bit_length()))
 
 
-def write_report(properties: Mapping[str, Any], tallies: Mapping[str, Tally], path: Path) -> dict[str, Any]:
-    """Writes the page; returns what it shows, for report.json.
-
-    Args:
-        properties: the manifest's.
-        tallies: the counts of each split.
-        path: the page to write.
-    """
+def write_report(properties: Mapping[str, Any], tallies: Mapping[str, Tally], data: Path, page: Path) -> None:
+    """Writes the manifest's properties and the counts of each split, as JSON and as a page."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     splits = {}
@@ -121,5 +115,5 @@ def write_report(properties: Mapping[str, Any], tallies: Mapping[str, Tally], pa
     )  # fmt: skip
     environment.filters["count"] = lambda number: f"{number:,}"
     environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
-    path.write_text(environment.get_template("report.html.j2").render(report=report), encoding="utf-8")
-    return report
+    data.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    page.write_text(environment.get_template("report.html.j2").render(report=report), encoding="utf-8")

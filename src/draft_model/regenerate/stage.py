@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import itertools
 import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from draft_model import engine as engines
 from draft_model import storage
@@ -33,10 +34,14 @@ from draft_model.dataset.templates import TEMPLATES
 from draft_model.engine.generate import Sampling, Settings, VllmGenerator
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
-from draft_model.regenerate.conversation import Chat, Engine, Outcome, Writer, drive
+from draft_model.processes import place_in_job
+from draft_model.regenerate.conversation import Chat, Outcome, Writer, drive
 from draft_model.regenerate.report import Tally, write_report
 from draft_model.storage.transfer import in_parallel
 from draft_model.tracking import tracked
+
+if TYPE_CHECKING:
+    from draft_model.regenerate.conversation import Engine
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +51,8 @@ SHARD_LINES = 256
 REJECTED, REPORT, REPORT_PAGE = "rejected.jsonl", "report.json", "report.html"
 _PIECES = "pieces"
 _POLL_SECONDS = 5.0
+_PATIENCE_SECONDS = 2 * 3600.0
+"""Without a new shard of any pod; longer than the start of an engine and the slowest shard."""
 
 
 @dataclass(frozen=True)
@@ -59,20 +66,8 @@ class RegenerateConfig:
     root: str = ""
     """URI of the pipeline root or storage_uri: the conversations go to `<root>/regenerated/<key>`, and those that are
     whole there are used again."""
-    pod: int = field(default_factory=lambda: int(os.environ.get("PET_NODE_RANK", "0")))  # of this process
-    pods: int = field(default_factory=lambda: int(os.environ.get("PET_NNODES", "1")))
-
-    def to_json(self) -> str:
-        """The configuration as one line of JSON; which pod it is, each process knows by itself."""
-        values = {name: value for name, value in vars(self).items() if name not in ("pod", "pods")}
-        return json.dumps({**values, "work": str(self.work), "parameters": self.parameters.model_dump()})
-
-    @classmethod
-    def from_json(cls, text: str) -> RegenerateConfig:
-        """The inverse of `to_json`."""
-        values = json.loads(text)
-        parameters = Parameters.model_validate(values["parameters"])
-        return cls(**{**values, "work": Path(values["work"]), "parameters": parameters})
+    pod: int = field(default_factory=lambda: place_in_job()[0])  # of this process
+    pods: int = field(default_factory=lambda: place_in_job()[1])
 
 
 @dataclass(frozen=True)
@@ -109,15 +104,10 @@ class _Inputs:
 class _Shard:
     split: str
     number: int
-    lines: list[tuple[str, int, bytes]]  # file, line number in it, line
+    name: str  # of its files, without their endings
+    size: int  # lines
+    lines: list[tuple[str, int, bytes]] = field(default_factory=list)  # file, line number in it, line
     outcomes: dict[tuple[int, int], Outcome] = field(default_factory=dict)  # by line and sample
-
-    def name(self, key: str) -> str:
-        return _name(self.split, self.number, key)
-
-
-def _name(split: str, number: int, key: str) -> str:
-    return f"{split}/part-{number:05d}-{key[:12]}"
 
 
 @tracked("regenerate", "conversations")
@@ -125,24 +115,25 @@ def run(config: RegenerateConfig) -> RegenerateResult:
     """Regenerates the conversations, or finds them regenerated; shards that are whole already are used.
 
     Raises:
-        DraftModelError: an input is missing, unreadable or too faulty, or the engine fails.
+        DraftModelError: an input is missing, unreadable or too faulty, the engine fails, or another pod does.
     """
     config.work.mkdir(parents=True, exist_ok=True)
     inputs = _read_inputs(config)
     output = storage.join(config.root, "regenerated", inputs.fingerprint[:24]) if config.root else config.output
-    reused = _find_made(output, inputs.fingerprint)
-    if reused is None:
-        with TemporaryDirectory(dir=config.work, prefix="regenerate-") as scratch:
-            pieces = _make_shards(config, inputs, output, Path(scratch))
-            if config.pod == 0:
-                there = storage.join(output, _PIECES)
-                _wait("shards of other pods", lambda: set(pieces) <= storage.list_files(there).keys())
-                _publish(config, inputs, output, pieces, Path(scratch))
-        _wait("the first pod's manifest", lambda: _find_made(output, inputs.fingerprint) is not None)
-    else:
+    if found := _find_made(output, inputs.fingerprint):
         log.info("%s holds the answers to the same inputs already; nothing to do", output)
-    properties = _find_made(output, inputs.fingerprint) or {}
-    return RegenerateResult(output, reused is not None, inputs.fingerprint, properties["splits"])
+        return RegenerateResult(output, True, inputs.fingerprint, found["splits"])
+    with TemporaryDirectory(dir=config.work, prefix="regenerate-") as scratch:
+        shards = _plan(inputs, config.parameters.regenerate_limit)
+        _make_shards(config, inputs, shards, output, Path(scratch))
+        if config.pod == 0:
+            names = [f"{shard.name}.json" for shard in shards]
+            _wait(output, lambda done: {index % config.pods for index, name in enumerate(names) if name not in done})
+            found = _publish(config, inputs, output, shards, Path(scratch))
+        else:
+            _wait(output, lambda _: set() if _find_made(output, inputs.fingerprint) else {0})
+            found = _find_made(output, inputs.fingerprint) or {}
+    return RegenerateResult(output, False, inputs.fingerprint, found["splits"])
 
 
 def _find_made(output: str, fingerprint: str) -> Mapping[str, Any] | None:
@@ -153,12 +144,19 @@ def _find_made(output: str, fingerprint: str) -> Mapping[str, Any] | None:
     return manifest.properties if same and storage.is_whole(output, manifest) else None
 
 
-def _wait(what: str, ready: Callable[[], Any]) -> None:
-    for waited in itertools.count():
-        if ready():
-            return
-        if waited % 60 == 0:
-            log.info("waiting for %s", what)
+def _wait(output: str, missing: Callable[[Set[str]], set[int]]) -> None:
+    """Waits for other pods while they finish shards; `missing` says of which pods something is, given what is done."""
+    count, since = -1, 0.0
+    while pods := missing(done := storage.list_files(storage.join(output, _PIECES)).keys()):
+        names = "pod " + ", ".join(map(str, sorted(pods)))
+        if len(done) != count:
+            count, since = len(done), time.monotonic()
+            log.info("%d shards are done; waiting for %s", count, names)
+        if time.monotonic() - since > _PATIENCE_SECONDS:
+            raise DraftModelError(
+                f"regenerate_answers: no pod has finished a shard for {_PATIENCE_SECONDS / 60:.0f} minutes, and this "
+                f"one still waits for {names}: see why in its log; start the run again: it makes only what is missing"
+            )
         time.sleep(_POLL_SECONDS)
 
 
@@ -204,9 +202,24 @@ def read_sampling(model: Path, temperature: float) -> Sampling:
     return Sampling(**(own if temperature < 0 else {**own, "temperature": temperature}))
 
 
-def _make_shards(config: RegenerateConfig, inputs: _Inputs, output: str, scratch: Path) -> list[str]:
-    """Makes this pod's shards; returns the names of all pods' pieces, in order."""
+def _plan(inputs: _Inputs, limit: int) -> list[_Shard]:
+    """The shards of all pods, in order, without their lines."""
+    shards = []
+    for split, files in inputs.files.items():
+        count = sum(1 for _ in itertools.islice(_lines(split, files), limit or None))
+        for number, start in enumerate(range(0, count, SHARD_LINES)):
+            name = f"{split}/part-{number:05d}-{inputs.keys[split][:12]}"
+            shards.append(_Shard(split, number, name, min(SHARD_LINES, count - start)))
+    return shards
+
+
+def _make_shards(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard], output: str, scratch: Path) -> None:
+    """Makes those of this pod's shards that are missing."""
     p = config.parameters
+    done = storage.list_files(storage.join(output, _PIECES))
+    own = [shard for shard in shards[config.pod :: config.pods] if f"{shard.name}.json" not in done]
+    if not own:
+        return
     tokenizer = load_tokenizer(inputs.model)
     template = TEMPLATES[p.chat_template]
     check_fit(tokenizer, template)
@@ -220,32 +233,18 @@ def _make_shards(config: RegenerateConfig, inputs: _Inputs, output: str, scratch
     context = min(p.max_length, text_config.get("max_position_embeddings") or p.max_length)
     writer = Writer(tokenizer, template, context, p.regenerate_max_new_tokens)
     ends = end_tokens(inputs.model, tokenizer, p.chat_template)
-    pieces: list[str] = []
-    done = storage.list_files(storage.join(output, _PIECES)).keys()
-
-    def own_shards() -> Iterator[_Shard]:
-        for shard in _read_shards(inputs, p.regenerate_limit):
-            piece = f"{shard.name(inputs.keys[shard.split])}.json"
-            pieces.append(piece)
-            if (len(pieces) - 1) % config.pods == config.pod and piece not in done:
-                yield shard
-
-    shards = own_shards()
-    if (first := next(shards, None)) is None:
-        return pieces
-    settings = Settings(
-        str(storage.fetch(config.model, config.work / "model")), context, inputs.sampling, ends, 0
-    )  # fmt: skip
-    remaining = _Shared(itertools.chain([first], shards))
+    model = str(storage.fetch(config.model, config.work / "model"))
+    remaining, lock, failed = _read(inputs, shards, {shard.name for shard in own}), threading.Lock(), threading.Event()
+    total = sum(shard.size for shard in own) * p.regenerate_samples_per_prompt
     with ExitStack() as stack:
-        workers = [stack.enter_context(closing(engine)) for engine in _start_engines(settings, p)]
-        from tqdm import tqdm
-
-        bar = stack.enter_context(tqdm(desc="regenerate", unit=" conversations", mininterval=1 if os.isatty(2) else 15))
+        started = _start_engines(Settings(model, context, inputs.sampling, ends, 0), p)
+        workers = [stack.enter_context(closing(engine)) for engine in started]
+        every = 1 if os.isatty(2) else 15
+        bar = stack.enter_context(tqdm(desc="regenerate", total=total, unit=" conversations", mininterval=every))
 
         def work(engine: Engine) -> None:
-            for shard in _answer(engine, remaining, writer, p):
-                _upload(shard, inputs.keys[shard.split], output, scratch)
+            for shard in _answer(engine, _take(remaining, lock, failed), writer, p):
+                _upload(shard, output, scratch)
                 bar.update(len(shard.outcomes))
 
         with ThreadPoolExecutor(len(workers)) as pool:
@@ -254,17 +253,17 @@ def _make_shards(config: RegenerateConfig, inputs: _Inputs, output: str, scratch
                 for future in futures:
                     future.result()
             finally:
-                remaining.stop()
-    return pieces
+                failed.set()
 
 
-def _read_shards(inputs: _Inputs, limit: int) -> Iterator[_Shard]:
+def _read(inputs: _Inputs, shards: list[_Shard], wanted: Set[str]) -> Iterator[_Shard]:
+    """Yields copies of the shards that are wanted, with their lines."""
     for split, files in inputs.files.items():
-        lines = itertools.islice(_lines(split, files), limit or None)
-        for number in itertools.count():
-            if not (batch := list(itertools.islice(lines, SHARD_LINES))):
-                break
-            yield _Shard(split, number, batch)
+        lines = _lines(split, files)
+        for shard in (shard for shard in shards if shard.split == split):
+            batch = list(itertools.islice(lines, shard.size))
+            if shard.name in wanted:
+                yield replace(shard, lines=batch, outcomes={})
 
 
 def _lines(split: str, files: list[File]) -> Iterator[tuple[str, int, bytes]]:
@@ -273,34 +272,24 @@ def _lines(split: str, files: list[File]) -> Iterator[tuple[str, int, bytes]]:
             yield from ((file.name, number, line) for number, line in enumerate(stream, start=1) if line.strip())
 
 
-class _Shared:
-    """An iterator that several threads take from."""
-
-    def __init__(self, shards: Iterator[_Shard]) -> None:
-        self._shards, self._lock, self._stopped = shards, threading.Lock(), False
-
-    def __iter__(self) -> Iterator[_Shard]:
-        while True:
-            with self._lock:
-                shard = None if self._stopped else next(self._shards, None)
-            if shard is None:
-                return
-            yield shard
-
-    def stop(self) -> None:
-        self._stopped = True
+def _take(shards: Iterator[_Shard], lock: threading.Lock, failed: threading.Event) -> Iterator[_Shard]:
+    """Yields shards of an iterator that several threads take from, until one of them has failed."""
+    while not failed.is_set():
+        with lock:
+            shard = next(shards, None)
+        if shard is None:
+            return
+        yield shard
 
 
 def _start_engines(settings: Settings, p: Parameters) -> Iterator[Engine]:
     """VLLM on each tp_size GPUs of this machine, or on the CPU; transformers where there is no vLLM."""
     if engines.choose("auto") == "transformers":
-        if os.environ.get(engines.PYTHON):
+        if python := os.environ.get(engines.PYTHON):
             raise DraftModelError(
-                f"{engines.PYTHON}: given {os.environ[engines.PYTHON]!r}, which cannot import vllm; install it there, "
-                "or unset the variable to generate with transformers"
+                f"{engines.PYTHON}: given {python!r}, which cannot import vllm; install it there, or unset the "
+                "variable to generate with transformers"
             )
-        if importlib.util.find_spec("torch") is None:
-            raise DraftModelError("regenerate_answers: this image has neither vLLM nor PyTorch to generate with")
         from draft_model.regenerate.batched import BatchedGenerator
 
         log.warning("vLLM is not installed here: transformers generates, which is slow; see docs/data.md")
@@ -324,7 +313,7 @@ def _gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _answer(engine: Engine, shards: _Shared, writer: Writer, p: Parameters) -> Iterator[_Shard]:
+def _answer(engine: Engine, shards: Iterator[_Shard], writer: Writer, p: Parameters) -> Iterator[_Shard]:
     """Yields shards as they are done; an engine that batches continuously has several under way."""
     samples = p.regenerate_samples_per_prompt
 
@@ -347,10 +336,10 @@ def _answer(engine: Engine, shards: _Shared, writer: Writer, p: Parameters) -> I
                 yield shard
 
 
-def _upload(shard: _Shard, key: str, output: str, scratch: Path) -> None:
+def _upload(shard: _Shard, output: str, scratch: Path) -> None:
     """Uploads the conversations, then their counts."""
-    tally = Tally()
-    path, name = scratch / f"{shard.split}-{shard.number}.jsonl.gz", f"{shard.name(key)}.jsonl.gz"
+    tally, name = Tally(), f"{shard.name}.jsonl.gz"
+    path = scratch / name.replace("/", "-")
     with path.open("wb") as raw, gzip.GzipFile(fileobj=raw, mode="wb", mtime=0, filename="") as file:
         for (index, _), outcome in sorted(shard.outcomes.items()):
             if outcome.record:
@@ -359,41 +348,37 @@ def _upload(shard: _Shard, key: str, output: str, scratch: Path) -> None:
     record = replace(storage.put_file(path, storage.join(output, name)), path=name) if tally.conversations else None
     path.unlink()
     counts = {"shard": asdict(record) if record else None, "tally": vars(tally)}
-    storage.write_bytes(storage.join(output, _PIECES, f"{shard.name(key)}.json"), json.dumps(counts).encode())
+    storage.write_bytes(storage.join(output, _PIECES, f"{shard.name}.json"), json.dumps(counts).encode())
 
 
-def _publish(config: RegenerateConfig, inputs: _Inputs, output: str, pieces: list[str], scratch: Path) -> None:
-    """Adds the counts up, writes the report and, last, the manifest."""
+def _publish(
+    config: RegenerateConfig, inputs: _Inputs, output: str, shards: list[_Shard], scratch: Path
+) -> Mapping[str, Any]:
+    """Adds the counts up, writes the report and, last, the manifest; returns its properties."""
     p = config.parameters
-    read = in_parallel(lambda name, _: storage.read_bytes(storage.join(output, _PIECES, name)), pieces)
-    tallies = {split: Tally() for split in inputs.files}
-    records = []
-    for name, counts in zip(pieces, map(json.loads, read), strict=True):
-        tallies[name.partition("/")[0]].merge(counts["tally"])
-        records += [storage.FileRecord(**counts["shard"])] if counts["shard"] else []
-    problems = []
-    for split, tally in tallies.items():
-        if not tally.conversations or tally.faulty > p.max_rejected_fraction * tally.lines:
-            first = "; ".join(f"{it['file']} line {it['line']}: {it['reason']} ({it['detail']})"
-                              for it in tally.rejected[:10])  # fmt: skip
-            problems.append(
-                f"dataset_{split}_split: {tally.faulty} of {tally.lines} conversations cannot be regenerated "
-                f"(max_rejected_fraction allows {p.max_rejected_fraction:.1%}, and one must be left); correct them, or "
-                f"raise max_rejected_fraction: what was regenerated is used again; the first are: {first or 'none'}"
-            )
-    if problems:
+    pieces = [storage.join(output, _PIECES, f"{shard.name}.json") for shard in shards]
+    counts = map(json.loads, in_parallel(lambda piece, _: storage.read_bytes(piece), pieces))
+    tallies, records = {split: Tally() for split in inputs.files}, []
+    for shard, counted in zip(shards, counts, strict=True):
+        tallies[shard.split].merge(counted["tally"])
+        records += [storage.FileRecord(**counted["shard"])] if counted["shard"] else []
+    if problems := [
+        f"dataset_{split}_split: {tally.faulty} of {tally.lines} conversations cannot be regenerated "
+        f"(max_rejected_fraction allows {p.max_rejected_fraction:.1%}, and one must be left); correct them, or raise "
+        f"max_rejected_fraction: what was regenerated is used again; the first are: {tally.first_rejected()}"
+        for split, tally in tallies.items()
+        if not tally.conversations or tally.faulty > p.max_rejected_fraction * tally.lines
+    ]:
         raise DraftModelError(problems)
-    rejected = [json.dumps({"split": split, **it}) + "\n" for split, tally in tallies.items() for it in tally.rejected]
-    (scratch / REJECTED).write_text("".join(rejected), encoding="utf-8")
-    given = {name: value for name, value in p.of_stage("regenerate").items() if name != "mlflow_tracking_uri"}
     properties = {
         "fingerprint": inputs.fingerprint,
         "sampling": asdict(inputs.sampling),
         "splits": {split: tally.summary() for split, tally in tallies.items()},
-        "parameters": given,
+        "parameters": {n: value for n, value in p.of_stage("regenerate").items() if n != "mlflow_tracking_uri"},
     }
-    report = write_report(properties, tallies, scratch / REPORT_PAGE)
-    (scratch / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    rejected = [json.dumps({"split": split, **it}) + "\n" for split, tally in tallies.items() for it in tally.rejected]
+    (scratch / REJECTED).write_text("".join(rejected), encoding="utf-8")
+    write_report(properties, tallies, scratch / REPORT, scratch / REPORT_PAGE)
     for name in (REJECTED, REPORT, REPORT_PAGE):
         records.append(storage.put_file(scratch / name, storage.join(output, name)))
     named = {record.path for record in records}
@@ -402,6 +387,7 @@ def _publish(config: RegenerateConfig, inputs: _Inputs, output: str, pieces: lis
             storage.delete(storage.join(output, name))
     storage.write_manifest(output, "regenerate", records, properties)
     storage.remove(storage.join(output, _PIECES))
+    return properties
 
 
 def _hash(*content: Any) -> str:
