@@ -12,11 +12,12 @@ IMAGE_TOOLS := .venv-images
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock requirements-torch.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 14) else f"Python 3.11 to 3.13 is needed, this is {sys.version.split()[0]}: make PYTHON=python3.12 ...")'
 	@echo "setting up $(VENV) (once, about two minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --requirement requirements.lock
+	@$(BIN)/pip install --quiet --requirement requirements-torch.lock
+	@$(BIN)/pip install --quiet --no-deps --require-hashes --requirement requirements.lock
 	@$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $@
 
@@ -48,11 +49,13 @@ compile: $(READY) ## Write the compiled pipeline and its Kubernetes resources
 	@$(BIN)/draft-model compile
 	@cp src/draft_model/jobs/compute_map.json manifests/base/compute_map.json
 
-lock: ## Write requirements.lock from the newest versions that pyproject.toml admits
+lock: ## Write the lock files from the newest versions that pyproject.toml admits
 	@rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	@.venv-lock/bin/pip install --quiet torch==2.13.0
+	@.venv-lock/bin/pip install --quiet --requirement requirements-torch.lock
 	@.venv-lock/bin/pip install --quiet --editable '.[dev]'
-	@(head -1 requirements.lock; .venv-lock/bin/pip freeze --exclude-editable | sed 's/+cpu//') > requirements.lock.new
+	@.venv-lock/bin/pip freeze --exclude-editable | grep -v '^torch==' >.venv-lock/versions.txt
+	@.venv-lock/bin/pip install --quiet uv==0.13.9
+	@(head -2 requirements.lock; .venv-lock/bin/uv pip compile --quiet --no-deps --universal --generate-hashes --no-annotate --no-header .venv-lock/versions.txt) >requirements.lock.new
 	@mv requirements.lock.new requirements.lock && rm -rf .venv-lock
 
 $(SERVING)/.ready:
@@ -65,7 +68,7 @@ $(SERVING)/.ready:
 	@touch $@
 
 check-serving: $(READY) $(SERVING)/.ready ## Measure a draft, and the demo's where it was trained, in vLLM on this CPU (five minutes)
-	@DRAFT_MODEL_ENGINE_PYTHON=$(CURDIR)/$(SERVING)/bin/python $(BIN)/python -m pytest tests/evaluation/test_serving.py
+	@DRAFT_MODEL_ENGINE_PYTHON=$(CURDIR)/$(SERVING)/bin/python $(BIN)/python -m pytest tests/evaluation/test_serving.py tests/drafts/dspark/test_decode.py tests/regenerate/test_stage.py -k "serving or vllm or sglang"
 
 .venv-specforge/.ready:
 	@echo "setting up .venv-specforge (once, about two minutes)"

@@ -24,7 +24,7 @@ LEFT_OUT = {"setuptools"}
 def locked(text: str) -> dict[str, str]:
     """Versions by canonical name, of the text of a lock file."""
     pins = (line.split("==") for line in text.splitlines() if "==" in line and not line.startswith("#"))
-    return {canonicalize_name(name): version.strip() for name, version in pins}
+    return {canonicalize_name(name): version.partition(";")[0].strip(" \\") for name, version in pins}
 
 
 def group(project: dict[str, Any], name: str) -> list[str]:
@@ -63,10 +63,11 @@ def requirements(kind: str, torch: str) -> list[str]:
     groups = project["dependency-groups"]
     if kind not in groups or torch not in ("cpu", "cuda"):
         sys.exit(f"requirements.py: given {kind!r} {torch!r}; allowed: one of {', '.join(groups)}, and cpu or cuda")
-    versions = locked((ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    locks = (ROOT / "requirements-torch.lock", ROOT / "requirements.lock")
+    versions = locked("".join(lock.read_text(encoding="utf-8") for lock in locks))
     names = sorted(closure(group(project, kind)))
     if unknown := [name for name in names if name not in versions]:
-        sys.exit(f"requirements.lock has no {', '.join(unknown)}: run `make lock`")
+        sys.exit(f"the lock files have no {', '.join(unknown)}: run `make lock`")
     lines = {name: f"{name}=={versions[name]}" for name in names}
     if "torch" in lines:
         lines["torch"] = f"torch=={versions['torch']}+cpu" if torch == "cpu" else f"torch==={versions['torch']}"
