@@ -30,8 +30,9 @@ from draft_model import dataset, drafts, model_import
 from draft_model.dataset import vocabulary
 from draft_model.dataset.tokens import Split
 from draft_model.drafts.batch import Batch, collate
+from draft_model.drafts.counts import Counts
 from draft_model.drafts.eagle3 import objective as loss_module
-from draft_model.drafts.eagle3.objective import StepSums, Teacher
+from draft_model.drafts.eagle3.objective import Teacher
 from draft_model.drafts.eagle3.plan import Plan
 from draft_model.drafts.eagle3.step import Objective
 from draft_model.parameters import Parameters
@@ -252,9 +253,9 @@ def run(case: Case, recipe: Recipe, conversations: int, seed: int, train: States
     total = conversations // recipe.batch
     average = [p.detach().clone() for p in draft.parameters()] if recipe.ema else []
     parameters = list(draft.parameters())
-    clock, norms, log, window = time.process_time(), [], [], StepSums.zeros(recipe.steps)
+    clock, norms, log, window = time.process_time(), [], [], Counts.zeros(recipe.steps)
     for number, step in zip(range(total), plan_steps(lengths, recipe.batch, seed), strict=False):
-        sums = StepSums.zeros(recipe.steps)
+        sums = Counts.zeros(recipe.steps)
         for start in range(0, recipe.batch, 2):
             part = [int(i) for i in step.conversations[start : start + 2]]
             loss, micro = objective(train.batch(part), [train[i] for i in part])
@@ -275,7 +276,7 @@ def run(case: Case, recipe: Recipe, conversations: int, seed: int, train: States
         window = window + sums
         if (number + 1) % max(1, total // 8) == 0:
             log.append(round(window.acceptance_length(PROPOSALS), 4))
-            window = StepSums.zeros(recipe.steps)
+            window = Counts.zeros(recipe.steps)
     seconds = time.process_time() - clock
     if recipe.ema:
         with torch.no_grad():
@@ -302,7 +303,7 @@ def time_target(case: Case, train: States, batch: int) -> float:
 def validate(case: Case, draft: torch.nn.Module, split: States) -> dict:
     """The validation's simulated acceptance length, as the training job computes it."""
     objective = KeptObjective(draft, case.target, PROPOSALS, "sdpa", torch.bfloat16, int(split.split.lengths.max()))
-    sums = StepSums.zeros(PROPOSALS)
+    sums = Counts.zeros(PROPOSALS)
     order = np.argsort(-split.split.lengths, kind="stable")
     for start in range(0, len(order), 2):
         part = [int(i) for i in order[start : start + 2]]

@@ -280,6 +280,22 @@ def test_conversations_longer_than_the_target_knows_positions_are_a_note(hub, ru
     assert note.endswith("use max_length=512")
 
 
+def test_a_draft_that_does_not_fit_its_target_stops_the_run(run, tmp_path):
+    config = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 8}
+    put(str(tmp_path), "model/config.json", content=json.dumps({**config, "vocab_size": 128}).encode())
+    put(str(tmp_path), "draft.json", content=b'{"block_size": 7}')
+    given = {"huggingface_id": "", "pytorch_model_path": str(tmp_path / "model"), "draft_architecture": "dspark"}
+    given["draft_model_config"] = str(tmp_path / "draft.json")
+    found = run(**given)
+    assert found.problems == []
+    assert "num_speculative_tokens: given 3, but the draft is trained for blocks of 7" in found.notes[0]
+    (problem,) = run(**given, num_speculative_tokens=8).problems
+    assert problem.startswith("num_speculative_tokens: given 8, but a block of this draft has 7 proposals")
+    put(str(tmp_path), "draft.json", content=b'{"markov_rank": 0}')
+    (problem,) = run(**given).problems
+    assert problem.startswith("draft_model_config: `markov_rank` is 0")
+
+
 def test_a_default_instance_type_binds_no_pod_where_nothing_says_that_the_cluster_has_it(hub, run, monkeypatch):
     monkeypatch.setattr(preflight, "check_cluster", lambda *_: ([], []))
     monkeypatch.setattr(preflight, "check_nodes", lambda *_: [])

@@ -250,6 +250,7 @@ def plan_command(
     draft-model plan --config docs/targets/llama-3.3-70b.json --tp_size 4 \\
         --number_of_gpu_to_use_draft_model_training 8 --draft_global_batch_size 64
     """  # noqa: D301
+    from draft_model.drafts.base import check_proposals
     from draft_model.preflight import check
     from draft_model.training import plan
     from draft_model.training.expectations import advice, expectation
@@ -258,12 +259,14 @@ def plan_command(
     cluster = plan.Cluster(memory * 1e9, peak * 1e12, share, network * 1e9)
     target = plan.read_config(config)
     draft = plan.draft_of(target, parameters)
+    note = check_proposals(draft, parameters.num_speculative_tokens)
     made = plan.make_plan(target, draft, parameters, cluster, plan.Workload(tokens, supervised))
     seen = conversations * parameters.num_epochs * tokens * supervised
     rows = [
         *plan.rows_of(made, parameters, cluster),
         ("acceptance length", expectation(seen, parameters.num_speculative_tokens)),
         ("recommended", advice(parameters)),
+        *([("note", note)] if note else []),
     ]
     _print_table(rows, width=110)
 

@@ -182,6 +182,8 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
         return
     except ValueError:  # the import says what is wrong with a config.json
         return
+    if isinstance(config, dict) and config and parameters.draft_model_config and not report.has("draft_model_config"):
+        _inspect_draft(config, parameters, report)
     if isinstance(config, dict) and (node := report.nodes.get("evaluate")) and (weights := weights_of(config)):
         report.problems.extend(filter(None, [misfit(config, weights, 0.0, parameters, node)]))
     text = config.get("text_config", config) if isinstance(config, dict) else {}
@@ -191,6 +193,22 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
             f"max_length: given {parameters.max_length}, but the target's config.json has max_position_embeddings = "
             f"{longest}, and knows no positions beyond; use max_length={longest}"
         )
+
+
+def _inspect_draft(config: dict[str, Any], parameters: Parameters, report: Report) -> None:
+    """Whether draft_model_config fits the target, and num_speculative_tokens the block that it asks for."""
+    from draft_model.drafts.base import check_proposals
+    from draft_model.training.plan import draft_of
+
+    try:
+        note = check_proposals(draft_of(config, parameters), parameters.num_speculative_tokens)
+    except DraftModelError as error:
+        report.problems.extend(
+            problem if isinstance(problem, Problem) else Problem.of("draft_model_config", problem)
+            for problem in error.problems
+        )
+    else:
+        report.notes.extend(filter(None, [note]))
 
 
 def _inspect_prompts(parameters: Parameters, files: Mapping[str, Path], work: Path, report: Report) -> None:

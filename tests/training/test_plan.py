@@ -195,6 +195,14 @@ def test_the_command_prints_the_plan(tmp_path):
     for name in ("memory of each GPU", "time", "gradients", "object store"):
         assert name in told.output
     assert json.loads((tmp_path / "config.json").read_text())["hidden_size"] == 32
+    assert "ttt_length=3" in told.output
+    (tmp_path / "draft.json").write_text('{"block_size": 7}')
+    block = ["--draft-architecture", "dspark", "--draft-model-config", str(tmp_path / "draft.json")]
+    told = CliRunner().invoke(cli, ["plan", "--config", str(tmp_path), *block])
+    assert "blocks of 7" in " ".join(told.output.split())
+    assert "ttt_length=" not in told.output
+    told = CliRunner().invoke(cli, ["plan", "--config", str(tmp_path), *block, "--num-speculative-tokens", "8"])
+    assert told.exit_code == 2
 
 
 def test_a_conversation_of_32_k_tokens_fits_80_gb_since_gate_and_up_are_computed_again():

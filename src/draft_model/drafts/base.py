@@ -1,24 +1,27 @@
 """What the loop, checkpoints, evaluation, export and plan need of a family of drafts.
 
 A family is a folder below `drafts/` with a `Family`, and a line in `drafts.FAMILIES`; docs/architecture.md says how to
-add one. Nothing outside `drafts/` names a family's modules.
+add one. Nothing outside `drafts/` names a family's modules. A `Family` and its `Shape` are had without torch, which the
+image of preflight and data set does not hold.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor, nn
-
-from draft_model.drafts.batch import Batch
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, Problem
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from draft_model.drafts.batch import Batch
+    from draft_model.drafts.counts import Counts
     from draft_model.target.model import Target
 
 WEIGHTS = "model.safetensors"
@@ -52,6 +55,11 @@ class Shape(ABC):
         """Numbers per token of the target's states: n features and the final hidden state, (n + 1) H."""
         return (len(self.aux_layers) + 1) * self.hidden_size
 
+    @property
+    def proposals(self) -> int:
+        """K, tokens of a block that is proposed at once; 0: one after the other, as many as are wanted."""
+        return 0
+
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """config.json as the engines read it."""
@@ -75,73 +83,12 @@ class Draft(Protocol):
         """Fresh weights, from what the target knows already."""
 
 
-@dataclass
-class Counts(ABC):
-    """Sums over positions, float64 [n], an entry for each unroll step or place in a block.
-
-    Sums of micro-batches, ranks and steps are added; nothing is divided before. A family adds its own fields.
-
-    Attributes:
-        loss: summed, nats.
-        supervised: positions that the loss counts.
-    """
-
-    loss: Tensor
-    supervised: Tensor
-
-    @classmethod
-    def zeros(cls, size: int, device: torch.device | None = None) -> Self:
-        """No positions yet."""
-        return cls.from_tensor(torch.zeros(len(fields(cls)), size, dtype=torch.float64, device=device))
-
-    def tensor(self) -> Tensor:
-        """All sums as one tensor [fields, n], to be reduced."""
-        return torch.stack(list(vars(self).values()))
-
-    @classmethod
-    def from_tensor(cls, sums: Tensor) -> Self:
-        """The inverse of `tensor`; also of the same numbers in one row."""
-        return cls(*sums.view(len(fields(cls)), -1).unbind(0))
-
-    def cpu(self) -> Self:
-        """The same on the host."""
-        return self.from_tensor(self.tensor().cpu())
-
-    def __add__(self, other: Self) -> Self:
-        return self.from_tensor(self.tensor() + other.tensor())
-
-    @property
-    def divisor(self) -> Tensor:
-        """What a summed gradient is divided by to be a mean, a scalar; where it is 0, nothing was supervised."""
-        return self.supervised[0]
-
-    @abstractmethod
-    def means(self) -> dict[str, list[float]]:
-        """What the log shows, by entry: `loss`, `conditional_acceptance` and the family's own."""
-
-    @abstractmethod
-    def acceptance_length(self, proposals: int) -> float:
-        """Acceptance length that greedy decoding would have with so many proposals per round."""
-
-    def measures(self, proposals: int) -> dict[str, Any]:
-        """A log record: means, None where no position was supervised, and acceptance lengths."""
-        known = (self.supervised > 0).tolist()
-        return {
-            **{
-                name: [value if there else None for value, there in zip(values, known, strict=True)]
-                for name, values in self.means().items()
-            },
-            "acceptance_length": self.acceptance_length(proposals),
-            "acceptance_length_by_proposals": [self.acceptance_length(k) for k in range(1, len(known) + 1)],
-        }
-
-
 class Objective(Protocol):
     """The loss of a draft against its target."""
 
     dtype: torch.dtype
 
-    def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, Any]:
+    def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, Counts]:
         """The loss summed over supervised positions, whose backward adds to the parameters' `.grad`.
 
         What is drawn at random comes from `batch.keys` alone.
@@ -154,7 +101,7 @@ class Objective(Protocol):
             A float32 scalar and the `Counts`, both on the device.
         """
 
-    def no_counts(self) -> Any:
+    def no_counts(self) -> Counts:
         """The `Counts` of no conversation, on the device."""
 
 
@@ -218,7 +165,8 @@ class Family:
         unused: parameters without effect for it.
         default_loss: what draft_loss `default` means for it.
         owns: (config.json) -> whether it is of a draft of this family, ours or another trainer's.
-        default_shape: (target's config.json) -> Shape of its default draft; refuses a target that cannot have one.
+        default_shape: (target's config.json, K if it is known) -> Shape of its default draft, a block of K where the
+            family proposes blocks; refuses a target that cannot have one.
         adapt: (default Shape, draft_model_config or a checkpoint's config.json, what errors name) -> Shape.
         create: (Shape, t2d bool [V], d2t int64 [D]) -> Draft.
         objective: (Draft, Target, ttt_length, attention_backend, dtype, longest conversation, draft_loss) -> Objective.
@@ -239,7 +187,7 @@ class Family:
     unused: tuple[str, ...] = ()
     default_loss: str = "kl"
     owns: Callable[[Mapping[str, Any]], bool]
-    default_shape: Callable[[Mapping[str, Any]], Any]
+    default_shape: Callable[..., Any]
     adapt: Callable[..., Any]
     create: Callable[[Any, Tensor, Tensor], Any]
     objective: Callable[..., Objective]
@@ -250,6 +198,44 @@ class Family:
     read: Callable[[Mapping[str, Any], Mapping[str, Tensor], str], tuple[dict[str, Any], dict[str, Tensor]]]
     vocabulary: Callable[[Mapping[str, Tensor], Any], tuple[Tensor, Tensor]]
     export: Callable[..., tuple[dict[str, Any], dict[str, Tensor]]]
+
+
+def check_proposals(shape: Shape, wanted: int) -> str:
+    """A note where a draft is to propose fewer tokens than the block that it is trained for; empty where it is not.
+
+    Args:
+        shape: of the draft.
+        wanted: num_speculative_tokens.
+
+    Raises:
+        DraftModelError: where it is to propose more.
+    """
+    if wanted > shape.proposals > 0:
+        problem = (
+            f"given {wanted}, but a block of this draft has {shape.proposals} proposals: use at most "
+            f"{shape.proposals}, or train one with a larger block_size in draft_model_config"
+        )
+        raise DraftModelError([Problem("num_speculative_tokens", problem)])
+    if wanted >= shape.proposals:
+        return ""
+    return (
+        f"num_speculative_tokens: given {wanted}, but the draft is trained for blocks of {shape.proposals}: it accepts "
+        f"less in other blocks, and SGLang serves DSpark in no others; use num_speculative_tokens={shape.proposals}"
+    )
+
+
+def later(where: str) -> Callable[..., Any]:
+    """A function or class of a module that is imported, with torch, when it is called.
+
+    Args:
+        where: `module:name`, the module's name without `draft_model.drafts.`.
+    """
+    module, _, name = where.partition(":")
+
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(import_module(f"draft_model.drafts.{module}"), name)(*args, **options)
+
+    return call
 
 
 def load_weights(draft: Draft, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -263,6 +249,8 @@ def load_weights(draft: Draft, tensors: Mapping[str, Tensor], source: str) -> No
     Raises:
         DraftModelError: when a tensor is missing or of another shape.
     """
+    import torch
+
     own = dict(draft.named_parameters())
     problems = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]
     problems += [

@@ -7,12 +7,17 @@ SwiGLU, D draft vocabulary, d head size, T tokens of the batch without padding.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from draft_model.errors import DraftModelError
+
+logger = logging.getLogger(__name__)
 
 LK_DECAY = 3.0
 """How fast draft_loss=lk goes from the divergence to the rejection as a position gets better."""
@@ -21,6 +26,23 @@ LK_DECAY = 3.0
 def fused(x: Tensor) -> bool:
     """Whether Triton kernels run: on a GPU, or in Triton's interpreter (tests)."""
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The attention that can run there: flex_attention has no backward on CPU, so it becomes sdpa, said once.
+
+    Raises:
+        DraftModelError: for sdpa in float32 on a GPU, whose flash kernel takes 16-bit types only.
+    """
+    if name == "flex_attention" and device.type == "cpu":
+        logger.info("attention_backend: flex_attention has no backward on CPU; sdpa computes the same values")
+        return "sdpa"
+    if name == "sdpa" and device.type != "cpu" and dtype == torch.float32:
+        raise DraftModelError(
+            "attention_backend: given 'sdpa' with compute_dtype 'float32' on a GPU; its flash kernel takes bfloat16: "
+            "use compute_dtype=bfloat16, or attention_backend=flex_attention"
+        )
+    return name
 
 
 def _triton() -> Any:

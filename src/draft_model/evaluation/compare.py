@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 
 from draft_model import storage
 from draft_model.drafts import family_of
-from draft_model.drafts.base import load_weights
+from draft_model.drafts.base import check_proposals, load_weights
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import markup
 from draft_model.evaluation.measure import Candidate, category_table, differences, measure, open_case
@@ -20,6 +21,8 @@ from draft_model.model_import import sandbox
 from draft_model.model_import.files import INDEX, description
 from draft_model.parameters import Parameters
 from draft_model.training.checkpoint import read_checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def _candidate(uri: str, model: Path, work: Path, proposals: int) -> Candidate:
     kind = family_of(loaded.config, uri)
     default = kind.default_shape(json.loads((model / "config.json").read_text(encoding="utf-8")))
     shape = kind.adapt(default, loaded.config, uri)
+    if note := check_proposals(shape, proposals):
+        logger.warning("%s: %s", uri, note)
     draft: Any = kind.create(shape, *kind.vocabulary(loaded.tensors, shape))
     load_weights(draft, loaded.tensors, uri)
     return Candidate(uri, draft, fetched(uri, work), (proposals,))

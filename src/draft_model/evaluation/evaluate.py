@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from draft_model import drafts
-from draft_model.drafts.base import Draft
+from draft_model.drafts.base import Draft, check_proposals
 from draft_model.drafts.batch import collate
 from draft_model.engine import Measured
 from draft_model.evaluation.measure import (
@@ -55,8 +55,11 @@ def evaluate(
     """
     started = time.monotonic()
     draft = drafts.family_of(training["draft"]).load(final)
+    if note := check_proposals(draft.config, p.num_speculative_tokens):
+        logger.warning(note)
     case = open_case(p, model, dataset, "", draft.config.max_position_embeddings, work)
-    candidates = [Candidate("the trained draft", draft, final, timed_proposals(p)), *_untrained(case, draft)]
+    timed = timed_proposals(p, draft.config.proposals)
+    candidates = [Candidate("the trained draft", draft, final, timed), *_untrained(case, draft)]
     results = measure(case, candidates)
     alone, (trained, *others) = results.alone, results.drafts
     assert trained is not None
@@ -111,7 +114,10 @@ def _agreement(case: Case, draft: Any, dtype: str, found: Measured) -> dict[str,
     """
     counts, replies = found.total, _flat(found.outputs)
     measured, simulated = counts.acceptance_length, None
-    if counts.rounds < MIN_ROUNDS or counts.rounds < MIN_ROUNDS_PER_REPLY * len(replies):
+    block = draft.config.proposals
+    if block and block != case.parameters.num_speculative_tokens:
+        why = f"the trainer's figure is of blocks of {block}"
+    elif counts.rounds < MIN_ROUNDS or counts.rounds < MIN_ROUNDS_PER_REPLY * len(replies):
         why = f"only {counts.rounds:,} rounds in {len(replies):,} replies were decoded"
     elif (device := _room(case, 2 if dtype == "float32" else 1)) is None:
         why = "the target does not fit in the memory that one process has here"

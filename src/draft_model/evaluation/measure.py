@@ -136,9 +136,9 @@ def gpus_of(p: Parameters) -> int:
     return min(wanted, there)
 
 
-def timed_proposals(p: Parameters) -> tuple[int, ...]:
-    """Numbers of proposals that a draft's throughput is timed with, to find the best one."""
-    return tuple(range(1, p.num_speculative_tokens + 3))
+def timed_proposals(p: Parameters, block: int = 0) -> tuple[int, ...]:
+    """Numbers of proposals that a draft's throughput is timed with, to find the best one; a block's own alone."""
+    return (p.num_speculative_tokens,) if block else tuple(range(1, p.num_speculative_tokens + 3))
 
 
 def measure(case: Case, candidates: Sequence[Candidate]) -> Results:

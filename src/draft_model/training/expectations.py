@@ -12,6 +12,8 @@ import math
 from bisect import bisect
 from typing import TYPE_CHECKING
 
+from draft_model import drafts
+
 if TYPE_CHECKING:
     from draft_model.parameters import Parameters
 
@@ -53,5 +55,6 @@ def expectation(tokens: float, proposals: int) -> str:
 def advice(p: Parameters) -> str:
     """Settings that give more accepted tokens for the same data than the contract's defaults; see docs/training.md."""
     wanted = {"draft_optimizer": "muon", "ttt_length": p.num_speculative_tokens}
-    changes = [f"{name}={value}" for name, value in wanted.items() if getattr(p, name) != value]
+    unused = drafts.family(p.draft_architecture).unused
+    changes = [f"{name}={value}" for name, value in wanted.items() if getattr(p, name) != value and name not in unused]
     return ", ".join([*changes, "1 or 2 conversations per step and learning_rate 0.001 below a million tokens"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from draft_model.drafts.base import Counts
+from draft_model.drafts.counts import Counts
 
 
 @dataclass

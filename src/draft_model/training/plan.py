@@ -198,7 +198,7 @@ def read_config(path: str, parameter: str = "config") -> dict[str, Any]:
 def draft_of(config: Mapping[str, Any], p: Parameters) -> Shape:
     """The draft's shape: the default for the target's configuration, with draft_model_config over it."""
     family = drafts.family(p.draft_architecture)
-    shape: Shape = family.default_shape(config)
+    shape: Shape = family.default_shape(config, p.num_speculative_tokens)
     if p.draft_model_config:
         shape = family.adapt(shape, read_config(p.draft_model_config, "draft_model_config"))
     return shape

@@ -17,7 +17,7 @@ from filelock import FileLock
 from draft_model import drafts, storage
 from draft_model.dataset import vocabulary
 from draft_model.dataset.tokens import Split
-from draft_model.drafts.base import load_weights
+from draft_model.drafts.base import check_proposals, load_weights
 from draft_model.errors import DraftModelError
 from draft_model.ranks import Ranks
 from draft_model.target.model import Target
@@ -103,6 +103,8 @@ def prepare(
         default = family.default_shape(target_config)
         shape = family.adapt(default, resumed.config, f"resume_from_checkpoint: {resumed.uri}")
         t2d, d2t = family.vocabulary(resumed.tensors, shape)
+    if note := check_proposals(shape, p.num_speculative_tokens):
+        logger.warning(note)
     train_split = Split(dataset / "train")
     validation = Split(dataset / "validation") if (dataset / "validation").is_dir() else None
     longest = int(max(train_split.lengths.max(), validation.lengths.max() if validation is not None else 0))

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from draft_model.dataset.tokens import Split
-from draft_model.drafts.base import Counts, Draft, Objective
+from draft_model.drafts.base import Draft, Objective
 from draft_model.drafts.batch import Batch, collate
+from draft_model.drafts.counts import Counts
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.ranks import Ranks

@@ -73,7 +73,7 @@ def block_loss(
         learnt: for each token whether its successor is supervised.
     """
     hidden = hidden_states(w, config, features, embedding, anchor, int(tokens[anchor]))
-    total, told = torch.zeros((), dtype=torch.float64), []
+    total, told, losses, confident = torch.zeros((), dtype=torch.float64), [], [], []
     for number in range(config.proposals):
         teacher = anchor + number
         if teacher >= len(tokens) or not learnt[teacher]:
@@ -85,9 +85,21 @@ def block_loss(
             z = z + w["markov_head.markov_w2.weight"] @ e
         loss, overlap = distance(kind, p, z)
         told.append((float(loss.detach()), bool(z.argmax() == p.argmax()), float(overlap.detach())))
+        losses.append(loss)
+        confident.append(float(torch.softmax(z.detach(), -1)[p.argmax()]))
         if config.enable_confidence_head:
             c = w["confidence_head.proj.weight"][0] @ torch.cat((u, e)) + w["confidence_head.proj.bias"][0]
             target = overlap.detach()
-            loss = loss - target * functional.logsigmoid(c) - (1 - target) * functional.logsigmoid(-c)
-        total = total + math.exp(-number / config.loss_decay_gamma) * loss
+            error = -target * functional.logsigmoid(c) - (1 - target) * functional.logsigmoid(-c)
+            total = total + math.exp(-number / config.loss_decay_gamma) * error
+    for number, loss in enumerate(losses):
+        total = total + weight(config, confident, number) * loss
     return total, told
+
+
+def weight(config, confident: list[float], number: int) -> float:
+    """What a proposal's loss counts: D-PACE's expected gain, or the fixed decay."""
+    if not config.dpace_alpha:
+        return math.exp(-number / config.loss_decay_gamma)
+    smooth = [(1 - config.dpace_alpha) * q + config.dpace_alpha for q in confident]
+    return sum(math.prod(smooth[: last + 1]) for last in range(number, len(smooth)))

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny import llama, llama_config
 
 from draft_model import drafts
+from draft_model.drafts.base import check_proposals
 from draft_model.drafts.dspark.config import feature_layers
 from draft_model.errors import DraftModelError
 from draft_model.target.model import Target
@@ -27,6 +28,7 @@ def test_the_default_draft_of_a_target():
     assert shape.draft_vocab_size == shape.vocab_size == 64
     flash = drafts.family("dflash").default_shape(TARGET)
     assert (flash.block_size, flash.proposals, flash.markov_rank, flash.enable_confidence_head) == (8, 7, 0, False)
+    assert [drafts.family(name).default_shape(TARGET, 4).proposals for name in FAMILIES] == [4, 4]
     shallow = drafts.family("dspark").default_shape({**TARGET, "num_hidden_layers": 6})
     assert (shallow.num_hidden_layers, shallow.aux_layers) == (1, (1, 2, 3, 4, 5))
     assert feature_layers(4, 5) == (1, 2, 3)
@@ -94,6 +96,9 @@ def test_tensors_are_named_as_engines_load_them():
     ("dspark", {"architectures": ["DFlashDraftModel"]}, "Qwen3DSparkModel"),
     ("dspark", {"hidden_size": 16}, "the target has 32"),
     ("dspark", {"loss_decay_gamma": 0}, "number > 0"),
+    ("dspark", {"dpace_alpha": 1.5}, "to 1"),
+    ("dspark", {"enable_confidence_head": "no"}, "true, false"),
+    ("dspark", {"target_layer_ids": []}, "ascending"),
     ("dspark", {"fc_norm": True}, "not a setting of a block draft"),
     ("dspark", {"depth": 3}, "not a setting"),
 ])  # fmt: skip
@@ -111,6 +116,16 @@ def test_the_vocabulary_is_whole(caplog):
     assert "`draft_vocab_size` is without effect" in caplog.text
     with pytest.raises(DraftModelError, match="whole vocabulary"):  # another trainer's draft has a head of its own
         family.adapt(default, {"draft_vocab_size": 32}, "s3://theirs")
+
+
+def test_a_block_is_served_as_it_is_trained():
+    chain, block = (drafts.family(name).default_shape(TARGET) for name in ("eagle3", "dspark"))
+    assert [check_proposals(chain, 16), check_proposals(block, 7)] == ["", ""]
+    assert check_proposals(block, 3).startswith(
+        "num_speculative_tokens: given 3, but the draft is trained for blocks of 7"
+    )
+    with pytest.raises(DraftModelError, match=r"num_speculative_tokens: given 8, .* use at most 7"):
+        check_proposals(block, 8)
 
 
 def test_tensors_of_another_architecture_are_refused():

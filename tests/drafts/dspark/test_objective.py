@@ -20,6 +20,8 @@ FORMS = {
     "no confidence": {"enable_confidence_head": False},
     "fill-in": {"sample_from_anchor": False},
     "dflash": DFLASH,
+    "dspark, D-PACE": {"dpace_alpha": 0.5},
+    "dflash, D-PACE": {**DFLASH, "dpace_alpha": 0.3},
 }
 
 

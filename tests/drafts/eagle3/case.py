@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from draft_model.drafts.batch import Batch, collate
+from draft_model.drafts.counts import Counts
 from draft_model.drafts.eagle3.config import DraftConfig
 from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.drafts.eagle3.objective import StepSums
 from draft_model.drafts.eagle3.step import Objective
 
 from . import reference
@@ -117,7 +117,7 @@ class Outcome:
     """Un-normalised loss, sums and gradients by checkpoint name."""
 
     loss: Tensor
-    sums: StepSums
+    sums: Counts
     gradients: dict[str, Tensor]
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from draft_model.drafts import kernels
 from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3 import attention
-from draft_model.drafts.eagle3.attention import causal_attention, choose_backend
+from draft_model.drafts.eagle3.attention import causal_attention
 from draft_model.drafts.eagle3.plan import Windows, plan_unroll
+from draft_model.drafts.kernels import choose_backend
 from draft_model.errors import DraftModelError
 
 from . import reference

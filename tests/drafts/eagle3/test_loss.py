@@ -13,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draft_model.drafts.eagle3.objective import StepSums
+from draft_model.drafts.counts import Counts
 
 from .case import Case, random_case, relative_error
 
 COUNTS = ("supervised", "agree", "candidates", "reached", "accepted")
 
 
-def assert_equals_reference(case: Case, steps: int, loss: str = "kl") -> StepSums:
+def assert_equals_reference(case: Case, steps: int, loss: str = "kl") -> Counts:
     ours = case.ours(steps, loss=loss)
     sums, gradients = case.theirs(steps, loss)
     for name in COUNTS:
@@ -248,7 +248,7 @@ def test_splitting_a_global_batch_changes_nothing(parts):
         batch, states = case.batch.narrow(start, count), case.states[start : start + count]
         pieces.append(replace(case, batch=batch, states=states).ours(5))
         start += count
-    sums = sum((piece.sums for piece in pieces), StepSums.zeros(5))
+    sums = sum((piece.sums for piece in pieces), Counts.zeros(5))
     for name in COUNTS:
         assert getattr(sums, name).tolist() == getattr(whole.sums, name).tolist()
     count = sums.supervised[0]

@@ -12,8 +12,9 @@ from tiny import llama
 
 from draft_model.drafts import family_of
 from draft_model.drafts.eagle3.config import draft_config_for
-from draft_model.drafts.eagle3.export import load_draft, save_draft
+from draft_model.drafts.eagle3.family import EAGLE3
 from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.files import save_draft
 from draft_model.drafts.rotary import Rotary, rotate
 from draft_model.errors import DraftModelError
 from draft_model.target.model import Target
@@ -164,7 +165,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, changes, names):
     save_draft(tmp_path, draft, torch.float32)
     assert load_file(tmp_path / "model.safetensors").keys() == names
     assert family_of(json.loads((tmp_path / "config.json").read_text())).name == draft.config.family
-    again = load_draft(tmp_path)
+    again = EAGLE3.load(tmp_path)
     assert again.config == draft.config
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in draft.state_dict().items())
 
@@ -180,7 +181,7 @@ def test_a_draft_of_all_tokens_is_saved_without_a_vocabulary(tmp_path):
     draft = random_draft(small_config(37, 37), torch.Generator().manual_seed(0))
     save_draft(tmp_path, draft, torch.float32)
     assert load_file(tmp_path / "model.safetensors").keys() == NAMES - {"t2d", "d2t"}
-    assert load_draft(tmp_path).target_ids.tolist() == list(range(37))
+    assert EAGLE3.load(tmp_path).target_ids.tolist() == list(range(37))
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
@@ -189,8 +190,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     config = replace(draft.config, intermediate_size=30).to_json()
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(DraftModelError, match=r"gate_proj.*\(28, 20\), not \(30, 20\)"):
-        load_draft(tmp_path)
+        EAGLE3.load(tmp_path)
     del config["head_dim"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(DraftModelError, match="head_dim"):
-        load_draft(tmp_path)
+        EAGLE3.load(tmp_path)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from draft_model.drafts.eagle3.config import USER, DraftConfig, draft_config_for, with_overrides
+from draft_model.drafts.shape import USER, LayerShape, layer_problems, layer_values, target_layers
 from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)
@@ -17,19 +17,21 @@ DEFAULT_PROPOSALS = 7
 ARCHITECTURES = {"dspark": "Qwen3DSparkModel", "dflash": "DFlashDraftModel"}
 ALIASES = {"dspark": {"DSparkDraftModel", "DSparkSpeculator"}, "dflash": {"DFlashSpeculator"}}
 _LAYER_TYPE = "full_attention"
-_OWN_SIZES = {"num_hidden_layers": 1, "block_size": 2, "num_anchors": 1, "markov_rank": 0, "mask_token_id": 0}
+_LEAST = {"num_hidden_layers": 1, "block_size": 2, "num_anchors": 1, "markov_rank": 0, "mask_token_id": 0}
 # With one possible value each; the other Markov heads have tensors that this draft does not.
-_FIXED = {"markov_head_type": "vanilla", "attention_bias": False, "is_causal": False, "hidden_act": "silu"}
+_FIXED = {
+    "markov_head_type": "vanilla", "attention_bias": False, "mlp_bias": False, "is_causal": False, "hidden_act": "silu",
+}  # fmt: skip
+# Looked at by `_problems`, or without a meaning for a draft that holds neither embedding nor head.
 _DERIVED = (
     "architectures", "model_type", "layer_types", "dflash_config", "confidence_head_with_markov", "target_layer_ids",
-    "num_target_layers", "max_window_layers", "use_sliding_window", "sliding_window",
+    "use_sliding_window", "tie_word_embeddings",
 )  # fmt: skip
-
 _CHAINS = ("fc_norm", "norm_before_fc", "norm_output", "eagle_aux_hidden_state_layer_ids", "eagle_config")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockConfig(DraftConfig):
+class BlockConfig(LayerShape):
     """The shape of a block draft: layers like Qwen3's over the target's whole vocabulary.
 
     Attributes:
@@ -43,6 +45,7 @@ class BlockConfig(DraftConfig):
         enable_confidence_head: whether there is one.
         num_anchors: most blocks of a conversation in one training step.
         loss_decay_gamma: proposal j counts exp(-j / gamma) in the loss.
+        dpace_alpha: smoothing of D-PACE's weights, which replace these; 0: they do not.
     """
 
     num_hidden_layers: int
@@ -50,10 +53,11 @@ class BlockConfig(DraftConfig):
     block_size: int
     sample_from_anchor: bool
     mask_token_id: int
-    markov_rank: int
-    enable_confidence_head: bool
+    markov_rank: int = 0
+    enable_confidence_head: bool = False
     num_anchors: int = 512
     loss_decay_gamma: float = 4.0
+    dpace_alpha: float = 0.0
 
     @property
     def family(self) -> str:
@@ -73,38 +77,33 @@ class BlockConfig(DraftConfig):
     def to_json(self) -> dict[str, Any]:
         """config.json as both engines read it; feature layers are 0-based there: our "after n layers" minus 1."""
         layers = {"target_layer_ids": [layer - 1 for layer in self.aux_layers], "mask_token_id": self.mask_token_id}
-        config: dict[str, Any] = {
+        config = self.layer_json() | {name: getattr(self, name) for name in _OWN} | {
             "architectures": [ARCHITECTURES[self.family]], "model_type": "qwen3", "dtype": "bfloat16",
             "attention_bias": False, "hidden_act": "silu", "tie_word_embeddings": False,
-            "layer_types": [_LAYER_TYPE] * self.num_hidden_layers, "rope_theta": self.rope_parameters["rope_theta"],
+            "layer_types": [_LAYER_TYPE] * self.num_hidden_layers,
         }  # fmt: skip
-        names = (
-            "hidden_size", "vocab_size", "max_position_embeddings", "intermediate_size", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_parameters", "target_model_type",
-            "num_hidden_layers", "num_target_layers", "block_size", "sample_from_anchor", "num_anchors",
-            "loss_decay_gamma",
-        )  # fmt: skip
-        config |= {name: getattr(self, name) for name in names}
-        if self.rope_parameters.get("rope_type", "default") != "default":
-            config["rope_scaling"] = {key: value for key, value in self.rope_parameters.items() if key != "rope_theta"}
-        if self.family == "dflash":
-            return config | {"dflash_config": layers}
-        return config | layers | {
-            "markov_rank": self.markov_rank, "markov_head_type": "vanilla",
-            "enable_confidence_head": self.enable_confidence_head,
-            "confidence_head_with_markov": self.enable_confidence_head,
-        }  # fmt: skip
+        del config["draft_vocab_size"]
+        if self.family == "dspark":
+            head = {"markov_head_type": "vanilla", "confidence_head_with_markov": self.enable_confidence_head}
+            return config | layers | head
+        for name in ("markov_rank", "enable_confidence_head", "mask_token_id"):
+            del config[name]
+        return config | {"dflash_config": layers}
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> BlockConfig:
         """Reads the config.json that `to_json` wrote."""
         layers = config.get("dflash_config", config)
-        whole = {"draft_vocab_size": config["vocab_size"], "markov_rank": 0, "enable_confidence_head": False} | dict(
-            config
-        )
-        whole |= {"mask_token_id": layers["mask_token_id"]}
-        whole |= {"aux_layers": tuple(layer + 1 for layer in layers["target_layer_ids"])}
+        whole = {
+            **config,
+            "draft_vocab_size": config["vocab_size"],
+            "mask_token_id": layers["mask_token_id"],
+            "aux_layers": tuple(layer + 1 for layer in layers["target_layer_ids"]),
+        }
         return cls(**{field.name: whole[field.name] for field in fields(cls) if field.name in whole})
+
+
+_OWN = tuple(field.name for field in fields(BlockConfig) if field.name not in LayerShape.__dataclass_fields__)
 
 
 def feature_layers(layers: int, count: int) -> tuple[int, ...]:
@@ -118,30 +117,29 @@ def feature_layers(layers: int, count: int) -> tuple[int, ...]:
     return tuple(sorted({round(low + index * (high - low) / max(count - 1, 1)) for index in range(count)}))
 
 
-def default_config(name: str, target: Mapping[str, Any]) -> BlockConfig:
+def default_config(name: str, target: Mapping[str, Any], proposals: int = DEFAULT_PROPOSALS) -> BlockConfig:
     """The default draft of a target.
 
     Args:
         name: dspark or dflash.
         target: its config.json.
+        proposals: K, what is to be served; the block has at least two positions.
 
     Raises:
         DraftModelError: when the target is no decoder of the known structure.
     """
-    base = draft_config_for(target)
-    depth = int((target.get("text_config") or target)["num_hidden_layers"])
-    # As deep as published drafts for targets of 20 layers and more; a quarter of a shallower target.
-    layers = min(DEFAULT_LAYERS, max(1, depth // 4))
-    markov = name == "dspark"
+    sizes = target_layers(target)
+    depth, markov = int((target.get("text_config") or target)["num_hidden_layers"]), name == "dspark"
     return BlockConfig(
-        **vars(replace(base, draft_vocab_size=base.vocab_size, aux_layers=feature_layers(depth, DEFAULT_LAYERS))),
-        num_hidden_layers=layers,
+        **sizes | {"draft_vocab_size": sizes["vocab_size"], "aux_layers": feature_layers(depth, DEFAULT_LAYERS)},
+        # As deep as published drafts for targets of 20 layers and more; a quarter of a shallower target.
+        num_hidden_layers=min(DEFAULT_LAYERS, max(1, depth // 4)),
         num_target_layers=depth,
-        block_size=DEFAULT_PROPOSALS + (not markov),
+        block_size=max(2, proposals + (not markov)),
         sample_from_anchor=markov,
         # Models pad their vocabularies at the end; where they do not, a rare token serves as well, since nothing but
         # mask positions and the anchor is ever embedded.
-        mask_token_id=base.vocab_size - 1,
+        mask_token_id=sizes["vocab_size"] - 1,
         markov_rank=256 if markov else 0,
         enable_confidence_head=markov,
     )
@@ -161,58 +159,59 @@ def adapt(default: BlockConfig, given: Mapping[str, Any], source: str = USER) ->
     values = {key: value for key, value in given.items() if value is not None}
     nested = values.get("dflash_config") or {}
     values |= {key: nested[key] for key in ("mask_token_id", "target_layer_ids") if key in nested}
-    if source == USER and values.get("draft_vocab_size", default.vocab_size) != default.vocab_size:
+    if source == USER and values.pop("draft_vocab_size", default.vocab_size) != default.vocab_size:
         logger.info("%s: `draft_vocab_size` is without effect; a block draft knows the whole vocabulary", source)
-        del values["draft_vocab_size"]
-    if problems := _problems(default, values):
+    problems = layer_problems(default, values, _FIXED, (*_OWN, *_DERIVED, *_CHAINS), source != USER)
+    if problems := problems + _problems(default, values):
         raise DraftModelError([f"{source}: {problem}" for problem in problems])
-    own = {key: values.pop(key) for key in (*_OWN_SIZES, "sample_from_anchor", "enable_confidence_head",
-                                            "loss_decay_gamma") if key in values}  # fmt: skip
+    own = {key: values[key] for key in _OWN if key in values}
     if "target_layer_ids" in values:
         own["aux_layers"] = tuple(layer + 1 for layer in values["target_layer_ids"])
-    rest = {key: value for key, value in values.items() if key not in _DERIVED and key not in _FIXED}
-    changed = with_overrides(default, rest, source)
-    assert isinstance(changed, BlockConfig)
-    return replace(changed, **own)
+    sizes = layer_values(default, {**given, "draft_vocab_size": default.vocab_size})
+    return replace(default, **sizes, **own)
 
 
 def _problems(default: BlockConfig, given: Mapping[str, Any]) -> list[str]:
-    """What in a configuration no block draft of this target can have."""
+    """What in a configuration's own settings no block draft of this target can have."""
     name, depth = default.family, default.num_target_layers
-    allowed = {ARCHITECTURES[name], *ALIASES[name]}
     problems = [
         f"`{key}` is {given[key]!r}; allowed: a whole number >= {least}"
-        for key, least in _OWN_SIZES.items()
+        for key, least in _LEAST.items()
         if key in given and (type(given[key]) is not int or given[key] < least)
     ]
-    problems += [
-        f"`{key}` is {given[key]!r}; allowed: {value!r}"
-        for key, value in _FIXED.items()
-        if given.get(key, value) != value
-    ]
-    if not set(given.get("architectures", ())) <= allowed:
+    problems += [f"`{key}` is not a setting of a block draft" for key in _CHAINS if given.get(key)]
+    if not set(given.get("architectures", ())) <= {ARCHITECTURES[name], *ALIASES[name]}:
         problems.append(f"`architectures` is {given['architectures']!r}; a {name} draft has {ARCHITECTURES[name]}")
     if bool(given.get("markov_rank", default.markov_rank)) != (name == "dspark"):
         problems.append(f"`markov_rank` is {given['markov_rank']!r}; DFlash has 0, and DSpark more")
-    if name == "dflash":
-        problems += [f"`{key}` is true; DFlash has none" for key in ("sample_from_anchor", "enable_confidence_head")
-                     if given.get(key)]  # fmt: skip
-    elif given.get("enable_confidence_head", True) and not given.get("confidence_head_with_markov", True):
+    for key in ("sample_from_anchor", "enable_confidence_head"):
+        if type(given.get(key, False)) is not bool:
+            problems.append(f"`{key}` is {given[key]!r}; allowed: true, false")
+        elif name == "dflash" and given.get(key):
+            problems.append(f"`{key}` is true; DFlash has none")
+    reads_markov = given.get("confidence_head_with_markov", True) or not given.get("enable_confidence_head", True)
+    if name == "dspark" and not reads_markov:
         problems.append("`confidence_head_with_markov` is false; the confidence head reads the Markov head's embedding")
     if set(given.get("layer_types", ())) - {_LAYER_TYPE} or given.get("use_sliding_window"):
         problems.append("`layer_types`: only full_attention is trained here")
-    if (mask := given.get("mask_token_id", 0)) and type(mask) is int and mask >= default.vocab_size:
-        problems.append(f"`mask_token_id` is {mask}; the target's vocabulary has {default.vocab_size} tokens")
-    if given.get("draft_vocab_size", default.vocab_size) != default.vocab_size:
-        problems.append(f"`draft_vocab_size` is {given['draft_vocab_size']}; a block draft knows the whole vocabulary "
-                        f"of {default.vocab_size}")  # fmt: skip
-    if given.get("num_target_layers", depth) != depth:
-        problems.append(f"`num_target_layers` is {given['num_target_layers']!r}; the target has {depth}")
-    problems += [f"`{key}` is not a setting of a block draft" for key in _CHAINS if given.get(key)]
-    ids = given.get("target_layer_ids", [0])
-    if not isinstance(ids, list | tuple) or list(ids) != sorted(set(ids)) or not 0 <= ids[0] <= ids[-1] < depth - 1:
+    vocabulary, mask = default.vocab_size, given.get("mask_token_id", 0)
+    if type(mask) is int and mask >= vocabulary:
+        problems.append(f"`mask_token_id` is {mask}; the target's vocabulary has {vocabulary} tokens")
+    if (size := given.get("draft_vocab_size", vocabulary)) != vocabulary:
+        problems.append(f"`draft_vocab_size` is {size}; a block draft knows the whole vocabulary of {vocabulary}")
+    if (layers := given.get("num_target_layers", depth)) != depth:
+        problems.append(f"`num_target_layers` is {layers!r}; the target has {depth}")
+    if not _ascending(ids := given.get("target_layer_ids", [0]), depth - 1):
         problems.append(f"`target_layer_ids` is {ids!r}; allowed: ascending numbers from 0 to {depth - 2}")
-    gamma = given.get("loss_decay_gamma", 1.0)
+    gamma, alpha = given.get("loss_decay_gamma", 1.0), given.get("dpace_alpha", 0.0)
     if type(gamma) not in (int, float) or not gamma > 0:
         problems.append(f"`loss_decay_gamma` is {gamma!r}; allowed: a number > 0")
+    if type(alpha) not in (int, float) or not 0 <= alpha <= 1:
+        problems.append(f"`dpace_alpha` is {alpha!r}; allowed: 0 (off) to 1")
     return problems
+
+
+def _ascending(ids: Any, end: int) -> bool:
+    """Whether these are numbers from 0 to end - 1, each higher than the one before."""
+    whole = isinstance(ids, list | tuple) and bool(ids) and all(type(number) is int for number in ids)
+    return whole and list(ids) == sorted(set(ids)) and ids[0] >= 0 and ids[-1] < end

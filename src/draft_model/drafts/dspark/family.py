@@ -6,12 +6,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from draft_model.drafts.base import Costs, Family
+from draft_model.drafts.base import Costs, Family, later
 from draft_model.drafts.dspark.config import ALIASES, ARCHITECTURES, BlockConfig, adapt, default_config
-from draft_model.drafts.dspark.decode import BlockProposer
-from draft_model.drafts.dspark.export import canonical, exported, load_draft, save_draft, vocabulary_of
-from draft_model.drafts.dspark.model import BlockDraft
-from draft_model.drafts.dspark.objective import CHUNK_ROWS, Objective
 
 
 def costs(shape: BlockConfig, _steps: int) -> Costs:
@@ -19,6 +15,8 @@ def costs(shape: BlockConfig, _steps: int) -> Costs:
 
     The rows of a block count in full for each of its S positions; their activations are what autograd keeps.
     """
+    from draft_model.drafts.dspark.objective import CHUNK_ROWS
+
     hidden, inner, size, layers = shape.hidden_size, shape.intermediate_size, shape.block_size, shape.num_hidden_layers
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     rank, vocabulary = shape.markov_rank, shape.vocab_size
@@ -47,6 +45,7 @@ def _owns(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def _family(name: str, title: str, sglang_algorithm: str) -> Family:
+    create = later("dspark.model:BlockDraft")
     return Family(
         name=name,
         title=title,
@@ -58,15 +57,15 @@ def _family(name: str, title: str, sglang_algorithm: str) -> Family:
         owns=partial(_owns, name),
         default_shape=partial(default_config, name),
         adapt=adapt,
-        create=BlockDraft,
-        objective=Objective,
-        proposer=BlockProposer,
+        create=create,
+        objective=later("dspark.objective:Objective"),
+        proposer=later("dspark.decode:BlockProposer"),
         costs=costs,
-        save=save_draft,
-        load=load_draft,
-        read=canonical,
-        vocabulary=vocabulary_of,
-        export=exported,
+        save=later("files:save_draft"),
+        load=partial(later("files:load_draft"), BlockConfig.from_json, create, title),
+        read=later("dspark.export:canonical"),
+        vocabulary=later("files:vocabulary_of"),
+        export=later("dspark.export:exported"),
     )
 
 

@@ -1,6 +1,6 @@
 r"""What a block draft minimises: each proposal's distance to the target, and a confidence that means something.
 
-    total = sum_j exp(-j / gamma) sum_blocks (l_j + BCE(c_j, alpha_j))
+    total = sum_blocks sum_j (w_j l_j + exp(-j / gamma) BCE(c_j, alpha_j))          w_j = exp(-j / gamma)
 
 with p the target's softmax at a proposal's teacher, z = head u + w2 e the draft's logits there (e the Markov embedding
 of the token before), q = softmax(z), y = argmax p, alpha = sum_v min(p, q) the probability that sampling accepts, and
@@ -10,6 +10,12 @@ of the token before), q = softmax(z), y = argmax p, alpha = sum_v min(p, q) the 
                                KL = -p.log q     dz = q - p
 
 DSpark's own recipe is a = 0.1, b = 0.9 (`tv`); `kl` is c = 1 alone; `lk` weighs KL by exp(-3 alpha) and TV by the rest.
+
+With D-PACE (arXiv 2605.18810) each block has weights of its own, which are no part of the gradient: how much the length
+that is kept would grow with proposal j, by the draft's confidence q_i in y_i, smoothed by a,
+
+    w_j = sum_{m >= j} prod_{i <= m} ((1 - a) q_i + a)
+
 Loss and gradients need z, p and q of one proposal at a time, so the heads run a chunk of teacher positions at a time
 with one target head and one softmax p for all proposals that it teaches, and leave their gradients at once: logits of
 all blocks never exist. Everything below the heads is ordinary autograd.
@@ -26,11 +32,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from draft_model.drafts.batch import Batch
+from draft_model.drafts.counts import Counts, decode_rounds
 from draft_model.drafts.dspark.attention import block_attention
 from draft_model.drafts.dspark.blocks import Blocks, place_blocks
 from draft_model.drafts.dspark.model import BlockDraft
-from draft_model.drafts.eagle3.attention import choose_backend
-from draft_model.drafts.eagle3.objective import StepSums, decode_rounds
+from draft_model.drafts.kernels import choose_backend
 from draft_model.drafts.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -70,7 +76,7 @@ class Objective:
         self.rotary = Rotary(shape, target.device).table(max_length + shape.block_size, dtype)
         self.decay = torch.exp(-torch.arange(shape.proposals, device=target.device) / shape.loss_decay_gamma)
 
-    def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, StepSums]:
+    def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, Counts]:
         """The loss summed over blocks and proposals, to be divided by the global count of blocks.
 
         Without gradients every token that a round of decoding may start at gets a block, so that the acceptance length
@@ -95,7 +101,13 @@ class Objective:
         if shape.markov_rank:
             embedded = functional.embedding(blocks.previous, draft.markov_head.markov_w1.weight).to(self.dtype)
             weight = draft.markov_head.markov_w2.weight.to(self.dtype)
-        teaching = _Teaching(self.target, final, blocks, self.decay, self.loss)
+        weights = self.decay.expand(blocks.learnt.shape)
+        if shape.dpace_alpha and torch.is_grad_enabled():
+            sure = _Teaching(self.target, final, blocks, weights, self.loss, learn=False)
+            with torch.no_grad():
+                _Heads.apply(sure, hidden, embedded, weight)  # type: ignore[no-untyped-call]
+            weights = dpace_weights(sure.confidence, blocks.learnt, shape.dpace_alpha)
+        teaching = _Teaching(self.target, final, blocks, weights, self.loss, torch.is_grad_enabled())
         loss: Tensor = _Heads.apply(teaching, hidden, embedded, weight)  # type: ignore[no-untyped-call]
         if shape.enable_confidence_head:
             read = torch.cat((hidden, embedded), -1).float()  # type: ignore[arg-type]
@@ -104,9 +116,9 @@ class Objective:
             loss = loss + (error * blocks.learnt * self.decay).sum()
         return loss, _step_sums(blocks, teaching)
 
-    def no_counts(self) -> StepSums:
+    def no_counts(self) -> Counts:
         """The counts of no conversation, on the device."""
-        return StepSums.zeros(self.draft.config.proposals, self.target.device)
+        return Counts.zeros(self.draft.config.proposals, self.target.device)
 
     def _propose(self, blocks: Blocks, features: Tensor) -> Tensor:
         """The final hidden states of all blocks, [N, S, H], from the target's features [T, n H]."""
@@ -125,6 +137,18 @@ class Objective:
         return hidden
 
 
+def dpace_weights(confidence: Tensor, learnt: Tensor, alpha: float) -> Tensor:
+    """D-PACE's weights, [N, K], from the draft's confidence in what the target would choose, float32 [N, K].
+
+    Args:
+        confidence: q of each proposal.
+        learnt: which of them are supervised, a leading run of each block, bool [N, K].
+        alpha: of the smoothing.
+    """
+    kept = ((1.0 - alpha) * confidence + alpha).cumprod(1) * learnt
+    return kept.flip(1).cumsum(1).flip(1)
+
+
 @dataclass
 class _Teaching:
     """The target's side of the heads, and what they found out.
@@ -133,9 +157,12 @@ class _Teaching:
         target: the target.
         final: its final hidden states, [T, H].
         blocks: N blocks of K proposals.
-        decay: weight of each proposal, float32 [K].
+        weights: of the proposals, float32 [N, K].
         loss: tv, kl or lk.
+        learn: whether gradients are wanted.
         sums: loss, supervised, agree, overlap, float64 [4, K].
+        losses: of the proposals, float32 [N, K].
+        confidence: the draft's probability of the target's favourite, float32 [N, K].
         agree: whether the favourites of draft and target are the same, bool [N, K].
         overlap: alpha, float32 [N, K].
     """
@@ -143,14 +170,15 @@ class _Teaching:
     target: Target
     final: Tensor
     blocks: Blocks
-    decay: Tensor
+    weights: Tensor
     loss: str
+    learn: bool
 
     def __post_init__(self) -> None:
         shape, device = self.blocks.learnt.shape, self.final.device
         self.sums = torch.zeros(4, shape[1], dtype=torch.float64, device=device)
         self.agree = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.overlap = torch.zeros(shape, device=device)
+        self.losses, self.confidence, self.overlap = torch.zeros(3, *shape, device=device)
 
 
 class _Heads(torch.autograd.Function):
@@ -161,7 +189,7 @@ class _Heads(torch.autograd.Function):
         ctx: Any, teaching: _Teaching, hidden: Tensor, embedded: Tensor | None, weight: Tensor | None
     ) -> Tensor:  # fmt: skip
         blocks, target = teaching.blocks, teaching.target
-        learn = any(ctx.needs_input_grad)
+        learn = teaching.learn
         grads = [torch.zeros_like(x) if learn and x is not None else None for x in (hidden, embedded)]
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learn and weight is not None else None
         size = CHUNK_ROWS[hidden.device.type]
@@ -179,18 +207,18 @@ class _Heads(torch.autograd.Function):
                 if embedded is not None and weight is not None:
                     e = embedded[block, number]
                     z += e @ weight.T
-                dz = _distil(
+                gradient = _distil(
                     teaching, number, block, p if every else p[present], top if every else top[present], z.float()
-                ).to(u.dtype)  # fmt: skip
-                if not learn:
+                )
+                if gradient is None:
                     continue
-                dz *= teaching.decay[number]
+                dz = gradient.mul_(teaching.weights[block, number].unsqueeze(1)).to(u.dtype)
                 grads[0][block, number] = dz @ target.head  # type: ignore[index]
                 if grad_weight is not None:
                     grads[1][block, number] = dz @ weight  # type: ignore[index,operator]
                     grad_weight.add_(dz.T @ e)
         ctx.save_for_backward(*grads, grad_weight)
-        return (teaching.sums[0] * teaching.decay.double()).sum().float()
+        return (teaching.losses * teaching.weights).sum(dtype=torch.float64).float()
 
     @staticmethod
     @once_differentiable
@@ -198,8 +226,8 @@ class _Heads(torch.autograd.Function):
         return None, *(None if x is None else x * grad.to(x.dtype) for x in ctx.saved_tensors)
 
 
-def _distil(teaching: _Teaching, number: int, block: Tensor, p: Tensor, top: Tensor, z: Tensor) -> Tensor:
-    """One proposal's losses against p [C, V], noted for each block; gives their gradient by z [C, V], float32."""
+def _distil(teaching: _Teaching, number: int, block: Tensor, p: Tensor, top: Tensor, z: Tensor) -> Tensor | None:
+    """One proposal's losses against p [C, V], noted for each block; their gradient by z, float32 [C, V], if wanted."""
     highest, favourite = z.max(-1)
     chosen = z.gather(1, top.unsqueeze(1))
     soft = torch.bmm(p.unsqueeze(1), z.unsqueeze(2)).flatten() if teaching.loss != "tv" else None
@@ -218,8 +246,11 @@ def _distil(teaching: _Teaching, number: int, block: Tensor, p: Tensor, top: Ten
         losses += kl * (normaliser - soft)
     agrees = favourite == top
     teaching.agree[block, number], teaching.overlap[block, number] = agrees, overlap
+    teaching.losses[block, number], teaching.confidence[block, number] = losses, (chosen[:, 0] - normaliser).exp()
     parts = (losses, torch.ones_like(losses), agrees, overlap)
     teaching.sums[:, number] += torch.stack([part.sum(dtype=torch.float64) for part in parts])
+    if not teaching.learn:
+        return None
     gradient = q * torch.where(less, (hard + kl + variation * (below - 1.0)).unsqueeze(1),
                                (hard + kl + variation * below).unsqueeze(1))  # fmt: skip
     if soft is not None:
@@ -227,7 +258,7 @@ def _distil(teaching: _Teaching, number: int, block: Tensor, p: Tensor, top: Ten
     return gradient.scatter_add_(1, top.unsqueeze(1), -hard.unsqueeze(1))
 
 
-def _step_sums(blocks: Blocks, teaching: _Teaching) -> StepSums:
+def _step_sums(blocks: Blocks, teaching: _Teaching) -> Counts:
     """The sums per proposal, on the device."""
     agreed = (teaching.agree & blocks.learnt).cummin(1).values  # [N, K]
     before = torch.cat((torch.ones_like(agreed[:, :1]), agreed[:, :-1]), 1) & blocks.learnt
@@ -236,4 +267,4 @@ def _step_sums(blocks: Blocks, teaching: _Teaching) -> StepSums:
         rounds = torch.stack(decode_rounds(blocks, agreed.sum(1)))
     else:  # blocks at random: the mean over where they stand
         rounds = torch.stack((torch.full_like(chains[2], len(agreed)), chains[2].cumsum(0)))
-    return StepSums.from_tensor(torch.cat((teaching.sums, chains, rounds)))
+    return Counts.from_tensor(torch.cat((teaching.sums, chains, rounds)))

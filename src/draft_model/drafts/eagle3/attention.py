@@ -30,30 +30,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from draft_model.drafts.eagle3.plan import Windows
-from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 64  # queries that the CPU's flash kernel takes at once
 FLEX_BLOCK = 128
 CUDNN_BLOCK = 128
-
-
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The attention that can run there: flex_attention has no backward on CPU, so it becomes sdpa, said once.
-
-    Raises:
-        DraftModelError: for sdpa in float32 on a GPU, whose flash kernel takes 16-bit types only.
-    """
-    if name == "flex_attention" and device.type == "cpu":
-        logger.info("attention_backend: flex_attention has no backward on CPU; sdpa computes the same values")
-        return "sdpa"
-    if name == "sdpa" and device.type != "cpu" and dtype == torch.float32:
-        raise DraftModelError(
-            "attention_backend: given 'sdpa' with compute_dtype 'float32' on a GPU; its flash kernel takes bfloat16: "
-            "use compute_dtype=bfloat16, or attention_backend=flex_attention"
-        )
-    return name
 
 
 @dataclass(frozen=True)

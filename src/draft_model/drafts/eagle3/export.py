@@ -6,17 +6,14 @@ and a configuration that holds the layer's in `transformer_layer_config`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from draft_model.drafts.base import WEIGHTS, load_weights
-from draft_model.drafts.eagle3.config import ARCHITECTURE, LAYER_IDS, SWITCHES, DraftConfig, layers_of, to_sglang
-from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts import files
+from draft_model.drafts.eagle3.config import ARCHITECTURE, LAYER_IDS, SWITCHES, layers_of, to_sglang
 from draft_model.errors import DraftModelError
 
 _OF_TARGET = ("embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight")
@@ -26,64 +23,11 @@ _TENSORS = {
     *(f"midlayer.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
     *(f"midlayer.{name}.weight" for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm")),
 }  # fmt: skip
-_LAYER = "transformer_layer_config"
 _LAYER_KEYS = {
     "attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "max_position_embeddings",
     "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",
     "rope_parameters", "vocab_size",
 }  # fmt: skip
-
-
-def save_draft(folder: Path, draft: Eagle3Draft, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes the draft for serving.
-
-    A draft that knows the whole vocabulary is saved without t2d and d2t, which is how engines recognise it.
-
-    Args:
-        folder: made if missing.
-        draft: the draft, float32.
-        dtype: type of the saved weights; t2d stays bool and d2t int64.
-    """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = draft.config.draft_vocab_size == draft.config.vocab_size
-    tensors = {
-        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous().cpu()
-        for name, tensor in draft.state_dict().items()
-        if not (whole and name in ("t2d", "d2t"))
-    }
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps(draft.config.to_json(), indent=2, sort_keys=True)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def load_draft(folder: Path) -> Eagle3Draft:
-    """Reads what `save_draft` wrote, into float32.
-
-    Args:
-        folder: with config.json and model.safetensors.
-
-    Raises:
-        DraftModelError: when a file is missing, or the tensors are not those of the configuration.
-    """
-    from safetensors.torch import load_file
-
-    try:
-        config = DraftConfig.from_json(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, KeyError, ValueError) as error:
-        raise DraftModelError(f"{folder} holds no EAGLE-3 draft that this version can read: {error}") from error
-    draft = Eagle3Draft(config, *vocabulary_of(tensors, config))
-    load_weights(draft, tensors, str(folder))
-    return draft
-
-
-def vocabulary_of(tensors: Mapping[str, Tensor], config: DraftConfig) -> tuple[Tensor, Tensor]:
-    """The vocabulary of a checkpoint, t2d bool [V] and d2t int64 [D]; all tokens where it holds none."""
-    if "d2t" in tensors:
-        return tensors["t2d"], tensors["d2t"]
-    return torch.ones(config.vocab_size, dtype=torch.bool), torch.zeros(config.vocab_size, dtype=torch.int64)
 
 
 def canonical(
@@ -119,14 +63,9 @@ def canonical(
     for name, dtype in (("t2d", torch.bool), ("d2t", torch.int64)):
         if name in renamed:
             renamed[name] = renamed[name].to(dtype)
-    if _LAYER not in config:
+    if files.LAYER not in config:
         return {**config, **switches}, renamed
-    from transformers import AutoConfig
-
-    given = dict(config[_LAYER])
-    # What equals the default of its class is left out of the file.
-    layer = AutoConfig.for_model(given.pop("model_type", "llama"), **given).to_dict()
-    kept = {key: value for key, value in layer.items() if key in _LAYER_KEYS}
+    kept = files.speculators_layer(config, _LAYER_KEYS, "llama")
     outside = {key: config.get(key) for key in ("draft_vocab_size", LAYER_IDS, "target_hidden_size")}
     outside["architectures"] = [ARCHITECTURE]
     return kept | switches | {key: value for key, value in outside.items() if value is not None}, renamed
@@ -160,8 +99,7 @@ def _speculators(config: Mapping[str, Any], layers: list[int] | None, target: Ma
     """Configuration of a draft in the format of speculators 0.9 (models/eagle3/config.py, config.py)."""
     return {
         "architectures": ["Eagle3DraftModel"],
-        "speculators_model_type": "eagle3",
-        "speculators_version": "0.9.0",
+        **files.speculators_config("eagle3", target),
         "has_no_defaults_at_init": False,
         "draft_vocab_size": config["draft_vocab_size"],
         "target_hidden_size": config.get("target_hidden_size", config["hidden_size"]),
@@ -172,13 +110,5 @@ def _speculators(config: Mapping[str, Any], layers: list[int] | None, target: Ma
         "embed_requires_grad": False,
         "tie_word_embeddings": False,
         "dtype": config.get("dtype", "bfloat16"),
-        "transformer_layer_config": {
-            key: config[key] for key in sorted(_LAYER_KEYS | {"tie_word_embeddings"}) if key in config
-        },
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "default_proposal_method": "greedy",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": target["proposals"]}],
-            "verifier": {"name_or_path": target["name"], "architectures": target["architectures"]},
-        },
+        files.LAYER: {key: config[key] for key in sorted(_LAYER_KEYS | {"tie_word_embeddings"}) if key in config},
     }

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from draft_model.drafts.base import Costs, Family
+from draft_model.drafts.base import Costs, Family, later
 from draft_model.drafts.eagle3.config import ARCHITECTURES, SWITCHES, DraftConfig, draft_config_for, with_overrides
-from draft_model.drafts.eagle3.decode import ChainProposer
-from draft_model.drafts.eagle3.export import canonical, exported, load_draft, save_draft, vocabulary_of
-from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.drafts.eagle3.objective import CHUNK_ROWS
-from draft_model.drafts.eagle3.step import Objective
-from draft_model.drafts.eagle3.unroll import KEPT_SHARE
 
 
 def costs(shape: DraftConfig, steps: int) -> Costs:
     """What a draft costs; activations are fitted to what is kept on small shapes, as a test holds."""
+    from draft_model.drafts.eagle3.objective import CHUNK_ROWS
+    from draft_model.drafts.eagle3.unroll import KEPT_SHARE
+
     hidden, inner, vocabulary = shape.hidden_size, shape.intermediate_size, shape.draft_vocab_size
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
     features = len(shape.aux_layers) * hidden * hidden
@@ -57,6 +55,7 @@ def is_eagle31(config: Mapping[str, Any]) -> bool:
     )
 
 
+_CREATE = later("eagle3.model:Eagle3Draft")
 EAGLE3 = Family(
     name="eagle3",
     title="EAGLE-3",
@@ -70,20 +69,20 @@ EAGLE3 = Family(
     owns=lambda config: is_eagle3(config) and not is_eagle31(config),
     default_shape=draft_config_for,
     adapt=with_overrides,
-    create=Eagle3Draft,
-    objective=Objective,
-    proposer=ChainProposer,
+    create=_CREATE,
+    objective=later("eagle3.step:Objective"),
+    proposer=later("eagle3.decode:ChainProposer"),
     costs=costs,
-    save=save_draft,
-    load=load_draft,
-    read=canonical,
-    vocabulary=vocabulary_of,
-    export=exported,
+    save=later("files:save_draft"),
+    load=partial(later("files:load_draft"), DraftConfig.from_json, _CREATE, "EAGLE-3"),
+    read=later("eagle3.export:canonical"),
+    vocabulary=later("files:vocabulary_of"),
+    export=later("eagle3.export:exported"),
 )
 EAGLE31 = replace(
     EAGLE3,
     name="eagle3.1",
     title="EAGLE-3.1",
     owns=is_eagle31,
-    default_shape=lambda target: replace(draft_config_for(target), fc_norm=True, norm_output=True),
+    default_shape=lambda target, _proposals=0: replace(draft_config_for(target), fc_norm=True, norm_output=True),
 )

@@ -23,16 +23,14 @@ over ranks or micro-batches changes nothing. They also stay on the device until 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from draft_model.drafts import kernels
-from draft_model.drafts.base import Counts
+from draft_model.drafts.counts import Counts, decode_rounds
 from draft_model.drafts.eagle3.plan import Plan
 
 STEP_DECAY = 0.8
@@ -42,52 +40,6 @@ at once: 7 x 2048 x 32,000 bfloat16 logits are 0.9 GB."""
 
 TeacherHead = Callable[[Tensor], Tensor]
 """From target hidden states [C, H] to logits [C, V]."""
-
-
-@dataclass
-class StepSums(Counts):
-    """Sums over positions, one entry per unroll step.
-
-    Attributes:
-        agree: supervised positions (the target's top token lies in the draft vocabulary) where the draft's top token
-            is the target's.
-        overlap: sum of sum_v min(p, q): the acceptance probability under sampling.
-        candidates: positions whose token is the assistant's, in the draft vocabulary or not.
-        reached: candidates all of whose earlier steps agreed.
-        accepted: of those, this step agrees as well.
-        rounds: rounds of decoding the replies with 1, 2, ... proposals.
-        kept: proposals that those rounds keep.
-    """
-
-    agree: Tensor
-    overlap: Tensor
-    candidates: Tensor
-    reached: Tensor
-    accepted: Tensor
-    rounds: Tensor
-    kept: Tensor
-
-    def means(self) -> dict[str, list[float]]:
-        """Per step: loss in nats, top-1 agreement, alpha (overlap), conditional acceptance."""
-        supervised, candidates = self.supervised.clamp(min=1), self.candidates.clamp(min=1)
-        return {
-            "loss": (self.loss / supervised).tolist(),
-            "agreement": (self.agree / candidates).tolist(),
-            "alpha": (self.overlap / supervised).tolist(),
-            "conditional_acceptance": (self.accepted / self.reached.clamp(min=1)).tolist(),
-        }
-
-    def acceptance_length(self, proposals: int) -> float:
-        """Acceptance length that greedy decoding of these replies would have: 1 + kept / rounds.
-
-        The product of mean acceptances, 1 + a0 + a0 a1 + ..., would be higher: it weighs all positions alike, but
-        decoding passes easy ones several at a time and starts most rounds at hard ones.
-
-        Args:
-            proposals: tokens proposed per round; at most the unroll length counts.
-        """
-        index = min(proposals, len(self.rounds)) - 1
-        return 1.0 + float(self.kept[index] / self.rounds[index].clamp(min=1))
 
 
 @dataclass(frozen=True)
@@ -238,7 +190,7 @@ class Heads:
         self.grad_norm.add_(grad_norm)
         kernels.accumulate(self.grad_head, grad_logits.T, unit.mul_(decay))
 
-    def step_sums(self) -> StepSums:
+    def step_sums(self) -> Counts:
         """The sums per step, on the device."""
         plan = self._plan
         exists = plan.teacher_of >= 0  # [steps, N]
@@ -247,7 +199,7 @@ class Heads:
         agreed = agrees.cummin(0).values
         before = torch.cat((torch.ones_like(agrees[:1]), agreed[:-1])) & exists
         chains = torch.stack((exists, before, before & agrees)).sum(-1, dtype=torch.float64)
-        return StepSums.from_tensor(torch.cat((self.sums, chains, torch.stack(decode_rounds(plan, agreed.sum(0))))))
+        return Counts.from_tensor(torch.cat((self.sums, chains, torch.stack(decode_rounds(plan, agreed.sum(0))))))
 
 
 def _rejection_gradient(p: Tensor, q: Tensor, out: Tensor) -> Tensor:
@@ -255,33 +207,3 @@ def _rejection_gradient(p: Tensor, q: Tensor, out: Tensor) -> Tensor:
     lower = q < p
     share = torch.mul(q, lower, out=out).sum(-1, keepdim=True)
     return torch.where(lower, share - 1.0, share, out=out).mul_(q)
-
-
-def decode_rounds(plan: Any, agreed: Tensor) -> tuple[Tensor, Tensor]:
-    """Walks through every reply as decoding would, for 1, 2, ... proposals per round.
-
-    A round at a row keeps as many proposals as agree there and goes on behind the token after them. The walk is done
-    for all rows at once by doubling: after n rounds of it, each row knows the sums of its next 2^n rounds.
-
-    Args:
-        plan: with reply_rows, reply_ends, reply_starts, longest_reply and steps, as `Plan` has them.
-        agreed: leading steps of each row that agree, int64 [N].
-
-    Returns:
-        Rounds and kept proposals, float64 [steps] each.
-    """
-    count, steps = len(plan.reply_rows), plan.steps
-    limit = torch.arange(1, steps + 1, device=agreed.device).unsqueeze(1)
-    kept = torch.zeros(steps, count + 1, dtype=torch.int64, device=agreed.device)  # the last entry is the end
-    kept[:, :count] = agreed[plan.reply_rows].clamp(max=limit)
-    rounds = torch.ones_like(kept)
-    rounds[:, count] = 0
-    following = torch.arange(count + 1, device=agreed.device) + kept + 1
-    ends = torch.cat((plan.reply_ends, plan.reply_ends.new_zeros(1)))
-    following = torch.where(following < ends, following, count)
-    for _ in range(math.ceil(math.log2(plan.longest_reply + 1))):
-        rounds = rounds + rounds.gather(1, following)
-        kept = kept + kept.gather(1, following)
-        following = following.gather(1, following)
-    begin = plan.reply_starts
-    return rounds[:, begin].sum(1, dtype=torch.float64), kept[:, begin].sum(1, dtype=torch.float64)

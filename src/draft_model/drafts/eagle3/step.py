@@ -10,11 +10,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from draft_model.drafts.batch import Batch
-from draft_model.drafts.eagle3.attention import choose_backend
+from draft_model.drafts.counts import Counts
 from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.drafts.eagle3.objective import Heads, StepSums, Teacher
+from draft_model.drafts.eagle3.objective import Heads, Teacher
 from draft_model.drafts.eagle3.plan import Plan, plan_unroll
 from draft_model.drafts.eagle3.unroll import Unroll
+from draft_model.drafts.kernels import choose_backend
 from draft_model.drafts.rotary import Rotary
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Objective:
         self.draft_ids = torch.full((draft.config.vocab_size,), -1, device=target.device)
         self.draft_ids[self.target_ids] = torch.arange(len(self.target_ids), device=target.device)
 
-    def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, StepSums]:
+    def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, Counts]:
         """The loss summed over supervised positions and steps, to be divided by the global count of the former.
 
         Its backward adds to the parameters' `.grad`. Nothing here waits for the GPU.
@@ -64,14 +65,14 @@ class Objective:
             A float32 scalar and the sums per step, both on the device.
         """
         plan = plan_unroll(batch, self.steps)
-        outcome: list[StepSums] = []
+        outcome: list[Counts] = []
         packed = states[0] if len(states) == 1 else torch.cat(states)  # [T, 4H]
         loss: Tensor = _Loss.apply(self, plan, outcome, packed, *self.draft.parameters())  # type: ignore[no-untyped-call]
         return loss, outcome[0]
 
-    def no_counts(self) -> StepSums:
+    def no_counts(self) -> Counts:
         """Sums over no position, on the device."""
-        return StepSums.zeros(self.steps, self.target.device)
+        return Counts.zeros(self.steps, self.target.device)
 
     def teacher(self, final: Tensor, plan: Plan) -> Teacher:
         """The target's side of a batch, from its final hidden states [T, H]."""
@@ -89,7 +90,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, objective: Objective, plan: Plan, outcome: list[StepSums], packed: Tensor, *parameters: Tensor
+        ctx: Any, objective: Objective, plan: Plan, outcome: list[Counts], packed: Tensor, *parameters: Tensor
     ) -> Tensor:
         learn = any(ctx.needs_input_grad)
         ctx.objective, ctx.learnt, ctx.shape = objective, None, packed.shape

@@ -1,0 +1,96 @@
+"""Folders of drafts as vLLM and SGLang load them, and the layers' settings as speculators nests them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draft_model.drafts.base import WEIGHTS, Shape, load_weights
+from draft_model.errors import DraftModelError
+
+LAYER = "transformer_layer_config"
+"""Where speculators keeps the settings of the layers."""
+
+
+def save_draft(folder: Path, draft: Any, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes a draft for serving.
+
+    One that knows the whole vocabulary is saved without t2d and d2t, which is how engines recognise it.
+
+    Args:
+        folder: made if missing.
+        draft: the draft, float32.
+        dtype: type of the saved weights; t2d stays bool and d2t int64.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = draft.config.draft_vocab_size == draft.config.vocab_size
+    tensors = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous().cpu()
+        for name, tensor in draft.state_dict().items()
+        if not (whole and name in ("t2d", "d2t"))
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps(draft.config.to_json(), indent=2, sort_keys=True)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_draft(shape: Callable[[Mapping[str, Any]], Any], create: Callable[..., Any], title: str, folder: Path) -> Any:
+    """Reads what `save_draft` wrote, into float32.
+
+    Args:
+        shape: (config.json) -> Shape.
+        create: (Shape, t2d, d2t) -> Draft.
+        title: of the family, for errors.
+        folder: with config.json and model.safetensors.
+
+    Raises:
+        DraftModelError: when a file is missing, or the tensors are not those of the configuration.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        config = shape(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DraftModelError(f"{folder} holds no {title} draft that this version can read: {error}") from error
+    draft = create(config, *vocabulary_of(tensors, config))
+    load_weights(draft, tensors, str(folder))
+    return draft
+
+
+def vocabulary_of(tensors: Mapping[str, Tensor], config: Shape) -> tuple[Tensor, Tensor]:
+    """The vocabulary of a checkpoint, t2d bool [V] and d2t int64 [D]; all tokens where it holds none."""
+    if "d2t" in tensors:
+        return tensors["t2d"], tensors["d2t"]
+    return torch.ones(config.vocab_size, dtype=torch.bool), torch.zeros(config.vocab_size, dtype=torch.int64)
+
+
+def speculators_layer(config: Mapping[str, Any], keys: Iterable[str], model_type: str) -> dict[str, Any]:
+    """The layers' settings of a speculators configuration; it leaves out what equals the default of its class."""
+    from transformers import AutoConfig
+
+    given = dict(config[LAYER])
+    layer = AutoConfig.for_model(given.pop("model_type", model_type), **given).to_dict()
+    return {key: layer[key] for key in keys if key in layer}
+
+
+def speculators_config(name: str, target: Mapping[str, Any]) -> dict[str, Any]:
+    """What every configuration of speculators 0.9 says of the method and the target."""
+    method = {"proposal_type": "greedy", "speculative_tokens": target["proposals"]}
+    return {
+        "speculators_model_type": name,
+        "speculators_version": "0.9.0",
+        "speculators_config": {
+            "algorithm": name,
+            "default_proposal_method": "greedy",
+            "proposal_methods": [method],
+            "verifier": {"name_or_path": target["name"], "architectures": target["architectures"]},
+        },
+    }

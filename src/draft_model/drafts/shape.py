@@ -1,0 +1,236 @@
+"""Sizes and rotary settings of a draft's layers: the target's, changed by the user's or a checkpoint's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from draft_model.drafts.base import Shape
+from draft_model.errors import DraftModelError
+
+USER = "draft_model_config"
+DEFAULT_DRAFT_VOCAB_SIZE = 32_000
+# What changes nothing in the layer that engines load.
+_NEUTRAL = {"partial_rotary_factor": 1, "logit_scale": 1}
+# What engines and trainers write and no engine's Llama layer reads.
+_IGNORED = {
+    "_name_or_path", "attention_dropout", "auto_map", "bos_token_id", "decoder_sparse_step", "dtype", "eagle_config",
+    "embd_pdrop", "eos_token_id", "initializer_range", "max_window_layers",
+    "mlp_only_layers", "moe_intermediate_size", "n_routed_experts", "norm_topk_prob", "num_aux_hidden_states",
+    "num_experts", "num_experts_per_tok", "num_local_experts", "original_max_position_embeddings",
+    "output_router_logits", "pad_token_id", "pretraining_tp", "resid_pdrop", "rope_scaling", "rope_theta",
+    "router_aux_loss_coef", "shared_expert_intermediate_size", "sliding_window", "torch_dtype",
+    "transformers_version", "use_cache",
+}  # fmt: skip
+_SIZES = (
+    "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "draft_vocab_size",
+    "max_position_embeddings",
+)  # fmt: skip
+_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+# The draft is trained with its own rotary embedding, so it can do without what engines' Llama layer has no code for:
+# sections for images, and Gemma's rotation of a part of the head.
+_ROPE_ALIASES = {"su": "longrope", "mrope": "default", "proportional": "default"}
+_ROPE_OF_TARGETS = ("mrope_section", "mrope_interleaved", "partial_rotary_factor", "type")
+_FACTOR_LISTS = ("short_factor", "long_factor")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShape(Shape):
+    """The shape of a draft's decoder layers.
+
+    Attributes:
+        intermediate_size: of the SwiGLU.
+        num_attention_heads: query heads.
+        num_key_value_heads: key and value heads; divides num_attention_heads.
+        head_dim: size of a head; need not be H / heads.
+        rms_norm_eps: of every norm.
+        rope_parameters: as transformers 5 writes them (`rope_type`, `rope_theta`, ...), over whole heads.
+        target_model_type: the target's family; it decides how SGLang counts layers.
+    """
+
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_parameters: dict[str, Any]
+    target_model_type: str
+
+    def layer_json(self) -> dict[str, Any]:
+        """These settings in config.json, the rotary ones also as transformers 4 named them."""
+        config = {field.name: getattr(self, field.name) for field in fields(LayerShape) if field.name != "aux_layers"}
+        config["rope_theta"] = self.rope_parameters["rope_theta"]
+        if self.rope_parameters.get("rope_type", "default") != "default":
+            config["rope_scaling"] = {key: value for key, value in self.rope_parameters.items() if key != "rope_theta"}
+        return config
+
+
+def _rope_parameters(text: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
+    """A configuration's rotary settings in today's style, for whole heads and for the engines' Llama layer.
+
+    Raises:
+        DraftModelError: for a rope type that is not known.
+    """
+    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    if rope and all(isinstance(value, Mapping | None) for value in rope.values()):  # one set for each kind of layer
+        rope = dict(rope.get("full_attention") or next(filter(None, rope.values()), {}))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope["rope_type"] = _ROPE_ALIASES.get(kind, kind)
+    if kind not in _ROPE_TYPES:
+        raise DraftModelError(f"the rope_type {kind!r} is not known; allowed: {', '.join(_ROPE_TYPES)}")
+    if rope.get("rope_theta") is None:
+        rope["rope_theta"] = text.get("rope_theta") or 10_000.0
+    if kind == "longrope":  # Phi's configuration keeps it outside
+        rope.setdefault("original_max_position_embeddings", text.get("original_max_position_embeddings"))
+        rope |= {name: _resample(rope[name], head_dim // 2) for name in _FACTOR_LISTS if name in rope}
+    return {key: value for key, value in rope.items() if value is not None and key not in _ROPE_OF_TARGETS}
+
+
+def _resample(factors: list[float], size: int) -> list[float]:
+    """A factor for each frequency of a whole head, from those of a target that rotates only a part of each head."""
+    if len(factors) == size or size < 2 or len(factors) < 2:
+        return list(factors)
+    last = len(factors) - 1
+    places = [index * last / (size - 1) for index in range(size)]
+    lower = [min(int(place), last - 1) for place in places]
+    return [
+        factors[low] + (place - low) * (factors[low + 1] - factors[low])
+        for place, low in zip(places, lower, strict=True)
+    ]
+
+
+def target_layers(target: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a `LayerShape` whose layers are like the target's, all but its features.
+
+    Args:
+        target: the target's config.json; of a multi-modal one, its text_config is taken.
+
+    Raises:
+        DraftModelError: when the target is no decoder of the known structure; names what is missing.
+    """
+    text: Mapping[str, Any] = target.get("text_config") or target
+    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    if missing := [key for key in needed if not isinstance(text.get(key), int)]:
+        raise DraftModelError(
+            f"the target model (model_type {target.get('model_type')!r}) cannot be used: its config.json has no "
+            f"{', '.join(missing)}; allowed: a decoder-only text-generation model of Llama's structure"
+        )
+    heads = text["num_attention_heads"]
+    head_dim = text.get("head_dim") or text["hidden_size"] // heads
+    try:
+        rope = _rope_parameters(text, head_dim)
+    except DraftModelError as error:
+        raise DraftModelError(f"the target model (model_type {text.get('model_type')!r}): {error}") from None
+    return {
+        "hidden_size": text["hidden_size"],
+        "intermediate_size": text["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": text.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": text.get("rms_norm_eps") or 1e-6,
+        "vocab_size": text["vocab_size"],
+        "draft_vocab_size": min(DEFAULT_DRAFT_VOCAB_SIZE, text["vocab_size"]),
+        "max_position_embeddings": text.get("max_position_embeddings") or 2048,
+        "rope_parameters": rope,
+        "target_model_type": str(text.get("model_type", "")),
+    }
+
+
+def layer_values(default: LayerShape, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration without `layer_problems` makes of the default's fields.
+
+    Args:
+        default: of the target.
+        given: its settings; what is null counts as not given, except that `rope_scaling: null` means none.
+    """
+    values = {key: given[key] for key in (*_SIZES, "rms_norm_eps") if given.get(key) is not None}
+    theta = given.get("rope_theta") or default.rope_parameters["rope_theta"]
+    rope = {**default.rope_parameters, "rope_theta": theta}
+    if given.get("rope_parameters") is not None:
+        rope = {"rope_theta": theta, **given["rope_parameters"]}
+    elif "rope_scaling" in given:
+        rope = {"rope_theta": theta, **(given["rope_scaling"] or {})}
+    original = {"original_max_position_embeddings": given.get("original_max_position_embeddings")}
+    values["rope_parameters"] = _rope_parameters(
+        {"rope_parameters": rope, **original}, values.get("head_dim", default.head_dim)
+    )
+    return values
+
+
+def layer_problems(
+    default: LayerShape, given: Mapping[str, Any], fixed: Mapping[str, Any], own: Iterable[str], foreign: bool
+) -> list[str]:
+    """What in a configuration no draft of this target can have.
+
+    Args:
+        default: of the target.
+        given: its settings, without nulls.
+        fixed: settings with one possible value.
+        own: names of the family's other settings, which are not looked at.
+        foreign: whether it is a checkpoint's, whose settings that no engine reads are ignored.
+    """
+    fixed = _NEUTRAL | fixed
+    problems = [
+        f"`{key}` is {value!r}; allowed: {fixed[key]!r}"
+        for key, value in given.items()
+        if key in fixed and value != fixed[key]
+    ]
+    target = {"hidden_size": default.hidden_size, "target_hidden_size": default.hidden_size}
+    problems += [
+        f"`{key}` is {given[key]!r}; the target has {value}"
+        for key, value in (target | {"vocab_size": default.vocab_size}).items()
+        if given.get(key, value) != value
+    ]
+    problems += _size_problems(default, given) + _rope_problems(given)
+    known = {field.name for field in fields(LayerShape)} - {"aux_layers"} | target.keys() | fixed.keys()
+    # What is switched off changes nothing: `use_sliding_window: false` stands in many published drafts.
+    unknown = sorted(key for key in given.keys() - known - _IGNORED - set(own) if given[key] is not False)
+    if foreign:  # its tensors are ours to the last name, and engines read no other settings than the ones checked
+        unknown = [key for key in unknown if key.startswith(("use_sliding", "norm_", "fc_norm", "quant"))]
+    return problems + [f"`{key}` is not a setting of the draft" for key in unknown]
+
+
+def _size_problems(default: LayerShape, given: Mapping[str, Any]) -> list[str]:
+    bad = [key for key in _SIZES if key in given and (type(given[key]) is not int or given[key] < 1)]
+    problems = [f"`{key}` is {given[key]!r}; allowed: a whole number >= 1" for key in bad]
+    if not {"num_attention_heads", "num_key_value_heads"} & set(bad):
+        heads, kv_heads = (
+            given.get(key, getattr(default, key)) for key in ("num_attention_heads", "num_key_value_heads")
+        )
+        if heads % kv_heads:
+            problems.append(f"`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}")
+        if "num_attention_heads" in given and default.hidden_size % heads:
+            problems.append(
+                f"`num_attention_heads` is {heads}; engines load a Llama configuration, whose hidden size "
+                f"(the target's, {default.hidden_size}) is a multiple of it"
+            )
+    if "head_dim" not in bad and given.get("head_dim", 2) % 2:
+        problems.append(f"`head_dim` is {given['head_dim']}; rotary embedding needs an even one")
+    if "draft_vocab_size" not in bad and given.get("draft_vocab_size", 1) > default.vocab_size:
+        problems.append(
+            f"`draft_vocab_size` is {given['draft_vocab_size']}; the target's vocabulary has {default.vocab_size}"
+        )
+    eps = given.get("rms_norm_eps", default.rms_norm_eps)
+    if type(eps) not in (int, float) or not eps > 0:
+        problems.append(f"`rms_norm_eps` is {eps!r}; allowed: a number > 0")
+    return problems
+
+
+def _rope_problems(given: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = given.get(key, {})
+        if not isinstance(rope, Mapping):
+            problems.append(f"`{key}` is {rope!r}; allowed: a JSON object")
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in _ROPE_TYPES and kind not in _ROPE_ALIASES:
+            problems.append(f"`{key}` has the rope_type {kind!r}; allowed: {', '.join(_ROPE_TYPES)}")
+        if (part := rope.get("partial_rotary_factor", 1)) != 1:
+            problems.append(f"`{key}` has the partial_rotary_factor {part!r}; the draft rotates whole heads")
+    if not problems and "rope_theta" in given:
+        theta = given.get("rope_parameters", {}).get("rope_theta", given["rope_theta"])
+        if theta != given["rope_theta"]:
+            problems.append(f"`rope_theta` is {given['rope_theta']!r}, but `rope_parameters` says {theta!r}: give one")
+    return problems
