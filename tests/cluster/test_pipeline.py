@@ -51,9 +51,6 @@ def values(tmp_path_factory, object_store):
         "eval_interval": 30,
         "evaluation_conversations": 2,
         "evaluation_max_new_tokens": 4,
-        "regenerate_answers": "train",
-        "regenerate_temperature": 0,
-        "regenerate_max_new_tokens": 8,
         **WORLD,
     }
 
@@ -92,11 +89,10 @@ def test_every_stage_is_a_job_of_the_cluster_and_the_training_survives_a_machine
     assert json.loads((final / "evaluation.json").read_text())["lossless"]["identical"]
     assert Cluster(server.api, NAMESPACE).objects(PYTORCHJOB) == []
     beside = {name.rpartition("/")[2]: storage.join(root, name) for name in storage.list_files(root)}
-    for stage, nodes in {"import": 1, "regenerate": 2, "dataset": 1, "evaluate": 1}.items():
+    for stage in ("import", "dataset", "evaluate"):
         assert json.loads(storage.read_bytes(beside[f"{stage}_job.json"]))["state"] == "SUCCEEDED"
-        pods = [name for name in operator.started if f"-{stage}-a0-" in name]
-        assert len(pods) == nodes
-        assert {f"{pod}.log" for pod in pods} <= beside.keys()
+        (pod,) = (name for name in operator.started if f"-{stage}-a0-" in name)
+        assert f"{pod}.log" in beside
 
     first, second = (attempt["name"] for attempt in record["attempts"])
     log = storage.read_bytes(f"{output}/logs/{second}/{second}-master-0.log").decode()
