@@ -170,7 +170,7 @@ def layer_problems(
         own: names of the family's other settings, which are not looked at.
         foreign: whether it is a checkpoint's, whose settings that no engine reads are ignored.
     """
-    fixed = _NEUTRAL | fixed
+    fixed = {**_NEUTRAL, **fixed}
     problems = [
         f"`{key}` is {value!r}; allowed: {fixed[key]!r}"
         for key, value in given.items()

@@ -218,7 +218,8 @@ class _Heads(torch.autograd.Function):
                     grads[1][block, number] = dz @ weight  # type: ignore[index,operator]
                     grad_weight.add_(dz.T @ e)
         ctx.save_for_backward(*grads, grad_weight)
-        return (teaching.losses * teaching.weights).sum(dtype=torch.float64).float()
+        total: Tensor = (teaching.losses * teaching.weights).sum(dtype=torch.float64).float()
+        return total
 
     @staticmethod
     @once_differentiable
