@@ -47,6 +47,17 @@ def test_a_process_whose_parent_was_gone_before_it_could_ask_ends_too():
     assert done.stdout.endswith("\nstopped\n")
 
 
+def test_an_orphan_that_waits_for_what_is_gone_is_killed():
+    code = (
+        "import signal\nfrom draft_model import processes\nprocesses.ORPHAN_SECONDS = 0.2\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprocesses.end_with_root()\nwhile True: signal.pause()"
+    )
+    with subprocess.Popen(["true"]) as parent:
+        pass
+    environment = {**os.environ, ROOT: str(parent.pid)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == -signal.SIGKILL
+
+
 LOCAL_RUN = """
 import subprocess
 from draft_model.entrypoint import raise_on_sigterm
