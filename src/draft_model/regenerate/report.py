@@ -69,8 +69,8 @@ class Tally:
         if len(self.samples) < _SAMPLES:
             turns, shown = {turn.message: turn for turn in outcome.turns}, []
             for index, message in enumerate(outcome.record["conversations"]):
-                turn = turns.get(index)
-                before, after = (turn.before, turn.after) if turn else ("", message["content"] or "")
+                own = turns.get(index)
+                before, after = (own.before, own.after) if own else ("", message["content"] or "")
                 shown.append({"role": message["role"], "before": before[:_SHOWN], "after": after[:_SHOWN]})
             self.samples.append(shown)
 
