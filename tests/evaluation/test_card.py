@@ -67,9 +67,9 @@ def test_the_card_says_the_measured_numbers(card, training, evaluation, dataset)
 def test_the_card_says_what_was_trained_on_and_whose_the_answers_are(card, training, evaluation, dataset):
     (row,) = re.findall(r"\| Conversations \| .*", card(training, evaluation, dataset))
     assert row.endswith(" of examples/smollm2/train.jsonl.gz |")
-    training["parameters"]["regenerate_answers"] = "train"
+    training["parameters"] |= {"regenerate_answers": "train", "dataset_train_split": "https://me:secret@host/a.jsonl"}
     (row,) = re.findall(r"\| Conversations \| .*", card(training, evaluation, dataset))
-    assert row.endswith(" of examples/smollm2/train.jsonl.gz, with the target's own answers |")
+    assert row.endswith(" of https://host/a.jsonl, with the target's own answers |")
 
 
 def test_the_card_serves_with_both_engines(card, training, evaluation, dataset):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draft_model.drafts import family_of
+from draft_model.errors import without_credentials
 
 if TYPE_CHECKING:
     from draft_model.drafts.base import Family
@@ -120,6 +121,7 @@ def render(template: str, **content: Any) -> str:
         "percent": partial(_number, digits=1, kind="%"),
         "compact": lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
         "md": plain,
+        "uri": lambda uri: plain(without_credentials(uri)),
     }
     return environment.get_template(template).render(**content)
 
