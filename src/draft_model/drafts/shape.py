@@ -12,7 +12,7 @@ from draft_model.errors import DraftModelError
 USER = "draft_model_config"
 DEFAULT_DRAFT_VOCAB_SIZE = 32_000
 # What changes nothing in the layer that engines load.
-_NEUTRAL = {"partial_rotary_factor": 1, "logit_scale": 1}
+_NEUTRAL: dict[str, Any] = {"partial_rotary_factor": 1, "logit_scale": 1}
 # What engines and trainers write and no engine's Llama layer reads.
 _IGNORED = {
     "_name_or_path", "attention_dropout", "auto_map", "bos_token_id", "decoder_sparse_step", "dtype", "eagle_config",

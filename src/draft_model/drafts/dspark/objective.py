@@ -145,7 +145,7 @@ def dpace_weights(confidence: Tensor, learnt: Tensor, alpha: float) -> Tensor:
         learnt: which of them are supervised, a leading run of each block, bool [N, K].
         alpha: of the smoothing.
     """
-    kept = ((1.0 - alpha) * confidence + alpha).cumprod(1) * learnt
+    kept: Tensor = ((1.0 - alpha) * confidence + alpha).cumprod(1) * learnt
     return kept.flip(1).cumsum(1).flip(1)
 
 
