@@ -156,7 +156,9 @@ def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **setti
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         parts = (config, config.get_text_config())
-        quantisation = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), {})
+        quantisation: dict[str, Any] = next(
+            filter(None, (getattr(part, "quantization_config", None) for part in parts)), {}
+        )
         if fp8 := quantisation.get("quant_method") == "fp8":
             logger.info("the target's FP8 weights are dequantised to %s", str(dtype).removeprefix("torch."))
             quantisation["dequantize"] = True  # FineGrainedFP8Config as an argument would drop modules_to_not_convert
