@@ -314,6 +314,8 @@ SGLANG_FILES = {
     "qwen3_next": "qwen3_next.py", "gpt_oss": "gpt_oss.py", "deepseek_v2": "deepseek_v2.py", "glm4_moe": "glm4_moe.py",
     "deepseek_v3": "deepseek_v2.py", "glm4_moe_lite": "glm4_moe_lite.py", "gemma3_text": "gemma3_causal.py",
     "bailing_moe": "bailing_moe.py", "minimax_m2": "minimax_m2.py", "apertus": "apertus.py",
+    "deepseek_v32": "deepseek_v2.py", "glm_moe_dsa": "deepseek_v2.py", "kimi_k2": "deepseek_v2.py",
+    "gemma4_text": "gemma4_causal.py", "exaone_moe": "exaone_moe.py", "longcat_flash": "longcat_flash.py",
 }  # fmt: skip
 
 
