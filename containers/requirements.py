@@ -1,12 +1,14 @@
 """What one kind of image holds: the part of requirements.lock that its group in pyproject.toml comes to.
 
-    .venv/bin/python containers/requirements.py KIND cpu|cuda
+    .venv/bin/python containers/requirements.py KIND cpu|cuda [hashes]
 
-prints a requirements file. What a package needs is asked of the packages that are installed beside this Python.
+prints a requirements file; with `hashes` one of all but torch, with the hashes of the lock file. What a package needs is
+asked of the packages that are installed beside this Python.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import tomllib
 from importlib.metadata import requires
@@ -76,5 +78,13 @@ def requirements(kind: str, torch: str) -> list[str]:
     return list(lines.values())
 
 
+def with_hashes(lines: list[str]) -> list[str]:
+    """The lock file's entries of these requirements, without torch, which it does not have."""
+    entries = re.split(r"\n(?=\S)", (ROOT / "requirements.lock").read_text(encoding="utf-8"))
+    by_name = {canonicalize_name(entry.partition("==")[0]): entry.rstrip() for entry in entries}
+    return [by_name[name] for name in (line.partition("==")[0] for line in lines) if name != "torch"]
+
+
 if __name__ == "__main__":
-    print("\n".join(requirements(*sys.argv[1:3])))
+    found = requirements(*sys.argv[1:3])
+    print("\n".join(with_hashes(found) if sys.argv[3:] else found))
