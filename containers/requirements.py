@@ -2,8 +2,8 @@
 
     .venv/bin/python containers/requirements.py KIND cpu|cuda [hashes]
 
-prints a requirements file; with `hashes` one of all but torch, with the hashes of the lock file. What a package needs is
-asked of the packages that are installed beside this Python.
+prints a requirements file; with `hashes` one of all but torch, with the hashes of the lock file. What a package needs
+is asked of the packages that are installed beside this Python.
 """
 
 from __future__ import annotations
