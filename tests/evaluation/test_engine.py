@@ -32,7 +32,7 @@ JOB = Job("/target", "/draft", "eagle3", {"num_speculative_tokens": 3}, 3, PROMP
 def test_vllm_decodes_the_target_by_nothing_but_its_weights():
     found = vllm.arguments(replace(JOB, gpus=4))
     assert found["speculative_config"] == {"method": "eagle3", "model": "/draft", "num_speculative_tokens": 3}
-    assert (found["dtype"], found["tensor_parallel_size"], found["max_model_len"]) == ("auto", 4, 3 + 8 + 4)
+    assert (found["dtype"], found["tensor_parallel_size"], found["max_model_len"]) == ("auto", 4, 3 + 8 + 2 * 4)
     assert (found["generation_config"], found["trust_remote_code"]) == ("vllm", False)
     alone = vllm.arguments(replace(JOB, draft=""))
     assert (alone["speculative_config"], alone["dtype"], alone["tensor_parallel_size"]) == (None, "float32", 1)
