@@ -511,7 +511,8 @@ def test_in_a_pod_local_is_told_to_need_the_trainers_image(hub, run, pod):
 
 @pytest.mark.parametrize(
     ("answer", "told"),
-    [((200, {"kind": "NodeList", "items": [{}]}), ""), ((200, {"kind": "NodeList", "items": []}), "no node of this cluster has the labels {} now; unless an"),
+    [((200, {"kind": "NodeList", "items": [{}]}), ""),
+     ((200, {"kind": "NodeList", "items": []}), "no node of this cluster has the labels {} now; unless an"),
      ((403, {"message": "no"}), "whether a node has the labels {} cannot be seen with this service account's rights")],
 )  # fmt: skip
 def test_labels_that_no_node_may_have_are_a_note(hub, run, pod, monkeypatch, answer, told):
