@@ -16,9 +16,7 @@ QUEUES = Kind("kueue.x-k8s.io", "v1beta2", "localqueues", "LocalQueue")
 
 
 def look(queue="", **values):
-    return check_cluster(
-        Parameters(compute_draft_model_training="research", **values), Compute("1", "1Gi", queue=queue)
-    )
+    return check_cluster(Parameters(**values), {"train": Compute("1", "1Gi", queue=queue)})
 
 
 @pytest.mark.parametrize("backend", ["auto", "pytorchjob", "trainjob"])
@@ -85,7 +83,7 @@ def kueue(server):
 def test_a_queue_is_looked_for(as_coordinator, kueue, server, monkeypatch):
     assert look(queue="research") == ([], [])
     (found,), _ = look(queue="other")
-    assert found.startswith("compute_draft_model_training: research waits in the queue other, but namespace ")
+    assert found.startswith("compute_map: the jobs of train wait in the queue other, but namespace ")
     monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig_of("draft-model-worker")))
     _, (note,) = look(queue="research")
     assert "cannot be seen with this service account's rights" in note
