@@ -21,7 +21,7 @@ $(READY): requirements.lock requirements-torch.lock pyproject.toml
 	@$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $@
 
-demo: $(READY) ## Train a draft for a real model here, end to end, and measure it (about ten minutes)
+demo: $(READY) ## Train a draft for a real model here, end to end, and measure it (about a quarter of an hour)
 	@$(BIN)/python examples/smollm2/prepare_target.py demo/SmolLM2-135M-Instruct
 	@MLFLOW_TRACKING_URI=sqlite:///$(CURDIR)/demo/mlflow.db $(BIN)/draft-model run --params examples/smollm2/run.yaml --folder demo/run
 
