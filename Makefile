@@ -34,7 +34,7 @@ test-cluster: $(READY) ## Run the tests that need a Kubernetes API server (KUBEB
 	@$(BIN)/python -m pytest tests/cluster
 
 test-kfp: $(READY) ## Run the pipeline on a real KFP (KFP_ENDPOINT, KFP_STORE, DRAFT_MODEL_IMAGES: docs/testing.md)
-	@$(BIN)/python -m pytest tests/kfp_server
+	@$(BIN)/python -m pytest -o log_cli=true -o log_cli_level=INFO tests/kfp_server
 
 lint: $(READY) ## Check style and types
 	@$(BIN)/ruff check .
