@@ -298,7 +298,6 @@ def test_a_draft_that_does_not_fit_its_target_stops_the_run(run, tmp_path):
 
 def test_a_default_instance_type_binds_no_pod_where_nothing_says_that_the_cluster_has_it(hub, run, monkeypatch):
     monkeypatch.setattr(preflight, "check_cluster", lambda *_: ([], []))
-    monkeypatch.setattr(preflight, "check_nodes", lambda *_: [])
     jobs = {"training_backend": "pytorchjob", "compute_draft_model_training": "cpu-pool", "max_length": 1024}
     found = run(**jobs, compute_model_import="serverless")
     assert found.nodes["import"].node_selector == {}
@@ -313,7 +312,6 @@ def test_a_target_that_the_evaluations_gpus_cannot_hold_stops_the_run_before_its
     hub, run, monkeypatch, tmp_path
 ):
     monkeypatch.setattr(preflight, "check_cluster", lambda *_: ([], []))
-    monkeypatch.setattr(preflight, "check_nodes", lambda *_: [])
     config = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
               "num_hidden_layers": 80, "vocab_size": 128256}  # fmt: skip
     put(str(tmp_path), "model/config.json", content=json.dumps(config).encode())

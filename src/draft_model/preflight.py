@@ -22,7 +22,7 @@ from draft_model.dataset.files import find
 from draft_model.errors import DraftModelError, Problem, named_parameters
 from draft_model.evaluation import prompts
 from draft_model.jobs.compute import misfit, weights_of
-from draft_model.jobs.context import check_cluster, check_nodes, nodes_of, on_cluster, wants_cluster
+from draft_model.jobs.context import check_cluster, nodes_of, on_cluster, wants_cluster
 from draft_model.kubeflow import own_server_too_old
 from draft_model.markdown import bullets, table
 from draft_model.parameters import PARAMETERS, STAGES, Parameters, Stage
@@ -284,7 +284,7 @@ def _inspect_cluster(parameters: Parameters, report: Report) -> None:
     if wants_cluster(parameters):
         problems, notes = check_cluster(parameters, report.nodes)
         report.problems.extend(problems)
-        report.notes.extend([*notes, *check_nodes(report.nodes)])
+        report.notes.extend(notes)
 
 
 def _read_data(name: str, uri: str) -> None:

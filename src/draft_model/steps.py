@@ -207,12 +207,12 @@ def clean_up(
         status: KFP's PipelineTaskFinalStatus of all steps together, in the words of MLMD (a server's) or of kfp.local.
         summary: the page that says so.
     """
-    from draft_model import jobs
+    from draft_model.jobs.cleanup import clean_up
 
     with step("clean-up"):
         root, in_run, _ = summary.uri.partition(f"/{run_id}/")
         own = f"{storage_uri.rstrip('/')}/output_model_path" if storage_uri else f"{root}/{run_id}" if in_run else ""
-        lines = jobs.clean_up(
+        lines = clean_up(
             run_id, training_backend, state=status.state or "", message=status.error_message or "",
             checkpoint_path=checkpoint_path, root=own,
         )  # fmt: skip
@@ -248,13 +248,11 @@ def _perform(
         nodes = p.num_nodes_draft_model_training if stage == "regenerate" else 1
         return jobs.run_stage(stage, p, {name: uri for name, uri in uris.items() if uri}, beside, run_id, work, nodes)
     if importlib.util.find_spec("transformers") is None:
-        why, use = "training_backend: given 'local'", "pytorchjob or trainjob"
+        from draft_model.jobs.local import coordinates_only
+
         if here:
-            why, use = f"{here[0]}: given {getattr(p, here[0])!r}, which no job's pod sees", "a URI"
-        raise DraftModelError(
-            f"{why}, but the image of this step only coordinates: use {use}, or compile the pipeline with `--image` "
-            "naming the trainer's image for all steps"
-        )
+            raise coordinates_only(f"{here[0]}: given {getattr(p, here[0])!r}, which no job's pod sees", "a URI")
+        raise coordinates_only("training_backend: given 'local'", "pytorchjob or trainjob")
     return {"run_id": run_id, **_RUNS[stage](p, work, **uris)}
 
 

@@ -220,15 +220,15 @@ def test_an_evicted_step_leaves_its_job_and_a_terminated_one_does_not(begin, ser
 
 
 def test_a_run_that_was_killed_is_cleaned_up_by_the_pipelines_exit_task(begin, jobs_there, coordinator, monkeypatch):
-    from draft_model import jobs
+    from draft_model.jobs import cleanup
 
     run = begin()
     run.says("RUNNING")
     run.process.kill()
     monkeypatch.setenv("KUBECONFIG", str(coordinator))
-    assert "no job was left" in jobs.clean_up("of-another-run", "pytorchjob", state="RUNNING")
+    assert "no job was left" in cleanup.clean_up("of-another-run", "pytorchjob", state="RUNNING")
     assert jobs_there(run) == [run.job]
-    told = jobs.clean_up(run.run_id, "pytorchjob", state="RUNNING")
+    told = cleanup.clean_up(run.run_id, "pytorchjob", state="RUNNING")
     assert f"a step left pytorchjobs/{run.job}: deleted" in told
     assert jobs_there(run) == []
 

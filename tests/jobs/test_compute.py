@@ -38,17 +38,15 @@ def test_a_default_type_that_nobody_chose_pins_no_node():
     assert chosen.node_selector == {"node.kubernetes.io/instance-type": "p3.8xlarge"}
 
 
-@pytest.mark.parametrize("name", ["STANDARD_ND96ISR_H100_V5", "p5.48xlarge", "A3-HighGPU-8g"])
-def test_three_clouds_and_any_case(name):
-    node = train(instance_type_draft_model_training=name, number_of_gpu_to_use_draft_model_training=8)
-    assert node.gpus == 8
-
-
-def test_fewer_gpus_get_their_share_of_the_node():
-    whole = train(instance_type_draft_model_training="p5.48xlarge", number_of_gpu_to_use_draft_model_training=8)
-    half = train(instance_type_draft_model_training="p5.48xlarge", number_of_gpu_to_use_draft_model_training=4)
-    assert int(whole.cpus[:-1]) == 2 * int(half.cpus[:-1])
-    assert abs(int(whole.memory[:-2]) - 2 * int(half.memory[:-2])) <= 1
+def test_a_node_of_any_cloud_in_any_case_gives_its_gpus_share():
+    for name in ("STANDARD_ND96ISR_H100_V5", "p5.48xlarge", "A3-HighGPU-8g"):
+        whole, half = (
+            train(instance_type_draft_model_training=name, number_of_gpu_to_use_draft_model_training=count)
+            for count in (8, 4)
+        )
+        assert (whole.gpus, half.gpus) == (8, 4)
+        assert int(whole.cpus[:-1]) == 2 * int(half.cpus[:-1])
+        assert abs(int(whole.memory[:-2]) - 2 * int(half.memory[:-2])) <= 1
 
 
 def test_a_cpu_pool_takes_any_number_of_processes():

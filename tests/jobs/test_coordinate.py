@@ -14,12 +14,14 @@ from kubernetes import client
 from draft_model import jobs, storage
 from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.jobs import cleanup, context, coordinate, follow, local
-from draft_model.jobs.backends import Backend, _difference
+from draft_model.jobs.backends import Backend, _difference, check
 from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
+from draft_model.jobs.compute import Compute
 from draft_model.jobs.coordinate import Coordinator
 from draft_model.jobs.spec import PYTORCHJOB, RUNTIME, TRAINJOB, pytorchjob
 from draft_model.parameters import STAGES, Parameters
 from draft_model.training import TrainConfig
+from draft_model.training.config import list_checkpoints
 from jobs.fake import Clock, FakeCluster, pod, status
 from jobs.requests import GOLDEN, OWNER, RUN
 
@@ -40,8 +42,8 @@ ENDS = [
 @pytest.fixture
 def coordinate_(tmp_path, monkeypatch):
     """Coordinates a job through scripted looks; gives the cluster, and lets the test change the rest."""
-    for name in ("POLL_SECONDS", "POLL_ALONE_SECONDS"):
-        monkeypatch.setattr(follow, name, 0.0)
+    for name in ("POLL_SECONDS", "POLL_ALONE_SECONDS", "LOG_SECONDS"):
+        monkeypatch.setattr(follow, name, 0.001)
     monkeypatch.setattr(coordinate, "AGAIN_SECONDS", 0.0)
     cluster = FakeCluster(clock=Clock())
 
@@ -62,6 +64,26 @@ def test_success_is_the_output_and_is_not_repeated(coordinate_):
     lacks = iter([["no manifest"]])
     with pytest.raises(DraftModelError, match="ended with success, but without its output: no manifest"):
         coordinate_(RUNNING, DONE, check=lambda: next(lacks), config="another job")
+
+
+def test_a_retry_of_a_failed_run_goes_on_from_what_the_run_has_written(coordinate_, tmp_path, monkeypatch):
+    """KFP's Retry starts the step again as a first attempt; a command is a new run each time."""
+    seen = []
+
+    def prepare(*, again):
+        seen.append(again)
+
+    with pytest.raises(DraftModelError, match="quota"):
+        coordinate_(status("Failed", "quota"), prepare=prepare)
+    assert coordinate_(RUNNING, DONE, prepare=prepare)["state"] == "SUCCEEDED"
+    assert seen == [False, True]
+    monkeypatch.setattr(jobs, "run_job", lambda spec, run_id, work: spec.prepare(again=bool(seen)))
+    config = TrainConfig("m", "d", str(tmp_path / "out"), tmp_path / "work", Parameters(training_backend="pytorchjob"))
+    for run_id, left in ((RUN, ["epoch_1"]), ("", [])):
+        storage.write_bytes(f"{config.output}/checkpoints.json", b'["epoch_1"]')
+        storage.write_bytes(f"{config.output}/final/training.json", b'{"steps": 1, "acceptance_length": 1, "log": []}')
+        jobs.run(config, run_id)
+        assert list_checkpoints(config.checkpoints) == left
 
 
 @pytest.mark.parametrize(("workflow", "ended"), ENDS)
@@ -183,7 +205,7 @@ def clean(tmp_path, monkeypatch):
     monkeypatch.setattr(cleanup, "AWAY_SECONDS", 0.0)
 
     def run(state, message=""):
-        return jobs.clean_up(RUN, "pytorchjob", state=state, message=message, root=str(tmp_path))
+        return cleanup.clean_up(RUN, "pytorchjob", state=state, message=message, root=str(tmp_path))
 
     run.cluster, run.root = cluster, tmp_path
     return run
@@ -231,6 +253,15 @@ def test_jobs_of_all_stages_are_deleted_where_their_run_cannot_be_seen(clean, mo
     names = [f"draft-3f2c9a10{'' if stage == 'train' else f'-{stage}'}-a0" for stage in STAGES]
     assert deleted == [f"a step left pytorchjobs/{name}: deleted" for name in names]
     assert clean.cluster.there == {}
+
+
+@pytest.mark.parametrize(("workflow", "said"), [(ENDS[0][0], "the run was terminated"), (WORKFLOW, "a step was lost")])
+def test_a_run_without_jobs_is_seen_to_be_terminated_too(clean, monkeypatch, workflow, said):
+    clean.cluster.workflow = workflow
+    monkeypatch.setattr(cleanup, "on_cluster", lambda: True)
+    told = cleanup.clean_up(RUN, "local", state="RUNNING", root=str(clean.root))
+    assert told[0].startswith(said)
+    assert not any("job" in line for line in told)
 
 
 @pytest.mark.parametrize("error", [Unavailable("503"), Forbidden("list pytorchjobs")])
@@ -303,6 +334,24 @@ def test_the_pods_log_in_to_tracking_server_and_hub_by_reference(monkeypatch):
     assert json.dumps({"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": HUB}}) in text
     assert "written in the open" not in text
     assert '"key": "accesskey", "optional": true' in text
+
+
+def test_what_cannot_be_seen_of_the_nodes_or_is_not_there_now_is_noted(monkeypatch):
+    cluster = FakeCluster()
+    cluster.may = lambda *_: True
+    labelled = {"train": Compute("1", "1Gi", node_selector={"pool": "h100"}), "import": Compute("1", "1Gi")}
+    for found, said in (([], "no node of this cluster has the labels pool=h100 now"), (None, "cannot be seen")):
+
+        def has_node(labels, found=found):
+            if found is None:
+                raise Forbidden("list nodes")
+            return bool(found)
+
+        cluster.has_node = has_node
+        problems, (note,) = check(cluster, "pytorchjob", labelled)
+        assert problems == []
+        assert said in note
+        assert "the train job's pods cannot start, and the run ends after start_limit" in note
 
 
 def test_a_local_folder_is_refused_before_anything_is_created(tmp_path):

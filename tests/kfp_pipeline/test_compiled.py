@@ -13,13 +13,15 @@ import yaml
 from contract import CONTRACT
 from kfp import components
 
+from draft_model.cli import main
 from draft_model.errors import DraftModelError
 from draft_model.parameters import PARAMETERS
 from draft_model.tracking import RUN
-from kfp_pipeline.compile import COMPILED, MANIFEST, committed, compile_pipeline
-from kfp_pipeline.components.images import IMAGES, images_by_kind
+from kfp_pipeline.compile import COMPILED, MANIFEST, committed, compile_pipeline, version_name
+from kfp_pipeline.components.images import IMAGES, KINDS, images_by_kind
 
 ROOT = Path(__file__).parents[2]
+DIGEST = "registry.example/trainer@sha256:" + "0" * 64
 HANDLER = "exit-handler-1"
 STORE = {"endpoint": "AWS_ENDPOINT_URL", "region": "AWS_DEFAULT_REGION"}
 STORE_BY_NAME = (
@@ -31,6 +33,13 @@ ORDER = ["preflight", "import-model", "build-dataset", "train-draft-model", "eva
 @pytest.fixture(scope="module")
 def spec():
     return next(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def settings():
+    """What each step asks of Kubernetes."""
+    platform = list(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))[1]["platforms"]["kubernetes"]
+    return {step.removeprefix("exec-"): each for step, each in platform["deploymentSpec"]["executors"].items()}
 
 
 @pytest.fixture(scope="module")
@@ -221,50 +230,33 @@ def test_every_step_shows_something_in_the_ui(spec):
     assert shown["evaluate-draft-model"] == SHOWN
 
 
-def test_every_step_gets_the_object_stores_keys_by_reference_and_no_node_of_its_own(spec):
-    platform = list(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))[1]["platforms"]["kubernetes"]
-    settings = platform["deploymentSpec"]["executors"]
-    assert settings.keys() == spec["deploymentSpec"]["executors"].keys()
-    for step in settings.values():
-        secret, *others = step["secretAsEnv"]
-        assert secret["optional"]
-        assert secret["secretNameParameter"]["componentInputParameter"].endswith("object_store_secret")
-        assert {key["envVar"] for key in secret["keyToEnv"]} == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
-        # The run's id, by which its stages are found in MLflow.
-        assert step["fieldPathAsEnv"] == [{"name": RUN, "fieldPath": "metadata.labels['pipeline/runid']"}]
-        assert {name_of(other, "secretName") for other in others} <= {"draft-model-hub"}
-        store = step["configMapAsEnv"][0]
-        assert (name_of(store, "configMapName"), store["optional"]) == ("draft-model-object-store", True)
-        variables = {key["configMapKey"]: key["envVar"] for key in store["keyToEnv"]}
-        assert variables == {**STORE, **{name: name for name in STORE_BY_NAME}}
-        # A pod that no node fits waits for ever in KFP; those of the jobs end with the reason.
-        assert not {"nodeSelector", "tolerations", "nodeAffinity"} & step.keys()
-
-
 def name_of(reference, kind):
     return reference[f"{kind}Parameter"]["runtimeValue"]["constant"]
 
 
-def test_steps_that_look_into_the_hub_get_its_token_and_a_mirrors_place_by_reference_and_no_other_does():
-    settings = list(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))[1]["platforms"]["kubernetes"]
-    found = {}
-    for step, given in settings["deploymentSpec"]["executors"].items():
-        references = [*given["secretAsEnv"][1:], *given["configMapAsEnv"][1:]]
-        assert all(reference["optional"] for reference in references)
-        found[step.removeprefix("exec-")] = [key["envVar"] for each in references for key in each["keyToEnv"]]
-    asking = {"preflight", "import-model", "build-dataset", "evaluate-draft-model"}
-    assert found == {step: ["HF_TOKEN", "HF_ENDPOINT"] if step in asking else [] for step in found}
-
-
-def test_steps_manage_jobs_and_get_the_token_of_the_account_that_may():
-    settings = list(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))[1]["platforms"]["kubernetes"]
-    mounted = {
-        step.removeprefix("exec-"): (name_of(volume, "secretName"), volume["mountPath"], volume["optional"])
-        for step, given in settings["deploymentSpec"]["executors"].items()
-        for volume in given.get("secretAsVolume", ())
-    }
-    expected = ("draft-model-coordinator", "/var/run/secrets/draft-model/coordinator", True)
-    assert mounted == dict.fromkeys([*ORDER, "clean-up"], expected)
+def test_a_step_gets_keys_and_places_by_optional_reference_and_no_node_of_its_own(settings):
+    assert settings.keys() == {*ORDER, "clean-up"}
+    for step, given in settings.items():
+        keys, *hub_keys = given["secretAsEnv"]
+        store, *hub_places = given["configMapAsEnv"]
+        assert all(each["optional"] for each in (keys, store, *hub_keys, *hub_places))
+        assert keys["secretNameParameter"]["componentInputParameter"].endswith("object_store_secret")
+        assert {key["envVar"] for key in keys["keyToEnv"]} == {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+        variables = {key["configMapKey"]: key["envVar"] for key in store["keyToEnv"]}
+        assert name_of(store, "configMapName") == "draft-model-object-store"
+        assert variables == {**STORE, **{name: name for name in STORE_BY_NAME}}
+        # The Hub's token and a mirror's place, for those that look into the Hub.
+        asks = step not in ("train-draft-model", "clean-up")
+        assert {name_of(each, "secretName") for each in hub_keys} == ({"draft-model-hub"} if asks else set())
+        hub = [key["envVar"] for each in (*hub_keys, *hub_places) for key in each["keyToEnv"]]
+        assert hub == (["HF_TOKEN", "HF_ENDPOINT"] if asks else [])
+        # The token of the account that may manage jobs, and the run's id, by which its stages are found in MLflow.
+        (volume,) = given["secretAsVolume"]
+        assert (name_of(volume, "secretName"), volume["optional"]) == ("draft-model-coordinator", True)
+        assert volume["mountPath"] == "/var/run/secrets/draft-model/coordinator"
+        assert given["fieldPathAsEnv"] == [{"name": RUN, "fieldPath": "metadata.labels['pipeline/runid']"}]
+        # A pod that no node fits waits for ever in KFP; those of the jobs end with the reason.
+        assert not {"nodeSelector", "tolerations", "nodeAffinity"} & given.keys()
 
 
 def images(spec):
@@ -316,32 +308,39 @@ def test_kfp_loads_the_committed_file():
     assert loaded.component_spec.outputs.keys() == {"output_model_path"}
 
 
-def compiled(folder, *given):
-    program, output = Path(sysconfig.get_path("scripts")) / "draft-model", folder / "pipeline.yaml"
-    options = [f"--image={image}" for image in given]
-    subprocess.run([program, "compile", *options, "--output", output], check=True)
-    return next(yaml.safe_load_all(output.read_text()))
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """What `draft-model compile` writes for a cluster's own images: the IR's documents and the Kubernetes resources."""
+    program, folder = Path(sysconfig.get_path("scripts")) / "draft-model", tmp_path_factory.mktemp("compiled")
+    output, manifest = folder / "pipeline.yaml", folder / "resources/pipeline.yaml"
+    images = ["--image=registry.example/{kind}:1", f"--image=trainer={DIGEST}", "--image=engine=vllm:1"]
+    command = [program, "compile", *images, "--output", output, "--manifest", manifest]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [str(output), str(manifest)]
+    return [list(yaml.safe_load_all(file.read_text(encoding="utf-8"))) for file in (output, manifest)]
 
 
-def test_one_image_can_be_named_for_all_steps(tmp_path):
-    image = "registry.example/team/trainer@sha256:" + "0" * 64
-    assert set(images(compiled(tmp_path, image)).values()) == {image}
-
-
-def test_images_can_be_named_by_kind(tmp_path):
-    digest = "registry.example/trainer@sha256:" + "0" * 64
-    spec = compiled(tmp_path, "registry.example/{kind}:1", f"trainer={digest}")
+def test_a_clusters_images_are_named_by_kind(given):
+    (spec, _), _ = given
     assert set(images(spec).values()) == {f"registry.example/{kind}:1" for kind in ("dataset", "coordinator")}
-    jobs = images_of_jobs(spec)
-    assert jobs["import-model"]["DRAFT_MODEL_IMAGE"] == "registry.example/importer:1"
-    assert jobs["train-draft-model"]["DRAFT_MODEL_IMAGE"] == jobs["evaluate-draft-model"]["DRAFT_MODEL_IMAGE"] == digest
+    assert images_of_jobs(spec) == {
+        "import-model": {"DRAFT_MODEL_IMAGE": "registry.example/importer:1"},
+        "build-dataset": {"DRAFT_MODEL_IMAGE": "registry.example/dataset:1", "DRAFT_MODEL_ENGINE_IMAGE": "vllm:1"},
+        "train-draft-model": {"DRAFT_MODEL_IMAGE": DIGEST},
+        "evaluate-draft-model": {"DRAFT_MODEL_IMAGE": "vllm:1"},
+    }
 
 
-def test_the_engines_image_is_for_evaluation_and_regeneration(tmp_path):
-    jobs = images_of_jobs(compiled(tmp_path, "registry.example/{kind}:1", "engine=vllm:1"))
-    assert jobs["evaluate-draft-model"] == {"DRAFT_MODEL_IMAGE": "vllm:1"}
-    assert jobs["build-dataset"]["DRAFT_MODEL_ENGINE_IMAGE"] == "vllm:1"
-    assert jobs["train-draft-model"] == {"DRAFT_MODEL_IMAGE": "registry.example/trainer:1"}
+def test_both_files_hold_the_same_pipeline_and_the_versions_name_is_the_hash_of_what_it_holds(given):
+    documents, resources = given
+    version = next(resource for resource in resources if resource["kind"] == "PipelineVersion")
+    assert [version["spec"]["pipelineSpec"], version["spec"]["platformSpec"]] == documents
+    assert version["metadata"]["name"] == version["spec"]["displayName"] == version_name(documents)
+    assert version_name(list(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))) != version_name(documents)
+
+
+def test_one_image_can_be_named_for_all_steps():
+    assert images_by_kind([DIGEST]) == dict.fromkeys(KINDS, DIGEST)
 
 
 @pytest.mark.parametrize(
@@ -356,8 +355,8 @@ def test_kinds_that_are_unknown_or_left_out_are_told(given, told):
         images_by_kind(given)
 
 
-def test_the_committed_files_keep_their_image():
-    program = Path(sysconfig.get_path("scripts")) / "draft-model"
-    refused = subprocess.run([program, "compile", "--image", "x"], capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "--output" in refused.stderr
+def test_the_committed_files_keep_their_image(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["draft-model", "compile", "--image", "x"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "--output" in capsys.readouterr().err

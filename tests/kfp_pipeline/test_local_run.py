@@ -20,10 +20,9 @@ from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import print_summary
 from draft_model.storage.embedded import EmbeddedStore
-from kfp_pipeline.local import _alone, run_local
+from kfp_pipeline.local import _alone, _no_orphans, run_local
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"
-ENDLESS = {"num_epochs": 100_000}
 STEPS = ("preflight", "import-model", "build-dataset", "train-draft-model", "evaluate-draft-model", "clean-up")
 pytestmark = pytest.mark.timeout(900)  # libraries load slowly where others use the processor
 
@@ -50,7 +49,7 @@ def values(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def early(values, tmp_path_factory):
-    """Three runs by the command line, each in a process group of its own: two that never end, one of bad data."""
+    """Two runs by the command line, each in a process group of its own: one that never ends, one of bad data."""
     root = tmp_path_factory.mktemp("early")
     bad = root / "bad.jsonl"
     bad.write_text("no JSON\n" * 20)
@@ -63,7 +62,7 @@ def early(values, tmp_path_factory):
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
 
-    runs = {"ctrl-c": ENDLESS, "terminated": ENDLESS, "bad": {"dataset_train_split": bad}}
+    runs = {"ctrl-c": {"num_epochs": 100_000}, "bad": {"dataset_train_split": bad}}
     runs = {name: (root / name, start(name, changes)) for name, changes in runs.items()}
     yield runs
     for folder, process in runs.values():
@@ -85,21 +84,17 @@ def processes_of(folder):
     return found
 
 
-def trained_an_epoch(process):
-    """Reads what the run prints until training has saved a checkpoint."""
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if "checkpoint epoch_1" in line:
-            return
-    pytest.fail(f"the run ended before it trained:\n{''.join(seen[-60:])}")
-
-
 @pytest.fixture(scope="module")
 def interrupted(early):
     """What Ctrl-C leaves of a run: its folder, commands before, exit code, what it printed last, processes after."""
     folder, process = early["ctrl-c"]
-    trained_an_epoch(process)
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if "checkpoint epoch_1" in line:
+            break
+    else:
+        pytest.fail(f"the run ended before it trained:\n{''.join(seen[-60:])}")
     before = [" ".join(left.cmdline()) for left in processes_of(folder)]
     os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate()
@@ -116,15 +111,20 @@ def test_ctrl_c_while_training_ends_everything(interrupted):
     assert list((folder / "work").iterdir()) == []
 
 
-def test_sigterm_to_the_command_alone_while_training_ends_everything(early):
-    folder, process = early["terminated"]
-    trained_an_epoch(process)
-    process.terminate()
-    printed, _ = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "Traceback" not in printed
-    assert processes_of(folder) == []
-    assert list((folder / "work").iterdir()) == []
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_command_alone_ends_its_steps_first(number):
+    steps = []
+
+    def run():
+        with _no_orphans():
+            steps.append(psutil.Popen(["sh", "-c", "sleep 600 & wait"]))
+            signal.raise_signal(number)
+
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored
+    with pytest.raises(SystemExit, match="143"):
+        run()
+    signal.signal(number, before)
+    assert not steps[0].is_running()
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):

@@ -91,12 +91,6 @@ def test_a_run_is_created_as_the_file_says(api, file):
     assert (experiment["display_name"], experiment["experiment_id"]) == ("draft-model", run["experiment_id"])
 
 
-def test_a_gateways_answer_is_no_recurring_run(api, file):
-    api.pages = {"/recurringruns$": "{}"}
-    with pytest.raises(DraftModelError, match="accepted weekly and named no run"):
-        apply(connect(api.host), file({"weekly": WEEKLY}), VERSION)
-
-
 def test_a_second_time_changes_nothing(api, file):
     runs = {f"run-{number}": WEEKLY for number in range(5)}  # three pages of the list
     apply(connect(api.host), file(runs), VERSION)
@@ -145,14 +139,6 @@ def test_what_the_file_no_longer_has_is_deleted_and_others_are_left_alone(api, f
     assert len(api.recurring) == 3
 
 
-def test_a_run_that_is_there_twice_stays_once(api, file):
-    server = connect(api.host)
-    apply(server, file({"weekly": WEEKLY}), VERSION)
-    api.add_recurring(api.by_name()["weekly"])
-    assert apply(server, file({"weekly": WEEKLY}), VERSION) == ["deleted weekly, which existed twice"]
-    assert api.by_name().keys() == {"weekly"}
-
-
 @pytest.mark.parametrize("left", [{}, {"weekly": WEEKLY | {"cron": "0 0 3 * * 6"}}], ids=["taken out", "changed"])
 def test_a_run_in_progress_outlives_its_schedule(api, file, left):
     server = connect(api.host)
@@ -198,10 +184,13 @@ def test_on_a_server_of_several_users_by_the_pods_token_and_namespace(file, tmp_
         assert experiment["namespace"] == "team-a"
 
 
-def test_a_version_that_is_not_there_is_told(api, file):
+def test_a_version_that_is_not_there_and_a_gateways_answer_are_told(api, file):
     with pytest.raises(DraftModelError, match=r"no version 'of-yesterday' .* apply manifests/pipelines first"):
         apply(connect(api.host), file({"weekly": WEEKLY}), "of-yesterday")
     assert not api.recurring
+    api.pages = {"/recurringruns$": "{}"}
+    with pytest.raises(DraftModelError, match="accepted weekly and named no run"):
+        apply(connect(api.host), file({"weekly": WEEKLY}), VERSION)
 
 
 def test_all_that_is_wrong_with_a_file_is_told_at_once(file, tmp_path):

@@ -48,24 +48,19 @@ def only(records):
     return record
 
 
-def test_the_same_pipeline_is_uploaded_once(api):
+def test_the_same_pipeline_is_uploaded_once_by_the_names_that_gitops_gives_it(api):
     first, second = (submit(connect(api.host), VALUES) for _ in range(2))
     assert (first.uploaded, second.uploaded) == (True, False)
-    assert first.run_id != second.run_id
     assert list(api.runs) == [first.run_id, second.run_id]
-    version, pipeline = only(api.versions), only(api.pipelines)
-    assert len(api.experiments) == 1
-    assert (version["name"], version["display_name"]) == (first.version, first.version) == (second.version,) * 2
-    assert pipeline["name"] == pipeline["display_name"] == "pipeline-draft-model"
-    spec, platform = compile_documents()
-    assert version["pipeline_spec"] == {"pipeline_spec": spec, "platform_spec": platform}
-
-
-def test_the_version_has_the_name_that_gitops_gives_it(api):
+    version, pipeline, _ = only(api.versions), only(api.pipelines), only(api.experiments)
     documents = yaml.safe_load_all(compile_manifests())
     names = {document["kind"]: document["metadata"]["name"] for document in documents}
-    assert submit(connect(api.host), VALUES).version == names["PipelineVersion"]
-    assert only(api.pipelines)["name"] == names["Pipeline"]
+    assert {version["name"], version["display_name"], first.version, second.version} == {names["PipelineVersion"]}
+    assert pipeline["name"] == pipeline["display_name"] == names["Pipeline"] == "pipeline-draft-model"
+    spec, platform = compile_documents()
+    assert version["pipeline_spec"] == {"pipeline_spec": spec, "platform_spec": platform}
+    assert api.runs[first.run_id]["display_name"].startswith("name@v1 20")
+    assert api.runs[first.run_id]["service_account"] == "draft-model-steps"
 
 
 def test_a_run_is_as_asked(api):
@@ -78,12 +73,6 @@ def test_a_run_is_as_asked(api):
     assert only(api.experiments)["display_name"] == "nightly"
     assert run["pipeline_version_reference"]["pipeline_version_id"] == only(api.versions)["pipeline_version_id"]
     assert done.link == f"{api.host}/#/runs/details/{run['run_id']}"
-
-
-def test_a_run_has_the_targets_name_and_the_coordinators_account_by_default(api):
-    submit(connect(api.host), VALUES)
-    assert only(api.runs)["display_name"].startswith("name@v1 20")
-    assert only(api.runs)["service_account"] == "draft-model-steps"
 
 
 def test_two_that_submit_at_the_same_time_make_one_of_each(api):
@@ -109,16 +98,13 @@ def test_what_the_server_refuses_is_told_in_its_words(api):
     assert str(caught.value) == f"{api.host} answers 400: parameter seed is not an input of the pipeline"
 
 
-def test_several_users(shared):
-    submit(connect(shared.host, "team-a"), VALUES)
+@pytest.mark.parametrize("by", ["option", "settings"])
+def test_several_users(shared, tmp_path, by):
+    if by == "settings":  # KFP's own
+        (tmp_path / "context.json").write_text(json.dumps({"namespace": "team-a"}))
+    submit(connect(shared.host, "team-a" if by == "option" else ""), VALUES)
     for records in (shared.pipelines, shared.experiments, shared.runs):
         assert only(records)["namespace"] == "team-a"
-
-
-def test_the_namespace_of_kfps_own_settings_counts(shared, tmp_path):
-    (tmp_path / "context.json").write_text(json.dumps({"namespace": "team-a"}))
-    submit(connect(shared.host), VALUES)
-    assert only(shared.runs)["namespace"] == "team-a"
 
 
 def test_a_namespace_that_is_missing_unknown_or_too_much(api, shared):
@@ -168,22 +154,24 @@ def test_all_that_is_wrong_with_a_connection_is_told_at_once(tmp_path):
     assert host.startswith("--host: not given, and neither KF_PIPELINES_ENDPOINT nor a kubeconfig")
 
 
-def test_a_server_that_is_not_there(api):
+def test_a_server_that_is_not_there_or_fails(api):
+    api.failing = 503
+    with pytest.raises(ServerAway, match=r"answers 503: upstream connect error"):
+        connect(api.host)
     api.stop()
     with pytest.raises(ServerAway, match=r"does not answer: .*Connection refused; .*kubectl -n kubeflow port-forward"):
         connect(api.host)
     api.start()
 
 
-def test_a_server_that_fails(api):
-    api.failing = 503
-    with pytest.raises(ServerAway, match=r"answers 503: upstream connect error"):
-        connect(api.host)
-
-
-def test_what_a_run_waits_for_is_told_once(api, monkeypatch, caplog):
+@pytest.fixture
+def at_once(monkeypatch):
+    """A watch that does not pause, and asks at once what a run waits for."""
     monkeypatch.setattr("kfp_pipeline.watch.STALL", -1.0)
     monkeypatch.setattr("kfp_pipeline.watch.PAUSES", (0.01, 0.01))
+
+
+def test_what_a_run_waits_for_is_told_once(api, at_once, caplog):
     server = connect(api.host)
     pending = ("RUNNING", {"preflight": "SUCCEEDED", "train": ("PENDING", "ImagePullBackOff: no such image", "")})
     api.story = [pending, pending, pending, ("SUCCEEDED", {})]
@@ -192,9 +180,7 @@ def test_what_a_run_waits_for_is_told_once(api, monkeypatch, caplog):
     assert caplog.text.count("train waits: ImagePullBackOff: no such image") == 1
 
 
-def test_a_packed_status_is_told_and_read(api, monkeypatch, caplog):
-    monkeypatch.setattr("kfp_pipeline.watch.STALL", -1.0)
-    monkeypatch.setattr("kfp_pipeline.watch.PAUSES", (0.01, 0.01))
+def test_a_packed_status_is_told_and_read(api, at_once, caplog):
     api.packed, server = True, connect(api.host)
     running = ("RUNNING", {"preflight": "RUNNING"})
     api.story = [running, running, ("FAILED", {"train": ("FAILED", "Error (exit code 2)", "error: seed: too large")})]
@@ -230,9 +216,8 @@ def test_a_run_whose_version_is_gone_is_followed_all_the_same(api):
      ('{"run_id": "r", "st', "not JSON")],
     ids=["login", "empty object", "empty", "cut"],
 )  # fmt: skip
-def test_a_watch_ends_where_a_gateway_answers_for_the_server(api, monkeypatch, page, told):
+def test_a_watch_ends_where_a_gateway_answers_for_the_server(api, at_once, monkeypatch, page, told):
     monkeypatch.setattr("kfp_pipeline.watch.PATIENCE", timedelta(0))
-    monkeypatch.setattr("kfp_pipeline.watch.PAUSES", (0.01, 0.01))
     server = connect(api.host)
     run_id = submit(server, VALUES).run_id
     api.pages = {"/runs/": page}
@@ -262,14 +247,10 @@ def test_a_server_that_is_too_old_is_named(api, caplog, monkeypatch, tag, old, u
     for name, value in zip(("HOST", "PORT"), api.host.removeprefix("http://").split(":"), strict=True):
         monkeypatch.setenv(f"ML_PIPELINE_SERVICE_{name}", value)
     assert own_server_too_old() == (told if old else "")  # what the preflight asks in a pod
-
-
-def test_a_server_that_does_not_tell_its_version_is_not_called_old(api, monkeypatch):
-    api.pages = {"/healthz$": PAGE}
-    monkeypatch.setenv("ML_PIPELINE_SERVICE_HOST", "127.0.0.1")
-    for port in (api.host.rpartition(":")[2], "9"):
-        monkeypatch.setenv("ML_PIPELINE_SERVICE_PORT", port)
-        assert own_server_too_old() == ""
+    api.pages = {"/healthz$": PAGE}  # a server that does not tell its version, and none
+    assert own_server_too_old() == ""
+    monkeypatch.setenv("ML_PIPELINE_SERVICE_PORT", "9")
+    assert own_server_too_old() == ""
 
 
 def test_a_cookie_of_kfps_own_settings_gets_past_a_login_page(api, tmp_path):
@@ -331,9 +312,8 @@ def test_what_no_cluster_could_run(given, told):
     assert told in problem
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
+def test_what_only_the_cluster_can_know_is_left_to_it():
+    for given in (
         {"dataset_train_split": "/in/the/image/train.jsonl"},
         {"storage_uri": "/mnt/drafts", "training_backend": "local"},
         {"compute_map": "ours", "compute_model_import": "ours-alone"},
@@ -341,7 +321,5 @@ def test_what_no_cluster_could_run(given, told):
         {"dataset_train_split": "gs://bucket/*.jsonl"},
         {"evaluation_prompts": "mt-bench,gsm8k"},
         {"evaluation_prompts": "https://host/prompts.jsonl"},
-    ],
-)
-def test_what_only_the_cluster_can_know_is_left_to_it(given):
-    check(VALUES | given)
+    ):
+        check(VALUES | given)

@@ -111,12 +111,24 @@ def states(text):
     return [line[9:].strip() for line in text.splitlines() if re.match(r"\d\d:\d\d:\d\d \S+: [A-Z]", line)]
 
 
-def test_a_run_is_followed_to_its_end(api, started):
-    api.story = [*RUNNING, *DONE]
-    process = started("submit", "--host", api.host, *GIVEN, "--watch")
-    printed, error = process.communicate(timeout=60)
-    (run_id,) = api.runs
+def test_a_run_is_followed_to_its_end_through_an_outage_and_a_new_token(api, started, tmp_path):
+    api.story, api.token = RUNNING, "first"
+    (tmp_path / "token").write_text("first")
+    process = started("submit", "--host", api.host, "--token-file", tmp_path / "token", *GIVEN, "--watch")
+    error = read_until(process, "preflight: RUNNING")
+    api.token = "second"
+    error += read_until(process, "answers 401")
+    (tmp_path / "token").write_text("second")
+    error += read_until(process, "The server answers again.")
+    api.stop()
+    error += read_until(process, "does not answer")
+    api.story = DONE
+    api.start()
+    error += read_until(process, "The server answers again.")
+    printed, rest = process.communicate(timeout=60)
+    (run_id,), error = api.runs, error + rest
     assert (process.returncode, printed) == (0, f"{run_id}\n")
+    assert "Retrying" not in error
     assert f"succeeded: {api.host}/#/runs/details/{run_id}\n" in error
     told = [line.partition(" after ")[0] for line in states(error)]
     assert told == ["preflight: RUNNING", "preflight: SUCCEEDED", "evaluate-draft-model: SUCCEEDED"]
@@ -163,7 +175,7 @@ def test_a_failed_run_says_why(api, draft_model, story, what, why):
 
 
 @pytest.mark.parametrize("ui", [False, True])
-def test_logs_of_a_failed_run_and_of_a_step(api, draft_model, ui):
+def test_logs_of_a_failed_run_of_a_step_and_of_a_run_without_failures(api, draft_model, ui):
     api.ui, api.story = ui, failed("Error (exit code 2)", f"13:00:00 imported\n{SENTENCES}{LAUNCHER}")
     draft_model("submit", "--host", api.host, *GIVEN, "--watch")
     (run_id,) = api.runs
@@ -175,12 +187,8 @@ def test_logs_of_a_failed_run_and_of_a_step(api, draft_model, ui):
     unknown = draft_model("logs", "--host", api.host, run_id, "evaluate")
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert "its steps so far: root, preflight, train-draft-model, clean-up" in unknown.stderr
-
-
-def test_logs_of_a_run_that_succeeded(api, draft_model):
     api.story = DONE
-    draft_model("submit", "--host", api.host, *GIVEN, "--watch")
-    done = draft_model("logs", "--host", api.host, *api.runs)
+    done = draft_model("logs", "--host", api.host, run_id)
     told = (done.returncode, done.stdout, done.stderr)
     assert told == (0, "", "no step has failed; its steps: root, preflight, evaluate-draft-model\n")
 
@@ -234,32 +242,6 @@ def test_the_environment_can_say_who_where_and_what(api, draft_model, tmp_path):
     )  # fmt: skip
     assert overridden.returncode == 0, overridden.stderr
     assert [experiment["display_name"] for experiment in api.experiments.values()][1:] == ["the-platforms"]
-
-
-def test_a_server_that_goes_away_is_waited_for(api, started):
-    api.story = RUNNING
-    process = started("submit", "--host", api.host, *GIVEN, "--watch")
-    read_until(process, "preflight: RUNNING")
-    api.stop()
-    assert "Retrying" not in read_until(process, "does not answer")
-    api.story = DONE
-    api.start()
-    read_until(process, "The server answers again.")
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
-
-
-def test_a_token_that_runs_out_may_be_renewed(api, started, tmp_path):
-    api.story, api.token = RUNNING, "first"
-    (tmp_path / "token").write_text("first")
-    process = started("submit", "--host", api.host, "--token-file", tmp_path / "token", *GIVEN, "--watch")
-    read_until(process, "preflight: RUNNING")
-    api.token = "second"
-    read_until(process, "answers 401")
-    api.story = DONE
-    (tmp_path / "token").write_text("second")
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -23,23 +23,22 @@ if TYPE_CHECKING:
     from draft_model.jobs.spec import JobSpec
     from draft_model.training.config import TrainConfig, TrainResult
 
-__all__ = ["clean_up", "lacking", "run", "run_job", "run_stage"]
+__all__ = ["lacking", "run", "run_job", "run_stage"]
 
 logger = logging.getLogger(__name__)
 
 
 def run(config: TrainConfig, run_id: str = "") -> TrainResult:
-    """Trains a draft as a job and waits for its end; see `run_job`."""
+    """Trains a draft as a job and waits for its end; `run_id` is of the pipeline's run, where there is one."""
     from draft_model.jobs.context import wants_cluster
     from draft_model.jobs.spec import WORK, JobSpec
     from draft_model.training.config import INDEX, TrainResult, list_checkpoints
     from draft_model.training.lease import hold, own_run_id
 
-    p, final = config.parameters, storage.join(config.output, "final")
+    p, final, of_a_pipeline = config.parameters, storage.join(config.output, "final"), bool(run_id)
     result = config.work / "result.json"
     result.unlink(missing_ok=True)
-    on_cluster = wants_cluster(p)
-    if on_cluster:
+    if on_cluster := wants_cluster(p):
         # A run that Kubeflow has not started is known by its output. Whatever a queue or an operator starts again goes
         # on from this run's own checkpoints.
         run_id = run_id or f"cli-{hashlib.sha256(config.output.encode()).hexdigest()[:16]}"
@@ -47,21 +46,24 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
     else:
         job = replace(config, run_id=run_id or own_run_id())
 
-    def prepare() -> None:
-        """Keeps what an earlier run left under this output from being taken for this one's."""
+    def prepare(*, again: bool) -> None:
+        """Keeps what an earlier run left under this output from being taken for this one's.
+
+        What is there after KFP's Retry is this run's own, and it goes on from it; a command is a new run each time.
+        """
+        if again and of_a_pipeline:
+            return
         storage.remove_manifest(final)
         if p.resume == "false" and (names := list_checkpoints(config.checkpoints)):
             for name in names:
                 storage.remove_manifest(storage.join(config.checkpoints, name))
             storage.write_bytes(storage.join(config.checkpoints, INDEX), b"[]")
 
+    uris = {"model": config.model, "dataset": config.dataset, "output": config.output}
     spec = JobSpec(
         stage="train",
         config=job.to_json(),
-        uris={
-            "model": config.model, "dataset": config.dataset, "output": config.output,
-            "checkpoint_path": config.checkpoints,
-        },
+        uris={**uris, "checkpoint_path": config.checkpoints},
         output=config.output,
         parameters=p,
         # On this machine the output may hold an earlier run's draft, which a mistake in this one must not remove.
@@ -69,7 +71,7 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
         prepare=prepare,
         nodes=p.num_nodes_draft_model_training,
         processes=p.number_of_gpu_to_use_draft_model_training,
-    )  # fmt: skip
+    )
     with (
         hold(config.output, job.run_id, outermost=True, parameter="output"),
         hold(p.checkpoint_path, job.run_id, outermost=True),
@@ -87,7 +89,7 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
 def run_stage(
     stage: Stage, p: Parameters, uris: Mapping[str, str], output: str, run_id: str, work: Path, nodes: int = 1
 ) -> dict[str, Any]:
-    """Runs a stage other than the training as a job on the cluster, and waits for its end; see `run_job`.
+    """Runs a stage other than the training as a job on the cluster, and waits for its end.
 
     Args:
         stage: of the pipeline.
@@ -113,22 +115,12 @@ def run_stage(
             return [f"there is no result of this run at {result}"]
         return lacking(found["uri"], found["written_by"])
 
-    spec = JobSpec(stage, json.dumps(job), {**uris, "output": output}, output, p, check=check, nodes=nodes)
-    run_job(spec, run_id, work)
+    run_job(JobSpec(stage, json.dumps(job), {**uris, "output": output}, output, p, check, nodes=nodes), run_id, work)
     return dict(json.loads(storage.read_bytes(result)))
 
 
 def run_job(spec: JobSpec, run_id: str, work: Path) -> None:
-    """Runs a stage as a job of the cluster and waits for its end.
-
-    Args:
-        spec: of the job.
-        run_id: of the pipeline's run; jobs are named and found again by it.
-        work: scratch folder of this process.
-
-    Raises:
-        DraftModelError: why its output is not whole.
-    """
+    """Runs a job of a run on the cluster to its end; raises DraftModelError where its output is not whole."""
     from draft_model.entrypoint import raise_on_sigterm
     from draft_model.jobs.context import connect, request_for
     from draft_model.jobs.coordinate import Coordinator, patiently
@@ -148,24 +140,3 @@ def lacking(uri: str, stage: str) -> list[str]:
         raise
     except DraftModelError as error:
         return error.problems
-
-
-def clean_up(
-    run_id: str, training_backend: str, *, state: str = "", message: str = "", checkpoint_path: str = "", root: str = ""
-) -> list[str]:
-    """Ends what a run left on the cluster, and says what a person should know after it.
-
-    Args:
-        run_id: of the pipeline's run.
-        training_backend: the run's parameter.
-        state: how the steps ended, in MLMD's words (COMPLETE, FAILED, RUNNING, empty) or kfp.local's.
-        message: of the failure, where the server gives one.
-        checkpoint_path: the run's parameter.
-        root: URI that the run's own outputs are below.
-
-    Returns:
-        A sentence each.
-    """
-    from draft_model.jobs.cleanup import run
-
-    return run(run_id, training_backend, state, message, checkpoint_path, root)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from draft_model.errors import DraftModelError
 from draft_model.jobs import spec
-from draft_model.jobs.cluster import Cluster, Forbidden
+from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
+from draft_model.jobs.compute import Compute
 from draft_model.jobs.spec import PYTORCHJOB, RUN_ID, RUNTIME, SPEC_HASH, TRAINJOB, JobRequest, Kind, Manifest
 from draft_model.jobs.states import Pod, State, Status, pod_of, status_of
 from draft_model.parameters import Stage
@@ -72,14 +73,12 @@ class Backend:
 
     def create_or_adopt(self, request: JobRequest) -> Job:
         """Creates the job's objects, or adopts those of the same run and specification."""
-        job = Job(request, "")
-        for kind, manifest in zip(self.kinds, self.render(request), strict=True):
-            found, adopted = self._create_or_adopt(kind, manifest)
-            job = Job(request, found["metadata"]["uid"], adopted)
-        return job
+        made = [self._create_or_adopt(*each) for each in zip(self.kinds, self.render(request), strict=True)]
+        found, adopted = made[-1]
+        return Job(request, found["metadata"]["uid"], adopted)
 
     def _create_or_adopt(self, kind: Kind, manifest: Manifest) -> tuple[Manifest, bool]:
-        name, deadline, waiting = manifest["metadata"]["name"], time.monotonic() + _GOING_SECONDS, False
+        name, started, waiting = manifest["metadata"]["name"], time.monotonic(), False
         while True:
             if created := self.cluster.create(kind, manifest):
                 return created, False
@@ -89,7 +88,7 @@ class Backend:
             if "deletionTimestamp" not in existing["metadata"]:
                 _refuse_other(kind, existing, manifest)
                 return existing, True
-            if time.monotonic() > deadline:
+            if time.monotonic() > started + _GOING_SECONDS:
                 raise DraftModelError(f"{kind.kind} {name} is being deleted and does not go: see its finalizers")
             if not waiting:
                 logger.info("waiting until the deleted %s %s is gone", kind.kind, name)
@@ -116,8 +115,8 @@ class Backend:
 
     def _rank(self, pod: Manifest, request: JobRequest) -> int:
         labels = {**pod["metadata"].get("annotations", {}), **pod["metadata"]["labels"]}
-        worker = labels.get("training.kubeflow.org/replica-type") == "worker"
-        return int(labels.get(self._rank_label, "0")) + (worker and "Master" in request.replicas)
+        after_master = labels.get("training.kubeflow.org/replica-type") == "worker" and "Master" in request.replicas
+        return int(labels.get(self._rank_label, "0")) + after_master
 
     def pods_of_run(self, request: JobRequest) -> list[Manifest]:
         """Pods of all attempts of the run's job."""
@@ -167,23 +166,19 @@ class Backend:
 def _refuse_other(kind: Kind, existing: Manifest, wanted: Manifest) -> None:
     """Adopts nothing but the very job that was asked for: labels and annotations can be forged."""
     name, run_id = wanted["metadata"]["name"], wanted["metadata"]["labels"][RUN_ID]
-    owner = existing["metadata"].get("labels", {}).get(RUN_ID)
-    if owner != run_id:
+    if (owner := existing["metadata"].get("labels", {}).get(RUN_ID)) != run_id:
         whose = f"belongs to the run {owner}" if owner else "was not made by this pipeline"
         raise DraftModelError(
             f"{kind.kind} {name} exists and {whose}, not to the run {run_id}: it is left alone; delete it, or start "
             "the run again, which gives it another id"
         )
+    digest = existing["metadata"].get("annotations", {}).get(SPEC_HASH)
     field = _difference(existing["spec"], wanted["spec"])
-    if (
-        not field
-        and existing["metadata"].get("annotations", {}).get(SPEC_HASH) == (wanted["metadata"]["annotations"][SPEC_HASH])
-    ):
-        return
-    raise DraftModelError(
-        f"{kind.kind} {name} exists, of this run but with other settings ({field or SPEC_HASH}): delete it, and run "
-        "this step again"
-    )
+    if field or digest != wanted["metadata"]["annotations"][SPEC_HASH]:
+        raise DraftModelError(
+            f"{kind.kind} {name} exists, of this run but with other settings ({field or SPEC_HASH}): delete it, and "
+            "run this step again"
+        )
 
 
 def _difference(existing: Any, wanted: Any, path: str = "spec") -> str:
@@ -236,9 +231,9 @@ def jobs_of_run(cluster: Cluster, run_id: str) -> list[tuple[Kind, Manifest]]:
     return found
 
 
-def check(cluster: Cluster, wanted: str, queues: Mapping[Stage, str]) -> tuple[list[str], list[str]]:
-    """What keeps a cluster from running the jobs, and what cannot be seen with this account's rights."""
-    problems, notes = [], []
+def check(cluster: Cluster, wanted: str, nodes: Mapping[Stage, Compute]) -> tuple[list[str], list[str]]:
+    """What keeps a cluster from running the jobs; and what this account's rights do not show, or a cluster may add."""
+    problems, notes = [], dict[str, None]()
     verbs = ("create", "get", "list", "watch", "delete")
     rights = [(verb, kind.group, kind.plural) for kind in choose(cluster, wanted).kinds for verb in verbs]
     rights += [("get", "", "pods"), ("list", "", "pods"), ("get", "", "pods/log")]
@@ -248,14 +243,24 @@ def check(cluster: Cluster, wanted: str, queues: Mapping[Stage, str]) -> tuple[l
             f"{cluster.namespace}: apply manifests/base there, whose account draft-model-coordinator may, and whose "
             "Secret of that name gives the step its token"
         )
-    for queue in sorted(set(filter(None, queues.values()))):
-        stages = ", ".join(stage for stage, name in queues.items() if name == queue)
+    for queue in sorted({node.queue for node in nodes.values() if node.queue}):
+        stages = ", ".join(stage for stage, node in nodes.items() if node.queue == queue)
         start = f"compute_map: the jobs of {stages} wait in the queue {queue}"
         version = cluster.groups().get(_KUEUE)
         if version is None:
             problems.append(f"{start}, but this cluster has no Kueue: install it, or choose a compute without a queue")
         elif not cluster.may("get", _KUEUE, "localqueues"):
-            notes.append(f"{start}; whether it exists cannot be seen with this service account's rights")
+            notes[f"{start}; whether it exists cannot be seen with this service account's rights"] = None
         elif cluster.get(Kind(_KUEUE, version, "localqueues", "LocalQueue"), queue) is None:
             problems.append(f"{start}, but namespace {cluster.namespace} has no LocalQueue of that name: create it")
-    return problems, notes
+    for stage, node in nodes.items():
+        labels = ",".join(f"{key}={value}" for key, value in node.node_selector.items())
+        end = f"the {stage} job's pods cannot start, and the run ends after start_limit"
+        try:
+            if labels and not cluster.has_node(labels):
+                notes[f"start_limit: no node of this cluster has the labels {labels} now; unless an autoscaler adds "
+                      f"one, {end}"] = None  # fmt: skip
+        except (Forbidden, Unavailable):
+            notes[f"start_limit: whether a node has the labels {labels} cannot be seen with this service account's "
+                  f"rights; where none has, {end}"] = None  # fmt: skip
+    return problems, [*notes]

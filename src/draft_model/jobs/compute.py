@@ -39,25 +39,21 @@ _GpuMemory = Annotated[
 ]
 
 
-class Toleration(BaseModel):
-    """A Kubernetes toleration."""
-
+class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Toleration(_Record):
+    """A Kubernetes toleration."""
 
     key: str = ""
     operator: Literal["Exists", "Equal"] = "Exists"
     value: str = ""
     effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
 
-    def manifest(self) -> dict[str, str]:
-        """As a pod has it."""
-        return {name: value for name, value in self.model_dump().items() if value}
 
-
-class InstanceType(BaseModel):
+class InstanceType(_Record):
     """A cloud's machine type; its key in the map is the value of the nodes' instance-type label."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     cpus: _Cpus
     memory_gib: _Memory
@@ -67,10 +63,8 @@ class InstanceType(BaseModel):
     tolerations: list[Toleration] = Field(default=[], description="Of the taints that such nodes have.")
 
 
-class NamedCompute(BaseModel):
+class NamedCompute(_Record):
     """A queue or a node pool under a name of its own; sizes come from the instance type, where it names one."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     instance_type: str = Field(default="", description="An instance type of this map: sizes, selector and tolerations.")
     cpus: _Cpus | None = None
@@ -87,10 +81,8 @@ class NamedCompute(BaseModel):
     )
 
 
-class ComputeMap(BaseModel):
+class ComputeMap(_Record):
     """What there is to run on: instance types of clouds, and computes with names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     instance_types: dict[str, InstanceType] = {}
     computes: dict[str, NamedCompute] = {}
@@ -120,12 +112,7 @@ def built_in() -> ComputeMap:
 
 
 def load_map(name: str, config_map: Callable[[str], dict[str, str] | None]) -> ComputeMap:
-    """The map that the parameter compute_map names.
-
-    Args:
-        name: a ConfigMap; a path or URI of a JSON file where it has a slash; empty for the built-in map.
-        config_map: gives the data of a ConfigMap by its name, or None.
-    """
+    """The map that the parameter compute_map names: a ConfigMap, with a slash a JSON file, empty the built-in one."""
     if not name:
         return built_in()
     if "/" in name:
@@ -245,7 +232,10 @@ def _sized(compute_map: ComputeMap, named: NamedCompute, gpus: int, what: str, c
         gpu_memory=(gpu_memory or 0.0) * 2**30,
         gpu_resource=named.gpu_resource or (base.gpu_resource if base else "nvidia.com/gpu"),
         node_selector={**({INSTANCE_TYPE_LABEL: type_name} if type_name else {}), **named.node_selector},
-        tolerations=[each.manifest() for each in (*(base.tolerations if base else ()), *named.tolerations)],
+        tolerations=[
+            {name: value for name, value in each.model_dump().items() if value}
+            for each in (*(base.tolerations if base else ()), *named.tolerations)
+        ],
         queue=named.queue,
         priority_class=named.priority_class,
         restarts=named.restarts,
@@ -255,12 +245,7 @@ def _sized(compute_map: ComputeMap, named: NamedCompute, gpus: int, what: str, c
 def misfit(config: Mapping[str, Any], weights: float, draft: float, p: Parameters, node: Compute) -> str:
     """Why an evaluation's node cannot hold the target; empty where it can, or where the map does not say what it has.
 
-    Args:
-        config: the target's config.json.
-        weights: of the target, bytes in bfloat16, or as quantized.
-        draft: of the draft, bytes.
-        p: of the run.
-        node: that the evaluation gets.
+    `config` is the target's config.json; `weights` (in bfloat16, or as quantized) and `draft` are bytes.
     """
     text = config.get("text_config") or config
     try:

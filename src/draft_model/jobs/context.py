@@ -72,41 +72,16 @@ def nodes_of(values: Mapping[str, Any]) -> dict[Stage, Compute]:
 
 
 def check_cluster(parameters: Parameters, nodes: Mapping[Stage, Compute]) -> tuple[list[str], list[str]]:
-    """What keeps a run's jobs from running on the cluster, and what cannot be seen from here; creates nothing."""
+    """What keeps a run's jobs from running on the cluster, and what is worth knowing; creates nothing."""
     from draft_model.jobs.backends import check
     from draft_model.jobs.cluster import Unavailable
 
     try:
-        return check(connect(), parameters.training_backend, {stage: node.queue for stage, node in nodes.items()})
+        return check(connect(), parameters.training_backend, nodes)
     except DraftModelError as error:
         return error.problems, []
     except Unavailable as error:
         return [f"training_backend: the API server does not answer ({error}): start the run again later"], []
-
-
-def check_nodes(nodes: Mapping[Stage, Compute]) -> list[str]:
-    """What is worth knowing of node labels: that no node has them now, or that this cannot be seen from here.
-
-    It is never a problem: an autoscaler may add such a node when a pod asks for it.
-    """
-    from draft_model.jobs.cluster import Unavailable
-
-    notes = dict[str, None]()
-    for stage, node in nodes.items():
-        labels = ",".join(f"{key}={value}" for key, value in node.node_selector.items())
-        end = f"the {stage} job's pods cannot start, and the run ends after start_limit"
-        try:
-            if labels and not connect().has_node(labels):
-                notes[
-                    f"start_limit: no node of this cluster has the labels {labels} now; unless an autoscaler adds one, "
-                    + end
-                ] = None
-        except (DraftModelError, Unavailable):
-            notes[
-                f"start_limit: whether a node has the labels {labels} cannot be seen with this service account's "
-                f"rights; where none has, {end}"
-            ] = None
-    return list(notes)
 
 
 def request_for(cluster: Cluster, spec: JobSpec, run_id: str) -> JobRequest:
@@ -118,11 +93,16 @@ def request_for(cluster: Cluster, spec: JobSpec, run_id: str) -> JobRequest:
                 "training_backend=local"
             )
     pod, secret = own_pod(cluster), spec.parameters.object_store_secret
-    login = login_of(pod)
-    for name, key in (("AWS_ACCESS_KEY_ID", "accesskey"), ("AWS_SECRET_ACCESS_KEY", "secretkey")) if secret else ():
+    containers = pod["spec"]["containers"] if pod else []
+    # The pods log in to tracking server and Hub as this one: by reference to Secrets, and no value itself.
+    references = {entry["name"]: entry.get("valueFrom", {}).get("secretKeyRef")
+                  for container in containers for entry in container.get("env", ())}  # fmt: skip
+    login = {name: references[name] for name in (*LOGIN, "HF_TOKEN") if references.get(name)}
+    for name, key in (("AWS_ACCESS_KEY_ID", "accesskey"), ("AWS_SECRET_ACCESS_KEY", "secretkey")):
         login[name] = {"name": secret, "key": key, "optional": True}
     image = (os.environ.get(ENGINE_IMAGE) if spec.stage == "regenerate" else "") or os.environ.get(IMAGE)
-    if not (image := image or _image_of(pod)):
+    own = sorted(containers, key=lambda container: container["name"] != "main")
+    if not (image := image or (own[0]["image"] if own else "")):
         raise DraftModelError(f"the image of the job's pods is not known here: name it in {IMAGE}")
     compute_map = compute.load_map(spec.parameters.compute_map, cluster.config_map)
     return JobRequest(
@@ -163,18 +143,6 @@ def own_pod(cluster: Cluster) -> Manifest | None:
     except DraftModelError as error:
         logger.warning("%s", error)
         return None
-
-
-def _image_of(pod: Manifest | None) -> str:
-    containers = pod["spec"]["containers"] if pod else []
-    return str(next((c["image"] for c in containers if c["name"] == "main"), containers[0]["image"] if pod else ""))
-
-
-def login_of(pod: Manifest | None) -> dict[str, Manifest]:
-    """How a pod logs in to tracking server and Hub: its references to Secrets, by variable, and no value itself."""
-    entries = [entry for container in pod["spec"]["containers"] for entry in container.get("env", ())] if pod else []
-    references = {entry["name"]: entry.get("valueFrom", {}).get("secretKeyRef") for entry in entries}
-    return {name: references[name] for name in (*LOGIN, "HF_TOKEN") if references.get(name)}
 
 
 def owner_of(pod: Manifest | None) -> Manifest | None:

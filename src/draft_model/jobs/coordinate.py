@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from draft_model import storage
 from draft_model.errors import DraftModelError, StoreUnavailable
-from draft_model.jobs.backends import Backend, Job, choose
+from draft_model.jobs.backends import Backend, choose
 from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
 from draft_model.jobs.context import run_ended
 from draft_model.jobs.follow import Follower, LogStreams
@@ -68,8 +68,9 @@ class Coordinator:
         if record and record.state is State.FAILED and self._retried:
             raise DraftModelError(record.attempts[-1]["problems"])
         if record is None or record.state is State.FAILED:
+            again = record is not None
+            patiently(lambda: self._request.spec.prepare(again=again))
             record = Record(self._request.run_id, digest)
-            patiently(self._request.spec.prepare)
             self._save(record)
         while failure := self._attempt(replace(self._request, attempt=len(record.attempts)), record):
             if failure.reason == "NoOperator" and record.state is not State.FAILED:
@@ -80,6 +81,7 @@ class Coordinator:
                 raise DraftModelError([*failure.problems, *([f"{tried} the machines fail"] * failure.retryable)])
 
     def _other(self) -> Backend:
+        """The other back end; raises DraftModelError where the cluster has none."""
         return patiently(lambda: choose(self._cluster, self._wanted, without=self._backend.name))
 
     def _load(self, digest: str) -> Record | None:
@@ -102,7 +104,11 @@ class Coordinator:
         job, ended = None, False
         logs = LogStreams(self._backend.logs, self._work / "logs" / request.name)
         try:
-            job = self._create(request)
+            job = patiently(lambda: self._backend.create_or_adopt(request))
+            logger.info(
+                "%s: %s %s, %d pod(s) x %d process(es)", job.name, "took over the" if job.adopted else "created the",
+                self._backend.kind.kind, request.spec.nodes, request.spec.processes,
+            )  # fmt: skip
             failure = Follower(self._backend, job, logs).follow()
             ended = True
             if failure is None and (lacks := patiently(request.spec.check)):
@@ -122,14 +128,6 @@ class Coordinator:
             logs.finish(0)
             self._keep(logs.folder, request)
 
-    def _create(self, request: JobRequest) -> Job:
-        job = patiently(lambda: self._backend.create_or_adopt(request))
-        logger.info(
-            "%s: %s %s, %d pod(s) x %d process(es)", job.name, "took over the" if job.adopted else "created the",
-            self._backend.kind.kind, request.spec.nodes, request.spec.processes,
-        )  # fmt: skip
-        return job
-
     def _note(self, record: Record, request: JobRequest, failure: Failure | None) -> None:
         """Records how an attempt ended before its job is deleted, so that it is not repeated."""
         attempts, limit = len(record.attempts) + 1, request.spec.parameters.training_attempts
@@ -140,10 +138,8 @@ class Coordinator:
         record.state = State.SUCCEEDED
         if failure:
             record.state = State.RESTARTING if failure.retryable and attempts < limit else State.FAILED
-        reason, problems = (failure.reason, failure.problems) if failure else ("", [])
-        record.attempts.append(
-            {"name": request.name, "state": record.state.value, "reason": reason, "problems": problems}
-        )
+        why = {"reason": failure.reason if failure else "", "problems": failure.problems if failure else []}
+        record.attempts.append({"name": request.name, "state": record.state.value, **why})
         self._save(record)
         if failure and record.state is State.RESTARTING:
             begins = ", from the newest checkpoint" if request.spec.stage == "train" else ""
@@ -154,30 +150,28 @@ class Coordinator:
 
     def _delete(self, request: JobRequest) -> None:
         """Deletes the job and waits until its pods are gone: their GPUs are free, and nothing writes any more."""
-        deadline = time.monotonic() + _DELETE_SECONDS
+        deleted, since = False, time.monotonic()
+        next_line = since + 5
         while True:
+            now = time.monotonic()
             try:
-                self._backend.delete(request)
-                break
-            except (Unavailable, Forbidden) as error:
-                if time.monotonic() > deadline:
-                    logger.warning("%s could not be deleted (%s): its deadline will end it", request.name, error)
+                if not deleted:
+                    self._backend.delete(request)
+                    deleted, since = True, now
+                if not (pods := [pod["metadata"]["name"] for pod in self._backend.pods_of_run(request)]):
                     return
-                time.sleep(AGAIN_SECONDS)
-        deadline, next_line = time.monotonic() + _GONE_SECONDS, time.monotonic() + 5
-        while time.monotonic() < deadline:
-            try:
-                pods = [pod["metadata"]["name"] for pod in self._backend.pods_of_run(request)]
-                if not pods:
-                    return
-                if time.monotonic() > next_line:
+                if now > next_line:
                     logger.info("%s is deleted; waiting for its pods, which still hold their GPUs: %s; they have %d s "
                                 "to save what they can", request.name, ", ".join(pods), GRACE_SECONDS)  # fmt: skip
-                    next_line = time.monotonic() + _WAITING_SECONDS
-            except (Unavailable, Forbidden):
-                pass
-            time.sleep(0.5)
-        logger.warning("%s is deleted, but its pods still exist", request.name)
+                    next_line = now + _WAITING_SECONDS
+            except (Unavailable, Forbidden) as error:
+                if not deleted and now > since + _DELETE_SECONDS:
+                    logger.warning("%s could not be deleted (%s): its deadline will end it", request.name, error)
+                    return
+            if deleted and now > since + _GONE_SECONDS:
+                logger.warning("%s is deleted, but its pods still exist", request.name)
+                return
+            time.sleep(0.5 if deleted else AGAIN_SECONDS)
 
     def _keep(self, folder: Path, request: JobRequest) -> None:
         """Puts the whole logs beside the output; that they cannot be is no reason to fail."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import sys
 import threading
@@ -45,10 +46,7 @@ def prefixed(line: str, node: int) -> str:
 class LogStreams:
     """The logs of one job's pods, each followed by a thread: to a file, and to this step's own log as `[rank] line`.
 
-    Args:
-        read: gives time and text of a pod's lines after a time, until its container ends.
-        folder: for the whole logs, a file per pod.
-        show: shows one line.
+    `read` gives time and text of a pod's lines after a time, until its container ends.
     """
 
     def __init__(
@@ -109,15 +107,13 @@ class Follower:
         self, backend: Backend, job: Job, logs: LogStreams, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._backend, self._job, self._logs, self._now = backend, job, logs, clock
-        self._stage, self._parameters = job.request.spec.stage, job.request.spec.parameters
-        self._started = self._answered = self._entered = self._last = clock()
+        self._parameters, self._queue = job.request.spec.parameters, job.request.compute.queue
+        self._started = self._entered = self._last = clock()
         self._state, self._running = State.STARTING, 0.0  # for the limits
-        self._shown: tuple[Status, str] | None = None
+        self._shown: tuple[Status, str] = Status(State.STARTING), ""
         self._before = State.STARTING
         self._warned: list[str] = []
-        self._away = False
-        self._stuck_since: float | None = None
-        self._queue_known = not job.request.compute.queue
+        self._stuck_since, self._queue_known = math.inf, not self._queue
         self._changed, self._closed, self._watching = threading.Event(), threading.Event(), False
 
     def follow(self) -> Failure | None:
@@ -126,25 +122,24 @@ class Follower:
         An API server that does not answer ends nothing: the job goes on without it, and so does the waiting.
         """
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
-        known = False
+        answered, away = -math.inf, False
         try:
             while True:
                 try:
                     ended, failure = self._read()
-                    if self._away:
+                    if away:
                         logger.info("the API server answers again")
-                    self._away, known, self._answered = False, True, self._now()
+                    away, answered = False, self._now()
                     if ended:
                         return failure
                 except (Unavailable, Forbidden) as error:
-                    refused = isinstance(error, Forbidden)
-                    if refused and (not known or self._now() - self._answered > FORBIDDEN_SECONDS):
+                    if isinstance(error, Forbidden) and self._now() - answered > FORBIDDEN_SECONDS:
                         raise
-                    if not self._away:
+                    if not away:
                         logger.warning(
                             "the API server does not answer (%s): the job goes on without it; asking again", error
                         )
-                    self._away = True
+                    away = True
                 self._changed.wait(POLL_SECONDS if self._watching else POLL_ALONE_SECONDS)
                 self._changed.clear()
         finally:
@@ -171,12 +166,12 @@ class Follower:
 
     def _read(self) -> tuple[bool, Failure | None]:
         """Whether the job has ended or cannot go on, and why it failed if it did."""
-        job = self._job
+        job, stage = self._job, self._job.request.spec.stage
         status, pods, earlier = self._backend.read(job)
         detail = self._log(status, earlier)
         if status.state is State.DELETED:
             again = "run again with resume=true to go on from its newest checkpoint"
-            again = again if self._stage == "train" else "run this step again"
+            again = again if stage == "train" else "run this step again"
             return True, Failure("Deleted", False, [f"{job.name} was deleted while it was {self._before}: {again}"])
         self._logs.follow(pods)
         if status.state is State.SUCCEEDED:
@@ -189,7 +184,7 @@ class Follower:
                 if line not in self._warned:
                     self._warned.append(line)
                     logger.warning("%s", line)
-        failure = self._no_operator(status) or self._unmanaged(status) or self._stuck(pods)
+        failure = self._hopeless(status, pods)
         if limit := self._limit(status.state):
             failure = failure or limit_exceeded(job.name, limit, getattr(self._parameters, limit), detail, pods)
             failure.problems.extend(self._warned[-3:])
@@ -219,7 +214,7 @@ class Follower:
                     break
                 self._changed.wait(POLL_SECONDS / 20)
             self._logs.finish(DRAIN_SECONDS, close=False)
-            failure = classify(self._job.name, self._stage, detail, pods, self._logs.tails)
+            failure = classify(self._job.name, self._job.request.spec.stage, detail, pods, self._logs.tails)
             if failure.reason != "Collective":
                 break
         self._logs.finish(0)
@@ -227,49 +222,37 @@ class Follower:
 
     def _log(self, status: Status, earlier: Sequence[str]) -> str:
         """A line for each change of state, and for each other detail while the job starts; gives the detail."""
-        queue, detail = self._job.request.compute.queue, status.detail
-        if status.state is State.QUEUED and queue:
-            detail = f"queue {queue}: {self._backend.workload(self._job) or 'no word from Kueue yet'}"
+        detail = status.detail
+        if status.state is State.QUEUED and self._queue:
+            detail = f"queue {self._queue}: {self._backend.workload(self._job) or 'no word from Kueue yet'}"
         elif status.state is State.STARTING and earlier:
             pods = f"{', '.join(earlier[:3])}{' and more' if len(earlier) > 3 else ''}"
             detail += f"; earlier pods of this run still end and hold their GPUs: {pods}"
         if (status, detail) != self._shown:
             seconds = self._now() - self._started
             logger.info("%s: %s%s (%.0f s)", self._job.name, status.state, f", {detail}" if detail else "", seconds)
-            self._before = self._shown[0].state if self._shown else State.STARTING
-            self._shown = (status, detail)
+            self._before, self._shown = self._shown[0].state, (status, detail)
         return detail
 
-    def _no_operator(self, status: Status) -> Failure | None:
-        """The kind's definition is installed, but nothing acts on its objects: no status, no pod, no event."""
-        if status.touched or self._warned or self._now() - self._started < OPERATOR_SECONDS:
-            return None
-        kind = self._backend.kind.kind
-        return Failure(
-            "NoOperator", False,
-            [f"training_backend: after {OPERATOR_SECONDS:.0f} s {kind} {self._job.name} has no status: the cluster "
-             f"knows the kind {kind}, but its operator does not run: start it, or choose another training_backend"],
-        )  # fmt: skip
-
-    def _unmanaged(self, status: Status) -> Failure | None:
-        """A queue was asked for and nothing manages it: the job would wait for ever."""
-        if self._queue_known or self._now() - self._started < QUEUE_SECONDS:
-            return None
-        if status.state is State.QUEUED and self._backend.workload(self._job) is None:
+    def _hopeless(self, status: Status, pods: Sequence[Pod]) -> Failure | None:
+        """What no waiting will change: no operator, a queue that nothing manages, a container that cannot start."""
+        name, kind, now = self._job.name, self._backend.kind.kind, self._now()
+        if not status.touched and not self._warned and now - self._started >= OPERATOR_SECONDS:
+            # The kind's definition is installed, but nothing acts on its objects: no status, no pod, no event.
             return Failure(
-                "UnmanagedQueue", False,
-                [f"queue {self._job.request.compute.queue!r} of the compute map: after {QUEUE_SECONDS:.0f} s Kueue has "
-                 f"no Workload for {self._job.name}, so it would wait for ever: have Kueue manage "
-                 f"{self._backend.kind.kind} (`integrations.frameworks`; not by default since 0.19) and make the "
-                 "LocalQueue, or use a compute without a queue"],
+                "NoOperator", False,
+                [f"training_backend: after {OPERATOR_SECONDS:.0f} s {kind} {name} has no status: the cluster knows the "
+                 f"kind {kind}, but its operator does not run: start it, or choose another training_backend"],
             )  # fmt: skip
-        self._queue_known = True
-        return None
-
-    def _stuck(self, pods: Sequence[Pod]) -> Failure | None:
+        if not self._queue_known and now - self._started >= QUEUE_SECONDS:
+            if status.state is State.QUEUED and self._backend.workload(self._job) is None:
+                return Failure(
+                    "UnmanagedQueue", False,
+                    [f"queue {self._queue!r} of the compute map: after {QUEUE_SECONDS:.0f} s Kueue has no Workload for "
+                     f"{name}, so it would wait for ever: have Kueue manage {kind} (`integrations.frameworks`; not by "
+                     "default since 0.19) and make the LocalQueue, or use a compute without a queue"],
+                )  # fmt: skip
+            self._queue_known = True
         failure = never_starts(pods)
-        if failure is None:
-            self._stuck_since = None
-            return None
-        self._stuck_since = self._now() if self._stuck_since is None else self._stuck_since
-        return failure if self._now() - self._stuck_since >= STUCK_SECONDS else None
+        self._stuck_since = min(self._stuck_since, now) if failure else math.inf
+        return failure if now - self._stuck_since >= STUCK_SECONDS else None

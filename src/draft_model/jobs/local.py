@@ -26,19 +26,12 @@ _LACKS = dict.fromkeys((-9, 137), "memory") | dict.fromkeys((-7, 135), "space on
 def run(spec: JobSpec, work: Path) -> None:
     """Runs a job's processes and waits for their end; nodes and GPUs become processes here.
 
-    Args:
-        spec: of the job.
-        work: scratch folder.
-
     Raises:
         DraftModelError: what the processes reported as the user's to put right, or that they died; or that the image
             of this step is the coordinator's.
     """
     if importlib.util.find_spec("torch") is None:
-        raise DraftModelError(
-            "training_backend: given 'local', but the image of this step only coordinates: use pytorchjob or trainjob, "
-            "or compile the pipeline with `--image` naming the trainer's image for all steps"
-        )
+        raise coordinates_only("training_backend: given 'local'", "pytorchjob or trainjob")
     world = spec.nodes * spec.processes
     logger.info(
         "%s job: %d process(es) on this machine (%d node(s) x %d)", spec.stage, world, spec.nodes, spec.processes
@@ -70,6 +63,14 @@ def run(spec: JobSpec, work: Path) -> None:
         hint = f"; {code} is most often a lack of {_LACKS[code]}" if code in _LACKS else ""
         why = f"its own messages are above{hint}" if code else "; ".join(lacks)
         raise DraftModelError(f"the training job ended with exit code {code}: {why}")
+
+
+def coordinates_only(why: str, use: str) -> DraftModelError:
+    """A stage that should run in this step, whose image has not what it needs."""
+    return DraftModelError(
+        f"{why}, but the image of this step only coordinates: use {use}, or compile the pipeline with `--image` naming "
+        "the trainer's image for all steps"
+    )
 
 
 def command(world: int) -> list[str]:

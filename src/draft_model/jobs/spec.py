@@ -30,12 +30,12 @@ _TRAINER = "trainer.kubeflow.org"
 
 
 class Kind(NamedTuple):
-    """A kind of custom objects: API group, its version, plural (in paths) and kind (in objects)."""
+    """A kind of custom objects."""
 
     group: str
     version: str
-    plural: str
-    kind: str
+    plural: str  # in paths
+    kind: str  # in objects
 
 
 PYTORCHJOB = Kind("kubeflow.org", "v1", "pytorchjobs", "PyTorchJob")
@@ -54,7 +54,7 @@ class JobSpec:
     output: str  # URI that record and logs go beside
     parameters: Parameters  # limits, attempts, compute map, object store's Secret
     check: Callable[[], list[str]]  # what the output lacks: exit code 0 alone is no success
-    prepare: Callable[[], None] = lambda: None  # clears an earlier run's output before a run's first attempt
+    prepare: Callable[..., None] = lambda *, again: None  # before a run's first attempt, and `again` after it failed
     nodes: int = 1  # pods of the job
     processes: int = 1  # per pod
 
@@ -177,21 +177,13 @@ def _objects(request: JobRequest, specs: Mapping[Kind, Manifest]) -> list[Manife
 
 
 def pod_template(request: JobRequest, container: str) -> Manifest:
-    """The template of the job's pods: pod.yaml, and what differs between jobs; credentials by reference only.
-
-    Args:
-        request: of the job.
-        container: the container's name that the operator looks for.
-    """
+    """The template of the job's pods: pod.yaml, and what differs between jobs; credentials by reference only."""
     compute = request.compute
     template: Manifest = yaml.safe_load(files(__package__).joinpath("pod.yaml").read_text(encoding="utf-8"))
     template["metadata"]["labels"] |= request.labels()
-    optional = {
-        "nodeSelector": compute.node_selector,
-        "tolerations": compute.tolerations,
-        "priorityClassName": compute.priority_class,
-    }
-    template["spec"] |= {name: value for name, value in optional.items() if value}
+    nodes = {"nodeSelector": compute.node_selector, "tolerations": compute.tolerations,
+             "priorityClassName": compute.priority_class}  # fmt: skip
+    template["spec"] |= {name: value for name, value in nodes.items() if value}
     (main,) = template["spec"]["containers"]
     main |= {"name": container, "image": request.image, "command": request.spec.command}
     # Memory and GPUs are the pod's own, idle CPUs anybody's.

@@ -152,17 +152,10 @@ class Failure:
 def classify(
     job: str, stage: Stage, detail: str, pods: Sequence[Pod], tails: Mapping[str, Iterable[str]]
 ) -> Failure:  # fmt: skip
-    """Finds the cause among all that failed after it.
+    """Finds the cause among all that failed after it, by the job's own `detail`, its pods and their logs' last lines.
 
     A process that dies takes its peers with it, each with an error about its connection. The cause is the pod that
     ended first with something else to say.
-
-    Args:
-        job: its name.
-        stage: that it runs.
-        detail: what the job's own status says.
-        pods: all its pods.
-        tails: the last lines of each pod's log, by pod name.
     """
     failed = [pod for pod in pods if pod.exit_code or (pod.ended and pod.exit_code is None)]
     failed.sort(key=lambda pod: pod.finished or "~")
@@ -218,8 +211,8 @@ def never_starts(pods: Sequence[Pod]) -> Failure | None:
 def limit_exceeded(job: str, limit: str, minutes: int, detail: str, pods: Sequence[Pod]) -> Failure:
     """A phase took longer than its parameter allows."""
     waiting = [f"{pod.name}: {pod.waiting}" for pod in pods if pod.waiting]
-    reason = {"queue_limit": "Queue", "start_limit": "Start", "run_limit": "Run"}[limit]
-    if limit == "start_limit" and any(pod.waiting.startswith("Unschedulable") for pod in pods):
+    reason = limit.partition("_")[0].capitalize()  # Queue, Start or Run
+    if reason == "Start" and any(pod.waiting.startswith("Unschedulable") for pod in pods):
         reason = "Unschedulable"
     problem = f"{limit}: {job} exceeded {minutes} minutes ({detail}): raise {limit}, or remove what it waits for"
     return Failure(reason, False, [problem, *waiting])
