@@ -81,15 +81,7 @@ def committed() -> dict[Path, str]:
 
 
 def write_compiled(output: Path | None = None, manifest: Path | None = None) -> list[Path]:
-    """Writes the compiled pipeline.
-
-    Args:
-        output: file for the IR.
-        manifest: file for the Kubernetes resources. With neither, all committed files are written.
-
-    Returns:
-        The files that were written.
-    """
+    """Writes the IR and the Kubernetes resources to the files given; without any, all committed files."""
     texts = {output: compile_pipeline()} if output else {}
     texts |= {manifest: compile_manifests()} if manifest else {}
     texts = texts or committed()

@@ -17,7 +17,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -41,23 +41,16 @@ STOP_SECONDS = 70  # longer than a training job needs to finish its step and sav
 
 @dataclass(frozen=True)
 class LocalRun:
-    """What a local run leaves.
+    """What a local run leaves."""
 
-    Attributes:
-        final: local folder of the draft that is ready to serve, with its report.
-        store: folder of the embedded store's data; None where the run wrote to a store of the user's.
-    """
-
-    final: Path
-    store: Path | None
+    final: Path  # local folder of the draft that is ready to serve, with its report
+    store: Path | None  # folder of the embedded store's data; None where the run wrote to a store of the user's
 
 
 def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
-    """Runs the compiled pipeline here.
+    """Runs the compiled pipeline here, in a folder that a second run may use again.
 
-    Args:
-        values: parameters by name. Without storage_uri the stages write to an embedded store in the folder.
-        folder: everything the run leaves on this machine; a second run may use it again.
+    Without storage_uri among the parameters the stages write to an embedded store in the folder.
 
     Raises:
         DraftModelError: for what the user can put right, with all problems of the first step that found any.
@@ -83,9 +76,8 @@ def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
             except RuntimeError as failure:
                 if error.exists():
                     raise DraftModelError(json.loads(error.read_text(encoding="utf-8"))) from failure
-                raise DraftModelError(
-                    f"the local run failed: {failure}; the step's own messages are above"
-                ) from failure
+                why = f"the local run failed: {failure}; the step's own messages are above"
+                raise DraftModelError(why) from failure
             shutil.rmtree(folder / "output", ignore_errors=True)  # what an earlier run left is not this one's
             final = storage.fetch(storage.join(uri, "output_model_path", "final"), folder / "output" / "final")
             return LocalRun(final, data)
@@ -181,14 +173,13 @@ def _no_orphans() -> Iterator[None]:
     before = set(me.children())
 
     def end_steps() -> None:
-        steps = [
-            child for started in set(me.children()) - before for child in (started, *started.children(recursive=True))
-        ]
+        started = set(me.children()) - before
+        steps = [process for step in started for process in (step, *step.children(recursive=True))]
         for process in steps:
-            with _gone():
+            with suppress(psutil.NoSuchProcess):
                 process.terminate()
         for process in psutil.wait_procs(steps, timeout=STOP_SECONDS)[1]:
-            with _gone():
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
 
     def stop(number: int, _: object) -> None:
@@ -203,13 +194,3 @@ def _no_orphans() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         end_steps()
-
-
-@contextmanager
-def _gone() -> Iterator[None]:
-    import psutil
-
-    try:
-        yield
-    except psutil.NoSuchProcess:
-        return

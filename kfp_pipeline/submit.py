@@ -52,11 +52,11 @@ def submit(
     server: Server, values: Mapping[str, Any], *, experiment: str = EXPERIMENT, run_name: str = "",
     service_account: str = SERVICE_ACCOUNT,
 ) -> Submitted:  # fmt: skip
-    """Starts a run of the pipeline, and uploads the pipeline where the server does not have it.
+    """Starts a run of the pipeline with parameters by name; uploads the pipeline where the server does not have it.
 
     Args:
         server: that is to run it.
-        values: parameters by name; those left out have their defaults.
+        values: those left out have their defaults.
         experiment: that lists the run; created if missing.
         run_name: shown in the UI; empty: the target's name and the time.
         service_account: of the run's pods.
@@ -121,11 +121,7 @@ def _find_or_create(what: str, find: Callable[[], Any], create: Callable[[], Any
 
 
 def check(values: Mapping[str, Any]) -> Parameters:
-    """Validates what can be known without the cluster; the run's first step checks the inputs themselves.
-
-    Raises:
-        DraftModelError: with all problems at once.
-    """
+    """Validates what can be known without the cluster; raises DraftModelError with all problems at once."""
     problems: list[str] = []
     parameters = Parameters()
     try:

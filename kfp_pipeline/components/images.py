@@ -18,14 +18,10 @@ _DEFAULT = "localhost/pipeline-draft-model/{kind}:0.0.1"
 
 
 def images_by_kind(given: Sequence[str]) -> dict[str, str]:
-    """What each kind of step runs in.
+    """What each kind of step runs in; raises DraftModelError where a kind is unknown or has no image.
 
-    Args:
-        given: images by tag or digest. `NAME` is for all kinds, and its `{kind}` stands for each of them; `KIND=NAME`
-            is for one kind, and wins. The engine's is the trainer's where it has no line of its own.
-
-    Raises:
-        DraftModelError: where a kind is unknown or has no image.
+    `given` has images by tag or digest. `NAME` is for all kinds, and its `{kind}` stands for each of them; `KIND=NAME`
+    is for one kind, and wins. The engine's is the trainer's where it has no line of its own.
     """
     named = dict(image.split("=", 1) for image in given if "=" in image)
     problems = [f"--image: given {kind}={name}; allowed kinds: {', '.join(KINDS)}"

@@ -37,20 +37,12 @@ _HUB_SECONDS = 10
 
 @dataclass(frozen=True)
 class Report:
-    """What the first step finds.
+    """What the first step finds."""
 
-    Attributes:
-        values: the run's parameters by name.
-        problems: what keeps the run from starting, a sentence each.
-        notes: what is worth knowing, or could not be checked from here.
-        nodes: what the pods of the jobs ask for: `import` (the data set's too), `train` (a regeneration's too) and
-            `evaluate`; none where each stage runs in its step.
-    """
-
-    values: Mapping[str, Any]
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    nodes: dict[Stage, Compute] = field(default_factory=dict)
+    values: Mapping[str, Any]  # the run's parameters
+    problems: list[str] = field(default_factory=list)  # what keeps the run from starting, a sentence each
+    notes: list[str] = field(default_factory=list)  # what is worth knowing, or could not be checked from here
+    nodes: dict[Stage, Compute] = field(default_factory=dict)  # that jobs' pods ask for; those of `_node_row`
 
     def markdown(self) -> str:
         """The page that the KFP UI shows."""
@@ -84,11 +76,7 @@ def _node_row(item: tuple[Stage, Compute]) -> tuple[str, ...]:
 
 
 def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parameters:
-    """Validates parameters and reads every input that they name.
-
-    Args:
-        values: parameters by name; those left out have their defaults.
-        stages: the stages that will run.
+    """Validates parameters by name for the stages that will run, and reads every input that they name.
 
     Raises:
         DraftModelError: with all problems at once.
@@ -115,13 +103,7 @@ def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parame
 
 
 def inspect_run(values: Mapping[str, Any], root: str, work: Path) -> Report:
-    """Checks everything that a run on a cluster needs.
-
-    Args:
-        values: parameters by name.
-        root: URI of the folder that this step's own artifacts go to; the run's others go beside it.
-        work: scratch folder on this machine.
-    """
+    """Checks everything that a run on a cluster needs; `root` is the URI that this step's own artifacts go to."""
     parameters, wrong = valid_values(values)
     report = Report({**values, **parameters.model_dump(exclude=named_parameters(wrong))})
     try:
@@ -132,7 +114,10 @@ def inspect_run(values: Mapping[str, Any], root: str, work: Path) -> Report:
     _inspect_target(parameters, report, work)
     _inspect_benchmarks(parameters, report)
     _inspect_store(parameters, root, report)
-    _inspect_cluster(parameters, report)
+    if wants_cluster(parameters):
+        problems, notes = check_cluster(parameters, report.nodes)
+        report.problems.extend(problems)
+        report.notes.extend(notes)
     if on_cluster() and (old := own_server_too_old()):
         report.problems.append(f"Kubeflow Pipelines: {old}")
     return report
@@ -278,13 +263,6 @@ def _inspect_store(parameters: Parameters, root: str, report: Report) -> None:
                 report.problems.append(Problem("object_store_secret", f"given {secret!r}; {absent}"))
     if remote and not keys and not report.has("object_store_secret"):
         report.notes.append(f"object_store_secret: {absent}; the pods' own role is enough")
-
-
-def _inspect_cluster(parameters: Parameters, report: Report) -> None:
-    if wants_cluster(parameters):
-        problems, notes = check_cluster(parameters, report.nodes)
-        report.problems.extend(problems)
-        report.notes.extend(notes)
 
 
 def _read_data(name: str, uri: str) -> None:

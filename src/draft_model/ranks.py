@@ -26,21 +26,13 @@ class PeerLost(Exception):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others.
+    """This process among the others."""
 
-    Attributes:
-        rank: of this process, from 0.
-        world: how many there are.
-        device: where this one computes.
-        tp: how many of them hold one copy of the target between them.
-        mesh: all of them, of dimensions dp and tp; None where this process is alone.
-    """
-
-    rank: int
-    world: int
-    device: torch.device
-    tp: int = 1
-    mesh: DeviceMesh | None = None
+    rank: int  # of this process, from 0
+    world: int  # processes
+    device: torch.device  # where this one computes
+    tp: int = 1  # processes that hold one copy of the target between them
+    mesh: DeviceMesh | None = None  # all of them, of dimensions dp and tp; None where this process is alone
 
     @property
     def first(self) -> bool:

@@ -57,16 +57,11 @@ class Artifact(Protocol):
 
 
 def preflight(values: Mapping[str, Any], run_id: str, summary: Artifact) -> tuple[dict[str, Any], ...]:
-    """Checks the run and writes the page about it; no later step validates again.
-
-    Args:
-        values: all parameters by name; other names are ignored.
-        run_id: of the pipeline's run.
-        summary: the page.
+    """Checks the run, all of whose parameters are in `values`, and writes the page about it.
 
     Returns:
         The parameters of import, dataset, train and evaluate, as far as they are not the defaults: KFP keeps several
-        copies of what passes between steps.
+        copies of what passes between steps. No later step validates them again.
     """
     from draft_model.preflight import inspect_run
 
@@ -95,8 +90,7 @@ def import_model(
     """Imports the target, or finds it imported, and returns its URI."""
     with step("import") as work:
         p = Parameters.model_validate(parameters)
-        uris = _output(p, "model", model.uri, run_id)
-        result = _perform("import", p, uris, _beside(uris, run_id), run_id, work)
+        result = _perform("import", p, _output(p, "model", model.uri, run_id), run_id, work)
         _describe(model, result["uri"], **result["metadata"])
         _write(summary, result["page"])
         _record(metrics, **result["metrics"])
@@ -114,12 +108,12 @@ def build_dataset(
         p = Parameters.model_validate(parameters)
         if p.regenerate_answers != "off":
             uris = {"model": model_uri, **_output(p, "answers", f"{dataset.uri}-answers", run_id)}
-            answers = _perform("regenerate", p, uris, _beside(uris, run_id), run_id, work)
+            answers = _perform("regenerate", p, uris, run_id, work)
             p = p.model_copy(update=answers["parameters"])
             _record(dataset, answers=answers["uri"])
             _record(metrics, **answers["metrics"])
         uris = {"model": model_uri, **_output(p, "dataset", dataset.uri, run_id)}
-        result = _perform("dataset", p, uris, _beside(uris, run_id), run_id, work)
+        result = _perform("dataset", p, uris, run_id, work)
         _describe(dataset, result["uri"], **result["metadata"])
         _record(metrics, **result["metrics"])
         Path(report.path).write_bytes(storage.read_bytes(result["report"]))
@@ -161,7 +155,7 @@ def evaluate_draft_model(
         uris = {"model": model_uri, "dataset": dataset_uri, "final": draft_uri}
         if misfit := _misfit(p, model_uri, draft_uri):
             raise DraftModelError([misfit, f"the draft in {draft_uri} is whole and can be served; it was not measured"])
-        result = _perform("evaluate", p, uris, draft_uri.rstrip("/").rpartition("/")[0], run_id, work)
+        result = _perform("evaluate", p, uris, run_id, work, beside=draft_uri.rstrip("/").rpartition("/")[0])
         for artifact, name in ((report, "report.html"), (card, "README.md")):
             Path(artifact.path).write_bytes(storage.read_bytes(storage.join(draft_uri, name)))
         _record(metrics, **result["metrics"])
@@ -199,13 +193,7 @@ def clean_up(
 ) -> None:
     """Deletes what the steps left on the cluster, and says how the run ended and how to go on.
 
-    Args:
-        run_id: of the pipeline's run, which is a label of its jobs.
-        training_backend: the run's parameter.
-        storage_uri: the run's parameter.
-        checkpoint_path: the run's parameter.
-        status: KFP's PipelineTaskFinalStatus of all steps together, in the words of MLMD (a server's) or of kfp.local.
-        summary: the page that says so.
+    `status` is KFP's PipelineTaskFinalStatus of all steps together, in the words of MLMD (a server's) or of kfp.local.
     """
     from draft_model.jobs.cleanup import clean_up
 
@@ -228,23 +216,21 @@ def _output(p: Parameters, name: str, artifact_uri: str, run_id: str) -> dict[st
     return {"output": output, "root": p.storage_uri or (root if in_run else "")}
 
 
-def _beside(uris: Mapping[str, str], run_id: str) -> str:
-    """Where a job's record, logs and result go: two runs may write to the same output at once."""
-    return storage.join(uris["root"], "jobs", run_id) if uris["root"] else uris["output"]
-
-
 def _perform(
-    stage: Stage, p: Parameters, uris: Mapping[str, str], beside: str, run_id: str, work: Path
-) -> dict[str, Any]:  # fmt: skip
+    stage: Stage, p: Parameters, uris: Mapping[str, str], run_id: str, work: Path, beside: str = ""
+) -> dict[str, Any]:
     """A stage's result, by a job where there is a cluster for it, else by this process.
 
-    Where an input is a file of this machine, which no pod of a cluster sees, it runs here, too.
+    Where an input is a file of this machine, which no pod of a cluster sees, it runs here, too. A job's record, logs
+    and result go `beside` what it writes, or else into a folder of the run, since two runs may write there at once.
     """
     from draft_model import jobs
     from draft_model.jobs.context import wants_cluster
 
     here = [name for name in _FILES.get(stage, ()) if _is_path(getattr(p, name))]
     if wants_cluster(p) and not here:
+        root = uris.get("root")
+        beside = beside or (storage.join(root, "jobs", run_id) if root else uris["output"])
         nodes = p.num_nodes_draft_model_training if stage == "regenerate" else 1
         return jobs.run_stage(stage, p, {name: uri for name, uri in uris.items() if uri}, beside, run_id, work, nodes)
     if importlib.util.find_spec("transformers") is None:

@@ -137,11 +137,7 @@ def _problem(error: Mapping[str, Any]) -> Problem:
 
 
 def valid_values(values: Mapping[str, Any]) -> tuple[Parameters, list[Problem]]:
-    """The parameters that are valid by themselves, with defaults for all others; and what is wrong with those.
-
-    Args:
-        values: parameters by name; strings are converted as a command line needs it.
-    """
+    """The parameters that are valid by themselves, strings converted; defaults and what is wrong for all others."""
     try:
         return Parameters.model_validate(dict(values)), []
     except ValidationError as caught:
@@ -151,12 +147,7 @@ def valid_values(values: Mapping[str, Any]) -> tuple[Parameters, list[Problem]]:
 
 
 def problems_with(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> list[str]:
-    """All that is wrong with the values, as `Problem`s; empty where they can be used.
-
-    Args:
-        values: parameters by name; strings are converted as a command line needs it.
-        stages: the stages that will run; rules over parameters of other stages are left out.
-    """
+    """All that is wrong with values for the stages that will run, as `Problem`s; empty where they can be used."""
     parameters, problems = valid_values(values)
     bad, wanted = named_parameters(problems), set(stages)
     broken = [rule(parameters) for stage, names, rule in _RULES if stage in wanted and bad.isdisjoint(names)]
@@ -164,11 +155,7 @@ def problems_with(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -
 
 
 def validate(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parameters:
-    """Turns values by name into `Parameters`.
-
-    Raises:
-        DraftModelError: with every problem there is, not only the first.
-    """
+    """Turns values by name into `Parameters`; raises DraftModelError with every problem there is."""
     if problems := problems_with(values, stages):
         raise DraftModelError(problems)
     return Parameters.model_validate(dict(values))

@@ -280,31 +280,18 @@ REMOVED = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """What is known of one parameter, for a form, an option or a table.
-
-    Attributes:
-        name: the parameter's name, everywhere.
-        type: `str`, `int` or `float`.
-        kind: the hosted contract's name of the type (`uri_file`, `custom_model`, ...), else the plain one.
-        default: value when not given.
-        choices: the only allowed words; empty where any value of the type is allowed.
-        allowed: the allowed values in words; empty where there is no limit.
-        unit: what an integer counts.
-        help: one sentence.
-        stages: the stages that read it.
-        addition: whether it is ours, beyond the contract.
-    """
+    """What is known of one parameter, for a form, an option or a table."""
 
     name: str
-    type: type
-    kind: str
+    type: type  # str, int or float
+    kind: str  # the hosted contract's name of the type (uri_file, custom_model, ...), else the plain one
     default: Any
-    choices: tuple[str, ...]
-    allowed: str
-    unit: str
-    help: str
-    stages: tuple[Stage, ...]
-    addition: bool
+    choices: tuple[str, ...]  # the only allowed words; empty where any value of the type is allowed
+    allowed: str  # values in words; empty where there is no limit
+    unit: str  # what an integer counts
+    help: str  # one sentence
+    stages: tuple[Stage, ...]  # that read it
+    addition: bool  # whether it is ours, beyond the contract
 
     @property
     def description(self) -> str:
