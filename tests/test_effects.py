@@ -23,7 +23,7 @@ EFFECTS = {
     "jobs/test_compute.py": {
         "instance_type_model_import": "test_import_and_data_set_ask_for_cpus_and_are_not_held_to_them",
         "compute_model_import": "test_import_and_data_set_ask_for_cpus_and_are_not_held_to_them",
-        "instance_type_draft_model_training": "test_three_clouds_and_any_case",
+        "instance_type_draft_model_training": "test_a_node_of_any_cloud_in_any_case_gives_its_gpus_share",
         "compute_draft_model_training": "test_a_named_compute_wins_and_says_so",
     },
     "model_import/test_hub.py": {"huggingface_id": "test_a_repository_is_resolved_to_a_commit_and_recorded"},

@@ -14,9 +14,8 @@ from kubernetes import client
 from draft_model import jobs, storage
 from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.jobs import cleanup, context, coordinate, follow, local
-from draft_model.jobs.backends import Backend, _difference, check
+from draft_model.jobs.backends import Backend, _difference
 from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
-from draft_model.jobs.compute import Compute
 from draft_model.jobs.coordinate import Coordinator
 from draft_model.jobs.spec import PYTORCHJOB, RUNTIME, TRAINJOB, pytorchjob
 from draft_model.parameters import STAGES, Parameters
@@ -334,24 +333,6 @@ def test_the_pods_log_in_to_tracking_server_and_hub_by_reference(monkeypatch):
     assert json.dumps({"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": HUB}}) in text
     assert "written in the open" not in text
     assert '"key": "accesskey", "optional": true' in text
-
-
-def test_what_cannot_be_seen_of_the_nodes_or_is_not_there_now_is_noted(monkeypatch):
-    cluster = FakeCluster()
-    cluster.may = lambda *_: True
-    labelled = {"train": Compute("1", "1Gi", node_selector={"pool": "h100"}), "import": Compute("1", "1Gi")}
-    for found, said in (([], "no node of this cluster has the labels pool=h100 now"), (None, "cannot be seen")):
-
-        def has_node(labels, found=found):
-            if found is None:
-                raise Forbidden("list nodes")
-            return bool(found)
-
-        cluster.has_node = has_node
-        problems, (note,) = check(cluster, "pytorchjob", labelled)
-        assert problems == []
-        assert said in note
-        assert "the train job's pods cannot start, and the run ends after start_limit" in note
 
 
 def test_a_local_folder_is_refused_before_anything_is_created(tmp_path):
