@@ -19,6 +19,7 @@ from kfp_pipeline.client import Server
 
 _KLOG = re.compile(r"([IWEF])\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+\.go:\d+\] ?(.*)")
 _ARGO = re.compile(r'time="?\d{4}-|\{"time":|Error: exit status |\[KFP Executor ')
+_INPUT = re.compile(r"^\[KFP Executor [^\n]*executor_input:\n\{\n.*?^\}$", re.MULTILINE | re.DOTALL)  # indented JSON
 _LOST = re.compile(r"pod deleted|OOMKilled|evict|preempt|low on resource|shut ?down|exit code 1(37|43)", re.IGNORECASE)
 _TAIL = 20
 
@@ -95,7 +96,8 @@ def read(server: Server, run_id: str, pod: Pod) -> list[str]:
 
 
 def own_lines(lines: list[str]) -> list[str]:
-    """A log without the lines of KFP's launcher and of Argo."""
+    """A log without the lines of KFP's launcher and executor and of Argo."""
+    lines = _INPUT.sub("", "\n".join(lines)).splitlines()
     return [line for line in lines if line.strip() and not _KLOG.match(line) and not _ARGO.match(line)]
 
 

@@ -74,18 +74,11 @@ def test_what_there_is_not_is_refused_with_what_there_is(parameters, words):
         train(**parameters)
 
 
-def test_both_stages_are_told_at_once(monkeypatch):
-    wrong = {
-        "instance_type_model_import": "x",
-        "instance_type_draft_model_training": "y",
-        "training_backend": "pytorchjob",
-    }
+def test_all_stages_are_told_at_once_and_training_on_this_machine_needs_no_node():
+    wrong = {"instance_type_model_import": "x", "instance_type_draft_model_training": "y"}
     with pytest.raises(DraftModelError) as caught:
-        nodes_of(wrong)
+        nodes_of(wrong | {"training_backend": "pytorchjob"})
     assert len(caught.value.problems) == 2
-
-
-def test_training_on_this_machine_needs_no_node():
     local = {"training_backend": "local"}
     assert nodes_of({"instance_type_draft_model_training": "y", **local}) == {}
     with pytest.raises(DraftModelError, match="compute_model_import: given 'nowhere'"):
@@ -189,19 +182,17 @@ def test_a_map_that_breaks_the_schema_is_refused(tmp_path, text, words):
         load_map("absent", lambda name: None)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"computes": {"mine": {"cpus": 2, "memory_gib": 4, "priority_class": "system-node-critical"}}},
-        {"computes": {"mine": {"cpus": 2, "memory_gib": 4, "tolerations": [{"key": "control-plane"}]}}},
-        {"instance_types": {"mine": {"cpus": 2, "memory_gib": 4, "tolerations": [{"key": "control-plane"}]}}},
-    ],
-)
-def test_priority_and_tolerations_come_from_an_administrators_map_alone(tmp_path, entry):
-    (tmp_path / "map.json").write_text(json.dumps(entry))
-    with pytest.raises(DraftModelError, match="sets tolerations or a priority_class for mine; only a ConfigMap"):
-        load_map(str(tmp_path / "map.json"), lambda name: None)
-    assert load_map("admins", {"admins": {compute.KEY: json.dumps(entry)}}.get)
+def test_priority_and_tolerations_come_from_an_administrators_map_alone(tmp_path):
+    size = {"cpus": 2, "memory_gib": 4}
+    for entry in (
+        {"computes": {"mine": {**size, "priority_class": "system-node-critical"}}},
+        {"computes": {"mine": {**size, "tolerations": [{"key": "control-plane"}]}}},
+        {"instance_types": {"mine": {**size, "tolerations": [{"key": "control-plane"}]}}},
+    ):
+        (tmp_path / "map.json").write_text(json.dumps(entry))
+        with pytest.raises(DraftModelError, match="sets tolerations or a priority_class for mine; only a ConfigMap"):
+            load_map(str(tmp_path / "map.json"), lambda name: None)
+        assert load_map("admins", {"admins": {compute.KEY: json.dumps(entry)}}.get)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from draft_model.jobs import states
 from draft_model.jobs.backends import Backend
 from draft_model.jobs.cluster import Forbidden, Unavailable
 from draft_model.jobs.follow import Follower, LogStreams, prefixed
-from draft_model.jobs.states import _CONDITIONS, LIMITS, Pod, State, pod_of, status_of
+from draft_model.jobs.states import Pod, State, pod_of, status_of
 from jobs.fake import Clock, FakeCluster, pod, status
 from jobs.requests import GOLDEN, request
 
@@ -215,8 +215,7 @@ def test_the_table_of_the_docs_is_the_one_in_code():
     docs = (Path(__file__).parents[2] / "docs/kubernetes.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in docs.splitlines() if line.startswith("| ")]
     told = {row[0]: re.findall(r"`(\w+_limit)`", row[2]) for row in rows if row[0] in State.__members__}
-    assert told == {state.value: [LIMITS[state]] if state in LIMITS else [] for state in State}
-    assert set(_CONDITIONS.values()) <= set(State)
+    assert told == {state.value: [state.limit] if state.limit else [] for state in State}
 
 
 def test_lines_carry_the_rank_that_wrote_them_and_a_bar_its_last_state():

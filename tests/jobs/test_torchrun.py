@@ -20,7 +20,6 @@ TORCHRUN = [sys.executable, "-m", "draft_model.jobs.torchrun"]
 @pytest.mark.parametrize(
     ("body", "code"),
     [
-        ("", 0),
         ("sys.exit(2)", 2),
         ("os.kill(os.getpid(), signal.SIGKILL) if first else signal.pause()", 128 + signal.SIGKILL),
         ("os.kill(os.getppid(), signal.SIGTERM) if first else None\nsignal.pause()", 128 + signal.SIGTERM),
@@ -34,8 +33,7 @@ def test_the_exit_code_is_that_of_the_process_that_failed_first(tmp_path, body, 
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize(("node", "number"), [(0, signal.SIGTERM), (1, signal.SIGHUP)])
 def test_a_process_that_waits_in_the_rendezvous_ends_at_once(node, number):
     """A pod that ignores SIGTERM there holds its GPUs for its whole grace period."""
     with socket.socket() as listener:

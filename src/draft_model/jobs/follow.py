@@ -15,7 +15,7 @@ from pathlib import Path
 from draft_model.errors import DraftModelError
 from draft_model.jobs.backends import Backend, Job
 from draft_model.jobs.cluster import Forbidden, Unavailable
-from draft_model.jobs.states import LIMITS, Failure, Pod, State, Status, classify, limit_exceeded, never_starts
+from draft_model.jobs.states import Failure, Pod, State, Status, classify, limit_exceeded, never_starts
 
 logger = logging.getLogger(__name__)
 
@@ -193,12 +193,12 @@ class Follower:
     def _limit(self, state: State) -> str:
         """Notes the state; gives the parameter whose limit is exceeded, or nothing."""
         now = self._now()
-        if LIMITS.get(self._state) == "run_limit":
+        if self._state.limit == "run_limit":
             self._running += now - self._last
         self._last = now
         if state is not self._state:
             self._state, self._entered = state, now
-        limit = LIMITS.get(state, "")
+        limit = state.limit
         spent = self._running if limit == "run_limit" else now - self._entered
         return limit if limit and spent > 60.0 * getattr(self._parameters, limit) else ""
 

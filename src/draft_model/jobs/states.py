@@ -13,33 +13,28 @@ from draft_model.parameters import Stage
 
 
 class State(StrEnum):
-    """Where a job is; a queue may move it between the first three in any order."""
+    """Where a job is, with the parameter that limits it in minutes and the conditions of a job that mean it.
 
-    QUEUED = "QUEUED"  # not admitted, or suspended
-    STARTING = "STARTING"  # some pods do not run yet
-    RUNNING = "RUNNING"
-    RESTARTING = "RESTARTING"  # operator or torchrun starts processes again
-    SUCCEEDED = "SUCCEEDED"
-    FAILED = "FAILED"
+    A queue may move a job between QUEUED, STARTING and RUNNING in any order. States without a limit are ends. The first
+    state of which a condition holds is the job's; without any, the pods decide.
+    """
+
+    limit: str
+    conditions: tuple[str, ...]
+
+    def __new__(cls, name: str, limit: str = "", *conditions: str) -> State:
+        """A string that knows the rest of its line."""
+        state = str.__new__(cls, name)
+        state._value_, state.limit, state.conditions = name, limit, conditions
+        return state
+
+    FAILED = "FAILED", "", "Failed"
+    SUCCEEDED = "SUCCEEDED", "", "Succeeded", "Complete"  # of a PyTorchJob, of a TrainJob
+    QUEUED = "QUEUED", "queue_limit", "Suspended"  # not admitted, or suspended; one stay
+    RESTARTING = "RESTARTING", "run_limit", "Restarting"  # operator or torchrun starts processes again
+    STARTING = "STARTING", "start_limit"  # some pods do not run yet; one stay
+    RUNNING = "RUNNING", "run_limit"  # all stays together
     DELETED = "DELETED"
-
-
-LIMITS = {
-    State.QUEUED: "queue_limit",  # one stay
-    State.STARTING: "start_limit",  # one stay
-    State.RUNNING: "run_limit",  # all stays together
-    State.RESTARTING: "run_limit",
-}
-"""The parameter that limits each state, in minutes; states without one are ends."""
-
-_CONDITIONS = {
-    "Failed": State.FAILED,
-    "Succeeded": State.SUCCEEDED,  # PyTorchJob
-    "Complete": State.SUCCEEDED,  # TrainJob
-    "Suspended": State.QUEUED,
-    "Restarting": State.RESTARTING,
-}
-"""What a condition that holds means; the first of them decides. Without any, the pods do."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +68,9 @@ def status_of(job: Manifest, pods: Sequence[Pod], request: JobRequest) -> Status
     conditions = {c["type"]: c for c in status.get("conditions") or () if c["status"] == "True"}
     if spec.get("runPolicy", spec).get("suspend"):
         conditions.setdefault("Suspended", {"message": "suspended"})
-    for name, state in _CONDITIONS.items():
-        if name in conditions:
-            return Status(state, conditions[name].get("message", ""), bool(status))
+    for state in State:
+        if holding := [conditions[name] for name in state.conditions if name in conditions]:
+            return Status(state, holding[0].get("message", ""), bool(status))
     running = sum(pod.started and not pod.exit_code for pod in pods)
     state = State.RUNNING if running >= request.spec.nodes else State.STARTING
     return Status(state, f"{running} of {request.spec.nodes} pods run", bool(status or pods))
