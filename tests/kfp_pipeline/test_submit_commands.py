@@ -131,9 +131,9 @@ def test_a_run_is_followed_to_its_end_through_an_outage_and_a_new_token(api, sta
     api.story = DONE
     api.start()
     error += read_until(process, "The server answers again.")
-    printed, rest = process.communicate(timeout=60)
-    (run_id,), error = api.runs, error + rest
-    assert (process.returncode, printed) == (0, f"{run_id}\n")
+    error += process.stderr.read()  # communicate() would lose what was read ahead
+    (run_id,) = api.runs
+    assert (process.wait(60), process.stdout.read()) == (0, f"{run_id}\n")
     assert "Retrying" not in error
     assert f"succeeded: {api.host}/#/runs/details/{run_id}\n" in error
     told = [line.partition(" after ")[0] for line in states(error)]
