@@ -14,12 +14,13 @@ import tiny
 
 from draft_model import dataset, model_import, storage
 from draft_model.dataset.tokens import Split
-from draft_model.engine.generate import Sampling
+from draft_model.engine.generate import Request, Sampling, Settings
 from draft_model.errors import DraftModelError
 from draft_model.evaluation import stage as evaluation
 from draft_model.parameters import Parameters
 from draft_model.parameters.rules import problems_with
 from draft_model.regenerate import RegenerateConfig, run, stage
+from draft_model.regenerate.batched import BatchedGenerator
 
 ROWS = [
     {"id": "greek", "conversations": [
@@ -220,9 +221,6 @@ def test_draws_follow_the_distribution(model):
     """Two thousand first tokens against the probabilities that the settings leave."""
     import torch
 
-    from draft_model.engine.generate import Request, Settings
-    from draft_model.regenerate.batched import BatchedGenerator
-
     sampling = Sampling(temperature=1.5, top_k=4)
     generator = BatchedGenerator(Settings(model, 160, sampling, [1, BAR], 0))
     prompt = [5, 6, 7]
@@ -234,6 +232,23 @@ def test_draws_follow_the_distribution(model):
     for token, share in zip(best.indices.tolist(), best.values.softmax(0).tolist(), strict=True):
         assert abs(drawn.count(token) / 2000 - share) < 0.05
     assert set(drawn) <= set(best.indices.tolist())
+
+
+def test_too_little_memory_is_one_sentence(model):
+    """A real allocation that fails: the mask of a batch with one long prompt takes a gigabyte."""
+    import resource
+
+    generator = BatchedGenerator(Settings(model, 9000, Sampling(temperature=0), [1], 0))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    for number, length in enumerate([8000] + [9] * 15):
+        generator.submit(Request(number, [5] * length, 4, seed=0))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), limits[1]))
+    try:
+        with pytest.raises(DraftModelError, match="ran out of memory with 16 .*; lower max_length or regenerate_max"):
+            generator.next()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_what_cannot_be_used_is_put_aside_with_its_line(regenerate, tmp_path):

@@ -7,12 +7,15 @@ row is sampled with a generator of its own: Gumbel noise on the logits makes the
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from draft_model.engine.generate import Answer, Request, Sampling, Settings
+from draft_model.errors import DraftModelError
 from draft_model.target.model import load_model
 
 
@@ -21,6 +24,9 @@ class BatchedGenerator:
 
     Args:
         settings: of the generation.
+
+    Raises:
+        DraftModelError: there is too little memory for the target, or later for a batch.
     """
 
     in_flight = 16
@@ -30,7 +36,8 @@ class BatchedGenerator:
     def __init__(self, settings: Settings) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._model = load_model(Path(settings.model), dtype).to(device).eval()
+        with _memory_errors():
+            self._model = load_model(Path(settings.model), dtype).to(device).eval()
         self._settings = settings
         self._waiting: list[Request] = []
         self._answers: deque[Answer] = deque()
@@ -42,7 +49,8 @@ class BatchedGenerator:
     def next(self) -> Answer:
         """Gives the next answer; with none left, the prompts that wait are the next batch."""
         if not self._answers:
-            self._answers.extend(self._generate(self._waiting))
+            with _memory_errors():
+                self._answers.extend(self._generate(self._waiting))
             self._waiting = []
         return self._answers.popleft()
 
@@ -100,3 +108,18 @@ class BatchedGenerator:
             return logits - torch.stack(noise).to(logits.device)
 
         return [*chosen, draw]
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not full:
+            raise
+        raise DraftModelError(
+            f"regenerate_answers: transformers ran out of memory with {BatchedGenerator.in_flight} conversations at a "
+            f"time ({(str(error) or 'no detail').splitlines()[0]}); lower max_length or regenerate_max_new_tokens, or "
+            "install vLLM, which splits the target over tp_size GPUs and takes as many conversations as fit"
+        ) from error
