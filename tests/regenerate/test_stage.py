@@ -245,7 +245,7 @@ def test_too_little_memory_is_one_sentence(model):
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), limits[1]))
     try:
-        with pytest.raises(DraftModelError, match="ran out of memory with 16 .*; lower max_length or regenerate_max"):
+        with pytest.raises(DraftModelError, match=r"ran out of memory with 16 .*; lower max_length or regenerate_max"):
             generator.next()
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
