@@ -3,8 +3,9 @@
     python benchmarks/regenerate.py overhead demo/SmolLM2-135M-Instruct
     python benchmarks/regenerate.py gain demo/SmolLM2-135M-Instruct
 
-`overhead` times the stage (reading, rendering, tokens, upload, report; not the engine's start) beside a loop of
-`LLM.chat`, turn by turn over the same conversations with the same arguments, in vLLM for CPU.
+`overhead` times the stage (reading, rendering, tokens, upload, report) beside a loop of `LLM.chat`, turn by turn over the
+same conversations with the same arguments, in vLLM for CPU. What both do once before the first conversation is not
+timed: fetching the target, loading its tokenizer, starting the engine.
 
 `gain` trains two drafts with the same questions, steps and settings, one on foreign answers and one on the target's
 own, and gives the acceptance length that the trainer simulates on the target's own greedy answers to other questions.
@@ -25,6 +26,7 @@ import re
 import statistics
 import subprocess
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from subprocess import PIPE
@@ -111,12 +113,17 @@ def overhead(folder: str, work: Path, count: int, rounds: int = 5, longest: int 
                 dataset_train_split=write(place / "train.jsonl", rows), regenerate_answers="train",
                 regenerate_max_new_tokens=longest, max_length=context, **COMMON,
             )  # fmt: skip
-            started = time.perf_counter()
-            made = run(RegenerateConfig(model, str(place / "own"), p, place / "work"))
-            return time.perf_counter() - started, made.splits["train"]["tokens"]
+            started = []
 
-        kept = patch.object(stage, "_start_engines", lambda *_: iter([engine]))
-        with kept, patch.object(VllmGenerator, "close"):
+            def start(*_: Any) -> Iterator[VllmGenerator]:
+                started.append(time.perf_counter())
+                yield engine
+
+            with patch.object(stage, "_start_engines", start):
+                made = run(RegenerateConfig(model, str(place / "own"), p, place / "work"))
+            return time.perf_counter() - started[0], made.splits["train"]["tokens"]
+
+        with patch.object(VllmGenerator, "close"):
             plain(rows[-8:]), own(rows[-8:])  # starts both
             print("| round | conversations | tokens | LLM.chat loop, s | stage, s | more |\n|---|---|---|---|---|---|")
             shares = []

@@ -168,6 +168,21 @@ def test_a_run_that_was_killed_goes_on_with_the_shards_that_are_missing(regenera
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+def test_a_run_that_another_one_of_the_same_inputs_overtakes_takes_its_result(regenerate, monkeypatch, tmp_path):
+    monkeypatch.setattr(stage, "_PATIENCE_SECONDS", 1)
+    make, root, made = stage._make_shards, str(tmp_path / "root"), []
+
+    def make_and_be_overtaken(*given):
+        make(*given)
+        monkeypatch.setattr(stage, "_make_shards", make)
+        made.append(regenerate("other", root=root))
+
+    monkeypatch.setattr(stage, "_make_shards", make_and_be_overtaken)
+    found = regenerate("first", root=root)
+    assert (found.uri, found.splits) == (made[0].uri, made[0].splits)
+    assert [row["id"] for row in lines(found.uri)] == [row["id"] for row in ROWS]
+
+
 @pytest.mark.parametrize(("pod", "dead", "own"), [(0, 1, 7), (1, 0, 4)])
 def test_a_pod_that_never_comes_ends_the_wait_for_it(regenerate, monkeypatch, capsys, pod, dead, own):
     monkeypatch.setattr(stage, "_PATIENCE_SECONDS", 0.1)
