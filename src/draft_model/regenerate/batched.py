@@ -6,10 +6,12 @@ row is sampled with a generator of its own: Gumbel noise on the logits makes the
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,22 +87,21 @@ class BatchedGenerator:
             answers.append(Answer(request.id, row[:end], "length" if end is None else "stop"))
         return answers
 
-    def _processors(self, batch: list[Request]) -> list[object]:
+    def _processors(self, batch: list[Request]) -> list[Any]:
         from transformers.generation import logits_process as of
 
-        sampling: Sampling = self._settings.sampling
-        chosen: list[object] = []
-        if sampling.repetition_penalty != 1:
-            chosen.append(of.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-        if not sampling.temperature:
+        its: Sampling = self._settings.sampling
+        penalty, temperature = its.repetition_penalty, its.temperature
+        choices: list[tuple[Any, Any, float]] = [  # whether it does something, what applies it, value
+            (penalty != 1, of.RepetitionPenaltyLogitsProcessor, penalty),
+            (temperature, of.TemperatureLogitsWarper, temperature),
+            (temperature and its.top_k, of.TopKLogitsWarper, its.top_k),
+            (temperature and its.top_p < 1, of.TopPLogitsWarper, its.top_p),
+            (temperature and its.min_p, of.MinPLogitsWarper, its.min_p),
+        ]
+        chosen = [apply(value) for does, apply, value in choices if does]
+        if not temperature:
             return chosen
-        chosen.append(of.TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k:
-            chosen.append(of.TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            chosen.append(of.TopPLogitsWarper(sampling.top_p))
-        if sampling.min_p:
-            chosen.append(of.MinPLogitsWarper(sampling.min_p))
         generators = [torch.Generator().manual_seed(request.seed) for request in batch]
 
         def draw(_tokens: Tensor, logits: Tensor) -> Tensor:
@@ -114,12 +115,11 @@ class BatchedGenerator:
 def _memory_errors() -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not full:
+    except (RuntimeError, MemoryError) as error:  # a GPU's is a RuntimeError, a CPU's has no type of its own
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
         raise DraftModelError(
             f"regenerate_answers: transformers ran out of memory with {BatchedGenerator.in_flight} conversations at a "
-            f"time ({(str(error) or 'no detail').splitlines()[0]}); lower max_length or regenerate_max_new_tokens, or "
-            "install vLLM, which splits the target over tp_size GPUs and takes as many conversations as fit"
+            f"time ({str(error).partition(chr(10))[0]}); lower max_length or regenerate_max_new_tokens, or install "
+            "vLLM, which splits the target over tp_size GPUs and takes as many conversations as fit"
         ) from error
