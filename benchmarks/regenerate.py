@@ -3,8 +3,8 @@
     python benchmarks/regenerate.py overhead demo/SmolLM2-135M-Instruct
     python benchmarks/regenerate.py gain demo/SmolLM2-135M-Instruct
 
-`overhead` times the stage (reading, rendering, tokens, upload, report) beside a loop of `LLM.chat`, turn by turn over the
-same conversations with the same arguments, in vLLM for CPU. What both do once before the first conversation is not
+`overhead` times the stage (reading, rendering, tokens, upload, report) beside a loop of `LLM.chat`, turn by turn over
+the same conversations with the same arguments, in vLLM for CPU. What both do once before the first conversation is not
 timed: fetching the target, loading its tokenizer, starting the engine.
 
 `gain` trains two drafts with the same questions, steps and settings, one on foreign answers and one on the target's
@@ -166,13 +166,13 @@ def numpy_questions(characters: int = 480) -> list[dict[str, Any]]:
     return rows
 
 
-def gain(folder: str, work: Path, count: int, seeds: list[int], held_out: int = 48, longest: int = 128) -> None:
+def gain(folder: str, work: Path, count: int, steps: int, seeds: list[int], held_out: int = 48) -> None:
     """Prints acceptance lengths of the two drafts for each seed; what stands in `work` is not measured again."""
     model, rows = imported(folder, work), numpy_questions()[: count + held_out]
     asked = write(work / "asked.jsonl", rows[held_out:])
     p = Parameters(
         dataset_train_split=asked, dataset_validation_split=write(work / "held.jsonl", rows[:held_out]),
-        regenerate_answers="all", regenerate_max_new_tokens=longest, max_length=320, max_rejected_fraction=0.1,
+        regenerate_answers="all", regenerate_max_new_tokens=128, max_length=320, max_rejected_fraction=0.1,
         **COMMON,
     )  # fmt: skip
     own = run(RegenerateConfig(model, str(work / "own"), p, work / "regenerate"))
@@ -186,11 +186,12 @@ def gain(folder: str, work: Path, count: int, seeds: list[int], held_out: int = 
     for seed, (name, train) in itertools.product(seeds, sources.items()):
         settings = Parameters(
             dataset_train_split=train, dataset_validation_split=own.split_uri("validation"), chat_template="qwen",
-            draft_model_config=str(EXAMPLES / "draft.json"), max_length=320, ttt_length=3, num_epochs=1, seed=seed,
-            draft_global_batch_size=2, draft_micro_batch_size=2, training_batch_size=2, draft_optimizer="muon",
-            learning_rate=0.001, warmup_ratio=0.03, log_steps=40, training_backend="local", max_rejected_fraction=0.1,
+            draft_model_config=str(EXAMPLES / "draft.json"), max_length=320, ttt_length=3, seed=seed, num_epochs=1,
+            total_steps=steps, draft_global_batch_size=2, draft_micro_batch_size=2, training_batch_size=2,
+            draft_optimizer="muon", learning_rate=0.001, warmup_ratio=0.03, log_steps=40, training_backend="local",
+            max_rejected_fraction=0.1,
         )  # fmt: skip
-        place = work / f"{name.replace(' ', '-')}-{seed}"
+        place = work / f"{name.replace(' ', '-')}-{steps}-{seed}"
         built = dataset.run(dataset.DatasetConfig(model, str(place / "dataset"), settings, place / "work"))
         result = place / "result.json"
         if not result.exists():
@@ -210,12 +211,13 @@ if __name__ == "__main__":
     parser.add_argument("target", help="folder of the demo's model")
     parser.add_argument("--work", type=Path, help="folder for what is made, which is not made again (gain)")
     parser.add_argument("--count", type=int, default=320, help="conversations to train on, or of a timed round")
+    parser.add_argument("--steps", type=int, default=120, help="of each draft's training, two conversations each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     with TemporaryDirectory() as scratch:
         work = options.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
         if options.what == "gain":
-            gain(options.target, work.resolve(), options.count, options.seeds)
+            gain(options.target, work.resolve(), options.count, options.steps, options.seeds)
         else:
             overhead(options.target, Path(scratch), options.count)
