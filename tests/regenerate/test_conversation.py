@@ -143,6 +143,12 @@ def test_what_the_target_cannot_be_asked_is_a_fault_of_the_line(converse, row, r
     assert (outcome.record, outcome.reason, outcome.faulty, prompts) == (None, reason, True, [])
 
 
+def test_without_a_template_of_its_own_the_target_is_asked_as_chat_template_says(converse):
+    outcome, (prompt,) = converse("qwen-bare", ["own"], messages=TWO[:2])
+    assert prompt.endswith("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n")
+    assert (outcome.reason, said(outcome)) == ("", ["own"])
+
+
 def test_an_answer_has_what_the_context_leaves(converse):
     outcome, _ = converse(
         "qwen2", ["own"], context=60, messages=[*TWO[:2], {"role": "user", "content": "x y " * 60}, TWO[3]]

@@ -317,6 +317,20 @@ def test_an_engine_that_is_named_and_not_there_is_no_reason_to_be_slow_in_silenc
         regenerate("out")
 
 
+def test_an_engine_that_dies_is_one_sentence_and_the_next_run_goes_on(regenerate, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    failure = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    python.write_text(f"#!/bin/sh\ncase $1 in -m) read -r job; echo '{failure}' >&2; exit 1;; esac\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("DRAFT_MODEL_ENGINE_PYTHON", str(python))
+    monkeypatch.setattr(stage, "_gpus", lambda: ["0", "1"])  # two engines: neither waits for the other
+    sentence = r"regenerate_answers: vllm ran out of memory \(OutOfMemoryError.*use .* a higher tp_size, or lower max_"
+    with pytest.raises(DraftModelError, match=sentence):
+        regenerate("out", number_of_gpu_to_use_draft_model_training=2)
+    monkeypatch.delenv("DRAFT_MODEL_ENGINE_PYTHON")
+    assert regenerate("out").splits["train"]["conversations"] == len(ROWS)
+
+
 def test_the_command_line(model, tmp_path):
     from click.testing import CliRunner
 
