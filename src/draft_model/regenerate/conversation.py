@@ -171,13 +171,14 @@ class Writer:
         return message
 
 
-def drive(engine: Engine, chats: Iterator[tuple[Key, Chat]], seed: Any) -> Iterator[tuple[Key, Outcome]]:
+def drive(engine: Engine, chats: Iterator[tuple[Key, Chat]], seed: Any, most: int) -> Iterator[tuple[Key, Outcome]]:
     """Has an engine answer conversations; yields each with its key when it has ended.
 
     Args:
-        engine: takes so many conversations at once as it can.
+        engine: gets `most` conversations at once, or its `in_flight` if that is less.
         chats: not begun yet.
         seed: from a key and the number of the answer to the seed of its sampling.
+        most: this engine's share of all conversations, lest it keep the others from theirs.
     """
     active: dict[int, tuple[Key, Chat, int]] = {}
     numbers = itertools.count()
@@ -194,7 +195,7 @@ def drive(engine: Engine, chats: Iterator[tuple[Key, Chat]], seed: Any) -> Itera
 
     while True:
         if engine.continuous or not active:
-            started = list(itertools.islice(chats, engine.in_flight - len(active)))
+            started = list(itertools.islice(chats, min(most, engine.in_flight) - len(active)))
             for key, chat in started:
                 yield from advance(key, chat, 0, None)
             if not active and not started:

@@ -259,7 +259,7 @@ def _make_shards(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard]
         pool = stack.enter_context(ThreadPoolExecutor(len(workers)))
 
         def work(engine: Engine) -> None:
-            for shard in _answer(engine, take(), writer, p):
+            for shard in _answer(engine, take(), writer, p, -(-total // len(workers))):
                 _upload(shard, output, scratch)
                 bar.update(len(shard.outcomes))
 
@@ -317,7 +317,7 @@ def _gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _answer(engine: Engine, shards: Iterator[_Shard], writer: Writer, p: Parameters) -> Iterator[_Shard]:
+def _answer(engine: Engine, shards: Iterator[_Shard], writer: Writer, p: Parameters, most: int) -> Iterator[_Shard]:
     """Yields shards as they are done; an engine that batches continuously has several under way."""
     samples = p.regenerate_samples_per_prompt
 
@@ -334,7 +334,7 @@ def _answer(engine: Engine, shards: Iterator[_Shard], writer: Writer, p: Paramet
 
     streams = [itertools.chain.from_iterable(map(chats, shards))] if engine.continuous else map(chats, shards)
     for stream in streams:
-        for (shard, index, sample), outcome in drive(engine, stream, seed):
+        for (shard, index, sample), outcome in drive(engine, stream, seed, most):
             shard.outcomes[index, sample] = outcome
             if len(shard.outcomes) == samples * len(shard.lines):
                 yield shard
