@@ -191,6 +191,16 @@ def test_a_pod_that_never_comes_ends_the_wait_for_it(regenerate, monkeypatch, ca
     assert f" {own}/{own} [" in capsys.readouterr().err  # the bar has a total
 
 
+def test_a_shard_that_was_lost_since_is_made_again(regenerate, monkeypatch, tmp_path):
+    regenerate("whole")
+    monkeypatch.setattr(stage, "_PATIENCE_SECONDS", 0.1)
+    with pytest.raises(DraftModelError):
+        regenerate("half", pod=1, pods=2)
+    next(Path(tmp_path, "half/train").glob("part-*")).unlink()
+    regenerate("half")
+    assert contents(tmp_path / "half") == contents(tmp_path / "whole")
+
+
 def test_answers_are_found_again_where_data_model_and_settings_are_the_same(regenerate, tmp_path):
     root = str(tmp_path / "root")
     first = regenerate("", root=root)

@@ -76,7 +76,6 @@ class RegenerateResult:
 
     uri: str
     reused: bool  # it was there already, whole and of the same inputs
-    fingerprint: str  # sha256 of all that shapes it
     splits: dict[str, dict[str, Any]]  # counts of each split
 
     def split_uri(self, split: str) -> str:
@@ -97,7 +96,8 @@ class _Inputs:
     files: dict[str, list[File]]  # by split
     keys: dict[str, str]  # by split: hash of its files and all settings
     sampling: Sampling
-    fingerprint: str
+    fingerprint: str  # sha256 of all that shapes the result
+    output: str
 
 
 @dataclass
@@ -119,39 +119,35 @@ def run(config: RegenerateConfig) -> RegenerateResult:
     """
     config.work.mkdir(parents=True, exist_ok=True)
     inputs = _read_inputs(config)
-    output = storage.join(config.root, "regenerated", inputs.fingerprint[:24]) if config.root else config.output
-    if found := _find_made(output, inputs.fingerprint):
-        log.info("%s holds the answers to the same inputs already; nothing to do", output)
-        return RegenerateResult(output, True, inputs.fingerprint, found["splits"])
+    if found := _find_made(inputs):
+        log.info("%s holds the answers to the same inputs already; nothing to do", inputs.output)
+        return RegenerateResult(inputs.output, True, found["splits"])
     with TemporaryDirectory(dir=config.work, prefix="regenerate-") as scratch:
         shards = _plan(inputs, config.parameters.regenerate_limit)
-        _make_shards(config, inputs, shards, output, Path(scratch))
-        names = [f"{shard.name}.json" for shard in shards]
-        while not (found := _wait(config, inputs, output, names)):
-            _publish(config, inputs, output, shards, Path(scratch))
-    return RegenerateResult(output, False, inputs.fingerprint, found["splits"])
+        while not (found := _find_made(inputs)):  # by the first pod, or by another run of the same inputs
+            _make_shards(config, inputs, shards, Path(scratch))
+            _wait(config, inputs, [f"{shard.name}.json" for shard in shards])
+            if config.pod == 0:
+                _publish(config, inputs, shards, Path(scratch))
+    return RegenerateResult(inputs.output, False, found["splits"])
 
 
-def _find_made(output: str, fingerprint: str) -> Mapping[str, Any] | None:
-    if storage.read_file(storage.join(output, storage.MANIFEST)) is None:
+def _find_made(inputs: _Inputs) -> Mapping[str, Any] | None:
+    if storage.read_file(storage.join(inputs.output, storage.MANIFEST)) is None:
         return None
-    manifest = storage.read_manifest(output, stage="regenerate")
-    same = manifest.properties.get("fingerprint") == fingerprint
-    return manifest.properties if same and storage.is_whole(output, manifest) else None
+    manifest = storage.read_manifest(inputs.output, stage="regenerate")
+    same = manifest.properties.get("fingerprint") == inputs.fingerprint
+    return manifest.properties if same and storage.is_whole(inputs.output, manifest) else None
 
 
-def _wait(config: RegenerateConfig, inputs: _Inputs, output: str, names: list[str]) -> Mapping[str, Any] | None:
-    """Waits for other pods while they finish shards.
-
-    Returns:
-        What is published by then, by the first pod or by another run of the same inputs; None: all shards are there.
-    """
+def _wait(config: RegenerateConfig, inputs: _Inputs, names: list[str]) -> None:
+    """Waits for other pods while they finish shards: the first pod for theirs, they for what it makes of all."""
     count, since = -1, 0.0
-    while not (found := _find_made(output, inputs.fingerprint)):
-        done = storage.list_files(storage.join(output, _PIECES)).keys()
-        pods = {0} if config.pod else {index % config.pods for index, name in enumerate(names) if name not in done}
+    while not _find_made(inputs):
+        done = storage.list_files(storage.join(inputs.output, _PIECES)).keys()
+        pods = {0} if config.pod else {i % config.pods for i, name in enumerate(names) if name not in done} - {0}
         if not pods:
-            break
+            return
         waits_for = "pod " + ", ".join(map(str, sorted(pods)))
         if len(done) != count:
             count, since = len(done), time.monotonic()
@@ -159,11 +155,9 @@ def _wait(config: RegenerateConfig, inputs: _Inputs, output: str, names: list[st
         if time.monotonic() - since > _PATIENCE_SECONDS:
             raise DraftModelError(
                 f"regenerate_answers: no pod has finished a shard for {_PATIENCE_SECONDS / 60:.0f} minutes, and this "
-                f"one still waits for {waits_for}: see why in its log; start the run again: it makes only what is "
-                "missing"
+                f"one still waits for {waits_for}: see why in its log; start the run again: it makes what is missing"
             )
         time.sleep(_POLL_SECONDS)
-    return found
 
 
 def _read_inputs(config: RegenerateConfig) -> _Inputs:
@@ -190,7 +184,9 @@ def _read_inputs(config: RegenerateConfig) -> _Inputs:
                                                "regenerate_samples_per_prompt", "regenerate_limit")},
     }  # fmt: skip
     keys = {split: _hash(settings, split, identity) for split, identity in identities.items()}
-    return _Inputs(model, files, keys, sampling, _hash(keys))
+    fingerprint = _hash(keys)
+    output = storage.join(config.root, "regenerated", fingerprint[:24]) if config.root else config.output
+    return _Inputs(model, files, keys, sampling, fingerprint, output)
 
 
 def read_sampling(model: Path, temperature: float) -> Sampling:
@@ -219,10 +215,10 @@ def _plan(inputs: _Inputs, limit: int) -> list[_Shard]:
     return shards
 
 
-def _make_shards(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard], output: str, scratch: Path) -> None:
+def _make_shards(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard], scratch: Path) -> None:
     """Makes those of this pod's shards that are missing."""
     p = config.parameters
-    done = storage.list_files(storage.join(output, _PIECES))
+    done = storage.list_files(storage.join(inputs.output, _PIECES))
     own = [shard for shard in shards[config.pod :: config.pods] if f"{shard.name}.json" not in done]
     if not own:
         return
@@ -260,7 +256,7 @@ def _make_shards(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard]
 
         def work(engine: Engine) -> None:
             for shard in _answer(engine, take(), writer, p, -(-total // len(workers))):
-                _upload(shard, output, scratch)
+                _upload(shard, inputs.output, scratch)
                 bar.update(len(shard.outcomes))
 
         try:
@@ -355,9 +351,9 @@ def _upload(shard: _Shard, output: str, scratch: Path) -> None:
     storage.write_bytes(storage.join(output, _PIECES, f"{shard.name}.json"), json.dumps(counts).encode())
 
 
-def _publish(config: RegenerateConfig, inputs: _Inputs, output: str, shards: list[_Shard], scratch: Path) -> None:
+def _publish(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard], scratch: Path) -> None:
     """Adds the counts up, writes the report and, last, the manifest; nothing where another run has done so."""
-    p = config.parameters
+    p, output = config.parameters, inputs.output
     pieces = [storage.join(output, _PIECES, f"{shard.name}.json") for shard in shards]
     counts = in_parallel(lambda piece, _: storage.read_file(piece), pieces)
     tallies, records = {split: Tally() for split in inputs.files}, []
