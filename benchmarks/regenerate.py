@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from subprocess import PIPE
 from tempfile import TemporaryDirectory
@@ -88,6 +88,15 @@ def imported(folder: str, work: Path) -> str:
     return model_import.run(model_import.ImportConfig(str(work / "model"), work / "import", p)).uri
 
 
+def cpu_seconds(session: int) -> float:
+    """CPU time of all processes of a session so far."""
+    stats = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            stats.append(path.read_text().rpartition(")")[2].split())
+    return sum(int(it[11]) + int(it[12]) for it in stats if int(it[3]) == session) / os.sysconf("SC_CLK_TCK")
+
+
 def overhead(folder: str, work: Path, count: int, rounds: int = 5, longest: int = 64, context: int = 768) -> None:
     """Prints seconds of the stage and of a plain loop, which take turns; each keeps its engine and rests meanwhile."""
     model, rows = imported(folder, work), read("train", count * rounds + 8)
@@ -96,47 +105,63 @@ def overhead(folder: str, work: Path, count: int, rounds: int = 5, longest: int 
     ends = end_tokens(Path(model), load_tokenizer(Path(model)), "qwen")
     given = Settings(model, context, Sampling(temperature=0), ends, 0)
     with (
-        subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdin=PIPE, stdout=PIPE, text=True) as loop,
+        subprocess.Popen(
+            command, env={**os.environ, "PYTHONPATH": path}, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True
+        ) as loop,
         closing(VllmGenerator(given)) as engine,
     ):
 
-        def plain(rows: list[dict[str, Any]]) -> tuple[float, int]:
+        def plain(rows: list[dict[str, Any]]) -> tuple[float, float, int]:
             questions = [[m["content"] for m in row["conversations"] if m["role"] == "user"] for row in rows]
+            before = cpu_seconds(loop.pid)
             print(json.dumps(questions), file=loop.stdin, flush=True)
             seconds, tokens = json.loads(loop.stdout.readline())  # type: ignore[union-attr]
-            return seconds, tokens
+            return seconds, cpu_seconds(loop.pid) - before, tokens
 
-        def own(rows: list[dict[str, Any]]) -> tuple[float, int]:
+        def own(rows: list[dict[str, Any]]) -> tuple[float, float, int]:
             place = work / rows[0]["id"]
             place.mkdir()
             p = Parameters(
                 dataset_train_split=write(place / "train.jsonl", rows), regenerate_answers="train",
                 regenerate_max_new_tokens=longest, max_length=context, **COMMON,
             )  # fmt: skip
-            started = []
+            started, child = [], engine._process._process.pid
+
+            def clocks() -> tuple[float, float]:
+                return time.perf_counter(), time.process_time() + cpu_seconds(child)
 
             def start(*_: Any) -> Iterator[VllmGenerator]:
-                started.append(time.perf_counter())
+                started.extend(clocks())
                 yield engine
 
             with patch.object(stage, "_start_engines", start):
                 made = run(RegenerateConfig(model, str(place / "own"), p, place / "work"))
-            return time.perf_counter() - started[0], made.splits["train"]["tokens"]
+            ended = clocks()
+            return ended[0] - started[0], ended[1] - started[1], made.splits["train"]["tokens"]
 
         with patch.object(VllmGenerator, "close"):
             plain(rows[-8:]), own(rows[-8:])  # starts both
-            print("| round | conversations | tokens | LLM.chat loop, s | stage, s | more |\n|---|---|---|---|---|---|")
+            columns = ("round", "tokens", "LLM.chat loop, s", "stage, s", "more", "loop, CPU s", "stage, CPU s", "more")
+            print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
             shares = []
             for number in range(rounds):
-                part, seconds = rows[number * count : (number + 1) * count], {}
-                for measured in (plain, own) if number % 2 else (own, plain):
+                part, measured = rows[number * count : (number + 1) * count], {}
+                for way in (plain, own) if number % 2 else (own, plain):
                     time.sleep(2)  # the other engine's workers look for work for a second before they rest
-                    seconds[measured] = measured(part)
-                (loops, expected), (stages, tokens) = seconds[plain], seconds[own]
-                shares.append(stages / loops - 1)
-                cells = (number + 1, count, f"{expected:,} and {tokens:,}", f"{loops:.2f}", f"{stages:.2f}")
-                print("|", *(f"{cell} |" for cell in cells), f"{shares[-1]:+.1%} |", flush=True)
-            print(f"median {statistics.median(shares):+.1%}")
+                    measured[way] = way(part)
+                a, b = measured[plain], measured[own]
+                shares.append((b[0] / a[0] - 1, b[1] / a[1] - 1))
+                times = (f"{a[0]:.2f}", f"{b[0]:.2f}", f"{shares[-1][0]:+.1%}", f"{a[1]:.2f}", f"{b[1]:.2f}")
+                print(
+                    "|",
+                    *(f"{cell} |" for cell in (number + 1, f"{a[2]:,} and {b[2]:,}", *times)),
+                    f"{shares[-1][1]:+.1%} |",
+                    flush=True,
+                )
+            time_more, cpu_more = (statistics.median(each) for each in zip(*shares, strict=True))
+            print(
+                f"medians of {rounds} rounds of {count} conversations: {time_more:+.1%} time, {cpu_more:+.1%} CPU time"
+            )
         loop.stdin.close()  # type: ignore[union-attr]
 
 
