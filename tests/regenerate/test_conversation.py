@@ -9,7 +9,7 @@ from draft_model.dataset.encode import load_tokenizer
 from draft_model.dataset.reader import parse
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.engine.generate import Answer
-from draft_model.regenerate.conversation import Writer
+from draft_model.regenerate.conversation import Outcome, Writer, drive
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 CALL = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}]
@@ -143,8 +143,43 @@ def test_what_the_target_cannot_be_asked_is_a_fault_of_the_line(converse, row, r
     assert (outcome.record, outcome.reason, outcome.faulty, prompts) == (None, reason, True, [])
 
 
+def test_without_a_template_of_its_own_the_target_is_asked_as_chat_template_says(converse):
+    outcome, (prompt,) = converse("qwen-bare", ["own"], messages=TWO[:2])
+    assert prompt.endswith("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n")
+    assert (outcome.reason, said(outcome)) == ("", ["own"])
+
+
 def test_an_answer_has_what_the_context_leaves(converse):
     outcome, _ = converse(
         "qwen2", ["own"], context=60, messages=[*TWO[:2], {"role": "user", "content": "x y " * 60}, TWO[3]]
     )
     assert (outcome.reason, said(outcome), outcome.record["id"]) == ("prompt too long", ["own"], "line-7")
+
+
+class Echo:
+    """An engine that answers what came first."""
+
+    in_flight, continuous = 5, True
+
+    def __init__(self):
+        self.waiting, self.most = [], 0
+
+    def submit(self, request):
+        self.waiting.append(request)
+        self.most = max(self.most, len(self.waiting))
+
+    def next(self):
+        return Answer(self.waiting.pop(0).id, [], "stop")
+
+
+@pytest.mark.parametrize(("share", "most"), [(3, 3), (9, 5)])
+def test_an_engine_gets_what_it_takes_and_no_more_than_its_share(share, most):
+    def chat(turns):
+        for _ in range(turns):
+            yield [1], 8
+        return Outcome()
+
+    engine = Echo()
+    done = drive(engine, ((key, chat(key % 3)) for key in range(20)), lambda key, turn: 0, share)
+    assert sorted(key for key, _ in done) == list(range(20))
+    assert engine.most == most

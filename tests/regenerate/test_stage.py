@@ -14,12 +14,13 @@ import tiny
 
 from draft_model import dataset, model_import, storage
 from draft_model.dataset.tokens import Split
-from draft_model.engine.generate import Sampling
+from draft_model.engine.generate import Request, Sampling, Settings
 from draft_model.errors import DraftModelError
 from draft_model.evaluation import stage as evaluation
 from draft_model.parameters import Parameters
 from draft_model.parameters.rules import problems_with
 from draft_model.regenerate import RegenerateConfig, run, stage
+from draft_model.regenerate.batched import BatchedGenerator
 
 ROWS = [
     {"id": "greek", "conversations": [
@@ -167,12 +168,37 @@ def test_a_run_that_was_killed_goes_on_with_the_shards_that_are_missing(regenera
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+def test_a_run_that_another_one_of_the_same_inputs_overtakes_takes_its_result(regenerate, monkeypatch, tmp_path):
+    monkeypatch.setattr(stage, "_PATIENCE_SECONDS", 1)
+    make, root, made = stage._make_shards, str(tmp_path / "root"), []
+
+    def make_and_be_overtaken(*given):
+        make(*given)
+        monkeypatch.setattr(stage, "_make_shards", make)
+        made.append(regenerate("other", root=root))
+
+    monkeypatch.setattr(stage, "_make_shards", make_and_be_overtaken)
+    found = regenerate("first", root=root)
+    assert (found.uri, found.splits) == (made[0].uri, made[0].splits)
+    assert [row["id"] for row in lines(found.uri)] == [row["id"] for row in ROWS]
+
+
 @pytest.mark.parametrize(("pod", "dead", "own"), [(0, 1, 7), (1, 0, 4)])
 def test_a_pod_that_never_comes_ends_the_wait_for_it(regenerate, monkeypatch, capsys, pod, dead, own):
     monkeypatch.setattr(stage, "_PATIENCE_SECONDS", 0.1)
     with pytest.raises(DraftModelError, match=rf"regenerate_answers: no pod has finished .* waits for pod {dead}:"):
         regenerate("half", pod=pod, pods=2)
     assert f" {own}/{own} [" in capsys.readouterr().err  # the bar has a total
+
+
+def test_a_shard_that_was_lost_since_is_made_again(regenerate, monkeypatch, tmp_path):
+    regenerate("whole")
+    monkeypatch.setattr(stage, "_PATIENCE_SECONDS", 0.1)
+    with pytest.raises(DraftModelError):
+        regenerate("half", pod=1, pods=2)
+    next(Path(tmp_path, "half/train").glob("part-*")).unlink()
+    regenerate("half")
+    assert contents(tmp_path / "half") == contents(tmp_path / "whole")
 
 
 def test_answers_are_found_again_where_data_model_and_settings_are_the_same(regenerate, tmp_path):
@@ -220,9 +246,6 @@ def test_draws_follow_the_distribution(model):
     """Two thousand first tokens against the probabilities that the settings leave."""
     import torch
 
-    from draft_model.engine.generate import Request, Settings
-    from draft_model.regenerate.batched import BatchedGenerator
-
     sampling = Sampling(temperature=1.5, top_k=4)
     generator = BatchedGenerator(Settings(model, 160, sampling, [1, BAR], 0))
     prompt = [5, 6, 7]
@@ -234,6 +257,23 @@ def test_draws_follow_the_distribution(model):
     for token, share in zip(best.indices.tolist(), best.values.softmax(0).tolist(), strict=True):
         assert abs(drawn.count(token) / 2000 - share) < 0.05
     assert set(drawn) <= set(best.indices.tolist())
+
+
+def test_too_little_memory_is_one_sentence(model):
+    """A real allocation that fails: the mask of a batch with one long prompt takes a gigabyte."""
+    import resource
+
+    generator = BatchedGenerator(Settings(model, 9000, Sampling(temperature=0), [1], 0))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    for number, length in enumerate([8000] + [9] * 15):
+        generator.submit(Request(number, [5] * length, 4, seed=0))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), limits[1]))
+    try:
+        with pytest.raises(DraftModelError, match=r"ran out of memory with 16 .*; lower max_length or regenerate_max"):
+            generator.next()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_what_cannot_be_used_is_put_aside_with_its_line(regenerate, tmp_path):
@@ -285,6 +325,20 @@ def test_an_engine_that_is_named_and_not_there_is_no_reason_to_be_slow_in_silenc
         DraftModelError, match=r"DRAFT_MODEL_ENGINE_PYTHON: given .*cannot import vllm; install it there"
     ):
         regenerate("out")
+
+
+def test_an_engine_that_dies_is_one_sentence_and_the_next_run_goes_on(regenerate, tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    failure = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    python.write_text(f"#!/bin/sh\ncase $1 in -m) read -r job; echo '{failure}' >&2; exit 1;; esac\n")
+    python.chmod(0o755)
+    monkeypatch.setenv("DRAFT_MODEL_ENGINE_PYTHON", str(python))
+    monkeypatch.setattr(stage, "_gpus", lambda: ["0", "1"])  # two engines: neither waits for the other
+    sentence = r"regenerate_answers: vllm ran out of memory \(OutOfMemoryError.*use .* a higher tp_size, or lower max_"
+    with pytest.raises(DraftModelError, match=sentence):
+        regenerate("out", number_of_gpu_to_use_draft_model_training=2)
+    monkeypatch.delenv("DRAFT_MODEL_ENGINE_PYTHON")
+    assert regenerate("out").splits["train"]["conversations"] == len(ROWS)
 
 
 def test_the_command_line(model, tmp_path):

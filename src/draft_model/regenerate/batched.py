@@ -6,13 +6,18 @@ row is sampled with a generator of its own: Gumbel noise on the logits makes the
 
 from __future__ import annotations
 
+import re
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from draft_model.engine.generate import Answer, Request, Sampling, Settings
+from draft_model.errors import DraftModelError
 from draft_model.target.model import load_model
 
 
@@ -21,6 +26,9 @@ class BatchedGenerator:
 
     Args:
         settings: of the generation.
+
+    Raises:
+        DraftModelError: there is too little memory for the target, or later for a batch.
     """
 
     in_flight = 16
@@ -30,7 +38,8 @@ class BatchedGenerator:
     def __init__(self, settings: Settings) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._model = load_model(Path(settings.model), dtype).to(device).eval()
+        with _memory_errors():
+            self._model = load_model(Path(settings.model), dtype).to(device).eval()
         self._settings = settings
         self._waiting: list[Request] = []
         self._answers: deque[Answer] = deque()
@@ -42,7 +51,8 @@ class BatchedGenerator:
     def next(self) -> Answer:
         """Gives the next answer; with none left, the prompts that wait are the next batch."""
         if not self._answers:
-            self._answers.extend(self._generate(self._waiting))
+            with _memory_errors():
+                self._answers.extend(self._generate(self._waiting))
             self._waiting = []
         return self._answers.popleft()
 
@@ -77,22 +87,21 @@ class BatchedGenerator:
             answers.append(Answer(request.id, row[:end], "length" if end is None else "stop"))
         return answers
 
-    def _processors(self, batch: list[Request]) -> list[object]:
+    def _processors(self, batch: list[Request]) -> list[Any]:
         from transformers.generation import logits_process as of
 
-        sampling: Sampling = self._settings.sampling
-        chosen: list[object] = []
-        if sampling.repetition_penalty != 1:
-            chosen.append(of.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-        if not sampling.temperature:
+        its: Sampling = self._settings.sampling
+        penalty, temperature = its.repetition_penalty, its.temperature
+        choices: list[tuple[Any, Any, float]] = [  # whether it does something, what applies it, value
+            (penalty != 1, of.RepetitionPenaltyLogitsProcessor, penalty),
+            (temperature, of.TemperatureLogitsWarper, temperature),
+            (temperature and its.top_k, of.TopKLogitsWarper, its.top_k),
+            (temperature and its.top_p < 1, of.TopPLogitsWarper, its.top_p),
+            (temperature and its.min_p, of.MinPLogitsWarper, its.min_p),
+        ]
+        chosen = [apply(value) for does, apply, value in choices if does]
+        if not temperature:
             return chosen
-        chosen.append(of.TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k:
-            chosen.append(of.TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            chosen.append(of.TopPLogitsWarper(sampling.top_p))
-        if sampling.min_p:
-            chosen.append(of.MinPLogitsWarper(sampling.min_p))
         generators = [torch.Generator().manual_seed(request.seed) for request in batch]
 
         def draw(_tokens: Tensor, logits: Tensor) -> Tensor:
@@ -100,3 +109,17 @@ class BatchedGenerator:
             return logits - torch.stack(noise).to(logits.device)
 
         return [*chosen, draw]
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # a GPU's is a RuntimeError, a CPU's has no type of its own
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        raise DraftModelError(
+            f"regenerate_answers: transformers ran out of memory with {BatchedGenerator.in_flight} conversations at a "
+            f"time ({str(error).partition(chr(10))[0]}); lower max_length or regenerate_max_new_tokens, or install "
+            "vLLM, which splits the target over tp_size GPUs and takes as many conversations as fit"
+        ) from error

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from draft_model.dataset.reader import Message, Rejected, Row, parse
@@ -31,6 +32,7 @@ Chat = Generator[tuple[list[int], int], Answer, "Outcome"]
 TOO_LONG = "prompt too long"
 OTHER_CALLS = "tool results do not fit the answer"
 IN_REASONING = "cut while it reasoned"
+_ANSWER = "answer: "
 _TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _RECIPIENT = re.compile(r"to=functions\.([^\s<]+)")
 
@@ -71,6 +73,7 @@ class Writer:
 
     def __init__(self, tokenizer: Any, template: Template, context: int, max_new_tokens: int) -> None:
         self._tokenizer, self._template = tokenizer, template
+        self._decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         self._context, self._max_new_tokens = context, max_new_tokens
         self._renderers = [Renderer(tokenizer, template, tools=tools) for tools in (False, True)]
 
@@ -91,64 +94,61 @@ class Writer:
         except RecursionError:
             return Outcome(reason="wrong shape", detail="the line is nested too deeply", faulty=True)
         except Rejected as refusal:
-            return Outcome(reason=refusal.reason, detail=refusal.detail, faulty=not turns)
+            faulty = not turns and not refusal.reason.startswith(_ANSWER)
+            return Outcome(reason=refusal.reason, detail=refusal.detail, faulty=faulty)
 
     def _regenerate(self, row: Row, suffix: str, number: str, turns: list[Turn]) -> Chat:
         renderer = self._renderers[bool(row.tools)]
         messages: list[Message] = []
-        finish, ignored, reason, detail = [], [], "", ""
-        flags = zip(row.answers, row.cut, row.ignored, strict=True)
-        for index, message in enumerate(row.messages):
-            if message["role"] != "assistant":
-                messages.append(message)
-                continue
-            _, was_cut, is_ignored = next(flags)
-            if is_ignored or not messages or messages[-1]["role"] not in ("user", "tool"):
-                messages.append({**message, "weight": 0})  # nothing asks for it, or nobody learns it
-                finish.append("length" if was_cut else "stop")
-                ignored.append(True)
-                continue
-            text = renderer.prompt(replace(row, messages=messages))
-            prompt = self._tokens(text)
-            room = self._context - len(prompt)
-            if room < 1:
-                reason, detail = TOO_LONG, f"message {index + 1}: {len(prompt)} tokens before it; {self._context} fit"
-                break
-            answer = yield prompt, min(room, self._max_new_tokens)
-            said = self._tokenizer.decode(answer.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            if answer.finish == "length":  # within a character
-                said = said.rstrip("\N{REPLACEMENT CHARACTER}")
-            try:
-                made = self._message(said, opened=text.rstrip().endswith("<think>"))
-            except Rejected as refusal:
-                reason, detail = f"answer: {refusal.reason}", f"message {index + 1}: {refusal.detail}"
-                break
-            before = _text(message)
-            lengths = len(self._tokens(before)), len(answer.tokens)
-            turns.append(Turn(len(messages), before, said, *lengths, answer.finish))
-            messages.append(made)
-            finish.append(answer.finish)
-            ignored.append(False)
-            if index + 1 < len(row.messages) and not made["content"] and "tool_calls" not in made:
-                reason, detail = IN_REASONING, f"message {index + 1}: {len(answer.tokens)} tokens"
-                break
-            if index + 1 < len(row.messages) and _calls(made) != _calls(message):
-                reason, detail = OTHER_CALLS, f"message {index + 1}"
-                break
-        if not turns and not reason:
-            raise Rejected("no assistant turn", "none of its assistant turns is learnt")
+        cut, ignored, end = list[bool](), list[bool](), Rejected("", "")
+        try:
+            flags = zip(row.cut, row.ignored, strict=True)
+            for index, message in enumerate(row.messages):
+                if message["role"] != "assistant":
+                    messages.append(message)
+                    continue
+                was_cut, is_ignored = next(flags)
+                if is_ignored or not messages or messages[-1]["role"] not in ("user", "tool"):
+                    messages.append({**message, "weight": 0})  # nothing asks for it, or nobody learns it
+                    cut.append(was_cut)
+                    ignored.append(True)
+                    continue
+                here = f"message {index + 1}"
+                text = renderer.prompt(replace(row, messages=messages))
+                prompt = self._tokens(text)
+                room = self._context - len(prompt)
+                if room < 1:
+                    raise Rejected(TOO_LONG, f"{here}: {len(prompt)} tokens before it; {self._context} fit")
+                answer = yield prompt, min(room, self._max_new_tokens)
+                said: str = self._decode(answer.tokens)
+                if answer.finish == "length":  # within a character
+                    said = said.rstrip("\N{REPLACEMENT CHARACTER}")
+                try:
+                    made = self._message(said, opened=text.rstrip().endswith("<think>"))
+                except Rejected as refusal:
+                    raise Rejected(f"{_ANSWER}{refusal.reason}", f"{here}: {refusal.detail}") from None
+                before = _text(message)
+                lengths = len(self._tokens(before)), len(answer.tokens)
+                turns.append(Turn(len(messages), before, said, *lengths, answer.finish))
+                messages.append(made)
+                cut.append(answer.finish == "length")
+                ignored.append(False)
+                if index + 1 < len(row.messages) and not made["content"] and "tool_calls" not in made:
+                    raise Rejected(IN_REASONING, f"{here}: {len(answer.tokens)} tokens")
+                if index + 1 < len(row.messages) and _calls(made) != _calls(message):
+                    raise Rejected(OTHER_CALLS, here)
+        except Rejected as refusal:
+            end = refusal
         if not turns:
-            return Outcome(reason=reason, detail=detail, faulty=reason == TOO_LONG)
-        while reason and messages[-1]["role"] != "assistant":
+            raise end if end.reason else Rejected("no assistant turn", "none of its assistant turns is learnt")
+        while end.reason and messages[-1]["role"] != "assistant":
             messages.pop()
-        cut = tuple(each == "length" for each in finish)
-        # As the data set's stage will.
-        renderer.render(replace(row, messages=messages, cut=cut, ignored=tuple(ignored)))
+        renderer.render(replace(row, messages=messages, cut=tuple(cut), ignored=tuple(ignored)))  # as the data set will
         record = {"id": f"{row.columns.get('id', number)}{suffix}" if suffix else row.columns.get("id", number)}
         record |= {name: value for name, value in row.columns.items() if name != "id"}
         record |= {"tools": row.tools} if row.tools else {}
-        record |= {"conversations": messages, "finish": finish}
-        return Outcome(record, turns, sum(ignored), reason, detail)
+        record |= {"conversations": messages, "finish": ["length" if each else "stop" for each in cut]}
+        return Outcome(record, turns, sum(ignored), end.reason, end.detail)
 
     def _tokens(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -171,13 +171,14 @@ class Writer:
         return message
 
 
-def drive(engine: Engine, chats: Iterator[tuple[Key, Chat]], seed: Any) -> Iterator[tuple[Key, Outcome]]:
+def drive(engine: Engine, chats: Iterator[tuple[Key, Chat]], seed: Any, most: int) -> Iterator[tuple[Key, Outcome]]:
     """Has an engine answer conversations; yields each with its key when it has ended.
 
     Args:
-        engine: takes so many conversations at once as it can.
+        engine: gets `most` conversations at once, or its `in_flight` if that is less.
         chats: not begun yet.
         seed: from a key and the number of the answer to the seed of its sampling.
+        most: this engine's share of all conversations, lest it keep the others from theirs.
     """
     active: dict[int, tuple[Key, Chat, int]] = {}
     numbers = itertools.count()
@@ -194,7 +195,7 @@ def drive(engine: Engine, chats: Iterator[tuple[Key, Chat]], seed: Any) -> Itera
 
     while True:
         if engine.continuous or not active:
-            started = list(itertools.islice(chats, engine.in_flight - len(active)))
+            started = list(itertools.islice(chats, min(most, engine.in_flight) - len(active)))
             for key, chat in started:
                 yield from advance(key, chat, 0, None)
             if not active and not started:

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
@@ -76,7 +76,6 @@ class RegenerateResult:
 
     uri: str
     reused: bool  # it was there already, whole and of the same inputs
-    fingerprint: str  # sha256 of all that shapes it
     splits: dict[str, dict[str, Any]]  # counts of each split
 
     def split_uri(self, split: str) -> str:
@@ -97,7 +96,8 @@ class _Inputs:
     files: dict[str, list[File]]  # by split
     keys: dict[str, str]  # by split: hash of its files and all settings
     sampling: Sampling
-    fingerprint: str
+    fingerprint: str  # sha256 of all that shapes the result
+    output: str
 
 
 @dataclass
@@ -119,43 +119,43 @@ def run(config: RegenerateConfig) -> RegenerateResult:
     """
     config.work.mkdir(parents=True, exist_ok=True)
     inputs = _read_inputs(config)
-    output = storage.join(config.root, "regenerated", inputs.fingerprint[:24]) if config.root else config.output
-    if found := _find_made(output, inputs.fingerprint):
-        log.info("%s holds the answers to the same inputs already; nothing to do", output)
-        return RegenerateResult(output, True, inputs.fingerprint, found["splits"])
+    if found := _find_made(inputs):
+        log.info("%s holds the answers to the same inputs already; nothing to do", inputs.output)
+        return RegenerateResult(inputs.output, True, found["splits"])
     with TemporaryDirectory(dir=config.work, prefix="regenerate-") as scratch:
         shards = _plan(inputs, config.parameters.regenerate_limit)
-        _make_shards(config, inputs, shards, output, Path(scratch))
-        if config.pod == 0:
-            names = [f"{shard.name}.json" for shard in shards]
-            _wait(output, lambda done: {index % config.pods for index, name in enumerate(names) if name not in done})
-            found = _publish(config, inputs, output, shards, Path(scratch))
-        else:
-            _wait(output, lambda _: set() if _find_made(output, inputs.fingerprint) else {0})
-            found = _find_made(output, inputs.fingerprint) or {}
-    return RegenerateResult(output, False, inputs.fingerprint, found["splits"])
+        while not (found := _find_made(inputs)):  # by the first pod, or by another run of the same inputs
+            _make_shards(config, inputs, shards, Path(scratch))
+            _wait(config, inputs, [f"{shard.name}.json" for shard in shards])
+            if config.pod == 0:
+                _publish(config, inputs, shards, Path(scratch))
+    return RegenerateResult(inputs.output, False, found["splits"])
 
 
-def _find_made(output: str, fingerprint: str) -> Mapping[str, Any] | None:
-    if storage.read_file(storage.join(output, storage.MANIFEST)) is None:
+def _find_made(inputs: _Inputs) -> Mapping[str, Any] | None:
+    if storage.read_file(storage.join(inputs.output, storage.MANIFEST)) is None:
         return None
-    manifest = storage.read_manifest(output, stage="regenerate")
-    same = manifest.properties.get("fingerprint") == fingerprint
-    return manifest.properties if same and storage.is_whole(output, manifest) else None
+    manifest = storage.read_manifest(inputs.output, stage="regenerate")
+    same = manifest.properties.get("fingerprint") == inputs.fingerprint
+    return manifest.properties if same and storage.is_whole(inputs.output, manifest) else None
 
 
-def _wait(output: str, missing: Callable[[Set[str]], set[int]]) -> None:
-    """Waits for other pods while they finish shards; `missing` says of which pods something is, given what is done."""
+def _wait(config: RegenerateConfig, inputs: _Inputs, names: list[str]) -> None:
+    """Waits for other pods while they finish shards: the first pod for theirs, they for what it makes of all."""
     count, since = -1, 0.0
-    while pods := missing(done := storage.list_files(storage.join(output, _PIECES)).keys()):
-        names = "pod " + ", ".join(map(str, sorted(pods)))
+    while not _find_made(inputs):
+        done = storage.list_files(storage.join(inputs.output, _PIECES)).keys()
+        pods = {0} if config.pod else {i % config.pods for i, name in enumerate(names) if name not in done} - {0}
+        if not pods:
+            return
+        waits_for = "pod " + ", ".join(map(str, sorted(pods)))
         if len(done) != count:
             count, since = len(done), time.monotonic()
-            log.info("%d shards are done; waiting for %s", count, names)
+            log.info("%d shards are done; waiting for %s", count, waits_for)
         if time.monotonic() - since > _PATIENCE_SECONDS:
             raise DraftModelError(
                 f"regenerate_answers: no pod has finished a shard for {_PATIENCE_SECONDS / 60:.0f} minutes, and this "
-                f"one still waits for {names}: see why in its log; start the run again: it makes only what is missing"
+                f"one still waits for {waits_for}: see why in its log; start the run again: it makes what is missing"
             )
         time.sleep(_POLL_SECONDS)
 
@@ -184,7 +184,9 @@ def _read_inputs(config: RegenerateConfig) -> _Inputs:
                                                "regenerate_samples_per_prompt", "regenerate_limit")},
     }  # fmt: skip
     keys = {split: _hash(settings, split, identity) for split, identity in identities.items()}
-    return _Inputs(model, files, keys, sampling, _hash(keys))
+    fingerprint = _hash(keys)
+    output = storage.join(config.root, "regenerated", fingerprint[:24]) if config.root else config.output
+    return _Inputs(model, files, keys, sampling, fingerprint, output)
 
 
 def read_sampling(model: Path, temperature: float) -> Sampling:
@@ -213,10 +215,10 @@ def _plan(inputs: _Inputs, limit: int) -> list[_Shard]:
     return shards
 
 
-def _make_shards(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard], output: str, scratch: Path) -> None:
+def _make_shards(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard], scratch: Path) -> None:
     """Makes those of this pod's shards that are missing."""
     p = config.parameters
-    done = storage.list_files(storage.join(output, _PIECES))
+    done = storage.list_files(storage.join(inputs.output, _PIECES))
     own = [shard for shard in shards[config.pod :: config.pods] if f"{shard.name}.json" not in done]
     if not own:
         return
@@ -236,24 +238,32 @@ def _make_shards(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard]
     model = str(storage.fetch(config.model, config.work / "model"))
     remaining, lock, failed = _read(inputs, shards, {shard.name for shard in own}), threading.Lock(), threading.Event()
     total = sum(shard.size for shard in own) * p.regenerate_samples_per_prompt
+
+    def take() -> Iterator[_Shard]:
+        while not failed.is_set():
+            with lock:
+                shard = next(remaining, None)
+            if shard is None:
+                return
+            yield shard
+
     with ExitStack() as stack:
-        started = _start_engines(Settings(model, context, inputs.sampling, ends, 0), p)
+        started = itertools.islice(_start_engines(Settings(model, context, inputs.sampling, ends, 0), p), len(own))
         workers = [stack.enter_context(closing(engine)) for engine in started]
         every = 1 if os.isatty(2) else 15
         bar = stack.enter_context(tqdm(desc="regenerate", total=total, unit=" conversations", mininterval=every))
+        pool = stack.enter_context(ThreadPoolExecutor(len(workers)))
 
         def work(engine: Engine) -> None:
-            for shard in _answer(engine, _take(remaining, lock, failed), writer, p):
-                _upload(shard, output, scratch)
+            for shard in _answer(engine, take(), writer, p, -(-total // len(workers))):
+                _upload(shard, inputs.output, scratch)
                 bar.update(len(shard.outcomes))
 
-        with ThreadPoolExecutor(len(workers)) as pool:
-            futures = [pool.submit(work, engine) for engine in workers]
-            try:
-                for future in futures:
-                    future.result()
-            finally:
-                failed.set()
+        try:
+            for future in [pool.submit(work, engine) for engine in workers]:
+                future.result()
+        finally:
+            failed.set()
 
 
 def _read(inputs: _Inputs, shards: list[_Shard], wanted: Set[str]) -> Iterator[_Shard]:
@@ -270,16 +280,6 @@ def _lines(split: str, files: list[File]) -> Iterator[tuple[str, int, bytes]]:
     for file in files:
         with read_errors(file.uri, f"dataset_{split}_split"), file.open() as stream:
             yield from ((file.name, number, line) for number, line in enumerate(stream, start=1) if line.strip())
-
-
-def _take(shards: Iterator[_Shard], lock: threading.Lock, failed: threading.Event) -> Iterator[_Shard]:
-    """Yields shards of an iterator that several threads take from, until one of them has failed."""
-    while not failed.is_set():
-        with lock:
-            shard = next(shards, None)
-        if shard is None:
-            return
-        yield shard
 
 
 def _start_engines(settings: Settings, p: Parameters) -> Iterator[Engine]:
@@ -313,7 +313,7 @@ def _gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _answer(engine: Engine, shards: Iterator[_Shard], writer: Writer, p: Parameters) -> Iterator[_Shard]:
+def _answer(engine: Engine, shards: Iterator[_Shard], writer: Writer, p: Parameters, most: int) -> Iterator[_Shard]:
     """Yields shards as they are done; an engine that batches continuously has several under way."""
     samples = p.regenerate_samples_per_prompt
 
@@ -330,7 +330,7 @@ def _answer(engine: Engine, shards: Iterator[_Shard], writer: Writer, p: Paramet
 
     streams = [itertools.chain.from_iterable(map(chats, shards))] if engine.continuous else map(chats, shards)
     for stream in streams:
-        for (shard, index, sample), outcome in drive(engine, stream, seed):
+        for (shard, index, sample), outcome in drive(engine, stream, seed, most):
             shard.outcomes[index, sample] = outcome
             if len(shard.outcomes) == samples * len(shard.lines):
                 yield shard
@@ -351,15 +351,16 @@ def _upload(shard: _Shard, output: str, scratch: Path) -> None:
     storage.write_bytes(storage.join(output, _PIECES, f"{shard.name}.json"), json.dumps(counts).encode())
 
 
-def _publish(
-    config: RegenerateConfig, inputs: _Inputs, output: str, shards: list[_Shard], scratch: Path
-) -> Mapping[str, Any]:
-    """Adds the counts up, writes the report and, last, the manifest; returns its properties."""
-    p = config.parameters
+def _publish(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard], scratch: Path) -> None:
+    """Adds the counts up, writes the report and, last, the manifest; nothing where another run has done so."""
+    p, output = config.parameters, inputs.output
     pieces = [storage.join(output, _PIECES, f"{shard.name}.json") for shard in shards]
-    counts = map(json.loads, in_parallel(lambda piece, _: storage.read_bytes(piece), pieces))
+    counts = in_parallel(lambda piece, _: storage.read_file(piece), pieces)
     tallies, records = {split: Tally() for split in inputs.files}, []
-    for shard, counted in zip(shards, counts, strict=True):
+    for shard, content in zip(shards, counts, strict=True):
+        if content is None:
+            return
+        counted = json.loads(content)
         tallies[shard.split].merge(counted["tally"])
         records += [storage.FileRecord(**counted["shard"])] if counted["shard"] else []
     if problems := [
@@ -387,7 +388,6 @@ def _publish(
             storage.delete(storage.join(output, name))
     storage.write_manifest(output, "regenerate", records, properties)
     storage.remove(storage.join(output, _PIECES))
-    return properties
 
 
 def _hash(*content: Any) -> str:
