@@ -289,7 +289,7 @@ def _inspect_cluster(parameters: Parameters, report: Report) -> None:
 
 def _read_data(name: str, uri: str) -> None:
     """A byte of each file: a file that is listed may not be readable."""
-    in_parallel(lambda file, _: file.read(0, 1), find(uri))
+    in_parallel(lambda file: file.read(0, 1), find(uri))
 
 
 def _read_config(name: str, uri: str) -> None:

@@ -357,7 +357,7 @@ def _publish(
     """Adds the counts up, writes the report and, last, the manifest; returns its properties."""
     p = config.parameters
     pieces = [storage.join(output, _PIECES, f"{shard.name}.json") for shard in shards]
-    counts = map(json.loads, in_parallel(lambda piece, _: storage.read_bytes(piece), pieces))
+    counts = map(json.loads, in_parallel(storage.read_bytes, pieces))
     tallies, records = {split: Tally() for split in inputs.files}, []
     for shard, counted in zip(shards, counts, strict=True):
         tallies[shard.split].merge(counted["tally"])
