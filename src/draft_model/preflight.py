@@ -154,8 +154,7 @@ def _resolve_nodes(parameters: Parameters, report: Report) -> None:
 def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
     """Asks the Hub for the model; compares its size with the evaluation's node, and its positions with max_length."""
     from draft_model.model_import import hub
-    from draft_model.model_import.files import description
-    from draft_model.model_import.sources import Source, resolve
+    from draft_model.model_import.sources import Source, description, resolve
 
     sources = [name for name in MODEL_SOURCES if getattr(parameters, name)]
     if len(sources) != 1 or report.has(sources[0]) or parameters.mlflow_model_path.startswith(("models:/", "runs:/")):
@@ -318,8 +317,7 @@ def _read_model(name: str, uri: str) -> None:
     """Configuration and tokenizer, wherever the import finds them; a registry's models are left to the import."""
     if uri.startswith(("models:/", "runs:/")):
         return
-    from draft_model.model_import.files import description
-    from draft_model.model_import.sources import resolve
+    from draft_model.model_import.sources import description, resolve
 
     with TemporaryDirectory() as folder:
         source = resolve(Parameters.model_validate({name: uri}), Path(folder))

@@ -54,8 +54,7 @@ def test_a_transformers_folder(target, model, bring):
      ("licence: mit", ""), ("a: &a [x, x]\nlicense: *a", "")],
 )  # fmt: skip
 def test_the_licence_of_a_model_card(tmp_path, card, licence):
-    from draft_model.model_import.files import File, Listing
-    from draft_model.model_import.sources import Source
+    from draft_model.model_import.sources import File, Listing, Source
     from draft_model.model_import.stage import _licence
 
     (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext")

@@ -168,11 +168,10 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
         try:
             return step(*given)
         except DraftModelError as error:
-            told = (problem.removeprefix(f"{name}: ") for problem in error.problems)
-            problems.extend(f"{name}: {problem}" if name else problem for problem in told)
+            problems.extend(f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in error.problems)
             return None
 
-    model = attempt("", _fetch_model, config.model, config.work / "model")
+    model = attempt("model", _fetch_model, config.model, config.work / "model")
     tokenizer, vocab_size, hashes, target = model or (Path(), 0, {}, {})
     size = model and attempt("draft_model_config", _draft_vocab_size, parameters, target, config.work)
     splits = {split: getattr(parameters, f"dataset_{split}_split") for split in _SPLITS}
@@ -194,8 +193,7 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
         for split, files in found.items()
         for index, (file, identity) in enumerate(files)
     ]
-    named = [(source.file.name, source.key) for source in sources]
-    fingerprint = _hash(named, size, parameters.max_rejected_fraction)
+    fingerprint = _hash([(s.file.name, s.key) for s in sources], size, parameters.max_rejected_fraction)
     encoder = EncoderSettings(tokenizer, parameters.chat_template, parameters.max_length, vocab_size)
     return _Inputs(encoder, sources, size, fingerprint)
 
@@ -209,11 +207,11 @@ def _fetch_model(uri: str, into: Path) -> tuple[Path, int, dict[str, str], dict[
     """Returns the folder with tokenizer and configuration, V, the files' hashes, and config.json."""
     manifest = storage.read_manifest(uri, stage="import")
     folder = storage.fetch(uri, into, only=lambda name: name.startswith(_MODEL_FILES))
-    config = _json(folder / "config.json", f"model: config.json of {uri}")
+    config = _json(folder / "config.json", f"config.json of {uri}")
     text_config = config.get("text_config")
     vocab_size = config.get("vocab_size") or (text_config.get("vocab_size") if isinstance(text_config, dict) else None)
     if not isinstance(vocab_size, int):
-        raise DraftModelError(f"model: config.json of {uri} has no vocab_size; import a text-generation model")
+        raise DraftModelError(f"config.json of {uri} has no vocab_size; import a text-generation model")
     hashes = {file.path: file.sha256 for file in manifest.files if file.path.startswith(_MODEL_FILES)}
     return folder, vocab_size, hashes, config
 
@@ -250,11 +248,10 @@ def _build(config: DatasetConfig, inputs: _Inputs, output: str, folder: Path) ->
             split, name = source.split, source.file.name
             tallies[split].add(counts)
             for number, reason, detail in counts["rejected"]:
-                line = before + number
-                where = f"{name} line {line}" if files[split] > 1 else f"line {line}"
-                tallies[split].reject(where, reason, detail)
-                record = {"split": split, "file": name, "line": line, "reason": reason, "detail": detail}
+                record = {"split": split, "file": name, "line": before + number, "reason": reason, "detail": detail}
                 rejected.write(json.dumps(record) + "\n")
+                where = f"{name} " if files[split] > 1 else ""
+                tallies[split].reject(f"{where}line {before + number}", reason, detail)
             if counts["shard"]:
                 records.append(storage.FileRecord(**counts["shard"]))
                 shard = records[-1].path.partition("/")[2]
@@ -348,10 +345,8 @@ def _check_rejected(parameters: Parameters, tallies: Mapping[str, Tally]) -> Non
     problems, allowed = [], parameters.max_rejected_fraction
     for split, tally in tallies.items():
         name = f"dataset_{split}_split: {getattr(parameters, f'dataset_{split}_split')}"
-        rejected = tally.reasons.total()
-        kept = int(tally.lengths.sum())
-        lines = kept + rejected
-        if not lines:
+        kept, rejected = int(tally.lengths.sum()), tally.reasons.total()
+        if not (lines := kept + rejected):
             problems.append(f"{name}: has no rows; give a JSONL file with a conversation in each line")
         elif not kept or rejected > allowed * lines:
             problems.append(

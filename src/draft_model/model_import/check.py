@@ -21,7 +21,7 @@ from draft_model.drafts import DEFAULT, family
 from draft_model.drafts.rotary import Rotary
 from draft_model.errors import DraftModelError
 from draft_model.model_import.convert import first_line
-from draft_model.model_import.files import INDEX
+from draft_model.model_import.sources import INDEX
 from draft_model.target.model import head_logits
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from draft_model.errors import DraftModelError, without_credentials
-from draft_model.model_import.files import File, Listing
+from draft_model.model_import.sources import File, Listing
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,18 @@ from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.markdown import table
 from draft_model.model_import import sandbox
-from draft_model.model_import.files import CARD, INDEX, Weights, check_small, choose_weights, description
-from draft_model.model_import.sources import Source, resolve
+from draft_model.model_import.sources import (
+    CARD,
+    INDEX,
+    Source,
+    Weights,
+    check_small,
+    choose_weights,
+    description,
+    resolve,
+)
 from draft_model.parameters import Parameters
+from draft_model.storage.transfer import check_free_disk
 from draft_model.tracking import tracked
 
 logger = logging.getLogger(__name__)
@@ -114,10 +123,8 @@ def run(config: ImportConfig) -> ImportResult:
     }  # fmt: skip
     manifest = storage.write_manifest(uri, STAGE, _upload(source, folder, uri, remote), properties)
     result = _result(uri, manifest, reused=False)
-    logger.info(
-        "imported %s: %s, %.1f M parameters, %.0f MB, to %s",
-        source.name, result.architecture, result.parameter_count / 1e6, result.size / 1e6, uri,
-    )  # fmt: skip
+    said = f"{result.architecture}, {result.parameter_count / 1e6:.1f} M parameters, {result.size / 1e6:.0f} MB"
+    logger.info("imported %s: %s, to %s", source.name, said, uri)
     return result
 
 
@@ -155,7 +162,7 @@ def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dic
     for name, path in source.bring(names).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
-    weights = choose_weights(source.files, lambda name: source.bring([name])[name].read_bytes())
+    weights = choose_weights(source)
     if problems := weights.problems + sandbox.run("inspect", folder=str(folder), weights=[])["problems"]:
         raise DraftModelError(problems)
     if weights.kind == "safetensors" and weights.index:
@@ -188,25 +195,17 @@ def _headers(source: Source, weights: Weights, folder: Path, uri: str) -> list[s
 
 
 def _bring_weights(source: Source, weights: Weights, folder: Path, work: Path) -> None:
-    sizes = [source.files[name].size or 0 for name in weights.names]
     downloads = not source.listing.uri or storage.is_remote(source.listing.uri)
-    needed, free = sum(sizes) * (downloads + (weights.kind == "pickle")), shutil.disk_usage(work).free
-    if needed > free:
-        raise DraftModelError(
-            f"{needed / 1e9:.3f} GB are needed in {work} and {free / 1e9:.3f} GB are free: give the import a larger "
-            "disk, or --work on one"
-        )
+    size = sum(source.files[name].size or 0 for name in weights.names)
+    check_free_disk(work, size * (downloads + (weights.kind == "pickle")))
     paths = source.bring(weights.names)
     if weights.kind == "pickle":
-        into = work / "converted"
+        into, sizes = work / "converted", [path.stat().st_size for path in paths.values()]
         shutil.rmtree(into, ignore_errors=True)
         into.mkdir()
-        sizes = [path.stat().st_size for path in paths.values()]
         seconds = sandbox.CPU_SECONDS + sum(sizes) // _CONVERTED_PER_SECOND
-        sandbox.run(
-            "convert", paths=[str(path) for path in paths.values()], into=str(into),
-            memory=sandbox.MEMORY + 3 * max(sizes), cpu=seconds, wall=4 * seconds,
-        )  # fmt: skip
+        limits = {"memory": sandbox.MEMORY + 3 * max(sizes), "cpu": seconds, "wall": 4 * seconds}
+        sandbox.run("convert", paths=[str(path) for path in paths.values()], into=str(into), **limits)
         paths = {path.name: path for path in sorted(into.iterdir())}
     for name, path in paths.items():
         (folder / ("model.safetensors" if len(paths) == 1 else name)).symlink_to(path.resolve())
