@@ -40,10 +40,7 @@ log = logging.getLogger(__name__)
 FORMAT = 4
 """Raised whenever this package would make something else of the same inputs."""
 PIECE_BYTES = BYTES_PER_PROCESS = 8 << 20
-REPORT = "report.json"
-REPORT_PAGE = "report.html"
-REJECTED = "rejected.jsonl"
-
+REPORT, REPORT_PAGE, REJECTED = "report.json", "report.html", "rejected.jsonl"
 _PIECES = "pieces"
 _SPLITS = ("train", "validation")
 _MAKERS = ("pipeline-draft-model", "tokenizers", "transformers", "jinja2")
@@ -61,9 +58,7 @@ class DatasetConfig:
     output: str  # URI of the folder to write; not used with `root`
     parameters: Parameters
     work: Path  # local scratch folder, for downloads and for shards until they are uploaded
-    root: str = ""
-    """URI of the pipeline root or storage_uri: the data set goes to `<root>/datasets/<key>`, where the key is a hash of
-    all that shapes it, and one that is whole there is reused."""
+    root: str = ""  # URI below which it goes to `datasets/<key of all that shapes it>`, and is reused
 
 
 @dataclass(frozen=True)
@@ -80,11 +75,9 @@ class DatasetResult:
 
     def metrics(self) -> dict[str, float]:
         """Returns what the KFP UI shows and compares between runs."""
-        metrics: dict[str, float] = {"draft_vocab_size": self.draft_vocab_size}
-        for split, counts in (("train", self.train), ("validation", self.validation)):
-            if counts is not None:
-                metrics |= {f"{split}_{name}": value for name, value in asdict(counts).items()}
-        return metrics
+        splits = {"train": self.train, "validation": self.validation}
+        counts = {f"{split}_{name}": value for split, of in splits.items() if of for name, value in asdict(of).items()}
+        return {"draft_vocab_size": self.draft_vocab_size, **counts}
 
 
 @dataclass(frozen=True)
@@ -118,8 +111,7 @@ def run(config: DatasetConfig) -> DatasetResult:
     """Builds and publishes the data set, or finds it built; shards that are whole already are used.
 
     Raises:
-        DraftModelError: an input is missing, unreadable, empty or too faulty, or the inputs do not fit each
-            other; with the problems of both splits.
+        DraftModelError: an input is missing, unreadable or too faulty; with the problems of both splits.
     """
     try:
         config.work.mkdir(parents=True, exist_ok=True)
@@ -134,11 +126,8 @@ def run(config: DatasetConfig) -> DatasetResult:
         raise DraftModelError(
             f"{error.filename or config.work}: {error.strerror or error}; give a scratch folder with free space"
         ) from error
-    result = _result(output, properties, reused=reused)
-    for split, counts in (("train", result.train), ("validation", result.validation)):
-        if counts:
-            log.info("%s: %s", split, ", ".join(f"{name} {value}" for name, value in asdict(counts).items()))
-    return result
+    log.info("%s: %s", output, json.dumps(properties["splits"]))
+    return _result(output, properties, reused=reused)
 
 
 def _result(uri: str, properties: Mapping[str, Any], *, reused: bool) -> DatasetResult:

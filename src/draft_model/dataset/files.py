@@ -60,11 +60,7 @@ class File:
         return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
     def open(self) -> io.BufferedReader[Any]:
-        """Opens the lines as a stream, without byte-order mark, decompressed where it begins as gzip or zstd does.
-
-        Raises:
-            DraftModelError: the file is one JSON document instead of one per line.
-        """
+        """Opens the lines as a stream, without byte-order mark, decompressed where it begins as gzip or zstd does."""
         stream: io.BufferedReader[Any] = io.BufferedReader(_Ranges(self), _BLOCK)
         head = self.read(0, 4)
         if head.startswith(b"\x1f\x8b"):
@@ -113,17 +109,11 @@ def read_errors(uri: str, parameter: str = "") -> Iterator[None]:
 
 
 def find(given: str) -> list[File]:
-    """Finds the files of a split.
+    """Finds the files of a split, at least one, sorted by name.
 
     Args:
         given: path or URI of a file, of a folder (all files below it with one of ENDINGS) or a glob (`**` for
             any depth). Any scheme of fsspec whose package is installed.
-
-    Returns:
-        At least one file, sorted by name.
-
-    Raises:
-        DraftModelError: there is none, or it cannot be reached.
     """
     scheme = given.partition("://")[0].lower() if "://" in given else "file"
     if scheme == "https":

@@ -68,14 +68,7 @@ def write_index(shards: Sequence[Shard], path: Path) -> None:
 
 
 class Split:
-    """A split of a built data set, as a sequence of conversations.
-
-    Args:
-        folder: the local folder of the split's shards: `train` or `validation` of a fetched data set.
-
-    Raises:
-        FileNotFoundError: a shard is missing.
-    """
+    """A split of a built data set, `train` or `validation` of a fetched folder, as a sequence of conversations."""
 
     def __init__(self, folder: Path) -> None:
         import pyarrow.parquet as pq

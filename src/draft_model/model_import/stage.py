@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import shutil
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,12 @@ _CONVERTED_PER_SECOND = 10**7  # bytes of a pickle in a second of CPU time, at t
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """One import.
+    """One import."""
 
-    With a root, the URI of a folder that runs share, the model goes to `<root>/models/<content key>` in place of
-    `output`, and a whole one that is there already is used.
-    """
-
-    output: str  # URI of the folder to write
+    output: str  # URI of the folder to write; not used with `root`
     work: Path  # scratch folder on this machine
     parameters: Parameters  # of the run; exactly one model source is given
-    root: str = field(default="", kw_only=True)
+    root: str = ""  # URI below which it goes to `models/<key of its content>`, and is reused
 
 
 @dataclass(frozen=True)
@@ -74,19 +70,13 @@ class ImportResult:
 
     def markdown(self) -> str:
         """What the KFP UI shows."""
-        rows = {
-            "model": self.source,
-            "revision": self.revision or "none: no repository of the Hub",
-            "architecture": self.architecture,
-            "parameters": f"{self.parameter_count:,}",
-            "size": f"{self.size / 1e9:,.2f} GB",
-            "conversion": self.conversion or "none: the weights were safetensors",
-            "quantization": self.quantization or "none",
-            "licence": self.licence or "none named",
-            "folder": self.uri,
+        return table({
+            "model": self.source, "revision": self.revision or "none: no repository of the Hub",
+            "architecture": self.architecture, "parameters": f"{self.parameter_count:,}",
+            "size": f"{self.size / 1e9:,.2f} GB", "conversion": self.conversion or "none: the weights were safetensors",
+            "quantization": self.quantization or "none", "licence": self.licence or "none named", "folder": self.uri,
             "imported": "before, and used again" if self.reused else "by this run",
-        }
-        return table(rows)
+        })  # fmt: skip
 
 
 def is_weight(name: str) -> bool:
@@ -145,9 +135,8 @@ def _imported_before(uri: str, key: str) -> ImportResult | None:
 
 
 def _result(uri: str, manifest: storage.Manifest, *, reused: bool) -> ImportResult:
-    values = {field.name: manifest.properties[field.name] for field in fields(ImportResult)
-              if field.name in manifest.properties}  # fmt: skip
-    return ImportResult(**values, uri=uri, size=manifest.size, reused=reused)
+    known = {field.name for field in fields(ImportResult)} & manifest.properties.keys()
+    return ImportResult(**{n: manifest.properties[n] for n in known}, uri=uri, size=manifest.size, reused=reused)
 
 
 def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dict[str, Any]]:

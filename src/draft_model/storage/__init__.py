@@ -51,7 +51,7 @@ def _file(uri: str) -> tuple[LocalFolder | S3Folder, str]:
 def publish(
     folder: Path, uri: str, *, stage: str, properties: Mapping[str, Any], check: Callable[[], None] | None = None
 ) -> Manifest:
-    """Makes a local folder available, whole, at a URI.
+    """Makes a local folder available, whole, at a URI; returns its manifest.
 
     Files that are there already are not sent again; files that an earlier manifest there lists and this one does not
     are removed. Where the URI is the folder itself, only the manifest is written.
@@ -62,12 +62,6 @@ def publish(
         stage: the stage that made them.
         properties: what the stage says about them; JSON values.
         check: called right before the manifest is written; where it raises, the folder stays without one.
-
-    Returns:
-        The manifest, as `read_manifest` gives it.
-
-    Raises:
-        DraftModelError: the name or link of a file is unsafe, or the destination refuses.
     """
     with local_errors(str(folder)):
         sources = manifest.files_below(folder)
@@ -191,16 +185,8 @@ def remove_manifest(uri: str) -> None:
 def fetch(uri: str, into: Path, *, only: Callable[[str], bool] | None = None) -> Path:
     """Provides a whole folder as a local one, every file checked against its size and SHA-256.
 
-    Args:
-        uri: the folder.
-        into: where a remote folder is downloaded to; files that are there already and whole are not downloaded again.
-        only: chooses files by name; all where None.
-
-    Returns:
-        The local folder: that of the URI where it is local, else `into`.
-
-    Raises:
-        DraftModelError: the folder is not whole, a file is damaged, or the disk is too small.
+    A local folder is returned as it is, a remote one is downloaded to `into`, without what is there already and whole.
+    `only` chooses files by name.
     """
     source = _folder(uri)
     records = {file.path: file for file in read_manifest(uri).files if only is None or only(file.path)}
@@ -375,12 +361,7 @@ def delete(uri: str, version: str | None = None) -> bool:
 def probe(uri: str, *, conditional: bool = True) -> list[str]:
     """Writes an object in parts, reads it in ranges, tries conditional writes, and removes all of it.
 
-    Args:
-        uri: folder that a run is to write to.
-        conditional: whether the run needs conditional writes, as a lease does.
-
-    Returns:
-        What does not work, a sentence each; nothing where all does.
+    Returns what does not work in a folder that a run is to write to, a sentence each.
     """
     problems: list[str] = []
     folder = join(uri, f"probe-{uuid.uuid4().hex}")
@@ -396,10 +377,10 @@ def probe(uri: str, *, conditional: bool = True) -> list[str]:
                 found = read_versioned(file)
                 wrong = replace(file, b"third", '"0123456789abcdef0123456789abcdef"')
                 right = found is not None and not wrong and replace(file, b"fourth", found[1])
-                if made != [True, False] or wrong or not right:
+                failed = "If-None-Match" if made != [True, False] else "If-Match" if wrong or not right else ""
+                if failed:
                     problems.append(
-                        f"{uri}: the store does not obey conditional writes "
-                        f"({'If-None-Match' if made != [True, False] else 'If-Match'}), which keep two runs out of one "
+                        f"{uri}: the store does not obey conditional writes ({failed}), which keep two runs out of one "
                         "folder; use another store or a folder on a disk"
                     )
         except DraftModelError as error:

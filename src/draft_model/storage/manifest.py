@@ -76,11 +76,7 @@ _ADAPTER = TypeAdapter(Manifest)
 
 
 def make_manifest(stage: str, files: Iterable[FileRecord], properties: Mapping[str, Any]) -> Manifest:
-    """Makes the record as a reader of its JSON will see it: sorted, tuples as lists, keys as strings.
-
-    Raises:
-        DraftModelError: the names of the files cannot be those of one folder.
-    """
+    """Makes the record as a reader of its JSON will see it: sorted, tuples as lists, keys as strings."""
     ordered = tuple(sorted(files, key=lambda file: file.path))
     try:
         return from_bytes(Manifest(stage=stage, files=ordered, properties=dict(properties)).to_bytes())
@@ -120,13 +116,10 @@ def problem(path: Path, record: FileRecord) -> str | None:
 
 
 def files_below(folder: Path) -> dict[str, Path]:
-    """Files of a folder that is to be published, by their relative names, sorted.
+    """Files of a folder that is to be published, by their relative names, sorted; raises with all that cannot be.
 
     Links are followed where they lead to a file inside the folder. A `manifest.json` at the top and half-written files
     of a killed run are left out.
-
-    Raises:
-        DraftModelError: with all names and links that cannot be published, or where there is no such folder.
     """
 
     def refuse(error: OSError) -> NoReturn:
