@@ -137,8 +137,8 @@ class Encoder:
                     kept.append((number, conversation.turns, ids, mask))
         numbers, turns, ids_of, mask_of = zip(*kept, strict=True) if kept else ((), (), (), ())
         ids, mask = np.concatenate([np.zeros(0, np.int32), *ids_of]), np.concatenate([np.zeros(0, np.bool_), *mask_of])
-        lengths, lines, counts = (np.array([*of], np.int64) for of in (map(len, ids_of), numbers, turns))
-        return Encoded(ids, mask, lengths, lines, counts, truncated, sorted(rejected))
+        lengths, numbered, counts = (np.array([*of], np.int64) for of in (map(len, ids_of), numbers, turns))
+        return Encoded(ids, mask, lengths, numbered, counts, truncated, sorted(rejected))
 
     def _tokenise(self, rows: Sequence[Rendered]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], bool]]:
         """Yields ids and mask of each conversation, no longer than max_length, and whether it was longer."""

@@ -103,7 +103,9 @@ class LocalFolder:
         with self._written(name, data) as (partial, path), contextlib.suppress(FileExistsError):
             try:
                 os.link(partial, path)  # unlike a rename it fails where there is a file, and there is no empty moment
-            except OSError:  # that, or a file system without hard links
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links
                 with path.open("xb") as file:
                     file.write(data)
             return True
