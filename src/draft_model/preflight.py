@@ -139,8 +139,7 @@ def _resolve_nodes(parameters: Parameters, report: Report) -> None:
 def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
     """Asks the Hub for the model; compares its size with the evaluation's node, and its positions with max_length."""
     from draft_model.model_import import hub
-    from draft_model.model_import.files import description
-    from draft_model.model_import.sources import Source, resolve
+    from draft_model.model_import.sources import Source, description, resolve
 
     sources = [name for name in MODEL_SOURCES if getattr(parameters, name)]
     if len(sources) != 1 or report.has(sources[0]) or parameters.mlflow_model_path.startswith(("models:/", "runs:/")):
@@ -267,7 +266,7 @@ def _inspect_store(parameters: Parameters, root: str, report: Report) -> None:
 
 def _read_data(name: str, uri: str) -> None:
     """A byte of each file: a file that is listed may not be readable."""
-    in_parallel(lambda file, _: file.read(0, 1), find(uri))
+    in_parallel(lambda file: file.read(0, 1), find(uri))
 
 
 def _read_config(name: str, uri: str) -> None:
@@ -296,8 +295,7 @@ def _read_model(name: str, uri: str) -> None:
     """Configuration and tokenizer, wherever the import finds them; a registry's models are left to the import."""
     if uri.startswith(("models:/", "runs:/")):
         return
-    from draft_model.model_import.files import description
-    from draft_model.model_import.sources import resolve
+    from draft_model.model_import.sources import description, resolve
 
     with TemporaryDirectory() as folder:
         source = resolve(Parameters.model_validate({name: uri}), Path(folder))

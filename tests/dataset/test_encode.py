@@ -15,18 +15,12 @@ from draft_model.errors import DraftModelError
 
 from .conftest import KINDS
 
-# The end-of-turn token of each kind, for a turn that is (not) the last message.
-ENDS = {
-    "qwen": ("<|im_end|>", "<|im_end|>"),
-    "llama3": ("<|eot_id|>", "<|eot_id|>"),
-    "deepseek-r1-distill": ("<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
-    "gpt-oss": ("<|end|>", "<|return|>"),
-}
-WRITES = {  # what the kinds' templates make of an answer's text
-    "qwen2": str,
-    "llama3": str.strip,
-    "deepseek": str,
-    "gpt-oss": lambda text: "<|channel|>final<|message|>" + text,
+# What the kinds' templates make of an answer's text, and the end of a turn that is (not) the last message.
+WRITES = {
+    "qwen": (str, "<|im_end|>", "<|im_end|>"),
+    "llama3": (str.strip, "<|eot_id|>", "<|eot_id|>"),
+    "deepseek-r1-distill": (str, "<｜end▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    "gpt-oss": (lambda text: "<|channel|>final<|message|>" + text, "<|end|>", "<|return|>"),
 }
 
 
@@ -56,12 +50,9 @@ def supervised_runs(encoder, encoded):
 
 
 def expected_runs(kind, turns):
-    template = KINDS[kind][0]
-    write = WRITES[kind]
-    runs = []
-    for number, (role, text, cut) in enumerate(turns, start=1):
-        if role == "assistant":
-            runs.append(write(text) + ("" if cut else ENDS[template][number == len(turns)]))
+    write, *ends = WRITES[KINDS[kind][0]]
+    answers = [(text, cut, n == len(turns)) for n, (role, text, cut) in enumerate(turns, 1) if role == "assistant"]
+    runs = [write(text) + ("" if cut else ends[is_last]) for text, cut, is_last in answers]
     return [run for run in runs if run]
 
 
@@ -94,9 +85,7 @@ def conversations(draw):
 def test_supervised_tokens_are_the_answers_and_their_ends(encoders, kind, turns):
     encoder = encoders[kind]
     encoded = encoder.encode([(1, line(turns))])
-    written = {"qwen-bare": "qwen2", "smol-bare": "qwen2"}.get(kind, kind.removesuffix("-bare"))
-    expected = expected_runs(written, turns)
-    if not expected:
+    if not (expected := expected_runs(kind, turns)):
         assert [reason for _, reason, _ in encoded.rejected] == ["nothing supervised"]
         return
     assert not encoded.rejected
@@ -153,25 +142,17 @@ def test_long_conversations_are_cut_at_the_end_and_counted(encoders):
         assert encoded.ids.tolist() == whole.ids[:limit].tolist()
         assert encoded.mask.tolist() == whole.mask[:limit].tolist()
     prompt = int(np.flatnonzero(whole.mask)[0])
-    gone = encoders["make"]("qwen2", prompt).encode(
-        [(1, line(turns)), (2, line([*turns[:1], ("assistant", "x", False)]))]
-    )
-    assert [(number, reason) for number, reason, _ in gone.rejected] == [
-        (1, "nothing supervised"),
-        (2, "nothing supervised"),
-    ]
+    lines = [(1, line(turns)), (2, line([*turns[:1], ("assistant", "x", False)]))]
+    gone = encoders["make"]("qwen2", prompt).encode(lines)
+    assert [(n, reason) for n, reason, _ in gone.rejected] == [(n, "nothing supervised") for n in (1, 2)]
     assert gone.truncated == 0
 
 
 @pytest.mark.parametrize(
     ("kind", "token"),
-    [
-        ("qwen2", "<|im_end|>"),
-        ("llama3", "<|start_header_id|>"),
-        ("deepseek", "<｜Assistant｜>"),
-        ("gpt-oss", "<|channel|>"),
-    ],
-)
+    [("qwen2", "<|im_end|>"), ("llama3", "<|start_header_id|>"), ("deepseek", "<｜Assistant｜>"),
+     ("gpt-oss", "<|channel|>")],
+)  # fmt: skip
 @pytest.mark.parametrize("speaker", [0, 1])
 def test_messages_with_control_tokens_are_refused(encoders, kind, token, speaker):
     turns = [["user", "question", False], ["assistant", "answer", False]]

@@ -6,7 +6,6 @@ import re
 import ssl
 import subprocess
 import threading
-from pathlib import Path
 
 import pytest
 
@@ -149,13 +148,10 @@ def https(tmp_path, monkeypatch):
     """Address of a real HTTPS server here, whose certificate is trusted."""
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"),
-            *("-keyout", key, "-out", certificate, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"),
-        ],
-        check=True,
-        capture_output=True,
-    )
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+         "-keyout", key, "-out", certificate, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+        check=True, capture_output=True,
+    )  # fmt: skip
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate, key)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
@@ -196,14 +192,11 @@ def test_redirects_lead_to_https_and_from_public_addresses_to_public_ones(https,
             find(f"{https}/to/{target}/a.jsonl")
 
 
-@pytest.mark.parametrize("given", ["http://example.org/a.jsonl", "simplecache::http://example.org/a.jsonl", "no://a/b"])
-def test_other_schemes_are_refused(given):
-    with pytest.raises(DraftModelError, match=re.escape(given)):
-        find(given)
-
-
-def test_preflight_looks_for_all_of_these(folder, tmp_path):
+def test_other_schemes_are_refused_and_preflight_looks_for_all_of_these(folder):
+    for given in ("http://example.org/a.jsonl", "simplecache::http://example.org/a.jsonl", "no://a/b"):
+        with pytest.raises(DraftModelError, match=re.escape(given)):
+            find(given)
     given = {"dataset_train_split": str(folder), "dataset_validation_split": str(folder / "*.jsonl")}
     assert check(given, ["dataset"]).dataset_train_split == str(folder)
     with pytest.raises(DraftModelError, match=r"dataset_validation_split: .*none\*"):
-        check(given | {"dataset_validation_split": str(Path(tmp_path) / "none*")}, ["dataset"])
+        check(given | {"dataset_validation_split": str(folder / "none*")}, ["dataset"])

@@ -84,9 +84,9 @@ def test_lines_of_several_files_keep_their_names_and_numbers(tmp_path, models, d
         ("a.jsonl", 61), ("a.jsonl", 83), ("b.jsonl.gz", 51)
     ]  # fmt: skip
     split = Split(tmp_path / "out" / "train")
-    assert [split.origin(index) for index in (0, 60, 80, 134)] == [
-        ("a.jsonl", 1), ("a.jsonl", 62), ("b.jsonl.gz", 1), ("c.jsonl", 5)
-    ]  # fmt: skip
+    assert [split.line(index) for index in (0, 60, 80, 134)] == [1, 62, 1, 5]
+    named = {shard["name"]: shard["file"] for shard in json.loads(made["train/shards.json"])}
+    assert set(named.values()) == {"a.jsonl", "b.jsonl.gz", "c.jsonl"}
 
 
 PROGRAM = """

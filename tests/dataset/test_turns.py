@@ -45,33 +45,33 @@ def encode(models):
     return encode
 
 
+QWEN_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
+
+
 @pytest.mark.parametrize(
     ("kind", "call", "answer"),
     [
-        (
-            "qwen2",
-            '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call><|im_end|>',
-            "The sun shines.<|im_end|>",
-        ),
-        (
-            "qwen3",
-            '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call><|im_end|>',
-            "The sun shines.<|im_end|>",
-        ),
+        ("qwen2", f"{QWEN_CALL}<|im_end|>", "The sun shines.<|im_end|>"),
+        ("qwen3", f"{QWEN_CALL}<|im_end|>", "The sun shines.<|im_end|>"),
         ("llama3", '{"name": "weather", "parameters": {"city": "Köln"}}<|eot_id|>', "The sun shines.<|eot_id|>"),
-        (
-            "gpt-oss",
-            ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Köln"}<|call|>',
-            "<|channel|>final<|message|>The sun shines.<|return|>",
-        ),
+        ("gpt-oss", ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Köln"}<|call|>',
+         "<|channel|>final<|message|>The sun shines.<|return|>"),
     ],
-)
+)  # fmt: skip
 def test_a_tools_call_is_supervised_and_its_result_is_not(encode, kind, call, answer):
     found, whole = encode(kind, messages=DIALOGUE, tools=TOOLS)
     assert found == [call, answer], whole
     assert "sunny" in whole
     if kind != "llama3":
         assert '"name": "weather", "parameters"' in whole, "the tools are in the prompt"
+
+
+REASONED = [
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "first", "reasoning_content": "why"},
+    {"role": "user", "content": "two"},
+    {"role": "assistant", "content": "second", "reasoning_content": "how"},
+]
 
 
 def with_calls(*calls, **more):
@@ -84,31 +84,37 @@ def test_two_calls_of_one_turn_are_both_supervised(encode):
     assert encode("deepseek", messages=with_calls(*CALL, *CALL))[0] == [
         f"<｜tool▁calls▁begin｜>{begin}{call}\n{begin}{call}<｜tool▁calls▁end｜>{end}", f"The sun shines.{end}"
     ]  # fmt: skip
-    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
     for kind in ("qwen2", "qwen3"):
         found, _ = encode(kind, messages=with_calls(*CALL, *CALL, content="I look."), tools=TOOLS)
-        assert found == [f"I look.\n{call}\n{call}<|im_end|>", "The sun shines.<|im_end|>"]
+        assert found == [f"I look.\n{QWEN_CALL}\n{QWEN_CALL}<|im_end|>", "The sun shines.<|im_end|>"]
+
+
+SAYS = "this chat template does not write its"
+NO_TOOLS = "the row has `tools`, which this chat template does not write"
 
 
 @pytest.mark.parametrize(
-    ("kind", "messages", "detail"),
+    ("kind", "row", "detail"),
     [
-        ("qwen-bare", DIALOGUE, "message 3: this chat template does not write its call of weather"),
-        ("gpt-oss", with_calls(*CALL, *CALL), "message 3: this chat template does not write its call of weather"),
-        ("gpt-oss", with_calls(*CALL, content="I look."), "message 3: this chat template does not write its text"),
-        ("llama3", with_calls(*CALL, content="I look."), "message 3: this chat template does not write its text"),
+        ("qwen-bare", DIALOGUE, f"message 3: {SAYS} call of weather"),
+        ("gpt-oss", with_calls(*CALL, *CALL), f"message 3: {SAYS} call of weather"),
+        ("gpt-oss", with_calls(*CALL, content="I look."), f"message 3: {SAYS} text"),
+        ("llama3", with_calls(*CALL, content="I look."), f"message 3: {SAYS} text"),
         ("llama3", with_calls(*CALL, *CALL), "only single calls at once"),
-        ("deepseek", DIALOGUE, "message 3: this chat template does not write its call of weather"),
+        ("deepseek", DIALOGUE, f"message 3: {SAYS} call of weather"),
         ("deepseek", with_calls(*CALL, *CALL, content="I look."), "its call of weather"),
+        ("deepseek", {"messages": DIALOGUE[1:2] + DIALOGUE[4:], "tools": TOOLS}, NO_TOOLS),
+        ("qwen-bare", {"messages": DIALOGUE[1:2] + DIALOGUE[4:], "tools": TOOLS}, NO_TOOLS),
+        ("llama3", REASONED, "`reasoning_content`, which this chat template does not write"),
+        ("qwen2", REASONED, "`reasoning_content`, which this chat template does not write"),
     ],
 )
-def test_what_the_template_would_drop_of_a_turn_is_a_reason_to_refuse(encode, kind, messages, detail):
-    reason, found = encode(kind, messages=messages)
+def test_what_the_template_would_drop_of_a_turn_is_a_reason_to_refuse(encode, kind, row, detail):
+    reason, found = encode(kind, **(row if isinstance(row, dict) else {"messages": row}))
     assert detail in found
     assert reason in ("not in the chat template", "refused by the chat template")
 
 
-SAYS = "this chat template does not write its"
 ASK = {"role": "user", "content": "how?"}
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 
@@ -151,7 +157,7 @@ def test_all_of_a_conversation_is_compared_with_what_is_written(encode, kind, me
     [
         ("+ message.content + '<|im_end|>' ", "+ message.content | upper + '<|im_end|>' ", "text"),
         ("call.function.arguments | tojson", "call.function.arguments.keys() | list | tojson", "call of weather"),
-        ("+ message.content + '\n</tool_response>'", "+ '\n</tool_response>'", "text"),
+        (r"+ message.content + '\n</tool_response>'", r"+ '\n</tool_response>'", "text"),
     ],
 )
 def test_what_a_template_drops_or_changes_is_found(models, tmp_path, before, after, detail):
@@ -239,57 +245,26 @@ def test_an_answer_of_no_weight_is_not_supervised(encode):
     assert encode("qwen2", messages=messages[:2])[0] == "nothing supervised"
 
 
-@pytest.mark.parametrize("kind", ["deepseek", "qwen-bare"])
-def test_tools_that_the_template_does_not_write_are_a_reason_to_refuse(encode, kind):
-    reason, detail = encode(kind, messages=DIALOGUE[1:2] + DIALOGUE[4:], tools=TOOLS)
-    assert (reason, detail) == (
-        "not in the chat template", "the row has `tools`, which this chat template does not write"
-    )  # fmt: skip
-
-
-REASONED = [
-    {"role": "user", "content": "one"},
-    {"role": "assistant", "content": "first", "reasoning_content": "why"},
-    {"role": "user", "content": "two"},
-    {"role": "assistant", "content": "second", "reasoning_content": "how"},
-]
-
-
 @pytest.mark.parametrize(
-    ("kind", "first", "second"),
+    ("kind", "first", "cut", "second"),
     [
-        ("qwen3", "first<|im_end|>", "<think>\nhow\n</think>\n\nsecond<|im_end|>"),
+        ("qwen3", "first<|im_end|>", "<think>\nhow", "\n</think>\n\nsecond<|im_end|>"),
         # The prompt opens the reasoning, so the tag is not the model's.
-        ("qwen3-thinking", "first<|im_end|>", "how\n</think>\n\nsecond<|im_end|>"),
-        ("deepseek", "first<｜end▁of▁sentence｜>", "how\n</think>\n\nsecond<｜end▁of▁sentence｜>"),
-        (
-            "gpt-oss",
-            "<|channel|>final<|message|>first<|end|>",
-            "<|channel|>analysis<|message|>how<|end|><|start|>assistant<|channel|>final<|message|>second<|return|>",
-        ),
+        ("qwen3-thinking", "first<|im_end|>", "how", "\n</think>\n\nsecond<|im_end|>"),
+        ("deepseek", "first<｜end▁of▁sentence｜>", "how", "\n</think>\n\nsecond<｜end▁of▁sentence｜>"),
+        ("gpt-oss", "<|channel|>final<|message|>first<|end|>", "<|channel|>analysis<|message|>how",
+         "<|end|><|start|>assistant<|channel|>final<|message|>second<|return|>"),
     ],
-)
+)  # fmt: skip
 def test_the_last_turns_reasoning_is_supervised_and_earlier_ones_are_dropped_as_the_engine_drops_them(
-    encode, kind, first, second
+    encode, kind, first, cut, second
 ):
     found, whole = encode(kind, messages=REASONED)
-    assert found == [first, second]
+    assert found == [first, cut + second]
     assert "why" not in whole
-
-
-@pytest.mark.parametrize(
-    ("kind", "first", "second"),
-    [
-        ("qwen3", "first<|im_end|>", "<think>\nhow"),
-        ("qwen3-thinking", "first<|im_end|>", "how"),
-        ("deepseek", "first<｜end▁of▁sentence｜>", "how"),
-        ("gpt-oss", "<|channel|>final<|message|>first<|end|>", "<|channel|>analysis<|message|>how"),
-    ],
-)
-def test_reasoning_that_was_cut_off_has_no_end(encode, kind, first, second):
-    for answer in ({"content": "", "reasoning_content": "how"}, {"content": "<think>\nhow"}):
+    for answer in ({"content": "", "reasoning_content": "how"}, {"content": "<think>\nhow"}):  # cut off, without an end
         messages = [*REASONED[:3], {"role": "assistant", "finish": "length", **answer}]
-        assert encode(kind, messages=messages)[0] == [first, second]
+        assert encode(kind, messages=messages)[0] == [first, cut]
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen3-thinking", "llama3", "deepseek", "gpt-oss"])
@@ -324,24 +299,14 @@ def test_reasoning_inside_the_text_is_as_good_as_reasoning_beside_it(encode, ope
     assert encode("qwen3-thinking", messages=inside)[0] == ["first<|im_end|>", "how\n</think>\n\nsecond<|im_end|>"]
 
 
-@pytest.mark.parametrize("kind", ["llama3", "qwen2"])
-def test_reasoning_of_a_model_that_does_not_reason_is_refused(encode, kind):
-    reason, detail = encode(kind, messages=REASONED)
-    assert reason == "not in the chat template"
-    assert "reasoning_content" in detail
-
-
 def test_reasoning_is_not_lost_to_a_template_that_only_speaks_of_thinking(models, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(models["qwen2"], model)
     template = model / "chat_template.jinja"
     template.write_text(template.read_text().replace("a helpful assistant", "a thinking assistant"))
-    encoded = Encoder(EncoderSettings(model, "qwen", 1000, 700)).encode(
-        [(1, json.dumps({"messages": REASONED}).encode())]
-    )
-    assert encoded.rejected == [
-        (1, "not in the chat template", "message 4: this chat template does not write its reasoning")
-    ]
+    line = json.dumps({"messages": REASONED}).encode()
+    encoded = Encoder(EncoderSettings(model, "qwen", 1000, 700)).encode([(1, line)])
+    assert encoded.rejected == [(1, "not in the chat template", f"message 4: {SAYS} reasoning")]
 
 
 def test_a_column_goes_to_the_template_that_takes_it_and_to_no_other(encode):

@@ -109,17 +109,6 @@ def test_a_mirror_without_ranges_and_sizes(hub, target, bring):
     assert same_weights(bring(huggingface_id="org/name").uri, target)
 
 
-@pytest.mark.parametrize(
-    ("leaves_out", "said"),
-    [("X-Repo-Commit", "leaves out headers that huggingface_hub needs (X-Repo-Commit"), ("sha", "names no commit")],
-)
-def test_a_mirror_that_is_no_hub_is_told(hub, leaves_out, said, refusal):
-    hub.leaves_out = leaves_out
-    (problem,) = refusal(huggingface_id="org/name")
-    assert said in problem
-    assert hub.endpoint in problem
-
-
 def test_what_arrives_damaged_is_refused(hub, refusal):
     data = hub.files["model.safetensors"]
     hub.sent["model.safetensors"] = data[:-1] + bytes([data[-1] ^ 1])
@@ -135,29 +124,25 @@ def test_the_same_revision_again_copies_nothing(hub, bring):
 
 
 @pytest.mark.parametrize(
-    ("refuses", "said"),
+    ("name", "settings", "said"),
     [
-        ("gated", "it is gated; ask for access"),
-        ("private", "knows no such repository, or it is private"),
-        (503, "answers with status 503; try again later"),
-        (403, "answers with status 403; check the token in HF_TOKEN"),
+        ("org/name", {"refuses": "gated"}, "it is gated; ask for access"),
+        ("org/name", {"refuses": "private"}, "knows no such repository, or it is private"),
+        ("org/name", {"refuses": 503}, "answers with status 503; try again later"),
+        ("org/name", {"refuses": 403}, "answers with status 403; check the token in HF_TOKEN"),
+        ("org/name", {"leaves_out": "X-Repo-Commit"}, "leaves out headers that huggingface_hub needs (X-Repo-Commit"),
+        ("org/name", {"leaves_out": "sha"}, "names no commit"),  # a mirror that is no Hub
+        ("org/other", {}, "knows no such repository"),
+        ("org/name@v9", {}, "it has no such revision"),
     ],
 )
-def test_what_the_hub_refuses_is_told_in_words_without_the_token(hub, refuses, said, refusal):
-    hub.refuses = refuses
-    (problem,) = refusal(huggingface_id="org/name")
-    assert problem.startswith("huggingface_id: org/name cannot be downloaded: ")
-    assert said in problem
-    assert TOKEN not in problem
-
-
-@pytest.mark.parametrize(
-    ("name", "said"), [("org/other", "knows no such repository"), ("org/name@v9", "it has no such revision")]
-)
-def test_a_name_that_the_hub_does_not_know(hub, name, said, refusal):
+def test_what_the_hub_refuses_is_told_in_words_without_the_token(hub, name, settings, said, refusal):
+    vars(hub).update(settings)
     (problem,) = refusal(huggingface_id=name)
-    assert f"huggingface_id: {name} cannot be downloaded: " in problem
+    assert problem.startswith(f"huggingface_id: {name} cannot be downloaded: ")
     assert said in problem
+    assert hub.endpoint in problem or "leaves_out" not in settings
+    assert TOKEN not in problem
 
 
 def test_a_disk_that_is_too_small_is_found_before_weights_are_downloaded(hub, refusal, monkeypatch):
@@ -165,7 +150,7 @@ def test_a_disk_that_is_too_small_is_found_before_weights_are_downloaded(hub, re
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     assert len(hub.files["model.safetensors"]) > 100_000
     (problem,) = refusal(huggingface_id="org/name")
-    assert "GB are needed in" in problem
+    assert "GB are needed and" in problem
     assert not hub.got("model.safetensors")
 
 

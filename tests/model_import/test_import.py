@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -10,6 +10,9 @@ import tiny
 from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.model_import import ImportConfig, is_weight, run
+from draft_model.model_import.sources import File, Listing, Source, resolve
+from draft_model.model_import.stage import _licence
+from draft_model.parameters import Parameters
 from draft_model.parameters.rules import validate
 
 from .case import CANONICAL, change_config, names, same_weights
@@ -31,15 +34,9 @@ def test_a_transformers_folder(target, model, bring):
     assert tokenizer.chat_template == tiny.CHATML
     assert result.size == sum(file.stat().st_size for file in target.iterdir())
     vocabulary = json.loads(before["config.json"])["vocab_size"]
-    said = {
-        "source": str(model),
-        "revision": "",
-        "licence": "apache-2.0",
-        "architecture": "LlamaForCausalLM",
-        "parameter_count": sum(weight.numel() for weight in tiny.llama(vocab_size=vocabulary).parameters()),
-        "max_positions": 512,
-        "quantization": "",
-    }
+    count = sum(weight.numel() for weight in tiny.llama(vocab_size=vocabulary).parameters())
+    said = {"source": str(model), "revision": "", "licence": "apache-2.0", "architecture": "LlamaForCausalLM",
+            "parameter_count": count, "max_positions": 512, "quantization": ""}  # fmt: skip
     properties = storage.read_manifest(result.uri, stage="import").properties
     assert {name: properties[name] for name in said} == said
     assert {name: getattr(result, name) for name in said} == said
@@ -54,21 +51,16 @@ def test_a_transformers_folder(target, model, bring):
      ("licence: mit", ""), ("a: &a [x, x]\nlicense: *a", "")],
 )  # fmt: skip
 def test_the_licence_of_a_model_card(tmp_path, card, licence):
-    from draft_model.model_import.files import File, Listing
-    from draft_model.model_import.sources import Source
-    from draft_model.model_import.stage import _licence
-
     (tmp_path / "README.md").write_text(f"---\n{card}\n---\ntext")
     listing = Listing({"README.md": File(1, "")}, lambda names: {name: tmp_path / name for name in names})
     assert _licence(Source("", "", listing, {"README.md": "README.md"})) == licence
 
 
 @pytest.mark.parametrize("below", ["model", "model_artifact/model", "data/model"])
-def test_a_folder_that_has_the_model_below_it(target, below, tmp_path, bring):
+def test_a_folder_that_has_the_model_below_it(target, below, tmp_path):
     shutil.copytree(target, tmp_path / "outer" / below)
-    result = bring(pytorch_model_path=str(tmp_path / "outer"))
-    assert names(result.uri) == CANONICAL
-    assert result.source == str(tmp_path / "outer")
+    source = resolve(Parameters(pytorch_model_path=str(tmp_path / "outer")), tmp_path / "work")
+    assert source.paths == {name: f"{below}/{name}" for name in CANONICAL}
 
 
 def test_named_chat_templates_come_along(model, bring):
@@ -138,24 +130,17 @@ def test_runs_share_models_by_their_content(model, remote, upload, object_store,
 
 def test_two_runs_at_once_leave_one_whole_model(model, tmp_path):
     parameters = validate({"pytorch_model_path": str(model)}, ["import"])
-    uris = []
 
     def one(number):
-        config = ImportConfig("", tmp_path / f"work-{number}", parameters, root=str(tmp_path / "root"))
-        uris.append(run(config).uri)
+        return run(ImportConfig("", tmp_path / f"work-{number}", parameters, root=str(tmp_path / "root"))).uri
 
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(uris) == 3
-    assert len(set(uris)) == 1
-    assert same_weights(storage.fetch(uris[0], tmp_path), model)
+    with ThreadPoolExecutor(3) as pool:
+        uris = set(pool.map(one, range(3)))
+    assert len(uris) == 1
+    assert same_weights(storage.fetch(uris.pop(), tmp_path), model)
 
 
-@pytest.mark.parametrize("below", ["", "/model"])
-@pytest.mark.parametrize("scheme", ["s3", "minio"])
+@pytest.mark.parametrize(("below", "scheme"), [("", "minio"), ("/model", "s3")])
 def test_from_an_object_store_to_an_object_store(target, below, scheme, upload, tmp_path, bring):
     uri = upload(target, below).replace("s3://", f"{scheme}://")
     result = bring(output=f"{uri}-out", pytorch_model_path=uri)
@@ -189,14 +174,7 @@ def test_links_lead_nowhere_but_into_the_folder_or_the_hubs_cache(model, tmp_pat
     assert names(bring(pytorch_model_path=str(snapshot)).uri) == CANONICAL
 
 
-def test_the_other_parameter_is_named_when_they_are_mixed_up(model, refusal):
-    (problem,) = refusal(mlflow_model_path=str(model))
-    assert problem.startswith("mlflow_model_path: ")
-    assert "pytorch_model_path" in problem
-    (model / "MLmodel").write_text("flavors: {transformers: {}}")
-    (problem,) = refusal(pytorch_model_path=str(model))
-    assert problem.startswith("pytorch_model_path: ")
-    assert "use mlflow_model_path" in problem
+MLMODEL = "flavors: {transformers: {}}"
 
 
 @pytest.mark.parametrize(
@@ -209,31 +187,31 @@ def test_the_other_parameter_is_named_when_they_are_mixed_up(model, refusal):
         ("just words", "cannot be read"),
         ("a: &a [x]\nflavors: *a", "it has YAML aliases"),
         ("[" * 5000, "cannot be read"),
+        (None, "pytorch_model_path"),
+        (MLMODEL, "holds no model with a config.json"),
     ],
 )
-def test_an_mlmodel_file_of_another_kind_or_damaged(model, content, said, refusal):
-    (model / "MLmodel").write_text(content)
-    (problem,) = refusal(mlflow_model_path=str(model))
-    assert problem.startswith(f"mlflow_model_path: {model} ")
+def test_an_mlmodel_file_of_another_kind_or_damaged(tmp_path, content, said, refusal):
+    if content is not None:
+        (tmp_path / "MLmodel").write_text(content)
+    (problem,) = refusal(mlflow_model_path=str(tmp_path))
+    assert problem.startswith(f"mlflow_model_path: {tmp_path} ")
     assert said in problem
 
 
-def test_folders_without_a_model_name_what_is_looked_for(model, tmp_path, refusal):
-    (tmp_path / "mlflow").mkdir()
-    (tmp_path / "mlflow/MLmodel").write_text("flavors: {transformers: {}}")
-    (problem,) = refusal(mlflow_model_path=str(tmp_path / "mlflow"))
-    assert "holds no model with a config.json" in problem
+def test_a_folder_of_another_kind_names_what_is_looked_for(model, object_store, refusal):
+    (model / "MLmodel").write_text(MLMODEL)
+    (problem,) = refusal(pytorch_model_path=str(model))
+    assert problem.startswith("pytorch_model_path: ")
+    assert "use mlflow_model_path" in problem
+    (model / "MLmodel").unlink()
     (model / "config.json").rename(model / "model.gguf")
     (problem,) = refusal(pytorch_model_path=str(model))
     assert problem.startswith(f"pytorch_model_path: {model} has no config.json")
     assert all(text in problem for text in ("`model/`", "`model_artifact/model/`", "`data/model/`", "GGUF"))
-
-
-@pytest.mark.parametrize("uri", ["/none", "s3://{bucket}/none"])
-def test_a_folder_that_is_not_there(uri, object_store, refusal):
-    uri = uri.format(bucket=object_store.bucket)
-    (problem,) = refusal(pytorch_model_path=uri)
-    assert problem.startswith(f"pytorch_model_path: {uri}")
+    for uri in ("/none", f"s3://{object_store.bucket}/none"):
+        (problem,) = refusal(pytorch_model_path=uri)
+        assert problem.startswith(f"pytorch_model_path: {uri}")
 
 
 @pytest.mark.parametrize(

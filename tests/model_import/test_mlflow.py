@@ -1,5 +1,6 @@
 """Models that MLflow itself logged, on a real tracking server with a database, imported by every form of their URI."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import urllib.error
 import urllib.request
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,19 +47,11 @@ def logged(target, object_store, tmp_path_factory):
 
 def wait_for(address, server, log):
     while server.poll() is None:
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=5).close()
-            return
-        except (urllib.error.URLError, OSError):
-            server_waits(server)
+        with contextlib.suppress(OSError):
+            return urllib.request.urlopen(f"{address}/health", timeout=5).close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.wait(0.2)
     raise AssertionError(log.read_text())
-
-
-def server_waits(server):
-    try:
-        server.wait(0.2)
-    except subprocess.TimeoutExpired:
-        return
 
 
 def log_models(target, s3, root):
@@ -92,19 +84,15 @@ def log_models(target, s3, root):
     "form",
     ["server models:", "server runs:", "server id", "server alias", "s3 models:", "s3 runs:", "s3 id", "local", "s3"],
 )
-def test_a_model_that_mlflow_logged(logged, form, target, bring):
-    result = bring(mlflow_model_path=logged[form])
+def test_a_model_that_mlflow_logged(logged, form, target, bring, monkeypatch):
+    server = {}
+    if form in ("server models:", "server runs:"):  # the parameter names a server, too
+        server["mlflow_tracking_uri"] = os.environ["MLFLOW_TRACKING_URI"]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    result = bring(mlflow_model_path=logged[form], **server)
     assert names(result.uri) == CANONICAL
     assert same_weights(result.uri, target)
     assert result.source == logged[form]
-
-
-@pytest.mark.parametrize("form", ["server models:", "server runs:"])
-def test_a_server_that_the_parameter_names(logged, form, target, bring, monkeypatch):
-    address = os.environ["MLFLOW_TRACKING_URI"]
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    result = bring(mlflow_model_path=logged[form], mlflow_tracking_uri=address)
-    assert same_weights(result.uri, target)
 
 
 @pytest.mark.parametrize("uri", ["models:/nothing/1", "runs:/0123456789abcdef0123456789abcdef/model"])

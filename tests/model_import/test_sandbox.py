@@ -47,22 +47,22 @@ def normalizer(model):
     ],
     ids=["power", "loops", "text", "normalizer", "layers"],
 )
-def test_hostile_files_end_as_a_sentence(model, target, spoil):
+def test_hostile_files_end_as_a_sentence(model, spoil):
     spoil(model)
     try:
-        problems = inspect(model, cpu=3, memory=2 * GIB)["problems"]
+        problems = inspect(model, cpu=2, memory=2 * GIB)["problems"]
     except DraftModelError as error:
         problems = error.problems
         assert "took more than" in problems[0]
     else:  # transformers limits some of these itself
         assert problems == [] or "MemoryError" in problems[0]
-    assert inspect(target)["problems"] == []  # the next goes on
 
 
-def test_a_wall_clock_limit_and_a_tensor_expanded_from_one_number(model, tmp_path):
+def test_a_wall_clock_limit_and_a_tensor_expanded_from_one_number(model, target, tmp_path):
     template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")(model)
     with pytest.raises(DraftModelError, match="took more than 1 s and was stopped"):
         inspect(model, wall=1)
+    assert inspect(target)["problems"] == []  # the next goes on
     path = tmp_path / "expanded.bin"
     torch.save({"a": torch.zeros(1).expand(10**6, 10**6)}, path)
     with pytest.raises(DraftModelError, match=r"took more than 6 GiB of memory"):

@@ -30,37 +30,24 @@ def state(model):
     return load_file(model / "model.safetensors")
 
 
-def pickled(model, name="pytorch_model.bin", wrap=lambda tensors: tensors, **settings):
+@pytest.mark.parametrize("form", ["pytorch_model.bin", "model.pt", "weights.pth", "remote", "old", "nested", "shared"])
+def test_pytorch_weights_become_safetensors(model, target, form, upload, bring):
+    name, settings, wrap = "pytorch_model.bin", {}, dict
+    if "." in form:
+        name = form
+    elif form == "old":
+        settings["_use_new_zipfile_serialization"] = False
+    elif form == "nested":
+        wrap = lambda tensors: {"state_dict": tensors, "epoch": 3}  # noqa: E731
+    elif form == "shared":
+        wrap = lambda tensors: tensors | {"extra.weight": tensors["lm_head.weight"].T}  # noqa: E731
     torch.save(wrap(state(model)), model / name, **settings)
     (model / "model.safetensors").unlink()
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
-def test_pytorch_weights_become_safetensors(model, target, name, bring):
-    pickled(model, name)
     (model / "optimizer.pt").write_bytes(b"no weights")
-    result = bring(pytorch_model_path=str(model))
+    result = bring(pytorch_model_path=upload(model) if form == "remote" else str(model))
     assert names(result.uri) == CANONICAL
     assert same_weights(result.uri, target)
     assert "PyTorch" in properties(result.uri)["conversion"]
-
-
-def test_pytorch_weights_in_an_object_store(model, target, upload, bring):
-    pickled(model)
-    result = bring(pytorch_model_path=upload(model))
-    assert names(result.uri) == CANONICAL
-    assert same_weights(result.uri, target)
-
-
-@pytest.mark.parametrize("form", ["old", "nested", "shared"])
-def test_pytorch_files_of_other_forms(model, target, form, bring):
-    if form == "old":
-        pickled(model, _use_new_zipfile_serialization=False)
-    elif form == "nested":
-        pickled(model, wrap=lambda tensors: {"state_dict": tensors, "epoch": 3})
-    else:
-        pickled(model, wrap=lambda tensors: tensors | {"extra.weight": tensors["lm_head.weight"].T})
-    assert same_weights(bring(pytorch_model_path=str(model)).uri, target)
 
 
 def test_pytorch_shards(model, target, bring):

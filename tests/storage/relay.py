@@ -40,7 +40,10 @@ class Relay:
                 pass
 
             def relay(self):
-                relay.answer(self)
+                if not relay.answer(self):
+                    self.close_connection = True
+                    with contextlib.suppress(OSError):
+                        self.connection.shutdown(2)
 
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = relay
 
@@ -62,24 +65,26 @@ class Relay:
         """The last segments of the keys that a method was used on."""
         return [key.rpartition("/")[2] for used, key in self.seen if used == method]
 
-    def answer(self, request) -> None:
+    def answer(self, request) -> bool:
+        """Answers one request; False where the connection is to be cut."""
         key = unquote(urlsplit(request.path).path.lstrip("/").partition("/")[2])
         if key:
             self.seen.append((request.command, key))
         with self._lock:
             self.away, away = max(self.away - 1, 0), self.away > 0
+            cut = next((c for c in self.cuts if self.cuts[c] and c[0] == request.command and key.endswith(c[1])), None)
+            if cut and not away:
+                self.cuts[cut] -= 1
         if away:
-            return self._end(request)
-        cut = self._is_cut(request.command, key)
+            return False
         length = int(request.headers.get("Content-Length") or 0)
         if cut and request.command == "PUT":
             request.rfile.read(length // 2)
-            return self._end(request)
+            return False
         body = _chunks(request.rfile) if request.headers.get("Transfer-Encoding") else request.rfile.read(length)
         if refused := self.refuse(request):
-            return self._answer(request, *refused)
-        connection = http.client.HTTPConnection(self._store)
-        with contextlib.closing(connection):
+            return self._refuse(request, *refused)
+        with contextlib.closing(http.client.HTTPConnection(self._store)) as connection:
             connection.putrequest(request.command, request.path, skip_host=True, skip_accept_encoding=True)
             for name, value in request.headers.items():
                 if name.lower() not in _KEPT_OUT:
@@ -91,44 +96,28 @@ class Relay:
         with self._lock:
             self.lose, lost = max(self.lose - 1, 0), self.lose > 0
         if lost:
-            return self._end(request)
-        request.send_response(answer.status)
-        for name, value in answer.getheaders():
-            if name.lower() not in {*_KEPT_OUT, "date", "server"}:
-                request.send_header(name, value)
-        size = answer.getheader("Content-Length", "0") if request.command == "HEAD" else str(len(data))
-        request.send_header("Content-Length", size)
-        request.end_headers()
-        if cut:
-            data = data[: len(data) // 2]
-        request.wfile.write(data)
-        return self._end(request) if cut else None
+            return False
+        kept = {
+            name: value for name, value in answer.getheaders() if name.lower() not in {*_KEPT_OUT, "date", "server"}
+        }
+        size = answer.getheader("Content-Length", "0") if request.command == "HEAD" else len(data)
+        self._send(request, answer.status, {**kept, "Content-Length": size}, data[: len(data) // 2] if cut else data)
+        return not cut
 
-    def _answer(self, request, status: int, code: str, headers: dict[str, str] | None = None) -> None:
-        body = f"<Error><Code>{code}</Code><Message>invented</Message></Error>".encode()
-        if not code:  # said to be done, and is not
-            body = b""
+    def _refuse(self, request, status: int, code: str, headers: dict[str, str] | None = None) -> bool:
+        body = f"<Error><Code>{code}</Code><Message>invented</Message></Error>" if code else ""  # none: said to be done
         if request.path == "/":  # STS
-            body = b"<ErrorResponse>" + body + b"</ErrorResponse>"
+            body = f"<ErrorResponse>{body}</ErrorResponse>"
+        more = {"Content-Type": "application/xml", "Content-Length": len(body), **(headers or {})}
+        self._send(request, status, more, b"" if request.command == "HEAD" else body.encode())
+        return True
+
+    def _send(self, request, status: int, headers: dict[str, object], data: bytes) -> None:
         request.send_response(status)
-        for name, value in {"Content-Type": "application/xml", "Content-Length": len(body), **(headers or {})}.items():
+        for name, value in headers.items():
             request.send_header(name, str(value))
         request.end_headers()
-        if request.command != "HEAD":
-            request.wfile.write(body)
-
-    def _is_cut(self, method: str, key: str) -> bool:
-        with self._lock:
-            for (wanted, end), left in self.cuts.items():
-                if left and method == wanted and key.endswith(end):
-                    self.cuts[wanted, end] -= 1
-                    return True
-        return False
-
-    def _end(self, request) -> None:
-        request.close_connection = True
-        with contextlib.suppress(OSError):
-            request.connection.shutdown(2)
+        request.wfile.write(data)
 
 
 def _chunks(stream) -> bytes:

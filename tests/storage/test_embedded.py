@@ -52,33 +52,43 @@ def script(data, body):
     return process
 
 
-def test_a_second_start_has_the_objects_and_the_keys_of_the_first(tmp_path, use):
-    with EmbeddedStore(tmp_path / "data") as store:
-        use(store)
-        storage.write_bytes("s3://draft-model/a", b"kept")
-        keys = store.environment["AWS_SECRET_ACCESS_KEY"]
-        for name in ("keys.json", "security.toml"):
-            assert (tmp_path / "data" / name).stat().st_mode & 0o777 == 0o600
-        assert (tmp_path / "data").stat().st_mode & 0o777 == 0o700
-    with EmbeddedStore(tmp_path / "data") as store:
-        use(store)
-        assert store.environment["AWS_SECRET_ACCESS_KEY"] == keys
-        assert storage.read_bytes("s3://draft-model/a") == b"kept"
+def test_data_and_keys_are_kept_to_this_user_this_machine_and_the_next_start(tmp_path, use, object_store, monkeypatch):
+    def fail_within(data):
+        with EmbeddedStore(data) as store:
+            use(store)
+            storage.write_bytes("s3://draft-model/a", b"kept")
+            for name in ("keys.json", "security.toml"):
+                assert (data / name).stat().st_mode & 0o777 == 0o600
+            assert data.stat().st_mode & 0o777 == 0o700
+            listening = {
+                connection.laddr.ip
+                for weed in weeds_below(os.getpid())
+                for connection in weed.net_connections("tcp")
+                if connection.status == psutil.CONN_LISTEN
+            }
+            assert listening == {"127.0.0.1"}
+            use(object_store)  # the other one, at the same time
+            assert not storage.exists("s3://draft-model/a")
+            keys.append(store.environment["AWS_SECRET_ACCESS_KEY"])
+            raise ZeroDivisionError
 
+    before, keys, starts, free_ports = weeds_below(os.getpid()), [], [], embedded._free_ports
+    with pytest.raises(ZeroDivisionError):
+        fail_within(tmp_path / "data")
+    assert weeds_below(os.getpid()) == before
+    with socket.socket() as other:  # a port that was taken in between is no matter
+        other.bind(("127.0.0.1", 0))
 
-def test_two_at_once_are_two_stores_and_neither_can_be_reached_from_outside(tmp_path, use, object_store):
-    with EmbeddedStore(tmp_path / "data") as store:
-        use(store)
-        storage.write_bytes("s3://draft-model/only-here", b"")
-        listening = {
-            connection.laddr.ip
-            for weed in weeds_below(os.getpid())
-            for connection in weed.net_connections("tcp")
-            if connection.status == psutil.CONN_LISTEN
-        }
-        use(object_store)
-        assert not storage.exists("s3://draft-model/only-here")
-        assert listening == {"127.0.0.1"}
+        def ports():
+            starts.append(free_ports())
+            return starts[-1] | ({"s3.port": other.getsockname()[1]} if len(starts) == 1 else {})
+
+        monkeypatch.setattr(embedded, "_free_ports", ports)
+        with EmbeddedStore(tmp_path / "data") as store:
+            use(store)
+            assert keys == [store.environment["AWS_SECRET_ACCESS_KEY"]]
+            assert storage.read_bytes("s3://draft-model/a") == b"kept"
+            assert len(starts) == 2
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "POST", "DELETE"])
@@ -142,33 +152,6 @@ def test_ctrl_c_leaves_the_stages_time_to_write(tmp_path):
     assert run.communicate()[0] == "b'late'\n"
     assert run.returncode == 0
     assert not weed.is_running()
-
-
-def test_an_error_in_the_block_stops_the_store(tmp_path):
-    before = weeds_below(os.getpid())
-
-    def fail():
-        with EmbeddedStore(tmp_path / "data"):
-            assert len(weeds_below(os.getpid())) == len(before) + 1
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert weeds_below(os.getpid()) == before
-
-
-def test_a_port_that_was_taken_in_between_is_no_matter(tmp_path, monkeypatch):
-    free_ports, starts = embedded._free_ports, []
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-
-        def ports():
-            starts.append(free_ports())
-            return starts[-1] | ({"s3.port": other.getsockname()[1]} if len(starts) == 1 else {})
-
-        monkeypatch.setattr(embedded, "_free_ports", ports)
-        with EmbeddedStore(tmp_path / "data"):
-            assert len(starts) == 2
 
 
 def test_a_store_that_does_not_start_shows_its_log(tmp_path):

@@ -12,105 +12,77 @@ import pytest
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
-from draft_model.storage import folders, join, local
-from draft_model.storage.transfer import check_free_disk, in_parallel, local_errors
+from draft_model.storage import join, local
+from draft_model.storage.transfer import check_free_disk, in_parallel, local_errors, progress
 
-FILES = {"config.json": b"{}", "weights/model-1.bin": b"\0\1\2" * 1000, "weights/ü n.txt": b"x", "empty": b""}
+from .conftest import FILES, content, make
 
-
-@pytest.fixture
-def source(tmp_path):
-    return make(tmp_path / "source", FILES)
+WEIGHTS = "weights/model-1.bin"
 
 
-def make(folder, files):
-    for name, data in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return folder
-
-
-def content(folder, names=FILES):
-    return {name: (folder / name).read_bytes() for name in names}
+def publish(folder, uri, **properties):
+    return storage.publish(folder, str(uri), stage="dataset", properties=properties)
 
 
 def test_what_is_published_can_be_fetched(place, source, tmp_path):
-    published = storage.publish(source, place, stage="dataset", properties={"rows": 3, "names": ["é"]})
+    published = publish(source, place, b=3, a=["é"])
     assert content(storage.fetch(place, tmp_path / "into")) == FILES
     assert storage.read_manifest(place, stage="dataset") == published
     assert {file.path: file.size for file in published.files} == {name: len(data) for name, data in FILES.items()}
-    assert published.properties == {"rows": 3, "names": ["é"]}
+    assert published.properties == {"b": 3, "a": ["é"]}
     assert storage.exists(place)
-
-
-def test_the_manifest_has_the_same_bytes_wherever_and_whenever_it_is_written(place, source, tmp_path):
-    storage.publish(source, place, stage="dataset", properties={"b": 1, "a": 2})
-    storage.publish(source, str(tmp_path / "other"), stage="dataset", properties={"a": 2, "b": 1})
+    with pytest.raises(DraftModelError, match=r"output of the dataset stage; give .* the train stage"):
+        storage.read_manifest(place, stage="train")
+    publish(source, tmp_path / "other", a=["é"], b=3)  # the same bytes wherever and whenever it is written
     assert storage.read_bytes(join(place, "manifest.json")) == (tmp_path / "other/manifest.json").read_bytes()
 
 
 def test_only_the_chosen_files_are_fetched_and_checked(place, source, tmp_path):
-    storage.publish(source, place, stage="dataset", properties={})
+    publish(source, place)
     storage.write_bytes(join(place, "config.json"), b"damaged")
     folder = storage.fetch(place, tmp_path / "into", only=lambda name: name.startswith("weights/"))
     names = [name for name in FILES if name.startswith("weights/")]
     assert content(folder, names) == {name: FILES[name] for name in names}
-    if storage.is_remote(place):
-        assert not (folder / "config.json").exists()
+    assert (folder / "config.json").exists() != storage.is_remote(place)
 
 
 def test_half_a_folder_is_refused_and_the_stage_to_run_is_named(place, source, tmp_path):
-    storage.publish(source, place, stage="dataset", properties={})
-    storage.remove_manifest(place)
-    storage.remove_manifest(place)
+    publish(source, place)
+    for _ in range(2):
+        storage.remove_manifest(place)
     assert not storage.exists(place)
-    for read in (
-        lambda: storage.read_manifest(place, stage="dataset"),
-        lambda: storage.fetch(place, tmp_path / "into"),
-    ):
+    for read in (lambda: storage.read_manifest(place, stage="dataset"), lambda: storage.fetch(place, tmp_path / "into"),
+                 lambda: storage.extend(place, {"a": source / "empty"})):  # fmt: skip
         with pytest.raises(DraftModelError, match=r"not whole; run the .*stage"):
             read()
 
 
-def test_another_stages_folder_is_refused(place, source):
-    storage.publish(source, place, stage="dataset", properties={})
-    with pytest.raises(DraftModelError, match=r"output of the dataset stage; give .* the train stage"):
-        storage.read_manifest(place, stage="train")
-
-
-@pytest.mark.parametrize("damage", [b"", b"{", b'{"format": 2}'])
-def test_a_damaged_manifest_is_refused(place, source, damage):
-    storage.publish(source, place, stage="dataset", properties={})
+@pytest.mark.parametrize("damage", [b"", b'{"format": 2}'])
+def test_a_damaged_manifest_is_refused_and_replaced_by_a_new_publication(place, source, damage):
     storage.write_bytes(join(place, "manifest.json"), damage)
     with pytest.raises(DraftModelError, match="damaged"):
         storage.read_manifest(place)
-    storage.publish(source, place, stage="dataset", properties={})  # and replaced by a new publication
+    publish(source, place)
     assert storage.read_manifest(place).stage == "dataset"
 
 
 @pytest.mark.parametrize(
-    ("data", "complaint"),
-    [(b"\1" * 3000, "has another checksum"), (b"short", "has 5 bytes where its manifest says 3000")],
+    ("data", "complaint"), [(b"\1" * 3000, "has another checksum"), (b"short", "has 5 bytes"), (None, "")]
 )
-def test_a_file_that_was_changed_is_found(place, source, tmp_path, data, complaint):
-    storage.publish(source, place, stage="dataset", properties={})
-    storage.write_bytes(join(place, "weights/model-1.bin"), data)
-    with pytest.raises(DraftModelError, match=f"weights/model-1.bin {complaint}"):
+def test_a_file_that_was_changed_or_is_gone_is_found(place, source, tmp_path, data, complaint):
+    publish(source, place)
+    if data is None:
+        storage.delete(join(place, WEIGHTS))
+    else:
+        storage.write_bytes(join(place, WEIGHTS), data)
+    with pytest.raises(DraftModelError, match=f"{WEIGHTS}.* {complaint}"):
         storage.fetch(place, tmp_path / "into")
-    assert not (tmp_path / "into/weights/model-1.bin").exists()
-
-
-def test_a_file_that_is_gone_is_found_and_nothing_half_written_stays(place, source, tmp_path):
-    storage.publish(source, place, stage="dataset", properties={})
-    storage.delete(join(place, "weights/model-1.bin"))
-    with pytest.raises(DraftModelError, match=r"weights/model-1\.bin"):
-        storage.fetch(place, tmp_path / "into")
+    assert not (tmp_path / "into" / WEIGHTS).exists()
     assert not [path for path in tmp_path.rglob("*") if "partial" in path.name]
 
 
 def test_a_manifest_that_points_outside_its_folder_is_refused(place, source, tmp_path):
-    storage.publish(source, place, stage="dataset", properties={})
+    publish(source, place)
     manifest = json.loads(storage.read_bytes(join(place, "manifest.json")))
     manifest["files"][0]["path"] = "../../outside"
     storage.write_bytes(join(place, "manifest.json"), json.dumps(manifest).encode())
@@ -119,46 +91,41 @@ def test_a_manifest_that_points_outside_its_folder_is_refused(place, source, tmp
     assert not list(tmp_path.rglob("outside"))
 
 
-def test_a_second_publication_removes_what_the_first_one_listed(place, source, tmp_path):
-    storage.publish(source, place, stage="dataset", properties={})
+def test_a_second_publication_removes_what_the_first_one_listed(place, source):
+    publish(source, place)
     storage.write_bytes(join(place, "not-ours"), b"stays")
-    (source / "weights/model-1.bin").unlink()
-    storage.publish(source, place, stage="dataset", properties={})
-    assert not storage.exists(join(place, "weights/model-1.bin"))
+    (source / WEIGHTS).unlink()
+    publish(source, place)
+    assert not storage.exists(join(place, WEIGHTS))
     assert storage.exists(join(place, "weights/ü n.txt"))
     assert storage.exists(join(place, "not-ours"))
 
 
-def test_extend_adds_and_replaces_files_and_properties(place, source, tmp_path):
-    storage.publish(source, place, stage="train", properties={"steps": 1, "loss": 2.5})
-    new = make(tmp_path / "new", {"c": b"checkpoint", "d": b"[]"})
-    extended = storage.extend(place, {"checkpoints/2/c": new / "c", "config.json": new / "d"}, properties={"steps": 2})
-    assert extended == storage.read_manifest(place, stage="train")
-    assert extended.properties == {"steps": 2, "loss": 2.5}
-    expected = FILES | {"checkpoints/2/c": b"checkpoint", "config.json": b"[]"}
-    assert content(storage.fetch(place, tmp_path / "into"), expected) == expected
-    assert {file.path for file in extended.files} == set(expected)
-
-
-@pytest.mark.parametrize("names", [("report.html",), ("report.html", "new")])
-def test_extend_that_was_killed_leaves_the_folder_whole_without_the_files(place, source, tmp_path, monkeypatch, names):
-    storage.publish(source, place, stage="train", properties={})
+@pytest.mark.parametrize("names", [("report.html",), ("report.html", "new/a")])
+def test_extend_adds_and_replaces_and_if_killed_leaves_the_folder_whole(place, source, tmp_path, monkeypatch, names):
+    publish(source, place, steps=1)
     new = make(tmp_path / "new", dict.fromkeys(names, b"first"))
     storage.extend(place, {"report.html": new / "report.html"})
     make(new, dict.fromkeys(names, b"second"))
     with monkeypatch.context() as killed:
-        killed.setattr(type(folders.folder_of(place)), "put", lambda *_: 1 / 0)
+        killed.setattr(type(storage._folder(place)), "put", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             storage.extend(place, {name: new / name for name in names})
     assert content(storage.fetch(place, tmp_path / "into")) == FILES
-    assert "report.html" not in {file.path for file in storage.read_manifest(place).files}
-    storage.extend(place, {name: new / name for name in names})
-    assert (storage.fetch(place, tmp_path / "into") / "report.html").read_bytes() == b"second"
+    assert {file.path for file in storage.read_manifest(place).files} == set(FILES)
+    extended = storage.extend(place, {name: new / name for name in names})
+    assert extended == storage.read_manifest(place)
+    assert extended.properties == {"steps": 1}
+    assert content(storage.fetch(place, tmp_path / "into"), names) == dict.fromkeys(names, b"second")
+    for name in ("../a", "/a", "manifest.json", "config.json/a"):
+        with pytest.raises(DraftModelError):
+            storage.extend(place, {name: source / "empty"})
+    assert storage.read_manifest(place) == extended
 
 
-def test_a_folder_grows_file_by_file_and_is_whole_at_the_end(place, source, tmp_path):
-    storage.publish(source, place, stage="dataset", properties={})
-    sources = {"config.json": "config.json", "shard": "weights/model-1.bin"}
+def test_a_folder_grows_file_by_file_and_is_whole_at_the_end(place, source):
+    publish(source, place)
+    sources = {"config.json": "config.json", "shard": WEIGHTS}
     records = [storage.put_file(source / path, join(place, name)) for name, path in sources.items()]
     manifest = storage.write_manifest(place, "dataset", records, {"rows": 1})
     assert storage.read_manifest(place) == manifest
@@ -172,13 +139,38 @@ def test_a_listing_has_sizes_and_stamps_that_change_with_the_content(place):
     storage.write_bytes(join(place, "a/b"), b"one")
     before = storage.list_files(place)
     assert {name: size for name, (size, _) in before.items()} == {"a/b": 3}
-    assert (
-        storage.list_files(place)
-        == before
-        == {f"a/{name}": at for name, at in storage.list_files(f"{place}/a/b").items()}
-    )
+    assert storage.list_files(f"{place}/a/b") == {"b": before["a/b"]}
     storage.write_bytes(join(place, "a/b"), b"two")
     assert storage.list_files(place) != before
+
+
+def test_small_files_by_themselves(place):
+    file = join(place, "deep/er/state.json")
+    assert not storage.exists(file)
+    assert storage.read_file(file) is None
+    with pytest.raises(DraftModelError, match="no such file"):
+        storage.read_bytes(file)
+    for data in (b"1", b"2"):
+        storage.write_bytes(file, data)
+    assert storage.read_bytes(file) == b"2"
+    assert storage.exists(file)
+    assert not storage.exists(join(place, "deep"))
+
+
+def test_a_range_of_a_file_is_read_alone_and_of_one_version(place):
+    file = join(place, "a/b")
+    storage.write_bytes(file, b"0123456789")
+    version = storage.list_files(place)["a/b"][1]
+    for offset, length, expected in ((0, 3, b"012"), (8, 5, b"89"), (10, 4, b""), (0, 10, b"0123456789")):
+        assert storage.read_range(file, offset, length, version) == expected
+    storage.write_bytes(file, b"")
+    assert storage.read_range(file, 0, 8) == b""
+    if storage.is_remote(place):
+        with pytest.raises(DraftModelError, match="changed while it was read"):
+            storage.read_range(file, 0, 3, version)
+    storage.delete(file)
+    with pytest.raises(DraftModelError):
+        storage.read_range(file, 0, 3)
 
 
 def test_a_version_is_replaced_or_removed_only_while_it_is_the_newest(place):
@@ -195,9 +187,8 @@ def test_a_version_is_replaced_or_removed_only_while_it_is_the_newest(place):
     assert data == b"three"
     assert storage.delete(file, three)
     assert not storage.delete(file, three)
-    assert storage.read_file(file) is None
     assert storage.delete(file)
-    assert [name for name in storage.list_files(place) if "lock" in name] == []
+    assert storage.list_files(place) == {}
 
 
 @pytest.mark.parametrize("change", ["create", "replace"])
@@ -227,33 +218,33 @@ def test_the_lock_of_a_killed_process_expires(tmp_path, monkeypatch):
 
 
 def test_a_holder_whose_lock_was_broken_writes_nothing(tmp_path, monkeypatch):
-    file = tmp_path / "lease"
+    file, lock = tmp_path / "lease", tmp_path / "lease.lock.draft-model-partial"
     storage.create(str(file), b"one")
     flush = local._flush
 
-    def stopped(path):  # until another process has broken the lock and written
-        if file.read_bytes() == b"one" and (lock := tmp_path / "lease.lock.draft-model-partial").exists():
+    def stopped(path):  # until another process has broken the lock
+        if lock.exists():
             lock.write_bytes(b"of another process")
-            file.write_bytes(b"of another process")
         flush(path)
 
     version = storage.read_versioned(str(file))[1]
     monkeypatch.setattr(local, "_flush", stopped)
     assert not storage.replace(str(file), b"two", version)
-    assert file.read_bytes() == b"of another process"
+    assert file.read_bytes() == b"one"
+    assert lock.read_bytes() == b"of another process"
 
 
 @pytest.mark.parametrize("scheme", ["s3", "minio"])
-def test_probe_finds_nothing_wrong_with_a_good_place_and_leaves_nothing(place, scheme):
-    place = place.replace("s3://", f"{scheme}://")
-    assert storage.probe(place) == []
-    assert storage.list_files(place) == {}
+def test_probe_finds_nothing_wrong_with_a_good_place_and_leaves_nothing(prefix, tmp_path, scheme):
+    for place in (prefix.replace("s3://", f"{scheme}://"), str(tmp_path / "place")):
+        assert storage.probe(place) == []
+        assert storage.list_files(place) == {}
 
 
 def test_a_link_that_somebody_planted_leads_no_write_and_no_removal_out(source, tmp_path):
     victim = make(tmp_path / "victim", {"precious": b"kept", "manifest.json": b"kept"})
     shared = tmp_path / "shared"
-    storage.publish(source, str(shared), stage="train", properties={})
+    publish(source, shared)
     record = json.loads((shared / "manifest.json").read_bytes())
     record["files"].append({"path": "link/precious", "size": 4, "sha256": hashlib.sha256(b"kept").hexdigest()})
     (shared / "manifest.json").write_text(json.dumps(record))
@@ -270,107 +261,45 @@ def test_a_link_that_somebody_planted_leads_no_write_and_no_removal_out(source, 
         lambda: storage.remove_manifest(f"{shared}/link"),
         lambda: storage.remove(f"{shared}/link"),
         lambda: storage.read_manifest(f"{shared}/plain"),
-        lambda: storage.publish(source, str(shared), stage="train", properties={}),
+        lambda: publish(source, shared),
     ):
         with pytest.raises(DraftModelError, match="symbolic link"):
             attempt()
-    (shared / "file").symlink_to(victim / "precious")
-    storage.write_bytes(f"{shared}/file", b"new")  # replaces the link
+    for name in ("file", "config.json"):  # a link that is written to is replaced
+        (shared / name).unlink(missing_ok=True)
+        (shared / name).symlink_to(victim / "precious")
+    storage.write_bytes(f"{shared}/file", b"new")
+    storage.put_file(source / "config.json", f"{shared}/config.json")
     assert content(victim, ["precious", "manifest.json"]) == {"precious": b"kept", "manifest.json": b"kept"}
 
 
 def test_a_manifest_is_a_plain_file_of_limited_size(source, tmp_path):
-    storage.publish(source, str(tmp_path / "a"), stage="train", properties={})
-    with (tmp_path / "a/manifest.json").open("wb") as file:
-        file.truncate(2**40)
-    with pytest.raises(DraftModelError, match="larger than"):
-        storage.read_manifest(str(tmp_path / "a"))
-    with (tmp_path / "lease.json").open("wb") as file:
-        file.truncate(2**40)
-    with pytest.raises(DraftModelError, match="larger than"):
-        storage.read_file(str(tmp_path / "lease.json"))
+    publish(source, tmp_path / "a")
+    for name, read in (("a/manifest.json", lambda: storage.read_manifest(str(tmp_path / "a"))),
+                       ("lease.json", lambda: storage.read_file(str(tmp_path / "lease.json")))):  # fmt: skip
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(2**40)
+        with pytest.raises(DraftModelError, match="larger than"):
+            read()
     (tmp_path / "b").mkdir()
     os.mkfifo(tmp_path / "b/manifest.json")
     with pytest.raises(DraftModelError, match=r"has no manifest\.json"):
         storage.read_manifest(str(tmp_path / "b"))
 
 
-def test_extend_needs_a_whole_folder_and_safe_names(place, source):
-    with pytest.raises(DraftModelError, match="not whole"):
-        storage.extend(place, {"a": source / "empty"})
-    storage.publish(source, place, stage="train", properties={})
-    for name in ("../a", "/a", "manifest.json", "config.json/a"):
-        with pytest.raises(DraftModelError):
-            storage.extend(place, {name: source / "empty"})
-    assert {file.path for file in storage.read_manifest(place).files} == set(FILES)
-
-
-def test_small_files_by_themselves(place):
-    file = join(place, "deep/er/state.json")
-    assert not storage.exists(file)
-    with pytest.raises(DraftModelError, match="no such file"):
-        storage.read_bytes(file)
-    storage.write_bytes(file, b"1")
-    storage.write_bytes(file, b"2")
-    assert storage.read_bytes(file) == b"2"
-    assert storage.exists(file)
-    assert not storage.exists(join(place, "deep"))
-
-
-def test_a_range_of_a_file_is_read_alone_and_of_one_version(place):
-    file = join(place, "a/b")
-    storage.write_bytes(file, b"0123456789")
-    version = storage.list_files(place)["a/b"][1]
-    for offset, length, expected in ((0, 3, b"012"), (8, 5, b"89"), (10, 4, b""), (0, 10, b"0123456789")):
-        assert storage.read_range(file, offset, length, version) == expected
-    storage.write_bytes(file, b"")
-    assert storage.read_range(file, 0, 8) == b""
-    storage.write_bytes(file, b"other")
-    if place.startswith("s3"):
-        with pytest.raises(DraftModelError, match="changed while it was read"):
-            storage.read_range(file, 0, 3, version)
-    storage.delete(file)
-    with pytest.raises(DraftModelError):
-        storage.read_range(file, 0, 3)
-
-
 def test_an_empty_folder_can_be_handed_over(place, tmp_path):
     (tmp_path / "nothing").mkdir()
-    assert storage.publish(tmp_path / "nothing", place, stage="import", properties={}).files == ()
+    assert publish(tmp_path / "nothing", place).files == ()
     assert storage.fetch(place, tmp_path / "into").is_dir()
 
 
-def test_a_local_folder_is_fetched_in_place_and_published_in_place(source, tmp_path):
+def test_a_local_folder_is_fetched_and_published_in_place_and_every_damage_named_at_once(source, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in source.rglob("*") if path.is_file()}
-    storage.publish(source, str(source), stage="dataset", properties={})
-    storage.publish(source, source.as_uri(), stage="dataset", properties={})
+    publish(source, source)
+    publish(source, source.as_uri())
     assert storage.fetch(str(source), tmp_path / "into") == source
     assert not (tmp_path / "into").exists()
     assert {path: path.stat().st_mtime_ns for path in before} == before
-
-
-def test_a_local_publication_writes_only_what_is_missing(source, tmp_path):
-    place = tmp_path / "place"
-    storage.publish(source, str(place), stage="dataset", properties={})
-    inodes = {name: (place / name).stat().st_ino for name in FILES}
-    (place / "weights/model-1.bin").write_bytes(b"\1" * 3000)
-    storage.publish(source, str(place), stage="dataset", properties={})
-    assert content(storage.fetch(str(place), tmp_path)) == FILES
-    assert {n for n in FILES if (place / n).stat().st_ino != inodes[n]} == {"weights/model-1.bin"}
-
-
-def test_a_publication_that_fails_leaves_no_manifest(source, tmp_path):
-    place = tmp_path / "place"
-    storage.publish(source, str(place), stage="dataset", properties={})
-    (place / "config.json").unlink()
-    make(place / "config.json", {"in the way": b""})
-    with pytest.raises(DraftModelError, match="a file is needed where there is a folder"):
-        storage.publish(source, str(place), stage="dataset", properties={})
-    assert not storage.exists(str(place))
-
-
-def test_every_damaged_local_file_is_named_at_once(source, tmp_path):
-    storage.publish(source, str(source), stage="dataset", properties={})
     (source / "config.json").write_bytes(b"[]")
     (source / "empty").unlink()
     with pytest.raises(DraftModelError) as refused:
@@ -378,25 +307,26 @@ def test_every_damaged_local_file_is_named_at_once(source, tmp_path):
     assert len(refused.value.problems) == 2
 
 
-def test_what_a_killed_writer_left_is_not_published(source, tmp_path):
-    make(
-        source,
-        {"weights/.0123.draft-model-partial": b"half", "weights/.0123.draft-model-partial.Ab12": b"half"},
-    )
-    published = storage.publish(source, str(tmp_path / "place"), stage="dataset", properties={})
-    assert {file.path for file in published.files} == set(FILES)
-
-
-def test_a_place_inside_the_folder_itself_is_refused(source):
-    with pytest.raises(DraftModelError, match="inside"):
-        storage.publish(source, str(source / "weights/out"), stage="dataset", properties={})
+def test_a_local_publication_writes_only_what_is_missing_and_no_half_files(source, tmp_path):
+    place = tmp_path / "place"
+    publish(source, place)
+    inodes = {name: (place / name).stat().st_ino for name in FILES}
+    (place / WEIGHTS).write_bytes(b"\1" * 3000)
+    make(source, {f"weights/.0123.draft-model-partial{end}": b"half" for end in ("", ".Ab12")})  # of a killed writer
+    assert {file.path for file in publish(source, place).files} == set(FILES)
+    assert content(storage.fetch(str(place), tmp_path)) == FILES
+    assert {n for n in FILES if (place / n).stat().st_ino != inodes[n]} == {WEIGHTS}
+    (place / "config.json").unlink()
+    make(place / "config.json", {"in the way": b""})
+    with pytest.raises(DraftModelError, match="a file is needed where there is a folder"):
+        publish(source, place)
+    assert not storage.exists(str(place))
 
 
 def test_links_inside_are_followed_and_all_that_cannot_be_published_is_named(source, tmp_path):
-    (source / "link").symlink_to("weights/model-1.bin")
-    published = storage.publish(source, str(tmp_path / "place"), stage="dataset", properties={})
-    assert {file.path for file in published.files} == {*FILES, "link"}
-    assert (tmp_path / "place/link").read_bytes() == FILES["weights/model-1.bin"]
+    (source / "link").symlink_to(WEIGHTS)
+    assert {file.path for file in publish(source, tmp_path / "place").files} == {*FILES, "link"}
+    assert (tmp_path / "place/link").read_bytes() == FILES[WEIGHTS]
     assert not (tmp_path / "place/link").is_symlink()
 
     secret = make(tmp_path / "elsewhere", {"secret": b"s"})
@@ -406,14 +336,24 @@ def test_links_inside_are_followed_and_all_that_cannot_be_published_is_named(sou
     (source / "d\\e").write_bytes(b"")
     os.mkfifo(source / "f")
     with pytest.raises(DraftModelError) as refused:
-        storage.publish(source, str(tmp_path / "place2"), stage="dataset", properties={})
+        publish(source, tmp_path / "place2")
     assert len(refused.value.problems) == 5
     assert not (tmp_path / "place2").exists()
 
 
-def test_publishing_no_folder_is_refused(tmp_path):
-    with pytest.raises(DraftModelError, match="not a folder"):
-        storage.publish(tmp_path / "none", str(tmp_path / "place"), stage="dataset", properties={})
+@pytest.mark.skipif(sys.platform != "linux", reason="/sys and /dev/full are Linux's")
+def test_places_that_take_no_files_are_refused_in_words(source, tmp_path):
+    for folder, place, sentence in (
+        (source, source / "weights/out", "inside"),
+        (tmp_path / "none", tmp_path / "place", "not a folder"),
+        (source, "/sys/draft-model", r"/sys/draft-model: .*choose another folder"),
+    ):
+        with pytest.raises(DraftModelError, match=sentence):
+            publish(folder, place)
+    with pytest.raises(DraftModelError, match="/dev/full: the disk is full"), local_errors("/dev/full"):
+        Path("/dev/full").write_bytes(b"x")
+    with pytest.raises(DraftModelError, match=r"1000000000\.000 GB are needed and .* are free"):
+        check_free_disk(tmp_path / "new/folder", 10**18)
 
 
 def test_foreign_local_things_are_used_in_place(source, tmp_path):
@@ -425,33 +365,20 @@ def test_foreign_local_things_are_used_in_place(source, tmp_path):
     assert not (tmp_path / "into").exists()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/sys and /dev/full are Linux's")
-def test_a_place_that_takes_no_files_is_refused_in_words(source):
-    with pytest.raises(DraftModelError, match=r"/sys/draft-model: .*choose another folder"):
-        storage.publish(source, "/sys/draft-model", stage="dataset", properties={})
-    with pytest.raises(DraftModelError, match="/dev/full: the disk is full"), local_errors("/dev/full"):
-        Path("/dev/full").write_bytes(b"x")
-
-
-def test_a_download_that_does_not_fit_is_refused_before_it_starts(tmp_path):
-    with pytest.raises(DraftModelError, match=r"1000000000\.0 GB are needed and .* are free"):
-        check_free_disk(tmp_path / "new/folder", 10**18)
-
-
 @pytest.mark.parametrize("size", [10**6, 2 * 10**9])
 def test_a_large_transfer_shows_its_speed_in_few_lines(size, capsys):
-    in_parallel(lambda part, advance: advance(part), [size // 1000] * 1000, "to s3://bucket/run", size)
+    in_parallel(lambda part: progress()(part), [size // 1000] * 1000, "to s3://bucket/run", size)
     shown = capsys.readouterr().err
     assert ("B/s" in shown and "to s3://bucket/run" in shown) == (size >= 10**9)
     assert len(shown.split("\r")) < 10
 
 
 def test_the_first_failure_ends_the_work_that_is_under_way():
-    def work(number, advance):
+    def work(number):
         if number == 0:
             raise ValueError("first")
-        assert advance.stop.wait(60)
-        advance(1)
+        assert progress().stop.wait(60)
+        progress()(1)
 
     with pytest.raises(ValueError, match="first"):
         in_parallel(work, range(50))

@@ -4,41 +4,27 @@ import json
 from pathlib import PurePosixPath
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from draft_model.errors import DraftModelError
 from draft_model.storage import FileRecord
-from draft_model.storage.manifest import from_bytes, make_manifest
+from draft_model.storage.manifest import UnreadableManifest, from_bytes, make_manifest
 
 HASH = "0123456789abcdef" * 4
-NAMES = st.lists(
-    st.lists(st.from_regex(r"[a-z][a-z0-9.]{0,3}", fullmatch=True), min_size=1, max_size=3).map("/".join),
-    max_size=8,
-)
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
+NAMES = st.sets(st.sampled_from(["a", "b.c", "d/a", "d/b", "e/f/g", "é/ü", "z"]))
+VALUES = st.dictionaries(st.text(max_size=4), st.none() | st.integers() | st.floats(-9, 9) | st.lists(st.text()))
 
 
-def parts_of(names):
-    return {str(parent) for name in names for parent in PurePosixPath(name).parents} - {"."}
-
-
-@given(NAMES, st.dictionaries(st.text(), VALUES, max_size=4), st.randoms())
+@settings(max_examples=40)
+@given(NAMES, VALUES, st.randoms())
 def test_the_same_content_gives_the_same_bytes_and_reads_back(names, properties, random):
-    names = sorted(set(names) - {"manifest.json"})
-    names = [name for name in names if name not in parts_of(names) and not name.startswith("manifest.json/")]
-    files = [FileRecord(name, len(name), HASH) for name in names]
+    files = [FileRecord(name, len(name), HASH) for name in sorted(names)]
     one = make_manifest("train", files, properties)
+    assert [file.path for file in one.files] == sorted(names)
     random.shuffle(files)
-    other = make_manifest("train", files, dict(reversed(properties.items())))
-    assert one.to_bytes() == other.to_bytes()
+    assert make_manifest("train", files, dict(reversed(properties.items()))).to_bytes() == one.to_bytes()
     assert from_bytes(one.to_bytes()) == one
-    assert [file.path for file in one.files] == names
     assert one.properties == properties
     assert one.size == sum(map(len, names))
 
@@ -73,7 +59,7 @@ def test_the_unchanged_record_is_fine():
     ],
 )  # fmt: skip
 def test_a_damaged_or_dangerous_record_is_refused(data):
-    with pytest.raises(ValidationError):
+    with pytest.raises(UnreadableManifest):
         from_bytes(data)
 
 
@@ -81,7 +67,7 @@ def test_a_damaged_or_dangerous_record_is_refused(data):
 def test_every_name_that_is_read_is_below_its_folder(name):
     try:
         (file,) = from_bytes(record(file={"path": name})).files
-    except ValidationError:
+    except UnreadableManifest:
         return
     assert not name.startswith("/")
     assert not set(PurePosixPath(file.path).parts) & {"..", "."}

@@ -36,22 +36,22 @@ def test_a_uri_is_taken_apart(uri, expected):
 
 
 @pytest.mark.parametrize(
-    "uri",
+    ("uri", "sentence"),
     [
-        "", "https://host/file", "gs://bucket/key", "file://host/data", "file://", "s3://", "s3:///key",
-        "s3://bucket/a/../b", "s3://bucket/../b", "s3://bucket//a", "s3://bucket/a\\b", "s3://bucket/C:/a",
-        "s3://bucket/a\0b", "data\0", "minio://bucket/./a", "s3://bucket/a\n", "data\n", "s3://bucket/\x1b[2J",
+        *[(uri, "") for uri in (
+            "", "https://host/file", "file://host/data", "file://", "s3://", "s3:///key", "s3://bucket/a/../b",
+            "s3://bucket/../b", "s3://bucket//a", "s3://bucket/a\\b", "s3://bucket/C:/a", "s3://bucket/a\0b", "data\0",
+            "minio://bucket/./a", "s3://bucket/a\n", "data\n", "s3://bucket/\x1b[2J",
+        )],
+        ("gs://bucket/a", "AWS_ENDPOINT_URL=https://storage.googleapis.com and HMAC keys, and give s3://bucket/a"),
+        ("minio://bucket/root?endpoint=minio:9000&disableSSL=true", "AWS_ENDPOINT_URL"),
     ],
 )  # fmt: skip
-def test_what_is_no_place_is_refused_with_the_uri_in_the_sentence(uri):
+def test_what_is_no_place_is_refused_with_the_uri_in_the_sentence(uri, sentence):
     with pytest.raises(DraftModelError) as refused:
         parse(uri)
     assert repr(uri) in str(refused.value)
-
-
-def test_google_cloud_storage_is_refused_with_the_way_to_use_it():
-    with pytest.raises(DraftModelError, match=r"AWS_ENDPOINT_URL=https://storage.googleapis.com .* s3://bucket/a"):
-        parse("gs://bucket/a")
+    assert sentence in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -67,11 +67,6 @@ def test_credentials_are_taken_out_of_foreign_texts(text):
     assert (
         without_credentials("mail me@example.com about s3://bucket/a@b") == "mail me@example.com about s3://bucket/a@b"
     )
-
-
-def test_a_query_says_where_the_endpoint_belongs():
-    with pytest.raises(DraftModelError, match="AWS_ENDPOINT_URL"):
-        parse("minio://bucket/root?endpoint=minio:9000&disableSSL=true")
 
 
 @pytest.mark.parametrize(
@@ -90,11 +85,8 @@ def test_join_names_what_is_inside(uri, parts, expected):
     assert join(uri, *parts) == expected
 
 
-def test_join_quotes_in_a_file_uri():
+def test_a_file_uri_is_quoted_and_a_scheme_kept():
     assert parse(join("file:///data", "50% of it/a b")) == Path("/data/50% of it/a b")
-
-
-def test_a_file_keeps_its_scheme_when_it_is_taken_apart():
     assert split("minio://bucket/a/b") == ("minio://bucket/a", "b")
     assert split("s3://bucket/a") == ("s3://bucket", "a")
 

@@ -6,20 +6,10 @@ same files for prompts.
 
 from draft_model.dataset.build import REPORT_PAGE, DatasetConfig, DatasetResult, run
 from draft_model.dataset.reader import Rejected, Row, read_conversations
-from draft_model.dataset.report import SplitSummary
-from draft_model.dataset.tokens import Conversation, Split
+from draft_model.dataset.tokens import Split
 from draft_model.dataset.vocabulary import load_vocabulary
 
 __all__ = [
-    "REPORT_PAGE",
-    "Conversation",
-    "DatasetConfig",
-    "DatasetResult",
-    "Rejected",
-    "Row",
-    "Split",
-    "SplitSummary",
-    "load_vocabulary",
-    "read_conversations",
-    "run",
-]
+    "REPORT_PAGE", "DatasetConfig", "DatasetResult", "Rejected", "Row", "Split", "load_vocabulary",
+    "read_conversations", "run",
+]  # fmt: skip

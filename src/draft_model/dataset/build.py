@@ -40,10 +40,7 @@ log = logging.getLogger(__name__)
 FORMAT = 4
 """Raised whenever this package would make something else of the same inputs."""
 PIECE_BYTES = BYTES_PER_PROCESS = 8 << 20
-REPORT = "report.json"
-REPORT_PAGE = "report.html"
-REJECTED = "rejected.jsonl"
-
+REPORT, REPORT_PAGE, REJECTED = "report.json", "report.html", "rejected.jsonl"
 _PIECES = "pieces"
 _SPLITS = ("train", "validation")
 _MAKERS = ("pipeline-draft-model", "tokenizers", "transformers", "jinja2")
@@ -61,9 +58,7 @@ class DatasetConfig:
     output: str  # URI of the folder to write; not used with `root`
     parameters: Parameters
     work: Path  # local scratch folder, for downloads and for shards until they are uploaded
-    root: str = ""
-    """URI of the pipeline root or storage_uri: the data set goes to `<root>/datasets/<key>`, where the key is a hash of
-    all that shapes it, and one that is whole there is reused."""
+    root: str = ""  # URI below which it goes to `datasets/<key of all that shapes it>`, and is reused
 
 
 @dataclass(frozen=True)
@@ -80,11 +75,9 @@ class DatasetResult:
 
     def metrics(self) -> dict[str, float]:
         """Returns what the KFP UI shows and compares between runs."""
-        metrics: dict[str, float] = {"draft_vocab_size": self.draft_vocab_size}
-        for split, counts in (("train", self.train), ("validation", self.validation)):
-            if counts is not None:
-                metrics |= {f"{split}_{name}": value for name, value in asdict(counts).items()}
-        return metrics
+        splits = {"train": self.train, "validation": self.validation}
+        counts = {f"{split}_{name}": value for split, of in splits.items() if of for name, value in asdict(of).items()}
+        return {"draft_vocab_size": self.draft_vocab_size, **counts}
 
 
 @dataclass(frozen=True)
@@ -118,8 +111,7 @@ def run(config: DatasetConfig) -> DatasetResult:
     """Builds and publishes the data set, or finds it built; shards that are whole already are used.
 
     Raises:
-        DraftModelError: an input is missing, unreadable, empty or too faulty, or the inputs do not fit each
-            other; with the problems of both splits.
+        DraftModelError: an input is missing, unreadable or too faulty; with the problems of both splits.
     """
     try:
         config.work.mkdir(parents=True, exist_ok=True)
@@ -134,11 +126,8 @@ def run(config: DatasetConfig) -> DatasetResult:
         raise DraftModelError(
             f"{error.filename or config.work}: {error.strerror or error}; give a scratch folder with free space"
         ) from error
-    result = _result(output, properties, reused=reused)
-    for split, counts in (("train", result.train), ("validation", result.validation)):
-        if counts:
-            log.info("%s: %s", split, ", ".join(f"{name} {value}" for name, value in asdict(counts).items()))
-    return result
+    log.info("%s: %s", output, json.dumps(properties["splits"]))
+    return _result(output, properties, reused=reused)
 
 
 def _result(uri: str, properties: Mapping[str, Any], *, reused: bool) -> DatasetResult:
@@ -168,11 +157,10 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
         try:
             return step(*given)
         except DraftModelError as error:
-            told = (problem.removeprefix(f"{name}: ") for problem in error.problems)
-            problems.extend(f"{name}: {problem}" if name else problem for problem in told)
+            problems.extend(f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in error.problems)
             return None
 
-    model = attempt("", _fetch_model, config.model, config.work / "model")
+    model = attempt("model", _fetch_model, config.model, config.work / "model")
     tokenizer, vocab_size, hashes, target = model or (Path(), 0, {}, {})
     size = model and attempt("draft_model_config", _draft_vocab_size, parameters, target, config.work)
     splits = {split: getattr(parameters, f"dataset_{split}_split") for split in _SPLITS}
@@ -194,8 +182,7 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
         for split, files in found.items()
         for index, (file, identity) in enumerate(files)
     ]
-    named = [(source.file.name, source.key) for source in sources]
-    fingerprint = _hash(named, size, parameters.max_rejected_fraction)
+    fingerprint = _hash([(s.file.name, s.key) for s in sources], size, parameters.max_rejected_fraction)
     encoder = EncoderSettings(tokenizer, parameters.chat_template, parameters.max_length, vocab_size)
     return _Inputs(encoder, sources, size, fingerprint)
 
@@ -209,11 +196,11 @@ def _fetch_model(uri: str, into: Path) -> tuple[Path, int, dict[str, str], dict[
     """Returns the folder with tokenizer and configuration, V, the files' hashes, and config.json."""
     manifest = storage.read_manifest(uri, stage="import")
     folder = storage.fetch(uri, into, only=lambda name: name.startswith(_MODEL_FILES))
-    config = _json(folder / "config.json", f"model: config.json of {uri}")
+    config = _json(folder / "config.json", f"config.json of {uri}")
     text_config = config.get("text_config")
     vocab_size = config.get("vocab_size") or (text_config.get("vocab_size") if isinstance(text_config, dict) else None)
     if not isinstance(vocab_size, int):
-        raise DraftModelError(f"model: config.json of {uri} has no vocab_size; import a text-generation model")
+        raise DraftModelError(f"config.json of {uri} has no vocab_size; import a text-generation model")
     hashes = {file.path: file.sha256 for file in manifest.files if file.path.startswith(_MODEL_FILES)}
     return folder, vocab_size, hashes, config
 
@@ -250,11 +237,10 @@ def _build(config: DatasetConfig, inputs: _Inputs, output: str, folder: Path) ->
             split, name = source.split, source.file.name
             tallies[split].add(counts)
             for number, reason, detail in counts["rejected"]:
-                line = before + number
-                where = f"{name} line {line}" if files[split] > 1 else f"line {line}"
-                tallies[split].reject(where, reason, detail)
-                record = {"split": split, "file": name, "line": line, "reason": reason, "detail": detail}
+                record = {"split": split, "file": name, "line": before + number, "reason": reason, "detail": detail}
                 rejected.write(json.dumps(record) + "\n")
+                where = f"{name} " if files[split] > 1 else ""
+                tallies[split].reject(f"{where}line {before + number}", reason, detail)
             if counts["shard"]:
                 records.append(storage.FileRecord(**counts["shard"]))
                 shard = records[-1].path.partition("/")[2]
@@ -348,10 +334,8 @@ def _check_rejected(parameters: Parameters, tallies: Mapping[str, Tally]) -> Non
     problems, allowed = [], parameters.max_rejected_fraction
     for split, tally in tallies.items():
         name = f"dataset_{split}_split: {getattr(parameters, f'dataset_{split}_split')}"
-        rejected = tally.reasons.total()
-        kept = int(tally.lengths.sum())
-        lines = kept + rejected
-        if not lines:
+        kept, rejected = int(tally.lengths.sum()), tally.reasons.total()
+        if not (lines := kept + rejected):
             problems.append(f"{name}: has no rows; give a JSONL file with a conversation in each line")
         elif not kept or rejected > allowed * lines:
             problems.append(

@@ -56,11 +56,7 @@ class Encoded:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Loads the target's fast tokenizer; never runs code that came with the model.
-
-    Raises:
-        DraftModelError: the folder has no tokenizer that transformers can load without running the model's code.
-    """
+    """Loads the target's fast tokenizer; never runs code that came with the model."""
     from transformers import AutoTokenizer
 
     try:
@@ -68,9 +64,7 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # transformers raises whatever the files happen to break
         raise DraftModelError(f"model: its tokenizer cannot be loaded from {folder}: {error}") from error
     if not tokenizer.is_fast:
-        raise DraftModelError(
-            f"model: its tokenizer in {folder} has no fast form; save the model with a tokenizer.json"
-        )
+        raise DraftModelError(f"model: its tokenizer in {folder} has no fast form; save the model with tokenizer.json")
     tokenizer.model_max_length = 1 << 60  # the encoder cuts and counts; no warning
     return tokenizer
 
@@ -142,15 +136,9 @@ class Encoder:
                     truncated += is_cut
                     kept.append((number, conversation.turns, ids, mask))
         numbers, turns, ids_of, mask_of = zip(*kept, strict=True) if kept else ((), (), (), ())
-        return Encoded(
-            ids=np.concatenate([np.zeros(0, np.int32), *ids_of]),
-            mask=np.concatenate([np.zeros(0, np.bool_), *mask_of]),
-            lengths=np.array([len(ids) for ids in ids_of], np.int64),
-            numbers=np.array(numbers, np.int64),
-            turns=np.array(turns, np.int64),
-            truncated=truncated,
-            rejected=sorted(rejected),
-        )
+        ids, mask = np.concatenate([np.zeros(0, np.int32), *ids_of]), np.concatenate([np.zeros(0, np.bool_), *mask_of])
+        lengths, numbered, counts = (np.array([*of], np.int64) for of in (map(len, ids_of), numbers, turns))
+        return Encoded(ids, mask, lengths, numbered, counts, truncated, sorted(rejected))
 
     def _tokenise(self, rows: Sequence[Rendered]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], bool]]:
         """Yields ids and mask of each conversation, no longer than max_length, and whether it was longer."""
@@ -166,9 +154,8 @@ class Encoder:
                 encoding = self._backend.encode(text, add_special_tokens=False)
             ids, offsets = encoding.ids, np.array(encoding.offsets, np.int64).reshape(-1, 2)
             before = np.searchsorted(offsets[:, 0], row.borders) - 1  # the last token that starts before each border
-            inside = [
-                border for border, n in zip(row.borders, before, strict=True) if n >= 0 and offsets[n, 1] > border
-            ]
+            borders = zip(row.borders, before, strict=True)
+            inside = [border for border, n in borders if n >= 0 and offsets[n, 1] > border]
             if inside and self._may_split:  # else the token is left out of the mask
                 cuts = [0, *(border for border in inside if border < len(text)), len(text)]
                 ids, offsets = self._tokens([text[start:stop] for start, stop in itertools.pairwise(cuts)])

@@ -56,17 +56,11 @@ class File:
         """Returns what changes with the content: size and tag, else the SHA-256 of all bytes."""
         if self.tag:
             return f"{self.size}:{self.tag}"
-        digest = hashlib.sha256()
-        for start in range(0, self.size, _BLOCK):
-            digest.update(self.read(start, _BLOCK))
-        return f"sha256:{digest.hexdigest()}"
+        stream: Any = io.BufferedReader(_Ranges(self), _BLOCK)
+        return f"sha256:{hashlib.file_digest(stream, 'sha256').hexdigest()}"
 
     def open(self) -> io.BufferedReader[Any]:
-        """Opens the lines as a stream, without byte-order mark, decompressed where it begins as gzip or zstd does.
-
-        Raises:
-            DraftModelError: the file is one JSON document instead of one per line.
-        """
+        """Opens the lines as a stream, without byte-order mark, decompressed where it begins as gzip or zstd does."""
         stream: io.BufferedReader[Any] = io.BufferedReader(_Ranges(self), _BLOCK)
         head = self.read(0, 4)
         if head.startswith(b"\x1f\x8b"):
@@ -115,17 +109,11 @@ def read_errors(uri: str, parameter: str = "") -> Iterator[None]:
 
 
 def find(given: str) -> list[File]:
-    """Finds the files of a split.
+    """Finds the files of a split, at least one, sorted by name.
 
     Args:
         given: path or URI of a file, of a folder (all files below it with one of ENDINGS) or a glob (`**` for
             any depth). Any scheme of fsspec whose package is installed.
-
-    Returns:
-        At least one file, sorted by name.
-
-    Raises:
-        DraftModelError: there is none, or it cannot be reached.
     """
     scheme = given.partition("://")[0].lower() if "://" in given else "file"
     if scheme == "https":
@@ -141,14 +129,16 @@ def find(given: str) -> list[File]:
     return sorted(found, key=lambda file: file.name)
 
 
+def _above(pattern: str) -> str | None:
+    """The folder above the first part of a path that is a pattern; None where none is."""
+    mark = re.search(r"[*?\[]", pattern)
+    return pattern[: mark.start()].rpartition("/")[0] if mark else None
+
+
 def _in_store(given: str) -> list[File]:
-    folder, pattern = given.rstrip("/"), ""
-    if marks := set("*?[") & set(given):
-        folder = given[: min(map(given.index, marks))].rpartition("/")[0]
-        pattern = glob_translate(given[len(folder) + 1 :])
+    top = _above(given)
+    folder, pattern = (given.rstrip("/"), "") if top is None else (top, glob_translate(given[len(top) + 1 :]))
     listed = storage.list_files(folder)
-    if not listed and not pattern:
-        raise DraftModelError(f"given {given!r}, but there is no {given}; {_GIVE}")
     single = list(listed) == [folder.rpartition("/")[2]] and storage.exists(folder)
 
     def make(name: str, size: int, etag: str) -> File:
@@ -169,13 +159,11 @@ def _in_file_system(scheme: str, given: str) -> list[File]:
     local = url2pathname(urlsplit(given).path) if given.lower().startswith("file://") else given
     store, path = fsspec.core.url_to_fs(str(Path(local).expanduser()) if scheme == "file" else given)
     store.invalidate_cache()  # listings are kept for the life of the process
-    marks = set("*?[") & set(path)
-    if marks and not (scheme == "file" and Path(path).exists()):
+    if (top := _above(path)) is not None and not (scheme == "file" and Path(path).exists()):
         infos = {name: info for name, info in store.glob(path, detail=True).items() if info["type"] != "directory"}
-        top = path[: min(map(path.index, marks))].rpartition("/")[0]
     elif store.isdir(path):
-        top, infos = path.rstrip("/"), store.find(path, detail=True)
-        infos = {name: info for name, info in infos.items() if _is_taken(name[len(top) + 1 :])}
+        top, below = path.rstrip("/"), store.find(path, detail=True)
+        infos = {name: info for name, info in below.items() if _is_taken(name[len(top) + 1 :])}
     else:
         top, infos = path.rpartition("/")[0], {path: store.info(path)}
 

@@ -70,9 +70,6 @@ def read_conversations(uri: str, limit: int = 0) -> list[Row]:
     Args:
         uri: file, folder or glob, as `find` takes it.
         limit: read no more rows than this; 0 for all.
-
-    Raises:
-        DraftModelError: there is no such file, or one of its lines is not a conversation; names file and line.
     """
 
     def rows() -> Iterator[Row]:
@@ -90,11 +87,7 @@ def read_conversations(uri: str, limit: int = 0) -> list[Row]:
 
 
 def parse(line: bytes, *, needs_answer: bool = True) -> Row:
-    """Reads one line, UTF-8.
-
-    Raises:
-        Rejected: the line is not a conversation that can be used; with `needs_answer`, it has no assistant turn.
-    """
+    """Reads one line, UTF-8; raises Rejected where it is no conversation, or one without an assistant turn."""
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -54,11 +54,7 @@ class Renderer:
         self._unwritten: dict[Any, int | None] = {}
 
     def render(self, row: Row) -> Rendered:
-        """Writes one conversation.
-
-        Raises:
-            Rejected: the chat template refuses it, does not write a part of it, or its turns cannot be told apart.
-        """
+        """Writes one conversation, or raises Rejected: the template does not write all of it in turns."""
         text, spans = (row.text, self._spans_of_text(row.text)) if row.text else self._in_a_form(row)
         turns = list(zip(spans, _padded(row.cut, spans), _padded(row.ignored, spans), strict=True))
         ranges = [(span.start, span.end if cut else span.close) for span, cut, ignored in turns if not ignored]
@@ -66,11 +62,7 @@ class Renderer:
         return Rendered(text, ranges, sorted([*(start for start, _ in ranges), *ends]), len(spans))
 
     def prompt(self, row: Row) -> str:
-        """Writes what an engine gives the model: the conversation without its last answer, then the header.
-
-        Raises:
-            Rejected: as `render`, or nothing is left to reply to.
-        """
+        """Writes what an engine gives the model: the conversation without its last answer, then the header."""
         if row.text:
             return row.text[: self._spans_of_text(row.text)[-1].start]
         messages = list(row.messages)
@@ -110,9 +102,6 @@ class Renderer:
 
         A template may open the model's reasoning and write none, as that of DeepSeek-R1's distills does. The last turn
         is then put as the model has generated it; the reasoning of earlier turns is left out, as an engine does.
-
-        Raises:
-            Rejected: the chat template refuses it.
         """
         columns = columns or {}
         if self._reasons:
@@ -156,17 +145,15 @@ class Renderer:
     def _check_turns(self, text: str, row: Row) -> list[Span]:
         spans, answers = self.spans(text), row.answers
         if len(spans) != len(answers):
-            raise Rejected(
-                "assistant turns not found",
-                f"{len(answers)} assistant turns given, {len(spans)} in what the chat template makes of them",
-            )
+            found = f"{len(answers)} assistant turns given, {len(spans)} in what the chat template makes of them"
+            raise Rejected("assistant turns not found", found)
         turns = zip(spans, answers, _padded(row.cut, spans), strict=True)
         return [self._check_turn(text, row.messages, *turn) for turn in turns]
 
     def _check_turn(self, text: str, messages: list[Message], span: Span, index: int, is_cut: bool) -> Span:
         """Compares what a turn says with what is written of it; reasoning of earlier turns may be left out.
 
-        Returns its span. If it was cut while it reasoned, that ends before the closing tag, which is the template's.
+        The span of a turn that was cut while it reasoned ends before the closing tag, which is the template's.
         """
         message, turn = messages[index], text[span.start : span.end]
         content, reasoning = (message["content"] or "").strip(), message.get("reasoning_content", "").strip()
@@ -175,7 +162,7 @@ class Renderer:
             if inline is None or inline[1] not in turn:
                 raise _unwritten(index, "its text")
             reasoning, content = reasoning or inline[0], inline[1]
-        calls = [call["function"] for call in message.get("tool_calls", ())]
+        calls = _functions(message)
         names = [call["name"] for call in calls]
         plain = turn.replace("\\", "")
         for call in calls:
@@ -226,8 +213,12 @@ def _unwritten(index: int, what: str) -> Rejected:
 def _shape(message: Message) -> tuple[Any, ...]:
     """What decides whether a template writes a message: role, text (False: without tags), reasoning, calls."""
     text = message["content"] and (message["role"] == "assistant" and "think>" in message["content"])
-    arguments = [type(call["function"]["arguments"]) for call in message.get("tool_calls", ())]
+    arguments = [type(function["arguments"]) for function in _functions(message)]
     return (message["role"], text, "reasoning_content" in message, *arguments)
+
+
+def _functions(message: Message) -> list[dict[str, Any]]:
+    return [call["function"] for call in message.get("tool_calls", ())]
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -271,10 +262,9 @@ def _forms(messages: list[Message]) -> Iterator[list[Message]]:
 def _in_form(message: Message, nothing: str | None, as_text: bool) -> Message:
     message = {**message, "content": nothing if message["content"] is None else message["content"]}
     if as_text:
-        message["tool_calls"] = [
-            {**call, "function": {**call["function"], "arguments": as_json(call["function"]["arguments"])}}
-            for call in message["tool_calls"]
-        ]
+        functions = [{**f, "arguments": as_json(f["arguments"])} for f in _functions(message)]
+        calls = zip(message["tool_calls"], functions, strict=True)
+        message["tool_calls"] = [{**call, "function": function} for call, function in calls]
     return message
 
 
@@ -325,18 +315,16 @@ def check_fit(tokenizer: Any, template: Template) -> None:
     """
     text, spans, fits = _probe(tokenizer, template)
     if fits:
-        prompt, whole = (
-            tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text[: spans[0].start], text)
-        )
-        if whole[: len(prompt)] != prompt:
+        prompt = tokenizer(text[: spans[0].start], add_special_tokens=False)["input_ids"]
+        if tokenizer(text, add_special_tokens=False)["input_ids"][: len(prompt)] != prompt:
             raise DraftModelError(f"model: its tokenizer makes other tokens of {text!r} than of its beginning alone")
         return
     fitting = [name for name, other in TEMPLATES.items() if _probe(tokenizer, other)[2]]
     advice = f"use {' or '.join(fitting)}" if fitting else f"none of {', '.join(TEMPLATES)} fits this model"
-    found = f"the tokenizer's own chat template writes {text[-160:]!r}"
-    if not tokenizer.chat_template:
-        absent = ", ".join(_absent(tokenizer, template.control))
-        found = f"the tokenizer has no chat template, and as tokens it lacks {absent}"
+    lacks = ", ".join(_absent(tokenizer, template.control))
+    found = f"the tokenizer has no chat template, and as tokens it lacks {lacks}"
+    if tokenizer.chat_template:
+        found = f"the tokenizer's own chat template writes {text[-160:]!r}"
     raise DraftModelError(
         f"chat_template: given {template.name!r}, whose assistant turns begin with {template.header!r}; "
         f"{found}: {advice}"

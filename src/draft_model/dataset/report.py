@@ -59,7 +59,7 @@ class Tally:
     truncated: int = 0
     reasons: Counter[str] = field(default_factory=Counter)  # rejected lines by reason
     first_rejected: list[str] = field(default_factory=list)  # in words
-    samples: list[tuple[NDArray[np.int32], NDArray[np.bool_]]] = field(default_factory=list)  # ids, mask
+    samples: list[tuple[list[int], list[bool]]] = field(default_factory=list)  # ids, mask
 
     @classmethod
     def empty(cls, vocab_size: int, max_length: int) -> Tally:
@@ -72,8 +72,7 @@ class Tally:
             array[values] += np.array(numbers, np.int64)
         self.turns.update(dict(zip(*counts["turns"], strict=True)))
         self.truncated += counts["truncated"]
-        for ids, mask in counts["samples"][: _SAMPLES - len(self.samples)]:
-            self.samples.append((np.array(ids, np.int32), np.array(mask, np.bool_)))
+        self.samples += counts["samples"][: _SAMPLES - len(self.samples)]
 
     def reject(self, where: str, reason: str, detail: str) -> None:
         """Counts one rejected line."""
@@ -83,9 +82,8 @@ class Tally:
 
     def summary(self, coverage: float) -> SplitSummary:
         """Sums the counts up."""
-        kept, rejected = int(self.lengths.sum()), self.reasons.total()
+        kept, rejected, supervised = int(self.lengths.sum()), self.reasons.total(), int(self.supervised.sum())
         tokens = int((self.lengths * np.arange(len(self.lengths))).sum())
-        supervised = int(self.supervised.sum())
         return SplitSummary(kept + rejected, kept, rejected, self.truncated, tokens, supervised, coverage)
 
     def details(self) -> dict[str, Any]:
@@ -107,15 +105,15 @@ class Tally:
         }
 
 
-def colour(tokenizer: Any, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> list[tuple[str, bool]]:
-    """Returns a conversation (ids int32 [T], mask bool [T]) as pairs of text and supervision, to check by eye.
+def colour(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, bool]]:
+    """Returns a conversation as pairs of text and supervision, to check by eye.
 
     Tokens that only together make up a character share a pair. It stops after some pages.
     """
     pairs: list[tuple[str, bool]] = []
     waiting: list[int] = []
     left = _SHOWN_CHARACTERS
-    for position, (token, supervised) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True)):
+    for position, (token, supervised) in enumerate(zip(ids, mask, strict=True)):
         waiting.append(token)
         text = tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         ends = position + 1 == len(ids) or mask[position + 1] != supervised
@@ -129,11 +127,7 @@ def colour(tokenizer: Any, ids: NDArray[np.int32], mask: NDArray[np.bool_]) -> l
 
 
 def write_report(
-    properties: Mapping[str, Any],
-    sources: Mapping[str, Any],
-    tallies: Mapping[str, Tally],
-    samples: Sequence[Sequence[tuple[str, bool]]],
-    path: Path,
+    properties: Mapping[str, Any], sources: Mapping[str, Any], tallies: Mapping[str, Tally], samples: Any, path: Path
 ) -> dict[str, Any]:
     """Writes the page; returns what it shows, for report.json.
 
@@ -154,12 +148,9 @@ def write_report(
         "coverage_by_size": coverage_by_size(train.supervised, validation.supervised if validation else None),
         "samples": samples,
     }
-    loader = PackageLoader("draft_model", "dataset")
-    environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    settings: Any = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=PackageLoader("draft_model", "dataset"), **settings)  # noqa: S701  (it escapes)
     environment.filters["count"] = lambda number: f"{number:,}"
     environment.filters["percent"] = lambda share: "-" if share is None else f"{100 * share:.2f} %"
-    page = environment.get_template("report.html.j2").render(report=report)
-    path.write_text(page, encoding="utf-8")
+    path.write_text(environment.get_template("report.html.j2").render(report=report), encoding="utf-8")
     return report

@@ -46,19 +46,14 @@ class Template:
     def turns(self, scaffold: str = "") -> re.Pattern[str]:
         """Returns an expression for an assistant turn, with the groups `content` and `end`.
 
-        Args:
-            scaffold: what the tokenizer's template writes between header and generation.
+        The scaffold is what the tokenizer's template writes between header and generation.
         """
         ends = "|".join(map(re.escape, self.ends))
         header = f"(?:{self.headers})(?:{re.escape(scaffold)})?"
         return re.compile(f"{header}(?P<content>{self.content})(?P<end>{ends})", re.DOTALL)
 
     def refuse_control_tokens(self, row: Row) -> None:
-        """Refuses rows with text that the tokenizer would take for a marker.
-
-        Raises:
-            Rejected: a message, or a tool, has one of the template's control tokens in its text.
-        """
+        """Raises Rejected where a message or a tool has a control token in its text."""
         texts = [(f"message {n} ({m['role']})", value) for n, m in enumerate(row.messages, 1) for value in m.values()]
         for where, value in [*texts, ("`tools`", row.tools)]:
             text = value if isinstance(value, str) else as_json(value)
@@ -156,9 +151,6 @@ def template_text(tokenizer: Any, template: Template, *, tools: bool = False) ->
     """Returns the Jinja text to render with: the tokenizer's own, else the named one's; its date is fixed.
 
     Of several templates that a tokenizer has by name, engines take `tool_use` for tools, if there is one, or `default`.
-
-    Raises:
-        DraftModelError: the tokenizer has several templates and no default.
     """
     own = tokenizer.chat_template or template.jinja
     if isinstance(own, dict):

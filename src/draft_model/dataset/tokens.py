@@ -68,14 +68,7 @@ def write_index(shards: Sequence[Shard], path: Path) -> None:
 
 
 class Split:
-    """A split of a built data set, as a sequence of conversations.
-
-    Args:
-        folder: the local folder of the split's shards: `train` or `validation` of a fetched data set.
-
-    Raises:
-        FileNotFoundError: a shard is missing.
-    """
+    """A split of a built data set, `train` or `validation` of a fetched folder, as a sequence of conversations."""
 
     def __init__(self, folder: Path) -> None:
         import pyarrow.parquet as pq
@@ -83,32 +76,23 @@ class Split:
         self._shards = [Shard(**shard) for shard in json.loads((folder / INDEX).read_text(encoding="utf-8"))]
         paths = [folder / shard.name for shard in self._shards]
         columns = [pq.read_table(path, columns=["length"])["length"].to_numpy() for path in paths]
-        self._lengths = np.concatenate(columns or [np.zeros(0, np.int32)]).astype(np.int64)
+        self.lengths = np.concatenate(columns or [np.zeros(0, np.int32)]).astype(np.int64)  # tokens of each row, [rows]
         self._first = np.cumsum([0, *(shard.rows for shard in self._shards)])
         self._open = functools.lru_cache(_OPEN_SHARDS)(lambda shard: pq.ParquetFile(paths[shard], memory_map=True))
         self._group: tuple[tuple[int, int], Any] = ((-1, -1), None)
 
     def __len__(self) -> int:
-        return len(self._lengths)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each conversation, int64 [rows]."""
-        return self._lengths
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> Conversation:
         _, columns, row = self._row(index)
         ids, mask = columns["input_ids"][row].values, columns["loss_mask"][row].values
         return Conversation(ids.to_numpy().astype(np.int32), mask.to_numpy(zero_copy_only=False).astype(np.bool_))
 
-    def origin(self, index: int) -> tuple[str, int]:
-        """Returns the input file and line that a conversation comes from."""
-        shard, columns, row = self._row(index)
-        return shard.file, shard.lines_before + columns["line"][row].as_py()
-
     def line(self, index: int) -> int:
         """Returns the line of its input file that a conversation comes from."""
-        return self.origin(index)[1]
+        shard, columns, row = self._row(index)
+        return int(shard.lines_before + columns["line"][row].as_py())
 
     def _row(self, index: int) -> tuple[Shard, Any, int]:
         """Returns the shard and row group that have a conversation, and its index in the group."""

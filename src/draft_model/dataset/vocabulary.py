@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,16 +18,15 @@ FILE = "vocabulary.safetensors"
 
 
 def choose(counts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Picks the draft vocabulary.
+    """Picks the draft vocabulary: the target ids (int64 [D], ascending) that are supervised most often, then the lower.
 
-    Args:
-        counts: how often each target token is supervised, int64 [V].
-        size: D, at most V.
-
-    Returns:
-        Target ids, int64 [D], ascending: the most frequent ones; of equally frequent (or never seen) ones the lower.
+    `counts`, int64 [V], says how often each target token is supervised; `size` is D, at most V.
     """
     return np.sort(_by_frequency(counts)[:size])
+
+
+def _by_frequency(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.argsort(-counts, kind="stable").astype(np.int64)
 
 
 def coverage(counts: NDArray[np.int64], ids: NDArray[np.int64]) -> float:
@@ -35,23 +34,15 @@ def coverage(counts: NDArray[np.int64], ids: NDArray[np.int64]) -> float:
     return round(float(counts[ids].sum() / max(1, counts.sum())), 6)
 
 
-def coverage_by_size(
-    train: NDArray[np.int64], validation: NDArray[np.int64] | None
-) -> list[dict[str, int | float | None]]:
+def coverage_by_size(train: NDArray[np.int64], validation: NDArray[np.int64] | None) -> list[dict[str, Any]]:
     """Returns what vocabularies of other sizes, powers of two from 1,024 and V, chosen from `train` would cover.
 
-    Args:
-        train: how often each target token is supervised in training, int64 [V].
-        validation: the same in validation, where there is any.
+    Both arguments say how often each target token is supervised, int64 [V].
     """
-    order = _by_frequency(train)
-    sizes = [size for size in (1 << power for power in range(10, 31)) if size < len(train)] + [len(train)]
+    order, counts = _by_frequency(train), {"train": train, "validation": validation}
+    sizes = [*(1 << power for power in range(10, 31) if 1 << power < len(train)), len(train)]
     return [
-        {
-            "size": size,
-            "train": coverage(train, order[:size]),
-            "validation": None if validation is None else coverage(validation, order[:size]),
-        }
+        {"size": size, **{split: None if of is None else coverage(of, order[:size]) for split, of in counts.items()}}
         for size in sizes
     ]
 
@@ -71,7 +62,3 @@ def load_vocabulary(path: Path) -> tuple[Tensor, Tensor]:
 
     tensors = load_file(path / FILE if path.is_dir() else path)
     return tensors["t2d"], tensors["d2t"]
-
-
-def _by_frequency(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.argsort(-counts, kind="stable").astype(np.int64)

@@ -18,7 +18,7 @@ from draft_model.evaluation.card import markup
 from draft_model.evaluation.measure import Candidate, category_table, differences, measure, open_case
 from draft_model.export import fetched
 from draft_model.model_import import sandbox
-from draft_model.model_import.files import INDEX, description
+from draft_model.model_import.sources import INDEX, description
 from draft_model.parameters import Parameters
 from draft_model.training.checkpoint import read_checkpoint
 

@@ -21,7 +21,7 @@ from draft_model.drafts import DEFAULT, family
 from draft_model.drafts.rotary import Rotary
 from draft_model.errors import DraftModelError
 from draft_model.model_import.convert import first_line
-from draft_model.model_import.files import INDEX
+from draft_model.model_import.sources import INDEX
 from draft_model.target.model import head_logits
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -34,7 +34,6 @@ _CODE = {"auto_map", "custom_pipelines"} | {
     f"{prefix}{kind}_implementation{suffix}"  # may name a kernel of the Hub
     for kind in ("attn", "experts") for prefix in ("", "_") for suffix in ("", "_internal", "_autoset")
 }  # fmt: skip
-_MOST_NAMED = 5
 _ORIGINAL = "Use the model that it was made from: the draft serves both"
 _LACK = "its weights lack {}; save the whole model again"
 
@@ -51,22 +50,18 @@ def inspect(folder: str, weights: list[str]) -> dict[str, Any]:
     Returns:
         `problems`, and where there are none `architecture`, `parameter_count`, `quantization`, `max_positions`.
     """
-    path = Path(folder)
-    config: dict[str, Any] = {}
-    model: Any = None
-    problems: list[str] = []
+    path, model = Path(folder), None
     try:
         config, own_code = _without_code(path / "config.json")
         if (path / "tokenizer_config.json").exists():
             _without_code(path / "tokenizer_config.json")
-        problems += _config_problems(config)
-        model = None if problems else _open(path, config, own_code)
+        if not (problems := _config_problems(config)):
+            model = _open(path, config, own_code)
+            problems = _structure_problems(model)
+            if weights and not problems:
+                problems = _weight_problems(path, weights, model)
     except DraftModelError as error:
-        problems += error.problems
-    if model is not None:
-        problems += _structure_problems(model)
-        if weights and not problems:
-            problems += _weight_problems(path, weights, model)
+        problems = error.problems
     problems += _tokenizer_problems(path, loads=model is not None)
     if problems or model is None:
         return {"problems": problems}
@@ -220,14 +215,10 @@ def _weight_problems(folder: Path, names: list[str], model: Any) -> list[str]:
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         missing = revert_weight_conversion(model, model.state_dict()).keys() - where.keys() - tied
         return _named(sorted(missing), _LACK) or [f"transformers cannot load its weights: {first_line(error)}"]
-    other = [
-        f"{name} {list(found)}, where config.json asks for {list(wanted)}"
-        for name, found, wanted in sorted(info["mismatched_keys"])
-    ]
-    return [
-        *_named(sorted(info["missing_keys"]), _LACK),
-        *_named(other, "its weights have another shape than its config.json says: {}"),
-    ]
+    mismatched = sorted(info["mismatched_keys"])
+    other = [f"{name} {list(had)}, where config.json asks for {list(wanted)}" for name, had, wanted in mismatched]
+    shapes = _named(other, "its weights have another shape than its config.json says: {}")
+    return _named(sorted(info["missing_keys"]), _LACK) + shapes
 
 
 def _is_packed(file: Any, name: str) -> bool:
@@ -237,8 +228,8 @@ def _is_packed(file: Any, name: str) -> bool:
 
 
 def _named(names: list[str], sentence: str) -> list[str]:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return [sentence.format(", ".join(names[:_MOST_NAMED]) + more)] if names else []
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return [sentence.format(", ".join(names[:5]) + more)] if names else []
 
 
 def _tokenizer_problems(folder: Path, loads: bool) -> list[str]:

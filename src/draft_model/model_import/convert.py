@@ -16,8 +16,6 @@ from safetensors.torch import save_file
 
 from draft_model.errors import DraftModelError
 
-_NESTED = ("state_dict", "model_state_dict", "model")
-
 
 def convert(paths: list[str], into: str) -> None:
     """Writes the tensors of PyTorch files as safetensors into an existing folder, a file for each."""
@@ -28,7 +26,7 @@ def convert(paths: list[str], into: str) -> None:
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:
     content = _load(path)
-    for name in _NESTED:
+    for name in ("state_dict", "model_state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):

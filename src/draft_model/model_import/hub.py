@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from draft_model.errors import DraftModelError, without_credentials
-from draft_model.model_import.files import File, Listing
+from draft_model.model_import.sources import File, Listing
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,7 @@ def hub_address() -> str:
 def find(name: str, scratch: Path, seconds: float | None = None) -> Listing:
     """Lists a repository (`org/name` or `org/name@revision`) at one commit; downloads nothing yet.
 
-    Waits for an answer for so many seconds, retries included, or some minutes.
-
-    Raises:
-        DraftModelError: where it is missing or gated.
-        Unreachable: where the Hub does not answer.
+    Waits for an answer for so many seconds, retries included, or some minutes, and then raises Unreachable.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi, snapshot_download
@@ -64,9 +60,8 @@ def find(name: str, scratch: Path, seconds: float | None = None) -> Listing:
     def bring(names: Iterable[str]) -> dict[str, Path]:
         paths = {name: scratch / name for name in names}
         patterns = [glob.escape(name) for name in paths]
-        _request(
-            name, partial(snapshot_download, repository, revision=info.sha, local_dir=scratch, allow_patterns=patterns)
-        )
+        get = partial(snapshot_download, repository, revision=info.sha, local_dir=scratch, allow_patterns=patterns)
+        _request(name, get)
         if missing := [name for name, path in paths.items() if not path.is_file()]:
             raise DraftModelError(f"huggingface_id: {name} lacks {', '.join(missing)} at commit {info.sha}")
         return paths
@@ -93,9 +88,8 @@ def _request(name: str, request: Callable[[], Result], seconds: float | None = N
             reason = f"answers with status {status}" if status else f"cannot be reached ({type(cause).__name__})"
             if late or attempt == TRIES or isinstance(cause, errors.OfflineModeIsEnabled):
                 advice = "try again later" if status else "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
-                raise Unreachable(
-                    f"huggingface_id: {name} cannot be downloaded: {hub_address()} {reason}; {advice}"
-                ) from error
+                told = f"huggingface_id: {name} cannot be downloaded: {hub_address()} {reason}; {advice}"
+                raise Unreachable(told) from error
             logger.warning("%s: %s %s; trying again in %.0f s", name, hub_address(), reason, pause)
             time.sleep(pause)
             wait *= 2
@@ -110,19 +104,15 @@ def _refusal(cause: Exception, status: int) -> str:
         case errors.GatedRepoError():
             return "it is gated; ask for access on its page, and give a token of that account in HF_TOKEN"
         case errors.RepositoryNotFoundError():
-            return (
-                f"{hub_address()} knows no such repository, or it is private; check the name, and for a private one "
-                "the token in HF_TOKEN"
-            )
+            check = "check the name, and for a private one the token in HF_TOKEN"
+            return f"{hub_address()} knows no such repository, or it is private; {check}"
         case errors.RevisionNotFoundError():
             return "it has no such revision; give a branch, a tag or a commit"
         case errors.HFValidationError():
             return f"{without_credentials(str(cause)).splitlines()[0]}; allowed: `org/name` or `org/name@revision`"
         case errors.FileMetadataError():
-            return (
-                f"{hub_address()} leaves out headers that huggingface_hub needs (X-Repo-Commit, ETag); have the mirror "
-                "or proxy pass them on"
-            )
+            needed = "headers that huggingface_hub needs (X-Repo-Commit, ETag)"
+            return f"{hub_address()} leaves out {needed}; have the mirror or proxy pass them on"
     if status and status not in _BUSY:
         advice = "check the token in HF_TOKEN" if status in (401, 403) else "check HF_ENDPOINT"
         return f"{hub_address()} answers with status {status}; {advice}"

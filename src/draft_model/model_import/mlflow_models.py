@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from draft_model.errors import DraftModelError, without_credentials
-from draft_model.model_import.files import File, Listing, list_stored
+from draft_model.model_import.sources import File, Listing, list_stored
 
 _STORED = ("s3://", "minio://", "file://", "/")
 
@@ -28,7 +28,7 @@ def find(uri: str, scratch: Path, server: str = "") -> Listing:
         while location.startswith("models:/"):
             location = _model_location(client, location)
     if location.startswith(_STORED):
-        return list_stored(location, scratch)
+        return list_stored(location, scratch, "mlflow_model_path")
     with _errors(uri, location):
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 

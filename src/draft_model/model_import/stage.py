@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import shutil
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,18 @@ from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.markdown import table
 from draft_model.model_import import sandbox
-from draft_model.model_import.files import CARD, INDEX, Weights, check_small, choose_weights, description
-from draft_model.model_import.sources import Source, resolve
+from draft_model.model_import.sources import (
+    CARD,
+    INDEX,
+    Source,
+    Weights,
+    check_small,
+    choose_weights,
+    description,
+    resolve,
+)
 from draft_model.parameters import Parameters
+from draft_model.storage.transfer import check_free_disk
 from draft_model.tracking import tracked
 
 logger = logging.getLogger(__name__)
@@ -35,16 +44,12 @@ _CONVERTED_PER_SECOND = 10**7  # bytes of a pickle in a second of CPU time, at t
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """One import.
+    """One import."""
 
-    With a root, the URI of a folder that runs share, the model goes to `<root>/models/<content key>` in place of
-    `output`, and a whole one that is there already is used.
-    """
-
-    output: str  # URI of the folder to write
+    output: str  # URI of the folder to write; not used with `root`
     work: Path  # scratch folder on this machine
     parameters: Parameters  # of the run; exactly one model source is given
-    root: str = field(default="", kw_only=True)
+    root: str = ""  # URI below which it goes to `models/<key of its content>`, and is reused
 
 
 @dataclass(frozen=True)
@@ -65,19 +70,13 @@ class ImportResult:
 
     def markdown(self) -> str:
         """What the KFP UI shows."""
-        rows = {
-            "model": self.source,
-            "revision": self.revision or "none: no repository of the Hub",
-            "architecture": self.architecture,
-            "parameters": f"{self.parameter_count:,}",
-            "size": f"{self.size / 1e9:,.2f} GB",
-            "conversion": self.conversion or "none: the weights were safetensors",
-            "quantization": self.quantization or "none",
-            "licence": self.licence or "none named",
-            "folder": self.uri,
+        return table({
+            "model": self.source, "revision": self.revision or "none: no repository of the Hub",
+            "architecture": self.architecture, "parameters": f"{self.parameter_count:,}",
+            "size": f"{self.size / 1e9:,.2f} GB", "conversion": self.conversion or "none: the weights were safetensors",
+            "quantization": self.quantization or "none", "licence": self.licence or "none named", "folder": self.uri,
             "imported": "before, and used again" if self.reused else "by this run",
-        }
-        return table(rows)
+        })  # fmt: skip
 
 
 def is_weight(name: str) -> bool:
@@ -114,10 +113,8 @@ def run(config: ImportConfig) -> ImportResult:
     }  # fmt: skip
     manifest = storage.write_manifest(uri, STAGE, _upload(source, folder, uri, remote), properties)
     result = _result(uri, manifest, reused=False)
-    logger.info(
-        "imported %s: %s, %.1f M parameters, %.0f MB, to %s",
-        source.name, result.architecture, result.parameter_count / 1e6, result.size / 1e6, uri,
-    )  # fmt: skip
+    said = f"{result.architecture}, {result.parameter_count / 1e6:.1f} M parameters, {result.size / 1e6:.0f} MB"
+    logger.info("imported %s: %s, to %s", source.name, said, uri)
     return result
 
 
@@ -138,9 +135,8 @@ def _imported_before(uri: str, key: str) -> ImportResult | None:
 
 
 def _result(uri: str, manifest: storage.Manifest, *, reused: bool) -> ImportResult:
-    values = {field.name: manifest.properties[field.name] for field in fields(ImportResult)
-              if field.name in manifest.properties}  # fmt: skip
-    return ImportResult(**values, uri=uri, size=manifest.size, reused=reused)
+    known = {field.name for field in fields(ImportResult)} & manifest.properties.keys()
+    return ImportResult(**{n: manifest.properties[n] for n in known}, uri=uri, size=manifest.size, reused=reused)
 
 
 def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dict[str, Any]]:
@@ -155,7 +151,7 @@ def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dic
     for name, path in source.bring(names).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
-    weights = choose_weights(source.files, lambda name: source.bring([name])[name].read_bytes())
+    weights = choose_weights(source)
     if problems := weights.problems + sandbox.run("inspect", folder=str(folder), weights=[])["problems"]:
         raise DraftModelError(problems)
     if weights.kind == "safetensors" and weights.index:
@@ -188,25 +184,17 @@ def _headers(source: Source, weights: Weights, folder: Path, uri: str) -> list[s
 
 
 def _bring_weights(source: Source, weights: Weights, folder: Path, work: Path) -> None:
-    sizes = [source.files[name].size or 0 for name in weights.names]
     downloads = not source.listing.uri or storage.is_remote(source.listing.uri)
-    needed, free = sum(sizes) * (downloads + (weights.kind == "pickle")), shutil.disk_usage(work).free
-    if needed > free:
-        raise DraftModelError(
-            f"{needed / 1e9:.3f} GB are needed in {work} and {free / 1e9:.3f} GB are free: give the import a larger "
-            "disk, or --work on one"
-        )
+    size = sum(source.files[name].size or 0 for name in weights.names)
+    check_free_disk(work, size * (downloads + (weights.kind == "pickle")))
     paths = source.bring(weights.names)
     if weights.kind == "pickle":
-        into = work / "converted"
+        into, sizes = work / "converted", [path.stat().st_size for path in paths.values()]
         shutil.rmtree(into, ignore_errors=True)
         into.mkdir()
-        sizes = [path.stat().st_size for path in paths.values()]
         seconds = sandbox.CPU_SECONDS + sum(sizes) // _CONVERTED_PER_SECOND
-        sandbox.run(
-            "convert", paths=[str(path) for path in paths.values()], into=str(into),
-            memory=sandbox.MEMORY + 3 * max(sizes), cpu=seconds, wall=4 * seconds,
-        )  # fmt: skip
+        limits = {"memory": sandbox.MEMORY + 3 * max(sizes), "cpu": seconds, "wall": 4 * seconds}
+        sandbox.run("convert", paths=[str(path) for path in paths.values()], into=str(into), **limits)
         paths = {path.name: path for path in sorted(into.iterdir())}
     for name, path in paths.items():
         (folder / ("model.safetensors" if len(paths) == 1 else name)).symlink_to(path.resolve())

@@ -355,7 +355,7 @@ def _publish(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard], sc
     """Adds the counts up, writes the report and, last, the manifest; nothing where another run has done so."""
     p, output = config.parameters, inputs.output
     pieces = [storage.join(output, _PIECES, f"{shard.name}.json") for shard in shards]
-    counts = in_parallel(lambda piece, _: storage.read_file(piece), pieces)
+    counts = in_parallel(storage.read_file, pieces)
     tallies, records = {split: Tally() for split in inputs.files}, []
     for shard, content in zip(shards, counts, strict=True):
         if content is None:

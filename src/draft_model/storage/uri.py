@@ -1,15 +1,15 @@
 """URIs: a local path, `file://`, `s3://`, or `minio://` (as Kubeflow Pipelines writes its own store).
 
-A name inside a folder (a manifest's path, the key below a prefix) is held to stricter rules than the folder's own URI:
-it must stay below that folder on any operating system.
+A name inside a folder is held to stricter rules than the folder's own URI: it must stay below that folder on any
+operating system.
 """
 
 from __future__ import annotations
 
 import re
 import urllib.parse
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 from urllib.request import url2pathname
 
 from draft_model.errors import DraftModelError, without_credentials
@@ -19,19 +19,12 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ALLOWED = "allowed: a local path, file:///path, s3://bucket/key or minio://bucket/key"
 
 
-@dataclass(frozen=True)
-class ObjectAddress:
-    """An object, or the prefix of a folder of objects.
-
-    Attributes:
-        bucket: name of the bucket.
-        key: without a slash at either end; empty for the bucket itself.
-        scheme: `s3`, or `minio`: without AWS_ENDPOINT_URL that is the store of Kubeflow Pipelines, not AWS.
-    """
+class ObjectAddress(NamedTuple):
+    """An object, or the prefix of a folder of objects."""
 
     bucket: str
-    key: str
-    scheme: str = "s3"
+    key: str  # without a slash at either end; empty for the bucket itself
+    scheme: str = "s3"  # or `minio`: without AWS_ENDPOINT_URL that is the store of Kubeflow Pipelines, not AWS
 
 
 def parse(uri: str) -> Path | ObjectAddress:
@@ -62,13 +55,12 @@ def parse(uri: str) -> Path | ObjectAddress:
         )
     if scheme not in ("s3", "minio"):
         raise DraftModelError(f"given {without_credentials(uri)!r}; {_ALLOWED}")
-    bucket, _, key = rest.partition("/")
-    key = key.removesuffix("/")
     if "?" in rest:
         raise DraftModelError(
             f"given {uri!r}; a query is not supported: give the endpoint and region of the store by the environment "
             "variables AWS_ENDPOINT_URL and AWS_DEFAULT_REGION"
         )
+    bucket, _, key = rest.removesuffix("/").partition("/")
     if not bucket:
         raise DraftModelError(f"given {uri!r}, which names no bucket; {_ALLOWED}")
     if key and (problem := name_problem(key)):
@@ -87,11 +79,7 @@ def name_problem(name: str) -> str | None:
         return "has an empty segment"
     if "." in segments or ".." in segments:
         return "has a segment `.` or `..`"
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return "is not valid UTF-8"
-    return None
+    return "is not valid UTF-8" if re.search("[\ud800-\udfff]", name) else None
 
 
 def check_name(name: str, where: str) -> str:

@@ -35,11 +35,8 @@ def fuse(decoder: Any) -> None:
     weight = next(decoder.parameters())
     done = 0
     for module in decoder.modules():
-        plain = all(type(parameter.data) is Tensor for parameter in module.parameters(recurse=False))
-        if not plain:
-            continue  # spread over processes
-        for candidate in (_norm, _mlp):
-            done += _replaced(module, candidate)
+        if all(type(parameter.data) is Tensor for parameter in module.parameters(recurse=False)):  # else it is spread
+            done += sum(_replaced(module, candidate) for candidate in (_norm, _mlp))
     attention = getattr(decoder.layers[0], "self_attn", None)
     if attention is not None:
         _fuse_rotation(sys.modules[type(attention).__module__], weight)
@@ -78,13 +75,10 @@ def _norm(module: Any) -> tuple[Callable[[Tensor], Tensor], int] | None:
 
 
 def _mlp(module: Any) -> tuple[Callable[[Tensor], Tensor], int] | None:
-    gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
-    for part in (gate, up, down):
-        if type(part) is not torch.nn.Linear or type(part.weight.data) is not Tensor:
-            return None
-    assert isinstance(gate, torch.nn.Linear)
-    assert isinstance(up, torch.nn.Linear)
-    assert isinstance(down, torch.nn.Linear)
+    parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if any(type(part) is not torch.nn.Linear or type(part.weight.data) is not Tensor for part in parts):
+        return None
+    gate, up, down = parts
 
     def forward(x: Tensor) -> Tensor:
         from draft_model.drafts import triton_kernels

@@ -19,12 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Target:
-    """A causal language model of transformers, frozen.
-
-    Args:
-        model: the model, in the compute type.
-        aux_layers: features are taken after so many layers.
-    """
+    """A causal language model of transformers, frozen; features are taken after the `aux_layers`."""
 
     spread = False
     """Whether its layers are spread over the copies of other processes, so that all must run it equally often."""
@@ -85,12 +80,9 @@ class Target:
 
     @torch.no_grad()
     def states(self, batch: Batch) -> list[Tensor]:
-        """Runs the decoder over whole conversations.
+        """Runs the decoder over whole conversations, a batch on the host.
 
         Under causal attention no real token sees the padding on the right, so there is no mask.
-
-        Args:
-            batch: B conversations, on the host.
 
         Returns:
             Per conversation the features and the hidden states after the final norm, [T_b, nH + H].
@@ -101,13 +93,9 @@ class Target:
 
 
 def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, config: Any) -> Tensor:
-    """What models make of their final hidden states: [..., H] -> [..., V].
+    """What models make of their final hidden states with head [V, H] and bias [V]: [..., H] -> [..., V].
 
-    Args:
-        hidden: after the final norm.
-        head: [V, H].
-        bias: [V].
-        config: of the text model; Granite divides the logits, Cohere multiplies them, Gemma caps them.
+    Granite divides the logits, Cohere multiplies them, Gemma caps them, as the text model's config says.
     """
     logits = functional.linear(hidden, head, bias)
     if (divisor := getattr(config, "logits_scaling", None)) is not None:
@@ -119,17 +107,7 @@ def head_logits(hidden: Tensor, head: Tensor, bias: Tensor | None, config: Any) 
 
 
 def load_target(folder: Path, aux_layers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Target:
-    """Loads an imported model.
-
-    Args:
-        folder: a Transformers folder: config.json and safetensors.
-        aux_layers: of the draft's configuration.
-        dtype: compute type.
-        device: where it runs.
-
-    Raises:
-        DraftModelError: when transformers cannot load it, or it has not the structure that features are taken from.
-    """
+    """Loads an imported model; raises DraftModelError as `load_model` and `check_structure` do."""
     return Target(check_structure(load_model(folder, dtype).to(device), aux_layers), aux_layers)
 
 
@@ -143,9 +121,6 @@ def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **setti
         dtype: compute type.
         auto_class: the class to load it with; the one for text generation where not given.
         settings: of `from_pretrained`.
-
-    Raises:
-        DraftModelError: when transformers cannot.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -155,10 +130,8 @@ def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **setti
     load = (auto_class or AutoModelForCausalLM).from_pretrained
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        parts = (config, config.get_text_config())
-        quantisation: dict[str, Any] = next(
-            filter(None, (getattr(part, "quantization_config", None) for part in parts)), {}
-        )
+        found = [getattr(part, "quantization_config", None) for part in (config, config.get_text_config())]
+        quantisation: dict[str, Any] = found[0] or found[1] or {}
         if fp8 := quantisation.get("quant_method") == "fp8":
             logger.info("the target's FP8 weights are dequantised to %s", str(dtype).removeprefix("torch."))
             quantisation["dequantize"] = True  # FineGrainedFP8Config as an argument would drop modules_to_not_convert
@@ -169,15 +142,7 @@ def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **setti
 
 
 def check_structure(model: Any, aux_layers: tuple[int, ...]) -> Any:
-    """Gives a loaded model back where features can be taken from it.
-
-    Args:
-        model: of transformers.
-        aux_layers: of the draft's configuration.
-
-    Raises:
-        DraftModelError: where it has not the structure for that.
-    """
+    """Gives a model of transformers back where features can be taken from it, else raises DraftModelError."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     if decoder is None or not hasattr(decoder, "layers") or not hasattr(decoder, "norm"):
         raise DraftModelError(

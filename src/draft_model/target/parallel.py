@@ -32,13 +32,7 @@ _MLP = {"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "
 
 
 class ShardedTarget(Target):
-    """A target whose layers are spread over processes; all of them call the same methods in the same order.
-
-    Args:
-        model: in parts.
-        aux_layers: features are taken after so many layers.
-        spread: whether parts lie with the other copies too.
-    """
+    """A target whose layers are spread over processes; all of them call the same methods in the same order."""
 
     def __init__(self, model: Any, aux_layers: tuple[int, ...], spread: bool) -> None:
         super().__init__(model, aux_layers)
@@ -47,11 +41,8 @@ class ShardedTarget(Target):
     @property
     def last_layer(self) -> dict[str, Tensor]:
         """As of a whole target; without experts, which no draft has."""
-        return {name: _whole(tensor) for name, tensor in super().last_layer.items() if tensor.dim() < 3}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        kept = {name: tensor for name, tensor in super().last_layer.items() if tensor.dim() < 3}
+        return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in kept.items()}
 
 
 def load_share(
@@ -125,15 +116,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def check_heads(config: Any, tp: int) -> None:
-    """Refuses a tp_size that would cut an attention head in two.
-
-    Args:
-        config: the target's text configuration.
-        tp: tp_size.
-
-    Raises:
-        DraftModelError: names what would fit.
-    """
+    """Refuses a tp_size that would cut an attention head of the target's text configuration in two."""
     if tp not in (fits := _tp_sizes(config)):
         heads, kv_heads = _heads(config)
         raise DraftModelError(
@@ -158,7 +141,7 @@ def must_spread(model: Any, tp: int, dp: int, memory: float, beside: float) -> b
         model: on the meta device, in the compute type.
         tp: tp_size.
         dp: how many copies there would be.
-        memory: of a GPU, bytes.
+        memory: of a GPU, in bytes.
         beside: bytes that training needs besides the target, an estimate.
 
     Raises:
@@ -174,9 +157,8 @@ def must_spread(model: Any, tp: int, dp: int, memory: float, beside: float) -> b
     if dp > 1 and least <= memory:
         return True
     fits = [size for size in _tp_sizes(model.config.get_text_config()) if rest + sum(layers) / size <= memory]
-    advice = (
-        f"use {fits[0]} or more" if fits else "no tp_size that divides its heads is enough: use larger or more GPUs"
-    )
+    none = "no tp_size that divides its heads is enough: use larger or more GPUs"
+    advice = f"use {fits[0]} or more" if fits else none
     raise DraftModelError(
         f"tp_size: given {tp}; each GPU would hold {min(copy, least) / 1e9:.1f} GB of the target and has "
         f"{memory / 1e9:.1f} GB: {advice}; `draft-model plan` works it out"
@@ -184,16 +166,7 @@ def must_spread(model: Any, tp: int, dp: int, memory: float, beside: float) -> b
 
 
 def check_experts(model: Any, tp: int, dp: int) -> None:
-    """Refuses to spread a target so far that a process would hold none of its experts, which cannot be loaded.
-
-    Args:
-        model: on the meta device.
-        tp: tp_size.
-        dp: the processes that its layers are to be spread over.
-
-    Raises:
-        DraftModelError: names what to change.
-    """
+    """Refuses to spread a target over dp processes where one would hold none of its experts: it cannot be loaded."""
     apart = tp if _has_experts_apart(model) else 1
     counts = {len(tensor) // apart for tensor in model.get_decoder().layers.parameters() if tensor.dim() == 3}
     for count in counts:
@@ -206,9 +179,6 @@ def check_experts(model: Any, tp: int, dp: int) -> None:
 
 def plan_for(model: Any) -> dict[str, str]:
     """The rules to add to the family's plan: embedding and head whole, and ours where the family has none.
-
-    Args:
-        model: on the meta device.
 
     Raises:
         DraftModelError: where the family has no plan and its blocks have not Llama's names.
