@@ -31,7 +31,7 @@ EFFECTS = {
     "model_import/test_mlflow.py": {"mlflow_model_path": "test_the_layouts_of_mlflow"},
     "dataset/test_build.py": {
         "dataset_train_split": "test_counts_of_result_report_manifest_and_shards_agree",
-        "dataset_validation_split": "test_without_validation_there_is_none",
+        "dataset_validation_split": "test_without_a_size_or_a_validation_split",
         "draft_model_config": "test_the_draft_vocabulary_is_that_of_the_training_answers",
         "build_dataset_num_proc": "test_processes_are_lowered_to_the_cores_and_said_once",
     },
