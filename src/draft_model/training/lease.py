@@ -1,6 +1,6 @@
 """The lease on a folder that a training writes to: a small file that names the run, renewed while the run is alive.
 
-    <folder>/lease.json    run_id, since, renewed, seconds, processes
+    <folder>/lease.json    run_id, since, renewed, seconds, processes, took_over
 
 Every change compares the version that was read: of two runs one creates the lease, and one takes it over. A run that
 finds another's lease watches it by its own clock. A lease that changes is refused; one that stays the same for its
@@ -8,8 +8,8 @@ seconds, or all of whose processes ran on this machine and are gone, is taken ov
 long and finds the lease gone or another's writes nothing more. All processes of one run share its lease: the
 coordinating one, the job's first, and those that are started again for them.
 
-The lease is renewed right before each manifest and index is written (`Output`). What remains is a process that is
-stopped, or a single write that takes, longer than SECONDS between that answer and that write.
+The lease is renewed right before each manifest and index is written. A process that is stopped right after that until
+another run took over may finish that one write: see `Output` for why it does no harm.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Lease:
     def __init__(self, folder: str, run_id: str, parameter: str = "checkpoint_path") -> None:
         self.folder, self.run_id, self.parameter = folder, run_id, parameter
         self.lost = False
+        self.took_over = ""  # run that this one took the lease from and that may be alive, only stopped
         self._uri = storage.join(folder, FILE)
         self._ended = threading.Event()
         self._lock = threading.Lock()
@@ -89,6 +90,7 @@ class Lease:
                 seen, started = data, time.monotonic()
             gone = bool(alive) and all(process is False for process in alive)
             if gone or time.monotonic() - started >= float(held.get("seconds", SECONDS)):
+                self.took_over = "" if gone else str(held.get("run_id", "unknown"))
                 if storage.replace(self._uri, self._text([]), version):
                     logger.warning("%s: run %s is gone, and its lease taken over", self.parameter, _name(held))
                     return True
@@ -141,14 +143,16 @@ class Lease:
                     "and writes nothing more there"
                 )
             self._since = held.get("since", self._since)
+            self.took_over = held.get("took_over", "")
             others = [p for p in held.get("processes", []) if p != this_process() and _is_alive(p) is not False]
             if storage.replace(self._uri, self._text(others, add), found[1]):
                 return
         raise StoreUnavailable(f"{self._uri} changes too often to be renewed")
 
     def _text(self, others: list[dict[str, Any]], add: bool = True) -> bytes:
-        lease = {"run_id": self.run_id, "since": self._since, "renewed": _now(), "seconds": SECONDS}
-        return json.dumps({**lease, "processes": [*others, this_process()] if add else others}).encode()
+        lease: dict[str, Any] = {"run_id": self.run_id, "since": self._since, "renewed": _now(), "seconds": SECONDS}
+        lease |= {"processes": [*others, this_process()] if add else others, "took_over": self.took_over}
+        return json.dumps(lease).encode()
 
 
 def this_process() -> dict[str, Any]:
