@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import print_summary
+from draft_model.processes import ORPHAN_SECONDS
 from draft_model.storage.embedded import EmbeddedStore
 from kfp_pipeline.local import _alone, run_local
 
@@ -50,7 +51,7 @@ def values(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def early(values, tmp_path_factory):
-    """Three runs by the command line, each in a process group of its own: two that never end, one of bad data."""
+    """Four runs by the command line, each in a process group of its own: three that never end, one of bad data."""
     root = tmp_path_factory.mktemp("early")
     bad = root / "bad.jsonl"
     bad.write_text("no JSON\n" * 20)
@@ -63,7 +64,7 @@ def early(values, tmp_path_factory):
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
 
-    runs = {"ctrl-c": ENDLESS, "terminated": ENDLESS, "bad": {"dataset_train_split": bad}}
+    runs = {"ctrl-c": ENDLESS, "hung up": ENDLESS, "killed": ENDLESS, "bad": {"dataset_train_split": bad}}
     runs = {name: (root / name, start(name, changes)) for name, changes in runs.items()}
     yield runs
     for folder, process in runs.values():
@@ -116,15 +117,26 @@ def test_ctrl_c_while_training_ends_everything(interrupted):
     assert list((folder / "work").iterdir()) == []
 
 
-def test_sigterm_to_the_command_alone_while_training_ends_everything(early):
-    folder, process = early["terminated"]
+def test_a_closed_terminal_while_training_ends_everything(early):
+    folder, process = early["hung up"]
     trained_an_epoch(process)
-    process.terminate()
+    process.send_signal(signal.SIGHUP)
     printed, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in printed
     assert processes_of(folder) == []
     assert list((folder / "work").iterdir()) == []
+
+
+def test_kill_9_of_the_command_alone_while_training_ends_everything(early):
+    folder, process = early["killed"]
+    trained_an_epoch(process)
+    commands = [" ".join(each.cmdline()) for each in processes_of(folder)]
+    assert all(any(name in command for command in commands) for name in ("weed", "executor_main", "training"))
+    process.kill()
+    process.communicate()  # until the last process that could write there has ended
+    psutil.wait_procs(processes_of(folder), timeout=3 * ORPHAN_SECONDS)
+    assert processes_of(folder) == []
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):
