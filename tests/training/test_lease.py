@@ -198,10 +198,25 @@ def test_a_coordinator_that_is_started_again_ends_the_lease_that_it_found(place,
     assert held(place) is None
 
 
-def test_a_lease_that_was_left_half_written_runs_out(tmp_path, short):
-    (tmp_path / "lease.json").write_text('{"run_id": "x')
+@pytest.mark.parametrize(
+    "left",
+    [
+        '{"run_id": "x', "[1]", '{"processes": 5}', '{"seconds": 1e300}', '{"seconds": NaN}',
+        json.dumps({"run_id": 3, "processes": [{"table": lease.this_process()["table"], "name": "x"}]}),
+        json.dumps({"run_id": "x", "processes": [lease.this_process() | {"renewed": "soon"}]}),
+    ],
+)  # fmt: skip
+def test_a_lease_that_is_half_written_or_in_another_form_runs_out(tmp_path, short, left):
+    (tmp_path / "lease.json").write_text(left)
     with hold(str(tmp_path), "next", outermost=True):
         assert held(str(tmp_path))["run_id"] == "next"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_a_lease_that_is_no_plain_file_is_refused(tmp_path, make):
+    make(tmp_path / "lease.json")
+    with pytest.raises(DraftModelError, match=r"lease.json is there and no plain file"):
+        Lease(str(tmp_path), "run").acquire()
 
 
 def test_a_lease_is_renewed_again_when_the_store_is_back(place, short, monkeypatch, caplog):

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import AwareDatetime, BaseModel, Field
 
 from draft_model import storage
 from draft_model.errors import DraftModelError, StoreUnavailable
@@ -40,6 +41,23 @@ SECONDS = 50.0
 RENEWALS = 5
 """Renewals per lease period."""
 _ATTEMPTS = 20  # to change a lease that other processes of this run change as well
+_NEVER = datetime.min.replace(tzinfo=UTC)
+
+
+class _Process(BaseModel):
+    name: str
+    table: str = ""
+    pid: int = 0
+    started: float = 0.0
+
+
+class _Held(BaseModel):
+    run_id: str = ""
+    since: str = ""
+    renewed: AwareDatetime = _NEVER
+    seconds: float = Field(default=SECONDS, ge=0, le=600)
+    processes: list[_Process] = []
+    took_over: str = ""
 
 
 class Leased(DraftModelError):
@@ -61,13 +79,15 @@ class Lease:
     def acquire(self) -> bool:
         """Takes the lease, or joins this run's; returns whether it was taken. Raises Leased while another run works."""
         seen: bytes | None = None
-        started = time.monotonic()
+        started, absent = time.monotonic(), 0
         while not storage.create(self._uri, self._text([])):
             asked = time.monotonic()
             found = storage.read_versioned(self._uri)
             if time.monotonic() - asked > SECONDS / RENEWALS:
                 started = time.monotonic()  # the store was away, for the holder too
             if found is None:
+                if (absent := absent + 1) > _ATTEMPTS:
+                    raise DraftModelError(f"{self.parameter}: {self._uri} is there and no plain file: remove it")
                 continue
             data, version = found
             held = _parsed(data)
@@ -76,9 +96,7 @@ class Lease:
                 return False
             alive = [_is_alive(process) for process in held.get("processes", [])]
             changed = seen is not None and data != seen
-            fresh = any(alive) and datetime.now(UTC) - datetime.fromisoformat(held["renewed"]) < timedelta(
-                seconds=SECONDS
-            )
+            fresh = any(alive) and held.get("renewed", _NEVER) > datetime.now(UTC) - timedelta(seconds=SECONDS)
             if fresh or (changed and held):
                 raise Leased(
                     f"{self.parameter}: given {self.folder!r}, where run {_name(held)} has been at work since "
@@ -181,10 +199,9 @@ def _now() -> str:
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
-    """A lease's fields; none of one that is being made."""
+    """A lease's fields; none of one that is being made, or that somebody else wrote in another form."""
     with suppress(ValueError):
-        if isinstance(found := json.loads(data or b"{}"), dict):
-            return found
+        return _Held.model_validate_json(data or b"{}").model_dump(exclude_unset=True)
     return {}
 
 
