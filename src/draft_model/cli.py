@@ -190,9 +190,10 @@ def compare_command(
     show_default=False,
     help="Hub id or path of the target; speculators only.  [default: as trained]",
 )
+@click.option("--target-type", default="", show_default=False, help="The target's model_type.  [default: as trained]")
 @uri("output", "Folder to write.")
 @WORK
-def export_command(draft: str, form: Any, target: str, output: str, work: Path | None) -> None:
+def export_command(draft: str, form: Any, target: str, target_type: str, output: str, work: Path | None) -> None:
     """Write a draft as one engine's own tools write theirs.
 
     \b
@@ -201,7 +202,7 @@ def export_command(draft: str, form: Any, target: str, output: str, work: Path |
     from draft_model.export import export
 
     with scratch(work) as folder:
-        click.echo(export(draft, form, output, folder, target))
+        click.echo(export(draft, form, output, folder, target, target_type))
 
 
 @cli.command("push")

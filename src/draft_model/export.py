@@ -27,7 +27,7 @@ _LEFT_OUT = (
 )  # fmt: skip
 
 
-def export(draft: str, form: Format, output: str, work: Path, target: str = "") -> str:
+def export(draft: str, form: Format, output: str, work: Path, target: str = "", target_type: str = "") -> str:
     """Writes a draft for one engine.
 
     Args:
@@ -37,6 +37,7 @@ def export(draft: str, form: Format, output: str, work: Path, target: str = "") 
         work: scratch folder.
         target: what the engine is to load as the target, a Hub id or a path; only for `speculators`. Not given: what
             training.json names.
+        target_type: `model_type` of the target; used where the draft does not name it.
 
     Returns:
         URI of the folder.
@@ -54,7 +55,9 @@ def export(draft: str, form: Format, output: str, work: Path, target: str = "") 
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*_LEFT_OUT))
     verifier = _target(source, target, draft) if form == "speculators" else {}
-    config, tensors = drafts.family_of(loaded.config, draft).export(loaded.config, loaded.tensors, form, verifier)
+    known = {"target_model_type": target_type} if target_type else {}
+    family, config = drafts.family_of(loaded.config, draft), {**known, **loaded.config}
+    config, tensors = family.export(config, loaded.tensors, form, verifier)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)

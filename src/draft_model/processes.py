@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 ROOT = "DRAFT_MODEL_ROOT_PID"
 """Environment variable: process id of ours that a process ends with: its parent, or the command above kfp's shells."""
-ORPHAN_SECONDS = 30.0
+ORPHAN_SECONDS = 10.0
 """That a process has to end in when ROOT is gone: an embedded store went with it, and would be waited for in vain."""
 _PR_SET_PDEATHSIG = 1
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # looked up before a fork

@@ -240,6 +240,23 @@ def test_specforges_own_layer_ids_reach_every_format(trained, exported, tmp_path
     assert config(tmp_path / "sglang")["eagle_config"].get(LAYERS) == nested
 
 
+def test_nested_layer_ids_that_depend_on_the_target_need_its_type(exported, tmp_path):
+    source = shutil.copytree(exported / "specforge", tmp_path / "source")
+    given = {**config(source), "eagle_config": {"use_aux_hidden_state": True, LAYERS: [2, 3, 4]}}
+    (source / "config.json").write_text(json.dumps(given))
+
+    def written(form, **options):
+        export(str(source), form, str(tmp_path / "out"), tmp_path / "work", "org/target", **options)
+        return config(tmp_path / "out")
+
+    for form in ("vllm", "speculators"):
+        with pytest.raises(DraftModelError, match=r"--target-type: not given, .* \[2, 3, 4\] .* \[3, 4, 5\] of others"):
+            written(form)
+        assert written(form, target_type="llama")[LAYERS] == [3, 4, 5]
+        assert written(form, target_type="deepseek_v3")[LAYERS] == [2, 3, 4]
+    assert written("sglang")["eagle_config"][LAYERS] == [2, 3, 4]
+
+
 def test_the_speculators_format_must_know_its_target(exported, tmp_path):
     with pytest.raises(DraftModelError, match=r"--target: not given"):
         export(str(exported / "specforge"), "speculators", str(tmp_path / "out"), tmp_path / "work")

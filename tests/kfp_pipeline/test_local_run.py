@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import print_summary
+from draft_model.processes import ORPHAN_SECONDS
 from draft_model.storage.embedded import EmbeddedStore
 from kfp_pipeline.local import _alone, _no_orphans, run_local
 
@@ -49,7 +50,7 @@ def values(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def early(values, tmp_path_factory):
-    """Two runs by the command line, each in a process group of its own: one that never ends, one of bad data."""
+    """Three runs by the command line, each in a process group of its own: two that never end, one of bad data."""
     root = tmp_path_factory.mktemp("early")
     bad = root / "bad.jsonl"
     bad.write_text("no JSON\n" * 20)
@@ -62,7 +63,8 @@ def early(values, tmp_path_factory):
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         )  # fmt: skip
 
-    runs = {"ctrl-c": {"num_epochs": 100_000}, "bad": {"dataset_train_split": bad}}
+    endless = {"num_epochs": 100_000}
+    runs = {"ctrl-c": endless, "killed": endless, "bad": {"dataset_train_split": bad}}
     runs = {name: (root / name, start(name, changes)) for name, changes in runs.items()}
     yield runs
     for folder, process in runs.values():
@@ -84,17 +86,21 @@ def processes_of(folder):
     return found
 
 
-@pytest.fixture(scope="module")
-def interrupted(early):
-    """What Ctrl-C leaves of a run: its folder, commands before, exit code, what it printed last, processes after."""
-    folder, process = early["ctrl-c"]
+def trained_an_epoch(process):
+    """Reads what the run prints until training has saved a checkpoint."""
     seen = []
     for line in process.stdout:
         seen.append(line)
         if "checkpoint epoch_1" in line:
-            break
-    else:
-        pytest.fail(f"the run ended before it trained:\n{''.join(seen[-60:])}")
+            return
+    pytest.fail(f"the run ended before it trained:\n{''.join(seen[-60:])}")
+
+
+@pytest.fixture(scope="module")
+def interrupted(early):
+    """What Ctrl-C leaves of a run: its folder, commands before, exit code, what it printed last, processes after."""
+    folder, process = early["ctrl-c"]
+    trained_an_epoch(process)
     before = [" ".join(left.cmdline()) for left in processes_of(folder)]
     os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate()
@@ -125,6 +131,17 @@ def test_a_signal_to_the_command_alone_ends_its_steps_first(number):
         run()
     signal.signal(number, before)
     assert not steps[0].is_running()
+
+
+def test_kill_9_of_the_command_alone_while_training_ends_everything(early):
+    folder, process = early["killed"]
+    trained_an_epoch(process)
+    commands = [" ".join(each.cmdline()) for each in processes_of(folder)]
+    assert all(any(name in command for command in commands) for name in ("weed", "executor_main", "training"))
+    process.kill()
+    process.communicate()  # until the last process that could write there has ended
+    psutil.wait_procs(processes_of(folder), timeout=3 * ORPHAN_SECONDS)
+    assert processes_of(folder) == []
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):

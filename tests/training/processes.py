@@ -89,8 +89,8 @@ def train_in(world: int, *configs: TrainConfig, log: Path, stop_at: str = "", sm
     return run_world(world, train_all, texts, ports, stop_at, small, log=log)
 
 
-def train_killed_in(config: str, place: str, name: str) -> int:
-    """A training that kills itself when a method (`module:Class.method`) is about to handle a path of this end."""
+def train_killed_in(config: str, place: str, name: str, number: int = signal.SIGKILL) -> int:
+    """A training that sends itself a signal when a method (`module:Class.method`) first handles a path of this end."""
     from importlib import import_module
 
     module, _, path = place.partition(":")
@@ -99,9 +99,10 @@ def train_killed_in(config: str, place: str, name: str) -> int:
     original = getattr(found, method)
 
     def dying(self, *arguments, **options):
-        path = [getattr(self, "uri", self), *(argument for argument in arguments if isinstance(argument, str))]
+        path = [getattr(self, "uri", self), *(argument for argument in arguments[:1] if isinstance(argument, str))]
         if "/".join(map(str, path)).endswith(name):
-            os.kill(os.getpid(), signal.SIGKILL)
+            setattr(found, method, original)
+            os.kill(os.getpid(), number)
         return original(self, *arguments, **options)
 
     setattr(found, method, dying)

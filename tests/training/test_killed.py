@@ -69,7 +69,7 @@ POINTS = {
     "the checkpoint is being written": ("draft_model.training.checkpoint:Path.mkdir", "epoch_2/training_state"),
     "nothing has arrived": (f"{LOCAL}.put", "epoch_2"),
     "all but the manifest has arrived": (f"{LOCAL}.write", "epoch_2/manifest.json"),
-    "the list does not name it": (f"{LOCAL}.write", "checkpoints.json"),
+    "the list does not name it": (f"{LOCAL}.replace", "checkpoints.json"),
 }
 
 

@@ -13,16 +13,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from draft_model import jobs, storage
+from draft_model.entrypoint import USER_ERROR
 from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.storage.local import LocalFolder
 from draft_model.training import job, lease
 from draft_model.training.lease import Lease, hold
 from draft_model.training.trainer import Interrupted
 from training.case import Trained, when_logged
-from training.processes import start, train_all
+from training.processes import start, train_all, train_killed_in
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 SHORT = 0.4
@@ -196,10 +198,25 @@ def test_a_coordinator_that_is_started_again_ends_the_lease_that_it_found(place,
     assert held(place) is None
 
 
-def test_a_lease_that_was_left_half_written_runs_out(tmp_path, short):
-    (tmp_path / "lease.json").write_text('{"run_id": "x')
+@pytest.mark.parametrize(
+    "left",
+    [
+        '{"run_id": "x', "[1]", '{"processes": 5}', '{"seconds": 1e300}', '{"seconds": NaN}',
+        json.dumps({"run_id": 3, "processes": [{"table": lease.this_process()["table"], "name": "x"}]}),
+        json.dumps({"run_id": "x", "processes": [lease.this_process() | {"renewed": "soon"}]}),
+    ],
+)  # fmt: skip
+def test_a_lease_that_is_half_written_or_in_another_form_runs_out(tmp_path, short, left):
+    (tmp_path / "lease.json").write_text(left)
     with hold(str(tmp_path), "next", outermost=True):
         assert held(str(tmp_path))["run_id"] == "next"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_a_lease_that_is_no_plain_file_is_refused(tmp_path, make):
+    make(tmp_path / "lease.json")
+    with pytest.raises(DraftModelError, match=r"lease.json is there and no plain file"):
+        Lease(str(tmp_path), "run").acquire()
 
 
 def test_a_lease_is_renewed_again_when_the_store_is_back(place, short, monkeypatch, caplog):
@@ -304,6 +321,48 @@ def test_a_holder_that_paused_within_an_upload_publishes_nothing(train, tmp_path
         train(str(place), num_epochs=1)
     assert (place / late / "model.safetensors").is_file()
     assert not (place / late / "manifest.json").exists()
+
+
+def stopped_with_a_short_lease(config, point, name):
+    lease.SECONDS = SHORT
+    return train_killed_in(config, f"draft_model.storage.{point}", name, signal.SIGSTOP)
+
+
+@pytest.mark.parametrize(
+    ("where", "point", "name", "resume"),
+    [
+        ("local", "local:LocalFolder.put", "epoch_2", "true"),
+        ("local", "local:LocalFolder.replace", "checkpoints.json", "false"),
+        ("s3", "s3:S3Folder.put", "epoch_2", "true"),
+        ("s3", "s3:S3Folder.write", "epoch_2/manifest.json", "false"),
+        ("s3", "s3:S3Folder.remove_all", "epoch_1", "false"),
+    ],
+)
+def test_a_holder_that_is_stopped_within_a_publication_harms_nothing_of_the_next_run(
+    train, tmp_path, request, short, where, point, name, resume
+):
+    place = str(tmp_path / "shared")
+    if where == "s3":
+        place = f"s3://{request.getfixturevalue('object_store').bucket}/{uuid.uuid4().hex}"
+    config = replace(train.config(checkpoint_path=place, keep_checkpoints=1), run_id="stopped")
+    process = start(stopped_with_a_short_lease, config.to_json(), point, name, log=tmp_path / "log")
+    try:
+        while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+            assert process.is_alive(), (tmp_path / "log").read_text()
+            time.sleep(0.01)
+        time.sleep(SHORT)  # until its lease runs out
+        job.run(replace(train.config(checkpoint_path=place, resume=resume, learning_rate=1e-3), run_id="second"))
+        names = storage.read_bytes(f"{place}/checkpoints.json")
+        os.kill(process.pid, signal.SIGCONT)
+        process.join()
+    finally:
+        process.kill()
+    assert process.exitcode == USER_ERROR, (tmp_path / "log").read_text()
+    assert storage.read_bytes(f"{place}/checkpoints.json") == names
+    manifests = {uri: storage.read_manifest(uri) for uri in (f"{place}/{name}" for name in json.loads(names))}
+    own = {uri: manifest for uri, manifest in manifests.items() if manifest.properties["run_id"] == "second"}
+    assert len(own) == (3 if resume == "true" else 4)
+    assert all(storage.is_whole(*whole) for whole in own.items())
 
 
 def test_the_door_of_a_job_holds_the_lease_and_gives_it_back(train, plain, tmp_path, caplog):

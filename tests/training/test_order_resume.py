@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from draft_model.ranks import Ranks
-from draft_model.training.order import epoch_steps, plan_steps, total_steps
+from draft_model.training.order import plan_steps, total_steps
 
 WORLDS = {1: [1], 2: [1, 2], 4: [1, 2, 4], 6: [1, 2, 3]}  # processes, and how many may share a target
 
@@ -54,7 +54,7 @@ def test_a_run_in_stretches_on_any_processes_sees_what_a_whole_one_sees(run):
 
 @given(st.integers(24, 200), st.sampled_from([4, 12]), st.data())
 def test_the_rest_of_an_epoch_has_exactly_what_its_beginning_had_not(count, batch, data):
-    steps = epoch_steps(count, batch, 0)
+    steps = total_steps(count, batch, 1)
     stop = data.draw(st.integers(0, steps))
     plan = [step.conversations.tolist() for step in islice(plan_steps(np.arange(count), batch, 7), steps)]
     before, after = (set(chain.from_iterable(part)) for part in (plan[:stop], plan[stop:]))

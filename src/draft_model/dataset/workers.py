@@ -1,4 +1,4 @@
-"""Processes that run a stranger's chat template and tokenizer, with limits on their memory and CPU time.
+"""Processes that run a stranger's chat template and tokenizer, with limits on memory, CPU time and wall time.
 
 The templates run in transformers' Jinja sandbox, which keeps them from files and code, but not from looping or growing.
 So they run in processes of their own, forked in milliseconds from a server that has loaded the libraries once; they end
@@ -27,6 +27,8 @@ MEMORY = 8 << 30
 """Bytes that a process may take."""
 SECONDS = 600
 """CPU time of one call; to encode 8 MB of conversations takes some ten seconds."""
+WALL_SECONDS = 1200
+"""Of one call, which may wait for something that never comes."""
 _PRELOADED = [
     "draft_model.dataset.encode", "transformers.modeling_utils", "transformers.models.auto.tokenization_auto",
     "transformers.models.auto.modeling_auto", "transformers.models.llama.tokenization_llama", "pyarrow.parquet",
@@ -49,7 +51,10 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *raised: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # whoever stops the run does not wait for a call to end
+            for process in (self._pool._processes or {}).values():  # kill_workers() from Python 3.14 on
+                process.kill()
         self._pool.shutdown(cancel_futures=True)
 
     def call(self, work: Callable[..., T], *arguments: Any) -> T:
@@ -75,7 +80,9 @@ class Workers:
         pending: deque[tuple[Tag, Future[T] | None]] = deque()
         try:
             for tag, arguments in calls:
-                submitted = None if arguments is None else self._pool.submit(_call, SECONDS, work, *arguments)
+                submitted = (
+                    None if arguments is None else self._pool.submit(_call, (SECONDS, WALL_SECONDS), work, *arguments)
+                )
                 pending.append((tag, submitted))
                 if len(pending) > self._processes + 1:
                     tag, future = pending.popleft()
@@ -87,8 +94,8 @@ class Workers:
             raise DraftModelError(
                 f"one of {self._processes} processes was stopped. Either memory is short: lower build_dataset_num_proc "
                 "or give the step more memory. Or the model's chat template or tokenizer does not end: it took "
-                f"more than {SECONDS} s of CPU time or {MEMORY >> 30} GiB of memory for some conversations; check "
-                "where the model comes from"
+                f"more than {SECONDS} s of CPU time, {WALL_SECONDS} s in all or {MEMORY >> 30} GiB of memory for some "
+                "conversations; check where the model comes from"
             ) from error
 
 
@@ -106,9 +113,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _call(seconds: float, work: Callable[..., T], *arguments: Any) -> T:
-    signal.setitimer(signal.ITIMER_PROF, seconds)  # ends the process, native code too
+def _call(seconds: tuple[float, float], work: Callable[..., T], *arguments: Any) -> T:
+    timers = (signal.ITIMER_PROF, signal.ITIMER_REAL)  # each ends the process, native code too
+    for timer, limit in zip(timers, seconds, strict=True):
+        signal.setitimer(timer, limit)
     try:
         return work(*arguments)
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        for timer in timers:
+            signal.setitimer(timer, 0)

@@ -19,6 +19,7 @@ import torch
 from draft_model import engine as engines
 from draft_model.dataset.encode import end_tokens, load_tokenizer
 from draft_model.dataset.tokens import Split
+from draft_model.dataset.workers import Workers
 from draft_model.drafts import family
 from draft_model.drafts.base import Draft
 from draft_model.engine import Difference, Job, Measured, Process
@@ -114,7 +115,8 @@ def open_case(p: Parameters, model: Path, dataset: Path | None, template: str, l
         work: scratch folder.
     """
     engine = check_engine(p)
-    tokenizer = load_tokenizer(model)
+    with Workers() as worker:  # it is a stranger's
+        tokenizer = worker.call(load_tokenizer, model)
     if dataset is not None:
         template = json.loads((dataset / "report.json").read_text(encoding="utf-8"))["chat_template"]
     split = Split(dataset / "validation") if dataset and (dataset / "validation").is_dir() else None

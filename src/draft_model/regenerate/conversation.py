@@ -12,12 +12,15 @@ import json
 import re
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
+from draft_model.dataset.encode import load_tokenizer
 from draft_model.dataset.reader import Message, Rejected, Row, parse
 from draft_model.dataset.render import Renderer
-from draft_model.dataset.templates import Template, as_json
+from draft_model.dataset.templates import TEMPLATES, Template, as_json
+from draft_model.dataset.workers import Workers
 from draft_model.engine.generate import Answer, Request
 
 if TYPE_CHECKING:
@@ -59,6 +62,15 @@ class Outcome:
     reason: str = ""  # why it was put aside, or ends early
     detail: str = ""
     faulty: bool = False  # it cannot be used, whatever the target says
+
+
+class WriterSettings(NamedTuple):
+    """All that shapes a `Writer`."""
+
+    model: Path  # folder with the target's tokenizer files
+    chat_template: str  # one of the names
+    context: int  # tokens that prompt and answer may have together
+    max_new_tokens: int  # of an answer
 
 
 class Writer:
@@ -169,6 +181,33 @@ class Writer:
             raise Rejected("empty", "the target ended its turn at once")
         self._template.refuse_control_tokens(Row([message]))
         return message
+
+
+def converse_in(workers: Workers, settings: WriterSettings, line: bytes, suffix: str, number: str) -> Chat:
+    """`Writer.converse` in a limited process, since the chat template is a stranger's; each call replays it."""
+    answers: list[Answer] = []
+    while not isinstance(reached := workers.call(_reach, settings, line, suffix, number, answers), Outcome):
+        answers.append((yield reached))
+    return reached
+
+
+_writer = lru_cache(maxsize=1)(
+    lambda settings: Writer(load_tokenizer(settings.model), TEMPLATES[settings.chat_template], *settings[2:])
+)
+
+
+def _reach(
+    settings: WriterSettings, line: bytes, suffix: str, number: str, answers: list[Answer]
+) -> tuple[list[int], int] | Outcome:
+    """The prompt, and how many tokens its answer may have, that a conversation reaches by these answers; or its end."""
+    chat = _writer(settings).converse(line, suffix, number)
+    try:
+        reached = next(chat)
+        for answer in answers:
+            reached = chat.send(answer)
+    except StopIteration as end:
+        return cast(Outcome, end.value)
+    return reached
 
 
 def drive(engine: Engine, chats: Iterator[tuple[Key, Chat]], seed: Any, most: int) -> Iterator[tuple[Key, Outcome]]:

@@ -15,10 +15,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -31,11 +32,12 @@ from draft_model.dataset.encode import end_tokens, load_tokenizer
 from draft_model.dataset.files import File, find, read_errors
 from draft_model.dataset.render import check_fit
 from draft_model.dataset.templates import TEMPLATES
+from draft_model.dataset.workers import Workers
 from draft_model.engine.generate import Sampling, Settings, VllmGenerator
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.processes import place_in_job
-from draft_model.regenerate.conversation import Chat, Outcome, Writer, drive
+from draft_model.regenerate.conversation import Chat, Outcome, WriterSettings, converse_in, drive
 from draft_model.regenerate.report import Tally, write_report
 from draft_model.storage.transfer import in_parallel
 from draft_model.tracking import tracked
@@ -122,10 +124,10 @@ def run(config: RegenerateConfig) -> RegenerateResult:
     if found := _find_made(inputs):
         log.info("%s holds the answers to the same inputs already; nothing to do", inputs.output)
         return RegenerateResult(inputs.output, True, found["splits"])
-    with TemporaryDirectory(dir=config.work, prefix="regenerate-") as scratch:
+    with TemporaryDirectory(dir=config.work, prefix="regenerate-") as scratch, Workers() as workers:
         shards = _plan(inputs, config.parameters.regenerate_limit)
         while not (found := _find_made(inputs)):  # by the first pod, or by another run of the same inputs
-            _make_shards(config, inputs, shards, Path(scratch))
+            _make_shards(config, inputs, shards, Path(scratch), workers)
             _wait(config, inputs, [f"{shard.name}.json" for shard in shards])
             if config.pod == 0:
                 _publish(config, inputs, shards, Path(scratch))
@@ -215,16 +217,17 @@ def _plan(inputs: _Inputs, limit: int) -> list[_Shard]:
     return shards
 
 
-def _make_shards(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard], scratch: Path) -> None:
+def _make_shards(
+    config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard], scratch: Path, workers: Workers
+) -> None:
     """Makes those of this pod's shards that are missing."""
     p = config.parameters
     done = storage.list_files(storage.join(inputs.output, _PIECES))
     own = [shard for shard in shards[config.pod :: config.pods] if f"{shard.name}.json" not in done]
     if not own:
         return
-    tokenizer = load_tokenizer(inputs.model)
-    template = TEMPLATES[p.chat_template]
-    check_fit(tokenizer, template)
+    tokenizer = workers.call(load_tokenizer, inputs.model)
+    workers.call(check_fit, tokenizer, TEMPLATES[p.chat_template])
     if not tokenizer.chat_template:
         log.warning(
             "the target's tokenizer has no chat template, so it was not trained for conversations: prompts are written "
@@ -233,7 +236,7 @@ def _make_shards(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard]
     text_config = json.loads((inputs.model / "config.json").read_text(encoding="utf-8"))
     text_config = text_config.get("text_config", text_config)
     context = min(p.max_length, text_config.get("max_position_embeddings") or p.max_length)
-    writer = Writer(tokenizer, template, context, p.regenerate_max_new_tokens)
+    writer = WriterSettings(inputs.model, p.chat_template, context, p.regenerate_max_new_tokens)
     ends = end_tokens(inputs.model, tokenizer, p.chat_template)
     model = str(storage.fetch(config.model, config.work / "model"))
     remaining, lock, failed = _read(inputs, shards, {shard.name for shard in own}), threading.Lock(), threading.Event()
@@ -249,18 +252,18 @@ def _make_shards(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard]
 
     with ExitStack() as stack:
         started = itertools.islice(_start_engines(Settings(model, context, inputs.sampling, ends, 0), p), len(own))
-        workers = [stack.enter_context(closing(engine)) for engine in started]
+        opened = [stack.enter_context(closing(engine)) for engine in started]
         every = 1 if os.isatty(2) else 15
         bar = stack.enter_context(tqdm(desc="regenerate", total=total, unit=" conversations", mininterval=every))
-        pool = stack.enter_context(ThreadPoolExecutor(len(workers)))
+        pool = stack.enter_context(ThreadPoolExecutor(len(opened)))
 
         def work(engine: Engine) -> None:
-            for shard in _answer(engine, take(), writer, p, -(-total // len(workers))):
+            for shard in _answer(engine, take(), partial(converse_in, workers, writer), p, -(-total // len(opened))):
                 _upload(shard, inputs.output, scratch)
                 bar.update(len(shard.outcomes))
 
         try:
-            for future in [pool.submit(work, engine) for engine in workers]:
+            for future in [pool.submit(work, engine) for engine in opened]:
                 future.result()
         finally:
             failed.set()
@@ -313,7 +316,9 @@ def _gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
-def _answer(engine: Engine, shards: Iterator[_Shard], writer: Writer, p: Parameters, most: int) -> Iterator[_Shard]:
+def _answer(
+    engine: Engine, shards: Iterator[_Shard], converse: Callable[..., Chat], p: Parameters, most: int
+) -> Iterator[_Shard]:
     """Yields shards as they are done; an engine that batches continuously has several under way."""
     samples = p.regenerate_samples_per_prompt
 
@@ -322,7 +327,7 @@ def _answer(engine: Engine, shards: Iterator[_Shard], writer: Writer, p: Paramet
             number = f"{shard.split}-{shard.number * SHARD_LINES + index}"
             for sample in range(samples):
                 suffix = f"-{sample}" if samples > 1 else ""
-                yield (shard, index, sample), writer.converse(line, suffix, number)
+                yield (shard, index, sample), converse(line, suffix, number)
 
     def seed(key: tuple[_Shard, int, int], turn: int) -> int:
         shard, index, sample = key

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 INDEX = "checkpoints.json"
 STAGE = "checkpoint"
-_NAME = re.compile(r"(epoch|step)_\d{1,12}")
+_NAME = re.compile(r"(epoch|step)_\d{1,12}(_\d{1,4})?")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The lease on a folder that a training writes to: a small file that names the run, renewed while the run is alive.
 
-    <folder>/lease.json    run_id, since, renewed, seconds, processes
+    <folder>/lease.json    run_id, since, renewed, seconds, processes, took_over
 
 Every change compares the version that was read: of two runs one creates the lease, and one takes it over. A run that
 finds another's lease watches it by its own clock. A lease that changes is refused; one that stays the same for its
@@ -8,8 +8,9 @@ seconds, or all of whose processes ran on this machine and are gone, is taken ov
 long and finds the lease gone or another's writes nothing more. All processes of one run share its lease: the
 coordinating one, the job's first, and those that are started again for them.
 
-The lease is renewed right before each manifest and index is written (`Output`). What remains is a process that is
-stopped, or a single write that takes, longer than SECONDS between that answer and that write.
+The lease is renewed right before each manifest and index is written. A process that is stopped right after that until
+another run took over may finish single writes, which harm none of the other's checkpoints: see `output`. `final` has one
+name; an upload to it that is stopped for longer than SECONDS is not fenced.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import AwareDatetime, BaseModel, Field
 
 from draft_model import storage
 from draft_model.errors import DraftModelError, StoreUnavailable
@@ -40,6 +42,23 @@ SECONDS = 50.0
 RENEWALS = 5
 """Renewals per lease period."""
 _ATTEMPTS = 20  # to change a lease that other processes of this run change as well
+_NEVER = datetime.min.replace(tzinfo=UTC)
+
+
+class _Process(BaseModel):
+    name: str
+    table: str = ""
+    pid: int = 0
+    started: float = 0.0
+
+
+class _Held(BaseModel):
+    run_id: str = ""
+    since: str = ""
+    renewed: AwareDatetime = _NEVER
+    seconds: float = Field(default=SECONDS, ge=0, le=600)
+    processes: list[_Process] = []
+    took_over: str = ""
 
 
 class Leased(DraftModelError):
@@ -52,6 +71,7 @@ class Lease:
     def __init__(self, folder: str, run_id: str, parameter: str = "checkpoint_path") -> None:
         self.folder, self.run_id, self.parameter = folder, run_id, parameter
         self.lost = False
+        self.took_over = ""  # run that this one took the lease from and that may be alive, only stopped
         self._uri = storage.join(folder, FILE)
         self._ended = threading.Event()
         self._lock = threading.Lock()
@@ -60,13 +80,15 @@ class Lease:
     def acquire(self) -> bool:
         """Takes the lease, or joins this run's; returns whether it was taken. Raises Leased while another run works."""
         seen: bytes | None = None
-        started = time.monotonic()
+        started, absent = time.monotonic(), 0
         while not storage.create(self._uri, self._text([])):
             asked = time.monotonic()
             found = storage.read_versioned(self._uri)
             if time.monotonic() - asked > SECONDS / RENEWALS:
                 started = time.monotonic()  # the store was away, for the holder too
             if found is None:
+                if (absent := absent + 1) > _ATTEMPTS:
+                    raise DraftModelError(f"{self.parameter}: {self._uri} is there and no plain file: remove it")
                 continue
             data, version = found
             held = _parsed(data)
@@ -75,9 +97,7 @@ class Lease:
                 return False
             alive = [_is_alive(process) for process in held.get("processes", [])]
             changed = seen is not None and data != seen
-            fresh = any(alive) and datetime.now(UTC) - datetime.fromisoformat(held["renewed"]) < timedelta(
-                seconds=SECONDS
-            )
+            fresh = any(alive) and held.get("renewed", _NEVER) > datetime.now(UTC) - timedelta(seconds=SECONDS)
             if fresh or (changed and held):
                 raise Leased(
                     f"{self.parameter}: given {self.folder!r}, where run {_name(held)} has been at work since "
@@ -89,6 +109,7 @@ class Lease:
                 seen, started = data, time.monotonic()
             gone = bool(alive) and all(process is False for process in alive)
             if gone or time.monotonic() - started >= float(held.get("seconds", SECONDS)):
+                self.took_over = "" if gone else str(held.get("run_id", "unknown"))
                 if storage.replace(self._uri, self._text([]), version):
                     logger.warning("%s: run %s is gone, and its lease taken over", self.parameter, _name(held))
                     return True
@@ -141,14 +162,16 @@ class Lease:
                     "and writes nothing more there"
                 )
             self._since = held.get("since", self._since)
+            self.took_over = held.get("took_over", "")
             others = [p for p in held.get("processes", []) if p != this_process() and _is_alive(p) is not False]
             if storage.replace(self._uri, self._text(others, add), found[1]):
                 return
         raise StoreUnavailable(f"{self._uri} changes too often to be renewed")
 
     def _text(self, others: list[dict[str, Any]], add: bool = True) -> bytes:
-        lease = {"run_id": self.run_id, "since": self._since, "renewed": _now(), "seconds": SECONDS}
-        return json.dumps({**lease, "processes": [*others, this_process()] if add else others}).encode()
+        lease: dict[str, Any] = {"run_id": self.run_id, "since": self._since, "renewed": _now(), "seconds": SECONDS}
+        lease |= {"processes": [*others, this_process()] if add else others, "took_over": self.took_over}
+        return json.dumps(lease).encode()
 
 
 def this_process() -> dict[str, Any]:
@@ -177,10 +200,9 @@ def _now() -> str:
 
 
 def _parsed(data: bytes) -> dict[str, Any]:
-    """A lease's fields; none of one that is being made."""
+    """A lease's fields; none of one that is being made, or that somebody else wrote in another form."""
     with suppress(ValueError):
-        if isinstance(found := json.loads(data or b"{}"), dict):
-            return found
+        return _Held.model_validate_json(data or b"{}").model_dump(exclude_unset=True)
     return {}
 
 

@@ -32,11 +32,6 @@ class Step:
     conversations: NDArray[np.int64]
 
 
-def epoch_steps(conversations: int, global_batch: int, epoch: int) -> int:
-    """Steps of one epoch, counted from 0: those that its conversations and the carried ones fill."""
-    return conversations * (epoch + 1) // global_batch - conversations * epoch // global_batch
-
-
 def total_steps(conversations: int, global_batch: int, epochs: int) -> int:
     """Steps of a number of epochs; at most the last global_batch - 1 conversations fill none."""
     return conversations * epochs // global_batch

@@ -5,10 +5,15 @@
     <output>/final/                             the draft to serve
 
 A name that is listed and has no manifest is half-written: it is never resumed from, and the next run removes it.
+
+A run that was stopped within a publication until another took its lease over harms nothing when it goes on: the index
+is replaced only where it still has the version that this run wrote, and all that the other may be writing or removing
+is listed there, so whoever takes over uses none of those names.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import shutil
@@ -61,6 +66,9 @@ class Output:
         self._sending: list[Future[None]] = []
         self._given_up = False
         self._names: list[str] | None = None
+        self._avoided: set[str] = set()  # names that a run may still write to, though its lease ran out
+        self._version: str | None = None  # of the index
+        self._lease = next((lease for lease in leases if lease.folder == uri), None)
         self._properties: dict[str, dict[str, Any]] = {}  # of whole checkpoints; nobody else changes them
 
     def __enter__(self) -> Output:
@@ -80,7 +88,11 @@ class Output:
     def names(self) -> list[str]:
         """Names of the checkpoints, oldest first; the last may be half-written. Read once: this run alone writes."""
         if self._names is None:
+            found = storage.read_versioned(self._index)
+            self._version = found[1] if found else None
             self._names = list_checkpoints(self.uri)
+            if self._lease and self._lease.took_over:
+                self._avoided = set(self._names)
         return list(self._names)
 
     def _whole(self, name: str) -> dict[str, Any] | None:
@@ -171,8 +183,10 @@ class Output:
     def _upload(self, name: str, folder: Path, properties: dict[str, Any]) -> None:
         # A whole checkpoint of another step may have this name: total_steps may have ended the same epoch early.
         # It may be the only whole one, and would be lost while this one is uploaded to its place.
-        there, step = self._whole(name), properties["step"]
-        name = name if there is None or there["step"] == step else f"step_{step}"
+        step = properties["step"]
+        numbered = (f"step_{step}_{number}" for number in itertools.count(2))
+        free = (other for other in itertools.chain((name, f"step_{step}"), numbered) if other not in self._avoided)
+        name = next(other for other in free if (self._whole(other) or properties)["step"] == step)
         names = [other for other in self.names() if other != name] + [name]
         self._write_index(names)
         self._properties.pop(name, None)
@@ -212,5 +226,17 @@ class Output:
 
     def _write_index(self, names: list[str]) -> None:
         self._renew()
-        storage.write_bytes(self._index, json.dumps(names).encode())
-        self._names = names
+        data, done = json.dumps(names).encode(), True
+        if self._lease is None:
+            storage.write_bytes(self._index, data)
+        elif self._version is None:
+            done = storage.create(self._index, data)
+        else:
+            done = storage.replace(self._index, data, self._version)
+        found = storage.read_versioned(self._index)
+        if not done or found is None or found[0] != data:
+            raise DraftModelError(
+                f"{self._index}: somebody else changed it while this run was at work, so it writes nothing more there; "
+                "give each run a folder of its own"
+            )
+        self._names, self._version = names, found[1]

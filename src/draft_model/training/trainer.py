@@ -301,7 +301,7 @@ def _learn(training: Training, step: Step, store: StateStore, gradients: Gradien
     """Starts one optimizer step; where its loss or gradient is not finite, nothing is learnt from it."""
     p, ranks, split = training.parameters, training.ranks, training.train
     if store.keeps:
-        compute = lambda missing: _states_of(training, missing)  # noqa: E731
+        compute = lambda missing: training.target.states(_conversations(split, missing))  # noqa: E731
         states = iter(store.get(ranks.share(step.conversations), compute))
     else:
         states = _target_states(training, split, step.conversations)
@@ -341,11 +341,6 @@ def _settle(training: Training, pending: _Pending, window: Window) -> bool:
     else:
         _skip(training, pending, sums, norm)
     return bool(stops > 0)
-
-
-def _states_of(training: Training, indices: list[int]) -> list[Tensor]:
-    """States of conversations that go through the target together; only where each process has a whole one."""
-    return training.target.states(_conversations(training.train, indices))
 
 
 def _skip(training: Training, pending: _Pending, sums: Counts, norm: float) -> None:

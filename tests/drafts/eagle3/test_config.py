@@ -301,6 +301,7 @@ def test_layers_are_those_of_the_training_where_an_earlier_version_wrote_others_
         ({LAYER_IDS: [2, 16, 29]}, [2, 16, 29]),
         ({"eagle_config": {LAYER_IDS: [1, 15, 28]}}, [2, 16, 29]),
         ({"eagle_config": {LAYER_IDS: [4, 30, 57]}, "target_model_type": "deepseek_v3"}, [4, 30, 57]),
+        ({"eagle_config": {LAYER_IDS: [2, 30, 58]}, "model_type": "kimi_k2"}, [2, 30, 58]),
         ({"eagle_config": {"use_aux_hidden_state": True}}, None),
         ({"eagle_config": None}, None),
     ],
@@ -436,6 +437,9 @@ def test_what_does_not_change_the_mathematics_is_ignored_with_a_note(default, ca
     assert with_overrides(default, OTHERS) == default
     assert "draft_model_config: ignored, for the draft is one Llama layer: model_type, sliding_window" in caplog.text
     assert with_overrides(default, OTHERS | {"torch_compile_flags": 3}, "s3://theirs") == default
+    tied = {"tie_word_embeddings": True, "model_type": "phi3"}  # SpecForge's for Phi-4-mini
+    assert with_overrides(default, tied | {"draft_vocab_size": 16000}).draft_vocab_size == 16000
+    assert "one Llama layer: model_type, tie_word_embeddings" in caplog.text
     with pytest.raises(DraftModelError, match=r"s3://theirs: `use_sliding_window` is not a setting"):
         with_overrides(default, OTHERS | {"use_sliding_window": True}, "s3://theirs")
 
@@ -455,7 +459,7 @@ MISFITS = [
     ({"num_attention_heads": True}, "num_attention_heads", "whole number"),
     ({"rms_norm_eps": 0}, "rms_norm_eps", "> 0"),
     ({"num_hidden_layers": 2}, "num_hidden_layers", "allowed: 1"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings", "False"),
+    ({"tie_word_embeddings": True, "draft_vocab_size": 128256}, "tie_word_embeddings", "False"),
     ({"attention_bias": True}, "attention_bias", "False"),
     ({"hidden_act": "gelu"}, "hidden_act", "silu"),
     ({"architectures": ["LlamaForCausalLM"]}, "architectures", "LlamaForCausalLMEagle3"),

@@ -29,7 +29,7 @@ _FIXED: dict[str, Any] = {
     "mlp_bias": False,
     "hidden_act": "silu",
 }
-_SGLANG_DEEPSEEK = (
+SGLANG_DEEPSEEK = (
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "kimi_k25",
 )  # fmt: skip
 
@@ -84,14 +84,14 @@ def to_sglang(layers: tuple[int, ...], target_model_type: str) -> list[int]:
     `set_eagle3_layers_to_capture` of SGLang 0.5.23 adds 1 to each id. The one of DeepSeek adds it only where the first
     id is 1. gpt-oss's does not where the highest is the number of layers, which is no feature layer.
     """
-    if target_model_type in _SGLANG_DEEPSEEK and layers[0] != 2:
+    if target_model_type in SGLANG_DEEPSEEK and layers[0] != 2:
         return list(layers)
     return [layer - 1 for layer in layers]
 
 
 def from_sglang(ids: list[int], target_model_type: str) -> list[int]:
     """The inverse of `to_sglang`: after how many layers SGLang captures features for these ids."""
-    if target_model_type in _SGLANG_DEEPSEEK and ids[0] != 1:
+    if target_model_type in SGLANG_DEEPSEEK and ids[0] != 1:
         return list(ids)
     return [layer + 1 for layer in ids]
 
@@ -101,7 +101,7 @@ def layers_of(config: Mapping[str, Any], target_model_type: str = "") -> list[in
 
     Args:
         config: a draft's; ours, SpecForge's or speculators'.
-        target_model_type: of its target; not given: what config says.
+        target_model_type: of its target; not given: what config says, in SpecForge's for Kimi K2 as model_type.
 
     Returns:
         None where it names none; engines and trainers then take 2, L // 2 and L - 3.
@@ -109,7 +109,8 @@ def layers_of(config: Mapping[str, Any], target_model_type: str = "") -> list[in
     if config.get(LAYER_IDS) is not None:
         return list(config[LAYER_IDS])
     nested = (config.get("eagle_config") or {}).get(LAYER_IDS)
-    return nested and from_sglang(list(nested), target_model_type or str(config.get("target_model_type", "")))
+    named = target_model_type or config.get("target_model_type") or config.get("model_type", "")
+    return nested and from_sglang(list(nested), str(named))
 
 
 def choose_aux_layers(layers: int) -> tuple[int, ...]:
@@ -186,13 +187,18 @@ def with_overrides(default: DraftConfig, given: Mapping[str, Any], source: str =
     if isinstance(values.get("layer_types"), list):  # one for each of the target's layers
         values["layer_types"] = sorted(set(values["layer_types"]))
     own = {*SWITCHES, LAYER_IDS, "model_type"}
+    size = values.get("draft_vocab_size", default.draft_vocab_size)
+    untied = values.get("tie_word_embeddings") is True and type(size) is int and size < default.vocab_size
+    if untied:  # a copy of the target's setting: a head of fewer tokens cannot be the embedding
+        values["tie_word_embeddings"] = False
     problems = layer_problems(default, values, _FIXED | {"layer_types": ["full_attention"]}, own, source != USER)
     problems += [f"`{key}` is {values[key]!r}; allowed: true, false"
                  for key in SWITCHES if type(values.get(key, False)) is not bool]  # fmt: skip
     layers, wrong = _choose_layers(default, values)
     if problems := problems + wrong:
         raise DraftModelError([f"{source}: {problem}" for problem in problems])
-    if ignored := sorted(key for key in ("model_type", "sliding_window") if values.get(key) not in (None, "llama")):
+    ignored = ["tie_word_embeddings"] if untied else []
+    if ignored := [key for key in ("model_type", "sliding_window") if values.get(key) not in (None, "llama")] + ignored:
         logger.info("%s: ignored, for the draft is one Llama layer: %s", source, ", ".join(ignored))
     # In a checkpoint, what is not there is off.
     switches = {key: values.get(key, False) for key in SWITCHES if key in values or source != USER}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from draft_model.drafts import files
-from draft_model.drafts.eagle3.config import ARCHITECTURE, LAYER_IDS, SWITCHES, layers_of, to_sglang
+from draft_model.drafts.eagle3.config import ARCHITECTURE, LAYER_IDS, SGLANG_DEEPSEEK, SWITCHES, layers_of, to_sglang
 from draft_model.errors import DraftModelError
 
 _OF_TARGET = ("embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight")
@@ -81,8 +81,18 @@ def exported(
         tensors: of `canonical`.
         form: `vllm` or `sglang`, with the feature layers in that engine's counting alone, or `speculators`.
         target: for `speculators`: the target's `name` and `architectures`, and how many `proposals` serve best.
+
+    Raises:
+        DraftModelError: where only SGLang, which sees the target, could tell which feature layers are meant.
     """
-    layers = layers_of(config)
+    layers, nested_ids = layers_of(config), (config.get("eagle_config") or {}).get(LAYER_IDS)
+    known = {"target_model_type", LAYER_IDS} & config.keys() or config.get("model_type") in SGLANG_DEEPSEEK
+    if form != "sglang" and not known and nested_ids and nested_ids[0] > 1:  # 1 means 2 layers for every target
+        raise DraftModelError(
+            f"--target-type: not given, and the draft does not name its target. SGLang reads {nested_ids}, its nested "
+            f"`{LAYER_IDS}`, as after {nested_ids} layers of DeepSeek's targets, and after {layers} of others: give "
+            "model_type of the target's config.json, such as llama or deepseek_v3"
+        )
     if form == "speculators":
         renamed = {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in tensors.items()}
         return _speculators(config, layers, target), renamed

@@ -1,0 +1,47 @@
+"""What never ends in a stranger's tokenizer or chat template ends as a sentence, busy or blocked."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from draft_model.dataset import workers
+from draft_model.dataset.workers import Workers
+from draft_model.errors import DraftModelError
+from draft_model.regenerate.conversation import WriterSettings, converse_in
+
+SENTENCE = (
+    r"chat template or tokenizer does not end: it took more than {} s of CPU time, {} s in all or 8 GiB of memory"
+)
+
+
+def test_a_call_that_waits_for_what_never_comes_is_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "WALL_SECONDS", 0.5)
+    os.mkfifo(tmp_path / "pipe")
+    with Workers() as worker, pytest.raises(DraftModelError, match=SENTENCE.format(600, 0.5)):
+        worker.call(Path.read_bytes, tmp_path / "pipe")
+
+
+def test_a_template_that_never_ends_stops_the_regeneration(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "SECONDS", 1)
+    loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    model = shutil.copytree(models["qwen2"], tmp_path / "model")
+    with (model / "chat_template.jinja").open("a") as template:
+        template.write(f"{{% if messages[0].content == 'evil' %}}{loops}{{% endif %}}")
+    settings = WriterSettings(model, "qwen", 100, 10)
+    line = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "yes"}]}'
+    with Workers() as worker:
+        assert next(converse_in(worker, settings, (line % "good").encode(), "", "1"))[1] == 10
+        with pytest.raises(DraftModelError, match=SENTENCE.format(1, 1200)):
+            next(converse_in(worker, settings, (line % "evil").encode(), "", "2"))
+
+
+def test_whoever_stops_a_run_does_not_wait_for_a_call_to_end():
+    def calls():
+        yield 0, (600,)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Workers() as worker:
+        list(worker.map(time.sleep, calls()))
