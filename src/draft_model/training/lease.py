@@ -9,8 +9,8 @@ long and finds the lease gone or another's writes nothing more. All processes of
 coordinating one, the job's first, and those that are started again for them.
 
 The lease is renewed right before each manifest and index is written. A process that is stopped right after that until
-another run took over may finish single writes, which harm none of the other's checkpoints: see `output`. `final` has one
-name; an upload to it that is stopped for longer than SECONDS is not fenced.
+another run took over may finish single writes, which harm none of the other's checkpoints: see `output`. `final` has
+one name; an upload to it that is stopped for longer than SECONDS is not fenced.
 """
 
 from __future__ import annotations
