@@ -22,7 +22,9 @@ class Vllm:
     """vLLM with one job's target; decodes category by category, because its counters are sums over requests."""
 
     def __init__(self, job: Job) -> None:
-        for name, value in {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **_CPU}.items():
+        # Its scheduler and worker as processes of their own, each of which imports vLLM, double a start on a CPU.
+        apart = {} if job.gpus else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        for name, value in {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **_CPU, **apart}.items():
             os.environ.setdefault(name, value)
         from vllm import LLM  # type: ignore[import-not-found]
 
