@@ -75,20 +75,18 @@ def test_vllms_own_command_line_takes_both(card_commands, container):
     if not PYTHON.exists():
         pytest.skip(f"{PYTHON} is not there; `make check-serving` installs vLLM for CPU")
 
-    def parsed(words):
-        command = [PYTHON, Path(__file__).parent / "engines/parse_vllm.py", *words]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "VLLM_NO_USAGE_STATS": "1"})
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    assert parsed(container["args"]) == {
+    assert card_commands[0][:2] == ["vllm", "serve"]
+    words = json.dumps([container["args"], card_commands[0][2:]])
+    command = [PYTHON, Path(__file__).parent / "engines/parse_vllm.py", words]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "VLLM_NO_USAGE_STATS": "1"})
+    assert done.returncode == 0, done.stderr
+    service, card = json.loads(done.stdout.splitlines()[-1])
+    assert service == {
         "model_tag": container["args"][0], "port": 8080, "revision": None,
         "speculative_config": {**SPECULATIVE, "model": "/mnt/models"},
     }  # fmt: skip
-    assert card_commands[0][:2] == ["vllm", "serve"]
-    found = parsed(card_commands[0][2:])
-    assert (found["model_tag"], found["revision"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "12fd25f")
-    assert found["speculative_config"] == {**SPECULATIVE, "model": "THIS_FOLDER"}
+    assert (card["model_tag"], card["revision"]) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "12fd25f")
+    assert card["speculative_config"] == {**SPECULATIVE, "model": "THIS_FOLDER"}
 
 
 def test_sglangs_command_has_its_names(card_commands):
