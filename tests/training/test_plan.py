@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 
 from draft_model import drafts
+from draft_model.cli import cli
 from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import draft_config_for
 from draft_model.drafts.eagle3.model import Eagle3Draft
