@@ -68,7 +68,7 @@ $(SERVING)/.ready:
 	@touch $@
 
 check-serving: $(READY) $(SERVING)/.ready ## Measure a draft, and the demo's where it was trained, in vLLM on this CPU (five minutes)
-	@DRAFT_MODEL_ENGINE_PYTHON=$(CURDIR)/$(SERVING)/bin/python $(BIN)/python -m pytest tests/evaluation/test_serving.py tests/drafts/dspark/test_decode.py tests/regenerate/test_stage.py -k "serving or vllm or sglang"
+	@DRAFT_MODEL_ENGINE_PYTHON=$(CURDIR)/$(SERVING)/bin/python $(BIN)/python -m pytest tests/evaluation/test_serving.py tests/regenerate/test_stage.py -k "serving or vllm or sglang"
 
 .venv-specforge/.ready:
 	@echo "setting up .venv-specforge (once, about two minutes)"

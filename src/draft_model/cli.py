@@ -240,18 +240,20 @@ def push_command(draft: str, repository: str, private: bool, dry_run: bool, work
 @click.option("--tokens", default=1000.0, help="Of a conversation on average.")
 @click.option("--supervised", default=0.6, help="Share of the tokens that is the assistant's.")
 @click.option("--conversations", default=100_000, help="To train on; says what acceptance length to expect.")
-@options_of("train", "max_length")
+@options_of("train", "max_length", "evaluation_max_new_tokens", "number_of_gpu_to_use_evaluation")
 def plan_command(
     config: str, memory: float, peak: float, share: float, network: float, tokens: float, supervised: float,
     conversations: int, **options: Any,
 ) -> None:  # fmt: skip
-    """Work out memory, time and network of a training, without loading the target.
+    """Work out memory, time and network of a training, and whether the evaluation's GPUs hold the target.
 
     \b
     draft-model plan --config docs/targets/llama-3.3-70b.json --tp_size 4 \\
         --number_of_gpu_to_use_draft_model_training 8 --draft_global_batch_size 64
     """  # noqa: D301
+    from draft_model import drafts
     from draft_model.drafts.base import check_proposals
+    from draft_model.jobs.compute import Compute, misfit, weights_of
     from draft_model.preflight import check
     from draft_model.training import plan
     from draft_model.training.expectations import advice, expectation
@@ -263,8 +265,16 @@ def plan_command(
     note = check_proposals(draft, parameters.num_speculative_tokens)
     made = plan.make_plan(target, draft, parameters, cluster, plan.Workload(tokens, supervised))
     seen = conversations * parameters.num_epochs * tokens * supervised
+    gpus = parameters.number_of_gpu_to_use_evaluation or parameters.number_of_gpu_to_use_draft_model_training
+    weights = weights_of(target)
+    size = 2.0 * drafts.family(draft.family).costs(draft, parameters.ttt_length).parameters
+    room = "memory not known: config.json does not tell the size of the weights"
+    if weights:
+        node = Compute("", "", gpus=gpus, gpu_memory=cluster.memory)
+        room = misfit(target, weights, size, parameters, node) or f"fits on {gpus} GPUs of {memory:.0f} GB"
     rows = [
         *plan.rows_of(made, parameters, cluster),
+        ("evaluation", room),
         ("acceptance length", expectation(seen, parameters.num_speculative_tokens)),
         ("recommended", advice(parameters)),
         *([("note", note)] if note else []),

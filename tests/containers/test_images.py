@@ -6,10 +6,15 @@ import re
 import tarfile
 
 import pytest
+import tiny
+from training.case import QUICK, make_inputs
 
 from containers import layers
 from containers.conftest import HARDENED, KINDS
 from containers.imports import ROOT
+from draft_model.parameters import Parameters
+from draft_model.training import TrainConfig
+from draft_model.training.job import run as train
 from kfp_pipeline.components.images import IMAGES
 
 TOOLS = re.compile(
@@ -142,10 +147,15 @@ print(*sorted(path.name for path in ours if path.exists() and path.suffix not in
     assert named <= set(python(kind, code).split())
 
 
-def test_the_engines_image_keeps_vllms_environment_apart_from_ours(docker):
+@pytest.fixture
+def engine_image(docker):
     image = IMAGES["trainer"].replace("/trainer:", "/engine:")
     if not docker.images.list(image):
         pytest.skip(f"no {image}: run `make images KIND=engine`")
+    return image
+
+
+def test_the_engines_image_keeps_vllms_environment_apart_from_ours(docker, engine_image):
     code = """
 import json, os, subprocess, transformers
 from draft_model import engine
@@ -154,13 +164,37 @@ theirs = "import vllm, torch, transformers; print(vllm.__version__, torch.__vers
 print(os.getuid(), engine.choose("auto"), version("torch"), transformers.__version__)
 print(subprocess.check_output([os.environ[engine.PYTHON], "-c", theirs], text=True).strip().splitlines()[-1])
 """
-    output = docker.containers.run(image, ["python3", "-c", code], remove=True, network_mode="none", **HARDENED)
+    output = docker.containers.run(engine_image, ["python3", "-c", code], remove=True, network_mode="none", **HARDENED)
     (user, engine, torch, ours), (vllm, their_torch, theirs) = map(str.split, output.decode().splitlines()[-2:])
     assert (user, engine, torch) == ("1000", "vllm", their_torch)
     assert vllm.startswith("0.32.0")
     assert f"transformers=={ours}" in (ROOT / "requirements.lock").read_text().splitlines()
     assert theirs != ours
-    assert b"draft-model run --params" in docker.containers.run(image, remove=True, network_mode="none", **HARDENED)
+    assert b"draft-model run --params" in docker.containers.run(
+        engine_image, remove=True, network_mode="none", **HARDENED
+    )
+
+
+@pytest.mark.timeout(600)  # three starts of vLLM
+def test_the_engines_image_measures_a_draft_in_vllm(docker, engine_image, tmp_path, monkeypatch):
+    write = tiny.write_target
+    # vLLM's attention on a CPU has no heads smaller than 32.
+    monkeypatch.setattr(tiny, "write_target", lambda folder: write(folder, 3, head_dim=32))
+    inputs = make_inputs(tmp_path)
+    p = Parameters(**{**QUICK, "num_epochs": 1, "draft_model_config": inputs.draft_config})
+    train(TrainConfig(inputs.model, inputs.dataset, str(tmp_path / "output"), tmp_path / "train", p))
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        path.chmod(0o777)
+    folders = ["--model=/data/model", "--dataset=/data/dataset/built", "--draft=/data/output/final"]
+    settings = ["--engine=vllm", "--evaluation_batch_sizes=", "--evaluation_max_new_tokens=32"]
+    output = docker.containers.run(
+        engine_image, ["draft-model", "evaluate", *folders, *settings], remove=True, network_mode="none",
+        environment={"OMP_NUM_THREADS": "1"}, volumes={str(tmp_path): {"bind": "/data"}}, **HARDENED,
+    )  # fmt: skip
+    assert b"tokens equal to the target's own" in output
+    found = json.loads((tmp_path / "output/final/evaluation.json").read_text())
+    assert found["engine"].startswith("vLLM 0.32.0")
+    assert found["trained"]["rounds"] > 0
 
 
 def test_the_coordinator_refuses_to_train_by_itself_and_says_what_to_do(python):

@@ -71,6 +71,11 @@ LOGS = {
         "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}\n",
         "failed: RuntimeError: start (0) + length (77) exceeds dimension size (48).",
     ),
+    "a worker in the same process": (
+        1, "[rank0]: torch._inductor.exc.InductorError: InvalidCxxCompiler: No working C++ compiler found\n\n"
+        "[rank0]: Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace\n",
+        "failed: InductorError: InvalidCxxCompiler: No working C++ compiler found",
+    ),
     "a signal": (-11, "bye\n", "was ended by signal 11 (SIGSEGV)"),
     "nothing said": (3, "", "failed with exit status 3: it wrote no log"),
 }  # fmt: skip

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from click.testing import CliRunner
 
 from draft_model import drafts
+from draft_model.cli import cli
 from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import draft_config_for
 from draft_model.drafts.eagle3.model import Eagle3Draft
@@ -185,10 +187,6 @@ def test_a_configuration_that_is_none_is_told(tmp_path):
 
 
 def test_the_command_prints_the_plan(tmp_path):
-    from click.testing import CliRunner
-
-    from draft_model.cli import cli
-
     tiny.llama_config().save_pretrained(tmp_path)
     told = CliRunner().invoke(cli, ["plan", "--config", str(tmp_path), "--max-length", "256"])
     assert told.exit_code == 0, told.output
@@ -203,6 +201,22 @@ def test_the_command_prints_the_plan(tmp_path):
     assert "ttt_length=" not in told.output
     told = CliRunner().invoke(cli, ["plan", "--config", str(tmp_path), *block, "--num-speculative-tokens", "8"])
     assert str(told.exception).startswith("num_speculative_tokens: given 8")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        ("1", "the evaluation needs 144.6 GB (target 141.1, draft 2.8, keys and values of 2176 tokens 0.7)"),
+        ("2", "the evaluation needs 145.0 GB"),
+        ("0", "fits on 8 GPUs of 80 GB"),
+    ],
+)
+def test_it_says_whether_the_evaluations_gpus_hold_the_target(gpus, expected):
+    config = str(DOCS / "targets/llama-3.3-70b.json")
+    size = ["--number_of_gpu_to_use_draft_model_training", "8", "--number_of_gpu_to_use_evaluation", gpus]
+    longer = ["--evaluation_max_new_tokens", "1280"] if gpus == "2" else []
+    told = CliRunner().invoke(cli, ["plan", "--config", config, *size, *longer], env={"COLUMNS": "400"}).output
+    assert expected in " ".join(told.replace("│", " ").split())
 
 
 def test_a_conversation_of_32_k_tokens_fits_80_gb_since_gate_and_up_are_computed_again():

@@ -316,7 +316,8 @@ _MEMORY = re.compile(
     re.IGNORECASE,
 )
 _ERROR = re.compile(
-    r"^(?:\([^)]*\)\s*)*(?:ERROR\s[^\]]*\]\s*)?((?:\w+\.)*\w*(?:Error|Exception|Exit)): (\S.*)$", re.MULTILINE
+    r"^(?:\([^)]*\)\s*|\[rank\d+\]:\s*)*(?:ERROR\s[^\]]*\]\s*)?((?:\w+\.)*\w*(?:Error|Exception|Exit)): (\S.*)$",
+    re.MULTILINE,
 )
 _CONSEQUENCE = re.compile(r"initialization failed|EngineDeadError|See (?:root cause above|stack trace)")
 

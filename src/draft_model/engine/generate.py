@@ -91,7 +91,7 @@ class VllmGenerator:
 
 def main() -> None:
     """Generates until the standard input ends, which it does with the process that started this one."""
-    from draft_model.engine.vllm import _CPU
+    from draft_model.engine.vllm import set_variables
 
     engines.end_all_with_parent()  # the end of the input is not seen while it loads
     answers = os.fdopen(os.dup(1), "w")
@@ -105,8 +105,7 @@ def main() -> None:
         requests.put(None)
 
     threading.Thread(target=receive, daemon=True).start()
-    for name, value in {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **_CPU}.items():
-        os.environ.setdefault(name, value)
+    set_variables(settings["gpus"])
     from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
     from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 

@@ -10,20 +10,12 @@ from typing import Any
 
 from draft_model.engine import Counts, Job, Measured, serve
 
-_CPU = {  # without these vLLM binds all threads to one core and reserves half of the memory
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "KMP_BLOCKTIME": "0",
-}
-
 
 class Vllm:
     """vLLM with one job's target; decodes category by category, because its counters are sums over requests."""
 
     def __init__(self, job: Job) -> None:
-        for name, value in {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **_CPU}.items():
-            os.environ.setdefault(name, value)
+        set_variables(job.gpus)
         from vllm import LLM  # type: ignore[import-not-found]
 
         self.job, self.engine = job, LLM(**arguments(job))
@@ -68,6 +60,20 @@ class Vllm:
         before = _counts(self.engine, self.job.proposals)
         outputs = self._generate(prompts, temperature, logprobs)
         return outputs, _counts(self.engine, self.job.proposals).plus(before, -1)
+
+
+def set_variables(gpus: int) -> None:
+    """Sets vLLM's environment variables, but those that the user has set; before it is imported."""
+    on_cpu = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all threads share one core
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # else half of the memory
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else scheduler and worker import vLLM once more each
+        "TORCH_COMPILE_DISABLE": "1",  # else helpers are compiled in each process, by a compiler that a pod lacks
+    }
+    for name, value in {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **({} if gpus else on_cpu)}.items():
+        os.environ.setdefault(name, value)
 
 
 def cpu(threads: int) -> str:

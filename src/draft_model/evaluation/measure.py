@@ -178,7 +178,7 @@ def _in_engine(case: Case, candidates: Sequence[Candidate]) -> Results:
             stack.close()
         for candidate in candidates:
             found, runs = None, []
-            for proposals in dict.fromkeys((usual, *candidate.timed)):
+            for proposals in dict.fromkeys((usual, *(candidate.timed if sizes else ()))):
                 try:
                     with process(candidate, proposals) as helped:
                         if proposals == usual:

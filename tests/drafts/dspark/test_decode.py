@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
-
 import pytest
 import torch
 from tiny import llama
 
 from draft_model import drafts
 from draft_model.drafts.batch import collate
-from draft_model.engine import PYTHON, Job, Process
-from draft_model.evaluation.greedy import counts_of, decode, reference, run
+from draft_model.engine import Job
+from draft_model.evaluation.greedy import counts_of, decode, reference
 from draft_model.target.model import Target
 
 PROMPTS = [[3, 5, 7, 1, 2], [0, 4], [1, 2, 3, 4, 5, 6, 7, 0, 5, 1, 3], [6, 6, 2], [2, 7, 1, 0, 2, 4], [7, 3, 3]]
@@ -68,21 +65,3 @@ def test_decoding_accepts_what_the_objective_says(name):
     assert int(sums.kept[-1]) <= counts.accepted <= int(sums.kept[-1]) + count * len(PROMPTS)
     assert sums.acceptance_length(count) == pytest.approx(1 + counts.accepted / counts.rounds, rel=0.1)
     assert counts.accepted
-
-
-@pytest.mark.skipif(not os.environ.get(PYTHON), reason=f"{PYTHON} is not set; `make check-serving` sets it")
-def test_vllm_loads_dflash_unchanged_and_counts_what_our_decoder_counts(tmp_path):
-    """vLLM for CPU has no DSpark: its Model Runner V1 refuses it, and V2 needs Triton."""
-    # vLLM's attention on a CPU has no heads smaller than 32.
-    family, target, draft = pair("dflash", 2, vocab_size=16, hidden_size=64, head_dim=32)
-    target.model.save_pretrained(tmp_path / "target")
-    family.save(tmp_path / "draft", draft)
-    options = {"num_speculative_tokens": 7}
-    asked = replace(job(7, 48), target=str(tmp_path / "target"), draft=str(tmp_path / "draft"), options=options,
-                    method=family.vllm_method, groups=[PROMPTS])  # fmt: skip
-    ours = run(asked, target, family.load(tmp_path / "draft"), "ours", "CPU")
-    with Process("vllm", asked, 300) as engine:
-        theirs = engine.measure()
-    assert theirs.outputs == ours.outputs
-    assert theirs.counts == ours.counts
-    assert ours.counts[0].accepted > 20

@@ -1,6 +1,6 @@
-"""What vLLM's own command line makes of the words of `vllm serve ...`.
+"""What vLLM's own command line makes of `vllm serve` with each list of words, as JSON.
 
-Usage: python parse_vllm.py WORD...
+Usage: python parse_vllm.py '[["WORD", ...], ...]'
 """
 
 import json
@@ -9,6 +9,6 @@ import sys
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-found = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])
 names = ("model_tag", "port", "revision", "speculative_config")
-print(json.dumps({name: getattr(found, name) for name in names}))
+found = [make_arg_parser(FlexibleArgumentParser()).parse_args(words) for words in json.loads(sys.argv[1])]
+print(json.dumps([{name: getattr(each, name) for name in names} for each in found]))
