@@ -28,7 +28,8 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["tv", "kl", "lk"])
 def test_loss_sums_and_gradients_are_those_of_the_definition(form, kind, monkeypatch):
-    monkeypatch.setitem(objective.CHUNK_ROWS, "cpu", 5)
+    monkeypatch.setitem(objective.CHUNK_PAIRS, "cpu", 11)
+    monkeypatch.setattr(objective, "CACHED_ROWS", 4)
     monkeypatch.setattr(attention, "SCORES", 700)  # several chunks a conversation
     case = random_case(3, [17, 2, 11, 9], num_anchors=6, **FORMS[form])
     loss, sums, gradients = case.ours(kind)
