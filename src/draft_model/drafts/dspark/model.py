@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from draft_model.drafts.base import start
 from draft_model.drafts.dspark.config import BlockConfig
 from draft_model.drafts.rotary import rotate
 
@@ -136,26 +137,25 @@ class BlockDraft(nn.Module):
         """Random matrices, and over them what the target already knows, which short runs profit from most.
 
         The final norm and, where the shapes are alike, every layer start as the target's last ones; `fc` passes the
-        highest feature through. The Markov head starts without effect, the confidence head at one half.
+        highest feature through. The Markov head starts without effect, the confidence head at one half. The Markov
+        embeddings are random projections of the target's, so that what is learnt of a token holds for its like too; of
+        size 1, for the smaller they are, the longer w2 takes to have an effect.
 
         Args:
             seed: of the random matrices.
             target: frozen; it may be in any type.
         """
-        generator = torch.Generator().manual_seed(seed)
-        hidden = self.config.hidden_size
         with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.dim() == 2:
-                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
-            self.fc.weight.mul_(0.5)[:, -hidden:].diagonal().add_(1.0)
-            self.norm.weight.copy_(target.norm)
+            start(self, seed, target)
             for layer in self.layers:
                 for name, parameter in layer.named_parameters():
                     source = target.last_layer.get(name)
                     if source is not None and source.shape == parameter.shape:
                         parameter.copy_(source)
-            if self.config.markov_rank:
+            if rank := self.config.markov_rank:
+                basis = torch.randn(self.config.hidden_size, rank, generator=torch.Generator().manual_seed(seed))
+                codes = target.embedding.float() @ basis.to(target.embedding.device)
+                self.markov_head.markov_w1.weight.copy_(codes / codes.square().mean().sqrt())
                 self.markov_head.markov_w2.weight.zero_()
             if self.config.enable_confidence_head:
                 self.confidence_head.proj.weight.zero_()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from draft_model.drafts.base import start
 from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import DraftConfig
 
@@ -165,17 +166,10 @@ class Eagle3Draft(nn.Module):
             seed: of the random matrices.
             target: frozen; it may be in any type.
         """
-        generator = torch.Generator().manual_seed(seed)
         hidden = self.config.hidden_size
         with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.dim() == 2:
-                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
-                else:
-                    parameter.fill_(1.0)
-            self.fc.weight.mul_(0.5)[:, -hidden:].diagonal().add_(1.0)
+            start(self, seed, target)
             self.lm_head.weight.copy_(target.head[self.target_ids.to(target.head.device)])
-            self.norm.weight.copy_(target.norm)
             known = target.last_layer
             for name, parameter in self.midlayer.named_parameters():
                 part = parameter[:, hidden:] if name in _READS_BOTH else parameter
