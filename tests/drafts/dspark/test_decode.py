@@ -30,7 +30,7 @@ def pair(name: str, seed: int, **changes):
     draft = family.create(shape, *family.vocabulary({}, shape))
     draft.initialise(seed, target)
     if name == "dspark":
-        torch.nn.init.normal_(draft.markov_head.markov_w2.weight)
+        torch.nn.init.normal_(draft.markov_head.markov_w2.weight, std=0.05)
     return family, target, draft
 
 

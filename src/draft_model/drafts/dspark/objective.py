@@ -228,7 +228,7 @@ class _Heads(torch.autograd.Function):
 
 
 def _distil(teaching: _Teaching, block: Tensor, number: Tensor, p: Tensor, top: Tensor, logits: Tensor) -> None:
-    """Some proposals' losses against p [n, V], noted for each; `logits` [n, V] become their gradient where it is wanted."""
+    """Some proposals' losses against p [n, V], noted for each; `logits` [n, V] become their gradient if wanted."""
     z = logits.float()
     chosen, (highest, favourite) = z.gather(1, top.unsqueeze(1))[:, 0], z.max(-1)
     soft = torch.bmm(p.unsqueeze(1), z.unsqueeze(2)).flatten() if teaching.loss != "tv" else None
