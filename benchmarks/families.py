@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from draft_model import dataset, drafts, model_import
+from draft_model import dataset, drafts, model_import, storage
 from draft_model.parameters import Parameters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,22 +88,24 @@ def train(name: str, model: str, data: str, target: Path, work: Path, seconds: f
         step = statistics.mean(b - a for a, b in zip(clock[2::2], clock[4::2], strict=False))
         training, spent = learn(max(1, round(seconds / step)), 1 << 30)
     drafts.family(training.draft.config.family).save(work / name, training.draft)
+    storage.publish(work / name, str(work / name), stage="train", properties={"step": training.done})
     record = {"steps": training.done, "tokens": training.history.tokens, "seconds": spent, "log": training.history.log}
     (work / f"{name}.result.json").write_text(json.dumps(record))
 
 
-def compare(names: list[str], proposals: int, model: str, data: str, target: Path, work: Path) -> list[dict[str, Any]]:
+def compare(
+    names: list[str], proposals: int, tokens: int, model: str, data: str, target: Path, work: Path
+) -> list[dict[str, Any]]:
     """Decodes the same prompts with each draft that can propose so many tokens."""
     from draft_model.evaluation.compare import CompareConfig
     from draft_model.evaluation.compare import compare as run
 
-    path = work / f"compared-{proposals}.json"
+    path = work / f"compared-{proposals}-{tokens}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     able = [name for name in names if name.startswith("eagle3") or block(name) >= proposals]
     if missing := [name for name in able if name not in found]:
-        p = parameters(missing[0], target, work, evaluation_conversations=0).model_copy(
-            update={"num_speculative_tokens": proposals, "evaluation_engine": "transformers"}
-        )
+        p = parameters("eagle3", target, work, num_speculative_tokens=proposals, evaluation_max_new_tokens=tokens,
+                       evaluation_engine="transformers")  # fmt: skip
         folders = tuple(str(work / name) for name in missing)
         found |= zip(missing, run(CompareConfig(model, data, folders, work / "compare", p)), strict=True)
         path.write_text(json.dumps(found))
@@ -123,6 +125,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400.0, help="CPU time of each training")
     parser.add_argument("--families", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--proposals", nargs="+", type=int, default=[3, 7])
+    parser.add_argument("--tokens", type=int, default=96, help="decoded for each prompt")
     parser.add_argument("--processes", type=int, default=2, help="trainings at once")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -134,7 +137,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
         for future in [pool.submit(train, name, *given, args.seconds) for name in missing]:
             future.result()
-    rows = [row for count in args.proposals for row in compare(args.families, count, *given)]
+    rows = [row for count in args.proposals for row in compare(args.families, count, args.tokens, *given)]
     print("| draft | trained for K | steps | tokens | CPU time | proposals | acceptance length | by kind |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:

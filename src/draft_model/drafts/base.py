@@ -174,9 +174,11 @@ class Family:
         costs: (Shape, ttt_length) -> Costs.
         save: (folder, Draft): config.json and model.safetensors as the engines load them.
         load: (folder) -> Draft, of what `save` wrote.
-        read: (config.json, tensors, URI for errors) -> both as `save` writes them, of a draft of any trainer.
+        read: (config.json, tensors, URI for errors) -> both as `save` writes them, of a draft of any trainer; refuses
+            one that computes something else, or has tensors that this draft does not have.
         vocabulary: (tensors, Shape) -> t2d, d2t of a checkpoint; all tokens where it holds none.
-        export: (config.json, tensors, format, what `export` knows of the target) -> both in another tool's format.
+        export: (config.json and tensors of `read`, vllm, sglang or speculators, and for the last one the target's
+            `name` and `architectures` and how many `proposals` serve best) -> both as that tool writes them.
     """
 
     name: str

@@ -80,17 +80,10 @@ class Objective:
         self.decay = torch.exp(-torch.arange(shape.proposals, device=target.device) / shape.loss_decay_gamma)
 
     def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, Counts]:
-        """The loss summed over blocks and proposals, to be divided by the global count of blocks.
+        """The loss summed over blocks and proposals, to be divided by the global count of blocks; sums per proposal.
 
         Without gradients every token that a round of decoding may start at gets a block, so that the acceptance length
         is the one that decoding would have.
-
-        Args:
-            batch: B conversations, on the host.
-            states: what `Target.states` gave for each of them.
-
-        Returns:
-            A float32 scalar and the sums per proposal, both on the device.
         """
         draft, shape = self.draft, self.draft.config
         limit = shape.num_anchors if torch.is_grad_enabled() else None
