@@ -30,6 +30,10 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """From the blocks' q [N, S, heads, d], k and v [N, S, kv_heads, d] and the context's k and v to [N, S, heads, d]."""
 
 
+START_SPREAD = 2.0
+"""Standard deviation of a fresh draft's logits: the demo's target has 6, with which it learns more slowly (benchmarks/README.md)."""
+
+
 def _linear(x: Tensor, module: nn.Linear) -> Tensor:
     """A projection in the type of x; gradients reach the float32 weight."""
     return functional.linear(x, module.weight.to(x.dtype))
@@ -136,8 +140,8 @@ class BlockDraft(nn.Module):
     def initialise(self, seed: int, target: Target) -> None:
         """Random matrices, and over them what the target already knows, which short runs profit from most.
 
-        The final norm and, where the shapes are alike, every layer start as the target's last ones; `fc` passes the
-        highest feature through. The Markov head starts without effect, the confidence head at one half. The Markov
+        Where the shapes are alike, every layer starts as the target's last one; `fc` passes the highest feature through.
+        The final norm is the target's, scaled down to logits that spread by START_SPREAD. The Markov head starts without effect, the confidence head at one half. The Markov
         embeddings are random projections of the target's, so that what is learnt of a token holds for its like too; of
         size 1, for the smaller they are, the longer w2 takes to have an effect.
 
@@ -147,6 +151,11 @@ class BlockDraft(nn.Module):
         """
         with torch.no_grad():
             start(self, seed, target)
+            # Logits of a random state spread by sqrt(sum_h (norm_h head_vh)^2): at the target's scale a draft that
+            # knows nothing is sure of it, by 60 nats.
+            columns = torch.linalg.vector_norm(target.head, dim=0, dtype=torch.float32)
+            spread = (target.norm * columns).norm() / len(target.head) ** 0.5
+            self.norm.weight.mul_((START_SPREAD / spread).clamp(max=1.0))
             for layer in self.layers:
                 for name, parameter in layer.named_parameters():
                     source = target.last_layer.get(name)
