@@ -31,7 +31,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 START_SPREAD = 2.0
-"""Standard deviation of a fresh draft's logits: the demo's target has 6, with which it learns more slowly (benchmarks/README.md)."""
+"""Standard deviation of a fresh draft's logits; 6, as of the demo's target, learns more slowly."""
 
 
 def _linear(x: Tensor, module: nn.Linear) -> Tensor:
@@ -140,10 +140,11 @@ class BlockDraft(nn.Module):
     def initialise(self, seed: int, target: Target) -> None:
         """Random matrices, and over them what the target already knows, which short runs profit from most.
 
-        Where the shapes are alike, every layer starts as the target's last one; `fc` passes the highest feature through.
-        The final norm is the target's, scaled down to logits that spread by START_SPREAD. The Markov head starts without effect, the confidence head at one half. The Markov
-        embeddings are random projections of the target's, so that what is learnt of a token holds for its like too; of
-        size 1, for the smaller they are, the longer w2 takes to have an effect.
+        Where the shapes are alike, every layer starts as the target's last one; `fc` passes the highest feature
+        through, and the final norm is the target's, scaled down to logits that spread by START_SPREAD. The confidence
+        head starts at one half, the Markov head without effect. Its embeddings are random projections of the target's,
+        so that what is learnt of a token holds for its like too; of size 1, for the smaller they are, the longer w2
+        takes to have an effect.
 
         Args:
             seed: of the random matrices.
