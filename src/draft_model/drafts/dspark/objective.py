@@ -199,10 +199,13 @@ class _Heads(torch.autograd.Function):
             top = logits.max(-1).indices  # several times as fast as argmax in bfloat16
             rows = read[block, number]  # [C, H + r]
             z = rows @ matrix.T
-            for part in torch.arange(end - start, device=z.device).split(CACHED_ROWS if on_cpu else end - start):
+            step = CACHED_ROWS if on_cpu else end - start
+            for at in range(0, end - start, step):
+                part = slice(at, at + step)
                 taught = teacher[part] - first
-                p = torch.softmax(logits[taught], -1, dtype=torch.float32)
-                _distil(teaching, block[part], number[part], p, top[taught], z[part[0] : part[-1] + 1])
+                low, high = (int(taught[0]), int(taught[-1]) + 1) if on_cpu else (0, last - first)
+                p = torch.softmax(logits[low:high], -1, dtype=torch.float32)[taught - low]  # once for each teacher
+                _distil(teaching, block[part], number[part], p, top[taught], z[part])
             if grad is not None:
                 grad[block, number] = z @ matrix
                 if grad_weight is not None:
