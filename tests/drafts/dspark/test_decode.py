@@ -42,7 +42,7 @@ def job(proposals, limit, end=()):
 @pytest.mark.parametrize("proposals", [1, 3, 7])
 @pytest.mark.parametrize("end", [(), (4,)])
 def test_decodes_the_targets_own_tokens(name, proposals, end):
-    _, target, draft = pair(name, 2)
+    _, target, draft = pair(name, 4)
     replies = decode(target, draft, PROMPTS, job(proposals, 40, end))
     assert [reply.tokens for reply in replies] == [r.tokens for r, _ in reference(target, PROMPTS, job(1, 40, end))]
     assert any(reply.accepted and max(reply.accepted) > 0 for reply in replies)
