@@ -188,13 +188,13 @@ class Eagle3Draft(nn.Module):
         hidden = self.config.hidden_size
         tokens = torch.linspace(0, self.config.vocab_size - 1, 64).long()
         rows = target.states(collate([(tokens, tokens >= 0)]))[0][:, -2 * hidden : -hidden].float()
-        size = rows.square().mean(-1).sqrt().median().to(self.fc.weight.device)
+        size = float(rows.square().mean(-1).sqrt().median())
         if self.config.norm_output:
             self.lm_head.weight.mul_(self.norm.weight / size)
             self.norm.weight.fill_(size)
-        if self.config.fc_norm or self.config.norm_before_fc:
-            for norm in self.fc_norm if self.config.fc_norm else [self.input_norm]:
-                norm.weight.fill_(size)
+        for name, parameter in self.named_parameters():
+            if name.startswith("fc_norm." if self.config.fc_norm else "input_norm."):  # the last one before fc
+                parameter.fill_(size)
 
     def weights(self, dtype: torch.dtype) -> Weights:
         """The weights in the compute type."""
