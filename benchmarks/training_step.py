@@ -42,6 +42,11 @@ NOTES = {
     "document ids; target features by hooks as ours, teacher logits over the draft vocabulary as it does. It never "
     "trains its lm_head, about 15 % less work",
 }
+BLOCK_NOTES = {
+    "specforge": "SpecForge 0.2.0; its DFlash learns the data's tokens, so that it needs no logits of the target",
+    "speculators": "vLLM speculators 0.9.0, kl_div (DFlash) or 0.1 ce + 0.9 tv (DSpark), eager on a CPU; conversations "
+    "packed with document ids; logits of all blocks at once",
+}
 
 
 @dataclass
@@ -132,6 +137,7 @@ def arguments() -> argparse.Namespace:
     shape = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], formatter_class=shape)
     parser.add_argument("--shape", nargs="+", default=["small", "medium", "long"], help="rows of steps/common.py")
+    parser.add_argument("--family", default="eagle3", choices=("eagle3", "dflash", "dspark"), help="kind of draft")
     parser.add_argument("--supervised", nargs="+", type=float, default=[1.0, 0.5], help="share that is learnt from")
     parser.add_argument("--trainer", nargs="+", default=["ours", "specforge", "speculators"], choices=TRAINERS)
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each trainer")
@@ -150,7 +156,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Prints the table."""
     options = arguments()
-    common = {"threads": options.threads, "device": options.device, "dtype": options.dtype}
+    common = {name: getattr(options, name) for name in ("threads", "device", "dtype", "family")}
     common["changes"] = {"tokens": options.tokens} if options.tokens else {}
     print(f"{date.today()}, {_machine(options.device, options.threads)}, {options.dtype}, {options.attention}, "
           f"median of {options.rounds} steps\n")  # fmt: skip
@@ -167,9 +173,10 @@ def main() -> None:
     finally:
         for trainer in trainers:
             trainer.stop()
+    notes = NOTES if options.family == "eagle3" else BLOCK_NOTES
     for name in options.trainer:
-        if name in NOTES:
-            print(f"\n{name}: {NOTES[name]}.")
+        if name in notes:
+            print(f"\n{name}: {notes[name]}.")
 
 
 def _time(trainers: list[Trainer], settings: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -235,7 +242,8 @@ def _floor(settings: dict[str, Any]) -> tuple[int, int]:
     from floor import multiply_adds
 
     shape = replace(SHAPES[settings["shape"]], **settings["changes"])
-    return multiply_adds(shape, *make_batch(shape, settings["supervised"])), shape.batch * shape.tokens
+    batch = make_batch(shape, settings["supervised"])
+    return multiply_adds(shape, settings["family"], *batch), shape.batch * shape.tokens
 
 
 def _machine(device: str, threads: int) -> str:

@@ -23,6 +23,12 @@ from torch import Tensor
 TARGET_LAYERS = 8
 AUX_LAYERS = (2, 4, 5)
 TTT_LENGTH = 7
+BLOCK_LAYERS = 2
+PROPOSALS = 7
+ANCHORS = 256
+"""Blocks of a conversation in a step of dflash or dspark."""
+MARKOV_RANK = 256
+DECAY_GAMMA = 4.0
 LEARNING_RATE = 1e-4
 MAX_GRAD_NORM = 0.5
 
@@ -89,6 +95,7 @@ class Scene:
         d2t: offsets, int64 [D].
         device: of all of these.
         dtype: of the target.
+        family: eagle3, dflash or dspark.
     """
 
     shape: Shape
@@ -99,6 +106,12 @@ class Scene:
     d2t: Tensor
     device: torch.device
     dtype: torch.dtype
+    family: str
+
+    @property
+    def block_size(self) -> int:
+        """Positions of a block: DFlash's anchor proposes nothing."""
+        return PROPOSALS + (self.family == "dflash")
 
 
 def make_batch(shape: Shape, supervised: float) -> tuple[Tensor, Tensor]:
@@ -110,7 +123,7 @@ def make_batch(shape: Shape, supervised: float) -> tuple[Tensor, Tensor]:
     return tokens, loss_mask
 
 
-def make_scene(shape: Shape, supervised: float, device: torch.device, dtype: torch.dtype) -> Scene:
+def make_scene(shape: Shape, supervised: float, device: torch.device, dtype: torch.dtype, family: str) -> Scene:
     """Makes target and batch, the same for every trainer.
 
     Args:
@@ -118,6 +131,7 @@ def make_scene(shape: Shape, supervised: float, device: torch.device, dtype: tor
         supervised: share of each conversation that is the assistant's; the prompt stands before it.
         device: where they are made.
         dtype: of the target.
+        family: of the draft.
     """
     from transformers import LlamaForCausalLM
 
@@ -135,7 +149,8 @@ def make_scene(shape: Shape, supervised: float, device: torch.device, dtype: tor
     ids = t2d.nonzero()[:, 0][: shape.draft_vocab]
     t2d = torch.zeros_like(t2d)
     t2d[ids] = True
-    return Scene(shape, model, tokens, loss_mask, t2d, ids - torch.arange(len(ids), device=device), device, dtype)
+    d2t = ids - torch.arange(len(ids), device=device)
+    return Scene(shape, model, tokens, loss_mask, t2d, d2t, device, dtype, family)
 
 
 class Features:
@@ -196,7 +211,8 @@ def serve(build: Callable[[Scene, str], Callable[[], Tensor]]) -> None:
                     _release()
                     if not settings["empty_cache"]:
                         torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
-                scene = make_scene(shape, settings["supervised"], device, getattr(torch, settings["dtype"]))
+                dtype = getattr(torch, settings["dtype"])
+                scene = make_scene(shape, settings["supervised"], device, dtype, settings["family"])
                 step = build(scene, settings["attention"])
                 del scene
                 answer: dict[str, Any] = {"ready": True}

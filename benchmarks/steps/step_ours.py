@@ -6,26 +6,42 @@ from collections.abc import Callable
 
 import torch
 
-from common import AUX_LAYERS, LEARNING_RATE, MAX_GRAD_NORM, TTT_LENGTH, Scene, serve
+from common import (
+    ANCHORS,
+    AUX_LAYERS,
+    BLOCK_LAYERS,
+    DECAY_GAMMA,
+    LEARNING_RATE,
+    MARKOV_RANK,
+    MAX_GRAD_NORM,
+    PROPOSALS,
+    TTT_LENGTH,
+    Scene,
+    serve,
+)  # fmt: skip
+from draft_model import drafts
 from draft_model.drafts.batch import collate
-from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
-from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.drafts.eagle3.step import Objective
 from draft_model.target.model import Target
 from draft_model.training.gradients import Gradients
 
 
 def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
     """The trainer's own parts: target, objective, clipping, AdamW."""
-    config = with_overrides(
-        draft_config_for(scene.model.config.to_dict()),
-        {"draft_vocab_size": scene.shape.draft_vocab, "eagle_aux_hidden_state_layer_ids": list(AUX_LAYERS)},
-    )
+    family = drafts.family(scene.family)
+    settings = {"draft_vocab_size": scene.shape.draft_vocab, "eagle_aux_hidden_state_layer_ids": list(AUX_LAYERS)}
+    if scene.family != "eagle3":
+        settings = {"num_hidden_layers": BLOCK_LAYERS, "num_anchors": ANCHORS, "loss_decay_gamma": DECAY_GAMMA,
+                    "markov_rank": MARKOV_RANK if scene.family == "dspark" else 0,
+                    "target_layer_ids": [layer - 1 for layer in AUX_LAYERS]}  # fmt: skip
+    config = family.adapt(family.default_shape(scene.model.config.to_dict(), PROPOSALS), settings)
     target = Target(scene.model, config.aux_layers)
-    draft = Eagle3Draft(config, scene.t2d.cpu(), scene.d2t.cpu())
+    known = (scene.t2d.cpu(), scene.d2t.cpu()) if scene.family == "eagle3" else family.vocabulary({}, config)
+    draft = family.create(config, *known)
     draft.initialise(0, target)
     draft.to(scene.device)
-    objective = Objective(draft, target, TTT_LENGTH, attention, scene.dtype, scene.shape.tokens)
+    objective = family.objective(
+        draft, target, TTT_LENGTH, attention, scene.dtype, scene.shape.tokens, family.default_loss
+    )
     gradients = Gradients(draft.parameters())
     optimizer = torch.optim.AdamW(draft.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     batch = collate(list(zip(scene.tokens.cpu(), scene.loss_mask.cpu(), strict=True)))

@@ -18,7 +18,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from common import AUX_LAYERS, LEARNING_RATE, MAX_GRAD_NORM, TTT_LENGTH, Features, Scene, serve
+from common import (
+    ANCHORS,
+    AUX_LAYERS,
+    BLOCK_LAYERS,
+    DECAY_GAMMA,
+    LEARNING_RATE,
+    MARKOV_RANK,
+    MAX_GRAD_NORM,
+    TTT_LENGTH,
+    Features,
+    Scene,
+    serve,
+)  # fmt: skip
 
 
 class _StandIns:
@@ -50,6 +62,8 @@ def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
     """Its model on a folder that holds the target's embedding, norm and head, which is all it reads of it."""
     sys.meta_path.append(_StandIns())  # type: ignore[arg-type]
     from speculators.losses import resolve_loss_config
+    from speculators.models.dflash.core import DFlashDraftModel
+    from speculators.models.dspark.core import DSparkDraftModel
     from speculators.models.eagle3.core import Eagle3DraftModel
 
     target, config = scene.model, scene.shape.llama()
@@ -61,22 +75,28 @@ def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
         "lm_head.weight": target.lm_head.weight,
     }
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder.name) / "model.safetensors")
-    config.num_hidden_layers = 1
-    draft = Eagle3DraftModel.from_training_args(
-        config,
-        t2d=scene.t2d.cpu(),
-        d2t=scene.d2t.cpu(),
-        draft_vocab_size=scene.shape.draft_vocab,
-        norm_before_residual=False,
-        ttt_steps=TTT_LENGTH,
-        verifier_name_or_path=folder.name,
-        draft_attn_impl=attention,
-        target_layer_ids=list(AUX_LAYERS),
-    ).to(scene.device, scene.dtype)
+    implementation = "fused" if scene.device.type == "cuda" else "eager"
+    given: dict[str, Any] = {"verifier_name_or_path": folder.name, "draft_attn_impl": attention,
+                             "target_layer_ids": list(AUX_LAYERS)}  # fmt: skip
+    if scene.family == "eagle3":
+        config.num_hidden_layers = 1
+        given |= {"t2d": scene.t2d.cpu(), "d2t": scene.d2t.cpu(), "draft_vocab_size": scene.shape.draft_vocab,
+                  "norm_before_residual": False, "ttt_steps": TTT_LENGTH}  # fmt: skip
+        kind, call = Eagle3DraftModel, {"loss_config": resolve_loss_config("kl_div", implementation),
+                                        "ttt_steps": TTT_LENGTH, "ttt_step_loss_decay": 0.8}  # fmt: skip
+    else:
+        from transformers import Qwen3Config
+
+        config = Qwen3Config(**config.to_dict() | {"num_hidden_layers": BLOCK_LAYERS, "model_type": "qwen3"})
+        given |= {"draft_vocab_size": scene.shape.vocab, "block_size": scene.block_size,
+                  "mask_token_id": scene.shape.vocab - 1, "markov_rank": MARKOV_RANK}  # fmt: skip
+        kind = DSparkDraftModel if scene.family == "dspark" else DFlashDraftModel
+        loss = '{"ce": 0.1, "tv": 0.9}' if scene.family == "dspark" else "kl_div"
+        call = {"loss_config": resolve_loss_config(loss, implementation), "gamma": DECAY_GAMMA,
+                "max_anchors": ANCHORS * scene.shape.batch}  # fmt: skip
+    draft = kind.from_training_args(config, **given).to(scene.device, scene.dtype)
     # It norms the states itself, so that the target's forward pass stops before the final norm.
     target.model.norm = torch.nn.Identity()
-    implementation = "fused" if scene.device.type == "cuda" else "eager"
-    losses = resolve_loss_config("kl_div", implementation)
     trained = [parameter for parameter in draft.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
     features = Features(target)
@@ -94,9 +114,7 @@ def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
             loss_mask=loss_mask,
             position_ids=positions,
             verifier_last_hidden_states=final.flatten(0, 1).unsqueeze(0),
-            ttt_steps=TTT_LENGTH,
-            ttt_step_loss_decay=0.8,
-            loss_config=losses,
+            **call,
         )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

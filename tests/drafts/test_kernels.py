@@ -155,14 +155,14 @@ def test_merge(monkeypatch, dtype, later, heads, kv_heads, size):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("loss", ["kl", "lk", "tv"])
 def test_distillation(dtype, loss):
-    from draft_model.drafts import triton_kernels
+    from draft_model.drafts.eagle3 import triton_loss
 
     vocab, known, teachers = 5000, 2300, 4
     logits = random(teachers, vocab, dtype=dtype) * 3
     ids = torch.randperm(vocab, generator=torch.Generator().manual_seed(1))[:known].sort().values.to(DEVICE)
     draft_ids = torch.full((vocab,), -1, device=DEVICE)
     draft_ids[ids] = torch.arange(known, device=DEVICE)
-    taught = triton_kernels.teach(logits, ids, draft_ids)
+    taught = triton_loss.teach(logits, ids, draft_ids)
     assert torch.equal(taught[0], logits[:, ids])
     assert torch.equal(taught[2], draft_ids[logits.argmax(-1)])
     assert_close([taught[1]], [logits[:, ids].cpu().double().logsumexp(-1)], torch.float32)
@@ -177,7 +177,7 @@ def test_distillation(dtype, loss):
     share = {"kl": 1.0, "tv": 0.0, "lk": torch.exp(-3 * overlap.detach())}[loss]
     losses = (share * -(p * log_q).sum(-1) + (1 - share) * (1 - overlap)) * counts
     (losses * weights.cpu()).sum().backward()
-    sums = triton_kernels.distill(z, taught, rows, weights, True, loss).cpu()
+    sums = triton_loss.distill(z, taught, rows, weights, True, loss).cpu()
     assert torch.equal(sums[:, 1] > 0, counts)
     assert torch.equal(sums[:, 2] > 0, counts & (exact.argmax(-1) == taught[2].cpu()[rows.cpu()]))
     assert_close([sums[:, 0], sums[:, 3], z], [losses.detach(), overlap.detach(), exact.grad], dtype)

@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from draft_model import drafts, storage
+from training.processes import outcome, train_in
 from training.test_resume import interrupted_at
 
 SMALL = {"num_hidden_layers": 1, "markov_rank": 8, "num_anchors": 6, "block_size": 4}
@@ -38,3 +39,20 @@ def test_how_steps_are_split_changes_nothing(train, settings):
     one, two = train(**settings), train(draft_micro_batch_size=1, training_batch_size=1, **settings)
     for step, losses in one.losses.items():
         assert two.losses[step] == pytest.approx(losses, rel=2e-3)
+
+
+@pytest.mark.xdist_group("worlds")
+@pytest.mark.timeout(600)
+def test_two_processes_train_the_draft_of_one(train, settings, tmp_path):
+    """Each with its own copy of the target, and sharing one."""
+    steps = {"total_steps": 6, "draft_micro_batch_size": 1}
+    configs = [
+        train.config(number_of_gpu_to_use_draft_model_training=2, tp_size=tp, **steps, **settings) for tp in (1, 2)
+    ]
+    log = tmp_path / "log"
+    assert train_in(2, *configs, log=log) == [0, 0], log.read_text()
+    alone = train(**steps, **settings)
+    for shared in map(outcome, configs):
+        assert list(shared.losses) == list(alone.losses)
+        for step, losses in alone.losses.items():
+            assert shared.losses[step] == pytest.approx(losses, rel=2e-3)

@@ -174,9 +174,11 @@ class Family:
         costs: (Shape, ttt_length) -> Costs.
         save: (folder, Draft): config.json and model.safetensors as the engines load them.
         load: (folder) -> Draft, of what `save` wrote.
-        read: (config.json, tensors, URI for errors) -> both as `save` writes them, of a draft of any trainer.
+        read: (config.json, tensors, URI for errors) -> both as `save` writes them, of a draft of any trainer; refuses
+            one that computes something else, or has tensors that this draft does not have.
         vocabulary: (tensors, Shape) -> t2d, d2t of a checkpoint; all tokens where it holds none.
-        export: (config.json, tensors, format, what `export` knows of the target) -> both in another tool's format.
+        export: (config.json and tensors of `read`, vllm, sglang or speculators, and for the last one the target's
+            `name` and `architectures` and how many `proposals` serve best) -> both as that tool writes them.
     """
 
     name: str
@@ -236,6 +238,26 @@ def later(where: str) -> Callable[..., Any]:
         return getattr(import_module(f"draft_model.drafts.{module}"), name)(*args, **options)
 
     return call
+
+
+def start(draft: Any, seed: int, target: Any) -> None:
+    """What drafts of all families start with: random matrices, and the target's final norm.
+
+    `fc` passes the highest feature through, nearly alone.
+
+    Args:
+        draft: the draft; its norms are ones.
+        seed: of the random matrices.
+        target: frozen; it may be in any type.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in draft.parameters():
+        if parameter.dim() == 2:
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
+    draft.fc.weight.mul_(0.5)[:, -draft.config.hidden_size :].diagonal().add_(1.0)
+    draft.norm.weight.copy_(target.norm)
 
 
 def load_weights(draft: Draft, tensors: Mapping[str, Tensor], source: str) -> None:

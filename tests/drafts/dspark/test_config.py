@@ -12,6 +12,7 @@ from tiny import llama, llama_config
 from draft_model import drafts
 from draft_model.drafts.base import check_proposals
 from draft_model.drafts.dspark.config import feature_layers
+from draft_model.drafts.dspark.model import START_SPREAD
 from draft_model.errors import DraftModelError
 from draft_model.target.model import Target
 
@@ -140,3 +141,26 @@ def test_costs_count_the_parameters(name):
     shape = family.default_shape(TARGET)
     draft = family.create(shape, *family.vocabulary({}, shape))
     assert family.costs(shape, 7).parameters == sum(parameter.numel() for parameter in draft.parameters())
+
+
+def test_a_fresh_draft_is_sure_of_nothing():
+    family, model = drafts.family("dflash"), llama(num_hidden_layers=8)
+    model.get_output_embeddings().weight.data.normal_(0.0, 3.0, generator=torch.Generator().manual_seed(0))
+    shape = family.default_shape({**model.config.to_dict(), "model_type": "llama"})
+    draft = family.create(shape, *family.vocabulary({}, shape))
+    draft.initialise(0, target := Target(model, shape.aux_layers))
+    state = torch.randn(500, shape.hidden_size, generator=torch.Generator().manual_seed(1))
+    assert float((draft.norm(state) @ target.head.T).std()) == pytest.approx(START_SPREAD, rel=0.1)
+
+
+def test_a_fresh_markov_head_has_no_effect_and_knows_which_tokens_are_alike():
+    family, model = drafts.family("dspark"), llama(num_hidden_layers=8)
+    model.get_input_embeddings().weight.data[5] = model.get_input_embeddings().weight.data[9]
+    shape = family.adapt(family.default_shape({**model.config.to_dict(), "model_type": "llama"}), {"markov_rank": 4})
+    draft = family.create(shape, *family.vocabulary({}, shape))
+    draft.initialise(0, Target(model, shape.aux_layers))
+    codes = draft.markov_head.markov_w1.weight
+    assert torch.equal(codes[5], codes[9])
+    assert not torch.equal(codes[5], codes[10])
+    assert float(codes.square().mean()) == pytest.approx(1.0)
+    assert not draft.markov_head.markov_w2.weight.any()

@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from draft_model.drafts.dspark import attention, objective
 from draft_model.drafts.dspark.blocks import place_blocks
 
 from . import reference
-from .case import DFLASH, HIDDEN, random_case, relative_error
+from .case import DFLASH, HIDDEN, VOCABULARY, random_case, relative_error
 
 FORMS = {
     "dspark": {},
@@ -28,7 +30,8 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["tv", "kl", "lk"])
 def test_loss_sums_and_gradients_are_those_of_the_definition(form, kind, monkeypatch):
-    monkeypatch.setitem(objective.CHUNK_ROWS, "cpu", 5)
+    monkeypatch.setitem(objective.CHUNK_PAIRS, "cpu", 11)
+    monkeypatch.setattr(objective, "CACHED_ROWS", 4)
     monkeypatch.setattr(attention, "SCORES", 700)  # several chunks a conversation
     case = random_case(3, [17, 2, 11, 9], num_anchors=6, **FORMS[form])
     loss, sums, gradients = case.ours(kind)
@@ -37,6 +40,28 @@ def test_loss_sums_and_gradients_are_those_of_the_definition(form, kind, monkeyp
     torch.testing.assert_close(torch.stack((sums.loss, sums.agree, sums.overlap)), told, rtol=1e-5, atol=1e-6)
     for name, gradient in gradients.items():
         assert relative_error(gradient, expected[name]) < 2e-5, name
+
+
+class _Rows(TorchDispatchMode):
+    """Most rows of a matrix as wide as the vocabulary."""
+
+    most = 0
+
+    def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (VOCABULARY,):
+                self.most = max(self.most, tensor.numel() // VOCABULARY)
+        return result
+
+
+@pytest.mark.parametrize("anchors", [4, 40])
+def test_logits_do_not_grow_with_the_anchors(anchors, monkeypatch):
+    monkeypatch.setitem(objective.CHUNK_PAIRS, "cpu", 8)
+    case = random_case(12, [60, 50], num_anchors=anchors)
+    with _Rows() as rows:
+        case.ours()
+    assert rows.most == HIDDEN + case.draft.config.markov_rank  # head and w2, transposed
 
 
 def test_flex_attention_computes_the_same_values():

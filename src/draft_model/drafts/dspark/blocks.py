@@ -8,6 +8,7 @@ after the other. A conversation of more anchors than are wanted gets a random ch
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,9 @@ class Blocks:
         times: their positions in their conversations, int64 [N].
         previous: the token before each proposal, int64 [N, K].
         learnt: which proposals are supervised: those up to the reply's end, bool [N, K].
-        teachers: packed positions that teach, int64 [M].
-        students: for each proposal's number and teacher the block that learns from it, -1 for none, int64 [K, M].
+        teachers: packed positions that teach, ascending, int64 [M].
+        pairs: block, proposal and teacher's number of all that is learnt, by teacher, int64 [3, P].
+        chunks: the first and last + 1 pair of each head, and of its teachers.
         reply_rows: 0, ..., N - 1: a round of decoding may start at every block.
         reply_ends: for each block, which number the first block after its reply has, int64 [N].
         reply_starts: first block of each reply, int64 [replies].
@@ -50,7 +52,8 @@ class Blocks:
     previous: Tensor
     learnt: Tensor
     teachers: Tensor
-    students: Tensor
+    pairs: Tensor
+    chunks: tuple[tuple[int, int, int, int], ...]
     reply_rows: Tensor
     reply_ends: Tensor
     reply_starts: Tensor
@@ -64,13 +67,14 @@ class Blocks:
         return replace(self, **moved)
 
 
-def place_blocks(batch: Batch, steps: int, limit: int | None) -> Blocks:
+def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -> Blocks:
     """Chooses the anchors and works the indices out.
 
     Args:
         batch: B conversations.
         steps: K.
         limit: most anchors of a conversation; none: all that there are.
+        size: pairs of a chunk.
     """
     real = torch.arange(batch.tokens.shape[1]) < batch.lengths.unsqueeze(1)
     predicted = batch.predicted & real
@@ -91,9 +95,10 @@ def place_blocks(batch: Batch, steps: int, limit: int | None) -> Blocks:
     # No position predicts across a conversation's end, so a leading run stays inside its conversation and reply.
     learnt = predicted[reads].cummin(1).values if len(anchors) else torch.zeros(0, steps, dtype=torch.bool)
     teachers, index = reads[learnt].unique(return_inverse=True)
-    students = torch.full((steps, len(teachers)), -1)
-    block, number = learnt.nonzero(as_tuple=True)
-    students[number, index] = block
+    order = index.argsort(stable=True)
+    pairs = torch.cat((learnt.nonzero().T, index.unsqueeze(0)))[:, order]  # a chunk's teachers follow one another
+    taught = pairs[2].tolist()
+    edges = [*range(0, len(taught), size), len(taught)]
     starts_reply = torch.ones(len(anchors), dtype=torch.bool)
     starts_reply[1:] = anchors[1:] != anchors[:-1] + 1
     sizes = torch.bincount(starts_reply.cumsum(0) - 1) if len(anchors) else torch.zeros(0, dtype=torch.int64)
@@ -110,7 +115,8 @@ def place_blocks(batch: Batch, steps: int, limit: int | None) -> Blocks:
         previous=tokens[reads],
         learnt=learnt,
         teachers=teachers,
-        students=students,
+        pairs=pairs,
+        chunks=tuple((start, end, taught[start], taught[end - 1] + 1) for start, end in pairwise(edges)),
         reply_rows=torch.arange(len(anchors)),
         reply_ends=sizes.cumsum(0).repeat_interleave(sizes),
         reply_starts=starts_reply.nonzero()[:, 0],

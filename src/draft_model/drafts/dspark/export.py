@@ -33,16 +33,7 @@ _LAYER_KEYS = (
 def canonical(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], uri: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A draft's configuration and weights as our own checkpoints have them.
-
-    Args:
-        config: its config.json.
-        tensors: its weights.
-        uri: what an error names.
-
-    Raises:
-        DraftModelError: when it holds tensors that this draft does not have.
-    """
+    """A draft of any trainer as our own checkpoints have it; `Family.read`."""
     named = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     kept = {name: tensor for name, tensor in named.items() if not name.startswith(_OF_TARGET)}
     strange = {name for name in kept if not name.startswith(_KNOWN) or name.endswith("proj.bias")} - {_BIAS}
@@ -60,14 +51,7 @@ def canonical(
 def exported(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], form: str, target: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A checkpoint as another tool writes its own: both engines read ours, speculators its own configuration.
-
-    Args:
-        config: of `canonical`.
-        tensors: of `canonical`.
-        form: `vllm`, `sglang` or `speculators`.
-        target: for `speculators`: the target's `name` and `architectures`, and how many `proposals` serve best.
-    """
+    """Both engines read ours; speculators has its own configuration; `Family.export`."""
     if form != "speculators":
         return dict(config), dict(tensors)
     name, architecture = ("dspark", "DSparkDraftModel") if config.get("markov_rank") else ("dflash", "DFlashDraftModel")

@@ -15,7 +15,7 @@ def costs(shape: BlockConfig, _steps: int) -> Costs:
 
     The rows of a block count in full for each of its S positions; their activations are what autograd keeps.
     """
-    from draft_model.drafts.dspark.objective import CHUNK_ROWS
+    from draft_model.drafts.dspark.objective import CHUNK_PAIRS
 
     hidden, inner, size, layers = shape.hidden_size, shape.intermediate_size, shape.block_size, shape.num_hidden_layers
     queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
@@ -36,7 +36,11 @@ def costs(shape: BlockConfig, _steps: int) -> Costs:
             # The draft's head and its gradient by the hidden state; the head itself is not trained, the Markov head is.
             + shape.proposals * vocabulary * (4 * hidden + 6 * rank)
         ),
-        chunk_bytes=lambda width: 4.0 * vocabulary * rank + CHUNK_ROWS["cuda"] * vocabulary * (2 * width + 3 * 4),
+        # The gradient of w2, head and w2 as one matrix; logits of target and draft, and four matrices in float32.
+        chunk_bytes=lambda width: (
+            vocabulary
+            * ((4.0 * rank + (hidden + rank) * width if rank else 0.0) + CHUNK_PAIRS["cuda"] * (2 * width + 4 * 4))
+        ),
     )
 
 

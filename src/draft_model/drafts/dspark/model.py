@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from draft_model.drafts.base import start
 from draft_model.drafts.dspark.config import BlockConfig
 from draft_model.drafts.rotary import rotate
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """From the blocks' q [N, S, heads, d], k and v [N, S, kv_heads, d] and the context's k and v to [N, S, heads, d]."""
+
+
+START_SPREAD = 2.0
+"""Standard deviation of a fresh draft's logits; 6, as of the demo's target, learns more slowly."""
 
 
 def _linear(x: Tensor, module: nn.Linear) -> Tensor:
@@ -135,27 +140,32 @@ class BlockDraft(nn.Module):
     def initialise(self, seed: int, target: Target) -> None:
         """Random matrices, and over them what the target already knows, which short runs profit from most.
 
-        The final norm and, where the shapes are alike, every layer start as the target's last ones; `fc` passes the
-        highest feature through. The Markov head starts without effect, the confidence head at one half.
+        Where the shapes are alike, every layer starts as the target's last one; `fc` passes the highest feature
+        through, and the final norm is the target's, scaled down to logits that spread by START_SPREAD. The confidence
+        head starts at one half, the Markov head without effect. Its embeddings are random projections of the target's,
+        so that what is learnt of a token holds for its like too; of size 1, for the smaller they are, the longer w2
+        takes to have an effect.
 
         Args:
             seed: of the random matrices.
             target: frozen; it may be in any type.
         """
-        generator = torch.Generator().manual_seed(seed)
-        hidden = self.config.hidden_size
         with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.dim() == 2:
-                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
-            self.fc.weight.mul_(0.5)[:, -hidden:].diagonal().add_(1.0)
-            self.norm.weight.copy_(target.norm)
+            start(self, seed, target)
+            # Logits of a random state spread by sqrt(sum_h (norm_h head_vh)^2): at the target's scale a draft that
+            # knows nothing is sure of it, by 60 nats.
+            columns = torch.linalg.vector_norm(target.head, dim=0, dtype=torch.float32)
+            spread = (target.norm * columns).norm() / len(target.head) ** 0.5
+            self.norm.weight.mul_((START_SPREAD / spread).clamp(max=1.0))
             for layer in self.layers:
                 for name, parameter in layer.named_parameters():
                     source = target.last_layer.get(name)
                     if source is not None and source.shape == parameter.shape:
                         parameter.copy_(source)
-            if self.config.markov_rank:
+            if rank := self.config.markov_rank:
+                basis = torch.randn(self.config.hidden_size, rank, generator=torch.Generator().manual_seed(seed))
+                codes = target.embedding.float() @ basis.to(target.embedding.device)
+                self.markov_head.markov_w1.weight.copy_(codes / codes.square().mean().sqrt())
                 self.markov_head.markov_w2.weight.zero_()
             if self.config.enable_confidence_head:
                 self.confidence_head.proj.weight.zero_()

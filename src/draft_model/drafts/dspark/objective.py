@@ -16,9 +16,10 @@ that is kept would grow with proposal j, by the draft's confidence q_i in y_i, s
 
     w_j = sum_{m >= j} prod_{i <= m} ((1 - a) q_i + a)
 
-Loss and gradients need z, p and q of one proposal at a time, so the heads run a chunk of teacher positions at a time
-with one target head and one softmax p for all proposals that it teaches, and leave their gradients at once: logits of
-all blocks never exist. Everything below the heads is ordinary autograd.
+Loss and gradients need z, p and q of one proposal at a time, so the heads run a chunk of (block, proposal) pairs at a
+time, ordered by teacher: one target head and one softmax p of a teacher serve all that it teaches. Head and w2 are one
+matrix over (u, e), and the gradients leave at once: logits of all blocks never exist. On a CPU softmax and loss take a
+few rows at a time, which stay in the cache. Everything below the heads is ordinary autograd.
 """
 
 from __future__ import annotations
@@ -31,19 +32,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from draft_model.drafts import kernels
 from draft_model.drafts.batch import Batch
 from draft_model.drafts.counts import Counts, decode_rounds
 from draft_model.drafts.dspark.attention import block_attention
 from draft_model.drafts.dspark.blocks import Blocks, place_blocks
 from draft_model.drafts.dspark.model import BlockDraft
-from draft_model.drafts.kernels import choose_backend
 from draft_model.drafts.rotary import Rotary
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
 
-CHUNK_ROWS = {"cpu": 256, "cuda": 1024}
-"""Teacher positions in one head: 256 x 50,000 float32 logits are 50 MB, and there are four such matrices at once."""
+CHUNK_PAIRS = {"cpu": 512, "cuda": 2048}
+"""Proposals in one head: 512 x 50,000 bfloat16 logits are 50 MB."""
+CACHED_ROWS = 16
+"""Proposals whose float32 probabilities a CPU works on at once: 16 x 50,000 are 3 MB, and there are four of them."""
 LOSSES = {"tv": (0.1, 0.9, 0.0), "kl": (0.0, 0.0, 1.0)}
 """Weights of hard cross-entropy, total variation and soft cross-entropy; those of `lk` depend on the position."""
 
@@ -71,27 +74,21 @@ class Objective:
         loss: str,
     ) -> None:
         self.draft, self.target, self.loss, self.dtype = draft, target, loss, dtype
-        self.backend = choose_backend(attention_backend, target.device, dtype)
+        self.backend = kernels.choose_backend(attention_backend, target.device, dtype)
         shape = draft.config
         self.rotary = Rotary(shape, target.device).table(max_length + shape.block_size, dtype)
         self.decay = torch.exp(-torch.arange(shape.proposals, device=target.device) / shape.loss_decay_gamma)
 
     def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, Counts]:
-        """The loss summed over blocks and proposals, to be divided by the global count of blocks.
+        """The loss summed over blocks and proposals, to be divided by the global count of blocks; sums per proposal.
 
         Without gradients every token that a round of decoding may start at gets a block, so that the acceptance length
         is the one that decoding would have.
-
-        Args:
-            batch: B conversations, on the host.
-            states: what `Target.states` gave for each of them.
-
-        Returns:
-            A float32 scalar and the sums per proposal, both on the device.
         """
         draft, shape = self.draft, self.draft.config
         limit = shape.num_anchors if torch.is_grad_enabled() else None
-        blocks = place_blocks(batch, shape.proposals, limit).to(self.target.device)
+        device = self.target.device
+        blocks = place_blocks(batch, shape.proposals, limit, CHUNK_PAIRS[device.type]).to(device)
         if not len(blocks.anchors):
             nothing = sum(parameter.sum() for parameter in draft.parameters()) * 0.0
             return torch.as_tensor(nothing), self.no_counts()
@@ -160,7 +157,6 @@ class _Teaching:
         weights: of the proposals, float32 [N, K].
         loss: tv, kl or lk.
         learn: whether gradients are wanted.
-        sums: loss, supervised, agree, overlap, float64 [4, K].
         losses: of the proposals, float32 [N, K].
         confidence: the draft's probability of the target's favourite, float32 [N, K].
         agree: whether the favourites of draft and target are the same, bool [N, K].
@@ -175,10 +171,8 @@ class _Teaching:
     learn: bool
 
     def __post_init__(self) -> None:
-        shape, device = self.blocks.learnt.shape, self.final.device
-        self.sums = torch.zeros(4, shape[1], dtype=torch.float64, device=device)
-        self.agree = torch.zeros(shape, dtype=torch.bool, device=device)
-        self.losses, self.confidence, self.overlap = torch.zeros(3, *shape, device=device)
+        self.losses, self.confidence, self.overlap = torch.zeros(3, *self.weights.shape, device=self.final.device)
+        self.agree = torch.zeros_like(self.losses, dtype=torch.bool)
 
 
 class _Heads(torch.autograd.Function):
@@ -188,75 +182,75 @@ class _Heads(torch.autograd.Function):
     def forward(
         ctx: Any, teaching: _Teaching, hidden: Tensor, embedded: Tensor | None, weight: Tensor | None
     ) -> Tensor:  # fmt: skip
-        blocks, target = teaching.blocks, teaching.target
-        learn = teaching.learn
-        grads = [torch.zeros_like(x) if learn and x is not None else None for x in (hidden, embedded)]
+        blocks, target, learn = teaching.blocks, teaching.target, teaching.learn
+        read, matrix = hidden, target.head
+        if embedded is not None and weight is not None:
+            read, matrix = (
+                torch.cat((hidden, embedded), -1),
+                torch.cat((matrix, weight), 1),
+            )  # [N, K, H + r], [V, H + r]
+        ctx.width = hidden.shape[-1]
+        grad = torch.zeros_like(read) if learn else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learn and weight is not None else None
-        size = CHUNK_ROWS[hidden.device.type]
-        for start in range(0, len(blocks.teachers), size):
-            logits = target.logits(teaching.final[blocks.teachers[start : start + size]])
-            p = torch.softmax(logits, -1, dtype=torch.float32)  # [C, V]
-            top = logits.max(-1).indices
-            del logits
-            for number, taught in enumerate(blocks.students[:, start : start + size]):
-                present = (taught >= 0).nonzero()[:, 0]
-                block = taught[present]
-                every = len(present) == len(taught)
-                u = hidden[block, number]
-                z = u @ target.head.T
-                if embedded is not None and weight is not None:
-                    e = embedded[block, number]
-                    z += e @ weight.T
-                gradient = _distil(
-                    teaching, number, block, p if every else p[present], top if every else top[present], z.float()
-                )
-                if gradient is None:
-                    continue
-                dz = gradient.mul_(teaching.weights[block, number].unsqueeze(1)).to(u.dtype)
-                grads[0][block, number] = dz @ target.head  # type: ignore[index]
+        on_cpu = hidden.device.type == "cpu"
+        for start, end, first, last in blocks.chunks:
+            block, number, teacher = blocks.pairs[:, start:end]
+            logits = target.logits(teaching.final[blocks.teachers[first:last]])
+            top = logits.max(-1).indices  # several times as fast as argmax in bfloat16
+            rows = read[block, number]  # [C, H + r]
+            z = rows @ matrix.T
+            step = CACHED_ROWS if on_cpu else end - start
+            for at in range(0, end - start, step):
+                part = slice(at, at + step)
+                taught = teacher[part] - first
+                low, high = (int(taught[0]), int(taught[-1]) + 1) if on_cpu else (0, last - first)
+                p = torch.softmax(logits[low:high], -1, dtype=torch.float32)[taught - low]  # once for each teacher
+                _distil(teaching, block[part], number[part], p, top[taught], z[part])
+            if grad is not None:
+                grad[block, number] = z @ matrix
                 if grad_weight is not None:
-                    grads[1][block, number] = dz @ weight  # type: ignore[index,operator]
-                    grad_weight.add_(dz.T @ e)
-        ctx.save_for_backward(*grads, grad_weight)
+                    kernels.accumulate(grad_weight, z.T, rows[:, ctx.width :])
+        ctx.save_for_backward(grad, grad_weight)
         total: Tensor = (teaching.losses * teaching.weights).sum(dtype=torch.float64).float()
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(None if x is None else x * grad.to(x.dtype) for x in ctx.saved_tensors)
+    def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad, grad_weight = (None if x is None else x * by_loss.to(x.dtype) for x in ctx.saved_tensors)
+        assert grad is not None
+        of_embedded = None if grad_weight is None else grad[..., ctx.width :]
+        return None, grad[..., : ctx.width], of_embedded, grad_weight
 
 
-def _distil(teaching: _Teaching, number: int, block: Tensor, p: Tensor, top: Tensor, z: Tensor) -> Tensor | None:
-    """One proposal's losses against p [C, V], noted for each block; their gradient by z, float32 [C, V], if wanted."""
-    highest, favourite = z.max(-1)
-    chosen = z.gather(1, top.unsqueeze(1))
+def _distil(teaching: _Teaching, block: Tensor, number: Tensor, p: Tensor, top: Tensor, logits: Tensor) -> None:
+    """Some proposals' losses against p [n, V], noted for each; `logits` [n, V] become their gradient if wanted."""
+    z = logits.float()
+    chosen, (highest, favourite) = z.gather(1, top.unsqueeze(1))[:, 0], z.max(-1)
     soft = torch.bmm(p.unsqueeze(1), z.unsqueeze(2)).flatten() if teaching.loss != "tv" else None
-    q = torch.softmax(z, -1, out=z) if not z.requires_grad else torch.softmax(z, -1)
+    q = torch.softmax(z, -1)
     normaliser = highest - q.gather(1, favourite.unsqueeze(1))[:, 0].log()  # logsumexp(z)
-    less = q < p
-    below = torch.where(less, q, 0.0).sum(1)
-    overlap = 1.0 - torch.where(less, p, 0.0).sum(1) + below
+    overlap = torch.minimum(p, q, out=z).sum(1)
     if teaching.loss == "lk":
-        far = torch.exp(-3.0 * overlap)
+        far = torch.exp(-kernels.LK_DECAY * overlap)
         hard, variation, kl = torch.zeros_like(far), 1.0 - far, far
     else:
         hard, variation, kl = (torch.full_like(overlap, weight) for weight in LOSSES[teaching.loss])
-    losses = hard * (normaliser - chosen[:, 0]) + variation * (1.0 - overlap)
+    losses = hard * (normaliser - chosen) + variation * (1.0 - overlap)
     if soft is not None:
         losses += kl * (normaliser - soft)
-    agrees = favourite == top
-    teaching.agree[block, number], teaching.overlap[block, number] = agrees, overlap
-    teaching.losses[block, number], teaching.confidence[block, number] = losses, (chosen[:, 0] - normaliser).exp()
-    parts = (losses, torch.ones_like(losses), agrees, overlap)
-    teaching.sums[:, number] += torch.stack([part.sum(dtype=torch.float64) for part in parts])
+    at = block, number
+    teaching.agree[at], teaching.overlap[at], teaching.losses[at] = favourite == top, overlap, losses
+    teaching.confidence[at] = (chosen - normaliser).exp()
     if not teaching.learn:
-        return None
-    gradient = q * torch.where(less, (hard + kl + variation * (below - 1.0)).unsqueeze(1),
-                               (hard + kl + variation * below).unsqueeze(1))  # fmt: skip
+        return
+    weight = teaching.weights[at]
+    less = torch.mul(q, q < p, out=z)
+    of_all = hard + kl + variation * less.sum(1)
+    gradient = less.mul_((-weight * variation).unsqueeze(1)).addcmul_(q, (weight * of_all).unsqueeze(1))
     if soft is not None:
-        gradient -= kl.unsqueeze(1) * p
-    return gradient.scatter_add_(1, top.unsqueeze(1), -hard.unsqueeze(1))
+        gradient -= p.mul_((weight * kl).unsqueeze(1))
+    logits.copy_(gradient.scatter_add_(1, top.unsqueeze(1), (-weight * hard).unsqueeze(1)))
 
 
 def _step_sums(blocks: Blocks, teaching: _Teaching) -> Counts:
@@ -264,8 +258,10 @@ def _step_sums(blocks: Blocks, teaching: _Teaching) -> Counts:
     agreed = (teaching.agree & blocks.learnt).cummin(1).values  # [N, K]
     before = torch.cat((torch.ones_like(agreed[:, :1]), agreed[:, :-1]), 1) & blocks.learnt
     chains = torch.stack((blocks.learnt, before, agreed)).sum(1, dtype=torch.float64)
+    parts = torch.stack((teaching.losses, blocks.learnt, teaching.agree, teaching.overlap))
+    sums = (parts * blocks.learnt).sum(1, dtype=torch.float64)
     if blocks.whole:
         rounds = torch.stack(decode_rounds(blocks, agreed.sum(1)))
     else:  # blocks at random: the mean over where they stand
         rounds = torch.stack((torch.full_like(chains[2], len(agreed)), chains[2].cumsum(0)))
-    return Counts.from_tensor(torch.cat((teaching.sums, chains, rounds)))
+    return Counts.from_tensor(torch.cat((sums, chains, rounds)))

@@ -33,16 +33,7 @@ _LAYER_KEYS = {
 def canonical(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], uri: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A draft's configuration and weights as our own checkpoints have them.
-
-    Args:
-        config: its config.json.
-        tensors: its weights and vocabulary.
-        uri: what an error names.
-
-    Raises:
-        DraftModelError: when it computes something else, or holds tensors that this draft does not have.
-    """
+    """A draft of any trainer as our own checkpoints have it; `Family.read`."""
     renamed = {
         name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name: tensor
         for name, tensor in tensors.items()
@@ -74,13 +65,7 @@ def canonical(
 def exported(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], form: str, target: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A checkpoint as another tool writes its own.
-
-    Args:
-        config: of `canonical`.
-        tensors: of `canonical`.
-        form: `vllm` or `sglang`, with the feature layers in that engine's counting alone, or `speculators`.
-        target: for `speculators`: the target's `name` and `architectures`, and how many `proposals` serve best.
+    """Feature layers in that engine's counting alone, or speculators' own configuration; `Family.export`.
 
     Raises:
         DraftModelError: where only SGLang, which sees the target, could tell which feature layers are meant.

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from draft_model.drafts.base import start
 from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import DraftConfig
 
@@ -165,41 +166,35 @@ class Eagle3Draft(nn.Module):
             seed: of the random matrices.
             target: frozen; it may be in any type.
         """
-        generator = torch.Generator().manual_seed(seed)
         hidden = self.config.hidden_size
         with torch.no_grad():
-            for parameter in self.parameters():
-                if parameter.dim() == 2:
-                    parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
-                else:
-                    parameter.fill_(1.0)
-            self.fc.weight.mul_(0.5)[:, -hidden:].diagonal().add_(1.0)
+            start(self, seed, target)
             self.lm_head.weight.copy_(target.head[self.target_ids.to(target.head.device)])
-            self.norm.weight.copy_(target.norm)
             known = target.last_layer
             for name, parameter in self.midlayer.named_parameters():
                 part = parameter[:, hidden:] if name in _READS_BOTH else parameter
                 source = known.get("input_layernorm.weight" if name == "hidden_norm.weight" else name)
                 if source is not None and source.shape == part.shape and name != "input_layernorm.weight":
                     part.copy_(source)
-            if self.config.norm_output:
+            if self.config.norm_output or self.config.fc_norm or self.config.norm_before_fc:
                 self._start_normed(target)
 
     def _start_normed(self, target: Target) -> None:
-        """Fits the start to a residual stream whose rows have the size 1: each step reads one after the final norm.
+        """Has norms give rows of the size that the target's have, which is what the layer's weights are made for.
 
-        The norm's weight moves into the head, and what the layer adds shrinks by the size of the target's rows.
+        The final norm's own weight moves into the head where the next step reads what it gives. Shrinking the layer's
+        weights instead would be the same draft, but not for Muon, which moves every matrix by as much.
         """
         hidden = self.config.hidden_size
         tokens = torch.linspace(0, self.config.vocab_size - 1, 64).long()
         rows = target.states(collate([(tokens, tokens >= 0)]))[0][:, -2 * hidden : -hidden].float()
-        size = rows.square().mean(-1).sqrt().median().to(self.fc.weight.device)
-        self.lm_head.weight.mul_(self.norm.weight)
-        self.norm.weight.fill_(1.0)
-        for weight in (self.midlayer.self_attn.o_proj.weight, self.midlayer.mlp.down_proj.weight):
-            weight.div_(size)
-        if not (self.config.fc_norm or self.config.norm_before_fc):
-            self.fc.weight.div_(size)
+        size = float(rows.square().mean(-1).sqrt().median())
+        if self.config.norm_output:
+            self.lm_head.weight.mul_(self.norm.weight / size)
+            self.norm.weight.fill_(size)
+        for name, parameter in self.named_parameters():
+            if name.startswith("fc_norm." if self.config.fc_norm else "input_norm."):  # the last one before fc
+                parameter.fill_(size)
 
     def weights(self, dtype: torch.dtype) -> Weights:
         """The weights in the compute type."""

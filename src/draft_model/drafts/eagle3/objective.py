@@ -118,10 +118,10 @@ class Heads:
             logits: the target's, [C, V].
             students: row that learns from each position at each step, -1 for none, [steps, C].
         """
-        from draft_model.drafts import triton_kernels
+        from draft_model.drafts.eagle3 import triton_loss
 
         steps, count = students.shape
-        taught = triton_kernels.teach(logits, self._teacher.target_ids, self._teacher.draft_ids)
+        taught = triton_loss.teach(logits, self._teacher.target_ids, self._teacher.draft_ids)
         del logits
         first = torch.arange(steps, device=students.device).unsqueeze(1) * len(self._plan.rows)
         rows = torch.where(students >= 0, students + first, -1).flatten()
@@ -129,7 +129,7 @@ class Heads:
         teachers = torch.arange(count, device=students.device).repeat(steps)
         unit, scale = kernels.rms_norm(self._outputs, self._norm, self._teacher.eps, rows)
         z = unit @ self._weight.T  # [steps * C, D]
-        sums = triton_kernels.distill(z, taught, teachers, weights, self._learn, self._kind).view(steps, count, 4)
+        sums = triton_loss.distill(z, taught, teachers, weights, self._learn, self._kind).view(steps, count, 4)
         self.sums += sums.sum(1, dtype=torch.float64).T
         self.agree[:, start : start + count] = sums[:, :, 2] > 0
         if not self._learn:

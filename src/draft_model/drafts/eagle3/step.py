@@ -53,17 +53,7 @@ class Objective:
         self.draft_ids[self.target_ids] = torch.arange(len(self.target_ids), device=target.device)
 
     def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, Counts]:
-        """The loss summed over supervised positions and steps, to be divided by the global count of the former.
-
-        Its backward adds to the parameters' `.grad`. Nothing here waits for the GPU.
-
-        Args:
-            batch: B conversations, on the host.
-            states: what `Target.states` gave for each of them.
-
-        Returns:
-            A float32 scalar and the sums per step, both on the device.
-        """
+        """The loss summed over supervised positions and steps, and sums per step; nothing here waits for the GPU."""
         plan = plan_unroll(batch, self.steps)
         outcome: list[Counts] = []
         packed = states[0] if len(states) == 1 else torch.cat(states)  # [T, 4H]
