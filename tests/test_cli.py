@@ -181,7 +181,7 @@ def test_all_that_is_wrong_with_a_command_line_comes_at_once(arguments, told):
 def test_a_stage_whose_input_is_not_whole_says_so(tmp_path):
     data = tiny.write_jsonl(tmp_path / "data.jsonl", tiny.conversations(2))
     error = refused("dataset", "--model", tmp_path, "--output", tmp_path / "out", "--dataset_train_split", data)
-    assert error.startswith(f"error: {tmp_path} has no manifest.json")
+    assert error.startswith(f"error: model: {tmp_path} has no manifest.json")
 
 
 def test_parameters_come_from_a_file_and_settings_win_over_it(tmp_path):

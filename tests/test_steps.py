@@ -110,7 +110,7 @@ def test_a_jobs_pods_share_a_regeneration_and_the_first_one_writes_its_result(
     for name, value in {**environment, "DRAFT_MODEL_JOB": json.dumps(job)}.items():
         monkeypatch.setenv(name, value)
     given = []
-    answers = regenerate.RegenerateResult("/answers", False, "", {})
+    answers = regenerate.RegenerateResult("/answers", False, {})
     monkeypatch.setattr(regenerate, "run", lambda config: given.append((config.pod, config.pods)) or answers)
     monkeypatch.setattr(steps, "raise_on_sigterm", lambda: None)
     assert steps.main() == 0

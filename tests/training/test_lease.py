@@ -309,12 +309,11 @@ def test_a_run_whose_lease_went_to_another_stops_and_writes_nothing_more(train, 
 def test_a_holder_that_paused_within_an_upload_publishes_nothing(train, tmp_path, monkeypatch, late):
     place, put = tmp_path / "shared", LocalFolder.put
 
-    def overtaken(folder, sources):
-        records = put(folder, sources)
+    def overtaken(folder, path, record):
+        put(folder, path, record)
         if folder.uri.endswith(late):
             write = {"run_id": "other", "processes": [{"name": "there:1"}]}
             (place / "lease.json").write_text(json.dumps(write))
-        return records
 
     monkeypatch.setattr(LocalFolder, "put", overtaken)
     with pytest.raises(DraftModelError, match="belongs to run other"):

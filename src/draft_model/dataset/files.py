@@ -139,6 +139,8 @@ def _in_store(given: str) -> list[File]:
     top = _above(given)
     folder, pattern = (given.rstrip("/"), "") if top is None else (top, glob_translate(given[len(top) + 1 :]))
     listed = storage.list_files(folder)
+    if not listed and top is None:
+        raise DraftModelError(f"given {given!r}, but there is no {given}; {_GIVE}")
     single = list(listed) == [folder.rpartition("/")[2]] and storage.exists(folder)
 
     def make(name: str, size: int, etag: str) -> File:
@@ -237,7 +239,8 @@ def _retry(request: Callable[[], T], shown: str) -> T:
             raise DraftModelError(f"given {shown!r}, but there is no {shown}; {_GIVE}") from error
         except OSError as error:
             code: int = getattr(error, "code", 0) or getattr(getattr(error, "response", None), "status_code", 0)
-            if attempt == _ATTEMPTS or isinstance(error, PermissionError) or (0 < code < 500 and code != 429):
+            final = isinstance(error, PermissionError) or "://" not in shown or (0 < code < 500 and code != 429)
+            if attempt == _ATTEMPTS or final:
                 why = f"the server answers {code}" if code else f"cannot be reached ({error})"
                 raise DraftModelError(f"{shown}: {why}; check the address and the network") from None
         time.sleep(_PAUSE * 4**attempt)

@@ -90,13 +90,15 @@ def _put(folder: LocalFolder | S3Folder, sources: Mapping[str, Path]) -> list[Fi
         if folder.has(record):
             progress()(record.size)
             return record
-        folder.put(sources[name], record)
-        after = sources[name].stat()
-        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            folder.remove(name)
-            raise DraftModelError(
-                f"{sources[name]} changed while it was published; leave it alone meanwhile, and publish again"
-            )
+        try:
+            folder.put(sources[name], record)
+        finally:  # a store refuses content that does not fit its checksum: what changed says more
+            after = sources[name].stat()
+            if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                folder.remove(name)
+                raise DraftModelError(
+                    f"{sources[name]} changed while it was published; leave it alone meanwhile, and publish again"
+                )
         return record
 
     with local_errors(folder.uri):

@@ -172,7 +172,8 @@ class LocalFolder:
         with local_errors(self.uri):
             self.inside("any", write=True)
             if self.path.is_dir():
-                shutil.rmtree(self.path)
+                with contextlib.suppress(FileNotFoundError):  # another process removes it, too
+                    shutil.rmtree(self.path)
 
     def files(self) -> dict[str, tuple[int, str]]:
         """Size and stamp (modification time and size) of every file below the folder, or of the one file."""
