@@ -193,9 +193,14 @@ class LocalFolder:
     def put(self, path: Path, record: FileRecord) -> None:
         """Copies a local file to its name in the folder."""
         target = self.inside(record.path, write=True)
-        with partial_file(target) as partial:
-            shutil.copyfile(path, partial)
-            _flush(partial)
-            partial.replace(target)
-        _flush(target.parent)
+        try:
+            with partial_file(target) as partial:
+                shutil.copyfile(path, partial)
+                _flush(partial)
+                partial.replace(target)
+            _flush(target.parent)
+        except FileNotFoundError as error:
+            if not path.exists():
+                raise
+            raise DraftModelError(f"{self.uri} was removed while it was written: does another run use it?") from error
         progress()(record.size)

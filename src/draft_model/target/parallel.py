@@ -12,17 +12,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from draft_model.drafts.batch import collate
 from draft_model.errors import DraftModelError
 from draft_model.ranks import Ranks, is_a_peers
 from draft_model.target.model import Target, check_structure, load_model, load_target
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ class ShardedTarget(Target):
     def last_layer(self) -> dict[str, Tensor]:
         """As of a whole target; without experts, which no draft has."""
         kept = {name: tensor for name, tensor in super().last_layer.items() if tensor.dim() < 3}
-        return {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in kept.items()}
+        return {name: each.full_tensor() if hasattr(each, "full_tensor") else each for name, each in kept.items()}
 
 
 def load_share(
@@ -111,7 +112,8 @@ def _load_in_parts(folder: Path, dtype: torch.dtype, ranks: Ranks, skeleton: Any
 
 
 def _bytes(tensor: Tensor) -> int:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # A DTensor; to import its class takes seconds.
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.numel() * local.element_size()
 
 

@@ -58,7 +58,7 @@ def run(config: TrainConfig) -> TrainResult:
         _leases(config, ranks) as leases,
     ):
         if ranks.device.type == "cpu":  # on a GPU it costs speed and memory, and flash attention is not deterministic
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` imports inductor: seconds
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         logging.getLogger("draft_model").setLevel(logging.INFO if ranks.first else logging.ERROR)
         work = config.work / f"rank_{ranks.rank}"
