@@ -46,9 +46,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples/smollm2"
 COMMON = {"chat_template": "qwen", "regenerate_temperature": 0.0}
 LOOP = """
 import json, os, sys, time
-from draft_model.engine.vllm import _CPU
-for name, value in _CPU.items():
-    os.environ.setdefault(name, value)
+from draft_model.engine.vllm import set_variables
+set_variables(gpus=0)
 from vllm import LLM, SamplingParams
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
