@@ -168,7 +168,7 @@ print(subprocess.check_output([os.environ[engine.PYTHON], "-c", theirs], text=Tr
     (user, engine, torch, ours), (vllm, their_torch, theirs) = map(str.split, output.decode().splitlines()[-2:])
     assert (user, engine, torch) == ("1000", "vllm", their_torch)
     assert vllm.startswith("0.32.0")
-    assert f"transformers=={ours}" in (ROOT / "requirements.lock").read_text().splitlines()
+    assert f"\ntransformers=={ours} \\\n" in (ROOT / "requirements.lock").read_text()
     assert theirs != ours
     assert b"draft-model run --params" in docker.containers.run(
         engine_image, remove=True, network_mode="none", **HARDENED
