@@ -80,7 +80,7 @@ def read_conversations(uri: str, limit: int = 0) -> list[Row]:
                         continue
                     try:
                         yield parse(line, needs_answer=False)
-                    except Rejected as refusal:
+                    except (Rejected, RecursionError) as refusal:
                         raise DraftModelError(f"line {number} of {file.uri} is not a conversation: {refusal}") from None
 
     return list(itertools.islice(rows(), limit or None))
