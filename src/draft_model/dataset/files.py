@@ -29,6 +29,8 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 _GIVE = f"give a file of JSON lines ({', '.join(ENDINGS)}), a folder of them or a glob"
 _BOM = b"\xef\xbb\xbf"
+_OTHERS = {b"PAR1": "Parquet", b"PK\x03\x04": "a zip archive", b"BZh": "bzip2", b"\xfd7zX": "xz",
+           b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}  # fmt: skip
 _ONE_DOCUMENT = re.compile(rb"\s*(\[\s*(\{.*)?|\{\s*)", re.DOTALL)  # as the first line
 _BLOCK = 8 << 20
 _ATTEMPTS = 4
@@ -63,6 +65,10 @@ class File:
         """Opens the lines as a stream, without byte-order mark, decompressed where it begins as gzip or zstd does."""
         stream: io.BufferedReader[Any] = io.BufferedReader(_Ranges(self), _BLOCK)
         head = self.read(0, 4)
+        if other := next((name for start, name in _OTHERS.items() if head.startswith(start)), ""):
+            raise DraftModelError(
+                f"{self.uri}: is {other}; give JSON lines in UTF-8, plain, gzip or zstd; docs/data.md has the way from Parquet"
+            )
         if head.startswith(b"\x1f\x8b"):
             stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _BLOCK)
         elif head == b"\x28\xb5\x2f\xfd":
