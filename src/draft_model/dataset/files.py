@@ -67,7 +67,7 @@ class File:
         head = self.read(0, 4)
         if other := next((name for start, name in _OTHERS.items() if head.startswith(start)), ""):
             raise DraftModelError(
-                f"{self.uri}: is {other}; give JSON lines in UTF-8, plain, gzip or zstd; docs/data.md has the way from Parquet"
+                f"{self.uri}: is {other}; give JSON lines in UTF-8, plain, gzip or zstd (from Parquet: docs/data.md)"
             )
         if head.startswith(b"\x1f\x8b"):
             stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _BLOCK)
