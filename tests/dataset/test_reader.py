@@ -162,6 +162,13 @@ def test_a_file_of_another_format_is_told_as_such(tmp_path, data, kind):
         read_conversations(str(tmp_path / "a.jsonl"))
 
 
+def test_a_line_that_takes_all_memory_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("draft_model.dataset.files.LONGEST_LINE", 1000)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n' + "a" * 1001)
+    with pytest.raises(DraftModelError, match=r"a\.jsonl: has a line of more than 0 MiB"):
+        read_conversations(str(tmp_path / "a.jsonl"))
+
+
 def messages(*pairs, **more):
     return as_line({"messages": [{"role": role, "content": content, **more} for role, content in pairs]})
 

@@ -33,6 +33,8 @@ _OTHERS = {b"PAR1": "Parquet", b"PK\x03\x04": "a zip archive", b"BZh": "bzip2", 
            b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}  # fmt: skip
 _ONE_DOCUMENT = re.compile(rb"\s*(\[\s*(\{.*)?|\{\s*)", re.DOTALL)  # as the first line
 _BLOCK = 8 << 20
+LONGEST_LINE = 1 << 30
+"""Bytes: a few compressed megabytes may be one line that takes all memory."""
 _ATTEMPTS = 4
 _PAUSE = 0.2  # seconds; four times as long before each further retry
 
@@ -82,6 +84,13 @@ class File:
                 f"{self.uri}: is one JSON document; give one conversation per line: jq -c '.[]' FILE > FILE.jsonl"
             )
         return stream
+
+
+def read_line(stream: io.BufferedReader[Any], uri: str) -> bytes:
+    """The rest of a line; empty at the end of the file."""
+    if len(line := stream.readline(LONGEST_LINE)) == LONGEST_LINE:
+        raise DraftModelError(f"{uri}: has a line of more than {LONGEST_LINE >> 20} MiB; {_GIVE}")
+    return line
 
 
 class _Ranges(io.RawIOBase):
