@@ -216,7 +216,7 @@ def _draft_vocab_size(parameters: Parameters, target: Mapping[str, Any], work: P
 def _json(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DraftModelError(f"{name}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise DraftModelError(f"{name}: holds a JSON {type(content).__name__}; it must be an object")
