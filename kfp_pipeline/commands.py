@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from draft_model.entrypoint import raise_on_sigterm
+from draft_model.entrypoint import printable, raise_on_sigterm
 from draft_model.errors import DraftModelError
 from draft_model.options import VALUES, Command, together, values_of
 
@@ -175,7 +177,7 @@ def logs_command(run: str, step: str, **where: Any) -> None:
     for pod in chosen:
         lines = logs.read(server, run, pod)
         why = [f"{pod.step}: {pod.message or pod.phase}", *(f"  {line}" for line in logs.reason(pod, lines))]
-        click.echo("\n".join(logs.own_lines(lines) if step and not pod.driver else why))
+        click.echo(printable("\n".join(logs.own_lines(lines) if step and not pod.driver else why)))
 
 
 @click.command("terminate", cls=Command)
@@ -199,7 +201,8 @@ def _follow(server: Server, run_id: str, where: Mapping[str, Any]) -> None:
     from kfp_pipeline.client import NotLetIn, ServerAway
     from kfp_pipeline.watch import Stuck, watch
 
-    options = " ".join([*(f"--{name.replace('_', '-')} {value}" for name, value in where.items() if value), run_id])
+    named = {f"--{name.replace('_', '-')}": str(value) for name, value in where.items() if value}
+    options = shlex.join([*itertools.chain(*named.items()), run_id])
     try:
         ended = watch(server, run_id)
     except (KeyboardInterrupt, SystemExit, ServerAway, NotLetIn, Stuck):
@@ -215,13 +218,13 @@ def _follow(server: Server, run_id: str, where: Mapping[str, Any]) -> None:
         lines += [f"  - {step}:", *(f"      {line}" for line in why)]
     lines += [f"  {note}" for note in ended.notes]
     lines.append(f"logs: draft-model logs {options}" if ended.explained else f"logs: {_kubectl(server, run_id)}")
-    click.echo("\n".join(lines), err=True)
+    click.echo(printable("\n".join(lines)), err=True)  # logs may hold what a terminal obeys
     sys.exit(1)
 
 
 def _kubectl(server: Server, run_id: str) -> str:
-    pods = f"-n {server.namespace or 'kubeflow'} --selector pipeline/runid={run_id}"
-    return f"kubectl logs {pods} --container main --prefix --tail 20"
+    pods = ["-n", server.namespace or "kubeflow", "--selector", f"pipeline/runid={run_id}"]
+    return shlex.join(["kubectl", "logs", *pods, "--container", "main", "--prefix", "--tail", "20"])
 
 
 COMMANDS = (run_command, compile_command, submit_command, watch_command, logs_command, terminate_command)

@@ -324,6 +324,16 @@ def test_a_target_that_the_evaluations_gpus_cannot_hold_stops_the_run_before_its
     assert run(**given, number_of_gpu_to_use_evaluation=4).problems == []
 
 
+@pytest.mark.parametrize(
+    "content", ['{"a":' * 5000, '{"text_config": -1}', '{"hidden_size": "x", "num_hidden_layers": "y"}']
+)
+def test_an_odd_configuration_is_left_to_the_import(run, monkeypatch, tmp_path, content):
+    monkeypatch.setattr(preflight, "check_cluster", lambda *_: ([], []))
+    put(str(tmp_path), "model/config.json", content=content.encode())
+    given = {"huggingface_id": "", "pytorch_model_path": str(tmp_path / "model"), "training_backend": "pytorchjob"}
+    assert run(**given).problems == []
+
+
 def test_a_hub_that_cannot_be_reached_from_here_is_left_to_the_import(run, monkeypatch):
     from huggingface_hub import constants
 

@@ -293,7 +293,7 @@ def _print_table(
     shown = Table(*heads, title=escape(title), show_header=bool(heads))
     for row in rows:
         shown.add_row(*(escape(printable(value)) for value in row))
-    Console(width=width).print(shown)
+    Console(width=width, emoji=False).print(shown)
 
 
 @cli.command("parameters")

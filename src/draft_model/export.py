@@ -57,7 +57,12 @@ def export(draft: str, form: Format, output: str, work: Path, target: str = "", 
     verifier = _target(source, target, draft) if form == "speculators" else {}
     known = {"target_model_type": target_type} if target_type else {}
     family, config = drafts.family_of(loaded.config, draft), {**known, **loaded.config}
-    config, tensors = family.export(config, loaded.tensors, form, verifier)
+    try:
+        config, tensors = family.export(config, loaded.tensors, form, verifier)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DraftModelError(
+            f"{draft}: its config.json lacks, or has in another form, what {form} needs: {error}"
+        ) from error
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(config, indent=2, sort_keys=True)

@@ -164,7 +164,7 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
     except DraftModelError as error:
         report.problems.extend(Problem.of(sources[0], problem) for problem in error.problems)
         return
-    except ValueError:  # the import says what is wrong with a config.json
+    except (ValueError, RecursionError):  # the import says what is wrong with a config.json
         return
     if isinstance(config, dict) and config and parameters.draft_model_config and not report.has("draft_model_config"):
         _inspect_draft(config, parameters, report)
@@ -275,7 +275,7 @@ def _read_config(name: str, uri: str) -> None:
         raise DraftModelError(f"given {uri!r}, but there is no {file}")
     try:
         content = json.loads(storage.read_bytes(file).decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DraftModelError(f"{file} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise DraftModelError(f"{file} holds a JSON {type(content).__name__}; it must be an object")

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -186,7 +187,11 @@ class Tracker:
 @contextmanager
 def track(stage: str, uri: str = "") -> Iterator[Tracker]:
     """Tracks one stage as a run on the server at a URI, or at MLFLOW_TRACKING_URI; on neither, nothing is tracked."""
-    tracker = Tracker(stage, uri or os.environ.get("MLFLOW_TRACKING_URI", ""))
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):  # MLflow would take it for a folder
+        logger.warning("tracking: %s: nothing is tracked; put http:// or https:// before it", uri)
+        uri = ""
+    tracker = Tracker(stage, uri)
     if not tracker.active:
         yield tracker
         return

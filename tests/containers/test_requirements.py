@@ -1,6 +1,7 @@
 """Which part of the lock file each image gets, and what is known to be wrong with the lock file."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ AUDIT = ROOT / ".venv-images" / "bin" / "pip-audit"
 ANSWERS = ROOT / "containers" / "audit.yaml"
 
 
-def requirements(kind, torch="cpu"):
-    command = [sys.executable, ROOT / "containers" / "requirements.py", kind, torch]
+def requirements(kind, *how):
+    command = [sys.executable, ROOT / "containers" / "requirements.py", kind, *(how or ("cpu",))]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -36,6 +37,20 @@ def test_what_an_image_gets_is_in_the_lock_file_as_it_is_but_for_torchs_build():
     (cuda,) = (line for line in lines("trainer", "cuda") if line.startswith("torch=="))
     assert cpu.removesuffix("+cpu") == cuda.replace("===", "==") in pins
     assert cpu.endswith("+cpu")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "engine"])
+def test_whatever_is_installed_but_torch_has_the_hashes_of_its_files(kind):
+    hashed = requirements(kind, "cpu", "hashes").stdout.replace(" \\\n", "").splitlines()
+    assert {entry.split()[0].partition(";")[0] for entry in hashed} == {
+        line for line in lines(kind) if not line.startswith("torch==")
+    }
+    assert all(" --hash=sha256:" in entry for entry in hashed)
+    for file, given in (("Makefile", "requirements.lock"), ("containers/build", '"$context/hashed.txt"')):
+        commands = (ROOT / file).read_text().replace("\\\n", "").splitlines()
+        uses = [line for line in commands if re.search(rf"--requirement {re.escape(given)}", line)]
+        assert uses
+        assert all("--require-hashes" in line for line in uses)
 
 
 def test_the_trainers_image_can_stand_for_each_other_and_the_coordinators_is_the_smallest():

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draft_model.dataset.encode import Encoder, EncoderSettings
+from draft_model.dataset.encode import Encoder, EncoderSettings, encode_prompts, load_tokenizer
+from draft_model.dataset.reader import Row
 from draft_model.dataset.render import check_fit
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.errors import DraftModelError
@@ -182,6 +183,20 @@ def test_a_template_that_hides_or_refuses_turns_is_noticed(models):
         (2, "refused by the chat template"), (3, "assistant turns not found")
     ]  # fmt: skip
     assert "no system role here" in encoded.rejected[0][2]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["{{ 1 / 0 }}", "{{ 10**400 * 1.0 }}", "{{ '%(x)s' % {} }}", "{{ 1 | dictsort }}",
+     f"{{{{ {'(' * 3000}1{')' * 3000} }}}}", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"],
+)  # fmt: skip
+def test_whatever_a_template_raises_is_a_reason(models, fault):
+    tokenizer = load_tokenizer(models["qwen2"])
+    tokenizer.chat_template = fault
+    with pytest.raises(DraftModelError, match="chat_template: given 'qwen'"):
+        check_fit(tokenizer, TEMPLATES["qwen"])
+    row = Row([{"role": "user", "content": "a"}])
+    assert encode_prompts(tokenizer, "qwen", [row])[0].startswith("refused by the chat template: ")
 
 
 def test_a_line_that_is_nested_too_deeply_is_rejected(encoders):

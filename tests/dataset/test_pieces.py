@@ -30,7 +30,7 @@ def compress(content, ending):
     return bytes(pa.Codec("zstd").compress(content)) if ending == ".zst" else content
 
 
-line = st.binary(max_size=30).map(lambda content: re.sub(rb"\n|\xef\xbb\xbf|^[\[{\s]+", b"", content))
+line = st.binary(max_size=30).map(lambda content: re.sub(rb"\n|\xef\xbb\xbf", b"", content))
 
 
 @settings(max_examples=100)
@@ -42,7 +42,7 @@ line = st.binary(max_size=30).map(lambda content: re.sub(rb"\n|\xef\xbb\xbf|^[\[
     bom=st.booleans(),
 )
 def test_every_line_is_in_one_piece_under_its_number(tmp_path_factory, lines, size, ending, end, bom):
-    content = b"\n".join(lines) + end
+    content = b"#" * bool(lines) + b"\n".join(lines) + end  # no file of another format by its first bytes
     path = tmp_path_factory.mktemp("data") / f"a.jsonl{ending}"
     path.write_bytes(compress(b"\xef\xbb\xbf" * bom + content, ending))
     with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +51,7 @@ def test_every_line_is_in_one_piece_under_its_number(tmp_path_factory, lines, si
     found = [(before + n, text) for _, before, piece in pieces for n, text in enumerate(io.BytesIO(piece), start=1)]
     assert found == list(enumerate(io.BytesIO(content), start=1))
     assert len({name for name, *_ in pieces}) == len(pieces)
-    assert all(size <= len(piece) <= size + 51 for _, _, piece in pieces[:-1])
+    assert all(size <= len(piece) <= size + 52 for _, _, piece in pieces[:-1])
 
 
 @pytest.fixture

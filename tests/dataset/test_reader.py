@@ -153,6 +153,22 @@ def test_a_file_that_is_one_document_is_told_as_such(tmp_path, indent, kind):
         read_conversations(str(path))
 
 
+@pytest.mark.parametrize(
+    ("data", "kind"), [(b"PAR1\x15\x04", "Parquet"), ("{}".encode("utf-16"), "UTF-16 text"), (b"PK\x03\x04", "a zip")]
+)
+def test_a_file_of_another_format_is_told_as_such(tmp_path, data, kind):
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(DraftModelError, match=rf"a\.jsonl: is {kind}.*; give JSON lines in UTF-8"):
+        read_conversations(str(tmp_path / "a.jsonl"))
+
+
+def test_a_line_that_takes_all_memory_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("draft_model.dataset.files.LONGEST_LINE", 1000)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n' + "a" * 1001)
+    with pytest.raises(DraftModelError, match=r"a\.jsonl: has a line of more than 0 MiB"):
+        read_conversations(str(tmp_path / "a.jsonl"))
+
+
 def messages(*pairs, **more):
     return as_line({"messages": [{"role": role, "content": content, **more} for role, content in pairs]})
 

@@ -138,6 +138,7 @@ BAD_LINES = {
     "[]": "wrong shape", "{": "not JSON", '{"prompt": ""}': "empty", '{"messages": []}': "empty",
     '{"prompts": "a"}': "wrong shape", '{"prompt": "amber \\ud83d birch"}': "Unicode",
     '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "", '{"messages": [{"role": "x"}]}': "role",
+    f'{{"prompt": "a", "tools": [{"[" * 600}{"]" * 600}]}}': "recursion",
 }  # fmt: skip
 
 

@@ -255,6 +255,9 @@ def test_nested_layer_ids_that_depend_on_the_target_need_its_type(exported, tmp_
         assert written(form, target_type="llama")[LAYERS] == [3, 4, 5]
         assert written(form, target_type="deepseek_v3")[LAYERS] == [2, 3, 4]
     assert written("sglang")["eagle_config"][LAYERS] == [2, 3, 4]
+    (source / "config.json").write_text(json.dumps({**given, LAYERS: 3}))
+    with pytest.raises(DraftModelError, match=r"config\.json lacks, or has in another form, what vllm needs"):
+        written("vllm")
 
 
 def test_the_speculators_format_must_know_its_target(exported, tmp_path):

@@ -222,6 +222,7 @@ def test_lines_carry_the_rank_that_wrote_them_and_a_bar_its_last_state():
     assert prefixed("[3] step 5, epoch 1", 0) == "[3] step 5, epoch 1"
     assert prefixed("torchrun says", 1) == "[node 1] torchrun says"
     assert prefixed("[0] \rtraining: 10%[0] \rtraining: 20%", 0) == "[0] training: 20%"
+    assert prefixed("\x1b]0;title\x07text", 0) == r"[node 0] \x1b]0;title\x07text"
 
 
 REJECTED = ["UnexpectedAdmissionError", "OutOfcpu", "OutOfephemeral-storage", "OutOfexample.com/gpu", "NodeAffinity",

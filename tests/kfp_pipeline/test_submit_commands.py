@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -151,8 +152,10 @@ def test_a_run_is_followed_to_its_end_through_an_outage_and_a_new_token(api, sta
          ["OOMKilled (exit code 137)", *TRAINING.splitlines()]),
         (failed("Error (exit code 1)", f"F1127 13:00:00.000002 1 main.go:79] {DRIVER}\nError: exit 1\n", "driver"),
          "failed", ["Error (exit code 1)", f"KFP's driver failed before the step began: {DRIVER}"]),
+        (failed("Error (exit code 1)", "13:00:00 \x1b]0;title\x07said\n"), "failed",
+         ["Error (exit code 1)", r"13:00:00 \x1b]0;title\x07said"]),
     ],
-    ids=["sentences", "killed", "driver"],
+    ids=["sentences", "killed", "driver", "escape"],
 )  # fmt: skip
 def test_a_failed_run_says_why(api, draft_model, story, what, why):
     api.story = story
@@ -243,20 +246,21 @@ def test_the_environment_can_say_who_where_and_what(api, draft_model, tmp_path):
     assert [experiment["display_name"] for experiment in api.experiments.values()][1:] == ["the-platforms"]
 
 
-def test_who_stops_watching_is_told_how_to_go_on_and_how_to_end_the_run(api, started, draft_model):
+def test_who_stops_watching_is_told_how_to_go_on_and_how_to_end_the_run(api, started, draft_model, tmp_path):
     api.story = RUNNING
-    process = started("submit", "--host", api.host, *GIVEN, "--watch")
+    (tmp_path / "my token; id").write_text("token")
+    process = started("submit", "--host", api.host, "--token-file", tmp_path / "my token; id", *GIVEN, "--watch")
     read_until(process, "preflight: RUNNING")
     process.terminate()
     _, error = process.communicate(timeout=60)
     (run_id,) = api.runs
     assert process.returncode == 143
     assert "Traceback" not in error
-    follow, end = re.findall(r": draft-model (.+)", error)
+    follow, end = map(shlex.split, re.findall(r": draft-model (.+)", error))
     assert api.runs[run_id]["state"] == "RUNNING"
-    assert (follow.split()[0], end.split()[0]) == ("watch", "terminate")
-    assert draft_model(*end.split()).returncode == 0
-    ended = draft_model(*follow.split())
+    assert (follow[0], end[0]) == ("watch", "terminate")
+    assert draft_model(*end).returncode == 0
+    ended = draft_model(*follow)
     assert ended.returncode == 1
     assert "error: the run was terminated (KFP: FAILED)" in ended.stderr
 

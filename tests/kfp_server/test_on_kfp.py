@@ -20,7 +20,7 @@ from draft_model.errors import DraftModelError
 from kfp_pipeline import logs
 from kfp_pipeline.client import connect
 from kfp_pipeline.submit import submit
-from kfp_pipeline.watch import ENDS, SUCCEEDED, _states, _steps_of, watch
+from kfp_pipeline.watch import ENDS, SUCCEEDED, _states, _steps_of, explain, watch
 
 logger = logging.getLogger(__name__)
 ENDPOINT, STORE = os.environ.get("KFP_ENDPOINT", ""), os.environ.get("KFP_STORE", "")
@@ -71,16 +71,24 @@ def start(server, tmp_path_factory):
         return run.run_id, given["storage_uri"]
 
     yield begin
-    for run_id in started:
-        if server.client.get_run(run_id).state not in ENDS:
-            server.client.terminate_run(run_id)
-            watch(server, run_id)
-        server.client.delete_run(run_id)
-    if started:
-        server.client.delete_experiment(
-            server.client.get_experiment(experiment_name=f"draft-model-{root[-8:]}").experiment_id
-        )
-    storage.remove(root)
+    try:
+        for run_id in started:
+            if server.client.get_run(run_id).state not in ENDS:
+                server.client.terminate_run(run_id)
+                watch(server, run_id)
+            server.client.delete_run(run_id)
+        if started:
+            server.client.delete_experiment(
+                server.client.get_experiment(experiment_name=f"draft-model-{root[-8:]}").experiment_id
+            )
+    finally:
+        storage.remove(root)
+
+
+def workflow_of(server, run_id):
+    found = logs.workflow(server, run_id)
+    assert found, f"{server.host} gives no Workflow: GET /apis/v1beta1/runs/{run_id}"
+    return found
 
 
 def succeeds(server, run_id):
@@ -91,7 +99,7 @@ def succeeds(server, run_id):
     logger.info("%s: %s from its creation to its end", run.display_name, run.finished_at - run.created_at)
     steps = _steps_of(server, run)
     assert {name: state for name, state, _ in _states(run, steps)} == dict.fromkeys(steps, SUCCEEDED)
-    found = logs.workflow(server, run_id)
+    found = workflow_of(server, run_id)
     assert "compressedNodes" not in found["status"]
     assert {pod.phase for pod in logs.pods(found).values()} == {"Succeeded"}
     return logs.pods(found)
@@ -156,14 +164,16 @@ def wait_for(server, run_id, words):
     """Waits until a running step has logged the words; just after a Retry, KFP may still show the end before it."""
     deadline, ended = time.monotonic() + LIMIT / 3, 0
     while time.monotonic() < deadline and ended < 12:
-        for pod in logs.pods(logs.workflow(server, run_id)).values():
+        for pod in logs.pods(workflow_of(server, run_id)).values():
             if pod.phase == "Running" and not pod.driver:
                 with suppress(DraftModelError):  # the container may not have started yet
                     if any(words in line for line in logs.read(server, run_id, pod)):
                         return
         ended = ended + 1 if server.client.get_run(run_id).state in ENDS else 0
         time.sleep(5)
-    pytest.fail(f"no step says {words!r}; the run is {server.client.get_run(run_id).state}")
+    run = server.client.get_run(run_id)
+    why = explain(server, run, {}).failures if run.state in ENDS else logs.pods(workflow_of(server, run_id))
+    pytest.fail(f"no step says {words!r}; the run is {run.state}: {why}")
 
 
 def test_terminate_and_retry_go_on_from_the_checkpoint(server, start):

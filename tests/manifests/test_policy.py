@@ -68,6 +68,7 @@ ATTACKS = [
     {"volumes": [{"name": "root", "hostPath": {"path": "/"}}]},
     {"volumes": [{"name": "other", "secret": {"secretName": "other"}}]},
     {"securityContext": {"runAsUser": 0}},
+    {"securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "Unconfined"}}},
     {"priorityClassName": "system-node-critical"},
     {"containers": {"image": "evil.example/x"}},
     {"containers": {"securityContext": {"privileged": True}}},
@@ -75,6 +76,7 @@ ATTACKS = [
     {"containers": {"env": [{"name": "X", "valueFrom": {"secretKeyRef": {"name": "others", "key": "k"}}}]}},
     {"containers": {"env": [{"name": "X", "valueFrom": {"configMapKeyRef": {"name": "others", "key": "k"}}}]}},
     {"containers": {"envFrom": [{"secretRef": {"name": "others"}}]}},
+    {"containers": {"ports": [{"containerPort": 8333, "hostPort": 8333}]}},
 ]
 
 

@@ -275,7 +275,8 @@ NO_JSON = [b"{", b"[1]", b"\xff\xfe{}", b"", b"[" * 100_000]
     ("name", "content", "said"),
     [
         *((name, content, f"its {name} cannot be read: ")
-          for name in ("config.json", "tokenizer_config.json") for content in NO_JSON),
+          for name in ("config.json", "tokenizer_config.json", "generation_config.json") for content in NO_JSON),
+        ("generation_config.json", b'{"eos_token_id": "</s>"}', "has the eos_token_id '</s>'"),
         *(("model.safetensors", content, "model.safetensors is damaged or cut short: ")
           for content in (0, 4, 1000, -1, b"version https://git-lfs.github.com/spec/v1\n")),
         *(("tokenizer.json", content, "its tokenizer cannot be loaded")

@@ -134,7 +134,9 @@ def test_every_request_waits_for_a_store_that_is_away(prefix, relay, source, tmp
     assert "next try in" in caplog.text
 
 
-@pytest.mark.parametrize(("status", "code"), [(503, "SlowDown"), (429, "TooManyRequests"), (500, "InternalError")])
+@pytest.mark.parametrize(
+    ("status", "code"), [(503, "SlowDown"), (429, "TooManyRequests"), (500, "InternalError"), (404, "NoSuchUpload")]
+)
 def test_a_store_that_throttles_is_asked_again(prefix, relay, source, status, code):
     left = [5]
 
@@ -311,6 +313,15 @@ def test_an_endpoint_that_is_no_url_is_refused(prefix, monkeypatch, endpoint):
     with pytest.raises(DraftModelError, match=told) as refused:
         storage.exists(prefix)
     assert "http://" in endpoint or f"such as http://{endpoint}" in str(refused.value)
+
+
+@pytest.mark.parametrize("ask", [storage.list_files, storage.read_file, storage.exists])
+def test_a_console_at_the_endpoint_is_no_store(prefix, relay, monkeypatch, ask):
+    monkeypatch.setattr(s3, "FIRST_ANSWER", 0.1)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-2")  # a client that has no answer yet
+    relay.refuse = lambda request: (200, "page", {"Content-Type": "text/html; charset=utf-8"})
+    with pytest.raises(StoreUnavailable, match="AWS_ENDPOINT_URL must name the port of its S3 API"):
+        ask(join(prefix, "a"))
 
 
 def test_a_role_that_sts_refuses_and_a_missing_token_are_named(prefix, relay, tmp_path, monkeypatch):

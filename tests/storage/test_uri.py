@@ -41,7 +41,7 @@ def test_a_uri_is_taken_apart(uri, expected):
         *[(uri, "") for uri in (
             "", "https://host/file", "file://host/data", "file://", "s3://", "s3:///key", "s3://bucket/a/../b",
             "s3://bucket/../b", "s3://bucket//a", "s3://bucket/a\\b", "s3://bucket/C:/a", "s3://bucket/a\0b", "data\0",
-            "minio://bucket/./a", "s3://bucket/a\n", "data\n", "s3://bucket/\x1b[2J",
+            "minio://bucket/./a", "s3://bucket/a\n", "data\n", "s3://bucket/\x1b[2J", "s3:/bucket/a", "minio:bucket",
         )],
         ("gs://bucket/a", "AWS_ENDPOINT_URL=https://storage.googleapis.com and HMAC keys, and give s3://bucket/a"),
         ("minio://bucket/root?endpoint=minio:9000&disableSSL=true", "AWS_ENDPOINT_URL"),

@@ -133,12 +133,15 @@ def test_the_run_that_kfp_made_is_written_to_and_left_to_kfp(client, uri, monkey
     assert client.get_run(made.info.run_id).data.metrics == {"loss": 2.0}
 
 
-def test_without_a_tracking_uri_nothing_is_tracked(uri, tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+@pytest.mark.parametrize("given", ["", "mlflow:5000", "10.0.0.1:5000/path"])
+def test_without_a_tracking_uri_nothing_is_tracked(uri, tmp_path, monkeypatch, given, caplog):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
+    monkeypatch.chdir(tmp_path)
     with track("train") as tracker:
         assert not tracker.active
         tracker.metrics(1, {"loss": 2.0})
     assert list(tmp_path.iterdir()) == []
+    assert ("put http:// or https:// before it" in caplog.text) == bool(given)
 
 
 def test_a_server_that_comes_back_gets_what_follows(uri, client, tmp_path, monkeypatch, caplog):

@@ -182,6 +182,8 @@ def test_a_configuration_that_is_none_is_told(tmp_path):
         plan.read_config(str(tmp_path))
     with pytest.raises(DraftModelError, match="builds no text-generation model"):
         plan.sizes_of({"model_type": "nothing"})
+    with pytest.raises(DraftModelError, match="builds no text-generation model"):
+        plan.sizes_of({"model_type": "llama", "num_attention_heads": 0})
     with pytest.raises(DraftModelError, match=r"config\.json"):
         plan.read_config(str(tmp_path / "nowhere"))
 

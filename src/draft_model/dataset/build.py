@@ -25,7 +25,7 @@ from typing import Any
 from draft_model import drafts, storage
 from draft_model.dataset import vocabulary
 from draft_model.dataset.encode import Encoder, EncoderSettings
-from draft_model.dataset.files import File, find, read_errors
+from draft_model.dataset.files import File, find, read_errors, read_line
 from draft_model.dataset.render import check_fit
 from draft_model.dataset.report import SplitSummary, Tally, colour, count, write_report
 from draft_model.dataset.templates import TEMPLATES
@@ -92,7 +92,7 @@ class _Source:
         before = number = 0
         with read_errors(self.file.uri, f"dataset_{self.split}_split"), self.file.open() as stream:
             while piece := stream.read(PIECE_BYTES):
-                piece += stream.readline()
+                piece += read_line(stream, self.file.uri)
                 yield f"part-{self.index:05d}-{number:05d}-{_hash(self.key, PIECE_BYTES, number)[:12]}", before, piece
                 before += piece.count(b"\n")
                 number += 1
@@ -216,7 +216,7 @@ def _draft_vocab_size(parameters: Parameters, target: Mapping[str, Any], work: P
 def _json(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DraftModelError(f"{name}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise DraftModelError(f"{name}: holds a JSON {type(content).__name__}; it must be an object")

@@ -77,7 +77,7 @@ def encode_prompts(tokenizer: Any, chat_template: str, rows: Sequence[Row]) -> l
         try:
             text = renderers[bool(row.tools)].prompt(row)
             prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-        except Rejected as refusal:
+        except (Rejected, RecursionError) as refusal:
             prompts.append(str(refusal))
     return prompts
 

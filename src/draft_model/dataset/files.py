@@ -29,8 +29,12 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 _GIVE = f"give a file of JSON lines ({', '.join(ENDINGS)}), a folder of them or a glob"
 _BOM = b"\xef\xbb\xbf"
+_OTHERS = {b"PAR1": "Parquet", b"PK\x03\x04": "a zip archive", b"BZh": "bzip2", b"\xfd7zX": "xz",
+           b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}  # fmt: skip
 _ONE_DOCUMENT = re.compile(rb"\s*(\[\s*(\{.*)?|\{\s*)", re.DOTALL)  # as the first line
 _BLOCK = 8 << 20
+LONGEST_LINE = 1 << 30
+"""Bytes: a few compressed megabytes may be one line that takes all memory."""
 _ATTEMPTS = 4
 _PAUSE = 0.2  # seconds; four times as long before each further retry
 
@@ -63,6 +67,10 @@ class File:
         """Opens the lines as a stream, without byte-order mark, decompressed where it begins as gzip or zstd does."""
         stream: io.BufferedReader[Any] = io.BufferedReader(_Ranges(self), _BLOCK)
         head = self.read(0, 4)
+        if other := next((name for start, name in _OTHERS.items() if head.startswith(start)), ""):
+            raise DraftModelError(
+                f"{self.uri}: is {other}; give JSON lines in UTF-8, plain, gzip or zstd (from Parquet: docs/data.md)"
+            )
         if head.startswith(b"\x1f\x8b"):
             stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _BLOCK)
         elif head == b"\x28\xb5\x2f\xfd":
@@ -76,6 +84,13 @@ class File:
                 f"{self.uri}: is one JSON document; give one conversation per line: jq -c '.[]' FILE > FILE.jsonl"
             )
         return stream
+
+
+def read_line(stream: io.BufferedReader[Any], uri: str) -> bytes:
+    """The rest of a line; empty at the end of the file."""
+    if len(line := stream.readline(LONGEST_LINE)) == LONGEST_LINE:
+        raise DraftModelError(f"{uri}: has a line of more than {LONGEST_LINE >> 20} MiB; {_GIVE}")
+    return line
 
 
 class _Ranges(io.RawIOBase):

@@ -10,9 +10,10 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from draft_model.dataset.files import find, read_errors
+from draft_model.dataset.files import find, read_errors, read_line
 from draft_model.errors import DraftModelError
 
 Line = tuple[int, bytes]
@@ -75,12 +76,12 @@ def read_conversations(uri: str, limit: int = 0) -> list[Row]:
     def rows() -> Iterator[Row]:
         for file in find(uri):
             with read_errors(file.uri), file.open() as stream:
-                for number, line in enumerate(stream, start=1):
+                for number, line in enumerate(iter(partial(read_line, stream, file.uri), b""), start=1):
                     if not line.strip():
                         continue
                     try:
                         yield parse(line, needs_answer=False)
-                    except Rejected as refusal:
+                    except (Rejected, RecursionError) as refusal:
                         raise DraftModelError(f"line {number} of {file.uri} is not a conversation: {refusal}") from None
 
     return list(itertools.islice(rows(), limit or None))

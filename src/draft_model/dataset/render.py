@@ -21,6 +21,8 @@ _OURS = {"messages", "tools", "add_generation_prompt", "continue_final_message",
 _NOT_WRITTEN = "not in the chat template"
 _OPENED = re.compile(r"\A\s*<think>\n?")
 _SHAPES = 4096
+_FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a template that is wrong, or meant to do harm, may raise besides Jinja's own errors."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class Renderer:
             # `apply_chat_template` calls this too, but leaves out a content of None, which some templates ask for.
             (text,), _ = render_jinja_template([messages], chat_template=self.jinja, **given)
             text.encode("utf-8")
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
+        except (jinja2.TemplateError, *_FAULTS) as error:
             raise Rejected("refused by the chat template", str(error)) from None
         return str(text)
 
@@ -245,7 +247,7 @@ def _variables(jinja: str) -> set[str]:
     source = re.sub(r"{%-?\s*(?:end)?generation\s*-?%}", "", jinja)  # a tag of transformers' own
     try:
         parsed = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)  # noqa: S701 - renders nothing
-    except jinja2.TemplateError:
+    except (jinja2.TemplateError, RecursionError):
         return set()
     return set(meta.find_undeclared_variables(parsed))
 

@@ -67,8 +67,11 @@ def load_draft(shape: Callable[[Mapping[str, Any]], Any], create: Callable[..., 
 
 def vocabulary_of(tensors: Mapping[str, Tensor], config: Shape) -> tuple[Tensor, Tensor]:
     """The vocabulary of a checkpoint, t2d bool [V] and d2t int64 [D]; all tokens where it holds none."""
-    if "d2t" in tensors:
-        return tensors["t2d"], tensors["d2t"]
+    if (d2t := tensors.get("d2t")) is not None:
+        t2d, ids = torch.zeros(config.vocab_size, dtype=torch.bool), torch.arange(len(d2t)) + d2t
+        if bool(((ids >= 0) & (ids < config.vocab_size)).all()):  # else t2d says what does not fit
+            t2d[ids] = True
+        return tensors.get("t2d", t2d), d2t
     return torch.ones(config.vocab_size, dtype=torch.bool), torch.zeros(config.vocab_size, dtype=torch.int64)
 
 

@@ -32,6 +32,7 @@ _ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 # sections for images, and Gemma's rotation of a part of the head.
 _ROPE_ALIASES = {"su": "longrope", "mrope": "default", "proportional": "default"}
 _ROPE_OF_TARGETS = ("mrope_section", "mrope_interleaved", "partial_rotary_factor", "type")
+_WIDEST = 16  # times the hidden size: published ones are at most 8 times as wide
 _FACTOR_LISTS = ("short_factor", "long_factor")
 
 
@@ -110,18 +111,22 @@ def target_layers(target: Mapping[str, Any]) -> dict[str, Any]:
         DraftModelError: when the target is no decoder of the known structure; names what is missing.
     """
     text: Mapping[str, Any] = target.get("text_config") or target
-    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-    if missing := [key for key in needed if not isinstance(text.get(key), int)]:
+    needed = ["hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"]
+    if isinstance(text, Mapping):
+        needed += [key for key in ("num_key_value_heads", "head_dim", "max_position_embeddings") if text.get(key)]
+        needed = [key for key in needed if type(text.get(key)) is not int or text[key] < 1]
+    if needed:
         raise DraftModelError(
             f"the target model (model_type {target.get('model_type')!r}) cannot be used: its config.json has no "
-            f"{', '.join(missing)}; allowed: a decoder-only text-generation model of Llama's structure"
+            f"{', '.join(needed)}; allowed: a decoder-only text-generation model of Llama's structure"
         )
     heads = text["num_attention_heads"]
     head_dim = text.get("head_dim") or text["hidden_size"] // heads
     try:
         rope = _rope_parameters(text, head_dim)
-    except DraftModelError as error:
-        raise DraftModelError(f"the target model (model_type {text.get('model_type')!r}): {error}") from None
+    except (DraftModelError, AttributeError, LookupError, TypeError, ValueError) as error:
+        said = error if isinstance(error, DraftModelError) else f"its rotary settings cannot be read: {error}"
+        raise DraftModelError(f"the target model (model_type {text.get('model_type')!r}): {said}") from None
     return {
         "hidden_size": text["hidden_size"],
         "intermediate_size": text["intermediate_size"],
@@ -194,6 +199,15 @@ def layer_problems(
 def _size_problems(default: LayerShape, given: Mapping[str, Any]) -> list[str]:
     bad = [key for key in _SIZES if key in given and (type(given[key]) is not int or given[key] < 1)]
     problems = [f"`{key}` is {given[key]!r}; allowed: a whole number >= 1" for key in bad]
+    most = _WIDEST * default.hidden_size
+    given_well = {key: value for key, value in given.items() if key not in bad}
+    heads, size = (given_well.get(key, getattr(default, key)) for key in ("num_attention_heads", "head_dim"))
+    widths = {
+        "intermediate_size": given_well.get("intermediate_size", 1),
+        "num_attention_heads` x `head_dim": heads * size,
+    }
+    if given_well.keys() & {"intermediate_size", "num_attention_heads", "head_dim"}:
+        problems += [f"`{key}` is {width}; allowed: at most {most}" for key, width in widths.items() if width > most]
     if not {"num_attention_heads", "num_key_value_heads"} & set(bad):
         heads, kv_heads = (
             given.get(key, getattr(default, key)) for key in ("num_attention_heads", "num_key_value_heads")

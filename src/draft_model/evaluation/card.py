@@ -147,7 +147,7 @@ def print_summary(final: Path, folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(emoji=False)
     training = json.loads((final / "training.json").read_text(encoding="utf-8"))
     file = final / "evaluation.json"
     evaluation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None

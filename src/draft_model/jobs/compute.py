@@ -247,13 +247,13 @@ def misfit(config: Mapping[str, Any], weights: float, draft: float, p: Parameter
 
     `config` is the target's config.json; `weights` (in bfloat16, or as quantized) and `draft` are bytes.
     """
-    text = config.get("text_config") or config
     try:
+        text = config.get("text_config") or config
         heads = text.get("num_key_value_heads") or text["num_attention_heads"]
         width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
         tokens = p.max_length + p.evaluation_max_new_tokens
         cache = 2 * 2 * text["num_hidden_layers"] * heads * width * tokens
-    except (KeyError, TypeError):  # such a target has no plain attention
+    except (ArithmeticError, AttributeError, KeyError, TypeError):  # such a target has no plain attention
         tokens, cache = 0, 0
     there = node.gpus * node.gpu_memory * _USED if node.gpus else 2**20 * float(node.memory.removesuffix("Mi"))
     needed = weights + draft + cache
@@ -270,10 +270,10 @@ def misfit(config: Mapping[str, Any], weights: float, draft: float, p: Parameter
 
 def weights_of(config: Mapping[str, Any]) -> float:
     """Bytes of a target's weights in bfloat16, by its config.json; 0 where that does not tell."""
-    text = config.get("text_config") or config
     if config.get("quantization_config"):  # by fewer bits
         return 0.0
     try:
+        text = config.get("text_config") or config
         hidden, queries = text["hidden_size"], text["num_attention_heads"]
         width = text.get("head_dim") or hidden // queries
         keys = text.get("num_key_value_heads") or queries
@@ -282,7 +282,7 @@ def weights_of(config: Mapping[str, Any]) -> float:
         layer = 2 * hidden * width * (queries + keys) + 3 * experts * hidden * wide
         ends = text["vocab_size"] * hidden * (1 if config.get("tie_word_embeddings") else 2)
         return 2.0 * float(text["num_hidden_layers"] * layer + ends)
-    except (KeyError, TypeError):
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):  # of any shape
         return 0.0
 
 

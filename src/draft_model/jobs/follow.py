@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from draft_model.entrypoint import printable
 from draft_model.errors import DraftModelError
 from draft_model.jobs.backends import Backend, Job
 from draft_model.jobs.cluster import Forbidden, Unavailable
@@ -40,7 +41,7 @@ def prefixed(line: str, node: int) -> str:
     """
     rank = _RANK.match(line)
     text = next((part for part in reversed(_BAR.split(line[rank.end() :] if rank else line)) if part.strip()), "")
-    return f"{rank.group() if rank else f'[node {node}] '}{text}"
+    return printable(f"{rank.group() if rank else f'[node {node}] '}{text}")
 
 
 class LogStreams:

@@ -53,9 +53,9 @@ def inspect(folder: str, weights: list[str]) -> dict[str, Any]:
     path, model = Path(folder), None
     try:
         config, own_code = _without_code(path / "config.json")
-        if (path / "tokenizer_config.json").exists():
-            _without_code(path / "tokenizer_config.json")
-        if not (problems := _config_problems(config)):
+        others = [path / name for name in ("generation_config.json", "tokenizer_config.json")]
+        read = {file.name: _without_code(file)[0] for file in others if file.exists()}
+        if not (problems := _config_problems(config) + _end_problems({"config.json": config, **read})):
             model = _open(path, config, own_code)
             problems = _structure_problems(model)
             if weights and not problems:
@@ -112,6 +112,16 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
     except Exception as error:  # settings may make transformers raise anything
         problems.append(f"its rotary embedding (rope_type {rope!r}) cannot be a draft's, too: {first_line(error)}")
     return problems
+
+
+def _end_problems(read: dict[str, dict[str, Any]]) -> list[str]:
+    """Whether the evaluation will know which tokens end a reply."""
+    ends = {name: read.get(name, {}).get("eos_token_id") for name in ("generation_config.json", "config.json")}
+    return [
+        f"its {name} has the eos_token_id {value!r:.40}; allowed: a token's id, a list of such, or null"
+        for name, value in ends.items()
+        if not all(type(each) is int for each in (value if isinstance(value, list) else [value or 0]))
+    ]
 
 
 def _quantisation(config: dict[str, Any]) -> str:

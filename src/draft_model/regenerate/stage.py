@@ -29,7 +29,7 @@ from tqdm import tqdm
 from draft_model import engine as engines
 from draft_model import storage
 from draft_model.dataset.encode import end_tokens, load_tokenizer
-from draft_model.dataset.files import File, find, read_errors
+from draft_model.dataset.files import File, find, read_errors, read_line
 from draft_model.dataset.render import check_fit
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.dataset.workers import Workers
@@ -282,7 +282,8 @@ def _read(inputs: _Inputs, shards: list[_Shard], wanted: Set[str]) -> Iterator[_
 def _lines(split: str, files: list[File]) -> Iterator[tuple[str, int, bytes]]:
     for file in files:
         with read_errors(file.uri, f"dataset_{split}_split"), file.open() as stream:
-            yield from ((file.name, number, line) for number, line in enumerate(stream, start=1) if line.strip())
+            lines = iter(partial(read_line, stream, file.uri), b"")
+            yield from ((file.name, number, line) for number, line in enumerate(lines, start=1) if line.strip())
 
 
 def _start_engines(settings: Settings, p: Parameters) -> Iterator[Engine]:

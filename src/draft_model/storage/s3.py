@@ -75,7 +75,22 @@ _BY_CODE = {code: sentence for codes, sentence in _SENTENCES.items() for code in
 _UNREACHABLE = (
     aws.HTTPClientError, aws.EndpointConnectionError, aws.ConnectTimeoutError, aws.IncompleteReadError
 )  # fmt: skip
-_BUSY = {"429", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests"}
+_BUSY = {
+    "429", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests",
+    "NoSuchUpload",  # of an upload in parts whose answer was lost, or that a rule of the bucket ended
+}  # fmt: skip
+
+
+class _NotS3(aws.BotoCoreError):
+    """Something else answers at the endpoint, such as a console or a login page."""
+
+
+def _check_answer(http_response: Any, parsed: Mapping[str, Any], model: Any, **_: Any) -> None:
+    """Called by botocore, which makes status 500 of a page with 200 where it expects XML."""
+    page = http_response.headers.get("Content-Type", "").startswith(("text/html", "application/json"))
+    untagged = model.name in ("GetObject", "HeadObject") and "ETag" not in parsed
+    if untagged if http_response.status_code < 300 else (page and http_response.status_code == 500):
+        raise _NotS3
 
 
 class Store:
@@ -108,6 +123,7 @@ class Store:
             self.client: S3Client = boto3.session.Session().client("s3", endpoint_url=self.endpoint, config=config)
         except aws.BotoCoreError as error:
             raise DraftModelError(f"{without_credentials(error)}; check the AWS_* environment variables") from error
+        self.client.meta.events.register("after-call.s3", _check_answer)
 
     def request(self, uri: str, work: Callable[[S3Client], Result]) -> Result:
         """Calls `work`, again while the store is away or too busy; with AWS_MAX_ATTEMPTS=1 only once.
@@ -151,6 +167,12 @@ class Store:
         token, kind = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"), DraftModelError
         code, status = _code(error)
         match error:
+            case _NotS3():
+                kind = StoreUnavailable
+                text = (
+                    f"{where} answers, but not as a store does; AWS_ENDPOINT_URL must name the port of its S3 API, and "
+                    "no console, login page or other server"
+                )
             case aws.ClientError() if error.operation_name.startswith("AssumeRole"):
                 uri, role = "AWS_ROLE_ARN", os.environ.get("AWS_ROLE_ARN", "of its profile")
                 said = without_credentials(error.response.get("Error", {}).get("Message", ""))

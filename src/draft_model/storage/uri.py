@@ -15,6 +15,7 @@ from urllib.request import url2pathname
 from draft_model.errors import DraftModelError, without_credentials
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_ONE_SLASH = re.compile(r"(?:s3a?|minio|gs|hf|file|https?):", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ALLOWED = "allowed: a local path, file:///path, s3://bucket/key or minio://bucket/key"
 
@@ -41,6 +42,8 @@ def parse(uri: str) -> Path | ObjectAddress:
         )
     match = _SCHEME.match(uri)
     if match is None:
+        if _ONE_SLASH.match(uri):
+            raise DraftModelError(f"given {uri!r}, without two slashes after the scheme; {_ALLOWED}")
         return Path(uri).expanduser()
     scheme, rest = match[1].lower(), uri[match.end() :]
     if scheme == "file":

@@ -119,7 +119,7 @@ def read_checkpoint(uri: str, work: Path) -> Loaded:
             return Loaded(uri, config, tensors, None, None)
         state = load_file(folder / STATE / "state.safetensors")
         position = Position(**json.loads((folder / STATE / "position.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, SafetensorError) as error:
         raise DraftModelError(f"{uri} is no checkpoint of a draft that can be read: {error}") from error
     return Loaded(uri, config, tensors, state, position)
 

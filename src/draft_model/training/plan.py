@@ -85,13 +85,14 @@ def sizes_of(config: Mapping[str, Any]) -> TargetSizes:
         known = AutoConfig.for_model(given.pop("model_type"), **given)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(known)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # a configuration may make transformers raise anything
         raise DraftModelError(f"config: transformers builds no text-generation model from it: {error}") from error
     text = known.get_text_config()
     layers = sum(parameter.numel() for parameter in model.get_decoder().layers.parameters())
     ends = {id(end.weight): end.weight.numel() for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    count = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+    named = (getattr(text, name, None) for name in ("num_experts", "num_local_experts"))
+    count = next((each for each in named if type(each) is int and each > 0), 1)
     chosen = getattr(text, "num_experts_per_tok", None) or count
     wide = getattr(text, "moe_intermediate_size", None)
     heads = text.num_attention_heads
@@ -188,7 +189,7 @@ def read_config(path: str, parameter: str = "config") -> dict[str, Any]:
     uri = path if path.endswith(".json") or parameter != "config" else storage.join(path, "config.json")
     try:
         config = json.loads(storage.read_bytes(uri))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DraftModelError(f"{parameter}: {uri} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise DraftModelError(f"{parameter}: {uri} holds no JSON object")

@@ -156,6 +156,18 @@ def test_a_target_of_another_structure_is_refused_by_what_it_lacks():
         draft_config_for(gpt2)
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [{"text_config": [1]}, {"num_attention_heads": 0}, {"num_key_value_heads": [8, 4]}, {"head_dim": "x"},
+     {"vocab_size": True}, {"rope_parameters": -1},
+     {"rope_parameters": {"rope_type": "longrope", "short_factor": 3}, "original_max_position_embeddings": 4}],
+    ids=str,
+)  # fmt: skip
+def test_a_target_with_odd_settings_is_a_sentence(odd):
+    with pytest.raises(DraftModelError, match="the target model"):
+        draft_config_for({**LLAMA, **odd})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_json_comes_back_the_same(family, tmp_path):
     config = draft_config_for(config_json(tmp_path, family))
@@ -458,6 +470,8 @@ MISFITS = [
     ({"num_attention_heads": 24}, "num_attention_heads", "4096"),
     ({"num_attention_heads": True}, "num_attention_heads", "whole number"),
     ({"rms_norm_eps": 0}, "rms_norm_eps", "> 0"),
+    ({"intermediate_size": 10**9}, "intermediate_size", "at most 65536"),
+    ({"head_dim": 10**9}, "head_dim", "at most 65536"),
     ({"num_hidden_layers": 2}, "num_hidden_layers", "allowed: 1"),
     ({"tie_word_embeddings": True, "draft_vocab_size": 128256}, "tie_word_embeddings", "False"),
     ({"attention_bias": True}, "attention_bias", "False"),
