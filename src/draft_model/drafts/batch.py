@@ -11,20 +11,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Conversations, padded on the right. B conversations of at most T tokens; on the host.
+    """Conversations, padded on the right. B conversations of at most T tokens; on the host."""
 
-    Attributes:
-        tokens: int64 [B, T].
-        lengths: real tokens of each row, int64 [B].
-        predicted: bool [B, T]; True at p where token p+1 is to be learnt (an assistant's), by whichever convention.
-        keys: seeds for what an objective draws at random for a conversation, int64 [B]. They depend on the run's seed,
-            the step and the conversation alone, so draws differ from epoch to epoch but not with the split of a batch
-            over processes and micro-batches, nor after a resume.
-    """
-
-    tokens: Tensor
-    lengths: Tensor
+    tokens: Tensor  # int64 [B, T]
+    lengths: Tensor  # real tokens of each row, int64 [B]
+    # bool [B, T]; True at p where token p+1 is to be learnt (an assistant's), by whichever convention
     predicted: Tensor
+    # seeds for what an objective draws at random for a conversation, int64 [B]. They depend on the run's seed, the step
+    # and the conversation alone, so draws differ from epoch to epoch but not with the split of a batch over processes
+    # and micro-batches, nor after a resume.
     keys: Tensor
 
     def narrow(self, start: int, count: int) -> Batch:

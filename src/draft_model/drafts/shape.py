@@ -37,25 +37,15 @@ _FACTOR_LISTS = ("short_factor", "long_factor")
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape(Shape):
-    """The shape of a draft's decoder layers.
+    """The shape of a draft's decoder layers."""
 
-    Attributes:
-        intermediate_size: of the SwiGLU.
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads; divides num_attention_heads.
-        head_dim: size of a head; need not be H / heads.
-        rms_norm_eps: of every norm.
-        rope_parameters: as transformers 5 writes them (`rope_type`, `rope_theta`, ...), over whole heads.
-        target_model_type: the target's family; it decides how SGLang counts layers.
-    """
-
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_parameters: dict[str, Any]
-    target_model_type: str
+    intermediate_size: int  # of the SwiGLU
+    num_attention_heads: int  # query heads
+    num_key_value_heads: int  # key and value heads; divides num_attention_heads
+    head_dim: int  # size of a head; need not be H / heads
+    rms_norm_eps: float  # of every norm
+    rope_parameters: dict[str, Any]  # as transformers 5 writes them (`rope_type`, `rope_theta`, ...), over whole heads
+    target_model_type: str  # the target's family; it decides how SGLang counts layers
 
     def layer_json(self) -> dict[str, Any]:
         """These settings in config.json, the rotary ones also as transformers 4 named them."""

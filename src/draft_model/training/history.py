@@ -13,22 +13,16 @@ from draft_model.drafts.counts import Counts
 
 @dataclass
 class History:
-    """What a training measured; the report's curves.
+    """What a training measured; the report's curves."""
 
-    Attributes:
-        log: one record per `log_steps` steps; of a window in which nothing was supervised, none.
-        validation: one record per validation.
-        skipped: steps whose loss or gradient was not finite, with their conversations' lines in the data.
-        seconds: of training, validations and checkpoints included, earlier attempts too.
-        tokens: that went through the draft.
-        window: what the log window under way has summed, where a checkpoint falls into one.
-    """
-
+    # one record per `log_steps` steps; of a window in which nothing was supervised, none
     log: list[dict[str, Any]] = field(default_factory=list)
-    validation: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)  # one record per validation
+    # steps whose loss or gradient was not finite, with their conversations' lines in the data
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0
+    seconds: float = 0.0  # of training, validations and checkpoints included, earlier attempts too
+    tokens: int = 0  # that went through the draft
+    # what the log window under way has summed, where a checkpoint falls into one
     window: dict[str, Any] = field(default_factory=dict)
 
     @property

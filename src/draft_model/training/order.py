@@ -19,17 +19,11 @@ POOL_BATCHES = 16  # like lengths are sought among so many batches; more would p
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step's conversations.
+    """One optimizer step's conversations."""
 
-    Attributes:
-        epoch: counted from 0.
-        last_of_epoch: whether the epoch ends with it.
-        conversations: indices into the training split, longest first.
-    """
-
-    epoch: int
-    last_of_epoch: bool
-    conversations: NDArray[np.int64]
+    epoch: int  # counted from 0
+    last_of_epoch: bool  # whether the epoch ends with it
+    conversations: NDArray[np.int64]  # indices into the training split, longest first
 
 
 def total_steps(conversations: int, global_batch: int, epochs: int) -> int:

@@ -47,39 +47,22 @@ SKIPPED_IN_A_ROW = 5
 
 @dataclass
 class Training:
-    """One training under way.
+    """One training under way."""
 
-    Attributes:
-        parameters: of the run.
-        ranks: this process among the others.
-        target: frozen.
-        draft: float32 parameters.
-        optimizer: AdamW over them.
-        objective: the loss.
-        train: training split.
-        validation: validation split, if given.
-        total: optimizer steps.
-        work: scratch folder of this process.
-        dataset: fingerprint of the data set.
-        done: optimizer steps done.
-        history: measured so far.
-        tracker: is told what is measured.
-    """
-
-    parameters: Parameters
-    ranks: Ranks
-    target: Target
-    draft: Draft
-    optimizer: torch.optim.Optimizer
-    objective: Objective
-    train: Split
-    validation: Split | None
-    total: int
-    work: Path
-    dataset: str
-    done: int = 0
-    history: History = field(default_factory=History)
-    tracker: Tracker = field(default_factory=lambda: Tracker(None))
+    parameters: Parameters  # of the run
+    ranks: Ranks  # this process among the others
+    target: Target  # frozen
+    draft: Draft  # float32 parameters
+    optimizer: torch.optim.Optimizer  # AdamW over them
+    objective: Objective  # the loss
+    train: Split  # training split
+    validation: Split | None  # validation split, if given
+    total: int  # optimizer steps
+    work: Path  # scratch folder of this process
+    dataset: str  # fingerprint of the data set
+    done: int = 0  # optimizer steps done
+    history: History = field(default_factory=History)  # measured so far
+    tracker: Tracker = field(default_factory=lambda: Tracker(None))  # is told what is measured
 
     def position(self, epoch: int) -> Position:
         """Where a checkpoint of this moment stands."""
@@ -122,21 +105,13 @@ Save = Callable[[str, int, list[Tensor]], None]
 
 @dataclass
 class _Pending:
-    """A step that the device may still be computing.
+    """A step that the device may still be computing."""
 
-    Attributes:
-        step: its conversations.
-        number: counted from 1.
-        rate: its learning rate.
-        numbers: sums, gradient norm and stop requests of all processes, [n + 2]; on their way to the host.
-        arrived: when they are there; None where they are already.
-    """
-
-    step: Step
-    number: int
-    rate: float
-    numbers: Tensor
-    arrived: torch.cuda.Event | None
+    step: Step  # its conversations
+    number: int  # counted from 1
+    rate: float  # its learning rate
+    numbers: Tensor  # sums, gradient norm and stop requests of all processes, [n + 2]; on their way to the host
+    arrived: torch.cuda.Event | None  # when they are there; None where they are already
 
 
 def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:

@@ -26,19 +26,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @dataclass
 class Inputs:
-    """One step's queries and keys.
+    """One step's queries and keys."""
 
-    Attributes:
-        lengths: positions of each conversation.
-        windows: which of them hold a key, and which a query.
-        tensors: q [N, heads, d], k0 and v0 [P, kv_heads, d], then the later steps' keys and values [later, N, ...].
-        weight: the gradient of the output.
-    """
-
-    lengths: list[int]
-    windows: Windows
+    lengths: list[int]  # positions of each conversation
+    windows: Windows  # which of them hold a key, and which a query
+    # q [N, heads, d], k0 and v0 [P, kv_heads, d], then the later steps' keys and values [later, N, ...]
     tensors: list[Tensor]
-    weight: Tensor
+    weight: Tensor  # the gradient of the output
 
     def run(self, backend: str) -> list[Tensor]:
         """Output, and the gradients of all tensors."""

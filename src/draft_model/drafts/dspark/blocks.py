@@ -21,45 +21,26 @@ from draft_model.drafts.transfer import to_device
 
 @dataclass(frozen=True)
 class Blocks:
-    """N blocks of a batch of T packed tokens.
+    """N blocks of a batch of T packed tokens."""
 
-    Attributes:
-        steps: K, proposals of a block.
-        tokens: token ids, int64 [T].
-        positions: of each token in its conversation, int64 [T].
-        conversation: of each token, int64 [T].
-        anchors: packed positions, ascending, int64 [N].
-        times: their positions in their conversations, int64 [N].
-        previous: the token before each proposal, int64 [N, K].
-        learnt: which proposals are supervised: those up to the reply's end, bool [N, K].
-        teachers: packed positions that teach, ascending, int64 [M].
-        pairs: block, proposal and teacher's number of all that is learnt, by teacher, int64 [3, P].
-        chunks: the first and last + 1 pair of each head, and of its teachers.
-        reply_rows: 0, ..., N - 1: a round of decoding may start at every block.
-        reply_ends: for each block, which number the first block after its reply has, int64 [N].
-        reply_starts: first block of each reply, int64 [replies].
-        longest_reply: most blocks of a reply.
-        spans: of each conversation with blocks: its first and last + 1 block, and its first packed token.
-        whole: whether there is a block wherever decoding may start a round.
-    """
-
-    steps: int
-    tokens: Tensor
-    positions: Tensor
-    conversation: Tensor
-    anchors: Tensor
-    times: Tensor
-    previous: Tensor
-    learnt: Tensor
-    teachers: Tensor
-    pairs: Tensor
-    chunks: tuple[tuple[int, int, int, int], ...]
-    reply_rows: Tensor
-    reply_ends: Tensor
-    reply_starts: Tensor
-    longest_reply: int
+    steps: int  # K, proposals of a block
+    tokens: Tensor  # token ids, int64 [T]
+    positions: Tensor  # of each token in its conversation, int64 [T]
+    conversation: Tensor  # of each token, int64 [T]
+    anchors: Tensor  # packed positions, ascending, int64 [N]
+    times: Tensor  # their positions in their conversations, int64 [N]
+    previous: Tensor  # the token before each proposal, int64 [N, K]
+    learnt: Tensor  # which proposals are supervised: those up to the reply's end, bool [N, K]
+    teachers: Tensor  # packed positions that teach, ascending, int64 [M]
+    pairs: Tensor  # block, proposal and teacher's number of all that is learnt, by teacher, int64 [3, P]
+    chunks: tuple[tuple[int, int, int, int], ...]  # the first and last + 1 pair of each head, and of its teachers
+    reply_rows: Tensor  # 0, ..., N - 1: a round of decoding may start at every block
+    reply_ends: Tensor  # for each block, which number the first block after its reply has, int64 [N]
+    reply_starts: Tensor  # first block of each reply, int64 [replies]
+    longest_reply: int  # most blocks of a reply
+    # of each conversation with blocks: its first and last + 1 block, and its first packed token
     spans: tuple[tuple[int, int, int], ...]
-    whole: bool
+    whole: bool  # whether there is a block wherever decoding may start a round
 
     def to(self, device: torch.device) -> Blocks:
         """The same on another device."""

@@ -32,32 +32,20 @@ _CHAINS = ("fc_norm", "norm_before_fc", "norm_output", "eagle_aux_hidden_state_l
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig(LayerShape):
-    """The shape of a block draft: layers like Qwen3's over the target's whole vocabulary.
+    """The shape of a block draft: layers like Qwen3's over the target's whole vocabulary."""
 
-    Attributes:
-        num_hidden_layers: L.
-        num_target_layers: the target's.
-        block_size: S, positions of a block: the anchor and S - 1 mask tokens.
-        sample_from_anchor: whether the anchor's own position proposes too. DSpark's does, and proposes S tokens; DFlash
-            proposes S - 1, each at the position of its mask token.
-        mask_token_id: target token whose embedding stands at positions that are to be filled in.
-        markov_rank: r of the Markov head; 0: none, which is DFlash.
-        enable_confidence_head: whether there is one.
-        num_anchors: most blocks of a conversation in one training step.
-        loss_decay_gamma: proposal j counts exp(-j / gamma) in the loss.
-        dpace_alpha: smoothing of D-PACE's weights, which replace these; 0: they do not.
-    """
-
-    num_hidden_layers: int
-    num_target_layers: int
-    block_size: int
+    num_hidden_layers: int  # L
+    num_target_layers: int  # the target's
+    block_size: int  # S, positions of a block: the anchor and S - 1 mask tokens
+    # whether the anchor's own position proposes too. DSpark's does, and proposes S tokens; DFlash proposes S - 1, each
+    # at the position of its mask token.
     sample_from_anchor: bool
-    mask_token_id: int
-    markov_rank: int = 0
-    enable_confidence_head: bool = False
-    num_anchors: int = 512
-    loss_decay_gamma: float = 4.0
-    dpace_alpha: float = 0.0
+    mask_token_id: int  # target token whose embedding stands at positions that are to be filled in
+    markov_rank: int = 0  # r of the Markov head; 0: none, which is DFlash
+    enable_confidence_head: bool = False  # whether there is one
+    num_anchors: int = 512  # most blocks of a conversation in one training step
+    loss_decay_gamma: float = 4.0  # proposal j counts exp(-j / gamma) in the loss
+    dpace_alpha: float = 0.0  # smoothing of D-PACE's weights, which replace these; 0: they do not
 
     @property
     def family(self) -> str:

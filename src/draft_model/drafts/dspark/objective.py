@@ -151,24 +151,18 @@ class _Teaching:
     """The target's side of the heads, and what they found out.
 
     Attributes:
-        target: the target.
-        final: its final hidden states, [T, H].
-        blocks: N blocks of K proposals.
-        weights: of the proposals, float32 [N, K].
-        loss: tv, kl or lk.
-        learn: whether gradients are wanted.
         losses: of the proposals, float32 [N, K].
         confidence: the draft's probability of the target's favourite, float32 [N, K].
         agree: whether the favourites of draft and target are the same, bool [N, K].
         overlap: alpha, float32 [N, K].
     """
 
-    target: Target
-    final: Tensor
-    blocks: Blocks
-    weights: Tensor
-    loss: str
-    learn: bool
+    target: Target  # the target
+    final: Tensor  # its final hidden states, [T, H]
+    blocks: Blocks  # N blocks of K proposals
+    weights: Tensor  # of the proposals, float32 [N, K]
+    loss: str  # tv, kl or lk
+    learn: bool  # whether gradients are wanted
 
     def __post_init__(self) -> None:
         self.losses, self.confidence, self.overlap = torch.zeros(3, *self.weights.shape, device=self.final.device)

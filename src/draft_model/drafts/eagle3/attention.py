@@ -40,19 +40,12 @@ CUDNN_BLOCK = 128
 
 @dataclass(frozen=True)
 class Attended:
-    """What the causal part gives.
+    """What the causal part gives."""
 
-    Attributes:
-        out: [W, heads, d], or of the rows alone [N, heads, d] where places is none.
-        lse: its log-sum-exp, float32 [heads, W or N].
-        places: where the rows stand in out, int64 [N].
-        kept: what this kind's backward wants to have again.
-    """
-
-    out: Tensor
-    lse: Tensor
-    places: Tensor | None
-    kept: Any = None
+    out: Tensor  # [W, heads, d], or of the rows alone [N, heads, d] where places is none
+    lse: Tensor  # its log-sum-exp, float32 [heads, W or N]
+    places: Tensor | None  # where the rows stand in out, int64 [N]
+    kept: Any = None  # what this kind's backward wants to have again
 
 
 class CausalAttention(Protocol):

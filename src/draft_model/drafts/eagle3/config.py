@@ -36,17 +36,11 @@ SGLANG_DEEPSEEK = (
 
 @dataclass(frozen=True, kw_only=True)
 class DraftConfig(LayerShape):
-    """The shape of an EAGLE-3 draft: one Llama layer.
+    """The shape of an EAGLE-3 draft: one Llama layer."""
 
-    Attributes:
-        fc_norm: EAGLE-3.1: an RMSNorm of each feature before fc.
-        norm_before_fc: an RMSNorm of all features together before fc, and before those of fc_norm.
-        norm_output: EAGLE-3.1: the next step reads the state after the final norm.
-    """
-
-    fc_norm: bool = False
-    norm_before_fc: bool = False
-    norm_output: bool = False
+    fc_norm: bool = False  # EAGLE-3.1: an RMSNorm of each feature before fc
+    norm_before_fc: bool = False  # an RMSNorm of all features together before fc, and before those of fc_norm
+    norm_output: bool = False  # EAGLE-3.1: the next step reads the state after the final norm
 
     @property
     def family(self) -> str:

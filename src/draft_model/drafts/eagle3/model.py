@@ -35,35 +35,21 @@ _READS_BOTH = frozenset(f"self_attn.{name}_proj.weight" for name in "qkv")
 
 @dataclass(frozen=True)
 class Weights:
-    """The draft's weights in the compute type. H: hidden, Q: heads * head_dim, K: kv_heads * head_dim, I: SwiGLU.
-
-    Attributes:
-        fc: [H, nH].
-        embedding_qkv: the embedding's half of the q, k and v projections, [Q + 2K, H].
-        hidden_qkv: the other half, [Q + 2K, H].
-        out: [H, Q].
-        gate_up: [2I, H].
-        down: [H, I].
-        input_layernorm: [H], of the embedding.
-        hidden_norm: [H], of h.
-        post_attention_layernorm: [H].
-        norm: [H], before the head.
-        head: [D, H].
-        feature_norms: before fc, one after the other: of all features [nH], of each of the n [H], or none.
-    """
+    """The draft's weights in the compute type. H: hidden, Q: heads * head_dim, K: kv_heads * head_dim, I: SwiGLU."""
 
     config: DraftConfig
-    fc: Tensor
-    embedding_qkv: Tensor
-    hidden_qkv: Tensor
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
-    input_layernorm: Tensor
-    hidden_norm: Tensor
-    post_attention_layernorm: Tensor
-    norm: Tensor
-    head: Tensor
+    fc: Tensor  # [H, nH]
+    embedding_qkv: Tensor  # the embedding's half of the q, k and v projections, [Q + 2K, H]
+    hidden_qkv: Tensor  # the other half, [Q + 2K, H]
+    out: Tensor  # [H, Q]
+    gate_up: Tensor  # [2I, H]
+    down: Tensor  # [H, I]
+    input_layernorm: Tensor  # [H], of the embedding
+    hidden_norm: Tensor  # [H], of h
+    post_attention_layernorm: Tensor  # [H]
+    norm: Tensor  # [H], before the head
+    head: Tensor  # [D, H]
+    # before fc, one after the other: of all features [nH], of each of the n [H], or none
     feature_norms: list[tuple[Tensor, ...]]
 
     def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:

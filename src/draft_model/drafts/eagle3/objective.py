@@ -44,21 +44,13 @@ TeacherHead = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Teacher:
-    """The target's side of the loss.
+    """The target's side of the loss."""
 
-    Attributes:
-        states: the target's final hidden states at the plan's teacher positions, [M, H].
-        head: the target's head.
-        target_ids: target id of each draft token, int64 [D].
-        draft_ids: draft id of each target token, -1 where it has none, int64 [V].
-        eps: of the norm before the draft's head.
-    """
-
-    states: Tensor
-    head: TeacherHead
-    target_ids: Tensor
-    draft_ids: Tensor
-    eps: float
+    states: Tensor  # the target's final hidden states at the plan's teacher positions, [M, H]
+    head: TeacherHead  # the target's head
+    target_ids: Tensor  # target id of each draft token, int64 [D]
+    draft_ids: Tensor  # draft id of each target token, -1 where it has none, int64 [V]
+    eps: float  # of the norm before the draft's head
 
 
 class Heads:
