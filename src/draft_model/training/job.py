@@ -69,7 +69,7 @@ def run(config: TrainConfig) -> TrainResult:
         keeping = Keeping(p.keep_checkpoints, p.final_checkpoint == "best")
         with tracking as tracker, Output(config.checkpoints, work, keeping, config.output, leases) as output:
             resumed, go_on = _checkpoint(config, output, work)
-            training = prepare(config, ranks, inputs, resumed, go_on, work)
+            training = prepare(config, ranks, inputs, resumed, go_on)
             _check_disk(training, work)
             ranks.barrier()  # all have read what there was before any of it goes
             if ranks.first:

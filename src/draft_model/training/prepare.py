@@ -67,9 +67,7 @@ def _fetch(uri: str, into: Path, stage: str) -> tuple[str, dict[str, Any]]:
     return str(storage.fetch(uri, into)), dict(properties)
 
 
-def prepare(
-    config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded | None, go_on: bool, work: Path
-) -> Training:
+def prepare(config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded | None, go_on: bool) -> Training:
     """Puts a training together; raises DraftModelError where its parts do not fit one another.
 
     Args:
@@ -78,7 +76,6 @@ def prepare(
         inputs: local.
         resumed: a checkpoint to go on from, or to start from the weights of.
         go_on: which of the two.
-        work: scratch folder of this process.
     """
     p = config.parameters
     model, dataset = inputs.model, inputs.dataset
@@ -132,7 +129,7 @@ def prepare(
     for name in family.unused:
         logger.info("%s: without effect on %s", name, family.title)
     training = Training(
-        p, ranks, target, draft, optimizer, objective, train_split, validation, total, work, inputs.fingerprint
+        p, ranks, target, draft, optimizer, objective, train_split, validation, total, inputs.fingerprint
     )
     if resumed is not None and go_on:
         if problems := check_position(resumed, training.position(0)):

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -32,7 +31,6 @@ from draft_model.ranks import Ranks
 from draft_model.target.model import Target
 from draft_model.tracking import Tracker
 from draft_model.training.checkpoint import Loaded, Position, restore
-from draft_model.training.features import StateStore
 from draft_model.training.gradients import Gradients
 from draft_model.training.history import History, Window
 from draft_model.training.order import Step, draw_keys, plan_steps, total_steps
@@ -58,7 +56,6 @@ class Training:
     train: Split  # training split
     validation: Split | None  # validation split, if given
     total: int  # optimizer steps
-    work: Path  # scratch folder of this process
     dataset: str  # fingerprint of the data set
     done: int = 0  # optimizer steps done
     history: History = field(default_factory=History)  # measured so far
@@ -109,7 +106,6 @@ class _Pending:
 
     step: Step  # its conversations
     number: int  # counted from 1
-    rate: float  # its learning rate
     numbers: Tensor  # sums, gradient norm and stop requests of all processes, [n + 2]; on their way to the host
     arrived: torch.cuda.Event | None  # when they are there; None where they are already
 
@@ -130,9 +126,7 @@ def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
     """
     p, ranks, history = training.parameters, training.ranks, training.history
     lengths = training.train.lengths
-    plan = list(islice(plan_steps(lengths, p.draft_global_batch_size, p.seed), training.total))
-    steps = plan[training.done :]
-    store = _store(training, plan)
+    steps = list(islice(plan_steps(lengths, p.draft_global_batch_size, p.seed), training.done, training.total))
     gradients = Gradients(training.draft.parameters())
     nothing = training.objective.no_counts().cpu()
     window = Window(nothing, history.window)
@@ -142,7 +136,7 @@ def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
     with Progress(size, ranks.first) as progress:
         clock = time.monotonic()
         for step in steps:
-            pending.append(_learn(training, step, store, gradients, stop()))
+            pending.append(_learn(training, step, gradients, stop()))
             training.done += 1
             last = training.done == training.total
             ended_epoch = step.epoch + 1 if step.last_of_epoch else 0
@@ -164,7 +158,10 @@ def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
                 where = {"step": training.done, "epoch": step.epoch + 1, "learning_rate": rate}
                 history.log.append(record := window.record(p.num_speculative_tokens, **where))
                 progress.log(record)
-                training.tracker.metrics(training.done, record | {"memory_gigabytes": _memory(ranks.device)})
+                # The most GPU memory that this process has held; on a CPU the memory that it holds.
+                on_gpu = ranks.device.type == "cuda"
+                memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+                training.tracker.metrics(training.done, record | {"memory_gigabytes": memory / 1e9})
                 window = Window(nothing)
             if validates:
                 _validate(training, step.epoch, progress)
@@ -188,13 +185,6 @@ def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
         )
 
 
-def _memory(device: torch.device) -> float:
-    """Most GPU memory that this process has held, or on a CPU the memory that it holds, GB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return psutil.Process().memory_info().rss / 1e9
-
-
 def random_state() -> Tensor:
     """The state of this process's random numbers, uint8. No step draws any today; an objective with dropout would."""
     on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
@@ -209,31 +199,7 @@ def set_random_state(state: Tensor) -> None:
         torch.cuda.set_rng_state(state[size:].clone())
 
 
-def _store(training: Training, plan: list[Step]) -> StateStore:
-    """The store of a whole training: a resumed one keeps the same states as one that was never interrupted."""
-    visits = np.bincount(np.concatenate([step.conversations for step in plan]))
-    # Where processes share a target, each would have to know what the others have kept.
-    epochs = int(visits.max()) if training.ranks.tp == 1 and not training.target.spread else 1
-    width = training.draft.config.state_width
-    dtype, device = training.objective.dtype, training.target.device
-    groups = _target_batches(training, plan)
-    return StateStore(training.work, training.train.lengths, width, dtype, epochs, device, groups)
-
-
-def _target_batches(training: Training, plan: list[Step]) -> dict[int, tuple[int, ...]]:
-    """For each conversation of this rank those that first go through the target with it."""
-    ranks, size = training.ranks, training.parameters.training_batch_size
-    batches: dict[int, tuple[int, ...]] = {}
-    for step in plan:
-        mine = dict.fromkeys(ranks.share(step.conversations).tolist())
-        new = [index for index in mine if index not in batches]
-        for start in range(0, len(new), size):
-            part = tuple(new[start : start + size])
-            batches.update(dict.fromkeys(part, part))
-    return batches
-
-
-def _conversations(split: Split, indices: NDArray[np.int64] | list[int], keys: list[int] | None = None) -> Batch:
+def _conversations(split: Split, indices: NDArray[np.int64], keys: list[int] | None = None) -> Batch:
     rows = (split[int(index)] for index in indices)
     return collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows], keys)
 
@@ -272,14 +238,10 @@ def _losses(
         pass
 
 
-def _learn(training: Training, step: Step, store: StateStore, gradients: Gradients, stop: bool) -> _Pending:
+def _learn(training: Training, step: Step, gradients: Gradients, stop: bool) -> _Pending:
     """Starts one optimizer step; where its loss or gradient is not finite, nothing is learnt from it."""
     p, ranks, split = training.parameters, training.ranks, training.train
-    if store.keeps:
-        compute = lambda missing: training.target.states(_conversations(split, missing))  # noqa: E731
-        states = iter(store.get(ranks.share(step.conversations), compute))
-    else:
-        states = _target_states(training, split, step.conversations)
+    states = _target_states(training, split, step.conversations)
     sums: Counts = training.objective.no_counts()
     gradients.clear()
     size, number = p.draft_micro_batch_size, training.done + 1
@@ -297,12 +259,12 @@ def _learn(training: Training, step: Step, store: StateStore, gradients: Gradien
     gradients.update(training.optimizer, sums.divisor, norm, p.max_grad_norm, useful)
     numbers = torch.cat((numbers, norm.double().unsqueeze(0)))
     if ranks.device.type != "cuda":
-        return _Pending(step, number, rate, numbers, None)
+        return _Pending(step, number, numbers, None)
     on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     on_host.copy_(numbers, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return _Pending(step, number, rate, on_host, event)
+    return _Pending(step, number, on_host, event)
 
 
 def _settle(training: Training, pending: _Pending, window: Window) -> bool:
