@@ -129,7 +129,7 @@ def reduce_worker(shape: str, way: str, steps: int) -> dict[str, Any]:
 
     from draft_model.drafts.batch import collate
     from draft_model.ranks import start_ranks
-    from draft_model.training.gradients import Gradients
+    from draft_model.training.optimizer import Gradients
 
     class Loss(nn.Module):
         def __init__(self, draft: nn.Module, objective: Any) -> None:

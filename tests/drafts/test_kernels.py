@@ -216,7 +216,7 @@ class Waits(TorchDispatchMode):
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; a GPU has its own test")
 def test_the_step_asks_for_no_number(monkeypatch):
     from draft_model.drafts.eagle3 import step
-    from draft_model.training.gradients import Gradients
+    from draft_model.training.optimizer import Gradients
     from drafts.eagle3.case import random_case
 
     case = random_case(0, [9, 14], learnt=lambda length: torch.arange(length) >= length // 2)

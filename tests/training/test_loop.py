@@ -14,10 +14,9 @@ from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.step import Objective
 from draft_model.ranks import Ranks
 from draft_model.target.model import load_target
-from draft_model.training.gradients import Gradients
+from draft_model.training.optimizer import Gradients, learning_rate
 from draft_model.training.order import plan_steps
 from draft_model.training.plan import read_config
-from draft_model.training.schedule import learning_rate
 from training.case import DRAFT_VOCABULARY, QUICK
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from draft_model.dataset import Split, load_vocabulary
 from draft_model.errors import DraftModelError
 from draft_model.training import TrainConfig
 from draft_model.training.job import run
+from draft_model.training.optimizer import learning_rate
 from draft_model.training.order import plan_steps
-from draft_model.training.schedule import learning_rate
 from training.case import DRAFT_VOCABULARY, QUICK, Trained, build_dataset
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 32, 4, 2, 8, 48  # of the tiny target

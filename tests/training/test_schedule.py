@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from draft_model.training.schedule import learning_rate
+from draft_model.training.optimizer import learning_rate
 
 
 def torch_rates(total, warmup, peak):

@@ -1,14 +1,25 @@
-"""What a training measured: sums over the log window under way, and the records that became of earlier ones."""
+"""What a training measured, and how a person sees it.
+
+Sums over the log window under way, the records that became of earlier ones, a bar with tokens per second and the time
+left, and a line per log window.
+"""
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from draft_model.drafts.counts import Counts
+
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 15.0  # between two states of the bar where it goes to a log and not to a terminal
 
 
 @dataclass
@@ -50,11 +61,11 @@ class Window:
         saved: `to_json` of a window that a checkpoint interrupted.
     """
 
-    def __init__(self, nothing: Counts, saved: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, nothing: Counts, saved: Mapping[str, Any]) -> None:
         self.sums = nothing
-        self.tokens, self.seconds, self.norm = 0, 0.0, 0.0
-        sums = torch.tensor(saved["sums"] if saved else [], dtype=torch.float64)
-        if saved and sums.shape == nothing.tensor().shape:
+        self.tokens, self.seconds, self.norm = 0, 0.0, 0.0  # the norm is the last step's, before clipping
+        sums = torch.tensor(saved.get("sums", []), dtype=torch.float64)
+        if sums.shape == nothing.tensor().shape:
             self.sums = nothing.from_tensor(sums)
             self.tokens, self.seconds, self.norm = saved["tokens"], saved["seconds"], saved["norm"]
 
@@ -62,25 +73,53 @@ class Window:
         """The sums as JSON, exact."""
         return {**vars(self), "sums": self.sums.tensor().tolist()}
 
-    @property
-    def measured(self) -> bool:
-        """Whether anything was supervised: without, there is no loss that could be written."""
-        return bool(self.sums.divisor > 0)
-
-    def add(self, sums: Counts, norm: float) -> None:
-        """Adds one step's sums over all processes, and the norm of its gradient before clipping."""
-        self.sums, self.norm = self.sums + sums, norm
-
-    def spend(self, tokens: int, seconds: float) -> None:
-        """Adds what one step cost."""
-        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
-
-    def record(self, proposals: int, **where: Any) -> dict[str, Any]:
-        """The log record.
-
-        Args:
-            proposals: tokens that the simulated decoding proposes per round.
-            where: step, epoch and the like, which come first.
-        """
+    def record(self, proposals: int, where: Mapping[str, Any]) -> dict[str, Any]:
+        """The log record, of decoding simulated with so many proposals; `where` (step, epoch ...) comes first."""
         speed = self.tokens / max(self.seconds, 1e-9)
         return {**where, **self.sums.measures(proposals), "grad_norm": self.norm, "tokens_per_second": speed}
+
+
+class Progress:
+    """The bar of one training, over the tokens that will go through the draft; only the first rank shows it."""
+
+    def __init__(self, tokens: int, speaks: bool) -> None:
+        self._speaks = speaks
+        self._bar = tqdm(
+            total=tokens, unit="token", unit_scale=True, desc="training", disable=not speaks,
+            mininterval=0.5 if sys.stderr.isatty() else LOG_SECONDS, dynamic_ncols=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self, tokens: int, where: str, window: Any) -> None:
+        """Moves the bar on by the tokens of a step (`where`), and shows the loss since the last log line (`window`)."""
+        loss = f", loss {float(window.loss[0] / window.supervised[0]):.2f}" if window.supervised[0] > 0 else ""
+        self._bar.set_postfix_str(f"{where}{loss}", refresh=False)
+        self._bar.update(tokens)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Writes the line of one log window."""
+        if self._speaks:
+            logger.info(
+                "step %d, epoch %d: %s, learning rate %.1e, gradient norm %.1f, %.0f tokens/s", record["step"],
+                record["epoch"], _measured(record), record["learning_rate"], record["grad_norm"],
+                record["tokens_per_second"],
+            )  # fmt: skip
+
+    def log_validation(self, record: dict[str, Any]) -> None:
+        """Writes the line of one validation."""
+        if self._speaks:
+            logger.info("validation after step %d: %s", record["step"], _measured(record))
+
+
+def _measured(record: dict[str, Any]) -> str:
+    loss, conditional = (
+        " ".join("-" if value is None else f"{value:.2f}" for value in record[name])
+        for name in ("loss", "conditional_acceptance")
+    )
+    length = f"acceptance length {record['acceptance_length']:.2f} (simulated)"
+    return f"loss {loss}, acceptance by position {conditional}, {length}"

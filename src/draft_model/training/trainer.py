@@ -31,11 +31,9 @@ from draft_model.ranks import Ranks
 from draft_model.target.model import Target
 from draft_model.tracking import Tracker
 from draft_model.training.checkpoint import Loaded, Position, restore
-from draft_model.training.gradients import Gradients
-from draft_model.training.history import History, Window
+from draft_model.training.history import History, Progress, Window
+from draft_model.training.optimizer import Gradients, learning_rate
 from draft_model.training.order import Step, draw_keys, plan_steps, total_steps
-from draft_model.training.progress import Progress
-from draft_model.training.schedule import learning_rate
 
 logger = logging.getLogger(__name__)
 
@@ -149,20 +147,21 @@ def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
                 stopping |= _settle(training, done, window)
                 tokens = int(lengths[done.step.conversations].sum())
                 history.tokens += tokens
-                window.spend(tokens, time.monotonic() - clock)
-                history.seconds += time.monotonic() - clock
-                clock = time.monotonic()
+                now = time.monotonic()
+                window.tokens, window.seconds = window.tokens + tokens, window.seconds + now - clock
+                history.seconds += now - clock
+                clock = now
                 progress.advance(tokens, f"step {done.number}/{training.total}", window.sums)
-            if logs and window.measured:
+            if logs and window.sums.divisor > 0:  # else nothing was supervised, and there is no loss to write
                 rate = training.optimizer.param_groups[0]["lr"]
                 where = {"step": training.done, "epoch": step.epoch + 1, "learning_rate": rate}
-                history.log.append(record := window.record(p.num_speculative_tokens, **where))
+                history.log.append(record := window.record(p.num_speculative_tokens, where))
                 progress.log(record)
                 # The most GPU memory that this process has held; on a CPU the memory that it holds.
                 on_gpu = ranks.device.type == "cuda"
                 memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
                 training.tracker.metrics(training.done, record | {"memory_gigabytes": memory / 1e9})
-                window = Window(nothing)
+                window = Window(nothing, {})
             if validates:
                 _validate(training, step.epoch, progress)
             if not ahead:  # on a GPU the requests of all processes come with the step's numbers
@@ -274,7 +273,7 @@ def _settle(training: Training, pending: _Pending, window: Window) -> bool:
     *_, stops, norm = pending.numbers.tolist()
     sums = window.sums.from_tensor(pending.numbers[:-2])
     if math.isfinite(norm) and bool(torch.isfinite(sums.loss).all()):
-        window.add(sums, norm)
+        window.sums, window.norm = window.sums + sums, norm
     else:
         _skip(training, pending, sums, norm)
     return bool(stops > 0)

@@ -15,7 +15,7 @@ from draft_model.parameters import Parameters
 from draft_model.ranks import Ranks
 from draft_model.target.model import Target
 from draft_model.training.checkpoint import Loaded, optimizer_tensors
-from draft_model.training.gradients import Gradients
+from draft_model.training.optimizer import Gradients
 from draft_model.training.trainer import Training, train
 
 from .case import random_case, random_draft, relative_error, small_config
