@@ -54,7 +54,7 @@ def parts(shape: str, steps: int, device: Any) -> tuple[Any, Any, Any]:
 
     from draft_model.drafts.eagle3.config import draft_config_for
     from draft_model.drafts.eagle3.model import Eagle3Draft
-    from draft_model.drafts.eagle3.step import Objective
+    from draft_model.drafts.eagle3.objective import Objective
     from draft_model.target.model import Target
 
     hidden, intermediate, heads, vocabulary, known = SHAPES[shape]

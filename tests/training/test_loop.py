@@ -11,7 +11,7 @@ from draft_model.dataset import Split, load_vocabulary
 from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
 from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.drafts.eagle3.step import Objective
+from draft_model.drafts.eagle3.objective import Objective
 from draft_model.ranks import Ranks
 from draft_model.target.model import load_target
 from draft_model.training.optimizer import Gradients, learning_rate

@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from draft_model.drafts.base import Family
 
 FAMILIES = {
-    "eagle3": "draft_model.drafts.eagle3.family:EAGLE3",
-    "eagle3.1": "draft_model.drafts.eagle3.family:EAGLE31",
-    "dflash": "draft_model.drafts.dspark.family:DFLASH",
-    "dspark": "draft_model.drafts.dspark.family:DSPARK",
+    "eagle3": "draft_model.drafts.eagle3.config:EAGLE3",
+    "eagle3.1": "draft_model.drafts.eagle3.config:EAGLE31",
+    "dflash": "draft_model.drafts.dspark.config:DFLASH",
+    "dspark": "draft_model.drafts.dspark.config:DSPARK",
 }
 """Where each `Family` is; its modules are imported when it is used."""
 DEFAULT = "eagle3"

@@ -210,26 +210,6 @@ def later(where: str) -> Callable[..., Any]:
     return call
 
 
-def start(draft: Any, seed: int, target: Any) -> None:
-    """What drafts of all families start with: random matrices, and the target's final norm.
-
-    `fc` passes the highest feature through, nearly alone.
-
-    Args:
-        draft: the draft; its norms are ones.
-        seed: of the random matrices.
-        target: frozen; it may be in any type.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in draft.parameters():
-        if parameter.dim() == 2:
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
-    draft.fc.weight.mul_(0.5)[:, -draft.config.hidden_size :].diagonal().add_(1.0)
-    draft.norm.weight.copy_(target.norm)
-
-
 def load_weights(draft: Draft, tensors: Mapping[str, Tensor], source: str) -> None:
     """Copies a checkpoint's weights into a draft of the same shape.
 

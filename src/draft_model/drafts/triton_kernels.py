@@ -74,9 +74,11 @@ def _rms_norm_backward(
 
 
 def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None, rows: Tensor | None, out: Tensor
-) -> Tensor:
+    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *,
+    residual: Tensor | None = None, rows: Tensor | None = None, out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See `kernels.rms_norm_backward`."""
+    out = torch.empty_like(x) if out is None else out
     count, size = grad.shape
     programs = min(_PROGRAMS, count)
     partial = x.new_empty(programs, size, dtype=torch.float32)
@@ -85,7 +87,7 @@ def rms_norm_backward(
         grad, x, weight, scale, residual, rows, out, partial, count, size,
         rows is not None, residual is not None, block, num_warps=_warps(block),
     )  # fmt: skip
-    return partial.sum(0)
+    return out, partial.sum(0)
 
 
 @triton.jit
@@ -99,7 +101,7 @@ def _swiglu(gates, ups, product, I, stride, BLOCK: tl.constexpr):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of two matrices [N, I] of like strides."""
+    """See `kernels.swiglu`; the two are of like strides."""
     count, size = gate.shape
     product = gate.new_empty(count, size)
     block = min(1024, triton.next_power_of_2(size))
@@ -256,9 +258,10 @@ def _merge(
 
 
 def merge(
-    q: Tensor, out: Tensor, lse: Tensor, places: Tensor, keys: Tensor, values: Tensor, later: int
+    q: Tensor, out: Tensor, lse: Tensor, places: Tensor | None, keys: Tensor, values: Tensor, later: int
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.merge`."""
+    places = torch.arange(len(q), device=q.device) if places is None else places
     count, heads, size = q.shape
     kv_heads = keys.shape[2]
     group = heads // kv_heads
@@ -305,10 +308,11 @@ def _merge_backward(
 
 
 def merge_backward(
-    q: Tensor, grad: Tensor, merged: Tensor, total: Tensor, dq_causal: Tensor, places: Tensor, keys: Tensor,
+    q: Tensor, grad: Tensor, merged: Tensor, total: Tensor, dq_causal: Tensor, places: Tensor | None, keys: Tensor,
     values: Tensor, dkeys: Tensor, dvalues: Tensor, later: int, first: bool,
 ) -> Tensor:  # fmt: skip
     """See `kernels.merge_backward`."""
+    places = torch.arange(len(q), device=q.device) if places is None else places
     count, heads, size = q.shape
     kv_heads = keys.shape[2]
     group = heads // kv_heads

@@ -81,10 +81,8 @@ def _mlp(module: Any) -> tuple[Callable[[Tensor], Tensor], int] | None:
     gate, up, down = parts
 
     def forward(x: Tensor) -> Tensor:
-        from draft_model.drafts import triton_kernels
-
         rows = x.reshape(-1, x.shape[-1])
-        product: Tensor = down(triton_kernels.swiglu(gate(rows), up(rows)))
+        product: Tensor = down(kernels.swiglu(gate(rows), up(rows)))
         return product.view(x.shape)
 
     return forward, gate.in_features

@@ -15,7 +15,7 @@ from draft_model.drafts.batch import Batch, collate
 from draft_model.drafts.counts import Counts
 from draft_model.drafts.eagle3.config import DraftConfig
 from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.drafts.eagle3.step import Objective
+from draft_model.drafts.eagle3.objective import Objective
 
 from . import reference
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from draft_model.drafts.batch import collate
-from draft_model.drafts.eagle3.step import Objective
+from draft_model.drafts.eagle3.objective import Objective
 from draft_model.parameters import Parameters
 from draft_model.ranks import Ranks
 from draft_model.target.model import Target

@@ -38,7 +38,7 @@ from draft_model.drafts.counts import Counts, decode_rounds
 from draft_model.drafts.dspark.attention import block_attention
 from draft_model.drafts.dspark.blocks import Blocks, place_blocks
 from draft_model.drafts.dspark.model import BlockDraft
-from draft_model.drafts.rotary import Rotary
+from draft_model.drafts.layers import rotary_table
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
@@ -76,7 +76,7 @@ class Objective:
         self.draft, self.target, self.loss, self.dtype = draft, target, loss, dtype
         self.backend = kernels.choose_backend(attention_backend, target.device, dtype)
         shape = draft.config
-        self.rotary = Rotary(shape, target.device).table(max_length + shape.block_size, dtype)
+        self.rotary = rotary_table(shape, target.device, max_length + shape.block_size, dtype)
         self.decay = torch.exp(-torch.arange(shape.proposals, device=target.device) / shape.loss_decay_gamma)
 
     def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, Counts]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,25 +48,30 @@ class Attended:
     kept: Any = None  # what this kind's backward wants to have again
 
 
-class CausalAttention(Protocol):
-    """Causal attention of the rows of one batch over its step-0 keys."""
+class CausalAttention:
+    """Causal attention of the rows of one batch over its step-0 keys; adds the gradients of these up over the steps."""
+
+    _gradients: tuple[Tensor, ...] = ()  # of keys and values, as the kind lays them out
+
+    def _add(self, *gradients: Tensor) -> None:
+        for total, gradient in zip(self._gradients, gradients, strict=bool(self._gradients)):
+            total.add_(gradient)
+        self._gradients = self._gradients or gradients
 
     def forward(self, q: Tensor) -> Attended:
         """Attends with the rotated queries of one step, [N, heads, d]."""
+        raise NotImplementedError
 
     def backward(self, given: Attended, q: Tensor, grad: Tensor, merged: Tensor, total: Tensor) -> Tensor:
-        """Gradient of the queries, as `Attended.out` is laid out; gathers those of keys and values.
+        """The queries' gradient, as `Attended.out` is laid out, from that of the merged attention, [N, heads, d].
 
-        Args:
-            given: of the step's `forward`.
-            q: its queries.
-            grad: of the merged attention, [N, heads, d].
-            merged: the merged attention, [N, heads, d].
-            total: its log-sum-exp, float32 [heads, N].
+        `given` is what the step's `forward` gave; `total` the merged attention's log-sum-exp, float32 [heads, N].
         """
+        raise NotImplementedError
 
-    def key_gradients(self) -> tuple[Tensor, Tensor]:
+    def key_gradients(self) -> tuple[Tensor, ...]:
         """Gradients of keys and values over all steps, [P, kv_heads, d] each."""
+        return self._gradients
 
 
 def causal_attention(backend: str, windows: Windows, k0: Tensor, v0: Tensor) -> CausalAttention:
@@ -99,15 +104,13 @@ def _spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
     return out
 
 
-class _FlashOnGpu:
+class _FlashOnGpu(CausalAttention):
     """Variable-length flash attention over packed windows: no padding, and no two conversations meet."""
 
     def __init__(self, windows: Windows, k0: Tensor, v0: Tensor) -> None:
         self._windows, self._k, self._v = windows, k0, v0
         self._starts = windows.query_starts.to(torch.int32), windows.key_starts.to(torch.int32)
         self._spans = windows.longest_query, windows.longest_key
-        self._dk: Tensor | None = None
-        self._dv: Tensor | None = None
 
     def _spread(self, rows: Tensor) -> Tensor:
         """Rows [N, ...] at their places in the windows [W, ...], zero elsewhere."""
@@ -127,17 +130,8 @@ class _FlashOnGpu:
             self._spread(grad), self._spread(q), self._k, self._v, self._spread(merged), lse,
             *self._starts, *self._spans, 0.0, True, *given.kept,
         )  # fmt: skip
-        if self._dk is None or self._dv is None:
-            self._dk, self._dv = dk.float(), dv.float()
-        else:
-            self._dk.add_(dk)
-            self._dv.add_(dv)
+        self._add(dk.float(), dv.float())
         return cast(Tensor, dq)
-
-    def key_gradients(self) -> tuple[Tensor, Tensor]:
-        assert self._dk is not None
-        assert self._dv is not None
-        return self._dk, self._dv
 
 
 @functools.cache
@@ -170,7 +164,7 @@ def _cudnn_backward(
     return cast("tuple[Tensor, Tensor, Tensor]", found)
 
 
-class _Cudnn:
+class _Cudnn(CausalAttention):
     """cuDNN's attention over whole conversations padded to one length, twice as fast as the other on Hopper.
 
     It makes a plan for each shape, so lengths are rounded up. All heads get keys of their own, for it takes no groups.
@@ -183,7 +177,6 @@ class _Cudnn:
         self._kv_heads = k0.shape[1]
         self._k0, self._v0 = k0, v0
         self._kv: tuple[Tensor, Tensor] | None = None
-        self._gradients: list[Tensor] = []
 
     def _spread(self, rows: Tensor, places: Tensor) -> Tensor:
         """Rows [N, heads, d] in [B, heads, S, d], zero elsewhere."""
@@ -211,16 +204,14 @@ class _Cudnn:
         lse = spread.view(-1, self._batch, self._length).transpose(0, 1).contiguous().view(shape)
         queries, dout, out = (self._spread(x, self._rows) for x in (q, grad, merged))
         dq, dk, dv = _cudnn_backward(dout, queries, *self._expanded(q.shape[1]), out, lse, seed, offset)
-        new = [x.unflatten(1, (self._kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv)]
-        self._gradients = [a.add_(b) for a, b in zip(self._gradients, new, strict=True)] if self._gradients else new
+        self._add(*(x.unflatten(1, (self._kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv)))
         return dq.transpose(1, 2).reshape(-1, *q.shape[1:])
 
-    def key_gradients(self) -> tuple[Tensor, Tensor]:
-        dk, dv = (x.transpose(1, 2).flatten(0, 1).index_select(0, self._keys) for x in self._gradients)
-        return dk, dv
+    def key_gradients(self) -> tuple[Tensor, ...]:
+        return tuple(x.transpose(1, 2).flatten(0, 1).index_select(0, self._keys) for x in self._gradients)
 
 
-class _FlashOnCpu:
+class _FlashOnCpu(CausalAttention):
     """PyTorch's flash attention for CPUs over padded windows [B, heads, S - first, d].
 
     Before the window lie prompts, whose keys every query sees: a full attention over these and a causal one over the
@@ -234,7 +225,6 @@ class _FlashOnCpu:
         self._width = self._length - self._first
         self._rows = windows.row_conversation * self._width + windows.row_time - self._first  # flat in [B, W]
         self._k, self._v = (self._scatter(x, self._keys, self._length) for x in (k0, v0))
-        self._gradients: list[Tensor] = []
 
     def _scatter(self, rows: Tensor, places: Tensor, length: int) -> Tensor:
         """Rows [N, heads, ...] in [B, heads, length, ...], zero elsewhere."""
@@ -273,13 +263,11 @@ class _FlashOnCpu:
             for keys, causal in self._parts()
         ]
         dq, dk, dv = zip(*parts, strict=True)
-        new = [torch.cat(dk, 2), torch.cat(dv, 2)]
-        self._gradients = [a.add_(b) for a, b in zip(self._gradients, new, strict=True)] if self._gradients else new
+        self._add(torch.cat(dk, 2), torch.cat(dv, 2))
         return self._gather(sum(dq[1:], dq[0]))
 
-    def key_gradients(self) -> tuple[Tensor, Tensor]:
-        dk, dv = (x.transpose(1, 2).flatten(0, 1).index_select(0, self._keys) for x in self._gradients)
-        return dk, dv
+    def key_gradients(self) -> tuple[Tensor, ...]:
+        return tuple(x.transpose(1, 2).flatten(0, 1).index_select(0, self._keys) for x in self._gradients)
 
 
 def _flex_length(length: int) -> int:
@@ -294,14 +282,13 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-class _Flex:
+class _Flex(CausalAttention):
     """PyTorch's FlexAttention over packed windows under a block mask; for a GPU."""
 
     def __init__(self, windows: Windows, k0: Tensor, v0: Tensor) -> None:
         self._windows, self._kv = windows, tuple(self._padded(x) for x in (k0, v0))
         self._keys = len(k0)
         self._mask = _block_mask(windows, k0.device)
-        self._gradients: list[Tensor] = []
 
     def _padded(self, x: Tensor) -> Tensor:
         """[L, heads, d] -> [1, heads, whole blocks, d]."""
@@ -326,13 +313,11 @@ class _Flex:
         d_out = torch.zeros_like(given.out).index_copy_(0, places, d_own.to(q.dtype))
         d_lse = torch.zeros_like(given.lse).index_copy_(1, places, d_lse.T)
         dq, dk, dv = torch.autograd.grad((out, lse), leaves, (d_out.transpose(0, 1).unsqueeze(0), d_lse.unsqueeze(0)))
-        new = [dk.float(), dv.float()]
-        self._gradients = [a.add_(b) for a, b in zip(self._gradients, new, strict=True)] if self._gradients else new
+        self._add(dk.float(), dv.float())
         return cast(Tensor, dq[0].transpose(0, 1).contiguous())
 
-    def key_gradients(self) -> tuple[Tensor, Tensor]:
-        dk, dv = (x[0, :, : self._keys].transpose(0, 1).contiguous() for x in self._gradients)
-        return dk, dv
+    def key_gradients(self) -> tuple[Tensor, ...]:
+        return tuple(x[0, :, : self._keys].transpose(0, 1).contiguous() for x in self._gradients)
 
 
 def _block_mask(windows: Windows, device: torch.device) -> Any:

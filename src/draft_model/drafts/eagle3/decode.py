@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.drafts.rotary import Rotary, rotate
+from draft_model.drafts.layers import rotary_table, rotate
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
@@ -28,7 +28,7 @@ class ChainProposer:
         self.weights = draft.weights(torch.float32)
         self.head = draft.lm_head.weight
         self.target_ids = draft.target_ids
-        self.rotary = Rotary(draft.config, target.device).table(length, torch.float32)
+        self.rotary = rotary_table(draft.config, target.device, length, torch.float32)
         self.embedding = target.embedding.float()
         heads, size = draft.config.num_key_value_heads, draft.config.head_dim
         self.keys = self.values = torch.empty(0, heads, 0, size, device=target.device)  # [B, kv_heads, C, d]

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from draft_model.drafts.base import start
 from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import DraftConfig
+from draft_model.drafts.layers import Attention, SwiGLU, start
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
@@ -81,29 +81,11 @@ class Weights:
         return hidden + functional.linear(functional.silu(gate) * up, self.down)
 
 
-class _Attention(nn.Module):
-    def __init__(self, config: DraftConfig) -> None:
-        super().__init__()
-        query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(2 * config.hidden_size, query, bias=False)
-        self.k_proj = nn.Linear(2 * config.hidden_size, key, bias=False)
-        self.v_proj = nn.Linear(2 * config.hidden_size, key, bias=False)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
-
-
-class _SwiGLU(nn.Module):
-    def __init__(self, config: DraftConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-
 class _Layer(nn.Module):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
-        self.self_attn = _Attention(config)
-        self.mlp = _SwiGLU(config)
+        self.self_attn = Attention(config, 2 * config.hidden_size)
+        self.mlp = SwiGLU(config)
         self.hidden_norm = nn.RMSNorm(config.hidden_size)
         self.input_layernorm = nn.RMSNorm(config.hidden_size)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size)

@@ -47,7 +47,7 @@ class Unroll:
 
     Args:
         weights: the draft in the compute type.
-        rotary: cosines and sines [2, >= S + steps, d] of `Rotary.table`.
+        rotary: cosines and sines [2, >= S + steps, d] of `rotary_table`.
         plan: positions, of `plan_unroll`.
         backend: of `choose_backend`.
     """
@@ -114,7 +114,7 @@ class Unroll:
             middle = torch.addmm(x, attended.flatten(1), w.out.T)
             own, middle_scale = rms_norm(middle, w.post_attention_layernorm, self._eps)
             both = own @ w.gate_up.T
-            torch.addmm(middle, kernels.swiglu(both), w.down.T, out=hidden[step + 1])
+            torch.addmm(middle, kernels.swiglu(*both.chunk(2, -1)), w.down.T, out=hidden[step + 1])
             if keep:
                 kept = both if keep_mlp else None
                 step_ = _Step(q, scale, output_scale, given, attended, total, middle, middle_scale, kept)
