@@ -90,9 +90,7 @@ class Ranks:
 def start_ranks(timeout: timedelta, tp: int = 1) -> Iterator[Ranks]:
     """Joins the other processes that torchrun started; without torchrun, this one is alone.
 
-    Args:
-        timeout: a collective that takes longer ends the job.
-        tp: processes that hold one copy of the target; divides their number.
+    `tp` of them hold one copy of the target. A collective that takes longer than `timeout` ends the job.
 
     Raises:
         PeerLost: when another process ended, or did not come to a collective within the time-out.

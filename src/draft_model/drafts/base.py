@@ -175,12 +175,7 @@ class Family:
 def check_proposals(shape: Shape, wanted: int) -> str:
     """A note where a draft is to propose fewer tokens than the block that it is trained for; empty where it is not.
 
-    Args:
-        shape: of the draft.
-        wanted: num_speculative_tokens.
-
-    Raises:
-        DraftModelError: where it is to propose more.
+    `wanted` is num_speculative_tokens; more than the block has raises DraftModelError.
     """
     if wanted > shape.proposals > 0:
         problem = (
@@ -197,11 +192,7 @@ def check_proposals(shape: Shape, wanted: int) -> str:
 
 
 def later(where: str) -> Callable[..., Any]:
-    """A function or class of a module that is imported, with torch, when it is called.
-
-    Args:
-        where: `module:name`, the module's name without `draft_model.drafts.`.
-    """
+    """A function or class, `module:name` of `drafts`, whose module is imported, with torch, when it is called."""
     module, _, name = where.partition(":")
 
     def call(*args: Any, **options: Any) -> Any:
@@ -211,15 +202,10 @@ def later(where: str) -> Callable[..., Any]:
 
 
 def load_weights(draft: Draft, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copies a checkpoint's weights into a draft of the same shape.
-
-    Args:
-        draft: the draft.
-        tensors: by checkpoint name.
-        source: what an error names.
+    """Copies a checkpoint's weights, by checkpoint name, into a draft of the same shape.
 
     Raises:
-        DraftModelError: when a tensor is missing or of another shape.
+        DraftModelError: when a tensor is missing or of another shape; names the source.
     """
     import torch
 

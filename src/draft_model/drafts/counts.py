@@ -68,9 +68,6 @@ class Counts:
 
         The product of mean acceptances, 1 + a0 + a0 a1 + ..., would be higher: it weighs all positions alike, but
         decoding passes easy ones several at a time and starts most rounds at hard ones.
-
-        Args:
-            proposals: tokens proposed per round; at most as many as there are entries.
         """
         index = min(proposals, len(self.rounds)) - 1
         return 1.0 + float(self.kept[index] / self.rounds[index].clamp(min=1))

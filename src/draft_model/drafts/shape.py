@@ -93,11 +93,8 @@ def _resample(factors: list[float], size: int) -> list[float]:
 def target_layers(target: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `LayerShape` whose layers are like the target's, all but its features.
 
-    Args:
-        target: the target's config.json; of a multi-modal one, its text_config is taken.
-
     Raises:
-        DraftModelError: when the target is no decoder of the known structure; names what is missing.
+        DraftModelError: when the target is no decoder of the known structure; names what its config.json lacks.
     """
     text: Mapping[str, Any] = target.get("text_config") or target
     needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
@@ -130,9 +127,7 @@ def target_layers(target: Mapping[str, Any]) -> dict[str, Any]:
 def layer_values(default: LayerShape, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration without `layer_problems` makes of the default's fields.
 
-    Args:
-        default: of the target.
-        given: its settings; what is null counts as not given, except that `rope_scaling: null` means none.
+    What is null counts as not given, except that `rope_scaling: null` means none.
     """
     values = {key: given[key] for key in (*_SIZES, "rms_norm_eps") if given.get(key) is not None}
     theta = given.get("rope_theta") or default.rope_parameters["rope_theta"]
@@ -151,11 +146,11 @@ def layer_values(default: LayerShape, given: Mapping[str, Any]) -> dict[str, Any
 def layer_problems(
     default: LayerShape, given: Mapping[str, Any], fixed: Mapping[str, Any], own: Iterable[str], foreign: bool
 ) -> list[str]:
-    """What in a configuration no draft of this target can have.
+    """What in a configuration (without nulls) no draft of this target can have.
 
     Args:
         default: of the target.
-        given: its settings, without nulls.
+        given: the settings.
         fixed: settings with one possible value.
         own: names of the family's other settings, which are not looked at.
         foreign: whether it is a checkpoint's, whose settings that no engine reads are ignored.

@@ -151,13 +151,9 @@ def compare_replies(
     margins: Sequence[Sequence[float]],
     dtype: str,
 ) -> tuple[int, list[Difference]]:
-    """Compares replies with the target's own, token by token.
+    """Compares replies with the target's own, token by token; both are of one compute type.
 
-    Args:
-        decoded: with a draft, token ids.
-        expected: the target's own.
-        margins: by reply and token, how far the target's two best tokens lie apart there.
-        dtype: compute type of both.
+    Margins say, by reply and token, how far the target's two best tokens lie apart.
 
     Returns:
         Tokens compared, up to a reply's end or first difference, and the differences.
@@ -176,10 +172,7 @@ def compare_replies(
 
 
 def choose(wanted: str) -> str:
-    """The engine to measure in: vllm, sglang or transformers.
-
-    Args:
-        wanted: parameter evaluation_engine; `auto` takes vLLM where it can be imported.
+    """The engine that evaluation_engine means: vllm, sglang or transformers; `auto` is vLLM where it can be imported.
 
     Raises:
         DraftModelError: when the engine that is asked for is not installed.
@@ -212,7 +205,7 @@ class Process:
     """A running engine; leaving the context ends it and all that it started.
 
     Args:
-        engine: vllm or sglang: a module of this package whose `serve` answers.
+        engine: a module of this package that reads the job and answers.
         job: what to load.
         time_limit: seconds after which the process is ended.
         environment: further variables of the process.
@@ -323,12 +316,9 @@ _CONSEQUENCE = re.compile(r"initialization failed|EngineDeadError|See (?:root ca
 
 
 def explain(code: int, log: str, *, evaluates: bool = True) -> str:
-    """Why a process failed, as half a sentence.
+    """Why a process ended with an exit status (negative: a signal) and these last lines of its log, as half a sentence.
 
-    Args:
-        code: its exit status; negative: a signal.
-        log: the last lines of its log.
-        evaluates: whether the parameters to change are the evaluation's, or a regeneration's.
+    `evaluates`: whether the parameters to change are the evaluation's, or a regeneration's.
     """
     log = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", log)
     causes = [
@@ -358,9 +348,7 @@ def end_all_with_parent() -> Callable[..., None]:
 def serve(load: Callable[[Any], Any], job: type = Job) -> None:
     """Main function of an engine's process: a job, then [method, argument, ...] a line; a JSON line in answer to each.
 
-    Args:
-        load: makes the engine of a job.
-        job: its record.
+    `load` makes the engine of a job.
     """
     end = end_all_with_parent()
     answers = os.fdopen(os.dup(1), "w")

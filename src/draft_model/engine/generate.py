@@ -57,12 +57,7 @@ class Answer:
 
 
 class VllmGenerator:
-    """A process that generates; `close` ends it.
-
-    Args:
-        settings: of the generation.
-        devices: value of CUDA_VISIBLE_DEVICES for the process; None leaves it.
-    """
+    """A process that generates; `close` ends it. `devices` is its CUDA_VISIBLE_DEVICES; None leaves it."""
 
     in_flight = 1280
     """Conversations at once: more than the 1,024 that vLLM batches by default on the largest GPUs."""

@@ -115,12 +115,7 @@ def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **setti
     """Loads an imported model with transformers, from safetensors and without code of its own.
 
     FP8 weights are dequantised, on a GPU too: the training reads the last layer's, and multiplies in the compute type.
-
-    Args:
-        folder: a Transformers folder.
-        dtype: compute type.
-        auto_class: the class to load it with; the one for text generation where not given.
-        settings: of `from_pretrained`.
+    The class is that for text generation unless another is given; settings are those of `from_pretrained`.
     """
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -52,13 +52,7 @@ def load_share(
     """Loads this process's part of the target: all of it, or its share of every layer where tp_size says so.
 
     Where copies would not fit beside the draft, their layers are spread over the data-parallel processes as well.
-
-    Args:
-        folder: of the imported model.
-        aux_layers: of the draft's configuration.
-        dtype: compute type.
-        ranks: this process among the others.
-        beside: gives the bytes that training needs of a GPU besides the target; asked where memory is known.
+    `beside` gives the bytes that training needs of a GPU (of so many bytes) besides the target.
 
     Raises:
         DraftModelError: where the model cannot be loaded, or its heads cannot be shared out.
@@ -139,12 +133,8 @@ def _tp_sizes(config: Any) -> list[int]:
 def must_spread(model: Any, tp: int, dp: int, memory: float, beside: float) -> bool:
     """Whether copies of a target are too big, so that their layers are to be spread over the dp processes as well.
 
-    Args:
-        model: on the meta device, in the compute type.
-        tp: tp_size.
-        dp: how many copies there would be.
-        memory: of a GPU, in bytes.
-        beside: bytes that training needs besides the target, an estimate.
+    The model is on the meta device in the compute type; `memory` is a GPU's, `beside` what training needs of it besides
+    the target, bytes.
 
     Raises:
         DraftModelError: where a GPU could not hold its part in either way; names the smallest tp_size that would do.

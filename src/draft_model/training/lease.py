@@ -218,15 +218,10 @@ def own_run_id() -> str:
 
 @contextmanager
 def hold(folder: str, run_id: str, *, outermost: bool, parameter: str = "checkpoint_path") -> Iterator[Lease | None]:
-    """Holds the lease on a folder, where one is named, while its body runs.
+    """Holds the lease on a folder, where one is named, while its body runs; `parameter` named it.
 
-    Only checkpoint_path must be leased: an output in a store without conditional writes goes without.
-
-    Args:
-        folder: URI; empty: no lease.
-        run_id: of this run.
-        outermost: whether the run ends with this process, or with one that waits for it.
-        parameter: that named the folder.
+    Only checkpoint_path must be leased: an output in a store without conditional writes goes without. `outermost` says
+    whether the run ends with this process, or with one that waits for it.
 
     Raises:
         DraftModelError: where another run is at work there.

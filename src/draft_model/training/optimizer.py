@@ -66,12 +66,7 @@ class Gradients:
     ) -> None:
         """One step of a fused optimizer on the mean gradient, whose division and clipping happen inside it.
 
-        Args:
-            optimizer: of `make_optimizer`.
-            count: of `norm`.
-            norm: of `norm`.
-            max_norm: the longest that the whole gradient may be.
-            useful: bool scalar; where it is false, nothing changes.
+        The whole gradient is at most max_norm long; where `useful`, a bool scalar, is false, nothing changes.
         """
         shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         optimizer.grad_scale = count.clamp(min=1).float() / shrink  # type: ignore[attr-defined]

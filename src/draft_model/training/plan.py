@@ -261,10 +261,7 @@ def bytes_in_words(size: float) -> str:
 def expected_acceptance_length(tokens: float, proposals: int, own_answers: bool = True) -> tuple[float, float]:
     """The range in which the acceptance length on held-out conversations of the same kind should lie.
 
-    Args:
-        tokens: supervised tokens that the training sees.
-        proposals: tokens proposed per round.
-        own_answers: whether the target wrote the answers.
+    It goes by the supervised tokens that the training sees, and by whether the target wrote the answers itself.
     """
     xs, ps = [math.log(x) for x, _ in POINTS], [p for _, p in POINTS]
     at = min(max(math.log(max(tokens, 1)), xs[0]), xs[-1])

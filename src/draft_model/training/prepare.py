@@ -70,12 +70,7 @@ def _fetch(uri: str, into: Path, stage: str) -> tuple[str, dict[str, Any]]:
 def prepare(config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded | None, go_on: bool) -> Training:
     """Puts a training together; raises DraftModelError where its parts do not fit one another.
 
-    Args:
-        config: of the job.
-        ranks: this process among the others.
-        inputs: local.
-        resumed: a checkpoint to go on from, or to start from the weights of.
-        go_on: which of the two.
+    `go_on`: whether it goes on from `resumed`, or starts from the weights of that.
     """
     p = config.parameters
     model, dataset = inputs.model, inputs.dataset

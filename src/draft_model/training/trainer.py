@@ -315,12 +315,7 @@ def _validate(training: Training, epoch: int, progress: Progress) -> None:
 
 
 def check_position(loaded: Loaded, current: Position) -> list[str]:
-    """What keeps a checkpoint from being resumed by this run, a sentence each.
-
-    Args:
-        loaded: the checkpoint.
-        current: this run's identity, at step 0.
-    """
+    """What keeps a checkpoint from being resumed by a run (`current`, at step 0), a sentence each."""
     if loaded.position is None:
         return [
             f"resume_from_checkpoint: {loaded.uri} holds a draft without training state; use resume=false to start "

@@ -22,14 +22,7 @@ SCORES = 1 << 23
 
 
 def block_attention(backend: str, blocks: Blocks, size: int, heads: int) -> Attend:
-    """The attention of one batch.
-
-    Args:
-        backend: flex_attention or sdpa, which is the chunked one.
-        blocks: on the device.
-        size: S, positions of a block.
-        heads: query heads.
-    """
+    """The attention of one batch's blocks of `size` positions: by flex_attention, or in chunks for sdpa."""
     if backend == "flex_attention":
         return functools.partial(_flex, block_mask(blocks, size))
     chunks = []
@@ -55,18 +48,9 @@ def block_attention(backend: str, blocks: Blocks, size: int, heads: int) -> Atte
 
 
 def attend_dense(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor, times: Tensor) -> Tensor:
-    """Attention of n blocks over T context positions and themselves.
+    """Attention of n blocks over T context positions, of which each sees `times` (int64 [n]), and over themselves.
 
-    Args:
-        q: [n, S, heads, d].
-        k: [n, S, kv_heads, d].
-        v: likewise.
-        context_k: [T, kv_heads, d].
-        context_v: likewise.
-        times: how many of the context positions each block sees, int64 [n].
-
-    Returns:
-        [n, S, heads, d].
+    q is [n, S, heads, d], k and v [n, S, kv_heads, d], those of the context [T, kv_heads, d]. Returns [n, S, heads, d].
     """
     (count, size, _, width), kv_heads, length = q.shape, k.shape[2], len(context_k)
     grouped = (q * width**-0.5).unflatten(2, (kv_heads, -1)).permute(2, 0, 1, 3, 4).flatten(2, 3)  # [kv, n, S g, d]

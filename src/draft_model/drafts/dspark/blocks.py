@@ -49,13 +49,9 @@ class Blocks:
 
 
 def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -> Blocks:
-    """Chooses the anchors and works the indices out.
+    """Chooses the anchors, at most `limit` of a conversation, and works the indices out for K proposals.
 
-    Args:
-        batch: B conversations.
-        steps: K.
-        limit: most anchors of a conversation; none: all that there are.
-        size: pairs of a chunk.
+    Heads take the pairs in chunks of `size`.
     """
     real = torch.arange(batch.tokens.shape[1]) < batch.lengths.unsqueeze(1)
     predicted = batch.predicted & real

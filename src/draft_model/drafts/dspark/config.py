@@ -97,23 +97,16 @@ _OWN = tuple(field.name for field in fields(BlockConfig) if field.name not in La
 
 
 def feature_layers(layers: int, count: int) -> tuple[int, ...]:
-    """Spreads feature layers evenly between the target's second layer and its third from the end, both included.
+    """Spreads `count` feature layers evenly from the target's second layer to its third from the end.
 
-    Args:
-        layers: the target's.
-        count: features; fewer where the target is too shallow.
+    There are fewer where the target is too shallow.
     """
     low, high = (2, layers - 2) if layers >= 7 else (1, layers - 1)
     return tuple(sorted({round(low + index * (high - low) / max(count - 1, 1)) for index in range(count)}))
 
 
 def default_config(name: str, target: Mapping[str, Any], proposals: int = DEFAULT_PROPOSALS) -> BlockConfig:
-    """The default draft of a target.
-
-    Args:
-        name: dspark or dflash.
-        target: its config.json.
-        proposals: K, what is to be served; the block has at least two positions.
+    """The default draft of a target, by its config.json: of the family `name`, with blocks of `proposals` tokens.
 
     Raises:
         DraftModelError: when the target is no decoder of the known structure.
@@ -138,13 +131,10 @@ def default_config(name: str, target: Mapping[str, Any], proposals: int = DEFAUL
 def adapt(default: BlockConfig, given: Mapping[str, Any], source: str = USER) -> BlockConfig:
     """Applies the user's draft_model_config, or a checkpoint's config.json, to the default of the target.
 
-    Args:
-        default: of `default_config`.
-        given: the JSON object, whole or partial; what is null counts as not given.
-        source: where it comes from.
+    What is null counts as not given.
 
     Raises:
-        DraftModelError: with everything in it that does not fit the target or the architecture.
+        DraftModelError: with everything in it that does not fit the target or the architecture; names the source.
     """
     values = {key: value for key, value in given.items() if value is not None}
     nested = values.get("dflash_config") or {}

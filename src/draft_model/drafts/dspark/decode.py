@@ -16,13 +16,7 @@ if TYPE_CHECKING:
 
 
 class BlockProposer:
-    """Proposes tokens for the rows of a batch.
-
-    Args:
-        draft: the draft.
-        target: its target.
-        length: positions that decoding may reach, proposals included.
-    """
+    """Proposes tokens for the rows of a batch; decoding may reach `length` positions, proposals included."""
 
     def __init__(self, draft: BlockDraft, target: Target, length: int) -> None:
         self.draft = draft

@@ -80,13 +80,7 @@ class Layer(nn.Module):
 
 
 class BlockDraft(nn.Module):
-    """The draft's float32 parameters.
-
-    Args:
-        config: the draft's shape.
-        t2d: which target tokens it knows: all of them.
-        d2t: zeros.
-    """
+    """The draft's float32 parameters. It knows all target tokens: t2d is true everywhere, d2t zero."""
 
     t2d: Tensor
     d2t: Tensor
@@ -114,10 +108,6 @@ class BlockDraft(nn.Module):
         head starts at one half, the Markov head without effect. Its embeddings are random projections of the target's,
         so that what is learnt of a token holds for its like too; of size 1, for the smaller they are, the longer w2
         takes to have an effect.
-
-        Args:
-            seed: of the random matrices.
-            target: frozen; it may be in any type.
         """
         with torch.no_grad():
             start(self, seed, target)

@@ -52,15 +52,9 @@ LOSSES = {"tv": (0.1, 0.9, 0.0), "kl": (0.0, 0.0, 1.0)}
 
 
 class Objective:
-    """The loss of a block draft against its target.
+    """The loss (tv, kl or lk) of a block draft against its target, which is frozen and in the compute type `dtype`.
 
-    Args:
-        draft: float32 parameters.
-        target: the frozen target, in the compute type.
-        attention_backend: `flex_attention` or `sdpa`.
-        dtype: compute type.
-        max_length: longest conversation, in tokens.
-        loss: tv, kl or lk.
+    attention_backend is flex_attention or sdpa; no conversation is longer than max_length tokens.
     """
 
     def __init__(
@@ -137,10 +131,7 @@ class Objective:
 def dpace_weights(confidence: Tensor, learnt: Tensor, alpha: float) -> Tensor:
     """D-PACE's weights, [N, K], from the draft's confidence in what the target would choose, float32 [N, K].
 
-    Args:
-        confidence: q of each proposal.
-        learnt: which of them are supervised, a leading run of each block, bool [N, K].
-        alpha: of the smoothing.
+    `learnt` says which proposals are supervised, a leading run of each block, bool [N, K]; alpha smooths.
     """
     kept: Tensor = ((1.0 - alpha) * confidence + alpha).cumprod(1) * learnt
     return kept.flip(1).cumsum(1).flip(1)

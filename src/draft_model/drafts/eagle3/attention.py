@@ -75,14 +75,7 @@ class CausalAttention:
 
 
 def causal_attention(backend: str, windows: Windows, k0: Tensor, v0: Tensor) -> CausalAttention:
-    """The attention of one batch.
-
-    Args:
-        backend: of `choose_backend`.
-        windows: of the batch's plan.
-        k0: step-0 keys, rotated, [P, kv_heads, d].
-        v0: step-0 values, likewise.
-    """
+    """The attention of one batch, over its step-0 keys (rotated) and values, [P, kv_heads, d]."""
     if backend == "flex_attention":
         return _Flex(windows, k0, v0)
     if not k0.is_cuda:

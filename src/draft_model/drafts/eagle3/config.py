@@ -112,9 +112,6 @@ def layers_of(config: Mapping[str, Any], target_model_type: str = "") -> list[in
 def choose_aux_layers(layers: int) -> tuple[int, ...]:
     """Which residual streams feed the draft: after 2, L//2 and L-3 layers; three spread ones for a shallow target.
 
-    Args:
-        layers: L, the target's number of layers.
-
     Raises:
         DraftModelError: for fewer than four layers.
     """
@@ -127,10 +124,7 @@ def choose_aux_layers(layers: int) -> tuple[int, ...]:
 
 
 def draft_config_for(target: Mapping[str, Any], _proposals: int = 0) -> DraftConfig:
-    """The default draft of a target.
-
-    Args:
-        target: its config.json.
+    """The default draft of a target, by its config.json.
 
     Raises:
         DraftModelError: when the target is no decoder of the known structure, or too shallow.
@@ -168,14 +162,11 @@ def _choose_layers(default: DraftConfig, given: Mapping[str, Any]) -> tuple[tupl
 def with_overrides(default: DraftConfig, given: Mapping[str, Any], source: str = USER) -> DraftConfig:
     """Applies the user's draft_model_config, or a checkpoint's config.json, to the default of the target.
 
-    Args:
-        default: of `draft_config_for`.
-        given: the JSON object, whole or partial; what is null counts as not given, except that `rope_scaling: null`
-            means none.
-        source: where it comes from; settings of a checkpoint that no engine reads are ignored.
+    What is null counts as not given, except that `rope_scaling: null` means none; settings of a checkpoint that no
+    engine reads are ignored.
 
     Raises:
-        DraftModelError: with everything in it that does not fit the target or the one architecture.
+        DraftModelError: with everything in it that does not fit the target or the one architecture; names the source.
     """
     values = {key: value for key, value in given.items() if value is not None}
     if values.get("architectures") == ["Eagle3LlamaForCausalLM"]:  # vLLM's other name for the same class

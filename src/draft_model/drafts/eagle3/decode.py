@@ -16,13 +16,7 @@ if TYPE_CHECKING:
 
 
 class ChainProposer:
-    """Proposes tokens for the rows of a batch.
-
-    Args:
-        draft: the draft.
-        target: its target.
-        length: positions that decoding may reach, proposals included.
-    """
+    """Proposes tokens for the rows of a batch; decoding may reach `length` positions, proposals included."""
 
     def __init__(self, draft: Eagle3Draft, target: Target, length: int) -> None:
         self.weights = draft.weights(torch.float32)

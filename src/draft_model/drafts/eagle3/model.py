@@ -94,10 +94,7 @@ class _Layer(nn.Module):
 class Eagle3Draft(nn.Module):
     """The draft's float32 parameters and its vocabulary.
 
-    Args:
-        config: the draft's shape.
-        t2d: which target tokens the draft knows, bool [V].
-        d2t: target_id - draft_id of each draft token, int64 [D].
+    t2d says which target tokens it knows, bool [V]; d2t is target_id - draft_id of each draft token, int64 [D].
     """
 
     t2d: Tensor
@@ -126,13 +123,9 @@ class Eagle3Draft(nn.Module):
     def initialise(self, seed: int, target: Target) -> None:
         """Random matrices, and over them what the target already knows, which short runs profit from most.
 
-        Head and final norm are the target's. `fc` passes the highest of the three features through, so that the
-        residual stream starts in the space that the head reads. The layer starts as the target's last one wherever
-        the shapes are alike; the embedding's half of q, k and v, which no target has, starts random.
-
-        Args:
-            seed: of the random matrices.
-            target: frozen; it may be in any type.
+        Head and final norm are the target's. `fc` passes the highest feature through, so that the residual stream
+        starts in the space that the head reads. The layer starts as the target's last one wherever the shapes are
+        alike; the embedding's half of q, k and v, which no target has, starts random.
         """
         hidden = self.config.hidden_size
         with torch.no_grad():

@@ -53,16 +53,9 @@ TeacherHead = Callable[[Tensor], Tensor]
 
 
 class Objective:
-    """The loss of a draft against its target.
+    """The loss (kl, lk or tv) of a draft over `steps` of the unroll; the target is in the compute type `dtype`.
 
-    Args:
-        draft: float32 parameters.
-        target: the frozen target, in the compute type.
-        steps: unroll length (ttt_length).
-        attention_backend: `flex_attention` or `sdpa`.
-        dtype: compute type.
-        max_length: longest conversation, in tokens.
-        loss: draft_loss.
+    attention_backend is flex_attention or sdpa; no conversation is longer than max_length tokens.
     """
 
     def __init__(
@@ -211,13 +204,7 @@ class Heads:
         return (self.sums[0] * self._decay.double()).sum().float()
 
     def _teach_fused(self, start: int, logits: Tensor, students: Tensor) -> None:
-        """All steps at C teacher positions at once; absent students count for nothing.
-
-        Args:
-            start: number of the first teacher position.
-            logits: the target's, [C, V].
-            students: row that learns from each position at each step, -1 for none, [steps, C].
-        """
+        """All steps at C teacher positions from `start` on, [steps, C] students; absent ones (-1) count for nothing."""
         from draft_model.drafts.eagle3 import triton_loss
 
         steps, count = students.shape

@@ -85,12 +85,7 @@ class Plan:
 
 
 def plan_unroll(batch: Batch, steps: int) -> Plan:
-    """Works the indices out.
-
-    Args:
-        batch: B conversations.
-        steps: unroll length, >= 1.
-    """
+    """Works the indices out for so many steps, at least one."""
     size, width = batch.tokens.shape
     span = max(width - 2, 1)
     lengths = batch.lengths

@@ -45,11 +45,7 @@ class _Step:
 class Unroll:
     """One batch's steps; `forward` once, then `backward` once.
 
-    Args:
-        weights: the draft in the compute type.
-        rotary: cosines and sines [2, >= S + steps, d] of `rotary_table`.
-        plan: positions, of `plan_unroll`.
-        backend: of `choose_backend`.
+    `rotary` has cosines and sines of the longest conversation and the steps, [2, >= S + steps, d].
     """
 
     def __init__(self, weights: Weights, rotary: Tensor, plan: Plan, backend: str) -> None:
@@ -190,11 +186,8 @@ class Unroll:
     def _backward_of_inputs(self, dq: Tensor, d_rows: Tensor, token_grad: Tensor, sums: Weights) -> Tensor:
         """What stands before the steps: step-0 keys and values, the tokens' part, fc.
 
-        Args:
-            dq: of the step-0 queries before rotation, [N, Q].
-            d_rows: of the residual stream at the rows, [N, H].
-            token_grad: of the tokens' part of q, k and v through the rows, float32 [T, Q + 2K].
-            sums: as in `backward`.
+        dq is of the step-0 queries before rotation, [N, Q]; d_rows of the residual stream at the rows, [N, H];
+        token_grad of the tokens' part of q, k and v through the rows, float32 [T, Q + 2K].
         """
         w, plan, query = self.weights, self.plan, self._query
         dk, dv = self._causal.key_gradients()
