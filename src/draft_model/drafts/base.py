@@ -61,18 +61,10 @@ class Draft(Protocol):
     """A draft's float32 parameters under the names of the checkpoint, and its vocabulary; an `nn.Module`."""
 
     config: Any
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All that is trained."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The same by name."""
-
-    def to(self, device: torch.device) -> Any:
-        """The draft on a device."""
-
-    def initialise(self, seed: int, target: Any) -> None:
-        """Fresh weights, from what the target knows already."""
+    parameters: Callable[[], Iterator[nn.Parameter]]
+    named_parameters: Callable[[], Iterator[tuple[str, nn.Parameter]]]
+    to: Callable[[torch.device], Any]
+    initialise: Callable[[int, Any], None]  # (seed, Target): fresh weights, from what the target knows already
 
 
 class Objective(Protocol):

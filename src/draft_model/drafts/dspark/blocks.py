@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from draft_model.drafts.batch import Batch
-from draft_model.drafts.transfer import to_device
+from draft_model.drafts.batch import Batch, to_device
 
 
 @dataclass(frozen=True)

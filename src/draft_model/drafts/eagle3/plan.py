@@ -13,8 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from draft_model.drafts.batch import Batch
-from draft_model.drafts.transfer import to_device
+from draft_model.drafts.batch import Batch, to_device
 
 
 @dataclass(frozen=True)
