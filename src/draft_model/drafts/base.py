@@ -170,10 +170,8 @@ def check_proposals(shape: Shape, wanted: int) -> str:
     `wanted` is num_speculative_tokens; more than the block has raises DraftModelError.
     """
     if wanted > shape.proposals > 0:
-        problem = (
-            f"given {wanted}, but a block of this draft has {shape.proposals} proposals: use at most "
-            f"{shape.proposals}, or train one with a larger block_size in draft_model_config"
-        )
+        most = f"a block of this draft has {shape.proposals} proposals: use at most {shape.proposals}, or train one"
+        problem = f"given {wanted}, but {most} with a larger block_size in draft_model_config"
         raise DraftModelError([Problem("num_speculative_tokens", problem)])
     if wanted >= shape.proposals:
         return ""

@@ -176,27 +176,31 @@ def layer_problems(
     return problems + [f"`{key}` is not a setting of the draft" for key in unknown]
 
 
+def is_ascending(ids: Any) -> bool:
+    """Whether a setting is a list of layer numbers, each higher than the one before."""
+    whole = isinstance(ids, list | tuple) and bool(ids) and all(type(number) is int for number in ids)
+    return whole and list(ids) == sorted(set(ids))
+
+
 def _size_problems(default: LayerShape, given: Mapping[str, Any]) -> list[str]:
     bad = [key for key in _SIZES if key in given and (type(given[key]) is not int or given[key] < 1)]
     problems = [f"`{key}` is {given[key]!r}; allowed: a whole number >= 1" for key in bad]
-    if not {"num_attention_heads", "num_key_value_heads"} & set(bad):
-        heads, kv_heads = (
-            given.get(key, getattr(default, key)) for key in ("num_attention_heads", "num_key_value_heads")
-        )
-        if heads % kv_heads:
-            problems.append(f"`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}")
-        if "num_attention_heads" in given and default.hidden_size % heads:
-            problems.append(
-                f"`num_attention_heads` is {heads}; engines load a Llama configuration, whose hidden size "
-                f"(the target's, {default.hidden_size}) is a multiple of it"
-            )
-    if "head_dim" not in bad and given.get("head_dim", 2) % 2:
-        problems.append(f"`head_dim` is {given['head_dim']}; rotary embedding needs an even one")
-    if "draft_vocab_size" not in bad and given.get("draft_vocab_size", 1) > default.vocab_size:
+    heads, kv_heads, head_dim, size, eps = (
+        getattr(default, key) if key in bad else given.get(key, getattr(default, key))
+        for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "draft_vocab_size", "rms_norm_eps")
+    )
+    good_heads = {"num_attention_heads", "num_key_value_heads"}.isdisjoint(bad)
+    if good_heads and heads % kv_heads:
+        problems.append(f"`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}")
+    if good_heads and "num_attention_heads" in given and default.hidden_size % heads:
         problems.append(
-            f"`draft_vocab_size` is {given['draft_vocab_size']}; the target's vocabulary has {default.vocab_size}"
+            f"`num_attention_heads` is {heads}; engines load a Llama configuration, whose hidden size "
+            f"(the target's, {default.hidden_size}) is a multiple of it"
         )
-    eps = given.get("rms_norm_eps", default.rms_norm_eps)
+    if "head_dim" in given and head_dim % 2:
+        problems.append(f"`head_dim` is {head_dim}; rotary embedding needs an even one")
+    if size > default.vocab_size:
+        problems.append(f"`draft_vocab_size` is {size}; the target's vocabulary has {default.vocab_size}")
     if type(eps) not in (int, float) or not eps > 0:
         problems.append(f"`rms_norm_eps` is {eps!r}; allowed: a number > 0")
     return problems

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from draft_model.drafts.base import Costs, Family, later
-from draft_model.drafts.shape import USER, LayerShape, layer_problems, layer_values, target_layers
+from draft_model.drafts.shape import USER, LayerShape, is_ascending, layer_problems, layer_values, target_layers
 from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)
@@ -153,48 +153,40 @@ def adapt(default: BlockConfig, given: Mapping[str, Any], source: str = USER) ->
 
 def _problems(default: BlockConfig, given: Mapping[str, Any]) -> list[str]:
     """What in a configuration's own settings no block draft of this target can have."""
-    name, depth = default.family, default.num_target_layers
-    problems = [
-        f"`{key}` is {given[key]!r}; allowed: a whole number >= {least}"
-        for key, least in _LEAST.items()
-        if key in given and (type(given[key]) is not int or given[key] < least)
-    ]
+    name, depth, vocabulary = default.family, default.num_target_layers, default.vocab_size
+    bad = [key for key, least in _LEAST.items() if key in given and (type(given[key]) is not int or given[key] < least)]
+    problems = [f"`{key}` is {given[key]!r}; allowed: a whole number >= {_LEAST[key]}" for key in bad]
     problems += [f"`{key}` is not a setting of a block draft" for key in _CHAINS if given.get(key)]
-    if not set(given.get("architectures", ())) <= {ARCHITECTURES[name], *ALIASES[name]}:
-        problems.append(f"`architectures` is {given['architectures']!r}; a {name} draft has {ARCHITECTURES[name]}")
-    if bool(given.get("markov_rank", default.markov_rank)) != (name == "dspark"):
-        problems.append(f"`markov_rank` is {given['markov_rank']!r}; DFlash has 0, and DSpark more")
     for key in ("sample_from_anchor", "enable_confidence_head"):
         if type(given.get(key, False)) is not bool:
             problems.append(f"`{key}` is {given[key]!r}; allowed: true, false")
         elif name == "dflash" and given.get(key):
             problems.append(f"`{key}` is true; DFlash has none")
-    reads_markov = given.get("confidence_head_with_markov", True) or not given.get("enable_confidence_head", True)
-    if name == "dspark" and not reads_markov:
-        problems.append("`confidence_head_with_markov` is false; the confidence head reads the Markov head's embedding")
-    if set(given.get("layer_types", ())) - {_LAYER_TYPE} or given.get("use_sliding_window"):
-        problems.append("`layer_types`: only full_attention is trained here")
-    vocabulary, mask = default.vocab_size, given.get("mask_token_id", 0)
-    if type(mask) is int and mask >= vocabulary:
-        problems.append(f"`mask_token_id` is {mask}; the target's vocabulary has {vocabulary} tokens")
-    if (size := given.get("draft_vocab_size", vocabulary)) != vocabulary:
-        problems.append(f"`draft_vocab_size` is {size}; a block draft knows the whole vocabulary of {vocabulary}")
-    if (layers := given.get("num_target_layers", depth)) != depth:
-        problems.append(f"`num_target_layers` is {layers!r}; the target has {depth}")
-    if not _ascending(ids := given.get("target_layer_ids", [0]), depth - 1):
-        problems.append(f"`target_layer_ids` is {ids!r}; allowed: ascending numbers from 0 to {depth - 2}")
+    kinds, rank, size = (given.get(key) for key in ("architectures", "markov_rank", "draft_vocab_size"))
+    mask, layers, ids = (given.get(key) for key in ("mask_token_id", "num_target_layers", "target_layer_ids"))
     gamma, alpha = given.get("loss_decay_gamma", 1.0), given.get("dpace_alpha", 0.0)
-    if type(gamma) not in (int, float) or not gamma > 0:
-        problems.append(f"`loss_decay_gamma` is {gamma!r}; allowed: a number > 0")
-    if type(alpha) not in (int, float) or not 0 <= alpha <= 1:
-        problems.append(f"`dpace_alpha` is {alpha!r}; allowed: 0 (off) to 1")
-    return problems
-
-
-def _ascending(ids: Any, end: int) -> bool:
-    """Whether these are numbers from 0 to end - 1, each higher than the one before."""
-    whole = isinstance(ids, list | tuple) and bool(ids) and all(type(number) is int for number in ids)
-    return whole and list(ids) == sorted(set(ids)) and ids[0] >= 0 and ids[-1] < end
+    reads_markov = given.get("confidence_head_with_markov", True) or not given.get("enable_confidence_head", True)
+    other_layers = set(given.get("layer_types", ())) - {_LAYER_TYPE} or given.get("use_sliding_window")
+    wrong = {
+        f"`architectures` is {kinds!r}; a {name} draft has {ARCHITECTURES[name]}":
+            not set(kinds or ()) <= {ARCHITECTURES[name], *ALIASES[name]},
+        f"`markov_rank` is {rank!r}; DFlash has 0, and DSpark more":
+            bool(default.markov_rank if rank is None else rank) != (name == "dspark"),
+        "`confidence_head_with_markov` is false; the confidence head reads the Markov head's embedding":
+            name == "dspark" and not reads_markov,
+        "`layer_types`: only full_attention is trained here": other_layers,
+        f"`mask_token_id` is {mask}; the target's vocabulary has {vocabulary} tokens":
+            type(mask) is int and mask >= vocabulary,
+        f"`draft_vocab_size` is {size}; a block draft knows the whole vocabulary of {vocabulary}":
+            size not in (None, vocabulary),
+        f"`num_target_layers` is {layers!r}; the target has {depth}": layers not in (None, depth),
+        f"`target_layer_ids` is {ids!r}; allowed: ascending numbers from 0 to {depth - 2}":
+            ids is not None and not (is_ascending(ids) and ids[0] >= 0 and ids[-1] <= depth - 2),
+        f"`loss_decay_gamma` is {gamma!r}; allowed: a number > 0": type(gamma) not in (int, float) or not gamma > 0,
+        f"`dpace_alpha` is {alpha!r}; allowed: 0 (off) to 1":
+            type(alpha) not in (int, float) or not 0 <= alpha <= 1,
+    }  # fmt: skip
+    return problems + [sentence for sentence, is_so in wrong.items() if is_so]
 
 
 def costs(shape: BlockConfig, _steps: int) -> Costs:

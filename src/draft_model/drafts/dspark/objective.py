@@ -24,7 +24,6 @@ few rows at a time, which stay in the cache. Everything below the heads is ordin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,8 +34,7 @@ from torch.nn import functional
 from draft_model.drafts import kernels
 from draft_model.drafts.batch import Batch
 from draft_model.drafts.counts import Counts, decode_rounds
-from draft_model.drafts.dspark.attention import block_attention
-from draft_model.drafts.dspark.blocks import Blocks, place_blocks
+from draft_model.drafts.dspark.blocks import Blocks, block_attention, place_blocks
 from draft_model.drafts.dspark.model import BlockDraft
 from draft_model.drafts.layers import rotary_table
 
@@ -137,27 +135,16 @@ def dpace_weights(confidence: Tensor, learnt: Tensor, alpha: float) -> Tensor:
     return kept.flip(1).cumsum(1).flip(1)
 
 
-@dataclass
 class _Teaching:
-    """The target's side of the heads, and what they found out.
+    """The target's side of the heads, and what they found out of the N blocks' K proposals."""
 
-    Attributes:
-        losses: of the proposals, float32 [N, K].
-        confidence: the draft's probability of the target's favourite, float32 [N, K].
-        agree: whether the favourites of draft and target are the same, bool [N, K].
-        overlap: alpha, float32 [N, K].
-    """
-
-    target: Target  # the target
-    final: Tensor  # its final hidden states, [T, H]
-    blocks: Blocks  # N blocks of K proposals
-    weights: Tensor  # of the proposals, float32 [N, K]
-    loss: str  # tv, kl or lk
-    learn: bool  # whether gradients are wanted
-
-    def __post_init__(self) -> None:
-        self.losses, self.confidence, self.overlap = torch.zeros(3, *self.weights.shape, device=self.final.device)
-        self.agree = torch.zeros_like(self.losses, dtype=torch.bool)
+    def __init__(self, target: Target, final: Tensor, blocks: Blocks, weights: Tensor, loss: str, learn: bool) -> None:
+        self.target, self.blocks, self.loss, self.learn = target, blocks, loss, learn
+        self.final = final  # the target's final hidden states, [T, H]
+        self.weights = weights  # of the proposals, float32 [N, K]
+        # Losses, the draft's probabilities of the target's favourites, and alpha; float32 [N, K].
+        self.losses, self.confidence, self.overlap = torch.zeros(3, *weights.shape, device=final.device)
+        self.agree = torch.zeros_like(self.losses, dtype=torch.bool)  # whether both have the same favourite
 
 
 class _Heads(torch.autograd.Function):
@@ -170,10 +157,7 @@ class _Heads(torch.autograd.Function):
         blocks, target, learn = teaching.blocks, teaching.target, teaching.learn
         read, matrix = hidden, target.head
         if embedded is not None and weight is not None:
-            read, matrix = (
-                torch.cat((hidden, embedded), -1),
-                torch.cat((matrix, weight), 1),
-            )  # [N, K, H + r], [V, H + r]
+            read, matrix = torch.cat((hidden, embedded), -1), torch.cat((matrix, weight), 1)  # [.., H + r]
         ctx.width = hidden.shape[-1]
         grad = torch.zeros_like(read) if learn else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learn and weight is not None else None

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from draft_model.drafts.base import Costs, Family, later
-from draft_model.drafts.shape import USER, LayerShape, layer_problems, layer_values, target_layers
+from draft_model.drafts.shape import USER, LayerShape, is_ascending, layer_problems, layer_values, target_layers
 from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)
@@ -139,8 +139,7 @@ def _choose_layers(default: DraftConfig, given: Mapping[str, Any]) -> tuple[tupl
     nested = (given.get("eagle_config") or {}).get(LAYER_IDS)
     wanted = [ids for ids in (given.get(LAYER_IDS), nested) if ids is not None]
     for ids in wanted:
-        whole = isinstance(ids, list | tuple) and ids and all(type(layer) is int for layer in ids)
-        if not (whole and list(ids) == sorted(set(ids))):
+        if not is_ascending(ids):
             return (), [f"`{LAYER_IDS}` is {ids!r}; allowed: ascending layer numbers, such as three or five"]
     if nested is not None:
         wanted[-1] = from_sglang(nested, default.target_model_type)
@@ -224,16 +223,11 @@ def costs(shape: DraftConfig, steps: int) -> Costs:
     )
 
 
-def is_eagle3(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of an EAGLE-3 draft of any trainer; some name no architecture."""
-    return not config.get("architectures") or config["architectures"][0] in ARCHITECTURES
-
-
-def is_eagle31(config: Mapping[str, Any]) -> bool:
-    """Whether one of EAGLE-3.1's switches is on."""
-    return is_eagle3(config) and any(
-        config.get(name) or (config.get("eagle_config") or {}).get(name) for name in SWITCHES
-    )
+def _owns(has_switches: bool, config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of such a draft, with one of EAGLE-3.1's switches on or without."""
+    is_eagle3 = not config.get("architectures") or config["architectures"][0] in ARCHITECTURES  # some name none
+    nested = config.get("eagle_config") or {}
+    return is_eagle3 and has_switches == any(config.get(name) or nested.get(name) for name in SWITCHES)
 
 
 _CREATE = later("eagle3.model:Eagle3Draft")
@@ -247,7 +241,7 @@ EAGLE3 = Family(
         "speculative-eagle-topk": 1,
         "speculative-num-draft-tokens": proposals + 1,
     },
-    owns=lambda config: is_eagle3(config) and not is_eagle31(config),
+    owns=partial(_owns, False),
     default_shape=draft_config_for,
     adapt=with_overrides,
     create=_CREATE,
@@ -264,6 +258,6 @@ EAGLE31 = replace(
     EAGLE3,
     name="eagle3.1",
     title="EAGLE-3.1",
-    owns=is_eagle31,
+    owns=partial(_owns, True),
     default_shape=lambda target, _proposals=0: replace(draft_config_for(target), fc_norm=True, norm_output=True),
 )
