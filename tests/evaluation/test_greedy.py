@@ -132,7 +132,7 @@ def foreseen_rounds(target, draft, tokens, prompt_length, proposals):
     embedded = torch.nn.functional.embedding(plan.tokens, target.embedding)
     features = states[:, : -draft.config.hidden_size]
     hidden = Unroll(weights, rotary, plan, "sdpa").forward(embedded, features, keep=False)
-    proposed = draft.target_ids[(weights.rms_norm(hidden, weights.norm) @ draft.lm_head.weight.T).argmax(-1)]
+    proposed = draft.target_ids[(draft.norm(hidden) @ draft.lm_head.weight.T).argmax(-1)]
     row = {int(time): number for number, time in enumerate(plan.windows.row_time)}
     rounds, start = [], prompt_length - 1
     while start + 2 + proposals <= len(tokens):

@@ -64,6 +64,14 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
+@functools.cache
+def compiled_flex(on_gpu: bool = True) -> Any:
+    """PyTorch's flex_attention; compiled on a GPU, where it would be slow otherwise."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if on_gpu else flex_attention
+
+
 @_in_triton
 def rms_norm(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """RMSNorm of x [N, H], or of some rows of it: int64 [R]; on a GPU, -1 gives a row of zeros.

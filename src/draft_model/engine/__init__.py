@@ -146,10 +146,7 @@ class Difference:
 
 
 def compare_replies(
-    decoded: Sequence[Sequence[int]],
-    expected: Sequence[Sequence[int]],
-    margins: Sequence[Sequence[float]],
-    dtype: str,
+    decoded: Sequence[Sequence[int]], expected: Sequence[Sequence[int]], margins: Sequence[Sequence[float]], dtype: str
 ) -> tuple[int, list[Difference]]:
     """Compares replies with the target's own, token by token; both are of one compute type.
 

@@ -60,11 +60,7 @@ def sampling(job: Job, temperature: float) -> dict[str, Any]:
 
 def arguments(job: Job) -> dict[str, Any]:
     """Arguments of `sglang.Engine` (0.5.23)."""
-    draft = {
-        "speculative_algorithm": job.method,
-        "speculative_draft_model_path": job.draft,
-        **job.options,
-    }
+    draft = {"speculative_algorithm": job.method, "speculative_draft_model_path": job.draft, **job.options}
     return {
         "model_path": job.target,
         "tp_size": max(1, job.gpus),

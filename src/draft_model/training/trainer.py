@@ -217,12 +217,7 @@ def _target_states(training: Training, split: Split, conversations: NDArray[np.i
 
 
 def _losses(
-    training: Training,
-    split: Split,
-    conversations: NDArray[np.int64],
-    states: Iterator[Tensor],
-    size: int,
-    step: int,
+    training: Training, split: Split, conversations: NDArray[np.int64], states: Iterator[Tensor], size: int, step: int
 ) -> Iterator[tuple[Tensor, Counts]]:
     """Loss and counts of this process's share, `size` conversations at a time; `step` as in `draw_keys`.
 

@@ -196,7 +196,7 @@ def test_flex_attention_has_the_same_values_on_cpu(monkeypatch, later, heads, fi
     """Only its compiled kernel needs a GPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention)
     inputs = random_inputs(5, [20, 11], later, heads=heads, size=16, first=first)
     q, k0, v0, keys, values = inputs.tensors
     given = attention._Flex(inputs.windows, k0, v0).forward(q)

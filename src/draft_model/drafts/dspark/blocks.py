@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from draft_model.drafts.batch import Batch, to_device
 from draft_model.drafts.dspark.model import Attend
+from draft_model.drafts.kernels import compiled_flex
 
 SCORES = 1 << 23
 """Scores that exist at once on a CPU: 32 MB in float32."""
@@ -168,20 +169,9 @@ def block_mask(blocks: Blocks, size: int) -> Any:
     return create_block_mask(sees, None, None, queries, length + queries, device=blocks.tokens.device.type)
 
 
-@functools.cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
 def _flex(mask: Any, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor) -> Tensor:
-    if q.is_cuda:
-        flex = _compiled_flex()
-    else:
-        from torch.nn.attention.flex_attention import flex_attention as flex
     keys, values = (torch.cat((far, near.flatten(0, 1))) for far, near in ((context_k, k), (context_v, v)))
     rows = [x.transpose(0, 1).unsqueeze(0) for x in (q.flatten(0, 1), keys, values)]  # [1, heads, rows, d]
-    out: Tensor = flex(*rows, block_mask=mask, enable_gqa=True)
+    out: Tensor = compiled_flex(q.is_cuda)(*rows, block_mask=mask, enable_gqa=True)
     attended: Tensor = out[0].transpose(0, 1).unflatten(0, q.shape[:2])
     return attended

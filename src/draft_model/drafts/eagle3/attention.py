@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from draft_model.drafts.eagle3.plan import Windows
+from draft_model.drafts.kernels import compiled_flex
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +81,8 @@ def causal_attention(backend: str, windows: Windows, k0: Tensor, v0: Tensor) -> 
         return _Flex(windows, k0, v0)
     if not k0.is_cuda:
         return _FlashOnCpu(windows, k0, v0)
-    return (
-        _Cudnn(windows, k0, v0)
-        if windows.square and _cudnn_works(k0.shape[-1], k0.device)
-        else _FlashOnGpu(windows, k0, v0)
-    )
+    fits_cudnn = windows.square and _cudnn_works(k0.shape[-1], k0.device)
+    return (_Cudnn if fits_cudnn else _FlashOnGpu)(windows, k0, v0)
 
 
 def _spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
@@ -167,9 +165,8 @@ class _Cudnn(CausalAttention):
         self._batch, self._length = windows.batch, -(-windows.longest_key // CUDNN_BLOCK) * CUDNN_BLOCK
         self._rows = windows.row_conversation * self._length + windows.row_time  # flat in [B, S]
         self._keys = windows.conversation * self._length + windows.key_time
-        self._kv_heads = k0.shape[1]
-        self._k0, self._v0 = k0, v0
-        self._kv: tuple[Tensor, Tensor] | None = None
+        self._k0, self._v0, self._kv_heads = k0, v0, k0.shape[1]
+        self._k = self._v = k0.new_empty(0)  # of all heads, made with the first queries
 
     def _spread(self, rows: Tensor, places: Tensor) -> Tensor:
         """Rows [N, heads, d] in [B, heads, S, d], zero elsewhere."""
@@ -177,16 +174,11 @@ class _Cudnn(CausalAttention):
         rows = rows if len(rows) == size else _spread(rows, places, size)
         return rows.view(self._batch, self._length, *rows.shape[1:]).transpose(1, 2)
 
-    def _expanded(self, heads: int) -> tuple[Tensor, Tensor]:
-        if self._kv is None:
-            group = heads // self._kv_heads
-            k, v = (self._spread(x.repeat_interleave(group, 1), self._keys) for x in (self._k0, self._v0))
-            self._kv = k, v
-        return self._kv
-
     def forward(self, q: Tensor) -> Attended:
-        queries = self._spread(q, self._rows)
-        out, lse, seed, offset = _cudnn_forward(queries, *self._expanded(q.shape[1]))
+        if not self._k.numel():
+            groups = (x.repeat_interleave(q.shape[1] // self._kv_heads, 1) for x in (self._k0, self._v0))
+            self._k, self._v = (self._spread(x, self._keys) for x in groups)
+        out, lse, seed, offset = _cudnn_forward(self._spread(q, self._rows), self._k, self._v)
         flat = out.transpose(1, 2).reshape(-1, *q.shape[1:])
         by_head = lse.view(self._batch, q.shape[1], self._length).transpose(0, 1).flatten(1)
         return Attended(flat, by_head, self._rows, (lse.shape, seed, offset))
@@ -196,7 +188,7 @@ class _Cudnn(CausalAttention):
         spread = total.new_zeros(total.shape[0], self._batch * self._length).index_copy_(1, self._rows, total)
         lse = spread.view(-1, self._batch, self._length).transpose(0, 1).contiguous().view(shape)
         queries, dout, out = (self._spread(x, self._rows) for x in (q, grad, merged))
-        dq, dk, dv = _cudnn_backward(dout, queries, *self._expanded(q.shape[1]), out, lse, seed, offset)
+        dq, dk, dv = _cudnn_backward(dout, queries, self._k, self._v, out, lse, seed, offset)
         self._add(*(x.unflatten(1, (self._kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv)))
         return dq.transpose(1, 2).reshape(-1, *q.shape[1:])
 
@@ -218,6 +210,9 @@ class _FlashOnCpu(CausalAttention):
         self._width = self._length - self._first
         self._rows = windows.row_conversation * self._width + windows.row_time - self._first  # flat in [B, W]
         self._k, self._v = (self._scatter(x, self._keys, self._length) for x in (k0, v0))
+        # Which step-0 keys each of the attentions reads, and whether query w sees the first w of them only.
+        self._parts = [(slice(self._first), False)] if self._first else []
+        self._parts.append((slice(self._first, None), True))
 
     def _scatter(self, rows: Tensor, places: Tensor, length: int) -> Tensor:
         """Rows [N, heads, ...] in [B, heads, length, ...], zero elsewhere."""
@@ -228,17 +223,10 @@ class _FlashOnCpu(CausalAttention):
         """The rows [N, heads, ...] of [B, heads, W, ...]."""
         return dense.transpose(1, 2).flatten(0, 1).index_select(0, self._rows)
 
-    def _parts(self) -> list[tuple[slice, bool]]:
-        """Which step-0 keys each of the attentions reads, and whether query w sees the first w of them only."""
-        tail = (slice(self._first, None), True)
-        return [(slice(self._first), False), tail] if self._first else [tail]
-
     def forward(self, q: Tensor) -> Attended:
         queries = self._scatter(q, self._rows, self._width)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        found = [
-            flash(queries, self._k[:, :, keys], self._v[:, :, keys], 0.0, causal) for keys, causal in self._parts()
-        ]
+        found = [flash(queries, self._k[:, :, at], self._v[:, :, at], 0.0, causal) for at, causal in self._parts]
         out, lse = found[-1]
         if len(found) == 2:
             before, before_lse = found[0]
@@ -251,11 +239,8 @@ class _FlashOnCpu(CausalAttention):
         queries, dout, out = (self._scatter(x, self._rows, self._width) for x in (q, grad, merged))
         lse = self._scatter(total.T, self._rows, self._width)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        parts = [
-            flash(dout, queries, self._k[:, :, keys], self._v[:, :, keys], out, lse, 0.0, causal)
-            for keys, causal in self._parts()
-        ]
-        dq, dk, dv = zip(*parts, strict=True)
+        keys = [(self._k[:, :, at], self._v[:, :, at], causal) for at, causal in self._parts]
+        dq, dk, dv = zip(*(flash(dout, queries, k, v, out, lse, 0.0, causal) for k, v, causal in keys), strict=True)
         self._add(torch.cat(dk, 2), torch.cat(dv, 2))
         return self._gather(sum(dq[1:], dq[0]))
 
@@ -266,13 +251,6 @@ class _FlashOnCpu(CausalAttention):
 def _flex_length(length: int) -> int:
     """Whole blocks, and two at least: PyTorch compiles anew for a size of one."""
     return max(-(-length // FLEX_BLOCK), 2) * FLEX_BLOCK
-
-
-@functools.cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
 
 
 class _Flex(CausalAttention):
@@ -292,7 +270,7 @@ class _Flex(CausalAttention):
         spread = q if w.dense else q.new_zeros(w.size, *q.shape[1:]).index_copy_(0, w.places, q)
         leaves = [x.detach().requires_grad_(x.is_cuda) for x in (self._padded(spread), *self._kv)]
         with torch.enable_grad():
-            out, lse = _compiled_flex()(*leaves, block_mask=self._mask, enable_gqa=True, return_lse=True)
+            out, lse = compiled_flex()(*leaves, block_mask=self._mask, enable_gqa=True, return_lse=True)
         packed = out.detach()[0].transpose(0, 1).contiguous()
         return Attended(packed, lse.detach()[0].contiguous(), w.places, (leaves, out, lse))
 

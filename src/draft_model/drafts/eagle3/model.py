@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import DraftConfig
@@ -52,43 +51,15 @@ class Weights:
     # before fc, one after the other: of all features [nH], of each of the n [H], or none
     feature_norms: list[tuple[Tensor, ...]]
 
-    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm over the last dimension."""
-        return functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
-
-    def combine(self, features: Tensor) -> Tensor:
-        """The first step's hidden state: features [N, nH] -> [N, H]."""
-        for weights in self.feature_norms:
-            parts = zip(features.chunk(len(weights), -1), weights, strict=True)
-            features = torch.cat([self.rms_norm(part, weight) for part, weight in parts], -1)
-        return functional.linear(features, self.fc)
-
-    def project_embedding(self, embedding: Tensor) -> Tensor:
-        """The token's part of q, k and v: [N, H] -> [N, Q + 2K]."""
-        return functional.linear(self.rms_norm(embedding, self.input_layernorm), self.embedding_qkv)
-
-    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[N, Q + 2K] -> q [N, heads, d], k and v [N, kv_heads, d], not yet rotated."""
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        rows = qkv.unflatten(-1, (heads + 2 * kv_heads, self.config.head_dim))
-        q, k, v = rows.split((heads, kv_heads, kv_heads), -2)
-        return q, k, v
-
-    def finish_layer(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the layer after attention: h [N, H] and [N, heads, d] -> the next h [N, H]."""
-        hidden = hidden + functional.linear(attended.flatten(-2), self.out)
-        gate, up = functional.linear(self.rms_norm(hidden, self.post_attention_layernorm), self.gate_up).chunk(2, -1)
-        return hidden + functional.linear(functional.silu(gate) * up, self.down)
-
 
 class _Layer(nn.Module):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.self_attn = Attention(config, 2 * config.hidden_size)
         self.mlp = SwiGLU(config)
-        self.hidden_norm = nn.RMSNorm(config.hidden_size)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size)
+        self.hidden_norm, self.input_layernorm, self.post_attention_layernorm = (
+            nn.RMSNorm(config.hidden_size) for _ in range(3)
+        )
 
 
 class Eagle3Draft(nn.Module):
@@ -180,10 +151,9 @@ class Eagle3Draft(nn.Module):
         fc, q, k, v, out, gate, up, down, hidden_norm, input_layernorm, post, norm, head, *own = tensors
         qkv, gate_up = _joined([q, k, v], dtype), _joined([gate, up], dtype)
         hidden = self.config.hidden_size
-        fc, out, down, hidden_norm, input_layernorm, post, norm, head = (
-            x.to(dtype) for x in (fc, out, down, hidden_norm, input_layernorm, post, norm, head)
+        fc, out, down, hidden_norm, input_layernorm, post, norm, head, *own = (
+            x.to(dtype) for x in (fc, out, down, hidden_norm, input_layernorm, post, norm, head, *own)
         )
-        own = [x.to(dtype) for x in own]
         norms = [tuple(own[:1]), tuple(own[1:])] if self.config.norm_before_fc else [tuple(own)]
         return Weights(
             config=self.config, fc=fc, embedding_qkv=qkv[:, :hidden], hidden_qkv=qkv[:, hidden:], out=out,
