@@ -132,7 +132,8 @@ def foreseen_rounds(target, draft, tokens, prompt_length, proposals):
     embedded = torch.nn.functional.embedding(plan.tokens, target.embedding)
     features = states[:, : -draft.config.hidden_size]
     hidden = Unroll(weights, rotary, plan, "sdpa").forward(embedded, features, keep=False)
-    proposed = draft.target_ids[(draft.norm(hidden) @ draft.lm_head.weight.T).argmax(-1)]
+    normed = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], weights.norm, draft.config.rms_norm_eps)
+    proposed = draft.target_ids[(normed @ draft.lm_head.weight.T).argmax(-1)]
     row = {int(time): number for number, time in enumerate(plan.windows.row_time)}
     rounds, start = [], prompt_length - 1
     while start + 2 + proposals <= len(tokens):

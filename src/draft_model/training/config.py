@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,6 @@ class TrainResult:
         log = record["log"]
         loss = log[-1]["loss"][0] if log else 0.0
         return cls(output, final, record["steps"], loss, float(record["acceptance_length"]))
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as a JSON object."""
-        return asdict(self)
 
 
 def list_checkpoints(uri: str) -> list[str]:

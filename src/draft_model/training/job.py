@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from draft_model.tracking import Tracker, track
 from draft_model.training.checkpoint import RECORD, STATE, Loaded, read_checkpoint, write_checkpoint
 from draft_model.training.config import TrainConfig, TrainResult
 from draft_model.training.lease import Lease, hold, own_run_id
-from draft_model.training.output import CHECKPOINTS_AT_ONCE, Keeping, Output
+from draft_model.training.output import CHECKPOINTS_AT_ONCE, Output
 from draft_model.training.plan import STATE_BYTES, context_problem
 from draft_model.training.prepare import fetch_inputs, prepare
 from draft_model.training.trainer import Interrupted, Training, train
@@ -70,11 +71,16 @@ def run(config: TrainConfig) -> TrainResult:
         work.mkdir(parents=True)
         inputs = fetch_inputs(config)
         tracking = track(STAGE, p.mlflow_tracking_uri) if ranks.first else nullcontext(Tracker(None))
-        keeping = Keeping(p.keep_checkpoints, p.final_checkpoint == "best")
-        with tracking as tracker, Output(config.checkpoints, work, keeping, config.output, leases) as output:
+        keep = (p.keep_checkpoints, p.final_checkpoint == "best")
+        with tracking as tracker, Output(config.checkpoints, work, config.output, leases, *keep) as output:
             resumed, go_on = _checkpoint(config, output, work)
             training = prepare(config, ranks, inputs, resumed, go_on)
-            _check_disk(training, work)
+            needed = STATE_BYTES * parameters_of(training) * CHECKPOINTS_AT_ONCE + (64 << 20)
+            if (free := shutil.disk_usage(work).free) < needed:
+                raise DraftModelError(
+                    f"disk: {work} has {free / 1e9:.2f} GB free, and {CHECKPOINTS_AT_ONCE} checkpoints on their way to "
+                    f"the output need {needed / 1e9:.2f} GB: free some, or run in another folder"
+                )
             ranks.barrier()  # all have read what there was before any of it goes
             if ranks.first:
                 output.tidy() if go_on else output.clear()
@@ -151,20 +157,10 @@ def _checkpoint(config: TrainConfig, output: Output, work: Path) -> tuple[Loaded
     return None, False
 
 
-def _check_disk(training: Training, work: Path) -> None:
-    needed = STATE_BYTES * parameters_of(training) * CHECKPOINTS_AT_ONCE + (64 << 20)
-    free = shutil.disk_usage(work).free
-    if free < needed:
-        raise DraftModelError(
-            f"disk: {work} has {free / 1e9:.2f} GB free, and {CHECKPOINTS_AT_ONCE} checkpoints on their way to the "
-            f"output need {needed / 1e9:.2f} GB: free some, or run in another folder"
-        )
-
-
 def _publish_final(output: Output, training: Training, complete: Callable[[Path, int], None], work: Path) -> int:
     """Puts the draft to serve under the output; returns the step of its weights."""
     folder, step, history = work / "final", training.done, training.history
-    name = output.best() if output.keeping.best else None
+    name = output.best() if output.keeps_best else None
     if name is None:
         drafts.family(training.draft.config.family).save(folder, training.draft)
         best = history.best
@@ -280,6 +276,6 @@ def main() -> int:
                 logger.error("process %d of %d fails:", rank, world)
             raise
         if rank == 0:
-            (config.work / "result.json").write_text(json.dumps(result.to_json()), encoding="utf-8")
+            (config.work / "result.json").write_text(json.dumps(asdict(result)), encoding="utf-8")
 
     return exit_code(work)

@@ -19,7 +19,6 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,29 +36,22 @@ CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on this disk that are not published yet, the one being written among them; then the training waits."""
 
 
-@dataclass(frozen=True)
-class Keeping:
-    """Which checkpoints stay."""
-
-    newest: int = 0  # how many of the newest; 0: all
-    best: bool = False  # the one of the highest simulated acceptance length on the validation split, too
-
-
 class Output:
     """The checkpoints of a training; one process writes, all may read.
 
     Args:
         uri: that they are under.
         work: scratch folder of this process.
-        keeping: which of them stay.
         output: URI that `final` goes under, where it is another one.
         leases: on the two; checked before whatever other runs would see is written or removed.
+        newest: how many of the newest stay; 0: all.
+        best: whether the one of the highest simulated acceptance length on the validation split stays too.
     """
 
     def __init__(
-        self, uri: str, work: Path, keeping: Keeping | None = None, output: str = "", leases: Sequence[Lease] = ()
+        self, uri: str, work: Path, output: str = "", leases: Sequence[Lease] = (), newest: int = 0, best: bool = False
     ) -> None:
-        self.uri, self.work, self.keeping, self._leases = uri, work, keeping or Keeping(), leases
+        self.uri, self.work, self._leases, self._keeps, self.keeps_best = uri, work, leases, newest, best
         self.final = storage.join(output or uri, "final")
         self._index = storage.join(uri, INDEX)
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
@@ -193,10 +185,10 @@ class Output:
         storage.publish(folder, self._at(name), stage=STAGE, properties=properties, check=self._renew)
         self._properties[name] = properties
         logger.info("checkpoint %s: step %d, %s", name, step, self._at(name))
-        if not self.keeping.newest:
+        if not self._keeps:
             return
         # The newest is whole by now, so a whole one is left whatever happens.
-        kept = {*names[-self.keeping.newest :], *([self._best(names)] if self.keeping.best else [])}
+        kept = {*names[-self._keeps :], *([self.best()] if self.keeps_best else [])}
         self._renew()
         for other in (other for other in names if other not in kept):
             self._properties.pop(other, None)
@@ -205,10 +197,7 @@ class Output:
 
     def best(self) -> str | None:
         """The checkpoint of the highest simulated acceptance length, the earliest of equals; None without any."""
-        return self._best(self.names())
-
-    def _best(self, names: list[str]) -> str | None:
-        lengths = {name: (self._whole(name) or {}).get("acceptance_length") for name in names}
+        lengths = {name: (self._whole(name) or {}).get("acceptance_length") for name in self.names()}
         validated = {name: float(length) for name, length in lengths.items() if length is not None}
         return max(validated, key=validated.__getitem__, default=None)
 
