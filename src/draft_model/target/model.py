@@ -42,13 +42,10 @@ class Target:
         if self.device.type == "cuda":
             fuse(self.decoder)
         for layer in aux_layers:
-            self.decoder.layers[layer - 1].register_forward_hook(self._take(layer))
+            self.decoder.layers[layer - 1].register_forward_hook(functools.partial(self._take, layer))
 
-    def _take(self, layer: int) -> Any:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            self._taken[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+    def _take(self, layer: int, _module: Any, _inputs: Any, output: Any) -> None:
+        self._taken[layer] = output[0] if isinstance(output, tuple) else output
 
     @property
     def embedding(self) -> Tensor:

@@ -20,13 +20,13 @@ from draft_model.dataset.tokens import Split
 from draft_model.drafts.base import check_proposals, load_weights
 from draft_model.errors import DraftModelError
 from draft_model.ranks import Ranks
-from draft_model.target.model import Target
 from draft_model.target.parallel import load_share
 from draft_model.training.checkpoint import Loaded
 from draft_model.training.config import TrainConfig
 from draft_model.training.optimizer import make_optimizer
+from draft_model.training.order import total_steps
 from draft_model.training.plan import beside_target, draft_of, read_config
-from draft_model.training.trainer import Training, check_position, planned_steps
+from draft_model.training.trainer import Training, check_position
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def prepare(config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded |
     train_split = Split(dataset / "train")
     validation = Split(dataset / "validation") if (dataset / "validation").is_dir() else None
     longest = int(max(train_split.lengths.max(), validation.lengths.max() if validation is not None else 0))
-    total = planned_steps(p, len(train_split))
+    total = p.total_steps or total_steps(len(train_split), p.draft_global_batch_size, p.num_epochs)
     if not total:
         raise DraftModelError(
             f"draft_global_batch_size: given {p.draft_global_batch_size}; {p.num_epochs} epochs of {len(train_split)} "
@@ -111,10 +111,16 @@ def prepare(config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded |
             "final_checkpoint: given 'best', which the validation split decides, and the data set has none: use "
             "'last', or build it with dataset_validation_split"
         )
-    aux_layers: Any = shape.aux_layers
-    beside = partial(beside_target, model, shape, p, longest)
-    target = load_share(model, aux_layers, dtype, ranks, beside)
-    check_finite(target)
+    target = load_share(model, shape.aux_layers, dtype, ranks, partial(beside_target, model, shape, p, longest))
+    for name, parameter in target.model.named_parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if not local.is_floating_point() or local.element_size() == 1 or not local.numel():
+            continue  # of 8 bits: quantised, with scales apart
+        if not all(bool(end.isfinite()) for end in torch.aminmax(local.detach())):
+            raise DraftModelError(
+                f"the target model: its weight {name} holds NaN or infinity, so no step could be learnt from: import "
+                "it again from a sound copy"
+            )
     draft: Any = family.create(shape, t2d, d2t).to(ranks.device)
     draft.initialise(p.seed, target)
     optimizer = make_optimizer(p.draft_optimizer, draft, p.learning_rate)
@@ -134,16 +140,3 @@ def prepare(config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded |
         load_weights(draft, resumed.tensors, resumed.uri)
         logger.info("the draft starts from the weights of %s", resumed.uri)
     return training
-
-
-def check_finite(target: Target) -> None:
-    """Refuses a target with weights that are no numbers, which would make every loss one; names the first."""
-    for name, parameter in target.model.named_parameters():
-        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        if not local.is_floating_point() or local.element_size() == 1 or not local.numel():
-            continue  # of 8 bits: quantised, with scales apart
-        if not all(bool(end.isfinite()) for end in torch.aminmax(local.detach())):
-            raise DraftModelError(
-                f"the target model: its weight {name} holds NaN or infinity, so no step could be learnt from: import "
-                "it again from a sound copy"
-            )

@@ -33,7 +33,7 @@ from draft_model.tracking import Tracker
 from draft_model.training.checkpoint import Loaded, Position, restore
 from draft_model.training.history import History, Progress, Window
 from draft_model.training.optimizer import Gradients, learning_rate
-from draft_model.training.order import Step, draw_keys, plan_steps, total_steps
+from draft_model.training.order import Step, draw_keys, plan_steps
 
 logger = logging.getLogger(__name__)
 
@@ -83,19 +83,8 @@ class Training:
         logger.info("resumed from %s at step %d of %d", loaded.uri, self.done, self.total)
 
 
-def planned_steps(parameters: Parameters, conversations: int) -> int:
-    """Optimizer steps of a run over so many conversations."""
-    return parameters.total_steps or total_steps(
-        conversations, parameters.draft_global_batch_size, parameters.num_epochs
-    )
-
-
 class Interrupted(Exception):
     """The machine was asked to stop (SIGTERM); the checkpoint of this step is saved."""
-
-
-Save = Callable[[str, int, list[Tensor]], None]
-"""Saves a checkpoint: its name, epochs begun, random state of each process. Called in the first process only."""
 
 
 @dataclass
@@ -108,14 +97,15 @@ class _Pending:
     arrived: torch.cuda.Event | None  # when they are there; None where they are already
 
 
-def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
+def train(training: Training, save: Callable[[str, int, list[Tensor]], None], stop: Callable[[], bool]) -> None:
     """Trains from `training.done` to `training.total`, with checkpoints and validations on the way.
 
     On a GPU the host runs one step ahead: a step's numbers are read while the next one is computed, so nothing waits.
 
     Args:
         training: what is trained; changed in place.
-        save: is called when a checkpoint is due.
+        save: is called in the first process when a checkpoint is due, with its name, the epochs begun and the random
+            state of each process.
         stop: whether this process was asked to stop.
 
     Raises:
@@ -262,33 +252,31 @@ def _learn(training: Training, step: Step, gradients: Gradients, stop: bool) -> 
 
 
 def _settle(training: Training, pending: _Pending, window: Window) -> bool:
-    """Reads a step's numbers into the window; whether some process was asked to stop."""
+    """Reads a step's numbers into the window; whether some process was asked to stop.
+
+    A step that was not learnt from is counted. All ranks see the same sums, so all count it.
+    """
     if pending.arrived is not None:
         pending.arrived.synchronize()
     *_, stops, norm = pending.numbers.tolist()
     sums = window.sums.from_tensor(pending.numbers[:-2])
     if math.isfinite(norm) and bool(torch.isfinite(sums.loss).all()):
         window.sums, window.norm = window.sums + sums, norm
-    else:
-        _skip(training, pending, sums, norm)
-    return bool(stops > 0)
-
-
-def _skip(training: Training, pending: _Pending, sums: Counts, norm: float) -> None:
-    """Counts a step that was not learnt from. All ranks see the same sums, so all count it."""
-    skipped = training.history.skipped
+        return bool(stops > 0)
+    skipped, number = training.history.skipped, pending.number
     lines = sorted(training.train.line(int(index)) for index in pending.step.conversations)
-    skipped.append({"step": pending.number, "lines": lines})
-    loss = [value / max(1.0, count) for value, count in zip(sums.loss.tolist(), sums.supervised.tolist(), strict=True)]
+    skipped.append({"step": number, "lines": lines})
+    loss = (sums.loss / sums.supervised.clamp(min=1)).tolist()
     seen = f"loss {' '.join(f'{value:.2f}' for value in loss)}, gradient norm {norm:.1f}"
-    logger.warning("step %d is skipped (%s); its conversations' lines: %s", pending.number, seen, lines)
+    logger.warning("step %d is skipped (%s); its conversations' lines: %s", number, seen, lines)
     row = [record["step"] for record in skipped[-SKIPPED_IN_A_ROW:]]
-    if row == list(range(pending.number + 1 - SKIPPED_IN_A_ROW, pending.number + 1)):
+    if row == list(range(number + 1 - SKIPPED_IN_A_ROW, number + 1)):
         raise DraftModelError(
             f"training: steps {row[0]} to {row[-1]} had no finite loss and gradient (the last: {seen}; conversations "
             f"from lines {lines} of the training data): lower learning_rate, or set compute_dtype to float32, and "
             "resume from the last checkpoint"
         )
+    return bool(stops > 0)
 
 
 @torch.no_grad()
