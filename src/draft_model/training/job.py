@@ -100,13 +100,12 @@ def run(config: TrainConfig) -> TrainResult:
                 (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
             def save(name: str, epoch: int, random: list[Tensor]) -> None:
-                def write(folder: Path) -> None:
-                    write_checkpoint(folder, training.draft, training.optimizer, training.position(epoch), random)
-                    complete(folder, training.done)
-
-                acceptance = training.history.validated(training.done)
                 where = {"step": training.done, "epoch": epoch, "run_id": config.run_id}
-                output.save(name, write, {**where, "acceptance_length": acceptance})
+                acceptance = {"acceptance_length": training.history.validated(training.done)}
+                folder = output.room(name)
+                write_checkpoint(folder, training.draft, training.optimizer, training.position(epoch), random)
+                complete(folder, training.done)
+                output.upload(folder, where | acceptance)
 
             with catch_sigterm() as stop:
                 try:
@@ -119,9 +118,8 @@ def run(config: TrainConfig) -> TrainResult:
                 step = _publish_final(output, training, complete, work) if ranks.first else 0
                 step = int(ranks.sum(torch.tensor(float(step))))
             tracker.references({"output": config.output, "checkpoints": config.checkpoints, "final": output.final})
-        return TrainResult.from_record(
-            config.output, output.final, record(training, inputs.source, inputs.dataset, step)
-        )
+        told = record(training, inputs.source, inputs.dataset, step)
+        return TrainResult.from_record(config.output, output.final, told)
 
 
 @contextmanager

@@ -157,10 +157,8 @@ class Lease:
             if found is None or held.get("run_id") != self.run_id:
                 self.lost = True
                 holder = f"belongs to run {_name(held)} by now" if held else "is no longer leased to this run"
-                raise DraftModelError(
-                    f"{self.parameter}: {self.folder} {holder}; this run did not renew its lease for {SECONDS:.0f} s, "
-                    "and writes nothing more there"
-                )
+                late = f"this run did not renew its lease for {SECONDS:.0f} s, and writes nothing more there"
+                raise DraftModelError(f"{self.parameter}: {self.folder} {holder}; {late}")
             self._since = held.get("since", self._since)
             self.took_over = held.get("took_over", "")
             others = [p for p in held.get("processes", []) if p != this_process() and _is_alive(p) is not False]

@@ -17,7 +17,7 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -132,32 +132,29 @@ class Output:
                 logger.warning("checkpoint %s is passed over: %s", self._at(name), error)
         return None
 
-    def save(self, name: str, write: Callable[[Path], None], properties: dict[str, Any]) -> None:
-        """Writes a checkpoint to this disk, and has it uploaded while the training goes on.
-
-        Args:
-            name: folder under the output, such as `epoch_2`.
-            write: writes it into a folder.
-            properties: what its manifest says; `acceptance_length` is what `best` goes by.
+    def room(self, name: str) -> Path:
+        """The folder on this disk to write a checkpoint such as `epoch_2` into, once few enough wait for their upload.
 
         Raises:
             DraftModelError: where an earlier one could not be uploaded.
         """
         while len(self._sending) >= CHECKPOINTS_AT_ONCE - 1 or (self._sending and self._sending[0].done()):
             self._sending.pop(0).result()
-        folder = self.work / "checkpoints" / name
-        write(folder)
-        self._sending.append(self._sender.submit(self._send, name, folder, properties))
+        return self.work / "checkpoints" / name
+
+    def upload(self, folder: Path, properties: dict[str, Any]) -> None:
+        """Uploads it while the training goes on, with a manifest of these; `best` goes by `acceptance_length`."""
+        self._sending.append(self._sender.submit(self._send, folder, properties))
 
     def finish(self) -> None:
         """Waits until all is uploaded; raises DraftModelError where it could not be."""
         while self._sending:
             self._sending.pop(0).result()
 
-    def _send(self, name: str, folder: Path, properties: dict[str, Any]) -> None:
+    def _send(self, folder: Path, properties: dict[str, Any]) -> None:
         try:
             with storage.patience(0.0 if self._given_up else PATIENCE):
-                self._upload(name, folder, properties)
+                self._upload(folder.name, folder, properties)
         except DraftModelError as error:
             self._given_up = True
             # Out of the scratch folders, which end with the process.
@@ -167,7 +164,7 @@ class Output:
             shutil.move(folder, kept)
             storage.publish(kept, str(kept), stage=STAGE, properties=properties)
             raise DraftModelError(
-                [*error.problems, f"{self._at(name)}: the checkpoint of step {properties['step']} could not be put "
+                [*error.problems, f"{self._at(folder.name)}: the checkpoint of step {properties['step']} could not be put "
                  f"there; it stays in {kept}, which resume_from_checkpoint may name"]
             ) from error  # fmt: skip
         shutil.rmtree(folder)
