@@ -158,18 +158,13 @@ def rotate_heads(
 
 @_in_triton
 def rotate_heads_backward(
-    dq: Tensor | None,  # [N, heads, d]
-    dk: Tensor | None,  # [N, kv_heads, d]; float32 sums are fine
-    dv: Tensor | None,
-    table: Tensor,
-    time: Tensor,
-    step: int,
-    tokens: Tensor,  # no two rows share one
-    token_grad: Tensor,  # float32 [T, W], added to
-    column: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Gradient of qkv [N, heads * d], of type `dtype`, from those of q, k and v; the others are of `rotate_heads`."""
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, table: Tensor, time: Tensor, step: int, tokens: Tensor,
+    token_grad: Tensor, column: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Gradient of qkv [N, heads * d] from those of q, k and v (float32 sums are fine); the rest as in `rotate_heads`.
+
+    The token's part of it is added to token_grad, float32 [T, W]; no two rows share a token. `dtype` is the result's.
+    """
     back = table[:, time + step] * torch.tensor([1.0, -1.0], dtype=table.dtype).view(2, 1, 1)
     parts = [] if dq is None else [rotate(dq, back).flatten(1)]
     if dk is not None and dv is not None:
@@ -210,20 +205,15 @@ def merge(
 
 @_in_triton
 def merge_backward(
-    q: Tensor,
-    grad: Tensor,  # of the merged attention, [N, heads, d]
-    merged: Tensor,
-    total: Tensor,
-    dq_causal: Tensor,  # the queries' gradient through the causal part, [W, heads, d]
-    places: Tensor | None,
-    keys: Tensor,
-    values: Tensor,
-    dkeys: Tensor,  # float32 [steps - 1, N, kv_heads, d]; the first `later` entries are added to
-    dvalues: Tensor,
-    later: int,
-    first: bool,  # whether dkeys and dvalues hold nothing yet, and are written instead
-) -> Tensor:
-    """Gradient of the queries [N, heads, d], and of the diagonal keys and values; the others are of `merge`."""
+    q: Tensor, grad: Tensor, merged: Tensor, total: Tensor, dq_causal: Tensor, places: Tensor | None, keys: Tensor,
+    values: Tensor, dkeys: Tensor, dvalues: Tensor, later: int, first: bool,
+) -> Tensor:  # fmt: skip
+    """Gradient of the queries [N, heads, d], and of the diagonal keys and values; the rest as in `merge`.
+
+    grad is of the merged attention, [N, heads, d]; dq_causal of the queries through the causal part, [W, heads, d]. The
+    first `later` entries of dkeys and dvalues, float32 [steps - 1, N, kv_heads, d], are added to, or written where
+    they hold nothing yet (`first`).
+    """
     dq = dq_causal if places is None else dq_causal.index_select(0, places)
     if not later:
         return dq

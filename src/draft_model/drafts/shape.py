@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from draft_model.drafts.base import Shape
 from draft_model.errors import DraftModelError
 
@@ -32,7 +34,6 @@ _ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 # sections for images, and Gemma's rotation of a part of the head.
 _ROPE_ALIASES = {"su": "longrope", "mrope": "default", "proportional": "default"}
 _ROPE_OF_TARGETS = ("mrope_section", "mrope_interleaved", "partial_rotary_factor", "type")
-_FACTOR_LISTS = ("short_factor", "long_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +74,12 @@ def _rope_parameters(text: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
         rope["rope_theta"] = text.get("rope_theta") or 10_000.0
     if kind == "longrope":  # Phi's configuration keeps it outside
         rope.setdefault("original_max_position_embeddings", text.get("original_max_position_embeddings"))
-        rope |= {name: _resample(rope[name], head_dim // 2) for name in _FACTOR_LISTS if name in rope}
+        for name in ("short_factor", "long_factor"):
+            # A factor for each frequency of a whole head, from those of a target that rotates a part of each head.
+            if (count := len(rope.get(name, ()))) not in (0, head_dim // 2):
+                places = np.linspace(0, count - 1, head_dim // 2)
+                rope[name] = np.interp(places, range(count), rope[name]).tolist()
     return {key: value for key, value in rope.items() if value is not None and key not in _ROPE_OF_TARGETS}
-
-
-def _resample(factors: list[float], size: int) -> list[float]:
-    """A factor for each frequency of a whole head, from those of a target that rotates only a part of each head."""
-    if len(factors) == size or size < 2 or len(factors) < 2:
-        return list(factors)
-    last = len(factors) - 1
-    places = [index * last / (size - 1) for index in range(size)]
-    lower = [min(int(place), last - 1) for place in places]
-    return [
-        factors[low] + (place - low) * (factors[low + 1] - factors[low])
-        for place, low in zip(places, lower, strict=True)
-    ]
 
 
 def target_layers(target: Mapping[str, Any]) -> dict[str, Any]:

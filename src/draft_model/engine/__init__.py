@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -340,6 +342,40 @@ def end_all_with_parent() -> Callable[..., None]:
     signal.signal(signal.SIGTERM, end)
     end_with_parent()
     return end
+
+
+class Engine(ABC):
+    """An engine with one job's target, in its own process."""
+
+    job: Job
+
+    @abstractmethod
+    def describe(self) -> tuple[str, str, str]:
+        """The engine's name and version, the hardware, and the compute type."""
+
+    @abstractmethod
+    def decode(
+        self, prompts: list[list[int]], temperature: float = 0.0, margins: bool = False
+    ) -> tuple[list[list[int]], list[list[float]], Counts]:
+        """Replies, how far the two best logprobs lie apart at each token (where asked for), and what was counted."""
+
+    def measure(self) -> Measured:
+        """Greedy decoding of all prompts, and sampling where the job has a temperature."""
+        job, alone = self.job, not self.job.draft
+        greedy = [self.decode(group, margins=alone) for group in job.groups]
+        return Measured(
+            *self.describe(),
+            outputs=[replies for replies, _, _ in greedy],
+            margins=[margins for _, margins, _ in greedy] if alone else [],
+            counts=[] if alone else [counts for _, _, counts in greedy],
+            sampled=self.decode(job.prompts, job.temperature)[2] if job.draft and job.temperature else None,
+        )
+
+    def time(self, size: int, number: int) -> float:
+        """Tokens per second of the n-th batch of a size."""
+        started = time.perf_counter()
+        replies, _, _ = self.decode(self.job.batch(size, number))
+        return sum(map(len, replies)) / (time.perf_counter() - started)
 
 
 def serve(load: Callable[[Any], Any], job: type = Job) -> None:

@@ -164,8 +164,8 @@ class Output:
             shutil.move(folder, kept)
             storage.publish(kept, str(kept), stage=STAGE, properties=properties)
             raise DraftModelError(
-                [*error.problems, f"{self._at(folder.name)}: the checkpoint of step {properties['step']} could not be put "
-                 f"there; it stays in {kept}, which resume_from_checkpoint may name"]
+                [*error.problems, f"{self._at(folder.name)}: the checkpoint of step {properties['step']} could not be "
+                 f"put there; it stays in {kept}, which resume_from_checkpoint may name"]
             ) from error  # fmt: skip
         shutil.rmtree(folder)
 
