@@ -13,8 +13,7 @@ from torch import Tensor
 from draft_model.drafts.base import WEIGHTS, Shape, load_weights
 from draft_model.errors import DraftModelError
 
-LAYER = "transformer_layer_config"
-"""Where speculators keeps the settings of the layers."""
+LAYER = "transformer_layer_config"  # where speculators keeps the settings of the layers
 
 
 def save_draft(folder: Path, draft: Any, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -22,8 +22,7 @@ from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)
 
-LK_DECAY = 3.0
-"""How fast draft_loss=lk goes from the divergence to the rejection as a position gets better."""
+LK_DECAY = 3.0  # how fast draft_loss=lk goes from the divergence to the rejection as a position gets better
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 

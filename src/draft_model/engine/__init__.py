@@ -31,10 +31,8 @@ from typing import Any
 from draft_model.errors import DraftModelError
 from draft_model.processes import ROOT, end_with_parent
 
-PYTHON = "DRAFT_MODEL_ENGINE_PYTHON"
-"""Environment variable: the Python that has the engine; not set: this one."""
-TIME_LIMIT = 2 * 3600
-"""Seconds that one process may take."""
+PYTHON = "DRAFT_MODEL_ENGINE_PYTHON"  # environment variable: the Python that has the engine; not set: this one
+TIME_LIMIT = 2 * 3600  # seconds that one process may take
 TIE_MARGINS = {"float32": 1e-4, "float16": 0.06, "bfloat16": 0.5}
 """By compute type: two tokens tie where their logprobs are closer than this, because a forward pass over K + 1 tokens
 rounds otherwise than one over a single token. For 16 bits, about four steps of a logit between 16 and 32."""

@@ -59,8 +59,7 @@ class Answer:
 class VllmGenerator:
     """A process that generates; `close` ends it. `devices` is its CUDA_VISIBLE_DEVICES; None leaves it."""
 
-    in_flight = 1280
-    """Conversations at once: more than the 1,024 that vLLM batches by default on the largest GPUs."""
+    in_flight = 1280  # conversations at once: more than the 1,024 that vLLM batches by default on the largest GPUs
     continuous = True
 
     def __init__(self, settings: Settings, devices: str | None = None) -> None:

@@ -1,25 +1,14 @@
-"""What a training measured, and how a person sees it.
-
-Sums over the log window under way, the records that became of earlier ones, a bar with tokens per second and the time
-left, and a line per log window.
-"""
+"""What a training measured: sums over the log window under way, and the records that became of earlier ones."""
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from draft_model.drafts.counts import Counts
-
-logger = logging.getLogger(__name__)
-
-LOG_SECONDS = 15.0  # between two states of the bar where it goes to a log and not to a terminal
 
 
 @dataclass
@@ -79,44 +68,8 @@ class Window:
         return {**where, **self.sums.measures(proposals), "grad_norm": self.norm, "tokens_per_second": speed}
 
 
-class Progress:
-    """The bar of one training, over the tokens that will go through the draft; only the first rank shows it."""
-
-    def __init__(self, tokens: int, speaks: bool) -> None:
-        self._speaks = speaks
-        self._bar = tqdm(
-            total=tokens, unit="token", unit_scale=True, desc="training", disable=not speaks,
-            mininterval=0.5 if sys.stderr.isatty() else LOG_SECONDS, dynamic_ncols=True,
-        )  # fmt: skip
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def advance(self, tokens: int, where: str, window: Any) -> None:
-        """Moves the bar on by the tokens of a step (`where`), and shows the loss since the last log line (`window`)."""
-        loss = f", loss {float(window.loss[0] / window.supervised[0]):.2f}" if window.supervised[0] > 0 else ""
-        self._bar.set_postfix_str(f"{where}{loss}", refresh=False)
-        self._bar.update(tokens)
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Writes the line of one log window."""
-        if self._speaks:
-            logger.info(
-                "step %d, epoch %d: %s, learning rate %.1e, gradient norm %.1f, %.0f tokens/s", record["step"],
-                record["epoch"], _measured(record), record["learning_rate"], record["grad_norm"],
-                record["tokens_per_second"],
-            )  # fmt: skip
-
-    def log_validation(self, record: dict[str, Any]) -> None:
-        """Writes the line of one validation."""
-        if self._speaks:
-            logger.info("validation after step %d: %s", record["step"], _measured(record))
-
-
-def _measured(record: dict[str, Any]) -> str:
+def in_words(record: Mapping[str, Any]) -> str:
+    """Loss and acceptance of a log or validation record."""
     loss, conditional = (
         " ".join("-" if value is None else f"{value:.2f}" for value in record[name])
         for name in ("loss", "conditional_acceptance")

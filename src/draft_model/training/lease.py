@@ -39,8 +39,7 @@ logger = logging.getLogger(__name__)
 FILE = "lease.json"
 SECONDS = 50.0
 """How long a lease holds without being renewed: less than the shortest dist_timeout, more than a store's retries."""
-RENEWALS = 5
-"""Renewals per lease period."""
+RENEWALS = 5  # renewals per lease period
 _ATTEMPTS = 20  # to change a lease that other processes of this run change as well
 _NEVER = datetime.min.replace(tzinfo=UTC)
 

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
     from draft_model.drafts.base import Draft
 
 MOMENTUM = 0.95
-RATIO = 20.0
-"""Muon's rate is so many times learning_rate; benchmarks/README.md has the measurement."""
+RATIO = 20.0  # Muon's rate is so many times learning_rate; benchmarks/README.md has the measurement
 _MATRICES = ("fc.", "midlayer.", "layers.")  # of every family; a head's matrix has a row per token, and is AdamW's
 
 

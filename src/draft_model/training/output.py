@@ -30,8 +30,7 @@ from draft_model.training.lease import Lease
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 15 * 60.0
-"""Seconds that an object store may be away before the training fails for it."""
+PATIENCE = 15 * 60.0  # seconds that an object store may be away before the training fails for it
 CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on this disk that are not published yet, the one being written among them; then the training waits."""
 

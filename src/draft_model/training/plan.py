@@ -35,10 +35,8 @@ STATE_BYTES = 14.0
 
 POINTS = ((1e4, 0.17), (4e4, 0.30), (1e5, 0.40), (2e5, 0.45), (4e5, 0.50), (2.5e6, 0.55), (2.5e8, 0.68))
 """Supervised tokens and p."""
-SPREAD = 0.08
-"""Of p, between recipes, targets and kinds of conversation."""
-FOREIGN = 0.20
-"""What p loses where the answers are not the target's own."""
+SPREAD = 0.08  # of p, between recipes, targets and kinds of conversation
+FOREIGN = 0.20  # what p loses where the answers are not the target's own
 
 
 @dataclass(frozen=True)

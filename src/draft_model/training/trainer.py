@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from draft_model.dataset.tokens import Split
 from draft_model.drafts.base import Draft, Objective
@@ -31,12 +33,13 @@ from draft_model.ranks import Ranks
 from draft_model.target.model import Target
 from draft_model.tracking import Tracker
 from draft_model.training.checkpoint import Loaded, Position, restore
-from draft_model.training.history import History, Progress, Window
+from draft_model.training.history import History, Window, in_words
 from draft_model.training.optimizer import Gradients, learning_rate
 from draft_model.training.order import Step, draw_keys, plan_steps
 
 logger = logging.getLogger(__name__)
 
+LOG_SECONDS = 15.0  # between two states of the bar where it goes to a log and not to a terminal
 SKIPPED_IN_A_ROW = 5
 """So many steps without a finite loss and gradient end the training: one is a bad batch, five are no accident."""
 
@@ -121,7 +124,10 @@ def train(training: Training, save: Callable[[str, int, list[Tensor]], None], st
     pending: deque[_Pending] = deque()
     ahead = 1 if ranks.device.type == "cuda" else 0
     size = sum(int(lengths[step.conversations].sum()) for step in steps)
-    with Progress(size, ranks.first) as progress:
+    with tqdm(
+        total=size, unit="token", unit_scale=True, desc="training", disable=not ranks.first, dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else LOG_SECONDS,
+    ) as bar:  # fmt: skip
         clock = time.monotonic()
         for step in steps:
             pending.append(_learn(training, step, gradients, stop()))
@@ -141,19 +147,25 @@ def train(training: Training, save: Callable[[str, int, list[Tensor]], None], st
                 window.tokens, window.seconds = window.tokens + tokens, window.seconds + now - clock
                 history.seconds += now - clock
                 clock = now
-                progress.advance(tokens, f"step {done.number}/{training.total}", window.sums)
+                supervised = float(window.sums.supervised[0])
+                loss = f", loss {float(window.sums.loss[0]) / supervised:.2f}" if supervised else ""
+                bar.set_postfix_str(f"step {done.number}/{training.total}{loss}", refresh=False)
+                bar.update(tokens)
             if logs and window.sums.divisor > 0:  # else nothing was supervised, and there is no loss to write
                 rate = training.optimizer.param_groups[0]["lr"]
                 where = {"step": training.done, "epoch": step.epoch + 1, "learning_rate": rate}
                 history.log.append(record := window.record(p.num_speculative_tokens, where))
-                progress.log(record)
+                logger.info(
+                    "step %d, epoch %d: %s, learning rate %.1e, gradient norm %.1f, %.0f tokens/s", training.done,
+                    step.epoch + 1, in_words(record), rate, record["grad_norm"], record["tokens_per_second"],
+                )  # fmt: skip
                 # The most GPU memory that this process has held; on a CPU the memory that it holds.
                 on_gpu = ranks.device.type == "cuda"
                 memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
                 training.tracker.metrics(training.done, record | {"memory_gigabytes": memory / 1e9})
                 window = Window(nothing, {})
             if validates:
-                _validate(training, step.epoch, progress)
+                _validate(training, step.epoch)
             if not ahead:  # on a GPU the requests of all processes come with the step's numbers
                 stopping = ranks.any(stop())
             if saves or stopping:
@@ -280,7 +292,7 @@ def _settle(training: Training, pending: _Pending, window: Window) -> bool:
 
 
 @torch.no_grad()
-def _validate(training: Training, epoch: int, progress: Progress) -> None:
+def _validate(training: Training, epoch: int) -> None:
     """The whole validation split, token-weighted, shared over the ranks."""
     split, p = training.validation, training.parameters
     if split is None:
@@ -293,7 +305,7 @@ def _validate(training: Training, epoch: int, progress: Progress) -> None:
     sums = sums.from_tensor(training.ranks.sum(sums.tensor()).cpu())
     record = {"step": training.done, "epoch": epoch + 1, **sums.measures(p.num_speculative_tokens)}
     training.history.validation.append(record)
-    progress.log_validation(record)
+    logger.info("validation after step %d: %s", training.done, in_words(record))
     training.tracker.metrics(training.done, {f"validation_{name}": value for name, value in record.items()})
 
 

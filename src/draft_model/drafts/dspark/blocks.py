@@ -21,8 +21,7 @@ from draft_model.drafts.batch import Batch, to_device
 from draft_model.drafts.dspark.model import Attend
 from draft_model.drafts.kernels import compiled_flex
 
-SCORES = 1 << 23
-"""Scores that exist at once on a CPU: 32 MB in float32."""
+SCORES = 1 << 23  # scores that exist at once on a CPU: 32 MB in float32
 
 
 @dataclass(frozen=True)

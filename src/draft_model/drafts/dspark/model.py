@@ -29,8 +29,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """From the blocks' q [N, S, heads, d], k and v [N, S, kv_heads, d] and the context's k and v to [N, S, heads, d]."""
 
 
-START_SPREAD = 2.0
-"""Standard deviation of a fresh draft's logits; 6, as of the demo's target, learns more slowly."""
+START_SPREAD = 2.0  # standard deviation of a fresh draft's logits; 6, as of the demo's target, learns more slowly
 
 
 class _Norm(nn.Module):

@@ -41,8 +41,7 @@ from draft_model.drafts.layers import rotary_table
 if TYPE_CHECKING:
     from draft_model.target.model import Target
 
-CHUNK_PAIRS = {"cpu": 512, "cuda": 2048}
-"""Proposals in one head: 512 x 50,000 bfloat16 logits are 50 MB."""
+CHUNK_PAIRS = {"cpu": 512, "cuda": 2048}  # proposals in one head: 512 x 50,000 bfloat16 logits are 50 MB
 CACHED_ROWS = 16
 """Proposals whose float32 probabilities a CPU works on at once: 16 x 50,000 are 3 MB, and there are four of them."""
 LOSSES = {"tv": (0.1, 0.9, 0.0), "kl": (0.0, 0.0, 1.0)}

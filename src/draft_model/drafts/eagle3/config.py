@@ -19,8 +19,7 @@ ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "Eagle3DraftModel", "Ea
 """Ours and SpecForge's; vLLM's other name for the same class; speculators'."""
 MIN_TARGET_LAYERS = 4
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")
-"""Of EAGLE-3.1; all off is EAGLE-3."""
+SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")  # of EAGLE-3.1; all off is EAGLE-3
 
 # Settings with one possible value: the draft is one Llama layer with its own head and no biases.
 _FIXED: dict[str, Any] = {

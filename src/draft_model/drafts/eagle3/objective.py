@@ -48,8 +48,7 @@ CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
 """Teacher positions in one head. On a CPU one step at a time: 512 x 32,000 float32 logits are 64 MB; on a GPU all steps
 at once: 7 x 2048 x 32,000 bfloat16 logits are 0.9 GB."""
 
-TeacherHead = Callable[[Tensor], Tensor]
-"""From target hidden states [C, H] to logits [C, V]."""
+TeacherHead = Callable[[Tensor], Tensor]  # from target hidden states [C, H] to logits [C, V]
 
 
 class Objective:
