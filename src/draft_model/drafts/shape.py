@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-
 from draft_model.drafts.base import Shape
 from draft_model.errors import DraftModelError
 
@@ -77,6 +75,8 @@ def _rope_parameters(text: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
         for name in ("short_factor", "long_factor"):
             # A factor for each frequency of a whole head, from those of a target that rotates a part of each head.
             if (count := len(rope.get(name, ()))) not in (0, head_dim // 2):
+                import numpy as np
+
                 places = np.linspace(0, count - 1, head_dim // 2)
                 rope[name] = np.interp(places, range(count), rope[name]).tolist()
     return {key: value for key, value in rope.items() if value is not None and key not in _ROPE_OF_TARGETS}
