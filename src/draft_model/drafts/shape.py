@@ -140,12 +140,8 @@ def layer_problems(
 ) -> list[str]:
     """What in a configuration (without nulls) no draft of this target can have.
 
-    Args:
-        default: of the target.
-        given: the settings.
-        fixed: settings with one possible value.
-        own: names of the family's other settings, which are not looked at.
-        foreign: whether it is a checkpoint's, whose settings that no engine reads are ignored.
+    `fixed` are settings with one possible value, `own` names of the family's other settings, which are not looked at;
+    a `foreign` one is a checkpoint's, whose settings that no engine reads are ignored.
     """
     fixed = {**_NEUTRAL, **fixed}
     problems = [

@@ -201,11 +201,7 @@ def _can_import(module: str) -> bool:
 class Process:
     """A running engine; leaving the context ends it and all that it started.
 
-    Args:
-        engine: a module of this package that reads the job and answers.
-        job: what to load.
-        time_limit: seconds after which the process is ended.
-        environment: further variables of the process.
+    `engine` is a module of this package that reads the job and answers; after time_limit seconds it is ended.
     """
 
     def __init__(

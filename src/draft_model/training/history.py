@@ -45,9 +45,7 @@ class History:
 class Window:
     """What happened since the last log line, summed; divided only when it is written.
 
-    Args:
-        nothing: counts of no position, on the host.
-        saved: `to_json` of a window that a checkpoint interrupted.
+    It begins with `nothing` (on the host), or with what `to_json` saved of a window that a checkpoint interrupted.
     """
 
     def __init__(self, nothing: Counts, saved: Mapping[str, Any]) -> None:

@@ -154,23 +154,10 @@ class Teacher:
 
 
 class Heads:
-    """All steps' heads and losses over one batch.
+    """All steps' heads and losses over one batch: sums, agreements and, with `learn`, gradients.
 
-    Args:
-        teacher: the target's side.
-        norm: weight of the norm before the draft's head, [H].
-        weight: the draft's head in the compute type, [D, H].
-        outputs: the layer's output of each step, [steps, N, H].
-        plan: positions.
-        learn: whether gradients are wanted.
-        loss: draft_loss: `kl`, `lk` or `tv`.
-
-    Attributes:
-        sums: loss, supervised, agree, overlap, float64 [4, steps].
-        agree: whether step and teacher agreed, bool [steps, M].
-        grads: gradients of the outputs, [steps, N, H].
-        grad_norm: float32 [H].
-        grad_head: float32 [D, H].
+    `norm` is the weight of the norm before the draft's head, [H]; `weight` that head in the compute type, [D, H]; `outputs`
+    the layer's output of each step, [steps, N, H]; `loss` is kl, lk or tv.
     """
 
     def __init__(
@@ -181,6 +168,7 @@ class Heads:
         self._outputs = outputs.flatten(0, 1)  # [steps * N, H]
         self._decay = STEP_DECAY ** torch.arange(plan.steps, device=weight.device, dtype=torch.float32)
         teachers = len(plan.teachers)
+        # By step: loss, supervised, agree, overlap; and whether step and teacher agreed.
         self.sums = torch.zeros(4, plan.steps, device=weight.device, dtype=torch.float64)
         self.agree = torch.zeros(plan.steps, teachers, dtype=torch.bool, device=weight.device)
         if learn:

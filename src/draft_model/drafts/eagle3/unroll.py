@@ -120,12 +120,9 @@ class Unroll:
         return hidden[1:]
 
     def backward(self, grads: Tensor, sums: Weights, of_features: bool = False) -> Tensor | None:
-        """Adds the gradient of every weight but norm and head.
+        """Adds the gradient of every weight but norm and head to `sums`, float32 and arranged as the weights are.
 
-        Args:
-            grads: of the outputs of each step, [steps, N, H]; used up.
-            sums: float32 gradients, arranged as the weights are; added to.
-            of_features: whether the features' own gradient is wanted.
+        `grads` is of the outputs of each step, [steps, N, H], and used up.
 
         Returns:
             The gradient of the features, [T, nH]; None where neither this nor a norm before fc was asked for.
