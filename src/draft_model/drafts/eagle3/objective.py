@@ -156,8 +156,8 @@ class Teacher:
 class Heads:
     """All steps' heads and losses over one batch: sums, agreements and, with `learn`, gradients.
 
-    `norm` is the weight of the norm before the draft's head, [H]; `weight` that head in the compute type, [D, H]; `outputs`
-    the layer's output of each step, [steps, N, H]; `loss` is kl, lk or tv.
+    `norm` is the weight of the norm before the draft's head, [H]; `weight` that head in the compute type, [D, H];
+    `outputs` the layer's output of each step, [steps, N, H]; `loss` is kl, lk or tv.
     """
 
     def __init__(
