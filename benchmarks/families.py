@@ -72,7 +72,7 @@ def train(name: str, model: str, data: str, target: Path, work: Path, seconds: f
         config = TrainConfig(model, data, str(work / name), work / f"{name}-scratch",
                              parameters(name, target, work, total_steps=total))  # fmt: skip
         config.work.mkdir(exist_ok=True)
-        training = replace(prepare(config, ranks, fetch_inputs(config), None, False, config.work), validation=None)
+        training = replace(prepare(config, ranks, fetch_inputs(config), None, False), validation=None)
         clock[:] = [time.process_time()]
 
         def stop() -> bool:  # is asked twice in each step

@@ -32,9 +32,8 @@ from draft_model.dataset.tokens import Split
 from draft_model.drafts.batch import Batch, collate
 from draft_model.drafts.counts import Counts
 from draft_model.drafts.eagle3 import objective as loss_module
-from draft_model.drafts.eagle3.objective import Teacher
+from draft_model.drafts.eagle3.objective import Objective, Teacher
 from draft_model.drafts.eagle3.plan import Plan
-from draft_model.drafts.eagle3.step import Objective
 from draft_model.parameters import Parameters
 from draft_model.target.model import Target, load_target
 from draft_model.training.order import plan_steps

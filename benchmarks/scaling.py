@@ -16,11 +16,9 @@ import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,7 +54,7 @@ def parts(shape: str, steps: int, device: Any) -> tuple[Any, Any, Any]:
 
     from draft_model.drafts.eagle3.config import draft_config_for
     from draft_model.drafts.eagle3.model import Eagle3Draft
-    from draft_model.drafts.eagle3.step import Objective
+    from draft_model.drafts.eagle3.objective import Objective
     from draft_model.target.model import Target
 
     hidden, intermediate, heads, vocabulary, known = SHAPES[shape]
@@ -84,7 +82,7 @@ def train_worker(shape: str, steps: int) -> dict[str, Any]:
     from draft_model.ranks import start_ranks
     from draft_model.training.trainer import Training, train
 
-    with start_ranks(timedelta(minutes=10)) as ranks, tempfile.TemporaryDirectory() as work:
+    with start_ranks(timedelta(minutes=10)) as ranks:
         target, draft, objective = parts(shape, 7, ranks.device)
         p = Parameters(
             number_of_gpu_to_use_draft_model_training=ranks.world, draft_global_batch_size=4, total_steps=steps,
@@ -92,9 +90,7 @@ def train_worker(shape: str, steps: int) -> dict[str, Any]:
         )  # fmt: skip
         optimizer = torch.optim.AdamW(draft.parameters(), fused=True)
         conversations: Any = Conversations(4 * steps, target.config.vocab_size)
-        training = Training(
-            p, ranks, target, draft, optimizer, objective, conversations, None, steps, Path(work), "random"
-        )
+        training = Training(p, ranks, target, draft, optimizer, objective, conversations, None, steps, "random")
         train(training, lambda *_: None, lambda: False)
         seconds = [4 * TOKENS / record["tokens_per_second"] for record in training.history.log[WARM_UP:]]
         return {"tokens_per_second": 4 * TOKENS / statistics.median(seconds), "flops": flops(target, draft, p)}
@@ -133,7 +129,7 @@ def reduce_worker(shape: str, way: str, steps: int) -> dict[str, Any]:
 
     from draft_model.drafts.batch import collate
     from draft_model.ranks import start_ranks
-    from draft_model.training.gradients import Gradients
+    from draft_model.training.optimizer import Gradients
 
     class Loss(nn.Module):
         def __init__(self, draft: nn.Module, objective: Any) -> None:

@@ -73,7 +73,7 @@ def test_the_table_in_the_docs_is_the_graph():
 
 def test_only_a_family_names_its_own_modules():
     """What is outside asks `drafts.family`; so another family is one folder and one line in a table."""
-    families = {folder.name for folder in (SOURCE / "drafts").iterdir() if (folder / "family.py").exists()}
+    families = {folder.name for folder in (SOURCE / "drafts").iterdir() if (folder / "config.py").exists()}
     assert len(families) > 1
     named = re.compile(rf"drafts[./]({'|'.join(families)})\b|Eagle3\w+|BlockDraft|BlockConfig")
     assert [

@@ -22,7 +22,7 @@ from common import (
 from draft_model import drafts
 from draft_model.drafts.batch import collate
 from draft_model.target.model import Target
-from draft_model.training.gradients import Gradients
+from draft_model.training.optimizer import Gradients
 
 
 def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:

@@ -256,7 +256,7 @@ def plan_command(
     from draft_model.jobs.compute import Compute, misfit, weights_of
     from draft_model.preflight import check
     from draft_model.training import plan
-    from draft_model.training.expectations import advice, expectation
+    from draft_model.training.plan import advice, expectation
 
     parameters = check(given(options), ["train"])
     cluster = plan.Cluster(memory * 1e9, peak * 1e12, share, network * 1e9)

@@ -90,9 +90,7 @@ class Ranks:
 def start_ranks(timeout: timedelta, tp: int = 1) -> Iterator[Ranks]:
     """Joins the other processes that torchrun started; without torchrun, this one is alone.
 
-    Args:
-        timeout: a collective that takes longer ends the job.
-        tp: processes that hold one copy of the target; divides their number.
+    `tp` of them hold one copy of the target. A collective that takes longer than `timeout` ends the job.
 
     Raises:
         PeerLost: when another process ended, or did not come to a collective within the time-out.
@@ -107,22 +105,18 @@ def start_ranks(timeout: timedelta, tp: int = 1) -> Iterator[Ranks]:
         return
     try:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        yield Ranks(rank, world, device, tp, _mesh(rank, world, tp, device, timeout))
+        # DeviceMesh would make groups with PyTorch's own time-out; every process must take part in making each group.
+        copies = [distributed.new_group(list(range(place, world, tp)), timeout) for place in range(tp)]
+        groups = [distributed.new_group(list(range(first, first + tp)), timeout) for first in range(0, world, tp)]
+        own, places = [copies[rank % tp], groups[rank // tp]], torch.arange(world).view(-1, tp)
+        mesh = DeviceMesh.from_group(own, device.type, mesh=places, mesh_dim_names=("dp", "tp"))
+        yield Ranks(rank, world, device, tp, mesh)
     except RuntimeError as error:
         if not is_a_peers(error):
             raise
         raise PeerLost(str(error).splitlines()[0]) from error
     # Not on an error: the connections close with the process, so that its message is out before others notice.
     distributed.destroy_process_group()
-
-
-def _mesh(rank: int, world: int, tp: int, device: torch.device, timeout: timedelta) -> DeviceMesh:
-    # DeviceMesh would make groups with PyTorch's own time-out; every process must take part in making each group.
-    copies = [distributed.new_group(list(range(place, world, tp)), timeout) for place in range(tp)]
-    groups = [distributed.new_group(list(range(first, first + tp)), timeout) for first in range(0, world, tp)]
-    own = [copies[rank % tp], groups[rank // tp]]
-    places = torch.arange(world).view(-1, tp)
-    return DeviceMesh.from_group(own, device.type, mesh=places, mesh_dim_names=("dp", "tp"))
 
 
 def is_a_peers(error: RuntimeError) -> bool:

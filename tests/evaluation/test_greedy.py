@@ -9,10 +9,10 @@ from tiny import llama
 from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import draft_config_for
 from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.objective import Objective
 from draft_model.drafts.eagle3.plan import plan_unroll
-from draft_model.drafts.eagle3.step import Objective
 from draft_model.drafts.eagle3.unroll import Unroll
-from draft_model.drafts.rotary import Rotary
+from draft_model.drafts.layers import rotary_table
 from draft_model.engine import Counts, Job
 from draft_model.evaluation.greedy import Reply, batch_size, counts_of, decode, is_recurrent, reference
 from draft_model.target.model import Target
@@ -128,11 +128,12 @@ def foreseen_rounds(target, draft, tokens, prompt_length, proposals):
     plan = plan_unroll(batch, proposals)
     states = target.states(batch)[0]
     weights = draft.weights(torch.float32)
-    rotary = Rotary(draft.config, target.device).table(len(tokens) + proposals, torch.float32)
+    rotary = rotary_table(draft.config, target.device, len(tokens) + proposals, torch.float32)
     embedded = torch.nn.functional.embedding(plan.tokens, target.embedding)
     features = states[:, : -draft.config.hidden_size]
     hidden = Unroll(weights, rotary, plan, "sdpa").forward(embedded, features, keep=False)
-    proposed = draft.target_ids[(weights.rms_norm(hidden, weights.norm) @ draft.lm_head.weight.T).argmax(-1)]
+    normed = torch.nn.functional.rms_norm(hidden, hidden.shape[-1:], weights.norm, draft.config.rms_norm_eps)
+    proposed = draft.target_ids[(normed @ draft.lm_head.weight.T).argmax(-1)]
     row = {int(time): number for number, time in enumerate(plan.windows.row_time)}
     rounds, start = [], prompt_length - 1
     while start + 2 + proposals <= len(tokens):

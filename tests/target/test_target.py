@@ -14,7 +14,7 @@ from drafts.eagle3.families import FAMILIES, HIDDEN, LAYERS, SHAPE, VOCAB, save_
 from draft_model.drafts.batch import Batch, collate
 from draft_model.drafts.eagle3.config import DraftConfig, choose_aux_layers, draft_config_for
 from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.drafts.eagle3.step import Objective
+from draft_model.drafts.eagle3.objective import Objective
 from draft_model.errors import DraftModelError
 from draft_model.target.model import Target, load_target
 

@@ -31,19 +31,12 @@ QUICK = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """What trainings of the tests read.
+    """What trainings of the tests read."""
 
-    Attributes:
-        model: URI of the imported target.
-        dataset: URI of the data set, with a validation split.
-        other: URI of a data set of other words, and so of another vocabulary of the same size.
-        draft_config: file that sets the draft's vocabulary size.
-    """
-
-    model: str
-    dataset: str
-    other: str
-    draft_config: str
+    model: str  # URI of the imported target
+    dataset: str  # URI of the data set, with a validation split
+    other: str  # URI of a data set of other words, and so of another vocabulary of the same size
+    draft_config: str  # file that sets the draft's vocabulary size
 
 
 def make_inputs(folder: Path) -> Inputs:

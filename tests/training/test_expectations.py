@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from draft_model.cli import cli
-from draft_model.training.expectations import expected_acceptance_length
+from draft_model.training.plan import expected_acceptance_length
 
 DOCS = Path(__file__).parents[2] / "docs"
 

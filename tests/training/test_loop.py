@@ -11,13 +11,12 @@ from draft_model.dataset import Split, load_vocabulary
 from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
 from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.drafts.eagle3.step import Objective
+from draft_model.drafts.eagle3.objective import Objective
 from draft_model.ranks import Ranks
 from draft_model.target.model import load_target
-from draft_model.training.gradients import Gradients
+from draft_model.training.optimizer import Gradients, learning_rate
 from draft_model.training.order import plan_steps
 from draft_model.training.plan import read_config
-from draft_model.training.schedule import learning_rate
 from training.case import DRAFT_VOCABULARY, QUICK
 
 CPU = torch.device("cpu")

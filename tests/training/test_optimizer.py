@@ -1,12 +1,15 @@
-"""Muon beside PyTorch's own, and checkpoints of it."""
+"""Muon and the learning rate beside PyTorch's own, and checkpoints of Muon."""
 
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from draft_model.drafts import family
 from draft_model.errors import DraftModelError
-from draft_model.training.optimizer import MOMENTUM, RATIO, make_optimizer
+from draft_model.training.optimizer import MOMENTUM, RATIO, learning_rate, make_optimizer
 from training.test_resume import interrupted_at
 
 
@@ -52,3 +55,29 @@ def test_muon_resumes_to_the_bit_and_not_with_the_other_optimizer(train):
     resumed = train(output, resume="true", **muon)
     assert resumed.losses == whole.losses != train().losses
     assert resumed.read("final/model.safetensors") == whole.read("final/model.safetensors")
+
+
+def torch_rates(total, warmup, peak):
+    """Linear from peak / warmup to peak, then half a cosine that would be 0 after the last step."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
+    parts = []
+    if warmup:
+        iterations = max(1, warmup - 1)
+        parts.append(LinearLR(optimizer, start_factor=1 / warmup, total_iters=iterations))
+    parts.append(CosineAnnealingLR(optimizer, T_max=total - warmup))
+    schedule = SequentialLR(optimizer, parts, milestones=[warmup] if warmup else [])
+    for _ in range(total):
+        yield optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter")
+@given(st.integers(3, 80), st.floats(0, 0.9), st.sampled_from([1e-4, 3e-3]))
+def test_rates_are_those_of_linear_warm_up_and_cosine(total, ratio, peak):
+    rates = [learning_rate(step, total, peak, ratio) for step in range(total)]
+    assert rates == pytest.approx(list(torch_rates(total, int(ratio * total), peak)), rel=1e-9, abs=1e-12)
+
+
+def test_warm_up_over_all_steps_never_comes_down():
+    assert [learning_rate(step, 4, 1.0, 1.0) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]

@@ -21,7 +21,7 @@ from draft_model.errors import DraftModelError
 from draft_model.storage import s3 as transfers
 from draft_model.training import job, lease
 from draft_model.training import output as outputs
-from draft_model.training.output import Keeping, Output
+from draft_model.training.output import Output
 from draft_model.training.prepare import fetch_inputs
 from training.case import when_logged
 from training.processes import start, train_killed_in
@@ -306,4 +306,4 @@ def test_the_first_process_of_a_machine_verifies_the_inputs_and_the_others_trust
 
 def test_the_best_of_none_is_none(tmp_path):
     (tmp_path / "checkpoints.json").write_text(json.dumps(["epoch_1"]))
-    assert Output(str(tmp_path), tmp_path, Keeping(1, True)).best() is None
+    assert Output(str(tmp_path), tmp_path, newest=1, best=True).best() is None

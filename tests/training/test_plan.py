@@ -16,7 +16,7 @@ from draft_model.cli import cli
 from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import draft_config_for
 from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.drafts.eagle3.step import Objective
+from draft_model.drafts.eagle3.objective import Objective
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.target.model import Target

@@ -1,8 +1,6 @@
 """A training on a tiny target: it learns, splits change nothing, and it writes what was promised."""
 
-import errno
 import json
-import os
 import shutil
 from collections import namedtuple
 from itertools import islice
@@ -16,12 +14,11 @@ from safetensors import safe_open
 
 from draft_model import storage
 from draft_model.dataset import Split, load_vocabulary
-from draft_model.entrypoint import user_error
 from draft_model.errors import DraftModelError
-from draft_model.training import TrainConfig, features
+from draft_model.training import TrainConfig
 from draft_model.training.job import run
+from draft_model.training.optimizer import learning_rate
 from draft_model.training.order import plan_steps
-from draft_model.training.schedule import learning_rate
 from training.case import DRAFT_VOCABULARY, QUICK, Trained, build_dataset
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 32, 4, 2, 8, 48  # of the tiny target
@@ -82,28 +79,6 @@ def test_accumulation_changes_nothing(train, plain, micro):
 @pytest.mark.parametrize("size", [1, 5])
 def test_the_targets_batch_changes_nothing(train, plain, size):
     assert_same_training(train(training_batch_size=size), plain)
-
-
-def test_kept_target_states_change_nothing(train, plain, monkeypatch, caplog):
-    monkeypatch.setattr(features, "DISK_SHARE", 0.0)
-    with caplog.at_level("INFO"):
-        computed_anew = train()
-    assert "every epoch computes them anew" in caplog.text
-    assert_same_training(computed_anew, plain)
-
-
-def test_the_disk_of_kept_target_states_is_reserved_and_a_full_one_is_a_sentence(train, monkeypatch, tmp_path):
-    lengths, groups = np.full(8, 1000), {index: (index,) for index in range(8)}
-    features.StateStore(tmp_path, lengths, 128, torch.float32, 2, torch.device("cpu"), groups)
-    assert (tmp_path / "target_states.bin").stat().st_blocks * 512 >= 8 * 1000 * 128 * 4  # no holes
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        train()
-    assert str(user_error(caught.value)).startswith("a disk: No space left on device; make room")
 
 
 def test_the_rate_is_that_of_the_schedule(plain):

@@ -15,7 +15,7 @@ from draft_model import storage
 from draft_model.dataset import load_vocabulary
 from draft_model.errors import DraftModelError
 from draft_model.training.checkpoint import read_checkpoint
-from draft_model.training.schedule import learning_rate
+from draft_model.training.optimizer import learning_rate
 from training.case import QUICK
 
 

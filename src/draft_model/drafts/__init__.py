@@ -12,24 +12,17 @@ if TYPE_CHECKING:
     from draft_model.drafts.base import Family
 
 FAMILIES = {
-    "eagle3": "draft_model.drafts.eagle3.family:EAGLE3",
-    "eagle3.1": "draft_model.drafts.eagle3.family:EAGLE31",
-    "dflash": "draft_model.drafts.dspark.family:DFLASH",
-    "dspark": "draft_model.drafts.dspark.family:DSPARK",
+    "eagle3": "draft_model.drafts.eagle3.config:EAGLE3",
+    "eagle3.1": "draft_model.drafts.eagle3.config:EAGLE31",
+    "dflash": "draft_model.drafts.dspark.config:DFLASH",
+    "dspark": "draft_model.drafts.dspark.config:DSPARK",
 }
 """Where each `Family` is; its modules are imported when it is used."""
 DEFAULT = "eagle3"
 
 
 def family(name: str) -> Family:
-    """One family of the table.
-
-    Args:
-        name: value of draft_architecture.
-
-    Raises:
-        DraftModelError: where there is none of this name.
-    """
+    """One family of the table, by the value of draft_architecture."""
     if name not in FAMILIES:
         raise DraftModelError(f"draft_architecture: given {name!r}; allowed: {', '.join(FAMILIES)}")
     module, _, attribute = FAMILIES[name].partition(":")
@@ -38,15 +31,7 @@ def family(name: str) -> Family:
 
 
 def family_of(config: Mapping[str, Any], source: str = "config.json") -> Family:
-    """The family of a draft, ours or another trainer's.
-
-    Args:
-        config: its config.json.
-        source: what an error names.
-
-    Raises:
-        DraftModelError: where it is of none that is known.
-    """
+    """The family of a draft, ours or another trainer's, by its config.json; an error names `source`."""
     for name in FAMILIES:
         if (found := family(name)).owns(config):
             return found

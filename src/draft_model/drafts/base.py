@@ -29,21 +29,13 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Shape(ABC):
-    """A draft's configuration; a family adds its own fields.
+    """A draft's configuration; a family adds its own fields."""
 
-    Attributes:
-        hidden_size: H, the target's.
-        vocab_size: V, the target's.
-        draft_vocab_size: D, at most V.
-        max_position_embeddings: the target's real one; engines clamp positions beyond it.
-        aux_layers: the n features are the residual stream after so many target layers, low to high.
-    """
-
-    hidden_size: int
-    vocab_size: int
-    draft_vocab_size: int
-    max_position_embeddings: int
-    aux_layers: tuple[int, ...]
+    hidden_size: int  # H, the target's
+    vocab_size: int  # V, the target's
+    draft_vocab_size: int  # D, at most V
+    max_position_embeddings: int  # the target's real one; engines clamp positions beyond it
+    aux_layers: tuple[int, ...]  # the n features are the residual stream after so many target layers, low to high
 
     @property
     @abstractmethod
@@ -69,18 +61,10 @@ class Draft(Protocol):
     """A draft's float32 parameters under the names of the checkpoint, and its vocabulary; an `nn.Module`."""
 
     config: Any
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """All that is trained."""
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The same by name."""
-
-    def to(self, device: torch.device) -> Any:
-        """The draft on a device."""
-
-    def initialise(self, seed: int, target: Any) -> None:
-        """Fresh weights, from what the target knows already."""
+    parameters: Callable[[], Iterator[nn.Parameter]]
+    named_parameters: Callable[[], Iterator[tuple[str, nn.Parameter]]]
+    to: Callable[[torch.device], Any]
+    initialise: Callable[[int, Any], None]  # (seed, Target): fresh weights, from what the target knows already
 
 
 class Objective(Protocol):
@@ -132,91 +116,62 @@ class Proposer(Protocol):
 
 @dataclass(frozen=True)
 class Costs:
-    """What a draft costs, for the arithmetic of `draft-model plan`.
+    """What a draft costs, for the arithmetic of `draft-model plan`."""
 
-    Attributes:
-        parameters: that are trained.
-        token_numbers: that autograd keeps for each token.
-        row_numbers: that are kept for each supervised position of a micro-batch, by the bytes that one number of each
-            takes, and by those of the GPU: what would take too much of them is computed again.
-        token_flops: of each token, forward and backward.
-        row_flops: of each supervised position, forward and backward, by the conversation's tokens.
-        chunk_bytes: of the head at work, by the bytes of the compute type.
-    """
-
-    parameters: int
-    token_numbers: float
+    parameters: int  # that are trained
+    token_numbers: float  # that autograd keeps for each token
+    # that are kept for each supervised position of a micro-batch, by the bytes that one number of each takes, and by
+    # those of the GPU: what would take too much of them is computed again
     row_numbers: Callable[[float, float], float]
-    token_flops: float
+    token_flops: float  # of each token, forward and backward
+    # of each supervised position, forward and backward, by the conversation's tokens
     row_flops: Callable[[float], float]
-    chunk_bytes: Callable[[int], float]
+    chunk_bytes: Callable[[int], float]  # of the head at work, by the bytes of the compute type
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One family of drafts.
+    """One family of drafts."""
 
-    Attributes:
-        name: value of draft_architecture.
-        title: in texts.
-        vllm_method: `method` of vLLM's speculative configuration.
-        sglang_algorithm: SGLang's --speculative-algorithm.
-        sglang_options: (proposals) -> SGLang's further options.
-        unused: parameters without effect for it.
-        default_loss: what draft_loss `default` means for it.
-        owns: (config.json) -> whether it is of a draft of this family, ours or another trainer's.
-        default_shape: (target's config.json, K if it is known) -> Shape of its default draft, a block of K where the
-            family proposes blocks; refuses a target that cannot have one.
-        adapt: (default Shape, draft_model_config or a checkpoint's config.json, what errors name) -> Shape.
-        create: (Shape, t2d bool [V], d2t int64 [D]) -> Draft.
-        objective: (Draft, Target, ttt_length, attention_backend, dtype, longest conversation, draft_loss) -> Objective.
-        proposer: (Draft, Target, positions that decoding may reach) -> Proposer.
-        costs: (Shape, ttt_length) -> Costs.
-        save: (folder, Draft): config.json and model.safetensors as the engines load them.
-        load: (folder) -> Draft, of what `save` wrote.
-        read: (config.json, tensors, URI for errors) -> both as `save` writes them, of a draft of any trainer; refuses
-            one that computes something else, or has tensors that this draft does not have.
-        vocabulary: (tensors, Shape) -> t2d, d2t of a checkpoint; all tokens where it holds none.
-        export: (config.json and tensors of `read`, vllm, sglang or speculators, and for the last one the target's
-            `name` and `architectures` and how many `proposals` serve best) -> both as that tool writes them.
-    """
-
-    name: str
-    title: str
-    vllm_method: str
-    sglang_algorithm: str
-    sglang_options: Callable[[int], dict[str, int]]
-    unused: tuple[str, ...] = ()
-    default_loss: str = "kl"
+    name: str  # value of draft_architecture
+    title: str  # in texts
+    vllm_method: str  # `method` of vLLM's speculative configuration
+    sglang_algorithm: str  # SGLang's --speculative-algorithm
+    sglang_options: Callable[[int], dict[str, int]]  # (proposals) -> SGLang's further options
+    unused: tuple[str, ...] = ()  # parameters without effect for it
+    default_loss: str = "kl"  # what draft_loss `default` means for it
+    # (config.json) -> whether it is of a draft of this family, ours or another trainer's
     owns: Callable[[Mapping[str, Any]], bool]
+    # (target's config.json, K if it is known) -> Shape of its default draft, a block of K where the family proposes
+    # blocks; refuses a target that cannot have one
     default_shape: Callable[..., Any]
+    # (default Shape, draft_model_config or a checkpoint's config.json, what errors name) -> Shape
     adapt: Callable[..., Any]
-    create: Callable[[Any, Tensor, Tensor], Any]
+    create: Callable[[Any, Tensor, Tensor], Any]  # (Shape, t2d bool [V], d2t int64 [D]) -> Draft
+    # (Draft, Target, ttt_length, attention_backend, dtype, longest conversation, draft_loss) -> Objective
     objective: Callable[..., Objective]
-    proposer: Callable[[Any, Target, int], Proposer]
-    costs: Callable[[Any, int], Costs]
-    save: Callable[[Path, Any], None]
-    load: Callable[[Path], Any]
+    proposer: Callable[[Any, Target, int], Proposer]  # (Draft, Target, positions that decoding may reach) -> Proposer
+    costs: Callable[[Any, int], Costs]  # (Shape, ttt_length) -> Costs
+    save: Callable[[Path, Any], None]  # (folder, Draft): config.json and model.safetensors as the engines load them
+    load: Callable[[Path], Any]  # (folder) -> Draft, of what `save` wrote
+    # (config.json, tensors, URI for errors) -> both as `save` writes them, of a draft of any trainer; refuses one that
+    # computes something else, or has tensors that this draft does not have
     read: Callable[[Mapping[str, Any], Mapping[str, Tensor], str], tuple[dict[str, Any], dict[str, Tensor]]]
+    # (tensors, Shape) -> t2d, d2t of a checkpoint; all tokens where it holds none
     vocabulary: Callable[[Mapping[str, Tensor], Any], tuple[Tensor, Tensor]]
+    # (config.json and tensors of `read`, vllm, sglang or speculators, and for the last one the target's `name` and
+    # `architectures` and how many `proposals` serve best) -> both as that tool writes them
     export: Callable[..., tuple[dict[str, Any], dict[str, Tensor]]]
 
 
 def check_proposals(shape: Shape, wanted: int) -> str:
     """A note where a draft is to propose fewer tokens than the block that it is trained for; empty where it is not.
 
-    Args:
-        shape: of the draft.
-        wanted: num_speculative_tokens.
-
-    Raises:
-        DraftModelError: where it is to propose more.
+    `wanted` is num_speculative_tokens; more than the block has raises DraftModelError.
     """
     if wanted > shape.proposals > 0:
-        problem = (
-            f"given {wanted}, but a block of this draft has {shape.proposals} proposals: use at most "
-            f"{shape.proposals}, or train one with a larger block_size in draft_model_config"
-        )
+        most = f"a block of this draft has {shape.proposals} proposals: use at most {shape.proposals}, or train one"
+        problem = f"given {wanted}, but {most} with a larger block_size in draft_model_config"
         raise DraftModelError([Problem("num_speculative_tokens", problem)])
     if wanted >= shape.proposals:
         return ""
@@ -227,11 +182,7 @@ def check_proposals(shape: Shape, wanted: int) -> str:
 
 
 def later(where: str) -> Callable[..., Any]:
-    """A function or class of a module that is imported, with torch, when it is called.
-
-    Args:
-        where: `module:name`, the module's name without `draft_model.drafts.`.
-    """
+    """A function or class, `module:name` of `drafts`, whose module is imported, with torch, when it is called."""
     module, _, name = where.partition(":")
 
     def call(*args: Any, **options: Any) -> Any:
@@ -240,36 +191,11 @@ def later(where: str) -> Callable[..., Any]:
     return call
 
 
-def start(draft: Any, seed: int, target: Any) -> None:
-    """What drafts of all families start with: random matrices, and the target's final norm.
-
-    `fc` passes the highest feature through, nearly alone.
-
-    Args:
-        draft: the draft; its norms are ones.
-        seed: of the random matrices.
-        target: frozen; it may be in any type.
-    """
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in draft.parameters():
-        if parameter.dim() == 2:
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
-    draft.fc.weight.mul_(0.5)[:, -draft.config.hidden_size :].diagonal().add_(1.0)
-    draft.norm.weight.copy_(target.norm)
-
-
 def load_weights(draft: Draft, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Copies a checkpoint's weights into a draft of the same shape.
-
-    Args:
-        draft: the draft.
-        tensors: by checkpoint name.
-        source: what an error names.
+    """Copies a checkpoint's weights, by checkpoint name, into a draft of the same shape.
 
     Raises:
-        DraftModelError: when a tensor is missing or of another shape.
+        DraftModelError: when a tensor is missing or of another shape; names the source.
     """
     import torch
 

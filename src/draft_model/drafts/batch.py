@@ -1,30 +1,27 @@
-"""Conversations as every draft's loss and the target read them."""
+"""Conversations as every draft's loss and the target read them, and their way to a GPU, without a wait for either."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+BUFFERS = 8  # transfers that may be on their way at once
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Conversations, padded on the right. B conversations of at most T tokens; on the host.
+    """Conversations, padded on the right. B conversations of at most T tokens; on the host."""
 
-    Attributes:
-        tokens: int64 [B, T].
-        lengths: real tokens of each row, int64 [B].
-        predicted: bool [B, T]; True at p where token p+1 is to be learnt (an assistant's), by whichever convention.
-        keys: seeds for what an objective draws at random for a conversation, int64 [B]. They depend on the run's seed,
-            the step and the conversation alone, so draws differ from epoch to epoch but not with the split of a batch
-            over processes and micro-batches, nor after a resume.
-    """
-
-    tokens: Tensor
-    lengths: Tensor
+    tokens: Tensor  # int64 [B, T]
+    lengths: Tensor  # real tokens of each row, int64 [B]
+    # bool [B, T]; True at p where token p+1 is to be learnt (an assistant's), by whichever convention
     predicted: Tensor
+    # seeds for what an objective draws at random for a conversation, int64 [B]. They depend on the run's seed, the step
+    # and the conversation alone, so draws differ from epoch to epoch but not with the split of a batch over processes
+    # and micro-batches, nor after a resume.
     keys: Tensor
 
     def narrow(self, start: int, count: int) -> Batch:
@@ -48,3 +45,35 @@ def collate(conversations: Sequence[tuple[Tensor, Tensor]], keys: Sequence[int] 
         tokens[row, : len(ids)] = ids
         predicted[row, : len(ids) - 1] = mask[1:]
     return Batch(tokens, lengths, predicted, torch.tensor(range(len(lengths)) if keys is None else keys))
+
+
+@dataclass
+class _Staging:
+    """Pinned memory that transfers of one type take turns in. New pinned memory would make the GPU finish its work."""
+
+    dtype: torch.dtype
+    buffers: list[Tensor] = field(default_factory=list)
+    events: list[torch.cuda.Event] = field(default_factory=list)
+    turn: int = 0
+
+    def send(self, tensor: Tensor, device: torch.device) -> Tensor:
+        if not self.buffers or len(self.buffers[0]) < tensor.numel():
+            size = max(2 * tensor.numel(), 1 << 16)
+            self.buffers = [torch.empty(size, dtype=self.dtype, pin_memory=True) for _ in range(BUFFERS)]
+            self.events = [torch.cuda.Event() for _ in range(BUFFERS)]
+        self.turn = (self.turn + 1) % BUFFERS
+        self.events[self.turn].synchronize()  # of BUFFERS transfers ago
+        part = self.buffers[self.turn][: tensor.numel()].copy_(tensor.flatten())
+        sent = part.to(device, non_blocking=True)
+        self.events[self.turn].record()
+        return sent.view(tensor.shape)
+
+
+_STAGING: dict[torch.dtype, _Staging] = {}
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on another device."""
+    if device.type == "cpu":
+        return tensor
+    return _STAGING.setdefault(tensor.dtype, _Staging(tensor.dtype)).send(tensor, device)

@@ -15,28 +15,17 @@ class Counts:
     """Sums over positions, float64 [n], an entry for each unroll step or proposal of a block.
 
     Sums of micro-batches, ranks and steps are added; nothing is divided before.
-
-    Attributes:
-        loss: summed, nats.
-        supervised: positions that the loss counts: those whose target's top token the draft's vocabulary has.
-        agree: of those, where the draft's top token is the target's.
-        overlap: sum of sum_v min(p, q): the acceptance probability under sampling.
-        candidates: positions whose token is the assistant's, in the draft vocabulary or not.
-        reached: candidates all of whose earlier entries agreed.
-        accepted: of those, this one agrees as well.
-        rounds: rounds of decoding the replies with 1, 2, ... proposals.
-        kept: proposals that those rounds keep.
     """
 
-    loss: Tensor
-    supervised: Tensor
-    agree: Tensor
-    overlap: Tensor
-    candidates: Tensor
-    reached: Tensor
-    accepted: Tensor
-    rounds: Tensor
-    kept: Tensor
+    loss: Tensor  # summed, nats
+    supervised: Tensor  # positions that the loss counts: those whose target's top token the draft's vocabulary has
+    agree: Tensor  # of those, where the draft's top token is the target's
+    overlap: Tensor  # sum of sum_v min(p, q): the acceptance probability under sampling
+    candidates: Tensor  # positions whose token is the assistant's, in the draft vocabulary or not
+    reached: Tensor  # candidates all of whose earlier entries agreed
+    accepted: Tensor  # of those, this one agrees as well
+    rounds: Tensor  # rounds of decoding the replies with 1, 2, ... proposals.
+    kept: Tensor  # proposals that those rounds keep
 
     @classmethod
     def zeros(cls, size: int, device: torch.device | None = None) -> Self:
@@ -79,9 +68,6 @@ class Counts:
 
         The product of mean acceptances, 1 + a0 + a0 a1 + ..., would be higher: it weighs all positions alike, but
         decoding passes easy ones several at a time and starts most rounds at hard ones.
-
-        Args:
-            proposals: tokens proposed per round; at most as many as there are entries.
         """
         index = min(proposals, len(self.rounds)) - 1
         return 1.0 + float(self.kept[index] / self.rounds[index].clamp(min=1))

@@ -13,19 +13,13 @@ from torch import Tensor
 from draft_model.drafts.base import WEIGHTS, Shape, load_weights
 from draft_model.errors import DraftModelError
 
-LAYER = "transformer_layer_config"
-"""Where speculators keeps the settings of the layers."""
+LAYER = "transformer_layer_config"  # where speculators keeps the settings of the layers
 
 
 def save_draft(folder: Path, draft: Any, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes a draft for serving.
+    """Writes a draft for serving; t2d stays bool and d2t int64.
 
-    One that knows the whole vocabulary is saved without t2d and d2t, which is how engines recognise it.
-
-    Args:
-        folder: made if missing.
-        draft: the draft, float32.
-        dtype: type of the saved weights; t2d stays bool and d2t int64.
+    One that knows the whole vocabulary is saved without these, which is how engines recognise it.
     """
     from safetensors.torch import save_file
 
@@ -42,13 +36,7 @@ def save_draft(folder: Path, draft: Any, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def load_draft(shape: Callable[[Mapping[str, Any]], Any], create: Callable[..., Any], title: str, folder: Path) -> Any:
-    """Reads what `save_draft` wrote, into float32.
-
-    Args:
-        shape: (config.json) -> Shape.
-        create: (Shape, t2d, d2t) -> Draft.
-        title: of the family, for errors.
-        folder: with config.json and model.safetensors.
+    """Reads what `save_draft` wrote into float32; `shape` and `create` are the family's, errors name its title.
 
     Raises:
         DraftModelError: when a file is missing, or the tensors are not those of the configuration.

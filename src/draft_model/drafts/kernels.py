@@ -1,31 +1,49 @@
 """The elementwise parts of a training step, between its matrix products: PyTorch here, Triton on a GPU.
 
-Each function runs as one Triton kernel (`triton_kernels.py`) where the tensors are on a GPU, and as the plain PyTorch
-code below elsewhere; both compute in float32 and return the compute type. Shapes: N rows, H hidden, I inner size of
-SwiGLU, D draft vocabulary, d head size, T tokens of the batch without padding.
+Each function marked `_in_triton` runs as one Triton kernel (`triton_kernels.py`) where the tensors are on a GPU, and as
+the plain PyTorch code below elsewhere; both compute in float32 and return the compute type. Shapes: N rows, H hidden, I
+inner size of SwiGLU, d head size, T tokens of the batch without padding.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from draft_model.drafts.layers import rotate
 from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)
 
-LK_DECAY = 3.0
-"""How fast draft_loss=lk goes from the divergence to the rejection as a position gets better."""
+LK_DECAY = 3.0  # how fast draft_loss=lk goes from the divergence to the rejection as a position gets better
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def fused(x: Tensor) -> bool:
     """Whether Triton kernels run: on a GPU, or in Triton's interpreter (tests)."""
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _in_triton(plain: _Function) -> _Function:
+    """Has the function of the same name and arguments in `triton_kernels` run where it can."""
+
+    @functools.wraps(plain)
+    def call(*args: Any, **named: Any) -> Any:
+        if not fused(next(x for x in args if x is not None)):
+            return plain(*args, **named)
+        from draft_model.drafts import triton_kernels
+
+        return getattr(triton_kernels, plain.__name__)(*args, **named)
+
+    return cast(_Function, call)
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -45,60 +63,40 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
-def _triton() -> Any:
-    from draft_model.drafts import triton_kernels
+@functools.cache
+def compiled_flex(on_gpu: bool = True) -> Any:
+    """PyTorch's flex_attention; compiled on a GPU, where it would be slow otherwise."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    return triton_kernels
+    return torch.compile(flex_attention, dynamic=True) if on_gpu else flex_attention
 
 
+@_in_triton
 def rms_norm(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """RMSNorm of x, or of some rows of it.
-
-    Args:
-        x: [N, H].
-        weight: [H].
-        eps: added to the mean square.
-        rows: which rows, int64 [R]; all of them where not given. On a GPU, -1 gives a row of zeros.
+    """RMSNorm of x [N, H], or of some rows of it: int64 [R]; on a GPU, -1 gives a row of zeros.
 
     Returns:
         The normed rows [R, H] and 1 / rms of each, float32 [R].
     """
-    if fused(x):
-        result: tuple[Tensor, Tensor] = _triton().rms_norm(x, weight, eps, rows)
-        return result
     x = x if rows is None else x.index_select(0, rows)
     square = torch.linalg.vector_norm(x, 2, -1, keepdim=True, dtype=torch.float32) ** 2
     scale = (square / x.shape[-1] + eps).rsqrt()
     return (x * scale).mul_(weight).to(x.dtype), scale[:, 0]
 
 
+@_in_triton
 def rms_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
+    grad: Tensor,  # of the normed rows, [R, H]
+    x: Tensor,  # what was normed, [N, H]
+    weight: Tensor,  # [H]
+    scale: Tensor,  # 1 / rms, float32 [R]
     *,
-    residual: Tensor | None = None,
-    rows: Tensor | None = None,
-    out: Tensor | None = None,
+    residual: Tensor | None = None,  # added to dx, [N, H]
+    rows: Tensor | None = None,  # which rows of x were normed, each at most once; all where not given
+    out: Tensor | None = None,  # where dx goes, [N, H]; only its `rows` are written. A new tensor where not given
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of RMSNorm: with u = scale x, dw = sum g u and dx = scale (w g - u mean(w g u)).
-
-    Args:
-        grad: of the normed rows, [R, H].
-        x: what was normed, [N, H].
-        weight: [H].
-        scale: 1 / rms, float32 [R].
-        residual: added to dx, [N, H].
-        rows: which rows of x were normed, each at most once; all where not given.
-        out: where dx goes, [N, H]; only its `rows` are written. A new tensor where not given.
-
-    Returns:
-        dx [N, H] and dw, float32 [H].
-    """
+    """Gradients dx [N, H] and dw, float32 [H]: with u = scale x, dw = sum g u, dx = scale (w g - u mean(w g u))."""
     out = torch.empty_like(x) if out is None else out
-    if fused(x):
-        return out, _triton().rms_norm_backward(grad, x, weight, scale, residual, rows, out)
     taken = x if rows is None else x.index_select(0, rows)
     unit = taken * scale.unsqueeze(1)
     product = unit * grad
@@ -114,20 +112,15 @@ def rms_norm_backward(
     return out, d_weight
 
 
-def swiglu(both: Tensor) -> Tensor:
-    """silu(gate) * up of [N, 2I], gate first: [N, I]."""
-    gate, up = both.chunk(2, -1)
-    if fused(both):
-        product: Tensor = _triton().swiglu(gate, up)
-        return product
+@_in_triton
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [N, I]."""
     return functional.silu(gate).mul_(up)
 
 
+@_in_triton
 def swiglu_backward(both: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of `both` [N, 2I] from that of the product [N, I], and the product; both arguments are used up."""
-    if fused(both):
-        result: tuple[Tensor, Tensor] = _triton().swiglu_backward(both, grad)
-        return result
+    """Gradient of gate and up [N, 2I] from that of the product [N, I], and the product; both arguments are used up."""
     gate, up = both.chunk(2, -1)
     active = functional.silu(gate)
     product = active * up
@@ -137,104 +130,65 @@ def swiglu_backward(both: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     return both, product
 
 
+@_in_triton
 def rotate_heads(
-    qkv: Tensor, token_part: Tensor, tokens: Tensor, table: Tensor, time: Tensor, step: int, column: int,
-    q: Tensor | None, k: Tensor | None, v: Tensor | None,
-) -> None:  # fmt: skip
-    """Adds the token's part to the hidden state's part of q, k, v; rotates q and k; writes q, k and v.
-
-    Args:
-        qkv: the hidden state's part, [N, heads * d].
-        token_part: the token's part, [T, W].
-        tokens: token of each row; -1 past the conversation's end, where any will do, int64 [N].
-        table: cosines and sines, [2, positions, rotary size].
-        time: position of each row, int64 [N].
-        step: of the unroll, added to the position.
-        column: of token_part at which qkv's columns begin.
-        q: where the queries go, [N, heads, d], if qkv has them.
-        k: where the keys go, [N, kv_heads, d], if qkv has them.
-        v: where the values go.
-    """
-    if fused(qkv):
-        _triton().rotate_heads(qkv, token_part, tokens, table, time, step, column, q, k, v)
-        return
+    qkv: Tensor,  # the hidden state's part, [N, heads * d]
+    token_part: Tensor,  # the token's part, [T, W]
+    tokens: Tensor,  # token of each row; -1 past the conversation's end, where any will do, int64 [N]
+    table: Tensor,  # cosines and sines, [2, positions, d]
+    time: Tensor,  # position of each row, int64 [N]
+    step: int,  # of the unroll, added to the position
+    column: int,  # of token_part at which qkv's columns begin
+    q: Tensor | None,  # where the queries go, [N, heads, d], if qkv has them
+    k: Tensor | None,  # where the keys go, [N, kv_heads, d], if qkv has them
+    v: Tensor | None,  # where the values go
+) -> None:
+    """Adds the token's part to the hidden state's part of q, k, v; rotates q and k; writes q, k and v."""
     sizes = [x.shape[1:].numel() for x in (q, k, v) if x is not None]
     part = token_part.narrow(1, column, qkv.shape[1]).index_select(0, tokens.clamp(min=0))
     parts = list((part + qkv).split(sizes, -1))
     rows = table[:, time + step]
     if q is not None:
-        q.copy_(_rotate(parts.pop(0).view_as(q), rows))
+        q.copy_(rotate(parts.pop(0).view_as(q), rows))
     if k is not None and v is not None:
-        k.copy_(_rotate(parts[0].view_as(k), rows))
+        k.copy_(rotate(parts[0].view_as(k), rows))
         v.copy_(parts[1].view_as(v))
 
 
-def _rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotates heads [N, heads, d] by cosines and sines [2, N, r] of the first r dimensions."""
-    size = table.shape[-1]
-    turned, rest = x.split((size, x.shape[-1] - size), -1)
-    first, second = turned.chunk(2, -1)
-    turned = turned * table[0].unsqueeze(1) + torch.cat((-second, first), -1) * table[1].unsqueeze(1)
-    return turned if not rest.shape[-1] else torch.cat((turned, rest), -1)
-
-
+@_in_triton
 def rotate_heads_backward(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, table: Tensor, time: Tensor, step: int, tokens: Tensor,
     token_grad: Tensor, column: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Gradient of qkv from those of q, k and v; the token's part of it is added to token_grad.
+    """Gradient of qkv [N, heads * d] from those of q, k and v (float32 sums are fine); the rest as in `rotate_heads`.
 
-    Args:
-        dq: [N, heads, d], or none.
-        dk: [N, kv_heads, d], or none; float32 sums are fine.
-        dv: likewise.
-        table: of `rotate_heads`.
-        time: likewise.
-        step: likewise.
-        tokens: likewise; no two rows share one.
-        token_grad: float32 [T, W].
-        column: of token_grad at which qkv's columns begin.
-        dtype: of the result.
-
-    Returns:
-        [N, heads * d].
+    The token's part of it is added to token_grad, float32 [T, W]; no two rows share a token. `dtype` is the result's.
     """
-    if fused(token_grad):
-        result: Tensor = _triton().rotate_heads_backward(
-            dq, dk, dv, table, time, step, tokens, token_grad, column, dtype
-        )
-        return result
     back = table[:, time + step] * torch.tensor([1.0, -1.0], dtype=table.dtype).view(2, 1, 1)
-    parts = [] if dq is None else [_rotate(dq, back).flatten(1)]
+    parts = [] if dq is None else [rotate(dq, back).flatten(1)]
     if dk is not None and dv is not None:
-        parts += [_rotate(dk, back).flatten(1), dv.flatten(1)]
+        parts += [rotate(dk, back).flatten(1), dv.flatten(1)]
     dqkv = torch.cat(parts, -1)
     # Rows past the end have no gradient, so it does no harm that they are added to token 0.
     token_grad.narrow(1, column, dqkv.shape[1]).index_add_(0, tokens.clamp(min=0), dqkv.to(token_grad.dtype))
     return dqkv.to(dtype)
 
 
+@_in_triton
 def merge(
-    q: Tensor, out: Tensor, lse: Tensor, places: Tensor | None, keys: Tensor, values: Tensor, later: int
+    q: Tensor,  # rotated queries, [N, heads, d]
+    out: Tensor,  # causal attention at W positions, [W, heads, d]
+    lse: Tensor,  # its log-sum-exp, float32 [heads, W]
+    places: Tensor | None,  # which of the W positions is each row's, int64 [N]; none where they are the rows
+    keys: Tensor,  # the steps' own keys, rotated, [steps - 1, N, kv_heads, d]
+    values: Tensor,
+    later: int,  # how many of them count
 ) -> tuple[Tensor, Tensor]:
     """Joins a causal attention with the diagonal keys of the steps 1..later; `attention.py` derives it.
-
-    Args:
-        q: rotated queries, [N, heads, d].
-        out: causal attention at W positions, [W, heads, d].
-        lse: its log-sum-exp, float32 [heads, W].
-        places: which of the W positions is each row's, int64 [N]; none where they are the rows.
-        keys: the steps' own keys, rotated, [steps - 1, N, kv_heads, d].
-        values: likewise.
-        later: how many of them count.
 
     Returns:
         The merged attention [N, heads, d] and its log-sum-exp, float32 [heads, N].
     """
-    if fused(q):
-        places = torch.arange(len(q), device=q.device) if places is None else places
-        result: tuple[Tensor, Tensor] = _triton().merge(q, out, lse, places, keys, values, later)
-        return result
     if places is not None:
         out, lse = out.index_select(0, places), lse.index_select(1, places)
     if not later:
@@ -248,35 +202,17 @@ def merge(
     return merged.flatten(1, 2).to(q.dtype), total.flatten(1).T.contiguous()
 
 
+@_in_triton
 def merge_backward(
     q: Tensor, grad: Tensor, merged: Tensor, total: Tensor, dq_causal: Tensor, places: Tensor | None, keys: Tensor,
     values: Tensor, dkeys: Tensor, dvalues: Tensor, later: int, first: bool,
 ) -> Tensor:  # fmt: skip
-    """Gradient of the queries, and of the diagonal keys and values.
+    """Gradient of the queries [N, heads, d], and of the diagonal keys and values; the rest as in `merge`.
 
-    Args:
-        q: as in `merge`.
-        grad: of the merged attention, [N, heads, d].
-        merged: of `merge`.
-        total: of `merge`.
-        dq_causal: the queries' gradient through the causal part, [W, heads, d].
-        places: as in `merge`.
-        keys: as in `merge`.
-        values: as in `merge`.
-        dkeys: float32 [steps - 1, N, kv_heads, d]; the first `later` entries are added to.
-        dvalues: likewise.
-        later: as in `merge`.
-        first: whether dkeys and dvalues hold nothing yet, and are written instead.
-
-    Returns:
-        [N, heads, d].
+    grad is of the merged attention, [N, heads, d]; dq_causal of the queries through the causal part, [W, heads, d]. The
+    first `later` entries of dkeys and dvalues, float32 [steps - 1, N, kv_heads, d], are added to, or written where
+    they hold nothing yet (`first`).
     """
-    if fused(q):
-        places = torch.arange(len(q), device=q.device) if places is None else places
-        result: Tensor = _triton().merge_backward(
-            q, grad, merged, total, dq_causal, places, keys, values, dkeys, dvalues, later, first
-        )
-        return result
     dq = dq_causal if places is None else dq_causal.index_select(0, places)
     if not later:
         return dq

@@ -33,30 +33,19 @@ _ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _ROPE_ALIASES = {"su": "longrope", "mrope": "default", "proportional": "default"}
 _ROPE_OF_TARGETS = ("mrope_section", "mrope_interleaved", "partial_rotary_factor", "type")
 _WIDEST = 16  # times the hidden size: published ones are at most 8 times as wide
-_FACTOR_LISTS = ("short_factor", "long_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape(Shape):
-    """The shape of a draft's decoder layers.
+    """The shape of a draft's decoder layers."""
 
-    Attributes:
-        intermediate_size: of the SwiGLU.
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads; divides num_attention_heads.
-        head_dim: size of a head; need not be H / heads.
-        rms_norm_eps: of every norm.
-        rope_parameters: as transformers 5 writes them (`rope_type`, `rope_theta`, ...), over whole heads.
-        target_model_type: the target's family; it decides how SGLang counts layers.
-    """
-
-    intermediate_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_parameters: dict[str, Any]
-    target_model_type: str
+    intermediate_size: int  # of the SwiGLU
+    num_attention_heads: int  # query heads
+    num_key_value_heads: int  # key and value heads; divides num_attention_heads
+    head_dim: int  # size of a head; need not be H / heads
+    rms_norm_eps: float  # of every norm
+    rope_parameters: dict[str, Any]  # as transformers 5 writes them (`rope_type`, `rope_theta`, ...), over whole heads
+    target_model_type: str  # the target's family; it decides how SGLang counts layers
 
     def layer_json(self) -> dict[str, Any]:
         """These settings in config.json, the rotary ones also as transformers 4 named them."""
@@ -84,31 +73,21 @@ def _rope_parameters(text: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
         rope["rope_theta"] = text.get("rope_theta") or 10_000.0
     if kind == "longrope":  # Phi's configuration keeps it outside
         rope.setdefault("original_max_position_embeddings", text.get("original_max_position_embeddings"))
-        rope |= {name: _resample(rope[name], head_dim // 2) for name in _FACTOR_LISTS if name in rope}
+        for name in ("short_factor", "long_factor"):
+            # A factor for each frequency of a whole head, from those of a target that rotates a part of each head.
+            if (count := len(rope.get(name, ()))) not in (0, head_dim // 2):
+                import numpy as np
+
+                places = np.linspace(0, count - 1, head_dim // 2)
+                rope[name] = np.interp(places, range(count), rope[name]).tolist()
     return {key: value for key, value in rope.items() if value is not None and key not in _ROPE_OF_TARGETS}
-
-
-def _resample(factors: list[float], size: int) -> list[float]:
-    """A factor for each frequency of a whole head, from those of a target that rotates only a part of each head."""
-    if len(factors) == size or size < 2 or len(factors) < 2:
-        return list(factors)
-    last = len(factors) - 1
-    places = [index * last / (size - 1) for index in range(size)]
-    lower = [min(int(place), last - 1) for place in places]
-    return [
-        factors[low] + (place - low) * (factors[low + 1] - factors[low])
-        for place, low in zip(places, lower, strict=True)
-    ]
 
 
 def target_layers(target: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a `LayerShape` whose layers are like the target's, all but its features.
 
-    Args:
-        target: the target's config.json; of a multi-modal one, its text_config is taken.
-
     Raises:
-        DraftModelError: when the target is no decoder of the known structure; names what is missing.
+        DraftModelError: when the target is no decoder of the known structure; names what its config.json lacks.
     """
     text: Mapping[str, Any] = target.get("text_config") or target
     needed = ["hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size"]
@@ -145,9 +124,7 @@ def target_layers(target: Mapping[str, Any]) -> dict[str, Any]:
 def layer_values(default: LayerShape, given: Mapping[str, Any]) -> dict[str, Any]:
     """What a configuration without `layer_problems` makes of the default's fields.
 
-    Args:
-        default: of the target.
-        given: its settings; what is null counts as not given, except that `rope_scaling: null` means none.
+    What is null counts as not given, except that `rope_scaling: null` means none.
     """
     values = {key: given[key] for key in (*_SIZES, "rms_norm_eps") if given.get(key) is not None}
     theta = given.get("rope_theta") or default.rope_parameters["rope_theta"]
@@ -166,14 +143,10 @@ def layer_values(default: LayerShape, given: Mapping[str, Any]) -> dict[str, Any
 def layer_problems(
     default: LayerShape, given: Mapping[str, Any], fixed: Mapping[str, Any], own: Iterable[str], foreign: bool
 ) -> list[str]:
-    """What in a configuration no draft of this target can have.
+    """What in a configuration (without nulls) no draft of this target can have.
 
-    Args:
-        default: of the target.
-        given: its settings, without nulls.
-        fixed: settings with one possible value.
-        own: names of the family's other settings, which are not looked at.
-        foreign: whether it is a checkpoint's, whose settings that no engine reads are ignored.
+    `fixed` are settings with one possible value, `own` names of the family's other settings, which are not looked at;
+    a `foreign` one is a checkpoint's, whose settings that no engine reads are ignored.
     """
     fixed = {**_NEUTRAL, **fixed}
     problems = [
@@ -196,36 +169,38 @@ def layer_problems(
     return problems + [f"`{key}` is not a setting of the draft" for key in unknown]
 
 
+def is_ascending(ids: Any) -> bool:
+    """Whether a setting is a list of layer numbers, each higher than the one before."""
+    whole = isinstance(ids, list | tuple) and bool(ids) and all(type(number) is int for number in ids)
+    return whole and list(ids) == sorted(set(ids))
+
+
 def _size_problems(default: LayerShape, given: Mapping[str, Any]) -> list[str]:
     bad = [key for key in _SIZES if key in given and (type(given[key]) is not int or given[key] < 1)]
     problems = [f"`{key}` is {given[key]!r}; allowed: a whole number >= 1" for key in bad]
-    most = _WIDEST * default.hidden_size
-    given_well = {key: value for key, value in given.items() if key not in bad}
-    heads, size = (given_well.get(key, getattr(default, key)) for key in ("num_attention_heads", "head_dim"))
+    heads, kv_heads, head_dim, size, eps = (
+        getattr(default, key) if key in bad else given.get(key, getattr(default, key))
+        for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "draft_vocab_size", "rms_norm_eps")
+    )
     widths = {
-        "intermediate_size": given_well.get("intermediate_size", 1),
-        "num_attention_heads` x `head_dim": heads * size,
+        "intermediate_size": 1 if "intermediate_size" in bad else given.get("intermediate_size", 1),
+        "num_attention_heads` x `head_dim": heads * head_dim,
     }
-    if given_well.keys() & {"intermediate_size", "num_attention_heads", "head_dim"}:
+    if given.keys() & {"intermediate_size", "num_attention_heads", "head_dim"}:
+        most = _WIDEST * default.hidden_size
         problems += [f"`{key}` is {width}; allowed: at most {most}" for key, width in widths.items() if width > most]
-    if not {"num_attention_heads", "num_key_value_heads"} & set(bad):
-        heads, kv_heads = (
-            given.get(key, getattr(default, key)) for key in ("num_attention_heads", "num_key_value_heads")
-        )
-        if heads % kv_heads:
-            problems.append(f"`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}")
-        if "num_attention_heads" in given and default.hidden_size % heads:
-            problems.append(
-                f"`num_attention_heads` is {heads}; engines load a Llama configuration, whose hidden size "
-                f"(the target's, {default.hidden_size}) is a multiple of it"
-            )
-    if "head_dim" not in bad and given.get("head_dim", 2) % 2:
-        problems.append(f"`head_dim` is {given['head_dim']}; rotary embedding needs an even one")
-    if "draft_vocab_size" not in bad and given.get("draft_vocab_size", 1) > default.vocab_size:
+    good_heads = {"num_attention_heads", "num_key_value_heads"}.isdisjoint(bad)
+    if good_heads and heads % kv_heads:
+        problems.append(f"`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}")
+    if good_heads and "num_attention_heads" in given and default.hidden_size % heads:
         problems.append(
-            f"`draft_vocab_size` is {given['draft_vocab_size']}; the target's vocabulary has {default.vocab_size}"
+            f"`num_attention_heads` is {heads}; engines load a Llama configuration, whose hidden size "
+            f"(the target's, {default.hidden_size}) is a multiple of it"
         )
-    eps = given.get("rms_norm_eps", default.rms_norm_eps)
+    if "head_dim" in given and head_dim % 2:
+        problems.append(f"`head_dim` is {head_dim}; rotary embedding needs an even one")
+    if size > default.vocab_size:
+        problems.append(f"`draft_vocab_size` is {size}; the target's vocabulary has {default.vocab_size}")
     if type(eps) not in (int, float) or not eps > 0:
         problems.append(f"`rms_norm_eps` is {eps!r}; allowed: a number > 0")
     return problems

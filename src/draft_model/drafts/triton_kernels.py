@@ -1,8 +1,8 @@
 """The elementwise work of a training step as Triton kernels: one pass over memory each, float32 inside.
 
-Every function has a plain PyTorch counterpart of the same name in `kernels.py`, which says what it computes; tests hold
-the two against each other (on a CPU by Triton's interpreter). No kernel uses atomics, so results are deterministic, and
-row counts are run-time arguments, so no new row count compiles a kernel again.
+Every function has a plain PyTorch counterpart of the same name and arguments in `kernels.py`, which says what it
+computes and of which types; tests hold the two against each other (on a CPU by Triton's interpreter). No kernel uses
+atomics, so results are deterministic, and row counts are run-time arguments, so no new count compiles a kernel again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _rms_norm(x, weight, unit, scale, rows, H, eps, GATHER: tl.constexpr, BLOCK:
     tl.store(scale + row, inverse)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rms_norm(x, weight, eps, rows=None):
     """See `kernels.rms_norm`."""
     count, size = (len(x) if rows is None else len(rows)), x.shape[1]
     unit, scale = x.new_empty(count, size), x.new_empty(count, dtype=torch.float32)
@@ -73,10 +73,9 @@ def _rms_norm_backward(
     tl.store(partial + program * H + column, total, mask=inside)
 
 
-def rms_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor, residual: Tensor | None, rows: Tensor | None, out: Tensor
-) -> Tensor:
+def rms_norm_backward(grad, x, weight, scale, *, residual=None, rows=None, out=None):
     """See `kernels.rms_norm_backward`."""
+    out = torch.empty_like(x) if out is None else out
     count, size = grad.shape
     programs = min(_PROGRAMS, count)
     partial = x.new_empty(programs, size, dtype=torch.float32)
@@ -85,7 +84,7 @@ def rms_norm_backward(
         grad, x, weight, scale, residual, rows, out, partial, count, size,
         rows is not None, residual is not None, block, num_warps=_warps(block),
     )  # fmt: skip
-    return partial.sum(0)
+    return out, partial.sum(0)
 
 
 @triton.jit
@@ -98,8 +97,8 @@ def _swiglu(gates, ups, product, I, stride, BLOCK: tl.constexpr):
     tl.store(product + row * I + column, gate / (1.0 + tl.exp(-gate)) * up, mask=inside)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of two matrices [N, I] of like strides."""
+def swiglu(gate, up):
+    """See `kernels.swiglu`; the two are of like strides."""
     count, size = gate.shape
     product = gate.new_empty(count, size)
     block = min(1024, triton.next_power_of_2(size))
@@ -123,7 +122,7 @@ def _swiglu_backward(both, grad, I, BLOCK: tl.constexpr):
     tl.store(at, active * up, mask=inside)
 
 
-def swiglu_backward(both: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward(both, grad):
     """See `kernels.swiglu_backward`; the results take the place of the arguments."""
     count, size = grad.shape
     block = min(1024, triton.next_power_of_2(size))
@@ -158,10 +157,7 @@ def _rotate_heads(
     tl.store(v + row * KH * D + (head - QH - KH) * D + place, value, mask=inside & (head >= QH + KH))
 
 
-def rotate_heads(
-    qkv: Tensor, token_part: Tensor, tokens: Tensor, table: Tensor, time: Tensor, step: int, column: int,
-    q: Tensor | None, k: Tensor | None, v: Tensor | None,
-) -> None:  # fmt: skip
+def rotate_heads(qkv, token_part, tokens, table, time, step, column, q, k, v):
     """See `kernels.rotate_heads`."""
     query_heads = q.shape[1] if q is not None else 0
     kv_heads = k.shape[1] if k is not None else 0
@@ -206,10 +202,7 @@ def _rotate_heads_backward(
     tl.store(at, tl.load(at, mask=reads, other=0.0) + value, mask=reads)
 
 
-def rotate_heads_backward(
-    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, table: Tensor, time: Tensor, step: int, tokens: Tensor,
-    token_grad: Tensor, column: int, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+def rotate_heads_backward(dq, dk, dv, table, time, step, tokens, token_grad, column, dtype):
     """See `kernels.rotate_heads_backward`."""
     query_heads = dq.shape[1] if dq is not None else 0
     kv_heads = dk.shape[1] if dk is not None else 0
@@ -255,10 +248,9 @@ def _merge(
     tl.store(total + head.to(tl.int64) * N + row, top + tl.log(sum_), mask=group < G)
 
 
-def merge(
-    q: Tensor, out: Tensor, lse: Tensor, places: Tensor, keys: Tensor, values: Tensor, later: int
-) -> tuple[Tensor, Tensor]:
+def merge(q, out, lse, places, keys, values, later):
     """See `kernels.merge`."""
+    places = torch.arange(len(q), device=q.device) if places is None else places
     count, heads, size = q.shape
     kv_heads = keys.shape[2]
     group = heads // kv_heads
@@ -304,11 +296,9 @@ def _merge_backward(
     tl.store(dq + of_row, value, mask=inside)
 
 
-def merge_backward(
-    q: Tensor, grad: Tensor, merged: Tensor, total: Tensor, dq_causal: Tensor, places: Tensor, keys: Tensor,
-    values: Tensor, dkeys: Tensor, dvalues: Tensor, later: int, first: bool,
-) -> Tensor:  # fmt: skip
+def merge_backward(q, grad, merged, total, dq_causal, places, keys, values, dkeys, dvalues, later, first):
     """See `kernels.merge_backward`."""
+    places = torch.arange(len(q), device=q.device) if places is None else places
     count, heads, size = q.shape
     kv_heads = keys.shape[2]
     group = heads // kv_heads

@@ -17,6 +17,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -29,10 +31,8 @@ from typing import Any
 from draft_model.errors import DraftModelError
 from draft_model.processes import ROOT, end_with_parent
 
-PYTHON = "DRAFT_MODEL_ENGINE_PYTHON"
-"""Environment variable: the Python that has the engine; not set: this one."""
-TIME_LIMIT = 2 * 3600
-"""Seconds that one process may take."""
+PYTHON = "DRAFT_MODEL_ENGINE_PYTHON"  # environment variable: the Python that has the engine; not set: this one
+TIME_LIMIT = 2 * 3600  # seconds that one process may take
 TIE_MARGINS = {"float32": 1e-4, "float16": 0.06, "bfloat16": 0.5}
 """By compute type: two tokens tie where their logprobs are closer than this, because a forward pass over K + 1 tokens
 rounds otherwise than one over a single token. For 16 bits, about four steps of a logit between 16 and 32."""
@@ -146,18 +146,11 @@ class Difference:
 
 
 def compare_replies(
-    decoded: Sequence[Sequence[int]],
-    expected: Sequence[Sequence[int]],
-    margins: Sequence[Sequence[float]],
-    dtype: str,
+    decoded: Sequence[Sequence[int]], expected: Sequence[Sequence[int]], margins: Sequence[Sequence[float]], dtype: str
 ) -> tuple[int, list[Difference]]:
-    """Compares replies with the target's own, token by token.
+    """Compares replies with the target's own, token by token; both are of one compute type.
 
-    Args:
-        decoded: with a draft, token ids.
-        expected: the target's own.
-        margins: by reply and token, how far the target's two best tokens lie apart there.
-        dtype: compute type of both.
+    Margins say, by reply and token, how far the target's two best tokens lie apart.
 
     Returns:
         Tokens compared, up to a reply's end or first difference, and the differences.
@@ -176,10 +169,7 @@ def compare_replies(
 
 
 def choose(wanted: str) -> str:
-    """The engine to measure in: vllm, sglang or transformers.
-
-    Args:
-        wanted: parameter evaluation_engine; `auto` takes vLLM where it can be imported.
+    """The engine that evaluation_engine means: vllm, sglang or transformers; `auto` is vLLM where it can be imported.
 
     Raises:
         DraftModelError: when the engine that is asked for is not installed.
@@ -211,11 +201,7 @@ def _can_import(module: str) -> bool:
 class Process:
     """A running engine; leaving the context ends it and all that it started.
 
-    Args:
-        engine: vllm or sglang: a module of this package whose `serve` answers.
-        job: what to load.
-        time_limit: seconds after which the process is ended.
-        environment: further variables of the process.
+    `engine` is a module of this package that reads the job and answers; after time_limit seconds it is ended.
     """
 
     def __init__(
@@ -323,12 +309,9 @@ _CONSEQUENCE = re.compile(r"initialization failed|EngineDeadError|See (?:root ca
 
 
 def explain(code: int, log: str, *, evaluates: bool = True) -> str:
-    """Why a process failed, as half a sentence.
+    """Why a process ended with an exit status (negative: a signal) and these last lines of its log, as half a sentence.
 
-    Args:
-        code: its exit status; negative: a signal.
-        log: the last lines of its log.
-        evaluates: whether the parameters to change are the evaluation's, or a regeneration's.
+    `evaluates`: whether the parameters to change are the evaluation's, or a regeneration's.
     """
     log = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", log)
     causes = [
@@ -355,12 +338,44 @@ def end_all_with_parent() -> Callable[..., None]:
     return end
 
 
+class Engine(ABC):
+    """An engine with one job's target, in its own process."""
+
+    job: Job
+
+    @abstractmethod
+    def describe(self) -> tuple[str, str, str]:
+        """The engine's name and version, the hardware, and the compute type."""
+
+    @abstractmethod
+    def decode(
+        self, prompts: list[list[int]], temperature: float = 0.0, margins: bool = False
+    ) -> tuple[list[list[int]], list[list[float]], Counts]:
+        """Replies, how far the two best logprobs lie apart at each token (where asked for), and what was counted."""
+
+    def measure(self) -> Measured:
+        """Greedy decoding of all prompts, and sampling where the job has a temperature."""
+        job, alone = self.job, not self.job.draft
+        greedy = [self.decode(group, margins=alone) for group in job.groups]
+        return Measured(
+            *self.describe(),
+            outputs=[replies for replies, _, _ in greedy],
+            margins=[margins for _, margins, _ in greedy] if alone else [],
+            counts=[] if alone else [counts for _, _, counts in greedy],
+            sampled=self.decode(job.prompts, job.temperature)[2] if job.draft and job.temperature else None,
+        )
+
+    def time(self, size: int, number: int) -> float:
+        """Tokens per second of the n-th batch of a size."""
+        started = time.perf_counter()
+        replies, _, _ = self.decode(self.job.batch(size, number))
+        return sum(map(len, replies)) / (time.perf_counter() - started)
+
+
 def serve(load: Callable[[Any], Any], job: type = Job) -> None:
     """Main function of an engine's process: a job, then [method, argument, ...] a line; a JSON line in answer to each.
 
-    Args:
-        load: makes the engine of a job.
-        job: its record.
+    `load` makes the engine of a job.
     """
     end = end_all_with_parent()
     answers = os.fdopen(os.dup(1), "w")

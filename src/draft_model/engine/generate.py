@@ -57,15 +57,9 @@ class Answer:
 
 
 class VllmGenerator:
-    """A process that generates; `close` ends it.
+    """A process that generates; `close` ends it. `devices` is its CUDA_VISIBLE_DEVICES; None leaves it."""
 
-    Args:
-        settings: of the generation.
-        devices: value of CUDA_VISIBLE_DEVICES for the process; None leaves it.
-    """
-
-    in_flight = 1280
-    """Conversations at once: more than the 1,024 that vLLM batches by default on the largest GPUs."""
+    in_flight = 1280  # conversations at once: more than the 1,024 that vLLM batches by default on the largest GPUs
     continuous = True
 
     def __init__(self, settings: Settings, devices: str | None = None) -> None:

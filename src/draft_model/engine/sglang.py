@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-from draft_model.engine import Counts, Job, Measured, serve
+from draft_model.engine import Counts, Engine, Job, serve
 
 HISTOGRAM = "spec_correct_drafts_histogram"
 """In a request's meta_info: in how many rounds 0, 1, ... proposals were kept."""
 
 
-class Sglang:
+class Sglang(Engine):
     """SGLang with one job's target."""
 
     def __init__(self, job: Job) -> None:
@@ -19,38 +18,25 @@ class Sglang:
 
         self.job, self.engine = job, sglang.Engine(**arguments(job))
 
-    def measure(self) -> Measured:
-        """Greedy decoding of all prompts, and sampling where the job has a temperature."""
+    def describe(self) -> tuple[str, str, str]:
+        """As of every engine."""
         import sglang
         import torch
 
-        job = self.job
-        greedy = [self._generate(group, logprobs=not job.draft) for group in job.groups]
-        sampled = self._generate(job.prompts, job.temperature) if job.draft and job.temperature else []
-        return Measured(
-            engine=f"SGLang {sglang.__version__}",
-            hardware=f"{job.gpus} x {torch.cuda.get_device_name(0)}",
-            dtype=str(self.engine.server_args.dtype).replace("auto", "bfloat16"),
-            outputs=[[list(output["output_ids"]) for output in group] for group in greedy],
-            margins=[] if job.draft else [[_margins(output["meta_info"]) for output in group] for group in greedy],
-            counts=[counts(group, job.proposals) for group in greedy] if job.draft else [],
-            sampled=counts(sampled, job.proposals) if sampled else None,
-        )
+        hardware = f"{self.job.gpus} x {torch.cuda.get_device_name(0)}"
+        return f"SGLang {sglang.__version__}", hardware, str(self.engine.server_args.dtype).replace("auto", "bfloat16")
 
-    def time(self, size: int, number: int) -> float:
-        """Tokens per second of the n-th batch of a size."""
-        started = time.perf_counter()
-        outputs = self._generate(self.job.batch(size, number))
-        return sum(len(output["output_ids"]) for output in outputs) / (time.perf_counter() - started)
-
-    def _generate(
-        self, prompts: list[list[int]], temperature: float = 0.0, logprobs: bool = False
-    ) -> list[dict[str, Any]]:
-        more = {"return_logprob": True, "top_logprobs_num": 2} if logprobs else {}
+    def decode(
+        self, prompts: list[list[int]], temperature: float = 0.0, margins: bool = False
+    ) -> tuple[list[list[int]], list[list[float]], Counts]:
+        """As of every engine."""
+        more = {"return_logprob": True, "top_logprobs_num": 2} if margins else {}
         outputs: list[dict[str, Any]] = self.engine.generate(
             input_ids=prompts, sampling_params=sampling(self.job, temperature), **more
         )
-        return outputs
+        best = [output["meta_info"]["output_top_logprobs"] for output in outputs] if margins else []
+        apart = [[position[0][0] - position[1][0] for position in reply] for reply in best]
+        return [list(output["output_ids"]) for output in outputs], apart, counts(outputs, self.job.proposals)
 
 
 def sampling(job: Job, temperature: float) -> dict[str, Any]:
@@ -60,11 +46,7 @@ def sampling(job: Job, temperature: float) -> dict[str, Any]:
 
 def arguments(job: Job) -> dict[str, Any]:
     """Arguments of `sglang.Engine` (0.5.23)."""
-    draft = {
-        "speculative_algorithm": job.method,
-        "speculative_draft_model_path": job.draft,
-        **job.options,
-    }
+    draft = {"speculative_algorithm": job.method, "speculative_draft_model_path": job.draft, **job.options}
     return {
         "model_path": job.target,
         "tp_size": max(1, job.gpus),
@@ -87,11 +69,6 @@ def counts(outputs: list[dict[str, Any]], proposals: int) -> Counts:
     rounds = sum(histogram)
     by_position = [sum(histogram[index:]) for index in range(1, proposals + 1)]
     return Counts(rounds, rounds * proposals, sum(by_position), by_position)
-
-
-def _margins(meta: dict[str, Any]) -> list[float]:
-    """Distance of the two best logprobs at each token."""
-    return [position[0][0] - position[1][0] for position in meta["output_top_logprobs"]]
 
 
 if __name__ == "__main__":

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
-from draft_model.engine import Counts, Job, Measured, serve
+from draft_model.engine import Counts, Engine, Job, serve
 
 
-class Vllm:
+class Vllm(Engine):
     """vLLM with one job's target; decodes category by category, because its counters are sums over requests."""
 
     def __init__(self, job: Job) -> None:
@@ -20,46 +19,33 @@ class Vllm:
 
         self.job, self.engine = job, LLM(**arguments(job))
 
-    def measure(self) -> Measured:
-        """Greedy decoding of all prompts, and sampling where the job has a temperature."""
+    def describe(self) -> tuple[str, str, str]:
+        """As of every engine."""
         import torch
         import vllm
 
-        job, gpus = self.job, self.job.gpus
-        greedy = [self._counted(group, 0.0, None if job.draft else 2) for group in job.groups]
-        return Measured(
-            engine=f"vLLM {vllm.__version__}",
-            hardware=f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else cpu(torch.get_num_threads()),
-            dtype=str(self.engine.llm_engine.vllm_config.model_config.dtype).removeprefix("torch."),
-            outputs=[[list(output.token_ids) for output in outputs] for outputs, _ in greedy],
-            margins=[] if job.draft else [[_margins(output.logprobs) for output in outputs] for outputs, _ in greedy],
-            counts=[counts for _, counts in greedy] if job.draft else [],
-            sampled=self._counted(job.prompts, job.temperature)[1] if job.draft and job.temperature else None,
-        )
+        gpus = self.job.gpus
+        hardware = f"{gpus} x {torch.cuda.get_device_name(0)}" if gpus else cpu(torch.get_num_threads())
+        dtype = str(self.engine.llm_engine.vllm_config.model_config.dtype).removeprefix("torch.")
+        return f"vLLM {vllm.__version__}", hardware, dtype
 
-    def time(self, size: int, number: int) -> float:
-        """Tokens per second of the n-th batch of a size."""
-        started = time.perf_counter()
-        outputs = self._generate(self.job.batch(size, number))
-        return sum(len(output.token_ids) for output in outputs) / (time.perf_counter() - started)
-
-    def _generate(self, prompts: list[list[int]], temperature: float = 0.0, logprobs: int | None = None) -> list[Any]:
+    def decode(
+        self, prompts: list[list[int]], temperature: float = 0.0, margins: bool = False
+    ) -> tuple[list[list[int]], list[list[float]], Counts]:
+        """As of every engine."""
         from vllm import SamplingParams
 
         job = self.job
         sampling = SamplingParams(
             temperature=temperature, max_tokens=job.max_new_tokens, stop_token_ids=job.end_tokens,
-            seed=job.seed if temperature else None, logprobs=logprobs, detokenize=False,
+            seed=job.seed if temperature else None, logprobs=2 if margins else None, detokenize=False,
         )  # fmt: skip
         requests: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
-        return [output.outputs[0] for output in self.engine.generate(requests, sampling, use_tqdm=False)]
-
-    def _counted(
-        self, prompts: list[list[int]], temperature: float, logprobs: int | None = None
-    ) -> tuple[list[Any], Counts]:
-        before = _counts(self.engine, self.job.proposals)
-        outputs = self._generate(prompts, temperature, logprobs)
-        return outputs, _counts(self.engine, self.job.proposals).plus(before, -1)
+        before = _counts(self.engine, job.proposals)
+        outputs = [output.outputs[0] for output in self.engine.generate(requests, sampling, use_tqdm=False)]
+        apart = [_margins(output.logprobs) for output in outputs] if margins else []
+        counts = _counts(self.engine, job.proposals).plus(before, -1)
+        return [list(output.token_ids) for output in outputs], apart, counts
 
 
 def set_variables(gpus: int) -> None:

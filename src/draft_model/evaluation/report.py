@@ -17,7 +17,7 @@ from draft_model.drafts import family_of
 from draft_model.evaluation.card import render, target_name
 from draft_model.evaluation.prompts import VALIDATION
 from draft_model.parameters import PARAMETERS
-from draft_model.training.expectations import expectation
+from draft_model.training.plan import expectation
 
 MIN_COVERAGE = 0.98
 MAX_TRUNCATED = 0.05

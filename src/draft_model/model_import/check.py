@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from draft_model.drafts import DEFAULT, family
-from draft_model.drafts.rotary import Rotary
+from draft_model.drafts.layers import rotary_table
 from draft_model.errors import DraftModelError
 from draft_model.model_import.convert import first_line
 from draft_model.model_import.sources import INDEX
@@ -106,7 +106,7 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
     try:
         if rope not in _ROPE_TYPES:
             raise ValueError(f"allowed: {', '.join(_ROPE_TYPES)}")
-        table = Rotary(draft, torch.device("cpu")).table(2, torch.float32)
+        table = rotary_table(draft, torch.device("cpu"), 2, torch.float32)
         if table.shape[-1] != draft.head_dim:
             raise ValueError(f"it rotates {table.shape[-1]} of a head's {draft.head_dim} dimensions")
     except Exception as error:  # settings may make transformers raise anything

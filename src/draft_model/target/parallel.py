@@ -52,13 +52,7 @@ def load_share(
     """Loads this process's part of the target: all of it, or its share of every layer where tp_size says so.
 
     Where copies would not fit beside the draft, their layers are spread over the data-parallel processes as well.
-
-    Args:
-        folder: of the imported model.
-        aux_layers: of the draft's configuration.
-        dtype: compute type.
-        ranks: this process among the others.
-        beside: gives the bytes that training needs of a GPU besides the target; asked where memory is known.
+    `beside` gives the bytes that training needs of a GPU (of so many bytes) besides the target.
 
     Raises:
         DraftModelError: where the model cannot be loaded, or its heads cannot be shared out.
@@ -112,39 +106,28 @@ def _load_in_parts(folder: Path, dtype: torch.dtype, ranks: Ranks, skeleton: Any
 
 
 def _bytes(tensor: Tensor) -> int:
-    # A DTensor; to import its class takes seconds.
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # to import DTensor takes seconds
     return local.numel() * local.element_size()
 
 
-def check_heads(config: Any, tp: int) -> None:
-    """Refuses a tp_size that would cut an attention head of the target's text configuration in two."""
-    if tp not in (fits := _tp_sizes(config)):
-        heads, kv_heads = _heads(config)
+def check_heads(config: Any, tp: int) -> list[int]:
+    """The values of tp_size that cut no attention head of a text configuration in two; refuses one that does."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    fits = [size for size in range(1, kv_heads + 1) if kv_heads % size == 0 and heads % size == 0]
+    if tp not in fits:
         raise DraftModelError(
             f"tp_size: given {tp}; the target has {heads} attention heads and {kv_heads} key-value heads, which "
             f"tp_size must divide: allowed: {', '.join(map(str, fits))}"
         )
-
-
-def _heads(config: Any) -> tuple[int, int]:
-    return config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-
-
-def _tp_sizes(config: Any) -> list[int]:
-    heads, kv_heads = _heads(config)
-    return [size for size in range(1, kv_heads + 1) if kv_heads % size == 0 and heads % size == 0]
+    return fits
 
 
 def must_spread(model: Any, tp: int, dp: int, memory: float, beside: float) -> bool:
     """Whether copies of a target are too big, so that their layers are to be spread over the dp processes as well.
 
-    Args:
-        model: on the meta device, in the compute type.
-        tp: tp_size.
-        dp: how many copies there would be.
-        memory: of a GPU, in bytes.
-        beside: bytes that training needs besides the target, an estimate.
+    The model is on the meta device in the compute type; `memory` is a GPU's, `beside` what training needs of it besides
+    the target, bytes.
 
     Raises:
         DraftModelError: where a GPU could not hold its part in either way; names the smallest tp_size that would do.
@@ -158,7 +141,8 @@ def must_spread(model: Any, tp: int, dp: int, memory: float, beside: float) -> b
         return False
     if dp > 1 and least <= memory:
         return True
-    fits = [size for size in _tp_sizes(model.config.get_text_config()) if rest + sum(layers) / size <= memory]
+    sizes = check_heads(model.config.get_text_config(), 1)
+    fits = [size for size in sizes if rest + sum(layers) / size <= memory]
     none = "no tp_size that divides its heads is enough: use larger or more GPUs"
     advice = f"use {fits[0]} or more" if fits else none
     raise DraftModelError(

@@ -74,8 +74,7 @@ def optimizer_tensors(draft: Draft, optimizer: torch.optim.Optimizer) -> dict[st
     tensors = {}
     for name, parameter in draft.named_parameters():
         tensors[f"weight.{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = value
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[parameter].items()}
     return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
 
@@ -89,11 +88,8 @@ def restore(draft: Draft, optimizer: torch.optim.Optimizer, state: dict[str, Ten
     weights = {name.removeprefix("weight."): tensor for name, tensor in state.items() if name.startswith("weight.")}
     load_weights(draft, weights, uri)
     for name, parameter in draft.named_parameters():
-        optimizer.state[parameter] = {
-            key: state[f"{key}.{name}"].to(parameter.device, copy=True)
-            for key in _OPTIMIZER
-            if f"{key}.{name}" in state
-        }
+        saved = {key: state[f"{key}.{name}"] for key in _OPTIMIZER if f"{key}.{name}" in state}
+        optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in saved.items()}
 
 
 def read_checkpoint(uri: str, work: Path) -> Loaded:
@@ -113,7 +109,12 @@ def read_checkpoint(uri: str, work: Path) -> Loaded:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not whole:
-            _check_foreign(uri, folder, config)
+            if (folder / STATE).exists() or (folder / RECORD).exists() or "target_model_type" in config:
+                raise DraftModelError(
+                    f"{uri} was written by this project and has no {storage.MANIFEST}, so a file of it may be cut or "
+                    f"changed: copy the whole folder, {storage.MANIFEST} too"
+                )
+            logger.warning("%s has no %s: a draft of another trainer, taken unchecked", uri, storage.MANIFEST)
         config, tensors = drafts.family_of(config, uri).read(config, load_file(folder / WEIGHTS), uri)
         if not (folder / STATE).is_dir():
             return Loaded(uri, config, tensors, None, None)
@@ -122,12 +123,3 @@ def read_checkpoint(uri: str, work: Path) -> Loaded:
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, SafetensorError) as error:
         raise DraftModelError(f"{uri} is no checkpoint of a draft that can be read: {error}") from error
     return Loaded(uri, config, tensors, state, position)
-
-
-def _check_foreign(uri: str, folder: Path, config: dict[str, Any]) -> None:
-    if (folder / STATE).exists() or (folder / RECORD).exists() or "target_model_type" in config:
-        raise DraftModelError(
-            f"{uri} was written by this project and has no {storage.MANIFEST}, so a file of it may be cut or changed: "
-            f"copy the whole folder, {storage.MANIFEST} too"
-        )
-    logger.warning("%s has no %s: a draft of another trainer, taken unchecked", uri, storage.MANIFEST)

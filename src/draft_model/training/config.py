@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +68,8 @@ class TrainResult:
     @classmethod
     def from_record(cls, output: str, final: str, record: Mapping[str, Any]) -> TrainResult:
         """The result that the training.json of a finished training tells."""
-        log = record["log"]
-        loss = log[-1]["loss"][0] if log else 0.0
+        loss = record["log"][-1]["loss"][0]
         return cls(output, final, record["steps"], loss, float(record["acceptance_length"]))
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as a JSON object."""
-        return asdict(self)
 
 
 def list_checkpoints(uri: str) -> list[str]:
@@ -98,8 +93,6 @@ def list_checkpoints(uri: str) -> list[str]:
             continue
     names = sorted(steps, key=steps.__getitem__)
     if names or data is not None:
-        state = "is missing" if data is None else "is damaged"
-        logger.warning(
-            "%s %s; whole checkpoints there: %s", storage.join(uri, INDEX), state, ", ".join(names) or "none"
-        )
+        state, found = "is missing" if data is None else "is damaged", ", ".join(names) or "none"
+        logger.warning("%s %s; whole checkpoints there: %s", storage.join(uri, INDEX), state, found)
     return names

@@ -13,22 +13,16 @@ from draft_model.drafts.counts import Counts
 
 @dataclass
 class History:
-    """What a training measured; the report's curves.
+    """What a training measured; the report's curves."""
 
-    Attributes:
-        log: one record per `log_steps` steps; of a window in which nothing was supervised, none.
-        validation: one record per validation.
-        skipped: steps whose loss or gradient was not finite, with their conversations' lines in the data.
-        seconds: of training, validations and checkpoints included, earlier attempts too.
-        tokens: that went through the draft.
-        window: what the log window under way has summed, where a checkpoint falls into one.
-    """
-
+    # one record per `log_steps` steps; of a window in which nothing was supervised, none
     log: list[dict[str, Any]] = field(default_factory=list)
-    validation: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)  # one record per validation
+    # steps whose loss or gradient was not finite, with their conversations' lines in the data
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-    tokens: int = 0
+    seconds: float = 0.0  # of training, validations and checkpoints included, earlier attempts too
+    tokens: int = 0  # that went through the draft
+    # what the log window under way has summed, where a checkpoint falls into one
     window: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -51,16 +45,14 @@ class History:
 class Window:
     """What happened since the last log line, summed; divided only when it is written.
 
-    Args:
-        nothing: counts of no position, on the host.
-        saved: `to_json` of a window that a checkpoint interrupted.
+    It begins with `nothing` (on the host), or with what `to_json` saved of a window that a checkpoint interrupted.
     """
 
-    def __init__(self, nothing: Counts, saved: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, nothing: Counts, saved: Mapping[str, Any]) -> None:
         self.sums = nothing
-        self.tokens, self.seconds, self.norm = 0, 0.0, 0.0
-        sums = torch.tensor(saved["sums"] if saved else [], dtype=torch.float64)
-        if saved and sums.shape == nothing.tensor().shape:
+        self.tokens, self.seconds, self.norm = 0, 0.0, 0.0  # the norm is the last step's, before clipping
+        sums = torch.tensor(saved.get("sums", []), dtype=torch.float64)
+        if sums.shape == nothing.tensor().shape:
             self.sums = nothing.from_tensor(sums)
             self.tokens, self.seconds, self.norm = saved["tokens"], saved["seconds"], saved["norm"]
 
@@ -68,25 +60,17 @@ class Window:
         """The sums as JSON, exact."""
         return {**vars(self), "sums": self.sums.tensor().tolist()}
 
-    @property
-    def measured(self) -> bool:
-        """Whether anything was supervised: without, there is no loss that could be written."""
-        return bool(self.sums.divisor > 0)
-
-    def add(self, sums: Counts, norm: float) -> None:
-        """Adds one step's sums over all processes, and the norm of its gradient before clipping."""
-        self.sums, self.norm = self.sums + sums, norm
-
-    def spend(self, tokens: int, seconds: float) -> None:
-        """Adds what one step cost."""
-        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
-
-    def record(self, proposals: int, **where: Any) -> dict[str, Any]:
-        """The log record.
-
-        Args:
-            proposals: tokens that the simulated decoding proposes per round.
-            where: step, epoch and the like, which come first.
-        """
+    def record(self, proposals: int, where: Mapping[str, Any]) -> dict[str, Any]:
+        """The log record, of decoding simulated with so many proposals; `where` (step, epoch ...) comes first."""
         speed = self.tokens / max(self.seconds, 1e-9)
         return {**where, **self.sums.measures(proposals), "grad_norm": self.norm, "tokens_per_second": speed}
+
+
+def in_words(record: Mapping[str, Any]) -> str:
+    """Loss and acceptance of a log or validation record."""
+    loss, conditional = (
+        " ".join("-" if value is None else f"{value:.2f}" for value in record[name])
+        for name in ("loss", "conditional_acceptance")
+    )
+    length = f"acceptance length {record['acceptance_length']:.2f} (simulated)"
+    return f"loss {loss}, acceptance by position {conditional}, {length}"

@@ -6,16 +6,21 @@ the others trust it; no process waits in a collective for a download.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import os
+import platform
 import shutil
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,15 +35,15 @@ from draft_model.tracking import Tracker, track
 from draft_model.training.checkpoint import RECORD, STATE, Loaded, read_checkpoint, write_checkpoint
 from draft_model.training.config import TrainConfig, TrainResult
 from draft_model.training.lease import Lease, hold, own_run_id
-from draft_model.training.output import CHECKPOINTS_AT_ONCE, Keeping, Output
-from draft_model.training.plan import STATE_BYTES
+from draft_model.training.output import CHECKPOINTS_AT_ONCE, Output
+from draft_model.training.plan import STATE_BYTES, context_problem
 from draft_model.training.prepare import fetch_inputs, prepare
-from draft_model.training.record import announce, parameters_of, record
 from draft_model.training.trainer import Interrupted, Training, train
 
 logger = logging.getLogger(__name__)
 
 STAGE = "train"
+_PACKAGES = ("pipeline-draft-model", "torch", "transformers", "tokenizers", "safetensors", "datasets")
 _OTHERS_FIRST = 10.0
 """Seconds that a process waits for torchrun to end it when another is lost, so that the other's end is seen first."""
 
@@ -66,11 +71,16 @@ def run(config: TrainConfig) -> TrainResult:
         work.mkdir(parents=True)
         inputs = fetch_inputs(config)
         tracking = track(STAGE, p.mlflow_tracking_uri) if ranks.first else nullcontext(Tracker(None))
-        keeping = Keeping(p.keep_checkpoints, p.final_checkpoint == "best")
-        with tracking as tracker, Output(config.checkpoints, work, keeping, config.output, leases) as output:
+        keep = (p.keep_checkpoints, p.final_checkpoint == "best")
+        with tracking as tracker, Output(config.checkpoints, work, config.output, leases, *keep) as output:
             resumed, go_on = _checkpoint(config, output, work)
-            training = prepare(config, ranks, inputs, resumed, go_on, work)
-            _check_disk(training, work)
+            training = prepare(config, ranks, inputs, resumed, go_on)
+            needed = STATE_BYTES * parameters_of(training) * CHECKPOINTS_AT_ONCE + (64 << 20)
+            if (free := shutil.disk_usage(work).free) < needed:
+                raise DraftModelError(
+                    f"disk: {work} has {free / 1e9:.2f} GB free, and {CHECKPOINTS_AT_ONCE} checkpoints on their way to "
+                    f"the output need {needed / 1e9:.2f} GB: free some, or run in another folder"
+                )
             ranks.barrier()  # all have read what there was before any of it goes
             if ranks.first:
                 output.tidy() if go_on else output.clear()
@@ -90,13 +100,12 @@ def run(config: TrainConfig) -> TrainResult:
                 (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
             def save(name: str, epoch: int, random: list[Tensor]) -> None:
-                def write(folder: Path) -> None:
-                    write_checkpoint(folder, training.draft, training.optimizer, training.position(epoch), random)
-                    complete(folder, training.done)
-
-                acceptance = training.history.validated(training.done)
                 where = {"step": training.done, "epoch": epoch, "run_id": config.run_id}
-                output.save(name, write, {**where, "acceptance_length": acceptance})
+                acceptance = {"acceptance_length": training.history.validated(training.done)}
+                folder = output.room(name)
+                write_checkpoint(folder, training.draft, training.optimizer, training.position(epoch), random)
+                complete(folder, training.done)
+                output.upload(folder, where | acceptance)
 
             with catch_sigterm() as stop:
                 try:
@@ -109,9 +118,8 @@ def run(config: TrainConfig) -> TrainResult:
                 step = _publish_final(output, training, complete, work) if ranks.first else 0
                 step = int(ranks.sum(torch.tensor(float(step))))
             tracker.references({"output": config.output, "checkpoints": config.checkpoints, "final": output.final})
-        return TrainResult.from_record(
-            config.output, output.final, record(training, inputs.source, inputs.dataset, step)
-        )
+        told = record(training, inputs.source, inputs.dataset, step)
+        return TrainResult.from_record(config.output, output.final, told)
 
 
 @contextmanager
@@ -147,20 +155,10 @@ def _checkpoint(config: TrainConfig, output: Output, work: Path) -> tuple[Loaded
     return None, False
 
 
-def _check_disk(training: Training, work: Path) -> None:
-    needed = STATE_BYTES * parameters_of(training) * CHECKPOINTS_AT_ONCE + (64 << 20)
-    free = shutil.disk_usage(work).free
-    if free < needed:
-        raise DraftModelError(
-            f"disk: {work} has {free / 1e9:.2f} GB free, and {CHECKPOINTS_AT_ONCE} checkpoints on their way to the "
-            f"output need {needed / 1e9:.2f} GB: free some, or run in another folder"
-        )
-
-
 def _publish_final(output: Output, training: Training, complete: Callable[[Path, int], None], work: Path) -> int:
     """Puts the draft to serve under the output; returns the step of its weights."""
     folder, step, history = work / "final", training.done, training.history
-    name = output.best() if output.keeping.best else None
+    name = output.best() if output.keeps_best else None
     if name is None:
         drafts.family(training.draft.config.family).save(folder, training.draft)
         best = history.best
@@ -180,6 +178,78 @@ def _publish_final(output: Output, training: Training, complete: Callable[[Path,
     output.publish_final(folder, stage=STAGE, properties={"step": step})
     shutil.rmtree(folder)
     return step
+
+
+def announce(training: Training) -> None:
+    """Logs how the work is shared out, and how much there is."""
+    p, world = training.parameters, training.ranks.world
+    config, text = training.draft.config, training.target.config
+    tokens = training.train.lengths.mean() * p.draft_global_batch_size
+    logger.info(
+        "%d process(es) on %s: tensor parallel %d, data parallel %d; %d conversations per step = %d processes x "
+        "micro-batch %d x accumulation %d, about %d tokens",
+        world, hardware(training.ranks), p.tp_size, training.ranks.dp, p.draft_global_batch_size, world,
+        p.draft_micro_batch_size, p.accumulation_steps, tokens,
+    )  # fmt: skip
+    logger.info(
+        "%d conversations, %.1f steps per epoch, %d steps in all; draft of %.1f M parameters, vocabulary %d of %d, "
+        "features after layers %s of %d; computing in %s",
+        len(training.train), len(training.train) / p.draft_global_batch_size, training.total,
+        parameters_of(training) / 1e6, config.draft_vocab_size, config.vocab_size, list(config.aux_layers),
+        text.num_hidden_layers, p.compute_dtype,
+    )  # fmt: skip
+    if problem := context_problem(text.to_dict(), p.max_length):
+        logger.warning("%s", problem)
+
+
+def parameters_of(training: Training) -> int:
+    """Parameters that are trained."""
+    return sum(parameter.numel() for parameter in training.draft.parameters())
+
+
+def hardware(ranks: Ranks) -> str:
+    """What a process computes on."""
+    if ranks.device.type == "cuda":
+        return torch.cuda.get_device_name(ranks.device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def record(training: Training, source: Mapping[str, Any], dataset: Path, step: int) -> dict[str, Any]:
+    """training.json: what was trained, on what, with what result; the draft beside it has the weights of `step`."""
+    target, history, done = training.target, training.history, training.done
+    return {
+        "parameters": training.parameters.of_stage("train"),
+        "draft": training.draft.config.to_json(),
+        "draft_parameters": parameters_of(training),
+        "target": {
+            **{name: source[name] for name in ("source", "revision", "licence", "architecture")},
+            "parameters": source["parameter_count"],
+            "hidden_size": target.config.hidden_size,
+            "layers": target.config.num_hidden_layers,
+        },
+        "dataset": json.loads((dataset / "report.json").read_text(encoding="utf-8")),
+        "steps": done,
+        "draft_step": step,
+        "acceptance_length": history.acceptance_length(step),
+        "best": history.best,
+        "epochs": done * training.parameters.draft_global_batch_size / len(training.train),
+        "world_size": training.ranks.world,
+        "tokens": history.tokens,
+        "seconds": history.seconds,
+        "tokens_per_second": history.tokens / max(history.seconds, 1e-9),
+        "log": history.log,
+        "validation": history.validation,
+        "skipped": history.skipped,
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _PACKAGES}},
+        "hardware": hardware(training.ranks),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a source tree on the path
+        return "not installed"
 
 
 def main() -> int:
@@ -204,6 +274,6 @@ def main() -> int:
                 logger.error("process %d of %d fails:", rank, world)
             raise
         if rank == 0:
-            (config.work / "result.json").write_text(json.dumps(result.to_json()), encoding="utf-8")
+            (config.work / "result.json").write_text(json.dumps(asdict(result)), encoding="utf-8")
 
     return exit_code(work)

@@ -39,8 +39,7 @@ logger = logging.getLogger(__name__)
 FILE = "lease.json"
 SECONDS = 50.0
 """How long a lease holds without being renewed: less than the shortest dist_timeout, more than a store's retries."""
-RENEWALS = 5
-"""Renewals per lease period."""
+RENEWALS = 5  # renewals per lease period
 _ATTEMPTS = 20  # to change a lease that other processes of this run change as well
 _NEVER = datetime.min.replace(tzinfo=UTC)
 
@@ -157,10 +156,8 @@ class Lease:
             if found is None or held.get("run_id") != self.run_id:
                 self.lost = True
                 holder = f"belongs to run {_name(held)} by now" if held else "is no longer leased to this run"
-                raise DraftModelError(
-                    f"{self.parameter}: {self.folder} {holder}; this run did not renew its lease for {SECONDS:.0f} s, "
-                    "and writes nothing more there"
-                )
+                late = f"this run did not renew its lease for {SECONDS:.0f} s, and writes nothing more there"
+                raise DraftModelError(f"{self.parameter}: {self.folder} {holder}; {late}")
             self._since = held.get("since", self._since)
             self.took_over = held.get("took_over", "")
             others = [p for p in held.get("processes", []) if p != this_process() and _is_alive(p) is not False]
@@ -218,15 +215,10 @@ def own_run_id() -> str:
 
 @contextmanager
 def hold(folder: str, run_id: str, *, outermost: bool, parameter: str = "checkpoint_path") -> Iterator[Lease | None]:
-    """Holds the lease on a folder, where one is named, while its body runs.
+    """Holds the lease on a folder, where one is named, while its body runs; `parameter` named it.
 
-    Only checkpoint_path must be leased: an output in a store without conditional writes goes without.
-
-    Args:
-        folder: URI; empty: no lease.
-        run_id: of this run.
-        outermost: whether the run ends with this process, or with one that waits for it.
-        parameter: that named the folder.
+    Only checkpoint_path must be leased: an output in a store without conditional writes goes without. `outermost` says
+    whether the run ends with this process, or with one that waits for it.
 
     Raises:
         DraftModelError: where another run is at work there.

@@ -1,26 +1,76 @@
-"""AdamW, or Muon for the matrices of the draft's layer with AdamW for its head and norms.
+"""What a step makes of its gradients: their sum over processes, the learning rate, AdamW or Muon.
 
-Muon (Jordan 2024) moves a matrix by its momentum with all singular values made one, so that no few directions take the
-whole step. Five iterations of Newton-Schulz in bfloat16 come close enough to that. The update is scaled to the size
-that AdamW's would have (Moonlight, arXiv 2502.16982).
+The gradients lie in one float32 buffer, are summed in one message and applied without a wait. Measured against
+DistributedDataParallel and FSDP2 by `benchmarks/scaling.py --reduction`: the draft is small beside its step, so there
+is nothing to gain from overlapping that message with the backward pass, or from sharding it.
+
+draft_optimizer=muon is Muon for the matrices of the draft's layers, with AdamW for its head and norms. Muon (Jordan
+2024) moves a matrix by its momentum with all singular values made one, so that no few directions take the whole step.
+Five iterations of Newton-Schulz in bfloat16 come close enough to that. The update is scaled to the size that AdamW's
+would have (Moonlight, arXiv 2502.16982).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from draft_model.ranks import Ranks
+
 if TYPE_CHECKING:
     from draft_model.drafts.base import Draft
 
 MOMENTUM = 0.95
-RATIO = 20.0
-"""Muon's rate is so many times learning_rate; benchmarks/README.md has the measurement."""
+RATIO = 20.0  # Muon's rate is so many times learning_rate; benchmarks/README.md has the measurement
 _MATRICES = ("fc.", "midlayer.", "layers.")  # of every family; a head's matrix has a row per token, and is AdamW's
+
+
+def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
+    """The rate of a step (from 0) of so many: a linear warm-up over warmup_ratio of them, then a cosine to zero."""
+    warmup = int(warmup_ratio * total)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+class Gradients:
+    """The gradients of float32 parameters, all on one device; `backward` adds to them."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        parameters = list(parameters)
+        sizes = [parameter.numel() for parameter in parameters]
+        self._flat = torch.zeros(sum(sizes), device=parameters[0].device)
+        for parameter, part in zip(parameters, self._flat.split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def clear(self) -> None:
+        """Starts a new step."""
+        self._flat.zero_()
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Sums them over all processes."""
+        ranks.sum(self._flat)
+
+    def norm(self, count: Tensor) -> Tensor:
+        """The norm of the mean gradient; `count`: what sums are divided by to be means. Scalars on the device."""
+        norm: Tensor = torch.linalg.vector_norm(self._flat)
+        return norm / count.clamp(min=1).float()
+
+    def update(
+        self, optimizer: torch.optim.Optimizer, count: Tensor, norm: Tensor, max_norm: float, useful: Tensor
+    ) -> None:
+        """One step of a fused optimizer on the mean gradient, whose division and clipping happen inside it.
+
+        The whole gradient is at most max_norm long; where `useful`, a bool scalar, is false, nothing changes.
+        """
+        shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        optimizer.grad_scale = count.clamp(min=1).float() / shrink  # type: ignore[attr-defined]
+        optimizer.found_inf = (~useful).float()  # type: ignore[attr-defined]
+        optimizer.step()
 
 
 def make_optimizer(name: str, draft: Draft, rate: float) -> torch.optim.Optimizer:

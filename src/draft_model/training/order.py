@@ -19,17 +19,11 @@ POOL_BATCHES = 16  # like lengths are sought among so many batches; more would p
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step's conversations.
+    """One optimizer step's conversations."""
 
-    Attributes:
-        epoch: counted from 0.
-        last_of_epoch: whether the epoch ends with it.
-        conversations: indices into the training split, longest first.
-    """
-
-    epoch: int
-    last_of_epoch: bool
-    conversations: NDArray[np.int64]
+    epoch: int  # counted from 0
+    last_of_epoch: bool  # whether the epoch ends with it
+    conversations: NDArray[np.int64]  # indices into the training split, longest first
 
 
 def total_steps(conversations: int, global_batch: int, epochs: int) -> int:
@@ -38,12 +32,9 @@ def total_steps(conversations: int, global_batch: int, epochs: int) -> int:
 
 
 def plan_steps(lengths: NDArray[np.int64], global_batch: int, seed: int) -> Iterator[Step]:
-    """All steps, epoch after epoch, without end.
+    """All steps of a seed, epoch after epoch, without end, from the conversations' lengths in tokens.
 
-    Args:
-        lengths: tokens of each conversation.
-        global_batch: conversations per optimizer step; at most len(lengths), so that every epoch has a step.
-        seed: of the order.
+    A global batch is at most all conversations, so that every epoch has a step.
     """
     carried = np.empty(0, dtype=np.int64)
     epoch = 0

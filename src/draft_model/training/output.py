@@ -17,9 +17,8 @@ import itertools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +30,9 @@ from draft_model.training.lease import Lease
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 15 * 60.0
-"""Seconds that an object store may be away before the training fails for it."""
+PATIENCE = 15 * 60.0  # seconds that an object store may be away before the training fails for it
 CHECKPOINTS_AT_ONCE = 3
 """Checkpoints on this disk that are not published yet, the one being written among them; then the training waits."""
-
-
-@dataclass(frozen=True)
-class Keeping:
-    """Which checkpoints stay."""
-
-    newest: int = 0  # how many of the newest; 0: all
-    best: bool = False  # the one of the highest simulated acceptance length on the validation split, too
 
 
 class Output:
@@ -51,15 +41,16 @@ class Output:
     Args:
         uri: that they are under.
         work: scratch folder of this process.
-        keeping: which of them stay.
         output: URI that `final` goes under, where it is another one.
         leases: on the two; checked before whatever other runs would see is written or removed.
+        newest: how many of the newest stay; 0: all.
+        best: whether the one of the highest simulated acceptance length on the validation split stays too.
     """
 
     def __init__(
-        self, uri: str, work: Path, keeping: Keeping | None = None, output: str = "", leases: Sequence[Lease] = ()
+        self, uri: str, work: Path, output: str = "", leases: Sequence[Lease] = (), newest: int = 0, best: bool = False
     ) -> None:
-        self.uri, self.work, self.keeping, self._leases = uri, work, keeping or Keeping(), leases
+        self.uri, self.work, self._leases, self._keeps, self.keeps_best = uri, work, leases, newest, best
         self.final = storage.join(output or uri, "final")
         self._index = storage.join(uri, INDEX)
         self._sender = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
@@ -140,32 +131,29 @@ class Output:
                 logger.warning("checkpoint %s is passed over: %s", self._at(name), error)
         return None
 
-    def save(self, name: str, write: Callable[[Path], None], properties: dict[str, Any]) -> None:
-        """Writes a checkpoint to this disk, and has it uploaded while the training goes on.
-
-        Args:
-            name: folder under the output, such as `epoch_2`.
-            write: writes it into a folder.
-            properties: what its manifest says; `acceptance_length` is what `best` goes by.
+    def room(self, name: str) -> Path:
+        """The folder on this disk to write a checkpoint such as `epoch_2` into, once few enough wait for their upload.
 
         Raises:
             DraftModelError: where an earlier one could not be uploaded.
         """
         while len(self._sending) >= CHECKPOINTS_AT_ONCE - 1 or (self._sending and self._sending[0].done()):
             self._sending.pop(0).result()
-        folder = self.work / "checkpoints" / name
-        write(folder)
-        self._sending.append(self._sender.submit(self._send, name, folder, properties))
+        return self.work / "checkpoints" / name
+
+    def upload(self, folder: Path, properties: dict[str, Any]) -> None:
+        """Uploads it while the training goes on, with a manifest of these; `best` goes by `acceptance_length`."""
+        self._sending.append(self._sender.submit(self._send, folder, properties))
 
     def finish(self) -> None:
         """Waits until all is uploaded; raises DraftModelError where it could not be."""
         while self._sending:
             self._sending.pop(0).result()
 
-    def _send(self, name: str, folder: Path, properties: dict[str, Any]) -> None:
+    def _send(self, folder: Path, properties: dict[str, Any]) -> None:
         try:
             with storage.patience(0.0 if self._given_up else PATIENCE):
-                self._upload(name, folder, properties)
+                self._upload(folder.name, folder, properties)
         except DraftModelError as error:
             self._given_up = True
             # Out of the scratch folders, which end with the process.
@@ -175,8 +163,8 @@ class Output:
             shutil.move(folder, kept)
             storage.publish(kept, str(kept), stage=STAGE, properties=properties)
             raise DraftModelError(
-                [*error.problems, f"{self._at(name)}: the checkpoint of step {properties['step']} could not be put "
-                 f"there; it stays in {kept}, which resume_from_checkpoint may name"]
+                [*error.problems, f"{self._at(folder.name)}: the checkpoint of step {properties['step']} could not be "
+                 f"put there; it stays in {kept}, which resume_from_checkpoint may name"]
             ) from error  # fmt: skip
         shutil.rmtree(folder)
 
@@ -193,10 +181,10 @@ class Output:
         storage.publish(folder, self._at(name), stage=STAGE, properties=properties, check=self._renew)
         self._properties[name] = properties
         logger.info("checkpoint %s: step %d, %s", name, step, self._at(name))
-        if not self.keeping.newest:
+        if not self._keeps:
             return
         # The newest is whole by now, so a whole one is left whatever happens.
-        kept = {*names[-self.keeping.newest :], *([self._best(names)] if self.keeping.best else [])}
+        kept = {*names[-self._keeps :], *([self.best()] if self.keeps_best else [])}
         self._renew()
         for other in (other for other in names if other not in kept):
             self._properties.pop(other, None)
@@ -205,10 +193,7 @@ class Output:
 
     def best(self) -> str | None:
         """The checkpoint of the highest simulated acceptance length, the earliest of equals; None without any."""
-        return self._best(self.names())
-
-    def _best(self, names: list[str]) -> str | None:
-        lengths = {name: (self._whole(name) or {}).get("acceptance_length") for name in names}
+        lengths = {name: (self._whole(name) or {}).get("acceptance_length") for name in self.names()}
         validated = {name: float(length) for name, length in lengths.items() if length is not None}
         return max(validated, key=validated.__getitem__, default=None)
 

@@ -20,13 +20,13 @@ from draft_model.dataset.tokens import Split
 from draft_model.drafts.base import check_proposals, load_weights
 from draft_model.errors import DraftModelError
 from draft_model.ranks import Ranks
-from draft_model.target.model import Target
 from draft_model.target.parallel import load_share
 from draft_model.training.checkpoint import Loaded
 from draft_model.training.config import TrainConfig
 from draft_model.training.optimizer import make_optimizer
+from draft_model.training.order import total_steps
 from draft_model.training.plan import beside_target, draft_of, read_config
-from draft_model.training.trainer import Training, check_position, planned_steps
+from draft_model.training.trainer import Training, check_position
 
 logger = logging.getLogger(__name__)
 
@@ -67,18 +67,10 @@ def _fetch(uri: str, into: Path, stage: str) -> tuple[str, dict[str, Any]]:
     return str(storage.fetch(uri, into)), dict(properties)
 
 
-def prepare(
-    config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded | None, go_on: bool, work: Path
-) -> Training:
+def prepare(config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded | None, go_on: bool) -> Training:
     """Puts a training together; raises DraftModelError where its parts do not fit one another.
 
-    Args:
-        config: of the job.
-        ranks: this process among the others.
-        inputs: local.
-        resumed: a checkpoint to go on from, or to start from the weights of.
-        go_on: which of the two.
-        work: scratch folder of this process.
+    `go_on`: whether it goes on from `resumed`, or starts from the weights of that.
     """
     p = config.parameters
     model, dataset = inputs.model, inputs.dataset
@@ -108,7 +100,7 @@ def prepare(
     train_split = Split(dataset / "train")
     validation = Split(dataset / "validation") if (dataset / "validation").is_dir() else None
     longest = int(max(train_split.lengths.max(), validation.lengths.max() if validation is not None else 0))
-    total = planned_steps(p, len(train_split))
+    total = p.total_steps or total_steps(len(train_split), p.draft_global_batch_size, p.num_epochs)
     if not total:
         raise DraftModelError(
             f"draft_global_batch_size: given {p.draft_global_batch_size}; {p.num_epochs} epochs of {len(train_split)} "
@@ -119,33 +111,7 @@ def prepare(
             "final_checkpoint: given 'best', which the validation split decides, and the data set has none: use "
             "'last', or build it with dataset_validation_split"
         )
-    aux_layers: Any = shape.aux_layers
-    beside = partial(beside_target, model, shape, p, longest)
-    target = load_share(model, aux_layers, dtype, ranks, beside)
-    check_finite(target)
-    draft: Any = family.create(shape, t2d, d2t).to(ranks.device)
-    draft.initialise(p.seed, target)
-    optimizer = make_optimizer(p.draft_optimizer, draft, p.learning_rate)
-    torch.manual_seed(p.seed * ranks.world + ranks.rank)
-    loss = family.default_loss if p.draft_loss == "default" else p.draft_loss
-    objective = family.objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest, loss)
-    for name in family.unused:
-        logger.info("%s: without effect on %s", name, family.title)
-    training = Training(
-        p, ranks, target, draft, optimizer, objective, train_split, validation, total, work, inputs.fingerprint
-    )
-    if resumed is not None and go_on:
-        if problems := check_position(resumed, training.position(0)):
-            raise DraftModelError(problems)
-        training.go_on_from(resumed)
-    elif resumed is not None:
-        load_weights(draft, resumed.tensors, resumed.uri)
-        logger.info("the draft starts from the weights of %s", resumed.uri)
-    return training
-
-
-def check_finite(target: Target) -> None:
-    """Refuses a target with weights that are no numbers, which would make every loss one; names the first."""
+    target = load_share(model, shape.aux_layers, dtype, ranks, partial(beside_target, model, shape, p, longest))
     for name, parameter in target.model.named_parameters():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if not local.is_floating_point() or local.element_size() == 1 or not local.numel():
@@ -155,3 +121,22 @@ def check_finite(target: Target) -> None:
                 f"the target model: its weight {name} holds NaN or infinity, so no step could be learnt from: import "
                 "it again from a sound copy"
             )
+    draft: Any = family.create(shape, t2d, d2t).to(ranks.device)
+    draft.initialise(p.seed, target)
+    optimizer = make_optimizer(p.draft_optimizer, draft, p.learning_rate)
+    torch.manual_seed(p.seed * ranks.world + ranks.rank)
+    loss = family.default_loss if p.draft_loss == "default" else p.draft_loss
+    objective = family.objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest, loss)
+    for name in family.unused:
+        logger.info("%s: without effect on %s", name, family.title)
+    training = Training(
+        p, ranks, target, draft, optimizer, objective, train_split, validation, total, inputs.fingerprint
+    )
+    if resumed is not None and go_on:
+        if problems := check_position(resumed, training.position(0)):
+            raise DraftModelError(problems)
+        training.go_on_from(resumed)
+    elif resumed is not None:
+        load_weights(draft, resumed.tensors, resumed.uri)
+        logger.info("the draft starts from the weights of %s", resumed.uri)
+    return training

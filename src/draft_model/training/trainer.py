@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from draft_model.dataset.tokens import Split
 from draft_model.drafts.base import Draft, Objective
@@ -32,54 +33,34 @@ from draft_model.ranks import Ranks
 from draft_model.target.model import Target
 from draft_model.tracking import Tracker
 from draft_model.training.checkpoint import Loaded, Position, restore
-from draft_model.training.features import StateStore
-from draft_model.training.gradients import Gradients
-from draft_model.training.history import History, Window
-from draft_model.training.order import Step, draw_keys, plan_steps, total_steps
-from draft_model.training.progress import Progress
-from draft_model.training.schedule import learning_rate
+from draft_model.training.history import History, Window, in_words
+from draft_model.training.optimizer import Gradients, learning_rate
+from draft_model.training.order import Step, draw_keys, plan_steps
 
 logger = logging.getLogger(__name__)
 
+LOG_SECONDS = 15.0  # between two states of the bar where it goes to a log and not to a terminal
 SKIPPED_IN_A_ROW = 5
 """So many steps without a finite loss and gradient end the training: one is a bad batch, five are no accident."""
 
 
 @dataclass
 class Training:
-    """One training under way.
+    """One training under way."""
 
-    Attributes:
-        parameters: of the run.
-        ranks: this process among the others.
-        target: frozen.
-        draft: float32 parameters.
-        optimizer: AdamW over them.
-        objective: the loss.
-        train: training split.
-        validation: validation split, if given.
-        total: optimizer steps.
-        work: scratch folder of this process.
-        dataset: fingerprint of the data set.
-        done: optimizer steps done.
-        history: measured so far.
-        tracker: is told what is measured.
-    """
-
-    parameters: Parameters
-    ranks: Ranks
-    target: Target
-    draft: Draft
-    optimizer: torch.optim.Optimizer
-    objective: Objective
-    train: Split
-    validation: Split | None
-    total: int
-    work: Path
-    dataset: str
-    done: int = 0
-    history: History = field(default_factory=History)
-    tracker: Tracker = field(default_factory=lambda: Tracker(None))
+    parameters: Parameters  # of the run
+    ranks: Ranks  # this process among the others
+    target: Target  # frozen
+    draft: Draft  # float32 parameters
+    optimizer: torch.optim.Optimizer  # AdamW over them
+    objective: Objective  # the loss
+    train: Split  # training split
+    validation: Split | None  # validation split, if given
+    total: int  # optimizer steps
+    dataset: str  # fingerprint of the data set
+    done: int = 0  # optimizer steps done
+    history: History = field(default_factory=History)  # measured so far
+    tracker: Tracker = field(default_factory=lambda: Tracker(None))  # is told what is measured
 
     def position(self, epoch: int) -> Position:
         """Where a checkpoint of this moment stands."""
@@ -105,48 +86,29 @@ class Training:
         logger.info("resumed from %s at step %d of %d", loaded.uri, self.done, self.total)
 
 
-def planned_steps(parameters: Parameters, conversations: int) -> int:
-    """Optimizer steps of a run over so many conversations."""
-    return parameters.total_steps or total_steps(
-        conversations, parameters.draft_global_batch_size, parameters.num_epochs
-    )
-
-
 class Interrupted(Exception):
     """The machine was asked to stop (SIGTERM); the checkpoint of this step is saved."""
 
 
-Save = Callable[[str, int, list[Tensor]], None]
-"""Saves a checkpoint: its name, epochs begun, random state of each process. Called in the first process only."""
-
-
 @dataclass
 class _Pending:
-    """A step that the device may still be computing.
+    """A step that the device may still be computing."""
 
-    Attributes:
-        step: its conversations.
-        number: counted from 1.
-        rate: its learning rate.
-        numbers: sums, gradient norm and stop requests of all processes, [n + 2]; on their way to the host.
-        arrived: when they are there; None where they are already.
-    """
-
-    step: Step
-    number: int
-    rate: float
-    numbers: Tensor
-    arrived: torch.cuda.Event | None
+    step: Step  # its conversations
+    number: int  # counted from 1
+    numbers: Tensor  # sums, gradient norm and stop requests of all processes, [n + 2]; on their way to the host
+    arrived: torch.cuda.Event | None  # when they are there; None where they are already
 
 
-def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
+def train(training: Training, save: Callable[[str, int, list[Tensor]], None], stop: Callable[[], bool]) -> None:
     """Trains from `training.done` to `training.total`, with checkpoints and validations on the way.
 
     On a GPU the host runs one step ahead: a step's numbers are read while the next one is computed, so nothing waits.
 
     Args:
         training: what is trained; changed in place.
-        save: is called when a checkpoint is due.
+        save: is called in the first process when a checkpoint is due, with its name, the epochs begun and the random
+            state of each process.
         stop: whether this process was asked to stop.
 
     Raises:
@@ -155,19 +117,20 @@ def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
     """
     p, ranks, history = training.parameters, training.ranks, training.history
     lengths = training.train.lengths
-    plan = list(islice(plan_steps(lengths, p.draft_global_batch_size, p.seed), training.total))
-    steps = plan[training.done :]
-    store = _store(training, plan)
+    steps = list(islice(plan_steps(lengths, p.draft_global_batch_size, p.seed), training.done, training.total))
     gradients = Gradients(training.draft.parameters())
     nothing = training.objective.no_counts().cpu()
     window = Window(nothing, history.window)
     pending: deque[_Pending] = deque()
     ahead = 1 if ranks.device.type == "cuda" else 0
     size = sum(int(lengths[step.conversations].sum()) for step in steps)
-    with Progress(size, ranks.first) as progress:
+    with tqdm(
+        total=size, unit="token", unit_scale=True, desc="training", disable=not ranks.first, dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else LOG_SECONDS,
+    ) as bar:  # fmt: skip
         clock = time.monotonic()
         for step in steps:
-            pending.append(_learn(training, step, store, gradients, stop()))
+            pending.append(_learn(training, step, gradients, stop()))
             training.done += 1
             last = training.done == training.total
             ended_epoch = step.epoch + 1 if step.last_of_epoch else 0
@@ -180,19 +143,29 @@ def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
                 stopping |= _settle(training, done, window)
                 tokens = int(lengths[done.step.conversations].sum())
                 history.tokens += tokens
-                window.spend(tokens, time.monotonic() - clock)
-                history.seconds += time.monotonic() - clock
-                clock = time.monotonic()
-                progress.advance(tokens, f"step {done.number}/{training.total}", window.sums)
-            if logs and window.measured:
+                now = time.monotonic()
+                window.tokens, window.seconds = window.tokens + tokens, window.seconds + now - clock
+                history.seconds += now - clock
+                clock = now
+                supervised = float(window.sums.supervised[0])
+                loss = f", loss {float(window.sums.loss[0]) / supervised:.2f}" if supervised else ""
+                bar.set_postfix_str(f"step {done.number}/{training.total}{loss}", refresh=False)
+                bar.update(tokens)
+            if logs and window.sums.divisor > 0:  # else nothing was supervised, and there is no loss to write
                 rate = training.optimizer.param_groups[0]["lr"]
                 where = {"step": training.done, "epoch": step.epoch + 1, "learning_rate": rate}
-                history.log.append(record := window.record(p.num_speculative_tokens, **where))
-                progress.log(record)
-                training.tracker.metrics(training.done, record | {"memory_gigabytes": _memory(ranks.device)})
-                window = Window(nothing)
+                history.log.append(record := window.record(p.num_speculative_tokens, where))
+                logger.info(
+                    "step %d, epoch %d: %s, learning rate %.1e, gradient norm %.1f, %.0f tokens/s", training.done,
+                    step.epoch + 1, in_words(record), rate, record["grad_norm"], record["tokens_per_second"],
+                )  # fmt: skip
+                # The most GPU memory that this process has held; on a CPU the memory that it holds.
+                on_gpu = ranks.device.type == "cuda"
+                memory = torch.cuda.max_memory_allocated() if on_gpu else psutil.Process().memory_info().rss
+                training.tracker.metrics(training.done, record | {"memory_gigabytes": memory / 1e9})
+                window = Window(nothing, {})
             if validates:
-                _validate(training, step.epoch, progress)
+                _validate(training, step.epoch)
             if not ahead:  # on a GPU the requests of all processes come with the step's numbers
                 stopping = ranks.any(stop())
             if saves or stopping:
@@ -213,13 +186,6 @@ def train(training: Training, save: Save, stop: Callable[[], bool]) -> None:
         )
 
 
-def _memory(device: torch.device) -> float:
-    """Most GPU memory that this process has held, or on a CPU the memory that it holds, GB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return psutil.Process().memory_info().rss / 1e9
-
-
 def random_state() -> Tensor:
     """The state of this process's random numbers, uint8. No step draws any today; an objective with dropout would."""
     on_gpu = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
@@ -234,31 +200,7 @@ def set_random_state(state: Tensor) -> None:
         torch.cuda.set_rng_state(state[size:].clone())
 
 
-def _store(training: Training, plan: list[Step]) -> StateStore:
-    """The store of a whole training: a resumed one keeps the same states as one that was never interrupted."""
-    visits = np.bincount(np.concatenate([step.conversations for step in plan]))
-    # Where processes share a target, each would have to know what the others have kept.
-    epochs = int(visits.max()) if training.ranks.tp == 1 and not training.target.spread else 1
-    width = training.draft.config.state_width
-    dtype, device = training.objective.dtype, training.target.device
-    groups = _target_batches(training, plan)
-    return StateStore(training.work, training.train.lengths, width, dtype, epochs, device, groups)
-
-
-def _target_batches(training: Training, plan: list[Step]) -> dict[int, tuple[int, ...]]:
-    """For each conversation of this rank those that first go through the target with it."""
-    ranks, size = training.ranks, training.parameters.training_batch_size
-    batches: dict[int, tuple[int, ...]] = {}
-    for step in plan:
-        mine = dict.fromkeys(ranks.share(step.conversations).tolist())
-        new = [index for index in mine if index not in batches]
-        for start in range(0, len(new), size):
-            part = tuple(new[start : start + size])
-            batches.update(dict.fromkeys(part, part))
-    return batches
-
-
-def _conversations(split: Split, indices: NDArray[np.int64] | list[int], keys: list[int] | None = None) -> Batch:
+def _conversations(split: Split, indices: NDArray[np.int64], keys: list[int] | None = None) -> Batch:
     rows = (split[int(index)] for index in indices)
     return collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows], keys)
 
@@ -277,12 +219,7 @@ def _target_states(training: Training, split: Split, conversations: NDArray[np.i
 
 
 def _losses(
-    training: Training,
-    split: Split,
-    conversations: NDArray[np.int64],
-    states: Iterator[Tensor],
-    size: int,
-    step: int,
+    training: Training, split: Split, conversations: NDArray[np.int64], states: Iterator[Tensor], size: int, step: int
 ) -> Iterator[tuple[Tensor, Counts]]:
     """Loss and counts of this process's share, `size` conversations at a time; `step` as in `draw_keys`.
 
@@ -297,14 +234,10 @@ def _losses(
         pass
 
 
-def _learn(training: Training, step: Step, store: StateStore, gradients: Gradients, stop: bool) -> _Pending:
+def _learn(training: Training, step: Step, gradients: Gradients, stop: bool) -> _Pending:
     """Starts one optimizer step; where its loss or gradient is not finite, nothing is learnt from it."""
     p, ranks, split = training.parameters, training.ranks, training.train
-    if store.keeps:
-        compute = lambda missing: training.target.states(_conversations(split, missing))  # noqa: E731
-        states = iter(store.get(ranks.share(step.conversations), compute))
-    else:
-        states = _target_states(training, split, step.conversations)
+    states = _target_states(training, split, step.conversations)
     sums: Counts = training.objective.no_counts()
     gradients.clear()
     size, number = p.draft_micro_batch_size, training.done + 1
@@ -322,46 +255,44 @@ def _learn(training: Training, step: Step, store: StateStore, gradients: Gradien
     gradients.update(training.optimizer, sums.divisor, norm, p.max_grad_norm, useful)
     numbers = torch.cat((numbers, norm.double().unsqueeze(0)))
     if ranks.device.type != "cuda":
-        return _Pending(step, number, rate, numbers, None)
+        return _Pending(step, number, numbers, None)
     on_host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
     on_host.copy_(numbers, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return _Pending(step, number, rate, on_host, event)
+    return _Pending(step, number, on_host, event)
 
 
 def _settle(training: Training, pending: _Pending, window: Window) -> bool:
-    """Reads a step's numbers into the window; whether some process was asked to stop."""
+    """Reads a step's numbers into the window; whether some process was asked to stop.
+
+    A step that was not learnt from is counted. All ranks see the same sums, so all count it.
+    """
     if pending.arrived is not None:
         pending.arrived.synchronize()
     *_, stops, norm = pending.numbers.tolist()
     sums = window.sums.from_tensor(pending.numbers[:-2])
     if math.isfinite(norm) and bool(torch.isfinite(sums.loss).all()):
-        window.add(sums, norm)
-    else:
-        _skip(training, pending, sums, norm)
-    return bool(stops > 0)
-
-
-def _skip(training: Training, pending: _Pending, sums: Counts, norm: float) -> None:
-    """Counts a step that was not learnt from. All ranks see the same sums, so all count it."""
-    skipped = training.history.skipped
+        window.sums, window.norm = window.sums + sums, norm
+        return bool(stops > 0)
+    skipped, number = training.history.skipped, pending.number
     lines = sorted(training.train.line(int(index)) for index in pending.step.conversations)
-    skipped.append({"step": pending.number, "lines": lines})
-    loss = [value / max(1.0, count) for value, count in zip(sums.loss.tolist(), sums.supervised.tolist(), strict=True)]
+    skipped.append({"step": number, "lines": lines})
+    loss = (sums.loss / sums.supervised.clamp(min=1)).tolist()
     seen = f"loss {' '.join(f'{value:.2f}' for value in loss)}, gradient norm {norm:.1f}"
-    logger.warning("step %d is skipped (%s); its conversations' lines: %s", pending.number, seen, lines)
+    logger.warning("step %d is skipped (%s); its conversations' lines: %s", number, seen, lines)
     row = [record["step"] for record in skipped[-SKIPPED_IN_A_ROW:]]
-    if row == list(range(pending.number + 1 - SKIPPED_IN_A_ROW, pending.number + 1)):
+    if row == list(range(number + 1 - SKIPPED_IN_A_ROW, number + 1)):
         raise DraftModelError(
             f"training: steps {row[0]} to {row[-1]} had no finite loss and gradient (the last: {seen}; conversations "
             f"from lines {lines} of the training data): lower learning_rate, or set compute_dtype to float32, and "
             "resume from the last checkpoint"
         )
+    return bool(stops > 0)
 
 
 @torch.no_grad()
-def _validate(training: Training, epoch: int, progress: Progress) -> None:
+def _validate(training: Training, epoch: int) -> None:
     """The whole validation split, token-weighted, shared over the ranks."""
     split, p = training.validation, training.parameters
     if split is None:
@@ -374,17 +305,12 @@ def _validate(training: Training, epoch: int, progress: Progress) -> None:
     sums = sums.from_tensor(training.ranks.sum(sums.tensor()).cpu())
     record = {"step": training.done, "epoch": epoch + 1, **sums.measures(p.num_speculative_tokens)}
     training.history.validation.append(record)
-    progress.log_validation(record)
+    logger.info("validation after step %d: %s", training.done, in_words(record))
     training.tracker.metrics(training.done, {f"validation_{name}": value for name, value in record.items()})
 
 
 def check_position(loaded: Loaded, current: Position) -> list[str]:
-    """What keeps a checkpoint from being resumed by this run, a sentence each.
-
-    Args:
-        loaded: the checkpoint.
-        current: this run's identity, at step 0.
-    """
+    """What keeps a checkpoint from being resumed by a run (`current`, at step 0), a sentence each."""
     if loaded.position is None:
         return [
             f"resume_from_checkpoint: {loaded.uri} holds a draft without training state; use resume=false to start "

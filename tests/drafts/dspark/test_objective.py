@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from draft_model.drafts.dspark import attention, objective
+from draft_model.drafts.dspark import blocks as attention
+from draft_model.drafts.dspark import objective
 from draft_model.drafts.dspark.blocks import place_blocks
 
 from . import reference

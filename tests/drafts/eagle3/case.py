@@ -15,7 +15,7 @@ from draft_model.drafts.batch import Batch, collate
 from draft_model.drafts.counts import Counts
 from draft_model.drafts.eagle3.config import DraftConfig
 from draft_model.drafts.eagle3.model import Eagle3Draft
-from draft_model.drafts.eagle3.step import Objective
+from draft_model.drafts.eagle3.objective import Objective
 
 from . import reference
 
@@ -24,21 +24,13 @@ HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, THETA, EPS = 20, 28, 4, 2, 6, 5
 
 @dataclass(frozen=True)
 class Case:
-    """A draft, a batch and what a target said about it.
+    """A draft, a batch and what a target said about it."""
 
-    Attributes:
-        draft: random float32 weights, large enough that every part of the layer matters.
-        batch: B conversations.
-        states: per conversation the target's features and final hidden states, [T_b, (n + 1) H].
-        embedding: the target's, [V, H].
-        head: the target's, [V, H].
-    """
-
-    draft: Eagle3Draft
-    batch: Batch
-    states: list[Tensor]
-    embedding: Tensor
-    head: Tensor
+    draft: Eagle3Draft  # random float32 weights, large enough that every part of the layer matters
+    batch: Batch  # B conversations
+    states: list[Tensor]  # per conversation the target's features and final hidden states, [T_b, (n + 1) H]
+    embedding: Tensor  # the target's, [V, H]
+    head: Tensor  # the target's, [V, H]
 
     def on(
         self, device: str, steps: int, backend: str = "sdpa", dtype: torch.dtype = torch.float32, loss: str = "kl"

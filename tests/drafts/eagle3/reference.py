@@ -30,19 +30,12 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Conversation:
-    """T tokens, what the target computed over them, and where its tokens are to be learnt.
+    """T tokens, what the target computed over them, and where its tokens are to be learnt."""
 
-    Attributes:
-        tokens: ids [T].
-        features: [T, 3H].
-        target_logits: over the whole target vocabulary, [T, V].
-        predicted: bool [T]; True at p where token p+1 is to be learnt.
-    """
-
-    tokens: Tensor
-    features: Tensor
-    target_logits: Tensor
-    predicted: Tensor
+    tokens: Tensor  # ids [T]
+    features: Tensor  # [T, 3H]
+    target_logits: Tensor  # over the whole target vocabulary, [T, V]
+    predicted: Tensor  # bool [T]; True at p where token p+1 is to be learnt
 
 
 @dataclass

@@ -26,19 +26,13 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @dataclass
 class Inputs:
-    """One step's queries and keys.
+    """One step's queries and keys."""
 
-    Attributes:
-        lengths: positions of each conversation.
-        windows: which of them hold a key, and which a query.
-        tensors: q [N, heads, d], k0 and v0 [P, kv_heads, d], then the later steps' keys and values [later, N, ...].
-        weight: the gradient of the output.
-    """
-
-    lengths: list[int]
-    windows: Windows
+    lengths: list[int]  # positions of each conversation
+    windows: Windows  # which of them hold a key, and which a query
+    # q [N, heads, d], k0 and v0 [P, kv_heads, d], then the later steps' keys and values [later, N, ...]
     tensors: list[Tensor]
-    weight: Tensor
+    weight: Tensor  # the gradient of the output
 
     def run(self, backend: str) -> list[Tensor]:
         """Output, and the gradients of all tensors."""
@@ -202,7 +196,7 @@ def test_flex_attention_has_the_same_values_on_cpu(monkeypatch, later, heads, fi
     """Only its compiled kernel needs a GPU."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(attention, "compiled_flex", lambda: flex_attention)
     inputs = random_inputs(5, [20, 11], later, heads=heads, size=16, first=first)
     q, k0, v0, keys, values = inputs.tensors
     given = attention._Flex(inputs.windows, k0, v0).forward(q)

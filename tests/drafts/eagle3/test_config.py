@@ -419,7 +419,7 @@ def test_engines_llama_layer_knows_the_drafts_rope_whatever_the_targets_is(rope,
 def test_every_rope_type_of_transformers_gives_a_table(kind):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from draft_model.drafts.rotary import Rotary
+    from draft_model.drafts.layers import rotary_table
 
     rope = {
         None: None, "proportional": {"rope_type": "proportional", "partial_rotary_factor": 0.5},
@@ -427,7 +427,7 @@ def test_every_rope_type_of_transformers_gives_a_table(kind):
                      "original_max_position_embeddings": 64, "partial_rotary_factor": 0.75},
     }  # fmt: skip
     target = {**LLAMA, "head_dim": 8, "rope_scaling": rope[kind] if kind in rope else ROPES[kind]}
-    table = Rotary(draft_config_for(target), torch.device("cpu")).table(16, torch.float32)
+    table = rotary_table(draft_config_for(target), torch.device("cpu"), 16, torch.float32)
     assert table.shape == (2, 16, 8)
     assert set(ROPE_INIT_FUNCTIONS) == {"linear", "dynamic", "yarn", "longrope", "llama3", "proportional"}
 

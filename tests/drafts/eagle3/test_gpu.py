@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from draft_model.drafts.batch import collate
-from draft_model.drafts.eagle3.step import Objective
+from draft_model.drafts.eagle3.objective import Objective
 from draft_model.parameters import Parameters
 from draft_model.ranks import Ranks
 from draft_model.target.model import Target
 from draft_model.training.checkpoint import Loaded, optimizer_tensors
-from draft_model.training.gradients import Gradients
+from draft_model.training.optimizer import Gradients
 from draft_model.training.trainer import Training, train
 
 from .case import random_case, random_draft, relative_error, small_config
@@ -136,7 +136,7 @@ class Rows:
         return index + 1
 
 
-def trained(tmp_path, loaded=None, epochs=3):
+def trained(loaded=None, epochs=3):
     """A short training of a random target's draft; what was saved on the way."""
     from tiny import llama
 
@@ -150,7 +150,7 @@ def trained(tmp_path, loaded=None, epochs=3):
     objective = Objective(draft, target, 3, "sdpa", torch.bfloat16, 90)
     training = Training(
         parameters, Ranks(0, 1, device), target, draft, optimizer, objective, Rows(40), Rows(8, 1), 10 * epochs,
-        tmp_path, "data",
+        "data",
     )  # fmt: skip
     if loaded:
         training.go_on_from(loaded)
@@ -164,13 +164,13 @@ def trained(tmp_path, loaded=None, epochs=3):
     return training.history, saved
 
 
-def test_a_training_learns_and_goes_on_from_a_checkpoint(tmp_path):
-    history, saved = trained(tmp_path)
+def test_a_training_learns_and_goes_on_from_a_checkpoint():
+    history, saved = trained()
     losses = [record["loss"][0] for record in history.log]
     assert losses[-1] < losses[0] - 0.05
     assert not history.skipped
     assert [record["step"] for record in history.log] == [5, 10, 15, 20, 25, 30]
     assert list(saved) == ["epoch_1", "epoch_2", "epoch_3"]
-    again, _ = trained(tmp_path, saved["epoch_2"])
+    again, _ = trained(saved["epoch_2"])
     assert [record["loss"][0] for record in again.log] == pytest.approx(losses, rel=2e-2)
     assert again.acceptance_length == pytest.approx(history.acceptance_length, rel=5e-2)

@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 from tiny import llama
 
 from draft_model.drafts import family_of
-from draft_model.drafts.eagle3.config import draft_config_for
-from draft_model.drafts.eagle3.family import EAGLE3
+from draft_model.drafts.eagle3.config import EAGLE3, draft_config_for
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.files import save_draft
-from draft_model.drafts.rotary import Rotary, rotate
+from draft_model.drafts.layers import rotary_table, rotate
 from draft_model.errors import DraftModelError
 from draft_model.target.model import Target
 
@@ -56,7 +55,7 @@ def test_rotation_equals_transformers_llama(kind, positions):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    table = Rotary(small_config(9, 9, rope_parameters=rope, **shape), CPU).table(positions, torch.float32)
+    table = rotary_table(small_config(9, 9, rope_parameters=rope, **shape), CPU, positions, torch.float32)
     q, k = heads(positions, 4, 8), heads(positions, 2, 8)
     embedding = LlamaRotaryEmbedding(LlamaConfig(hidden_size=32, rope_parameters=rope, **shape))
     cos, sin = embedding(q, torch.arange(positions).unsqueeze(0))
@@ -70,7 +69,7 @@ def test_rotation_equals_the_formula(kind, stretch):
     config = small_config(9, 9, rope_parameters={**ROPES[kind], "rope_theta": 500.0})
     x = heads(30, 4, config.head_dim)
     expected = reference.rope(x.double(), [t / stretch for t in range(30)], 500.0)
-    ours = rotate(x, Rotary(config, CPU).table(30, torch.float32))
+    ours = rotate(x, rotary_table(config, CPU, 30, torch.float32))
     torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -84,12 +83,12 @@ def test_the_drafts_rotary_table_is_the_targets(family, tmp_path):
     cos, sin = (x[0] for x in embedding(torch.zeros(1), torch.arange(40).unsqueeze(0), *extra))
     if family == "gpt_oss":  # keeps one half of two that are equal
         cos, sin = (torch.cat((x, x), -1) for x in (cos, sin))
-    torch.testing.assert_close(Rotary(config, CPU).table(40, torch.float32), torch.stack((cos, sin)))
+    torch.testing.assert_close(rotary_table(config, CPU, 40, torch.float32), torch.stack((cos, sin)))
 
 
 def test_heads_that_do_not_divide_the_hidden_size_have_a_table():
     config = small_config(9, 9, num_attention_heads=6, num_key_value_heads=3)
-    assert Rotary(config, CPU).table(5, torch.float32).shape == (2, 5, config.head_dim)
+    assert rotary_table(config, CPU, 5, torch.float32).shape == (2, 5, config.head_dim)
 
 
 def random_model() -> Eagle3Draft:

@@ -7,6 +7,7 @@ after the other. A conversation of more anchors than are wanted gets a random ch
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -14,52 +15,37 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from draft_model.drafts.batch import Batch
-from draft_model.drafts.transfer import to_device
+from draft_model.drafts.batch import Batch, to_device
+from draft_model.drafts.dspark.model import Attend
+from draft_model.drafts.kernels import compiled_flex
+
+SCORES = 1 << 23  # scores that exist at once on a CPU: 32 MB in float32
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """N blocks of a batch of T packed tokens.
+    """N blocks of a batch of T packed tokens."""
 
-    Attributes:
-        steps: K, proposals of a block.
-        tokens: token ids, int64 [T].
-        positions: of each token in its conversation, int64 [T].
-        conversation: of each token, int64 [T].
-        anchors: packed positions, ascending, int64 [N].
-        times: their positions in their conversations, int64 [N].
-        previous: the token before each proposal, int64 [N, K].
-        learnt: which proposals are supervised: those up to the reply's end, bool [N, K].
-        teachers: packed positions that teach, ascending, int64 [M].
-        pairs: block, proposal and teacher's number of all that is learnt, by teacher, int64 [3, P].
-        chunks: the first and last + 1 pair of each head, and of its teachers.
-        reply_rows: 0, ..., N - 1: a round of decoding may start at every block.
-        reply_ends: for each block, which number the first block after its reply has, int64 [N].
-        reply_starts: first block of each reply, int64 [replies].
-        longest_reply: most blocks of a reply.
-        spans: of each conversation with blocks: its first and last + 1 block, and its first packed token.
-        whole: whether there is a block wherever decoding may start a round.
-    """
-
-    steps: int
-    tokens: Tensor
-    positions: Tensor
-    conversation: Tensor
-    anchors: Tensor
-    times: Tensor
-    previous: Tensor
-    learnt: Tensor
-    teachers: Tensor
-    pairs: Tensor
-    chunks: tuple[tuple[int, int, int, int], ...]
-    reply_rows: Tensor
-    reply_ends: Tensor
-    reply_starts: Tensor
-    longest_reply: int
+    steps: int  # K, proposals of a block
+    tokens: Tensor  # token ids, int64 [T]
+    positions: Tensor  # of each token in its conversation, int64 [T]
+    conversation: Tensor  # of each token, int64 [T]
+    anchors: Tensor  # packed positions, ascending, int64 [N]
+    times: Tensor  # their positions in their conversations, int64 [N]
+    previous: Tensor  # the token before each proposal, int64 [N, K]
+    learnt: Tensor  # which proposals are supervised: those up to the reply's end, bool [N, K]
+    teachers: Tensor  # packed positions that teach, ascending, int64 [M]
+    pairs: Tensor  # block, proposal and teacher's number of all that is learnt, by teacher, int64 [3, P]
+    chunks: tuple[tuple[int, int, int, int], ...]  # the first and last + 1 pair of each head, and of its teachers
+    reply_rows: Tensor  # 0, ..., N - 1: a round of decoding may start at every block
+    reply_ends: Tensor  # for each block, which number the first block after its reply has, int64 [N]
+    reply_starts: Tensor  # first block of each reply, int64 [replies]
+    longest_reply: int  # most blocks of a reply
+    # of each conversation with blocks: its first and last + 1 block, and its first packed token
     spans: tuple[tuple[int, int, int], ...]
-    whole: bool
+    whole: bool  # whether there is a block wherever decoding may start a round
 
     def to(self, device: torch.device) -> Blocks:
         """The same on another device."""
@@ -68,13 +54,9 @@ class Blocks:
 
 
 def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -> Blocks:
-    """Chooses the anchors and works the indices out.
+    """Chooses the anchors, at most `limit` of a conversation, and works the indices out for K proposals.
 
-    Args:
-        batch: B conversations.
-        steps: K.
-        limit: most anchors of a conversation; none: all that there are.
-        size: pairs of a chunk.
+    Heads take the pairs in chunks of `size`.
     """
     real = torch.arange(batch.tokens.shape[1]) < batch.lengths.unsqueeze(1)
     predicted = batch.predicted & real
@@ -124,3 +106,71 @@ def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -
         spans=tuple((end - n, end, start) for end, n, start in zip(ends, counts, starts.tolist(), strict=True) if n),
         whole=bool((chosen == begins).all()),
     )
+
+
+def block_attention(backend: str, blocks: Blocks, size: int, heads: int) -> Attend:
+    """The attention of one batch's blocks of `size` positions: by flex_attention, or in chunks for sdpa."""
+    if backend == "flex_attention":
+        return functools.partial(_flex, block_mask(blocks, size))
+    chunks = []
+    for first, last, start in blocks.spans:
+        anchors = blocks.anchors[first:last].tolist()
+        step = max(1, SCORES // (size * heads * (anchors[-1] - start)))
+        chunks += [
+            (slice(at, min(at + step, last)), slice(start, anchors[min(at + step, last) - first - 1]))
+            for at in range(first, last, step)
+        ]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor) -> Tensor:
+        parts: list[Tensor] = [
+            checkpoint(
+                attend_dense, q[mine], k[mine], v[mine], context_k[seen], context_v[seen], blocks.times[mine],
+                use_reentrant=False, preserve_rng_state=False,
+            )
+            for mine, seen in chunks
+        ]  # fmt: skip
+        return torch.cat(parts)
+
+    return attend
+
+
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor, times: Tensor) -> Tensor:
+    """Attention of n blocks over T context positions, of which each sees `times` (int64 [n]), and over themselves.
+
+    q is [n, S, heads, d], k and v [n, S, kv_heads, d], those of the context [T, kv_heads, d]. Returns [n, S, heads, d].
+    """
+    (count, size, _, width), kv_heads, length = q.shape, k.shape[2], len(context_k)
+    grouped = (q * width**-0.5).unflatten(2, (kv_heads, -1)).permute(2, 0, 1, 3, 4).flatten(2, 3)  # [kv, n, S g, d]
+    far = (grouped.flatten(1, 2) @ context_k.permute(1, 2, 0)).unflatten(1, (count, -1))  # [kv, n, S g, T]
+    hidden = torch.arange(length, device=q.device) >= times.unsqueeze(1)  # [n, T]
+    far = far.masked_fill(hidden.unsqueeze(1), -torch.inf)
+    near = grouped @ k.permute(2, 0, 3, 1)  # [kv, n, S g, S]
+    p = torch.softmax(torch.cat((far, near), -1), -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    out = (p[..., :length].flatten(1, 2) @ context_v.transpose(0, 1)).unflatten(1, (count, -1))
+    out = out + p[..., length:] @ v.permute(2, 0, 1, 3)  # [kv, n, S g, d]
+    attended: Tensor = out.unflatten(2, (size, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    return attended
+
+
+def block_mask(blocks: Blocks, size: int) -> Any:
+    """FlexAttention's mask of N S queries over T context positions and N S of the blocks."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    length, of, positions = len(blocks.tokens), blocks.conversation, blocks.positions
+    own, times = of[blocks.anchors], blocks.times
+
+    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block, token = query // size, key.clamp(max=length - 1)
+        context = (key < length) & (of[token] == own[block]) & (positions[token] < times[block])
+        return context | ((key >= length) & ((key - length) // size == block))
+
+    queries = len(blocks.anchors) * size
+    return create_block_mask(sees, None, None, queries, length + queries, device=blocks.tokens.device.type)
+
+
+def _flex(mask: Any, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor) -> Tensor:
+    keys, values = (torch.cat((far, near.flatten(0, 1))) for far, near in ((context_k, k), (context_v, v)))
+    rows = [x.transpose(0, 1).unsqueeze(0) for x in (q.flatten(0, 1), keys, values)]  # [1, heads, rows, d]
+    out: Tensor = compiled_flex(q.is_cuda)(*rows, block_mask=mask, enable_gqa=True)
+    attended: Tensor = out[0].transpose(0, 1).unflatten(0, q.shape[:2])
+    return attended

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
-from draft_model.drafts.shape import USER, LayerShape, layer_problems, layer_values, target_layers
+from draft_model.drafts.base import Costs, Family, later
+from draft_model.drafts.shape import USER, LayerShape, is_ascending, layer_problems, layer_values, target_layers
 from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)
@@ -32,32 +34,20 @@ _CHAINS = ("fc_norm", "norm_before_fc", "norm_output", "eagle_aux_hidden_state_l
 
 @dataclass(frozen=True, kw_only=True)
 class BlockConfig(LayerShape):
-    """The shape of a block draft: layers like Qwen3's over the target's whole vocabulary.
+    """The shape of a block draft: layers like Qwen3's over the target's whole vocabulary."""
 
-    Attributes:
-        num_hidden_layers: L.
-        num_target_layers: the target's.
-        block_size: S, positions of a block: the anchor and S - 1 mask tokens.
-        sample_from_anchor: whether the anchor's own position proposes too. DSpark's does, and proposes S tokens; DFlash
-            proposes S - 1, each at the position of its mask token.
-        mask_token_id: target token whose embedding stands at positions that are to be filled in.
-        markov_rank: r of the Markov head; 0: none, which is DFlash.
-        enable_confidence_head: whether there is one.
-        num_anchors: most blocks of a conversation in one training step.
-        loss_decay_gamma: proposal j counts exp(-j / gamma) in the loss.
-        dpace_alpha: smoothing of D-PACE's weights, which replace these; 0: they do not.
-    """
-
-    num_hidden_layers: int
-    num_target_layers: int
-    block_size: int
+    num_hidden_layers: int  # L
+    num_target_layers: int  # the target's
+    block_size: int  # S, positions of a block: the anchor and S - 1 mask tokens
+    # whether the anchor's own position proposes too. DSpark's does, and proposes S tokens; DFlash proposes S - 1, each
+    # at the position of its mask token.
     sample_from_anchor: bool
-    mask_token_id: int
-    markov_rank: int = 0
-    enable_confidence_head: bool = False
-    num_anchors: int = 512
-    loss_decay_gamma: float = 4.0
-    dpace_alpha: float = 0.0
+    mask_token_id: int  # target token whose embedding stands at positions that are to be filled in
+    markov_rank: int = 0  # r of the Markov head; 0: none, which is DFlash
+    enable_confidence_head: bool = False  # whether there is one
+    num_anchors: int = 512  # most blocks of a conversation in one training step
+    loss_decay_gamma: float = 4.0  # proposal j counts exp(-j / gamma) in the loss
+    dpace_alpha: float = 0.0  # smoothing of D-PACE's weights, which replace these; 0: they do not
 
     @property
     def family(self) -> str:
@@ -107,23 +97,16 @@ _OWN = tuple(field.name for field in fields(BlockConfig) if field.name not in La
 
 
 def feature_layers(layers: int, count: int) -> tuple[int, ...]:
-    """Spreads feature layers evenly between the target's second layer and its third from the end, both included.
+    """Spreads `count` feature layers evenly from the target's second layer to its third from the end.
 
-    Args:
-        layers: the target's.
-        count: features; fewer where the target is too shallow.
+    There are fewer where the target is too shallow.
     """
     low, high = (2, layers - 2) if layers >= 7 else (1, layers - 1)
     return tuple(sorted({round(low + index * (high - low) / max(count - 1, 1)) for index in range(count)}))
 
 
 def default_config(name: str, target: Mapping[str, Any], proposals: int = DEFAULT_PROPOSALS) -> BlockConfig:
-    """The default draft of a target.
-
-    Args:
-        name: dspark or dflash.
-        target: its config.json.
-        proposals: K, what is to be served; the block has at least two positions.
+    """The default draft of a target, by its config.json: of the family `name`, with blocks of `proposals` tokens.
 
     Raises:
         DraftModelError: when the target is no decoder of the known structure.
@@ -148,13 +131,10 @@ def default_config(name: str, target: Mapping[str, Any], proposals: int = DEFAUL
 def adapt(default: BlockConfig, given: Mapping[str, Any], source: str = USER) -> BlockConfig:
     """Applies the user's draft_model_config, or a checkpoint's config.json, to the default of the target.
 
-    Args:
-        default: of `default_config`.
-        given: the JSON object, whole or partial; what is null counts as not given.
-        source: where it comes from.
+    What is null counts as not given.
 
     Raises:
-        DraftModelError: with everything in it that does not fit the target or the architecture.
+        DraftModelError: with everything in it that does not fit the target or the architecture; names the source.
     """
     values = {key: value for key, value in given.items() if value is not None}
     nested = values.get("dflash_config") or {}
@@ -173,45 +153,104 @@ def adapt(default: BlockConfig, given: Mapping[str, Any], source: str = USER) ->
 
 def _problems(default: BlockConfig, given: Mapping[str, Any]) -> list[str]:
     """What in a configuration's own settings no block draft of this target can have."""
-    name, depth = default.family, default.num_target_layers
-    problems = [
-        f"`{key}` is {given[key]!r}; allowed: a whole number >= {least}"
-        for key, least in _LEAST.items()
-        if key in given and (type(given[key]) is not int or given[key] < least)
-    ]
+    name, depth, vocabulary = default.family, default.num_target_layers, default.vocab_size
+    bad = [key for key, least in _LEAST.items() if key in given and (type(given[key]) is not int or given[key] < least)]
+    problems = [f"`{key}` is {given[key]!r}; allowed: a whole number >= {_LEAST[key]}" for key in bad]
     problems += [f"`{key}` is not a setting of a block draft" for key in _CHAINS if given.get(key)]
-    if not set(given.get("architectures", ())) <= {ARCHITECTURES[name], *ALIASES[name]}:
-        problems.append(f"`architectures` is {given['architectures']!r}; a {name} draft has {ARCHITECTURES[name]}")
-    if bool(given.get("markov_rank", default.markov_rank)) != (name == "dspark"):
-        problems.append(f"`markov_rank` is {given['markov_rank']!r}; DFlash has 0, and DSpark more")
     for key in ("sample_from_anchor", "enable_confidence_head"):
         if type(given.get(key, False)) is not bool:
             problems.append(f"`{key}` is {given[key]!r}; allowed: true, false")
         elif name == "dflash" and given.get(key):
             problems.append(f"`{key}` is true; DFlash has none")
-    reads_markov = given.get("confidence_head_with_markov", True) or not given.get("enable_confidence_head", True)
-    if name == "dspark" and not reads_markov:
-        problems.append("`confidence_head_with_markov` is false; the confidence head reads the Markov head's embedding")
-    if set(given.get("layer_types", ())) - {_LAYER_TYPE} or given.get("use_sliding_window"):
-        problems.append("`layer_types`: only full_attention is trained here")
-    vocabulary, mask = default.vocab_size, given.get("mask_token_id", 0)
-    if type(mask) is int and mask >= vocabulary:
-        problems.append(f"`mask_token_id` is {mask}; the target's vocabulary has {vocabulary} tokens")
-    if (size := given.get("draft_vocab_size", vocabulary)) != vocabulary:
-        problems.append(f"`draft_vocab_size` is {size}; a block draft knows the whole vocabulary of {vocabulary}")
-    if (layers := given.get("num_target_layers", depth)) != depth:
-        problems.append(f"`num_target_layers` is {layers!r}; the target has {depth}")
-    if not _ascending(ids := given.get("target_layer_ids", [0]), depth - 1):
-        problems.append(f"`target_layer_ids` is {ids!r}; allowed: ascending numbers from 0 to {depth - 2}")
+    kinds, rank, size = (given.get(key) for key in ("architectures", "markov_rank", "draft_vocab_size"))
+    mask, layers, ids = (given.get(key) for key in ("mask_token_id", "num_target_layers", "target_layer_ids"))
     gamma, alpha = given.get("loss_decay_gamma", 1.0), given.get("dpace_alpha", 0.0)
-    if type(gamma) not in (int, float) or not gamma > 0:
-        problems.append(f"`loss_decay_gamma` is {gamma!r}; allowed: a number > 0")
-    if type(alpha) not in (int, float) or not 0 <= alpha <= 1:
-        problems.append(f"`dpace_alpha` is {alpha!r}; allowed: 0 (off) to 1")
-    return problems
+    reads_markov = given.get("confidence_head_with_markov", True) or not given.get("enable_confidence_head", True)
+    other_layers = set(given.get("layer_types", ())) - {_LAYER_TYPE} or given.get("use_sliding_window")
+    wrong = {
+        f"`architectures` is {kinds!r}; a {name} draft has {ARCHITECTURES[name]}":
+            not set(kinds or ()) <= {ARCHITECTURES[name], *ALIASES[name]},
+        f"`markov_rank` is {rank!r}; DFlash has 0, and DSpark more":
+            bool(default.markov_rank if rank is None else rank) != (name == "dspark"),
+        "`confidence_head_with_markov` is false; the confidence head reads the Markov head's embedding":
+            name == "dspark" and not reads_markov,
+        "`layer_types`: only full_attention is trained here": other_layers,
+        f"`mask_token_id` is {mask}; the target's vocabulary has {vocabulary} tokens":
+            type(mask) is int and mask >= vocabulary,
+        f"`draft_vocab_size` is {size}; a block draft knows the whole vocabulary of {vocabulary}":
+            size not in (None, vocabulary),
+        f"`num_target_layers` is {layers!r}; the target has {depth}": layers not in (None, depth),
+        f"`target_layer_ids` is {ids!r}; allowed: ascending numbers from 0 to {depth - 2}":
+            ids is not None and not (is_ascending(ids) and ids[0] >= 0 and ids[-1] <= depth - 2),
+        f"`loss_decay_gamma` is {gamma!r}; allowed: a number > 0": type(gamma) not in (int, float) or not gamma > 0,
+        f"`dpace_alpha` is {alpha!r}; allowed: 0 (off) to 1":
+            type(alpha) not in (int, float) or not 0 <= alpha <= 1,
+    }  # fmt: skip
+    return problems + [sentence for sentence, is_so in wrong.items() if is_so]
 
 
-def _ascending(ids: Any, end: int) -> bool:
-    """Whether these are numbers from 0 to end - 1, each higher than the one before."""
-    whole = isinstance(ids, list | tuple) and bool(ids) and all(type(number) is int for number in ids)
-    return whole and list(ids) == sorted(set(ids)) and ids[0] >= 0 and ids[-1] < end
+def costs(shape: BlockConfig, _steps: int) -> Costs:
+    """What a draft costs, with a block at every supervised position: fewer where a conversation has over num_anchors.
+
+    The rows of a block count in full for each of its S positions; their activations are what autograd keeps.
+    """
+    from draft_model.drafts.dspark.objective import CHUNK_PAIRS
+
+    hidden, inner, size, layers = shape.hidden_size, shape.intermediate_size, shape.block_size, shape.num_hidden_layers
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    rank, vocabulary = shape.markov_rank, shape.vocab_size
+    features = len(shape.aux_layers) * hidden * hidden
+    layer = 2 * queries * hidden + 2 * keys * hidden + 3 * hidden * inner
+    heads = 2 * vocabulary * rank + (hidden + rank + 1 if shape.enable_confidence_head else 0)
+    norms = 2 * hidden + layers * 2 * (hidden + shape.head_dim)
+    return Costs(
+        parameters=features + layers * layer + norms + heads,
+        token_numbers=3 * hidden + layers * 6 * keys,
+        row_numbers=lambda _number, _memory: (
+            size * (layers * (6 * hidden + 7 * queries + 7 * keys + 4 * inner) + 4 * hidden)
+        ),
+        token_flops=6 * (features + layers * 2 * keys * hidden),
+        row_flops=lambda tokens: (
+            size * layers * (6 * layer + 3 * 2 * tokens * queries)
+            # The draft's head and its gradient by the hidden state; the head itself is not trained, the Markov head is.
+            + shape.proposals * vocabulary * (4 * hidden + 6 * rank)
+        ),
+        # The gradient of w2, head and w2 as one matrix; logits of target and draft, and four matrices in float32.
+        chunk_bytes=lambda width: (
+            vocabulary
+            * ((4.0 * rank + (hidden + rank) * width if rank else 0.0) + CHUNK_PAIRS["cuda"] * (2 * width + 4 * 4))
+        ),
+    )
+
+
+def _owns(name: str, config: Mapping[str, Any]) -> bool:
+    return not {ARCHITECTURES[name], *ALIASES[name]}.isdisjoint(config.get("architectures") or ())
+
+
+def _family(name: str, title: str, sglang_algorithm: str) -> Family:
+    create = later("dspark.model:BlockDraft")
+    return Family(
+        name=name,
+        title=title,
+        vllm_method=name,
+        sglang_algorithm=sglang_algorithm,
+        sglang_options=lambda proposals: {"speculative-num-draft-tokens": proposals + 1},
+        unused=("ttt_length",),
+        default_loss="tv",
+        owns=partial(_owns, name),
+        default_shape=partial(default_config, name),
+        adapt=adapt,
+        create=create,
+        objective=later("dspark.objective:Objective"),
+        proposer=later("dspark.decode:BlockProposer"),
+        costs=costs,
+        save=later("files:save_draft"),
+        load=partial(later("files:load_draft"), BlockConfig.from_json, create, title),
+        read=later("dspark.export:canonical"),
+        vocabulary=later("files:vocabulary_of"),
+        export=later("dspark.export:exported"),
+    )
+
+
+DSPARK = _family("dspark", "DSpark", "DSPARK")
+DFLASH = _family("dflash", "DFlash", "DFLASH")

@@ -9,24 +9,18 @@ from torch import Tensor
 from torch.nn import functional
 
 from draft_model.drafts.dspark.model import BlockDraft
-from draft_model.drafts.rotary import Rotary
+from draft_model.drafts.layers import rotary_table
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
 
 
 class BlockProposer:
-    """Proposes tokens for the rows of a batch.
-
-    Args:
-        draft: the draft.
-        target: its target.
-        length: positions that decoding may reach, proposals included.
-    """
+    """Proposes tokens for the rows of a batch; decoding may reach `length` positions, proposals included."""
 
     def __init__(self, draft: BlockDraft, target: Target, length: int) -> None:
         self.draft = draft
-        self.rotary = Rotary(draft.config, target.device).table(length + 1, torch.float32)
+        self.rotary = rotary_table(draft.config, target.device, length + 1, torch.float32)
         self.embedding, self.head = target.embedding.float(), target.head.float()
         shape = draft.config
         # Keys and values of the target's tokens in every layer, [L, 2, B, C, kv_heads, d].

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from draft_model.drafts.base import start
 from draft_model.drafts.dspark.config import BlockConfig
-from draft_model.drafts.rotary import rotate
+from draft_model.drafts.layers import Attention, SwiGLU, linear, rotate, start
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
@@ -30,13 +29,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """From the blocks' q [N, S, heads, d], k and v [N, S, kv_heads, d] and the context's k and v to [N, S, heads, d]."""
 
 
-START_SPREAD = 2.0
-"""Standard deviation of a fresh draft's logits; 6, as of the demo's target, learns more slowly."""
-
-
-def _linear(x: Tensor, module: nn.Linear) -> Tensor:
-    """A projection in the type of x; gradients reach the float32 weight."""
-    return functional.linear(x, module.weight.to(x.dtype))
+START_SPREAD = 2.0  # standard deviation of a fresh draft's logits; 6, as of the demo's target, learns more slowly
 
 
 class _Norm(nn.Module):
@@ -48,33 +41,20 @@ class _Norm(nn.Module):
         return functional.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
-class _Attention(nn.Module):
+class _Attention(Attention):
     def __init__(self, config: BlockConfig) -> None:
-        super().__init__()
-        hidden, self.head_dim = config.hidden_size, config.head_dim
-        query, key = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
-        self.q_proj, self.k_proj = nn.Linear(hidden, query, bias=False), nn.Linear(hidden, key, bias=False)
-        self.v_proj, self.o_proj = nn.Linear(hidden, key, bias=False), nn.Linear(query, hidden, bias=False)
+        super().__init__(config, config.hidden_size)
+        self.head_dim = config.head_dim
         self.q_norm, self.k_norm = (_Norm(self.head_dim, config.rms_norm_eps) for _ in range(2))
 
     def queries(self, x: Tensor, table: Tensor) -> Tensor:
         """[N, H] -> rotated queries [N, heads, d]; table: cosines and sines of the rows, [2, N, d]."""
-        return rotate(self.q_norm(_linear(x, self.q_proj).unflatten(-1, (-1, self.head_dim))), table)
+        return rotate(self.q_norm(linear(x, self.q_proj).unflatten(-1, (-1, self.head_dim))), table)
 
     def keys_values(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """[N, H] -> rotated keys and values, [N, kv_heads, d] each."""
-        k, v = (_linear(x, proj).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        k, v = (linear(x, proj).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
         return rotate(self.k_norm(k), table), v
-
-
-class _SwiGLU(nn.Module):
-    def __init__(self, hidden: int, inner: int) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(hidden, inner, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _linear(functional.silu(_linear(x, self.gate_proj)) * _linear(x, self.up_proj), self.down_proj)
 
 
 class Layer(nn.Module):
@@ -82,7 +62,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
-        self.self_attn, self.mlp = _Attention(config), _SwiGLU(config.hidden_size, config.intermediate_size)
+        self.self_attn, self.mlp = _Attention(config), SwiGLU(config)
         self.input_layernorm, self.post_attention_layernorm = (
             _Norm(config.hidden_size, config.rms_norm_eps) for _ in range(2)
         )
@@ -93,32 +73,13 @@ class Layer(nn.Module):
         rows = self.input_layernorm(x).flatten(0, 1)
         parts = (self.self_attn.queries(rows, table), *self.self_attn.keys_values(rows, table))
         q, k, v = (part.unflatten(0, blocks) for part in parts)
-        x = x + _linear(attend(q, k, v, *context).flatten(2), self.self_attn.o_proj)
+        x = x + linear(attend(q, k, v, *context).flatten(2), self.self_attn.o_proj)
         out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return out
 
 
-class _MarkovHead(nn.Module):
-    def __init__(self, vocabulary: int, rank: int) -> None:
-        super().__init__()
-        self.markov_w1 = nn.Embedding(vocabulary, rank)
-        self.markov_w2 = nn.Linear(rank, vocabulary, bias=False)
-
-
-class _ConfidenceHead(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(size, 1)
-
-
 class BlockDraft(nn.Module):
-    """The draft's float32 parameters.
-
-    Args:
-        config: the draft's shape.
-        t2d: which target tokens it knows: all of them.
-        d2t: zeros.
-    """
+    """The draft's float32 parameters. It knows all target tokens: t2d is true everywhere, d2t zero."""
 
     t2d: Tensor
     d2t: Tensor
@@ -131,9 +92,10 @@ class BlockDraft(nn.Module):
         self.hidden_norm, self.norm = (_Norm(hidden, config.rms_norm_eps) for _ in range(2))
         self.layers: Any = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         if rank:
-            self.markov_head = _MarkovHead(config.vocab_size, rank)
+            w1, w2 = nn.Embedding(config.vocab_size, rank), nn.Linear(rank, config.vocab_size, bias=False)
+            self.markov_head: Any = nn.ModuleDict({"markov_w1": w1, "markov_w2": w2})
         if config.enable_confidence_head:
-            self.confidence_head = _ConfidenceHead(hidden + rank)
+            self.confidence_head: Any = nn.ModuleDict({"proj": nn.Linear(hidden + rank, 1)})
         self.register_buffer("t2d", t2d, persistent=False)
         self.register_buffer("d2t", d2t, persistent=False)
 
@@ -145,10 +107,6 @@ class BlockDraft(nn.Module):
         head starts at one half, the Markov head without effect. Its embeddings are random projections of the target's,
         so that what is learnt of a token holds for its like too; of size 1, for the smaller they are, the longer w2
         takes to have an effect.
-
-        Args:
-            seed: of the random matrices.
-            target: frozen; it may be in any type.
         """
         with torch.no_grad():
             start(self, seed, target)
@@ -173,4 +131,4 @@ class BlockDraft(nn.Module):
 
     def context(self, features: Tensor) -> Tensor:
         """The target's features as every layer's keys and values read them: [T, n H] -> [T, H]."""
-        return self.hidden_norm(_linear(features, self.fc))  # type: ignore[no-any-return]
+        return self.hidden_norm(linear(features, self.fc))  # type: ignore[no-any-return]

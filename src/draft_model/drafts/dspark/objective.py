@@ -24,7 +24,6 @@ few rows at a time, which stay in the cache. Everything below the heads is ordin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,16 +34,14 @@ from torch.nn import functional
 from draft_model.drafts import kernels
 from draft_model.drafts.batch import Batch
 from draft_model.drafts.counts import Counts, decode_rounds
-from draft_model.drafts.dspark.attention import block_attention
-from draft_model.drafts.dspark.blocks import Blocks, place_blocks
+from draft_model.drafts.dspark.blocks import Blocks, block_attention, place_blocks
 from draft_model.drafts.dspark.model import BlockDraft
-from draft_model.drafts.rotary import Rotary
+from draft_model.drafts.layers import rotary_table
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
 
-CHUNK_PAIRS = {"cpu": 512, "cuda": 2048}
-"""Proposals in one head: 512 x 50,000 bfloat16 logits are 50 MB."""
+CHUNK_PAIRS = {"cpu": 512, "cuda": 2048}  # proposals in one head: 512 x 50,000 bfloat16 logits are 50 MB
 CACHED_ROWS = 16
 """Proposals whose float32 probabilities a CPU works on at once: 16 x 50,000 are 3 MB, and there are four of them."""
 LOSSES = {"tv": (0.1, 0.9, 0.0), "kl": (0.0, 0.0, 1.0)}
@@ -52,15 +49,9 @@ LOSSES = {"tv": (0.1, 0.9, 0.0), "kl": (0.0, 0.0, 1.0)}
 
 
 class Objective:
-    """The loss of a block draft against its target.
+    """The loss (tv, kl or lk) of a block draft against its target, which is frozen and in the compute type `dtype`.
 
-    Args:
-        draft: float32 parameters.
-        target: the frozen target, in the compute type.
-        attention_backend: `flex_attention` or `sdpa`.
-        dtype: compute type.
-        max_length: longest conversation, in tokens.
-        loss: tv, kl or lk.
+    attention_backend is flex_attention or sdpa; no conversation is longer than max_length tokens.
     """
 
     def __init__(
@@ -76,7 +67,7 @@ class Objective:
         self.draft, self.target, self.loss, self.dtype = draft, target, loss, dtype
         self.backend = kernels.choose_backend(attention_backend, target.device, dtype)
         shape = draft.config
-        self.rotary = Rotary(shape, target.device).table(max_length + shape.block_size, dtype)
+        self.rotary = rotary_table(shape, target.device, max_length + shape.block_size, dtype)
         self.decay = torch.exp(-torch.arange(shape.proposals, device=target.device) / shape.loss_decay_gamma)
 
     def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, Counts]:
@@ -137,42 +128,22 @@ class Objective:
 def dpace_weights(confidence: Tensor, learnt: Tensor, alpha: float) -> Tensor:
     """D-PACE's weights, [N, K], from the draft's confidence in what the target would choose, float32 [N, K].
 
-    Args:
-        confidence: q of each proposal.
-        learnt: which of them are supervised, a leading run of each block, bool [N, K].
-        alpha: of the smoothing.
+    `learnt` says which proposals are supervised, a leading run of each block, bool [N, K]; alpha smooths.
     """
     kept: Tensor = ((1.0 - alpha) * confidence + alpha).cumprod(1) * learnt
     return kept.flip(1).cumsum(1).flip(1)
 
 
-@dataclass
 class _Teaching:
-    """The target's side of the heads, and what they found out.
+    """The target's side of the heads, and what they found out of the N blocks' K proposals."""
 
-    Attributes:
-        target: the target.
-        final: its final hidden states, [T, H].
-        blocks: N blocks of K proposals.
-        weights: of the proposals, float32 [N, K].
-        loss: tv, kl or lk.
-        learn: whether gradients are wanted.
-        losses: of the proposals, float32 [N, K].
-        confidence: the draft's probability of the target's favourite, float32 [N, K].
-        agree: whether the favourites of draft and target are the same, bool [N, K].
-        overlap: alpha, float32 [N, K].
-    """
-
-    target: Target
-    final: Tensor
-    blocks: Blocks
-    weights: Tensor
-    loss: str
-    learn: bool
-
-    def __post_init__(self) -> None:
-        self.losses, self.confidence, self.overlap = torch.zeros(3, *self.weights.shape, device=self.final.device)
-        self.agree = torch.zeros_like(self.losses, dtype=torch.bool)
+    def __init__(self, target: Target, final: Tensor, blocks: Blocks, weights: Tensor, loss: str, learn: bool) -> None:
+        self.target, self.blocks, self.loss, self.learn = target, blocks, loss, learn
+        self.final = final  # the target's final hidden states, [T, H]
+        self.weights = weights  # of the proposals, float32 [N, K]
+        # Losses, the draft's probabilities of the target's favourites, and alpha; float32 [N, K].
+        self.losses, self.confidence, self.overlap = torch.zeros(3, *weights.shape, device=final.device)
+        self.agree = torch.zeros_like(self.losses, dtype=torch.bool)  # whether both have the same favourite
 
 
 class _Heads(torch.autograd.Function):
@@ -185,10 +156,7 @@ class _Heads(torch.autograd.Function):
         blocks, target, learn = teaching.blocks, teaching.target, teaching.learn
         read, matrix = hidden, target.head
         if embedded is not None and weight is not None:
-            read, matrix = (
-                torch.cat((hidden, embedded), -1),
-                torch.cat((matrix, weight), 1),
-            )  # [N, K, H + r], [V, H + r]
+            read, matrix = torch.cat((hidden, embedded), -1), torch.cat((matrix, weight), 1)  # [.., H + r]
         ctx.width = hidden.shape[-1]
         grad = torch.zeros_like(read) if learn else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learn and weight is not None else None

@@ -23,13 +23,14 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from draft_model.drafts.eagle3.plan import Windows
+from draft_model.drafts.kernels import compiled_flex
 
 logger = logging.getLogger(__name__)
 
@@ -40,60 +41,48 @@ CUDNN_BLOCK = 128
 
 @dataclass(frozen=True)
 class Attended:
-    """What the causal part gives.
+    """What the causal part gives."""
 
-    Attributes:
-        out: [W, heads, d], or of the rows alone [N, heads, d] where places is none.
-        lse: its log-sum-exp, float32 [heads, W or N].
-        places: where the rows stand in out, int64 [N].
-        kept: what this kind's backward wants to have again.
-    """
-
-    out: Tensor
-    lse: Tensor
-    places: Tensor | None
-    kept: Any = None
+    out: Tensor  # [W, heads, d], or of the rows alone [N, heads, d] where places is none
+    lse: Tensor  # its log-sum-exp, float32 [heads, W or N]
+    places: Tensor | None  # where the rows stand in out, int64 [N]
+    kept: Any = None  # what this kind's backward wants to have again
 
 
-class CausalAttention(Protocol):
-    """Causal attention of the rows of one batch over its step-0 keys."""
+class CausalAttention:
+    """Causal attention of the rows of one batch over its step-0 keys; adds the gradients of these up over the steps."""
+
+    _gradients: tuple[Tensor, ...] = ()  # of keys and values, as the kind lays them out
+
+    def _add(self, *gradients: Tensor) -> None:
+        for total, gradient in zip(self._gradients, gradients, strict=bool(self._gradients)):
+            total.add_(gradient)
+        self._gradients = self._gradients or gradients
 
     def forward(self, q: Tensor) -> Attended:
         """Attends with the rotated queries of one step, [N, heads, d]."""
+        raise NotImplementedError
 
     def backward(self, given: Attended, q: Tensor, grad: Tensor, merged: Tensor, total: Tensor) -> Tensor:
-        """Gradient of the queries, as `Attended.out` is laid out; gathers those of keys and values.
+        """The queries' gradient, as `Attended.out` is laid out, from that of the merged attention, [N, heads, d].
 
-        Args:
-            given: of the step's `forward`.
-            q: its queries.
-            grad: of the merged attention, [N, heads, d].
-            merged: the merged attention, [N, heads, d].
-            total: its log-sum-exp, float32 [heads, N].
+        `given` is what the step's `forward` gave; `total` the merged attention's log-sum-exp, float32 [heads, N].
         """
+        raise NotImplementedError
 
-    def key_gradients(self) -> tuple[Tensor, Tensor]:
+    def key_gradients(self) -> tuple[Tensor, ...]:
         """Gradients of keys and values over all steps, [P, kv_heads, d] each."""
+        return self._gradients
 
 
 def causal_attention(backend: str, windows: Windows, k0: Tensor, v0: Tensor) -> CausalAttention:
-    """The attention of one batch.
-
-    Args:
-        backend: of `choose_backend`.
-        windows: of the batch's plan.
-        k0: step-0 keys, rotated, [P, kv_heads, d].
-        v0: step-0 values, likewise.
-    """
+    """The attention of one batch, over its step-0 keys (rotated) and values, [P, kv_heads, d]."""
     if backend == "flex_attention":
         return _Flex(windows, k0, v0)
     if not k0.is_cuda:
         return _FlashOnCpu(windows, k0, v0)
-    return (
-        _Cudnn(windows, k0, v0)
-        if windows.square and _cudnn_works(k0.shape[-1], k0.device)
-        else _FlashOnGpu(windows, k0, v0)
-    )
+    fits_cudnn = windows.square and _cudnn_works(k0.shape[-1], k0.device)
+    return (_Cudnn if fits_cudnn else _FlashOnGpu)(windows, k0, v0)
 
 
 def _spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
@@ -106,15 +95,13 @@ def _spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
     return out
 
 
-class _FlashOnGpu:
+class _FlashOnGpu(CausalAttention):
     """Variable-length flash attention over packed windows: no padding, and no two conversations meet."""
 
     def __init__(self, windows: Windows, k0: Tensor, v0: Tensor) -> None:
         self._windows, self._k, self._v = windows, k0, v0
         self._starts = windows.query_starts.to(torch.int32), windows.key_starts.to(torch.int32)
         self._spans = windows.longest_query, windows.longest_key
-        self._dk: Tensor | None = None
-        self._dv: Tensor | None = None
 
     def _spread(self, rows: Tensor) -> Tensor:
         """Rows [N, ...] at their places in the windows [W, ...], zero elsewhere."""
@@ -134,17 +121,8 @@ class _FlashOnGpu:
             self._spread(grad), self._spread(q), self._k, self._v, self._spread(merged), lse,
             *self._starts, *self._spans, 0.0, True, *given.kept,
         )  # fmt: skip
-        if self._dk is None or self._dv is None:
-            self._dk, self._dv = dk.float(), dv.float()
-        else:
-            self._dk.add_(dk)
-            self._dv.add_(dv)
+        self._add(dk.float(), dv.float())
         return cast(Tensor, dq)
-
-    def key_gradients(self) -> tuple[Tensor, Tensor]:
-        assert self._dk is not None
-        assert self._dv is not None
-        return self._dk, self._dv
 
 
 @functools.cache
@@ -177,7 +155,7 @@ def _cudnn_backward(
     return cast("tuple[Tensor, Tensor, Tensor]", found)
 
 
-class _Cudnn:
+class _Cudnn(CausalAttention):
     """cuDNN's attention over whole conversations padded to one length, twice as fast as the other on Hopper.
 
     It makes a plan for each shape, so lengths are rounded up. All heads get keys of their own, for it takes no groups.
@@ -187,10 +165,8 @@ class _Cudnn:
         self._batch, self._length = windows.batch, -(-windows.longest_key // CUDNN_BLOCK) * CUDNN_BLOCK
         self._rows = windows.row_conversation * self._length + windows.row_time  # flat in [B, S]
         self._keys = windows.conversation * self._length + windows.key_time
-        self._kv_heads = k0.shape[1]
-        self._k0, self._v0 = k0, v0
-        self._kv: tuple[Tensor, Tensor] | None = None
-        self._gradients: list[Tensor] = []
+        self._k0, self._v0, self._kv_heads = k0, v0, k0.shape[1]
+        self._k = self._v = k0.new_empty(0)  # of all heads, made with the first queries
 
     def _spread(self, rows: Tensor, places: Tensor) -> Tensor:
         """Rows [N, heads, d] in [B, heads, S, d], zero elsewhere."""
@@ -198,16 +174,11 @@ class _Cudnn:
         rows = rows if len(rows) == size else _spread(rows, places, size)
         return rows.view(self._batch, self._length, *rows.shape[1:]).transpose(1, 2)
 
-    def _expanded(self, heads: int) -> tuple[Tensor, Tensor]:
-        if self._kv is None:
-            group = heads // self._kv_heads
-            k, v = (self._spread(x.repeat_interleave(group, 1), self._keys) for x in (self._k0, self._v0))
-            self._kv = k, v
-        return self._kv
-
     def forward(self, q: Tensor) -> Attended:
-        queries = self._spread(q, self._rows)
-        out, lse, seed, offset = _cudnn_forward(queries, *self._expanded(q.shape[1]))
+        if not self._k.numel():
+            groups = (x.repeat_interleave(q.shape[1] // self._kv_heads, 1) for x in (self._k0, self._v0))
+            self._k, self._v = (self._spread(x, self._keys) for x in groups)
+        out, lse, seed, offset = _cudnn_forward(self._spread(q, self._rows), self._k, self._v)
         flat = out.transpose(1, 2).reshape(-1, *q.shape[1:])
         by_head = lse.view(self._batch, q.shape[1], self._length).transpose(0, 1).flatten(1)
         return Attended(flat, by_head, self._rows, (lse.shape, seed, offset))
@@ -217,17 +188,15 @@ class _Cudnn:
         spread = total.new_zeros(total.shape[0], self._batch * self._length).index_copy_(1, self._rows, total)
         lse = spread.view(-1, self._batch, self._length).transpose(0, 1).contiguous().view(shape)
         queries, dout, out = (self._spread(x, self._rows) for x in (q, grad, merged))
-        dq, dk, dv = _cudnn_backward(dout, queries, *self._expanded(q.shape[1]), out, lse, seed, offset)
-        new = [x.unflatten(1, (self._kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv)]
-        self._gradients = [a.add_(b) for a, b in zip(self._gradients, new, strict=True)] if self._gradients else new
+        dq, dk, dv = _cudnn_backward(dout, queries, self._k, self._v, out, lse, seed, offset)
+        self._add(*(x.unflatten(1, (self._kv_heads, -1)).sum(2, dtype=torch.float32) for x in (dk, dv)))
         return dq.transpose(1, 2).reshape(-1, *q.shape[1:])
 
-    def key_gradients(self) -> tuple[Tensor, Tensor]:
-        dk, dv = (x.transpose(1, 2).flatten(0, 1).index_select(0, self._keys) for x in self._gradients)
-        return dk, dv
+    def key_gradients(self) -> tuple[Tensor, ...]:
+        return tuple(x.transpose(1, 2).flatten(0, 1).index_select(0, self._keys) for x in self._gradients)
 
 
-class _FlashOnCpu:
+class _FlashOnCpu(CausalAttention):
     """PyTorch's flash attention for CPUs over padded windows [B, heads, S - first, d].
 
     Before the window lie prompts, whose keys every query sees: a full attention over these and a causal one over the
@@ -241,7 +210,9 @@ class _FlashOnCpu:
         self._width = self._length - self._first
         self._rows = windows.row_conversation * self._width + windows.row_time - self._first  # flat in [B, W]
         self._k, self._v = (self._scatter(x, self._keys, self._length) for x in (k0, v0))
-        self._gradients: list[Tensor] = []
+        # Which step-0 keys each of the attentions reads, and whether query w sees the first w of them only.
+        self._parts = [(slice(self._first), False)] if self._first else []
+        self._parts.append((slice(self._first, None), True))
 
     def _scatter(self, rows: Tensor, places: Tensor, length: int) -> Tensor:
         """Rows [N, heads, ...] in [B, heads, length, ...], zero elsewhere."""
@@ -252,17 +223,10 @@ class _FlashOnCpu:
         """The rows [N, heads, ...] of [B, heads, W, ...]."""
         return dense.transpose(1, 2).flatten(0, 1).index_select(0, self._rows)
 
-    def _parts(self) -> list[tuple[slice, bool]]:
-        """Which step-0 keys each of the attentions reads, and whether query w sees the first w of them only."""
-        tail = (slice(self._first, None), True)
-        return [(slice(self._first), False), tail] if self._first else [tail]
-
     def forward(self, q: Tensor) -> Attended:
         queries = self._scatter(q, self._rows, self._width)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        found = [
-            flash(queries, self._k[:, :, keys], self._v[:, :, keys], 0.0, causal) for keys, causal in self._parts()
-        ]
+        found = [flash(queries, self._k[:, :, at], self._v[:, :, at], 0.0, causal) for at, causal in self._parts]
         out, lse = found[-1]
         if len(found) == 2:
             before, before_lse = found[0]
@@ -275,18 +239,13 @@ class _FlashOnCpu:
         queries, dout, out = (self._scatter(x, self._rows, self._width) for x in (q, grad, merged))
         lse = self._scatter(total.T, self._rows, self._width)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        parts = [
-            flash(dout, queries, self._k[:, :, keys], self._v[:, :, keys], out, lse, 0.0, causal)
-            for keys, causal in self._parts()
-        ]
-        dq, dk, dv = zip(*parts, strict=True)
-        new = [torch.cat(dk, 2), torch.cat(dv, 2)]
-        self._gradients = [a.add_(b) for a, b in zip(self._gradients, new, strict=True)] if self._gradients else new
+        keys = [(self._k[:, :, at], self._v[:, :, at], causal) for at, causal in self._parts]
+        dq, dk, dv = zip(*(flash(dout, queries, k, v, out, lse, 0.0, causal) for k, v, causal in keys), strict=True)
+        self._add(torch.cat(dk, 2), torch.cat(dv, 2))
         return self._gather(sum(dq[1:], dq[0]))
 
-    def key_gradients(self) -> tuple[Tensor, Tensor]:
-        dk, dv = (x.transpose(1, 2).flatten(0, 1).index_select(0, self._keys) for x in self._gradients)
-        return dk, dv
+    def key_gradients(self) -> tuple[Tensor, ...]:
+        return tuple(x.transpose(1, 2).flatten(0, 1).index_select(0, self._keys) for x in self._gradients)
 
 
 def _flex_length(length: int) -> int:
@@ -294,21 +253,13 @@ def _flex_length(length: int) -> int:
     return max(-(-length // FLEX_BLOCK), 2) * FLEX_BLOCK
 
 
-@functools.cache
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-class _Flex:
+class _Flex(CausalAttention):
     """PyTorch's FlexAttention over packed windows under a block mask; for a GPU."""
 
     def __init__(self, windows: Windows, k0: Tensor, v0: Tensor) -> None:
         self._windows, self._kv = windows, tuple(self._padded(x) for x in (k0, v0))
         self._keys = len(k0)
         self._mask = _block_mask(windows, k0.device)
-        self._gradients: list[Tensor] = []
 
     def _padded(self, x: Tensor) -> Tensor:
         """[L, heads, d] -> [1, heads, whole blocks, d]."""
@@ -319,7 +270,7 @@ class _Flex:
         spread = q if w.dense else q.new_zeros(w.size, *q.shape[1:]).index_copy_(0, w.places, q)
         leaves = [x.detach().requires_grad_(x.is_cuda) for x in (self._padded(spread), *self._kv)]
         with torch.enable_grad():
-            out, lse = _compiled_flex()(*leaves, block_mask=self._mask, enable_gqa=True, return_lse=True)
+            out, lse = compiled_flex()(*leaves, block_mask=self._mask, enable_gqa=True, return_lse=True)
         packed = out.detach()[0].transpose(0, 1).contiguous()
         return Attended(packed, lse.detach()[0].contiguous(), w.places, (leaves, out, lse))
 
@@ -333,13 +284,11 @@ class _Flex:
         d_out = torch.zeros_like(given.out).index_copy_(0, places, d_own.to(q.dtype))
         d_lse = torch.zeros_like(given.lse).index_copy_(1, places, d_lse.T)
         dq, dk, dv = torch.autograd.grad((out, lse), leaves, (d_out.transpose(0, 1).unsqueeze(0), d_lse.unsqueeze(0)))
-        new = [dk.float(), dv.float()]
-        self._gradients = [a.add_(b) for a, b in zip(self._gradients, new, strict=True)] if self._gradients else new
+        self._add(dk.float(), dv.float())
         return cast(Tensor, dq[0].transpose(0, 1).contiguous())
 
-    def key_gradients(self) -> tuple[Tensor, Tensor]:
-        dk, dv = (x[0, :, : self._keys].transpose(0, 1).contiguous() for x in self._gradients)
-        return dk, dv
+    def key_gradients(self) -> tuple[Tensor, ...]:
+        return tuple(x[0, :, : self._keys].transpose(0, 1).contiguous() for x in self._gradients)
 
 
 def _block_mask(windows: Windows, device: torch.device) -> Any:

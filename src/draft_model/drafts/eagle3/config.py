@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
-from draft_model.drafts.shape import USER, LayerShape, layer_problems, layer_values, target_layers
+from draft_model.drafts.base import Costs, Family, later
+from draft_model.drafts.shape import USER, LayerShape, is_ascending, layer_problems, layer_values, target_layers
 from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)
@@ -17,8 +19,7 @@ ARCHITECTURES = (ARCHITECTURE, "Eagle3LlamaForCausalLM", "Eagle3DraftModel", "Ea
 """Ours and SpecForge's; vLLM's other name for the same class; speculators'."""
 MIN_TARGET_LAYERS = 4
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
-SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")
-"""Of EAGLE-3.1; all off is EAGLE-3."""
+SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")  # of EAGLE-3.1; all off is EAGLE-3
 
 # Settings with one possible value: the draft is one Llama layer with its own head and no biases.
 _FIXED: dict[str, Any] = {
@@ -36,17 +37,11 @@ SGLANG_DEEPSEEK = (
 
 @dataclass(frozen=True, kw_only=True)
 class DraftConfig(LayerShape):
-    """The shape of an EAGLE-3 draft: one Llama layer.
+    """The shape of an EAGLE-3 draft: one Llama layer."""
 
-    Attributes:
-        fc_norm: EAGLE-3.1: an RMSNorm of each feature before fc.
-        norm_before_fc: an RMSNorm of all features together before fc, and before those of fc_norm.
-        norm_output: EAGLE-3.1: the next step reads the state after the final norm.
-    """
-
-    fc_norm: bool = False
-    norm_before_fc: bool = False
-    norm_output: bool = False
+    fc_norm: bool = False  # EAGLE-3.1: an RMSNorm of each feature before fc
+    norm_before_fc: bool = False  # an RMSNorm of all features together before fc, and before those of fc_norm
+    norm_output: bool = False  # EAGLE-3.1: the next step reads the state after the final norm
 
     @property
     def family(self) -> str:
@@ -116,9 +111,6 @@ def layers_of(config: Mapping[str, Any], target_model_type: str = "") -> list[in
 def choose_aux_layers(layers: int) -> tuple[int, ...]:
     """Which residual streams feed the draft: after 2, L//2 and L-3 layers; three spread ones for a shallow target.
 
-    Args:
-        layers: L, the target's number of layers.
-
     Raises:
         DraftModelError: for fewer than four layers.
     """
@@ -131,10 +123,7 @@ def choose_aux_layers(layers: int) -> tuple[int, ...]:
 
 
 def draft_config_for(target: Mapping[str, Any], _proposals: int = 0) -> DraftConfig:
-    """The default draft of a target.
-
-    Args:
-        target: its config.json.
+    """The default draft of a target, by its config.json.
 
     Raises:
         DraftModelError: when the target is no decoder of the known structure, or too shallow.
@@ -149,8 +138,7 @@ def _choose_layers(default: DraftConfig, given: Mapping[str, Any]) -> tuple[tupl
     nested = (given.get("eagle_config") or {}).get(LAYER_IDS)
     wanted = [ids for ids in (given.get(LAYER_IDS), nested) if ids is not None]
     for ids in wanted:
-        whole = isinstance(ids, list | tuple) and ids and all(type(layer) is int for layer in ids)
-        if not (whole and list(ids) == sorted(set(ids))):
+        if not is_ascending(ids):
             return (), [f"`{LAYER_IDS}` is {ids!r}; allowed: ascending layer numbers, such as three or five"]
     if nested is not None:
         wanted[-1] = from_sglang(nested, default.target_model_type)
@@ -172,14 +160,11 @@ def _choose_layers(default: DraftConfig, given: Mapping[str, Any]) -> tuple[tupl
 def with_overrides(default: DraftConfig, given: Mapping[str, Any], source: str = USER) -> DraftConfig:
     """Applies the user's draft_model_config, or a checkpoint's config.json, to the default of the target.
 
-    Args:
-        default: of `draft_config_for`.
-        given: the JSON object, whole or partial; what is null counts as not given, except that `rope_scaling: null`
-            means none.
-        source: where it comes from; settings of a checkpoint that no engine reads are ignored.
+    What is null counts as not given, except that `rope_scaling: null` means none; settings of a checkpoint that no
+    engine reads are ignored.
 
     Raises:
-        DraftModelError: with everything in it that does not fit the target or the one architecture.
+        DraftModelError: with everything in it that does not fit the target or the one architecture; names the source.
     """
     values = {key: value for key, value in given.items() if value is not None}
     if values.get("architectures") == ["Eagle3LlamaForCausalLM"]:  # vLLM's other name for the same class
@@ -203,3 +188,75 @@ def with_overrides(default: DraftConfig, given: Mapping[str, Any], source: str =
     # In a checkpoint, what is not there is off.
     switches = {key: values.get(key, False) for key in SWITCHES if key in values or source != USER}
     return replace(default, **layer_values(default, given), **switches, aux_layers=layers)
+
+
+def costs(shape: DraftConfig, steps: int) -> Costs:
+    """What a draft costs; activations are fitted to what is kept on small shapes, as a test holds."""
+    from draft_model.drafts.eagle3.objective import CHUNK_ROWS
+    from draft_model.drafts.eagle3.unroll import KEPT_SHARE
+
+    hidden, inner, vocabulary = shape.hidden_size, shape.intermediate_size, shape.draft_vocab_size
+    queries, keys = shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim
+    features = len(shape.aux_layers) * hidden * hidden
+    projections = (queries + 2 * keys) * hidden  # of one half of the layer's input; the embedding's is computed once
+    block = projections + queries * hidden + 3 * hidden * inner
+    chunk = CHUNK_ROWS["cuda"]
+
+    def row_numbers(number: float, memory: float) -> float:
+        gate_up = steps * 2 * inner
+        kept = gate_up if gate_up * number * KEPT_SHARE <= memory else 0
+        return steps * (4 * hidden + 1.3 * queries + 2 * keys) + kept
+
+    norms = 4 + len(shape.aux_layers) * (shape.fc_norm + shape.norm_before_fc)
+    return Costs(
+        parameters=features + projections + block + norms * hidden + vocabulary * hidden,
+        token_numbers=5 * hidden + 5 * queries + 3 * keys,
+        row_numbers=row_numbers,
+        # Two for each multiply-add, and twice the forward pass for the backward pass; attention is causal.
+        token_flops=6 * (features + projections),
+        row_flops=lambda tokens: steps * (6 * (block + vocabulary * hidden) + 3 * (2 * tokens * queries)),
+        # The head's gradient, the target's logits of a chunk of positions, and the draft's of all their steps.
+        chunk_bytes=lambda width: (
+            4.0 * vocabulary * hidden + chunk * width * (shape.vocab_size + (1 + steps) * vocabulary)
+        ),
+    )
+
+
+def _owns(has_switches: bool, config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of such a draft, with one of EAGLE-3.1's switches on or without."""
+    is_eagle3 = not config.get("architectures") or config["architectures"][0] in ARCHITECTURES  # some name none
+    nested = config.get("eagle_config") or {}
+    return is_eagle3 and has_switches == any(config.get(name) or nested.get(name) for name in SWITCHES)
+
+
+_CREATE = later("eagle3.model:Eagle3Draft")
+EAGLE3 = Family(
+    name="eagle3",
+    title="EAGLE-3",
+    vllm_method="eagle3",
+    sglang_algorithm="EAGLE3",
+    sglang_options=lambda proposals: {
+        "speculative-num-steps": proposals,
+        "speculative-eagle-topk": 1,
+        "speculative-num-draft-tokens": proposals + 1,
+    },
+    owns=partial(_owns, False),
+    default_shape=draft_config_for,
+    adapt=with_overrides,
+    create=_CREATE,
+    objective=later("eagle3.objective:Objective"),
+    proposer=later("eagle3.decode:ChainProposer"),
+    costs=costs,
+    save=later("files:save_draft"),
+    load=partial(later("files:load_draft"), DraftConfig.from_json, _CREATE, "EAGLE-3"),
+    read=later("eagle3.export:canonical"),
+    vocabulary=later("files:vocabulary_of"),
+    export=later("eagle3.export:exported"),
+)
+EAGLE31 = replace(
+    EAGLE3,
+    name="eagle3.1",
+    title="EAGLE-3.1",
+    owns=partial(_owns, True),
+    default_shape=lambda target, _proposals=0: replace(draft_config_for(target), fc_norm=True, norm_output=True),
+)

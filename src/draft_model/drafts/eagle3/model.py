@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from draft_model.drafts.base import start
 from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import DraftConfig
+from draft_model.drafts.layers import Attention, SwiGLU, start
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
@@ -35,101 +34,38 @@ _READS_BOTH = frozenset(f"self_attn.{name}_proj.weight" for name in "qkv")
 
 @dataclass(frozen=True)
 class Weights:
-    """The draft's weights in the compute type. H: hidden, Q: heads * head_dim, K: kv_heads * head_dim, I: SwiGLU.
-
-    Attributes:
-        fc: [H, nH].
-        embedding_qkv: the embedding's half of the q, k and v projections, [Q + 2K, H].
-        hidden_qkv: the other half, [Q + 2K, H].
-        out: [H, Q].
-        gate_up: [2I, H].
-        down: [H, I].
-        input_layernorm: [H], of the embedding.
-        hidden_norm: [H], of h.
-        post_attention_layernorm: [H].
-        norm: [H], before the head.
-        head: [D, H].
-        feature_norms: before fc, one after the other: of all features [nH], of each of the n [H], or none.
-    """
+    """The draft's weights in the compute type. H: hidden, Q: heads * head_dim, K: kv_heads * head_dim, I: SwiGLU."""
 
     config: DraftConfig
-    fc: Tensor
-    embedding_qkv: Tensor
-    hidden_qkv: Tensor
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
-    input_layernorm: Tensor
-    hidden_norm: Tensor
-    post_attention_layernorm: Tensor
-    norm: Tensor
-    head: Tensor
+    fc: Tensor  # [H, nH]
+    embedding_qkv: Tensor  # the embedding's half of the q, k and v projections, [Q + 2K, H]
+    hidden_qkv: Tensor  # the other half, [Q + 2K, H]
+    out: Tensor  # [H, Q]
+    gate_up: Tensor  # [2I, H]
+    down: Tensor  # [H, I]
+    input_layernorm: Tensor  # [H], of the embedding
+    hidden_norm: Tensor  # [H], of h
+    post_attention_layernorm: Tensor  # [H]
+    norm: Tensor  # [H], before the head
+    head: Tensor  # [D, H]
+    # before fc, one after the other: of all features [nH], of each of the n [H], or none
     feature_norms: list[tuple[Tensor, ...]]
-
-    def rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMSNorm over the last dimension."""
-        return functional.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
-
-    def combine(self, features: Tensor) -> Tensor:
-        """The first step's hidden state: features [N, nH] -> [N, H]."""
-        for weights in self.feature_norms:
-            parts = zip(features.chunk(len(weights), -1), weights, strict=True)
-            features = torch.cat([self.rms_norm(part, weight) for part, weight in parts], -1)
-        return functional.linear(features, self.fc)
-
-    def project_embedding(self, embedding: Tensor) -> Tensor:
-        """The token's part of q, k and v: [N, H] -> [N, Q + 2K]."""
-        return functional.linear(self.rms_norm(embedding, self.input_layernorm), self.embedding_qkv)
-
-    def split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[N, Q + 2K] -> q [N, heads, d], k and v [N, kv_heads, d], not yet rotated."""
-        heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
-        rows = qkv.unflatten(-1, (heads + 2 * kv_heads, self.config.head_dim))
-        q, k, v = rows.split((heads, kv_heads, kv_heads), -2)
-        return q, k, v
-
-    def finish_layer(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """The rest of the layer after attention: h [N, H] and [N, heads, d] -> the next h [N, H]."""
-        hidden = hidden + functional.linear(attended.flatten(-2), self.out)
-        gate, up = functional.linear(self.rms_norm(hidden, self.post_attention_layernorm), self.gate_up).chunk(2, -1)
-        return hidden + functional.linear(functional.silu(gate) * up, self.down)
-
-
-class _Attention(nn.Module):
-    def __init__(self, config: DraftConfig) -> None:
-        super().__init__()
-        query, key = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(2 * config.hidden_size, query, bias=False)
-        self.k_proj = nn.Linear(2 * config.hidden_size, key, bias=False)
-        self.v_proj = nn.Linear(2 * config.hidden_size, key, bias=False)
-        self.o_proj = nn.Linear(query, config.hidden_size, bias=False)
-
-
-class _SwiGLU(nn.Module):
-    def __init__(self, config: DraftConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
 
 class _Layer(nn.Module):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
-        self.self_attn = _Attention(config)
-        self.mlp = _SwiGLU(config)
-        self.hidden_norm = nn.RMSNorm(config.hidden_size)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size)
+        self.self_attn = Attention(config, 2 * config.hidden_size)
+        self.mlp = SwiGLU(config)
+        self.hidden_norm, self.input_layernorm, self.post_attention_layernorm = (
+            nn.RMSNorm(config.hidden_size) for _ in range(3)
+        )
 
 
 class Eagle3Draft(nn.Module):
     """The draft's float32 parameters and its vocabulary.
 
-    Args:
-        config: the draft's shape.
-        t2d: which target tokens the draft knows, bool [V].
-        d2t: target_id - draft_id of each draft token, int64 [D].
+    t2d says which target tokens it knows, bool [V]; d2t is target_id - draft_id of each draft token, int64 [D].
     """
 
     t2d: Tensor
@@ -158,13 +94,9 @@ class Eagle3Draft(nn.Module):
     def initialise(self, seed: int, target: Target) -> None:
         """Random matrices, and over them what the target already knows, which short runs profit from most.
 
-        Head and final norm are the target's. `fc` passes the highest of the three features through, so that the
-        residual stream starts in the space that the head reads. The layer starts as the target's last one wherever
-        the shapes are alike; the embedding's half of q, k and v, which no target has, starts random.
-
-        Args:
-            seed: of the random matrices.
-            target: frozen; it may be in any type.
+        Head and final norm are the target's. `fc` passes the highest feature through, so that the residual stream
+        starts in the space that the head reads. The layer starts as the target's last one wherever the shapes are
+        alike; the embedding's half of q, k and v, which no target has, starts random.
         """
         hidden = self.config.hidden_size
         with torch.no_grad():
@@ -219,10 +151,9 @@ class Eagle3Draft(nn.Module):
         fc, q, k, v, out, gate, up, down, hidden_norm, input_layernorm, post, norm, head, *own = tensors
         qkv, gate_up = _joined([q, k, v], dtype), _joined([gate, up], dtype)
         hidden = self.config.hidden_size
-        fc, out, down, hidden_norm, input_layernorm, post, norm, head = (
-            x.to(dtype) for x in (fc, out, down, hidden_norm, input_layernorm, post, norm, head)
+        fc, out, down, hidden_norm, input_layernorm, post, norm, head, *own = (
+            x.to(dtype) for x in (fc, out, down, hidden_norm, input_layernorm, post, norm, head, *own)
         )
-        own = [x.to(dtype) for x in own]
         norms = [tuple(own[:1]), tuple(own[1:])] if self.config.norm_before_fc else [tuple(own)]
         return Weights(
             config=self.config, fc=fc, embedding_qkv=qkv[:, :hidden], hidden_qkv=qkv[:, hidden:], out=out,

@@ -25,60 +25,139 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from draft_model.drafts import kernels
+from draft_model.drafts.batch import Batch
 from draft_model.drafts.counts import Counts, decode_rounds
-from draft_model.drafts.eagle3.plan import Plan
+from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.eagle3.plan import Plan, plan_unroll
+from draft_model.drafts.eagle3.unroll import Unroll
+from draft_model.drafts.layers import rotary_table
+
+if TYPE_CHECKING:
+    from draft_model.target.model import Target
 
 STEP_DECAY = 0.8
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
 """Teacher positions in one head. On a CPU one step at a time: 512 x 32,000 float32 logits are 64 MB; on a GPU all steps
 at once: 7 x 2048 x 32,000 bfloat16 logits are 0.9 GB."""
 
-TeacherHead = Callable[[Tensor], Tensor]
-"""From target hidden states [C, H] to logits [C, V]."""
+TeacherHead = Callable[[Tensor], Tensor]  # from target hidden states [C, H] to logits [C, V]
+
+
+class Objective:
+    """The loss (kl, lk or tv) of a draft over `steps` of the unroll; the target is in the compute type `dtype`.
+
+    attention_backend is flex_attention or sdpa; no conversation is longer than max_length tokens.
+    """
+
+    def __init__(
+        self,
+        draft: Eagle3Draft,
+        target: Target,
+        steps: int,
+        attention_backend: str,
+        dtype: torch.dtype,
+        max_length: int,
+        loss: str = "kl",
+    ) -> None:
+        self.draft, self.target, self.steps, self.dtype, self.kind = draft, target, steps, dtype, loss
+        self.backend = kernels.choose_backend(attention_backend, target.device, dtype)
+        self.rotary = rotary_table(draft.config, target.device, max_length + steps, dtype)
+        self.target_ids = draft.target_ids
+        self.draft_ids = torch.full((draft.config.vocab_size,), -1, device=target.device)
+        self.draft_ids[self.target_ids] = torch.arange(len(self.target_ids), device=target.device)
+
+    def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, Counts]:
+        """The loss summed over supervised positions and steps, and sums per step; nothing here waits for the GPU."""
+        plan = plan_unroll(batch, self.steps)
+        outcome: list[Counts] = []
+        packed = states[0] if len(states) == 1 else torch.cat(states)  # [T, 4H]
+        loss: Tensor = _Loss.apply(self, plan, outcome, packed, *self.draft.parameters())  # type: ignore[no-untyped-call]
+        return loss, outcome[0]
+
+    def no_counts(self) -> Counts:
+        """Sums over no position, on the device."""
+        return Counts.zeros(self.steps, self.target.device)
+
+    def teacher(self, final: Tensor, plan: Plan) -> Teacher:
+        """The target's side of a batch, from its final hidden states [T, H]."""
+        return Teacher(
+            final.index_select(0, plan.teachers),
+            self.target.logits,
+            self.target_ids,
+            self.draft_ids,
+            self.draft.config.rms_norm_eps,
+        )
+
+
+class _Loss(torch.autograd.Function):
+    """The whole step as one function of the draft's parameters, whose gradients it adds up itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, objective: Objective, plan: Plan, outcome: list[Counts], packed: Tensor, *parameters: Tensor
+    ) -> Tensor:
+        learn = any(ctx.needs_input_grad)
+        ctx.objective, ctx.learnt, ctx.shape = objective, None, packed.shape
+        if not len(plan.rows):
+            outcome.append(objective.no_counts())
+            return packed.new_zeros((), dtype=torch.float32)
+        plan = plan.to(packed.device)
+        weights = objective.draft.weights(objective.dtype)
+        hidden = weights.config.hidden_size
+        features, final = packed.split((packed.shape[1] - hidden, hidden), -1)
+        unroll = Unroll(weights, objective.rotary, plan, objective.backend)
+        embeddings = functional.embedding(plan.tokens, objective.target.embedding)
+        outputs = unroll.forward(embeddings, features, learn)
+        heads = Heads(objective.teacher(final, plan), weights.norm, weights.head, outputs, plan, learn, objective.kind)
+        outcome.append(heads.step_sums())
+        if learn:
+            ctx.learnt = unroll, heads
+        return heads.loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        draft, learnt = ctx.objective.draft, ctx.learnt
+        sums = draft.gradients()
+        nothing = [None] * sum(1 for _ in draft.parameters())
+        if learnt is None:
+            return None, None, None, None, *nothing
+        unroll, heads = learnt
+        ctx.learnt = None  # its tensors are used up: a second backward would find zeros
+        sums.head.addcmul_(heads.grad_head, grad)
+        sums.norm.addcmul_(heads.grad_norm, grad)
+        del heads.grad_head
+        torch._foreach_mul_([heads.grads], grad.to(heads.grads.dtype))  # a plain mul_ by a GPU's scalar is slower
+        d_packed = unroll.backward(heads.grads, sums, of_features=ctx.needs_input_grad[3])
+        if ctx.needs_input_grad[3]:  # never in training: the target is frozen
+            d_packed = functional.pad(d_packed, (0, ctx.shape[1] - d_packed.shape[1]))
+        return None, None, None, d_packed, *nothing
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The target's side of the loss.
+    """The target's side of the loss."""
 
-    Attributes:
-        states: the target's final hidden states at the plan's teacher positions, [M, H].
-        head: the target's head.
-        target_ids: target id of each draft token, int64 [D].
-        draft_ids: draft id of each target token, -1 where it has none, int64 [V].
-        eps: of the norm before the draft's head.
-    """
-
-    states: Tensor
-    head: TeacherHead
-    target_ids: Tensor
-    draft_ids: Tensor
-    eps: float
+    states: Tensor  # the target's final hidden states at the plan's teacher positions, [M, H]
+    head: TeacherHead  # the target's head
+    target_ids: Tensor  # target id of each draft token, int64 [D]
+    draft_ids: Tensor  # draft id of each target token, -1 where it has none, int64 [V]
+    eps: float  # of the norm before the draft's head
 
 
 class Heads:
-    """All steps' heads and losses over one batch.
+    """All steps' heads and losses over one batch: sums, agreements and, with `learn`, gradients.
 
-    Args:
-        teacher: the target's side.
-        norm: weight of the norm before the draft's head, [H].
-        weight: the draft's head in the compute type, [D, H].
-        outputs: the layer's output of each step, [steps, N, H].
-        plan: positions.
-        learn: whether gradients are wanted.
-        loss: draft_loss: `kl`, `lk` or `tv`.
-
-    Attributes:
-        sums: loss, supervised, agree, overlap, float64 [4, steps].
-        agree: whether step and teacher agreed, bool [steps, M].
-        grads: gradients of the outputs, [steps, N, H].
-        grad_norm: float32 [H].
-        grad_head: float32 [D, H].
+    `norm` is the weight of the norm before the draft's head, [H]; `weight` that head in the compute type, [D, H];
+    `outputs` the layer's output of each step, [steps, N, H]; `loss` is kl, lk or tv.
     """
 
     def __init__(
@@ -89,6 +168,7 @@ class Heads:
         self._outputs = outputs.flatten(0, 1)  # [steps * N, H]
         self._decay = STEP_DECAY ** torch.arange(plan.steps, device=weight.device, dtype=torch.float32)
         teachers = len(plan.teachers)
+        # By step: loss, supervised, agree, overlap; and whether step and teacher agreed.
         self.sums = torch.zeros(4, plan.steps, device=weight.device, dtype=torch.float64)
         self.agree = torch.zeros(plan.steps, teachers, dtype=torch.bool, device=weight.device)
         if learn:
@@ -111,13 +191,7 @@ class Heads:
         return (self.sums[0] * self._decay.double()).sum().float()
 
     def _teach_fused(self, start: int, logits: Tensor, students: Tensor) -> None:
-        """All steps at C teacher positions at once; absent students count for nothing.
-
-        Args:
-            start: number of the first teacher position.
-            logits: the target's, [C, V].
-            students: row that learns from each position at each step, -1 for none, [steps, C].
-        """
+        """All steps at C teacher positions from `start` on, [steps, C] students; absent ones (-1) count for nothing."""
         from draft_model.drafts.eagle3 import triton_loss
 
         steps, count = students.shape

@@ -13,8 +13,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from draft_model.drafts.batch import Batch
-from draft_model.drafts.transfer import to_device
+from draft_model.drafts.batch import Batch, to_device
 
 
 @dataclass(frozen=True)
@@ -24,36 +23,21 @@ class Windows:
     A conversation's window begins at its first query and ends with its last key, so that queries and keys are aligned
     at the end, as variable-length flash attention wants them. A conversation of which no position has a query gets a
     window of one.
-
-    Attributes:
-        conversation: of each key, int64 [P].
-        key_time: t of each key, int64 [P].
-        row_conversation: of each query, int64 [N].
-        row_time: t of each query, int64 [N].
-        places: where the queries stand in the packed windows, int64 [N].
-        query_starts: where each window begins, and the last one's end, int64 [conversations with keys + 1].
-        key_starts: likewise of the keys.
-        batch: B.
-        first: no conversation has a query before this t.
-        longest_query: longest window.
-        longest_key: most keys of a conversation.
-        size: positions of all windows, W.
-        square: whether attention of all padded conversations at twice the speed would be the sooner done.
     """
 
-    conversation: Tensor
-    key_time: Tensor
-    row_conversation: Tensor
-    row_time: Tensor
-    places: Tensor
-    query_starts: Tensor
-    key_starts: Tensor
-    batch: int
-    first: int
-    longest_query: int
-    longest_key: int
-    size: int
-    square: bool
+    conversation: Tensor  # of each key, int64 [P]
+    key_time: Tensor  # t of each key, int64 [P]
+    row_conversation: Tensor  # of each query, int64 [N]
+    row_time: Tensor  # t of each query, int64 [N]
+    places: Tensor  # where the queries stand in the packed windows, int64 [N]
+    query_starts: Tensor  # where each window begins, and the last one's end, int64 [conversations with keys + 1]
+    key_starts: Tensor  # likewise of the keys
+    batch: int  # B
+    first: int  # no conversation has a query before this t
+    longest_query: int  # longest window
+    longest_key: int  # most keys of a conversation
+    size: int  # positions of all windows, W
+    square: bool  # whether attention of all padded conversations at twice the speed would be the sooner done
 
     @property
     def dense(self) -> bool:
@@ -63,37 +47,22 @@ class Windows:
 
 @dataclass(frozen=True)
 class Plan:
-    """The positions of one batch that have work. T: tokens of all conversations, packed.
+    """The positions of one batch that have work. T: tokens of all conversations, packed."""
 
-    Attributes:
-        steps: unroll length.
-        tokens: token ids, int64 [T].
-        keys: packed positions that hold a step-0 key, int64 [P].
-        rows: where the N positions with a query stand among the keys, int64 [N].
-        row_tokens: packed token that each row reads at each step, -1 past the conversation's end, int64 [steps, N].
-        teachers: packed positions that teach, int64 [M].
-        students: for each step and teacher the row that learns from it, -1 for none, int64 [steps, M].
-        teacher_of: for each step and row its teacher among the M, -1 for none, int64 [steps, N].
-        reply_rows: rows from which a round of decoding may start, reply after reply, int64 [Q].
-        reply_ends: for each of these, where its reply ends among the Q, int64 [Q].
-        reply_starts: where the replies begin among the Q, int64 [replies].
-        longest_reply: rows of the longest reply.
-        windows: for the attention.
-    """
-
-    steps: int
-    tokens: Tensor
-    keys: Tensor
-    rows: Tensor
+    steps: int  # unroll length
+    tokens: Tensor  # token ids, int64 [T]
+    keys: Tensor  # packed positions that hold a step-0 key, int64 [P]
+    rows: Tensor  # where the N positions with a query stand among the keys, int64 [N]
+    # packed token that each row reads at each step, -1 past the conversation's end, int64 [steps, N]
     row_tokens: Tensor
-    teachers: Tensor
-    students: Tensor
-    teacher_of: Tensor
-    reply_rows: Tensor
-    reply_ends: Tensor
-    reply_starts: Tensor
-    longest_reply: int
-    windows: Windows
+    teachers: Tensor  # packed positions that teach, int64 [M]
+    students: Tensor  # for each step and teacher the row that learns from it, -1 for none, int64 [steps, M]
+    teacher_of: Tensor  # for each step and row its teacher among the M, -1 for none, int64 [steps, N]
+    reply_rows: Tensor  # rows from which a round of decoding may start, reply after reply, int64 [Q]
+    reply_ends: Tensor  # for each of these, where its reply ends among the Q, int64 [Q]
+    reply_starts: Tensor  # where the replies begin among the Q, int64 [replies]
+    longest_reply: int  # rows of the longest reply
+    windows: Windows  # for the attention
 
     @property
     def everywhere(self) -> bool:
@@ -115,12 +84,7 @@ class Plan:
 
 
 def plan_unroll(batch: Batch, steps: int) -> Plan:
-    """Works the indices out.
-
-    Args:
-        batch: B conversations.
-        steps: unroll length, >= 1.
-    """
+    """Works the indices out for so many steps, at least one."""
     size, width = batch.tokens.shape
     span = max(width - 2, 1)
     lengths = batch.lengths

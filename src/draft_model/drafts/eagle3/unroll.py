@@ -45,11 +45,7 @@ class _Step:
 class Unroll:
     """One batch's steps; `forward` once, then `backward` once.
 
-    Args:
-        weights: the draft in the compute type.
-        rotary: cosines and sines [2, >= S + steps, d] of `Rotary.table`.
-        plan: positions, of `plan_unroll`.
-        backend: of `choose_backend`.
+    `rotary` has cosines and sines of the longest conversation and the steps, [2, >= S + steps, d].
     """
 
     def __init__(self, weights: Weights, rotary: Tensor, plan: Plan, backend: str) -> None:
@@ -91,7 +87,10 @@ class Unroll:
         self._keys, self._values = (unit.new_empty(max(steps - 1, 1), rows, *shape) for _ in range(2))
         hidden = unit.new_empty(steps + 1, rows, config.hidden_size)
         torch.index_select(self._first, 0, plan.rows, out=hidden[0])
-        keep_mlp = keep and self._mlp_fits(rows)
+        keep_mlp = keep
+        if unit.is_cuda:  # else the backward computes gate and up again: a seventh of its products for most memory
+            size = steps * rows * len(w.gate_up) * unit.element_size()
+            keep_mlp &= size * KEPT_SHARE <= torch.cuda.get_device_properties(unit.device).total_memory
         for step in range(steps):
             x, scale, output_scale = hidden[step], None, None
             if step and config.norm_output:
@@ -109,34 +108,21 @@ class Unroll:
                 part = own @ w.hidden_qkv[: self._query].T
                 kernels.rotate_heads(part, token_part, tokens, self.rotary, window.row_time, 0, 0, q, None, None)
             given = self._causal.forward(q)
-            places = given.places
-            attended, total = kernels.merge(q, given.out, given.lse, places, self._keys, self._values, step)
+            attended, total = kernels.merge(q, given.out, given.lse, given.places, self._keys, self._values, step)
             middle = torch.addmm(x, attended.flatten(1), w.out.T)
             own, middle_scale = rms_norm(middle, w.post_attention_layernorm, self._eps)
             both = own @ w.gate_up.T
-            torch.addmm(middle, kernels.swiglu(both), w.down.T, out=hidden[step + 1])
+            torch.addmm(middle, kernels.swiglu(*both.chunk(2, -1)), w.down.T, out=hidden[step + 1])
             if keep:
-                kept = both if keep_mlp else None
-                step_ = _Step(q, scale, output_scale, given, attended, total, middle, middle_scale, kept)
-                self._steps.append(step_)
+                kept = (middle, middle_scale, both if keep_mlp else None)
+                self._steps.append(_Step(q, scale, output_scale, given, attended, total, *kept))
         self._hidden = hidden
         return hidden[1:]
 
-    def _mlp_fits(self, rows: int) -> bool:
-        """Else the backward computes gate and up once more: a seventh of its products for most of its memory."""
-        gate_up = self.weights.gate_up
-        if not gate_up.is_cuda:
-            return True
-        size = self.plan.steps * rows * len(gate_up) * gate_up.element_size()
-        return size * KEPT_SHARE <= torch.cuda.get_device_properties(gate_up.device).total_memory
-
     def backward(self, grads: Tensor, sums: Weights, of_features: bool = False) -> Tensor | None:
-        """Adds the gradient of every weight but norm and head.
+        """Adds the gradient of every weight but norm and head to `sums`, float32 and arranged as the weights are.
 
-        Args:
-            grads: of the outputs of each step, [steps, N, H]; used up.
-            sums: float32 gradients, arranged as the weights are; added to.
-            of_features: whether the features' own gradient is wanted.
+        `grads` is of the outputs of each step, [steps, N, H], and used up.
 
         Returns:
             The gradient of the features, [T, nH]; None where neither this nor a norm before fc was asked for.
@@ -162,10 +148,8 @@ class Unroll:
             d_attended = (d_middle @ w.out).view_as(kept.q)
             given, first = kept.given, step == plan.steps - 1
             dq = self._causal.backward(given, kept.q, d_attended, kept.attended, kept.total)
-            dq = kernels.merge_backward(
-                kept.q, d_attended, kept.attended, kept.total, dq, given.places, self._keys, self._values,
-                dkeys, dvalues, step, first,
-            )  # fmt: skip
+            merged = (d_attended, kept.attended, kept.total, dq, given.places)
+            dq = kernels.merge_backward(kept.q, *merged, self._keys, self._values, dkeys, dvalues, step, first)
             dk, dv = (dkeys[step - 1], dvalues[step - 1]) if step else (None, None)
             dqkv = kernels.rotate_heads_backward(
                 dq, dk, dv, rotary, window.row_time, step, plan.row_tokens[step], token_grad, 0, dq.dtype
@@ -190,11 +174,8 @@ class Unroll:
     def _backward_of_inputs(self, dq: Tensor, d_rows: Tensor, token_grad: Tensor, sums: Weights) -> Tensor:
         """What stands before the steps: step-0 keys and values, the tokens' part, fc.
 
-        Args:
-            dq: of the step-0 queries before rotation, [N, Q].
-            d_rows: of the residual stream at the rows, [N, H].
-            token_grad: of the tokens' part of q, k and v through the rows, float32 [T, Q + 2K].
-            sums: as in `backward`.
+        dq is of the step-0 queries before rotation, [N, Q]; d_rows of the residual stream at the rows, [N, H];
+        token_grad of the tokens' part of q, k and v through the rows, float32 [T, Q + 2K].
         """
         w, plan, query = self.weights, self.plan, self._query
         dk, dv = self._causal.key_gradients()
