@@ -30,10 +30,10 @@ from draft_model.dataset.render import check_fit
 from draft_model.dataset.report import SplitSummary, Tally, colour, count, write_report
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.dataset.tokens import INDEX, Shard, write_index, write_shard
-from draft_model.dataset.workers import Workers
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.tracking import tracked
+from draft_model.workers import Workers
 
 log = logging.getLogger(__name__)
 

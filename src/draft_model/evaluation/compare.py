@@ -17,8 +17,8 @@ from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import markup
 from draft_model.evaluation.measure import Candidate, category_table, differences, measure, open_case
 from draft_model.export import fetched
-from draft_model.model_import import sandbox
 from draft_model.model_import.sources import INDEX, description
+from draft_model.model_import.stage import in_sandbox
 from draft_model.parameters import Parameters
 from draft_model.training.checkpoint import read_checkpoint
 
@@ -107,7 +107,7 @@ def _target(uri: str, work: Path) -> Path:
         shutil.copyfile(given / name, folder / name)
     for name in weights:
         (folder / name).symlink_to((given / name).resolve())
-    if problems := sandbox.run("inspect", folder=str(folder), weights=sorted(weights))["problems"]:
+    if problems := in_sandbox("inspect", folder, sorted(weights))["problems"]:
         raise DraftModelError([f"--model: given {uri!r}: {problem}" for problem in problems])
     return folder
 

@@ -19,7 +19,6 @@ import torch
 from draft_model import engine as engines
 from draft_model.dataset.encode import end_tokens, load_tokenizer
 from draft_model.dataset.tokens import Split
-from draft_model.dataset.workers import Workers
 from draft_model.drafts import family
 from draft_model.drafts.base import Draft
 from draft_model.engine import Difference, Job, Measured, Process
@@ -28,6 +27,7 @@ from draft_model.evaluation import greedy
 from draft_model.evaluation.prompts import Prompts, choose_prompts
 from draft_model.parameters import Parameters
 from draft_model.target.model import Target, load_target
+from draft_model.workers import Workers
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 from draft_model.dataset.encode import encode_prompts
 from draft_model.dataset.reader import Row, read_conversations
 from draft_model.dataset.tokens import Split
-from draft_model.dataset.workers import Workers
 from draft_model.errors import DraftModelError
 from draft_model.model_import.hub import hub_address
 from draft_model.parameters import Parameters
+from draft_model.workers import Workers
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Whether a model can be a target: decided by its structure, in a limited child process (`sandbox`).
+"""Whether a model can be a target: decided by its structure, in a process with limits.
 
 transformers opens the model on the meta device, so one of any size takes little memory. Code of its repository is never
 run, and settings by which a later reader would run some are taken out of its files.
@@ -38,7 +38,7 @@ _ORIGINAL = "Use the model that it was made from: the draft serves both"
 _LACK = "its weights lack {}; save the whole model again"
 
 
-def inspect(folder: str, weights: list[str]) -> dict[str, Any]:
+def inspect(folder: Path, weights: list[str]) -> dict[str, Any]:
     """Checks configuration, structure, tokenizer, chat templates and, where they are there, weights.
 
     Rewrites JSON files that name code to run; writes an index where several weight files have none.
@@ -50,19 +50,19 @@ def inspect(folder: str, weights: list[str]) -> dict[str, Any]:
     Returns:
         `problems`, and where there are none `architecture`, `parameter_count`, `quantization`, `max_positions`.
     """
-    path, model = Path(folder), None
+    model = None
     try:
-        config, own_code = _without_code(path / "config.json")
-        if (path / "tokenizer_config.json").exists():
-            _without_code(path / "tokenizer_config.json")
+        config, own_code = _without_code(folder / "config.json")
+        if (folder / "tokenizer_config.json").exists():
+            _without_code(folder / "tokenizer_config.json")
         if not (problems := _config_problems(config)):
-            model = _open(path, config, own_code)
+            model = _open(folder, config, own_code)
             problems = _structure_problems(model)
             if weights and not problems:
-                problems = _weight_problems(path, weights, model)
+                problems = _weight_problems(folder, weights, model)
     except DraftModelError as error:
         problems = error.problems
-    problems += _tokenizer_problems(path, loads=model is not None)
+    problems += _tokenizer_problems(folder, loads=model is not None)
     if problems or model is None:
         return {"problems": problems}
     return {

@@ -1,4 +1,4 @@
-"""PyTorch's weight files become safetensors; runs in a limited child process (`sandbox`).
+"""PyTorch's weight files become safetensors; runs in a process with limits.
 
 A PyTorch file is a pickle, and a pickle is a program: it is read with `weights_only=True`, which knows tensors and
 containers and nothing else.
@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from draft_model.errors import DraftModelError
 
 
-def convert(paths: list[str], into: str) -> None:
+def convert(paths: list[Path], into: Path) -> None:
     """Writes the tensors of PyTorch files as safetensors into an existing folder, a file for each."""
-    for number, path in enumerate(map(Path, paths), 1):
+    for number, path in enumerate(paths, 1):
         name = "model" if len(paths) == 1 else f"model-{number:05}-of-{len(paths):05}"
-        save_file(_tensors(path), Path(into, f"{name}.safetensors"), metadata={"format": "pt"})
+        save_file(_tensors(path), into / f"{name}.safetensors", metadata={"format": "pt"})
 
 
 def _tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -20,7 +20,6 @@ from typing import Any
 from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.markdown import table
-from draft_model.model_import import sandbox
 from draft_model.model_import.sources import (
     CARD,
     INDEX,
@@ -34,12 +33,20 @@ from draft_model.model_import.sources import (
 from draft_model.parameters import Parameters
 from draft_model.storage.transfer import check_free_disk
 from draft_model.tracking import tracked
+from draft_model.workers import Limits, Workers
 
 logger = logging.getLogger(__name__)
 
 STAGE = "import"
 _FORMAT = 2  # of the canonical folder; part of the content key, so that a change of it imports anew
 _CONVERTED_PER_SECOND = 10**7  # bytes of a pickle in a second of CPU time, at the least
+LIMITS = Limits(memory=6 << 30, cpu=300, wall=1200)
+"""Tokenizers of 260,000 tokens and 100 layers of 256 experts need a tenth of them."""
+_STOPPED = (
+    "reading its files took more than {cpu} s of CPU time, {wall} s in all or {memory} GiB of memory and was stopped: "
+    "a file of it is damaged or made to do harm, or the machine is too small; check where the model comes from, or save "
+    "it again with save_pretrained"
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,9 @@ def run(config: ImportConfig) -> ImportResult:
     """
     config.work.mkdir(parents=True, exist_ok=True)
     source = resolve(config.parameters, config.work)
-    key = _content_key(source)
+    files = sorted((name, file.size, file.stamp) for name, file in source.files.items())
+    content = [_FORMAT, source.parameter, source.name, source.listing.revision, files]  # all that shapes the result
+    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     uri = storage.join(config.root, "models", key) if config.root else config.output
     if (before := _imported_before(uri, key)) is not None:
         logger.info("%s is at %s already, whole: nothing is copied", source.name, uri)
@@ -116,13 +125,6 @@ def run(config: ImportConfig) -> ImportResult:
     said = f"{result.architecture}, {result.parameter_count / 1e6:.1f} M parameters, {result.size / 1e6:.0f} MB"
     logger.info("imported %s: %s, to %s", source.name, said, uri)
     return result
-
-
-def _content_key(source: Source) -> str:
-    """Changes with all that shapes the result: the source's name, its revision, every file's size and stamp."""
-    files = sorted((name, file.size, file.stamp) for name, file in source.files.items())
-    content = [_FORMAT, source.parameter, source.name, source.listing.revision, files]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def _imported_before(uri: str, key: str) -> ImportResult | None:
@@ -152,7 +154,7 @@ def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dic
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
     weights = choose_weights(source)
-    if problems := weights.problems + sandbox.run("inspect", folder=str(folder), weights=[])["problems"]:
+    if problems := weights.problems + in_sandbox("inspect", folder, [])["problems"]:
         raise DraftModelError(problems)
     if weights.kind == "safetensors" and weights.index:
         shutil.copyfile(source.bring([weights.index])[weights.index], folder / INDEX)
@@ -160,11 +162,23 @@ def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dic
     if not remote:
         _bring_weights(source, weights, folder, work)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
-    facts = sandbox.run("inspect", folder=str(folder), weights=files)
+    facts = in_sandbox("inspect", folder, files)
     if problems := facts.pop("problems"):
         raise DraftModelError(problems)
     converted = "PyTorch weights, rewritten as safetensors" if weights.kind == "pickle" else ""
     return folder, remote, {**facts, "conversion": converted}
+
+
+def in_sandbox(task: str, *arguments: Any, limits: Limits | None = None) -> Any:
+    """Calls `check.inspect` or `convert.convert` in a process with limits."""
+    with Workers(limits=limits or LIMITS, stopped=_STOPPED) as worker:
+        return worker.call(_run_task, task, *arguments)
+
+
+def _run_task(task: str, *arguments: Any) -> Any:
+    from draft_model.model_import import check, convert  # load torch, which the process of the stage does not need
+
+    return {"inspect": check.inspect, "convert": convert.convert}[task](*arguments)
 
 
 def _headers(source: Source, weights: Weights, folder: Path, uri: str) -> list[str]:
@@ -192,9 +206,9 @@ def _bring_weights(source: Source, weights: Weights, folder: Path, work: Path) -
         into, sizes = work / "converted", [path.stat().st_size for path in paths.values()]
         shutil.rmtree(into, ignore_errors=True)
         into.mkdir()
-        seconds = sandbox.CPU_SECONDS + sum(sizes) // _CONVERTED_PER_SECOND
-        limits = {"memory": sandbox.MEMORY + 3 * max(sizes), "cpu": seconds, "wall": 4 * seconds}
-        sandbox.run("convert", paths=[str(path) for path in paths.values()], into=str(into), **limits)
+        seconds = LIMITS.cpu + sum(sizes) // _CONVERTED_PER_SECOND
+        limits = Limits(LIMITS.memory + 3 * max(sizes), seconds, 4 * seconds)
+        in_sandbox("convert", [*paths.values()], into, limits=limits)
         paths = {path.name: path for path in sorted(into.iterdir())}
     for name, path in paths.items():
         (folder / ("model.safetensors" if len(paths) == 1 else name)).symlink_to(path.resolve())

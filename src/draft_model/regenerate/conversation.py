@@ -20,8 +20,8 @@ from draft_model.dataset.encode import load_tokenizer
 from draft_model.dataset.reader import Message, Rejected, Row, parse
 from draft_model.dataset.render import Renderer
 from draft_model.dataset.templates import TEMPLATES, Template, as_json
-from draft_model.dataset.workers import Workers
 from draft_model.engine.generate import Answer, Request
+from draft_model.workers import Workers
 
 if TYPE_CHECKING:
     from draft_model.engine.generate import VllmGenerator

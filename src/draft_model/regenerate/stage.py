@@ -32,7 +32,6 @@ from draft_model.dataset.encode import end_tokens, load_tokenizer
 from draft_model.dataset.files import File, find, read_errors
 from draft_model.dataset.render import check_fit
 from draft_model.dataset.templates import TEMPLATES
-from draft_model.dataset.workers import Workers
 from draft_model.engine.generate import Sampling, Settings, VllmGenerator
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
@@ -41,6 +40,7 @@ from draft_model.regenerate.conversation import Chat, Outcome, WriterSettings, c
 from draft_model.regenerate.report import Tally, write_report
 from draft_model.storage.transfer import in_parallel
 from draft_model.tracking import tracked
+from draft_model.workers import Workers
 
 if TYPE_CHECKING:
     from draft_model.regenerate.conversation import Engine
