@@ -126,7 +126,7 @@ def test_extend_adds_and_replaces_and_if_killed_leaves_the_folder_whole(place, s
 def test_a_folder_grows_file_by_file_and_is_whole_at_the_end(place, source):
     publish(source, place)
     sources = {"config.json": "config.json", "shard": WEIGHTS}
-    records = [storage.put_file(source / path, join(place, name)) for name, path in sources.items()]
+    records = [storage.put_file(source / path, place, name) for name, path in sources.items()]
     manifest = storage.write_manifest(place, "dataset", records, {"rows": 1})
     assert storage.read_manifest(place) == manifest
     assert storage.is_whole(place, manifest)
@@ -255,7 +255,7 @@ def test_a_link_that_somebody_planted_leads_no_write_and_no_removal_out(source, 
     assert storage.read_bytes(f"{shared}/read") == b"kept"  # as in the cache of the Hub
     for attempt in (
         lambda: storage.fetch(str(shared), tmp_path / "into"),
-        lambda: storage.put_file(source / "empty", f"{shared}/link/precious"),
+        lambda: storage.put_file(source / "empty", str(shared), "link/precious"),
         lambda: storage.write_bytes(f"{shared}/link/precious", b""),
         lambda: storage.delete(f"{shared}/link/precious"),
         lambda: storage.remove_manifest(f"{shared}/link"),
@@ -269,7 +269,7 @@ def test_a_link_that_somebody_planted_leads_no_write_and_no_removal_out(source, 
         (shared / name).unlink(missing_ok=True)
         (shared / name).symlink_to(victim / "precious")
     storage.write_bytes(f"{shared}/file", b"new")
-    storage.put_file(source / "config.json", f"{shared}/config.json")
+    storage.put_file(source / "config.json", str(shared), "config.json")
     assert content(victim, ["precious", "manifest.json"]) == {"precious": b"kept", "manifest.json": b"kept"}
 
 

@@ -8,12 +8,10 @@ to the same one they are copied there.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 import shutil
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +42,8 @@ LIMITS = Limits(memory=6 << 30, cpu=300, wall=1200)
 """Tokenizers of 260,000 tokens and 100 layers of 256 experts need a tenth of them."""
 _STOPPED = (
     "reading its files took more than {cpu} s of CPU time, {wall} s in all or {memory} GiB of memory and was stopped: "
-    "a file of it is damaged or made to do harm, or the machine is too small; check where the model comes from, or save "
-    "it again with save_pretrained"
+    "a file of it is damaged or made to do harm, or the machine is too small; check where the model comes from, or "
+    "save it again with save_pretrained"
 )
 
 
@@ -101,8 +99,7 @@ def run(config: ImportConfig) -> ImportResult:
     config.work.mkdir(parents=True, exist_ok=True)
     source = resolve(config.parameters, config.work)
     files = sorted((name, file.size, file.stamp) for name, file in source.files.items())
-    content = [_FORMAT, source.parameter, source.name, source.listing.revision, files]  # all that shapes the result
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    key = storage.content_key(_FORMAT, source.parameter, source.name, source.listing.revision, files)[:32]
     uri = storage.join(config.root, "models", key) if config.root else config.output
     if (before := _imported_before(uri, key)) is not None:
         logger.info("%s is at %s already, whole: nothing is copied", source.name, uri)
@@ -129,9 +126,8 @@ def run(config: ImportConfig) -> ImportResult:
 
 def _imported_before(uri: str, key: str) -> ImportResult | None:
     try:
-        manifest = storage.read_manifest(uri, stage=STAGE) if storage.exists(uri) else None
-        same = manifest is not None and manifest.properties.get("digest") == key
-        return _result(uri, manifest, reused=True) if manifest and same and storage.is_whole(uri, manifest) else None
+        manifest = storage.find_whole(uri, STAGE, digest=key)
+        return _result(uri, manifest, reused=True) if manifest else None
     except (DraftModelError, TypeError):  # a damaged one, or an older version's, is replaced
         return None
 
@@ -223,14 +219,14 @@ def _upload(source: Source, folder: Path, uri: str, remote: list[str]) -> list[s
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name != CARD and name not in remote:
-            record = storage.put_file(path.resolve(), storage.join(uri, name))
+            record = storage.put_file(path.resolve(), uri, name)
             stated = source.files[name].sha256 if path.is_symlink() and name in source.files else ""
             if stated and record.sha256 != stated:
                 raise DraftModelError(
                     f"{source.parameter}: {name} of {source.name} arrived damaged: its SHA-256 is not the one that its "
                     "source states; remove the scratch folder and import again"
                 )
-            records.append(replace(record, path=name))
+            records.append(record)
     return records
 
 

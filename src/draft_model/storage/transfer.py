@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from draft_model.errors import DraftModelError
 
@@ -39,6 +39,14 @@ _SENTENCES = {
     errno.EIO: "the file system reports an input/output error; check the disk or the network volume",
     errno.ESTALE: "the network volume was mounted anew or removed meanwhile; run again",
 }
+
+
+class Stat(NamedTuple):
+    """What a folder says of one of its files."""
+
+    size: int  # bytes
+    stamp: str  # changes with the content: an ETag, or time and size on a disk
+    time: float  # of the last change, in seconds since 1970
 
 
 @contextmanager
