@@ -39,15 +39,8 @@ class CompareConfig:
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
     """Decodes the same prompts with each draft.
 
-    Args:
-        config: what to compare.
-
-    Returns:
-        A record per draft: draft, acceptance as in evaluation.json, by_category, speed, identical (to the target's own
-        tokens) and hardware.
-
-    Raises:
-        DraftModelError: when there are no prompts, or a draft is not of the target or of other maths.
+    Returns a record per draft: draft, acceptance as in evaluation.json, by_category, speed, identical (to the target's
+    own tokens) and hardware. Raises where there are no prompts, or a draft is not of the target or of other maths.
     """
     p = config.parameters
     if not config.dataset and not p.evaluation_prompts:

@@ -30,14 +30,14 @@ Finding = tuple[str, str]
 
 
 def write_report(path: Path, content: Json) -> None:
-    """Writes the page.
+    """Writes the page of report.json's content.
 
-    Args:
-        path: the HTML file.
-        content: of report.json: `training` (training.json), `dataset` (its report.json), `evaluation` (evaluation.json,
-            or None with the reason in `not_measured`) and `hashes` of what went in and came out.
+    That is `training` (training.json), `dataset` (its report.json), `evaluation` (evaluation.json, or None with the
+    reason in `not_measured`) and `hashes` of what went in and came out.
     """
     evaluation, training, dataset = content["evaluation"], content["training"], content["dataset"]
+    counts, proposals = dataset["splits"]["train"], training["parameters"].get("num_speculative_tokens") or 3
+    supervised = training["tokens"] * counts["supervised_tokens"] / counts["tokens"]
     speed_chart, charts = _charts(training, evaluation)
     page = render(
         "report.html.j2",
@@ -47,7 +47,7 @@ def write_report(path: Path, content: Json) -> None:
         findings=list(findings(training, evaluation, dataset)),
         charts=charts,
         speed_chart=speed_chart,
-        expected=_expected(training, dataset),
+        expected=expectation(supervised, proposals),
         simulated=next((e[-1] for e in (training["validation"], training["log"]) if e), None),
         conversation=_excerpt(dataset["samples"][0]),
         reply=_excerpt(evaluation["sample"]["reply"]) if evaluation else [],
@@ -55,11 +55,6 @@ def write_report(path: Path, content: Json) -> None:
         parameters=[(parameter, training["parameters"].get(parameter.name)) for parameter in PARAMETERS],
     )
     path.write_text(page, encoding="utf-8")
-
-
-def _expected(training: Json, dataset: Json) -> str:
-    counts, proposals = dataset["splits"]["train"], training["parameters"].get("num_speculative_tokens")
-    return expectation(training["tokens"] * counts["supervised_tokens"] / counts["tokens"], proposals or 3)
 
 
 def _excerpt(pairs: Sequence[Sequence[Any]]) -> list[tuple[str, bool]]:

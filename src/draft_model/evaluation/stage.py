@@ -47,12 +47,8 @@ class EvaluateResult:
 def run(config: EvaluateConfig) -> EvaluateResult:
     """Evaluates a trained draft.
 
-    Args:
-        config: what to evaluate.
-
-    Raises:
-        DraftModelError: when an input is missing, nothing could be measured, or a decoded token is not the target's
-            own. In the last two cases report and card are written all the same and say so.
+    Raises DraftModelError where an input is missing, nothing could be measured, or a decoded token is not the target's
+    own. In the last two cases report and card are written all the same and say so.
     """
     from draft_model.evaluation.measure import check_engine
 
