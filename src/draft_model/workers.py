@@ -41,8 +41,7 @@ class Limits(NamedTuple):
     wall: float = 1200  # seconds of one call, which may wait for something that never comes
 
 
-LIMITS = Limits()
-"""Of processes that render and tokenise conversations."""
+LIMITS = Limits()  # of processes that render and tokenise conversations
 STOPPED = (
     "one of {processes} processes was stopped. Either memory is short: lower build_dataset_num_proc or give the step "
     "more memory. Or the model's chat template or tokenizer does not end: it took more than {cpu} s of CPU time, "

@@ -36,8 +36,7 @@ from draft_model.workers import Workers
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4
-"""Raised whenever this package would make something else of the same inputs."""
+FORMAT = 4  # raised whenever this package would make something else of the same inputs
 PIECE_BYTES = BYTES_PER_PROCESS = 8 << 20
 REPORT, REPORT_PAGE, REJECTED = "report.json", "report.html", "rejected.jsonl"
 _PIECES = "pieces"

@@ -15,8 +15,7 @@ from typing import Any
 from draft_model.dataset.files import find, read_errors
 from draft_model.errors import DraftModelError
 
-Line = tuple[int, bytes]
-"""Number from 1, and content."""
+Line = tuple[int, bytes]  # number from 1, and content
 Message = dict[str, Any]
 
 _ROLES = {

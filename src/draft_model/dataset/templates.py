@@ -68,7 +68,7 @@ def as_json(value: Any) -> str:
 
 
 def _jinja(name: str) -> str:
-    """A template from its file, where lines are for reading and `\\n` is a line break."""
+    r"""A template from its file, in which only `\n` is a line break."""
     file = Path(__file__).parent / "chat" / f"{name}.jinja"
     return "".join(file.read_text(encoding="utf-8").splitlines()).replace(r"\n", "\n")
 

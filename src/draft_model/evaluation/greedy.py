@@ -27,8 +27,7 @@ from draft_model.engine import Counts, Job, Measured
 from draft_model.regenerate.batched import generate
 from draft_model.target.model import Target
 
-BATCH = 16
-"""Prompts decoded at once; a CPU does 16 rows in about the time of one."""
+BATCH = 16  # prompts decoded at once; a CPU does 16 rows in about the time of one
 
 
 @dataclass

@@ -31,14 +31,11 @@ from draft_model.workers import Workers
 
 logger = logging.getLogger(__name__)
 
-ROUNDS = 3
-"""Timed runs at each batch size, of which the median counts."""
-CPU_BATCH_SIZE = 4
-"""A CPU is timed with at most so many requests at once."""
+ROUNDS = 3  # timed runs at each batch size, of which the median counts
+CPU_BATCH_SIZE = 4  # A CPU is timed with at most so many requests at once
 
 Row = dict[str, Any]
-Times = dict[int, list[float]]
-"""Tokens per second of each run, by batch size."""
+Times = dict[int, list[float]]  # tokens per second of each run, by batch size
 
 
 @dataclass(frozen=True)

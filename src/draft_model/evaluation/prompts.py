@@ -27,8 +27,7 @@ logger = logging.getLogger(__name__)
 
 _ALLOWED = '{"prompt": "..."}, or a conversation as in the training data, and perhaps `category`'
 VALIDATION = "the validation split"
-_REFUSALS = (401, 403, 404)
-"""What the Hub answers where it has no such data set, or not for this token."""
+_REFUSALS = (401, 403, 404)  # what the Hub answers where it has no such data set, or not for this token
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ _SHOWN_CHARACTERS = 8_000
 _POINTS = 200
 
 Json = Mapping[str, Any]
-Finding = tuple[str, str]
-"""What should be checked, and what to do about it."""
+Finding = tuple[str, str]  # what should be checked, and what to do about it
 
 
 def write_report(path: Path, content: Json) -> None:

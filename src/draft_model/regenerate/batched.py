@@ -24,8 +24,7 @@ from draft_model.target.model import load_model
 class BatchedGenerator:
     """Answers prompts with transformers, in this process; too little memory is a DraftModelError."""
 
-    in_flight = 16
-    """Prompts at once; a CPU does 16 rows in about the time of one."""
+    in_flight = 16  # prompts at once; a CPU does 16 rows in about the time of one
     continuous = False
 
     def __init__(self, settings: Settings) -> None:

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
     Engine = VllmGenerator | BatchedGenerator
 Key = TypeVar("Key")
-Chat = Generator[tuple[list[int], int], Answer, "Outcome"]
-"""Yields a prompt and how many tokens its answer may have."""
+Chat = Generator[tuple[list[int], int], Answer, "Outcome"]  # yields a prompt and how many tokens its answer may have
 
 TOO_LONG = "prompt too long"
 OTHER_CALLS = "tool results do not fit the answer"

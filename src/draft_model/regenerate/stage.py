@@ -46,8 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Raised whenever this package would make something else of the same inputs."""
+FORMAT = 1  # raised whenever this package would make something else of the same inputs
 SHARD_LINES = 256
 REJECTED, REPORT, REPORT_PAGE = "rejected.jsonl", "report.json", "report.html"
 _PIECES = "pieces"

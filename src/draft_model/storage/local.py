@@ -20,8 +20,7 @@ from draft_model.errors import DraftModelError
 from draft_model.storage.manifest import MANIFEST, PARTIAL, FileRecord, problem
 from draft_model.storage.transfer import Stat, local_errors, progress
 
-LOCK_SECONDS = 30.0
-"""A lock file that did not change for so long was left by a process that was killed."""
+LOCK_SECONDS = 30.0  # A lock file that did not change for so long was left by a process that was killed
 
 
 @contextmanager

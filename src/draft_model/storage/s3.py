@@ -38,10 +38,8 @@ Result = TypeVar("Result")
 
 KFP_STORE = "http://minio-service.kubeflow:9000"
 """The object store of Kubeflow Pipelines, which `minio://` means where no endpoint is set."""
-FIRST_ANSWER = 20.0
-"""Seconds to wait for a store that has not answered yet: its address may be wrong."""
-_PAUSES = (0.5, 30.0)
-"""Seconds between two tries: the first, and the longest, doubling."""
+FIRST_ANSWER = 20.0  # seconds to wait for a store that has not answered yet: its address may be wrong
+_PAUSES = (0.5, 30.0)  # seconds between two tries: the first, and the longest, doubling
 _REQUESTS_PER_FILE = 8
 _TRANSFER = TransferConfig(
     multipart_threshold=8 * 2**20,  # bytes; a larger file goes in parts

@@ -19,8 +19,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 FILES_AT_ONCE = 8
-SHOW_PROGRESS_FROM = 100 * 10**6
-"""Bytes; a smaller transfer is over before its bar is read."""
+SHOW_PROGRESS_FROM = 100 * 10**6  # bytes; a smaller transfer is over before its bar is read
 PATIENCE = ContextVar("PATIENCE", default=600.0)
 """Seconds that a store which has answered before may be away until a request of a stage fails."""
 
