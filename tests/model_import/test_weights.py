@@ -9,7 +9,7 @@ import torch
 
 from draft_model.errors import DraftModelError
 from draft_model.model_import import is_weight
-from draft_model.model_import.convert import convert
+from draft_model.model_import.check import convert
 from draft_model.model_import.stage import in_sandbox
 
 from .case import CANONICAL, names, properties, same_weights

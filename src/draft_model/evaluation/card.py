@@ -105,6 +105,7 @@ def render(template: str, **content: Any) -> str:
         "percent": partial(_number, digits=1, kind="%"),
         "compact": lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
         "md": plain,
+        "line": lambda text: " ".join(str(text).split()),
         "uri": lambda uri: plain(without_credentials(uri)),
     }
     return environment.get_template(template).render(**content)

@@ -93,8 +93,7 @@ def is_weight(name: str) -> bool:
 def run(config: ImportConfig) -> ImportResult:
     """Imports the target model; where the same content is there already, whole, copies nothing.
 
-    Raises:
-        DraftModelError: when the source cannot be read or the model cannot be used; nothing is published then.
+    Raises DraftModelError where the source cannot be read or the model cannot be used; nothing is published then.
     """
     config.work.mkdir(parents=True, exist_ok=True)
     source = resolve(config.parameters, config.work)
@@ -105,7 +104,7 @@ def run(config: ImportConfig) -> ImportResult:
         logger.info("%s is at %s already, whole: nothing is copied", source.name, uri)
         return before
     try:
-        folder, remote, facts = _prepare(source, config.work, uri)
+        folder, remote, facts = prepare(source, config.work, uri)
     except DraftModelError as error:
         start = f"target model {source.name}: "
         raise DraftModelError([p if p.startswith(source.parameter) else start + p for p in error.problems]) from error
@@ -137,10 +136,11 @@ def _result(uri: str, manifest: storage.Manifest, *, reused: bool) -> ImportResu
     return ImportResult(**{n: manifest.properties[n] for n in known}, uri=uri, size=manifest.size, reused=reused)
 
 
-def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dict[str, Any]]:
+def prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dict[str, Any]]:
     """Checks the model and makes its canonical folder in the scratch folder, where weights are links.
 
-    Returns the folder, the weight files that their object store is still to copy, and what is known of the model.
+    Returns the folder, the weight files that their object store is still to copy to `uri`, and what is known of the
+    model.
     """
     names = [*description(source.paths), *([CARD] if CARD in source.files else [])]
     check_small(names, source.files)
@@ -166,20 +166,20 @@ def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dic
 
 
 def in_sandbox(task: str, *arguments: Any, limits: Limits | None = None) -> Any:
-    """Calls `check.inspect` or `convert.convert` in a process with limits."""
+    """Calls `inspect` or `convert` of `check` in a process with limits."""
     with Workers(limits=limits or LIMITS, stopped=_STOPPED) as worker:
         return worker.call(_run_task, task, *arguments)
 
 
 def _run_task(task: str, *arguments: Any) -> Any:
-    from draft_model.model_import import check, convert  # load torch, which the process of the stage does not need
+    from draft_model.model_import import check  # loads torch, which the process of the stage does not need
 
-    return {"inspect": check.inspect, "convert": convert.convert}[task](*arguments)
+    return getattr(check, task)(*arguments)
 
 
 def _headers(source: Source, weights: Weights, folder: Path, uri: str) -> list[str]:
     """Brings only the weights' headers, with holes for the tensors, where an object store can copy the files itself."""
-    between = source.listing.uri and storage.is_remote(source.listing.uri) and storage.is_remote(uri)
+    between = all(place and storage.is_remote(place) for place in (source.listing.uri, uri))
     final = weights.kind == "safetensors" and (weights.index or weights.names == ["model.safetensors"])
     if not (between and final):
         return []

@@ -112,11 +112,7 @@ class _Shard:
 
 @tracked("regenerate", "conversations")
 def run(config: RegenerateConfig) -> RegenerateResult:
-    """Regenerates the conversations, or finds them regenerated; shards that are whole already are used.
-
-    Raises:
-        DraftModelError: an input is missing, unreadable or too faulty, the engine fails, or another pod does.
-    """
+    """Regenerates the conversations, or finds them regenerated; shards that are whole already are used."""
     config.work.mkdir(parents=True, exist_ok=True)
     inputs = _read_inputs(config)
     if found := _find_made(inputs):
@@ -187,11 +183,9 @@ def _read_inputs(config: RegenerateConfig) -> _Inputs:
 
 
 def read_sampling(model: Path, temperature: float) -> Sampling:
-    """How the target is sampled: as engines do, by its generation_config, but for a temperature that is given.
+    """How the target is sampled: as engines do, by its generation_config, but for regenerate_temperature.
 
-    Args:
-        model: folder of the target.
-        temperature: parameter regenerate_temperature; -1: the target's own, 0: greedy.
+    -1 means the target's own, 0 greedy.
     """
     if temperature == 0:
         return Sampling(temperature=0)

@@ -341,11 +341,12 @@ def read_bytes(uri: str) -> bytes:
 
 
 def read_range(uri: str, offset: int, length: int, version: str = "") -> bytes:
-    """Bytes [offset, offset + length) of a file, fewer at its end.
+    """Bytes [offset, offset + length) of an object, fewer at its end.
 
-    An object that has another version by now than `version`, a stamp of `list_files`, is refused.
+    One that has another version by now than `version`, a stamp of `list_files`, is refused.
     """
     folder, name = _file(uri)
+    assert not isinstance(folder, LocalFolder)  # those of a disk are read as files
     return folder.read_range(name, offset, length, version)
 
 

@@ -83,15 +83,6 @@ class LocalFolder:
                 return None
         return data, hashlib.sha256(data).hexdigest()
 
-    def read_range(self, name: str, offset: int, length: int, version: str = "") -> bytes:
-        """Bytes [offset, offset + length) of a file, fewer at its end; of a disk's file the version is not compared."""
-        try:
-            with local_errors(self.uri), (self.path / name).open("rb") as stream:
-                stream.seek(offset)
-                return stream.read(length)
-        except FileNotFoundError:
-            raise DraftModelError(f"{self.path / name}: there is no such file; check the URI") from None
-
     def has(self, record: FileRecord) -> bool:
         """Whether a file, and no link, is there with the content of its record."""
         path = self.inside(record.path, write=True)
