@@ -301,10 +301,13 @@ def list_files(uri: str) -> dict[str, tuple[int, str]]:
 
 def _one_file(uri: str) -> dict[str, Stat]:
     address = parse(uri)
-    if not (address.name if isinstance(address, Path) else address.key):
+    if isinstance(address, Path):
+        name, stat = address.name, LocalFolder(address.parent, uri).stat(address.name)
+    elif address.key:
+        folder, name = _file(uri)
+        stat = folder.stat(name)
+    else:
         return {}
-    folder, name = _file(uri)
-    stat = folder.stat(name)
     return {name: stat} if stat else {}
 
 
