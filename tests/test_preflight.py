@@ -15,8 +15,8 @@ import tiny
 from evaluation.dataset_hub import DatasetHub
 from model_import.hub_server import TOKEN, Hub
 
-from draft_model import preflight, storage
-from draft_model.dataset import files, workers
+from draft_model import preflight, storage, workers
+from draft_model.dataset import files
 from draft_model.errors import DraftModelError
 from draft_model.jobs.cluster import Cluster
 from draft_model.kubeflow import HEALTH
@@ -355,7 +355,7 @@ def test_a_busy_hub_is_left_to_the_import(hub, run, status, monkeypatch):
 
 
 def test_a_tokenizer_that_takes_all_memory_does_so_in_a_limited_process(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "MEMORY", 2 << 30)
+    monkeypatch.setattr(workers, "LIMITS", workers.Limits(memory=2 << 30))
     model = tiny.write_target(tmp_path / "model")
     put(str(tmp_path), "prompts.jsonl", content=PROMPT)
     given = {"huggingface_id": "", "pytorch_model_path": str(model), "training_backend": "local"}

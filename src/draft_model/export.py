@@ -28,7 +28,7 @@ _LEFT_OUT = (
 
 
 def export(draft: str, form: Format, output: str, work: Path, target: str = "", target_type: str = "") -> str:
-    """Writes a draft for one engine.
+    """Writes a draft for one engine; returns the URI of its folder.
 
     Args:
         draft: URI of a trained draft (`.../final`), or of one of another trainer.
@@ -38,12 +38,6 @@ def export(draft: str, form: Format, output: str, work: Path, target: str = "", 
         target: what the engine is to load as the target, a Hub id or a path; only for `speculators`. Not given: what
             training.json names.
         target_type: `model_type` of the target; used where the draft does not name it.
-
-    Returns:
-        URI of the folder.
-
-    Raises:
-        DraftModelError: when the draft cannot be read, or its target is not known.
     """
     from safetensors.torch import save_file
 

@@ -198,7 +198,7 @@ def _inspect_draft(config: dict[str, Any], parameters: Parameters, report: Repor
 def _inspect_prompts(parameters: Parameters, files: Mapping[str, Path], work: Path, report: Report) -> None:
     """Writes the prompts of files by the target's own chat template, which may refuse them."""
     from draft_model.dataset.encode import load_tokenizer
-    from draft_model.dataset.workers import Workers
+    from draft_model.workers import Workers
 
     folder = work / "tokenizer"
     for name, path in files.items():

@@ -36,7 +36,7 @@ def values(tmp_path_factory, object_store):
     tiny.write_jsonl(data / "validation.jsonl", tiny.conversations(6, seed=1))
     (data / "draft.json").write_text('{"draft_vocab_size": 200}')
     for file in (path for path in data.rglob("*") if path.is_file()):
-        storage.put_file(file, storage.join(inputs, *file.relative_to(data).parts))
+        storage.put_file(file, inputs, file.relative_to(data).as_posix())
     return {
         "pytorch_model_path": f"{inputs}/target",
         "dataset_train_split": f"{inputs}/train.jsonl",

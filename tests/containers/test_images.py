@@ -132,7 +132,7 @@ def test_the_command_line_starts(docker, kind):
             "dataset",
             "kfp_pipeline.recurring, draft_model.jobs.backends, draft_model.preflight, draft_model.dataset.files",
         ),
-        ("importer", "draft_model.model_import.check, draft_model.model_import.convert, mlflow.tracking"),
+        ("importer", "draft_model.model_import.check, mlflow.tracking"),
         ("trainer", "draft_model.training.job, draft_model.evaluation.evaluate, datasets, matplotlib.figure"),
     ],
 )

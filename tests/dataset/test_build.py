@@ -16,8 +16,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from draft_model import drafts, storage
-from draft_model.dataset import DatasetConfig, Split, load_vocabulary, run, workers
+from draft_model import drafts, storage, workers
+from draft_model.dataset import DatasetConfig, Split, load_vocabulary, run
 from draft_model.dataset import build as stage
 from draft_model.dataset.encode import load_tokenizer
 from draft_model.errors import DraftModelError
@@ -406,7 +406,7 @@ LONG = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 def test_a_chat_template_that_never_ends_or_takes_all_memory_is_stopped_with_a_sentence(
     tmp_path, models, monkeypatch, hostile
 ):
-    monkeypatch.setattr(workers, "SECONDS", 1)
+    monkeypatch.setattr(workers, "LIMITS", workers.Limits(cpu=1))
     model = tmp_path / "model"
     shutil.copytree(models["qwen2"], model)
     with (model / "chat_template.jinja").open("a") as template:
@@ -497,7 +497,7 @@ class Page(HTMLParser):
 
 
 def test_a_line_of_100_megabytes_is_cut_without_tokenising_it_all(tmp_path, build, models, monkeypatch):
-    monkeypatch.setattr(workers, "SECONDS", 10)  # of CPU time; to tokenise all of it takes a minute
+    monkeypatch.setattr(workers, "LIMITS", workers.Limits(cpu=10))  # of CPU time; to tokenise all of it takes a minute
     answer = "the quick brown fox " * 5_000_000  # 100 MB
     data = write(tmp_path / "train.jsonl", [row("?", answer), row("a", "b")])
     result = build(dataset_train_split=data, max_length=64)

@@ -169,7 +169,7 @@ def test_damaged_files_are_told_by_name(tmp_path, models, data):
 
 def test_kill_9_leaves_no_process_behind():
     program = (
-        "import os; from draft_model.dataset.workers import Workers\n"
+        "import os; from draft_model.workers import Workers\n"
         "if __name__ == '__main__': list(Workers(2).map(os.system, [(0, ('echo busy; exec sleep 1000',))]))"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as it:

@@ -7,32 +7,31 @@ from pathlib import Path
 
 import pytest
 
-from draft_model.dataset import workers
-from draft_model.dataset.workers import Workers
+from draft_model import workers
 from draft_model.errors import DraftModelError
 from draft_model.regenerate.conversation import WriterSettings, converse_in
+from draft_model.workers import Workers
 
 SENTENCE = (
     r"chat template or tokenizer does not end: it took more than {} s of CPU time, {} s in all or 8 GiB of memory"
 )
 
 
-def test_a_call_that_waits_for_what_never_comes_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "WALL_SECONDS", 0.5)
+def test_a_call_that_waits_for_what_never_comes_is_stopped(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with Workers() as worker, pytest.raises(DraftModelError, match=SENTENCE.format(600, 0.5)):
+    limits = workers.Limits(wall=0.5)
+    with Workers(limits=limits) as worker, pytest.raises(DraftModelError, match=SENTENCE.format(600, 0.5)):
         worker.call(Path.read_bytes, tmp_path / "pipe")
 
 
-def test_a_template_that_never_ends_stops_the_regeneration(models, tmp_path, monkeypatch):
-    monkeypatch.setattr(workers, "SECONDS", 1)
+def test_a_template_that_never_ends_stops_the_regeneration(models, tmp_path):
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     model = shutil.copytree(models["qwen2"], tmp_path / "model")
     with (model / "chat_template.jinja").open("a") as template:
         template.write(f"{{% if messages[0].content == 'evil' %}}{loops}{{% endif %}}")
     settings = WriterSettings(model, "qwen", 100, 10)
     line = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "yes"}]}'
-    with Workers() as worker:
+    with Workers(limits=workers.Limits(cpu=1)) as worker:
         assert next(converse_in(worker, settings, (line % "good").encode(), "", "1"))[1] == 10
         with pytest.raises(DraftModelError, match=SENTENCE.format(1, 1200)):
             next(converse_in(worker, settings, (line % "evil").encode(), "", "2"))

@@ -48,7 +48,7 @@ def start(server, tmp_path_factory):
     (data / "draft.json").write_text('{"draft_vocab_size": 200}')
     (data / "nodes.json").write_text(json.dumps({"computes": {"any": {"cpus": 0.5, "memory_gib": 3}}}))
     for file in (path for path in data.rglob("*") if path.is_file()):
-        storage.put_file(file, storage.join(root, "inputs", file.relative_to(data).as_posix()))
+        storage.put_file(file, storage.join(root, "inputs"), file.relative_to(data).as_posix())
     values = {
         "pytorch_model_path": storage.join(root, "inputs/target"),
         "dataset_train_split": storage.join(root, "inputs/train.jsonl"),

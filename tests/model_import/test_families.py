@@ -71,7 +71,7 @@ def save(folder, name, **changes):
 
 def facts(folder):
     """What the check finds in this process; the other tests have it in its limited one."""
-    return inspect(str(folder), [path.name for path in folder.glob("*.safetensors")])
+    return inspect(folder, [path.name for path in folder.glob("*.safetensors")])
 
 
 def problem(folder):
@@ -300,4 +300,4 @@ def test_the_model_is_opened_without_memory_for_its_weights(model):
         vocab_size=128_256, hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80,
         num_attention_heads=64, num_key_value_heads=8, head_dim=128,
     ).save_pretrained(model)  # fmt: skip
-    assert inspect(str(model), [])["parameter_count"] == 70_553_706_496
+    assert inspect(model, [])["parameter_count"] == 70_553_706_496

@@ -8,8 +8,9 @@ import tiny
 import torch
 
 from draft_model.errors import DraftModelError
-from draft_model.model_import import is_weight, sandbox
-from draft_model.model_import.convert import convert
+from draft_model.model_import import is_weight
+from draft_model.model_import.check import convert
+from draft_model.model_import.stage import in_sandbox
 
 from .case import CANONICAL, names, properties, same_weights
 
@@ -79,7 +80,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused_and_nothing_of_it_runs(model
     else:
         torch.save({**state(model), "bomb": bomb}, path, _use_new_zipfile_serialization=form != "old")
     with pytest.raises(DraftModelError, match="holds more than tensors, which is never run here"):
-        sandbox.run("convert", paths=[str(path)], into=str(tmp_path))
+        in_sandbox("convert", [path], tmp_path)
     assert not made.exists()
     torch.load(path, weights_only=False)["bomb"].close() if form != "plain pickle" else pickle.loads(path.read_bytes())
     assert made.exists()  # it would have
@@ -94,7 +95,7 @@ def test_a_whole_module_and_other_objects_are_refused(model, only):
         if content:
             (model / "pytorch_model.bin").write_bytes(content)
         with pytest.raises(DraftModelError, match=said):
-            convert([str(model / "pytorch_model.bin")], str(model))
+            convert([model / "pytorch_model.bin"], model)
 
 
 def test_several_files_without_an_index_get_one(model, target, bring):

@@ -7,9 +7,8 @@ from dataset.conftest import KINDS, models  # noqa: F401
 
 from draft_model.dataset.encode import load_tokenizer
 from draft_model.dataset.reader import parse
-from draft_model.dataset.templates import TEMPLATES
 from draft_model.engine.generate import Answer
-from draft_model.regenerate.conversation import Outcome, Writer, drive
+from draft_model.regenerate.conversation import Outcome, Writer, WriterSettings, drive
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 CALL = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}]
@@ -37,9 +36,8 @@ def converse(models):  # noqa: F811
         if kind not in writers:
             writers[kind] = load_tokenizer(models[kind])
         tokenizer = writers[kind]
-        chat = Writer(tokenizer, TEMPLATES[KINDS[kind][0]], context, 50).converse(
-            json.dumps(row).encode(), "", "line-7"
-        )
+        settings = WriterSettings(models[kind], KINDS[kind][0], context, 50)
+        chat = Writer(settings).converse(json.dumps(row).encode(), "", "line-7")
         prompts, given = [], iter(answers)
         try:
             prompt, _ = next(chat)

@@ -102,7 +102,7 @@ def test_a_failed_upload_leaves_no_parts_behind(object_store, prefix, relay, sou
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     relay.cuts["PUT", "large"] = 100
     with pytest.raises(DraftModelError, match="cannot be reached"):
-        storage.put_file(source / "large", join(prefix, "large"))
+        storage.put_file(source / "large", prefix, "large")
     left = s3.store().client.list_multipart_uploads(Bucket=object_store.bucket).get("Uploads", [])
     assert not [upload for upload in left if upload["Key"] in prefix]
 

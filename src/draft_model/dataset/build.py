@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,20 +24,19 @@ from typing import Any
 from draft_model import drafts, storage
 from draft_model.dataset import vocabulary
 from draft_model.dataset.encode import Encoder, EncoderSettings
-from draft_model.dataset.files import File, find, read_errors, read_line
+from draft_model.dataset.files import File, identify, read_errors, read_line
 from draft_model.dataset.render import check_fit
 from draft_model.dataset.report import SplitSummary, Tally, colour, count, write_report
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.dataset.tokens import INDEX, Shard, write_index, write_shard
-from draft_model.dataset.workers import Workers
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.tracking import tracked
+from draft_model.workers import Workers
 
 log = logging.getLogger(__name__)
 
-FORMAT = 4
-"""Raised whenever this package would make something else of the same inputs."""
+FORMAT = 4  # raised whenever this package would make something else of the same inputs
 PIECE_BYTES = BYTES_PER_PROCESS = 8 << 20
 REPORT, REPORT_PAGE, REJECTED = "report.json", "report.html", "rejected.jsonl"
 _PIECES = "pieces"
@@ -93,7 +91,8 @@ class _Source:
         with read_errors(self.file.uri, f"dataset_{self.split}_split"), self.file.open() as stream:
             while piece := stream.read(PIECE_BYTES):
                 piece += read_line(stream, self.file.uri)
-                yield f"part-{self.index:05d}-{number:05d}-{_hash(self.key, PIECE_BYTES, number)[:12]}", before, piece
+                key = storage.content_key(self.key, PIECE_BYTES, number)[:12]
+                yield f"part-{self.index:05d}-{number:05d}-{key}", before, piece
                 before += piece.count(b"\n")
                 number += 1
 
@@ -110,16 +109,15 @@ class _Inputs:
 def run(config: DatasetConfig) -> DatasetResult:
     """Builds and publishes the data set, or finds it built; shards that are whole already are used.
 
-    Raises:
-        DraftModelError: an input is missing, unreadable or too faulty; with the problems of both splits.
+    Raises DraftModelError with the problems of both splits where an input is missing, unreadable or too faulty.
     """
     try:
         config.work.mkdir(parents=True, exist_ok=True)
         inputs = _read_inputs(config)
         output = storage.join(config.root, "datasets", inputs.fingerprint[:24]) if config.root else config.output
-        if found := _find_built(output, inputs.fingerprint):
+        if found := storage.find_whole(output, "dataset", fingerprint=inputs.fingerprint):
             log.info("%s is already built from the same inputs; nothing to do", output)
-            return _result(output, found, reused=True)
+            return _result(output, found.properties, reused=True)
         with TemporaryDirectory(dir=config.work, prefix="dataset-") as scratch:
             properties, reused = _build(config, inputs, output, Path(scratch))
     except OSError as error:
@@ -134,18 +132,6 @@ def _result(uri: str, properties: Mapping[str, Any], *, reused: bool) -> Dataset
     splits = {split: SplitSummary(**counts) for split, counts in properties["splits"].items()}
     sizes = {name: properties[name] for name in ("fingerprint", "vocab_size", "draft_vocab_size")}
     return DatasetResult(uri, reused, **sizes, train=splits["train"], validation=splits.get("validation"))
-
-
-def _find_built(output: str, fingerprint: str) -> Mapping[str, Any] | None:
-    if storage.read_file(storage.join(output, storage.MANIFEST)) is None:
-        return None
-    manifest = storage.read_manifest(output, stage="dataset")
-    if manifest.properties.get("fingerprint") != fingerprint:
-        return None
-    if storage.is_whole(output, manifest):
-        return manifest.properties
-    storage.remove_manifest(output)
-    return None
 
 
 def _read_inputs(config: DatasetConfig) -> _Inputs:
@@ -164,7 +150,7 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
     tokenizer, vocab_size, hashes, target = model or (Path(), 0, {}, {})
     size = model and attempt("draft_model_config", _draft_vocab_size, parameters, target, config.work)
     splits = {split: getattr(parameters, f"dataset_{split}_split") for split in _SPLITS}
-    found = {split: attempt(f"dataset_{split}_split", _files, uri) or [] for split, uri in splits.items() if uri}
+    found = {split: attempt(f"dataset_{split}_split", identify, uri) or [] for split, uri in splits.items() if uri}
     if not splits["train"]:
         problems.append("dataset_train_split: not given; give the path or URI of a JSONL file of conversations")
     if problems:
@@ -178,18 +164,13 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
         "max_length": parameters.max_length,
     }
     sources = [
-        _Source(split, index, file, _hash(settings, split, identity))
+        _Source(split, index, file, storage.content_key(settings, split, identity))
         for split, files in found.items()
         for index, (file, identity) in enumerate(files)
     ]
-    fingerprint = _hash([(s.file.name, s.key) for s in sources], size, parameters.max_rejected_fraction)
+    fingerprint = storage.content_key([(s.file.name, s.key) for s in sources], size, parameters.max_rejected_fraction)
     encoder = EncoderSettings(tokenizer, parameters.chat_template, parameters.max_length, vocab_size)
     return _Inputs(encoder, sources, size, fingerprint)
-
-
-def _files(given: str) -> list[tuple[File, str]]:
-    with read_errors(given):
-        return [(file, file.identity()) for file in find(given)]
 
 
 def _fetch_model(uri: str, into: Path) -> tuple[Path, int, dict[str, str], dict[str, Any]]:
@@ -251,9 +232,9 @@ def _build(config: DatasetConfig, inputs: _Inputs, output: str, folder: Path) ->
         write_index(index[split], folder / split / INDEX)
     properties = _describe(given, inputs, tallies, samples, folder)
     names = (REJECTED, REPORT, REPORT_PAGE, vocabulary.FILE, *(f"{split}/{INDEX}" for split in files))
-    records += [_put(folder / name, output, name) for name in names]
-    if found := _find_built(output, inputs.fingerprint):  # its manifest would be gone for a moment
-        return found, True
+    records += [storage.put_file(folder / name, output, name) for name in names]
+    if found := storage.find_whole(output, "dataset", fingerprint=inputs.fingerprint):
+        return found.properties, True  # its manifest would be gone for a moment
     manifest = storage.write_manifest(output, "dataset", records, properties)
     storage.remove(storage.join(output, _PIECES))
     if not storage.is_whole(output, manifest):
@@ -296,8 +277,10 @@ def _encode(
                 yield source, before, json.loads(found or b"")
                 continue
             shard = folder / f"{name}.parquet"
-            counts["shard"] = asdict(_put(shard, output, f"{source.split}/{name}.parquet")) if shard.exists() else None
-            shard.unlink(missing_ok=True)
+            counts["shard"] = None
+            if shard.exists():  # there is none where all lines are rejected
+                counts["shard"] = asdict(storage.put_file(shard, output, f"{source.split}/{shard.name}"))
+                shard.unlink()
             storage.write_bytes(state, json.dumps(counts, sort_keys=True, separators=(",", ":")).encode())
             bar.update(sum(counts["lengths"][1]) + len(counts["rejected"]))
             yield source, before, counts
@@ -307,8 +290,7 @@ _encoder = functools.lru_cache(maxsize=1)(Encoder)  # one a process
 
 
 def _check_fit(settings: EncoderSettings) -> None:
-    encoder = _encoder(settings)
-    check_fit(encoder.tokenizer, encoder.template)
+    check_fit(_encoder(settings).tokenizer, TEMPLATES[settings.chat_template])
 
 
 def _encode_piece(settings: EncoderSettings, path: Path) -> dict[str, Any]:
@@ -323,10 +305,6 @@ def _encode_piece(settings: EncoderSettings, path: Path) -> dict[str, Any]:
 
 def _colour(settings: EncoderSettings, samples: list[Any]) -> list[list[tuple[str, bool]]]:
     return [colour(_encoder(settings).tokenizer, ids, mask) for ids, mask in samples]
-
-
-def _put(path: Path, output: str, name: str) -> storage.FileRecord:
-    return replace(storage.put_file(path, storage.join(output, name)), path=name)
 
 
 def _check_rejected(parameters: Parameters, tallies: Mapping[str, Tally]) -> None:
@@ -370,7 +348,3 @@ def _describe(
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
     return properties
-
-
-def _hash(*content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

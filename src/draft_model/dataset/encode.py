@@ -23,12 +23,9 @@ from draft_model.dataset.render import Rendered, Renderer
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.errors import DraftModelError
 
-_BATCH = 256
-"""Lines that are tokenised together."""
-_CHARACTERS_PER_TOKEN = 8
-"""Of a conversation that is longer than max_length at this rate, the rest is not tokenised."""
-_MARGIN = 16
-"""Tokens before the end of a shortened text that may differ from those of the whole."""
+_BATCH = 256  # lines that are tokenised together
+_CHARACTERS_PER_TOKEN = 8  # of a conversation that is longer than max_length at this rate, the rest is not tokenised
+_MARGIN = 16  # tokens before the end of a shortened text that may differ from those of the whole
 _BEFORE_SPACE = re.compile(r"(?<=\S) ")
 
 

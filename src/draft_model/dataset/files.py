@@ -144,6 +144,12 @@ def find(given: str) -> list[File]:
     return sorted(found, key=lambda file: file.name)
 
 
+def identify(given: str) -> list[tuple[File, str]]:
+    """The files of a split with their identities."""
+    with read_errors(given):
+        return [(file, file.identity()) for file in find(given)]
+
+
 def _above(pattern: str) -> str | None:
     """The folder above the first part of a path that is a pattern; None where none is."""
     mark = re.search(r"[*?\[]", pattern)

@@ -16,8 +16,7 @@ from typing import Any
 from draft_model.dataset.files import find, read_errors, read_line
 from draft_model.errors import DraftModelError
 
-Line = tuple[int, bytes]
-"""Number from 1, and content."""
+Line = tuple[int, bytes]  # number from 1, and content
 Message = dict[str, Any]
 
 _ROLES = {
@@ -33,9 +32,8 @@ _READ_COLUMNS = {*_MESSAGES, "text", "prompt", "tools", "system", "finish"}
 class Rejected(Exception):
     """A line that cannot be used.
 
-    Args:
-        reason: the kind of fault, in the same words for each such line; the report counts by it.
-        detail: where in the line, and what was found.
+    `reason` is the kind of fault, in the same words for each such line, since the report counts by it; `detail` says
+    where in the line, and what was found.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -68,9 +66,7 @@ class Row:
 def read_conversations(uri: str, limit: int = 0) -> list[Row]:
     """Reads the conversations of files, for prompts: `{"prompt": "..."}` and rows without an answer are taken too.
 
-    Args:
-        uri: file, folder or glob, as `find` takes it.
-        limit: read no more rows than this; 0 for all.
+    `uri` is what `find` takes; no more rows than `limit` are read, 0 for all.
     """
 
     def rows() -> Iterator[Row]:

@@ -90,7 +90,12 @@ class Renderer:
                     text, spans = self._write(plain, row.tools, columns, ask=True), []
                 else:
                     text = self.conversation(messages, row.tools, columns)
-                    spans = self._check_turns(text, row)
+                    spans, answers = self.spans(text), row.answers
+                    if len(spans) != len(answers):
+                        found = f"{len(answers)} assistant turns given, {len(spans)} in what the chat template makes"
+                        raise Rejected("assistant turns not found", f"{found} of them")
+                    turns = zip(spans, answers, _padded(row.cut, spans), strict=True)
+                    spans = [self._check_turn(text, row.messages, *turn) for turn in turns]
                 self._check_messages(text, messages, row.tools, columns)
                 return text, spans
             except Rejected as refusal:
@@ -143,14 +148,6 @@ class Renderer:
         except (jinja2.TemplateError, *_FAULTS) as error:
             raise Rejected("refused by the chat template", str(error)) from None
         return str(text)
-
-    def _check_turns(self, text: str, row: Row) -> list[Span]:
-        spans, answers = self.spans(text), row.answers
-        if len(spans) != len(answers):
-            found = f"{len(answers)} assistant turns given, {len(spans)} in what the chat template makes of them"
-            raise Rejected("assistant turns not found", found)
-        turns = zip(spans, answers, _padded(row.cut, spans), strict=True)
-        return [self._check_turn(text, row.messages, *turn) for turn in turns]
 
     def _check_turn(self, text: str, messages: list[Message], span: Span, index: int, is_cut: bool) -> Span:
         """Compares what a turn says with what is written of it; reasoning of earlier turns may be left out.

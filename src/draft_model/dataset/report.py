@@ -106,15 +106,12 @@ class Tally:
 
 
 def colour(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, bool]]:
-    """Returns a conversation as pairs of text and supervision, to check by eye.
-
-    Tokens that only together make up a character share a pair. It stops after some pages.
-    """
+    """Returns a conversation as pairs of text and supervision, to check by eye; stops after some pages."""
     pairs: list[tuple[str, bool]] = []
     waiting: list[int] = []
     left = _SHOWN_CHARACTERS
     for position, (token, supervised) in enumerate(zip(ids, mask, strict=True)):
-        waiting.append(token)
+        waiting.append(token)  # tokens that only together make up a character share a pair
         text = tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         ends = position + 1 == len(ids) or mask[position + 1] != supervised
         if ends or not text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -131,15 +128,9 @@ def write_report(
 ) -> dict[str, Any]:
     """Writes the page; returns what it shows, for report.json.
 
-    Args:
-        properties: the manifest's.
-        sources: the names of each split's files.
-        tallies: the counts of each split.
-        samples: conversations of the training split, as `colour` gives them.
-        path: the page to write.
+    `properties` are the manifest's, `sources` the names of each split's files, `samples` what `colour` makes of
+    conversations of the training split.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     train, validation = tallies["train"], tallies.get("validation")
     report = {
         **properties,
@@ -148,9 +139,18 @@ def write_report(
         "coverage_by_size": coverage_by_size(train.supervised, validation.supervised if validation else None),
         "samples": samples,
     }
-    settings: Any = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
-    environment = Environment(loader=PackageLoader("draft_model", "dataset"), **settings)  # noqa: S701  (it escapes)
-    environment.filters["count"] = lambda number: f"{number:,}"
-    environment.filters["percent"] = lambda share: "-" if share is None else f"{100 * share:.2f} %"
-    path.write_text(environment.get_template("report.html.j2").render(report=report), encoding="utf-8")
+    path.write_text(render_page("dataset", report), encoding="utf-8")
     return report
+
+
+def render_page(package: str, report: Mapping[str, Any]) -> str:
+    """The page that a package's report.html.j2 makes of a report; text in it is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("draft_model", package), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["count"] = lambda number: f"{number:,}"
+    environment.filters["percent"] = lambda share, digits=2: "-" if share is None else f"{100 * share:.{digits}f} %"
+    return environment.get_template("report.html.j2").render(report=report)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from draft_model.dataset.reader import Rejected, Row
@@ -66,6 +67,12 @@ def as_json(value: Any) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
+def _jinja(name: str) -> str:
+    r"""A template from its file, in which only `\n` is a line break."""
+    file = Path(__file__).parent / "chat" / f"{name}.jinja"
+    return "".join(file.read_text(encoding="utf-8").splitlines()).replace(r"\n", "\n")
+
+
 # A template puts an empty block before an answer of a model that can reason and did not: it wrote it, not the model.
 _EMPTY_THINK = "(?:<think>\n\n</think>\n\n)?"
 _HARMONY_TEXT = r"[^<]*(?:<(?!\|(?:end|return|call|start)\|>)[^<]*)*"
@@ -76,13 +83,7 @@ LLAMA3 = Template(
     headers=re.escape("<|start_header_id|>assistant<|end_header_id|>\n\n"),
     ends=("<|eot_id|>", "<|eom_id|>"),
     control=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>", "<|end_of_text|>"),
-    jinja=(
-        "<|begin_of_text|>{% for message in messages %}"
-        "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}"
-        "{{ message.content.strip() + '<|eot_id|>' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-    ),
+    jinja=_jinja("llama3"),
 )
 QWEN = Template(
     name="qwen",
@@ -90,14 +91,7 @@ QWEN = Template(
     headers=re.escape("<|im_start|>assistant\n") + _EMPTY_THINK,
     ends=("<|im_end|>",),
     control=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
-    jinja=(
-        "{% if messages[0].role != 'system' %}"
-        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-        "{% for message in messages %}"
-        "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-        "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
+    jinja=_jinja("qwen"),
 )
 GPT_OSS = Template(
     name="gpt-oss",
@@ -112,22 +106,7 @@ GPT_OSS = Template(
         "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>",
         "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>",
     ),
-    jinja=(
-        "{{ '<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\n"
-        "Knowledge cutoff: 2024-06\nCurrent date: ' + strftime_now('%Y-%m-%d') + '\n\nReasoning: medium\n\n"
-        "# Valid channels: analysis, commentary, final. Channel must be included for every message."
-        "<|end|>' }}"
-        "{% for message in messages %}"
-        "{% if message.role == 'system' %}"
-        "{{ '<|start|>developer<|message|># Instructions\n\n' + message.content + '<|end|>' }}"
-        "{% elif message.role == 'user' %}"
-        "{{ '<|start|>user<|message|>' + message.content + '<|end|>' }}"
-        "{% else %}"
-        "{{ '<|start|>assistant<|channel|>final<|message|>' + message.content }}"
-        "{{ '<|return|>' if loop.last else '<|end|>' }}"
-        "{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
-    ),
+    jinja=_jinja("gpt-oss"),
 )  # fmt: skip
 DEEPSEEK = Template(
     name="deepseek-r1-distill",
@@ -135,16 +114,9 @@ DEEPSEEK = Template(
     headers="<｜Assistant｜>|<｜tool▁outputs▁end｜>(?!<｜User｜>)",  # after a tool's output the assistant goes on
     ends=("<｜end▁of▁sentence｜>",),
     control=("<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
-    jinja=(
-        "<｜begin▁of▁sentence｜>{% for message in messages %}"
-        "{% if message.role == 'system' %}{{ message.content }}"
-        "{% elif message.role == 'user' %}{{ '<｜User｜>' + message.content }}"
-        "{% else %}{{ '<｜Assistant｜>' + message.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}"
-        "{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
-    ),
+    jinja=_jinja("deepseek-r1-distill"),
 )
-TEMPLATES: dict[str, Template] = {template.name: template for template in (LLAMA3, QWEN, GPT_OSS, DEEPSEEK)}
+TEMPLATES = {template.name: template for template in (LLAMA3, QWEN, GPT_OSS, DEEPSEEK)}
 
 
 def template_text(tokenizer: Any, template: Template, *, tools: bool = False) -> str:

@@ -43,15 +43,7 @@ def target_name(training: Json) -> str:
 
 
 def serve_commands(target: str, revision: str, draft: str, proposals: int, family: Family) -> dict[str, str]:
-    """Shell commands that serve a draft, by engine.
-
-    Args:
-        target: the target's Hub id or path.
-        revision: its revision on the Hub; may be empty.
-        draft: the draft's folder.
-        proposals: tokens to propose at a time.
-        family: the draft's.
-    """
+    """Shell commands that serve a draft, by engine; `target` is a Hub id, which may have a revision, or a path."""
     at = ("--revision", revision) if revision else ()
     speculative = json.dumps({"method": family.vllm_method, "model": draft, "num_speculative_tokens": proposals})
     sglang = (
@@ -75,15 +67,7 @@ def plain(text: object) -> str:
 
 
 def write_card(path: Path, training: Json, evaluation: Json | None, dataset: Json, *, name: str) -> None:
-    """Writes the card.
-
-    Args:
-        path: the Markdown file.
-        training: training.json; `target` may have `licence` and `revision` (the Hub's).
-        evaluation: evaluation.json; None where nothing was measured.
-        dataset: the data set's report.json.
-        name: the model's, its title.
-    """
+    """Writes the card from training.json, evaluation.json (None: nothing was measured) and the data's report.json."""
     from huggingface_hub import ModelCard, ModelCardData
 
     hub_id, revision = hub_source(training)
@@ -121,6 +105,7 @@ def render(template: str, **content: Any) -> str:
         "percent": partial(_number, digits=1, kind="%"),
         "compact": lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
         "md": plain,
+        "line": lambda text: " ".join(str(text).split()),
         "uri": lambda uri: plain(without_credentials(uri)),
     }
     return environment.get_template(template).render(**content)
@@ -138,12 +123,7 @@ def markup(text: object) -> str:
 
 
 def print_summary(final: Path, folder: Path) -> None:
-    """Prints what a local run reached, and what to type next.
-
-    Args:
-        final: folder of the draft.
-        folder: of the run.
-    """
+    """Prints what a local run reached, and what to type next; `final` is the folder of the draft."""
     from rich.console import Console
     from rich.table import Table
 

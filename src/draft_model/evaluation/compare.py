@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import markup
 from draft_model.evaluation.measure import Candidate, category_table, differences, measure, open_case
 from draft_model.export import fetched
-from draft_model.model_import import sandbox
-from draft_model.model_import.sources import INDEX, description
+from draft_model.model_import.sources import resolve
+from draft_model.model_import.stage import prepare
 from draft_model.parameters import Parameters
 from draft_model.training.checkpoint import read_checkpoint
 
@@ -39,15 +38,8 @@ class CompareConfig:
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
     """Decodes the same prompts with each draft.
 
-    Args:
-        config: what to compare.
-
-    Returns:
-        A record per draft: draft, acceptance as in evaluation.json, by_category, speed, identical (to the target's own
-        tokens) and hardware.
-
-    Raises:
-        DraftModelError: when there are no prompts, or a draft is not of the target or of other maths.
+    Returns a record per draft: draft, acceptance as in evaluation.json, by_category, speed, identical (to the target's
+    own tokens) and hardware. Raises where there are no prompts, or a draft is not of the target or of other maths.
     """
     p = config.parameters
     if not config.dataset and not p.evaluation_prompts:
@@ -95,21 +87,14 @@ def table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def _target(uri: str, work: Path) -> Path:
-    """A target's folder; of one that was not imported a copy that the import's limited process has looked at."""
-    given, folder = fetched(uri, work / "model"), work / "target"
+    """A target's folder; of one that was not imported, what an import would make of it."""
     if storage.exists(storage.join(uri, storage.MANIFEST)):
-        return given
-    names = [path.relative_to(given).as_posix() for path in given.rglob("*") if path.is_file()]
-    weights = [name for name in names if name.endswith(".safetensors") and "/" not in name]
-    shutil.rmtree(folder, ignore_errors=True)
-    for name in [*description(names), *({INDEX} & {*names})]:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(given / name, folder / name)
-    for name in weights:
-        (folder / name).symlink_to((given / name).resolve())
-    if problems := sandbox.run("inspect", folder=str(folder), weights=sorted(weights))["problems"]:
-        raise DraftModelError([f"--model: given {uri!r}: {problem}" for problem in problems])
-    return folder
+        return storage.fetch(uri, work / "model")
+    try:
+        return prepare(resolve(Parameters(pytorch_model_path=uri), work), work, "")[0]
+    except DraftModelError as error:
+        problems = [problem.removeprefix("pytorch_model_path: ") for problem in error.problems]
+        raise DraftModelError([f"--model: given {uri!r}: {problem}" for problem in problems]) from error
 
 
 def _candidate(uri: str, model: Path, work: Path, proposals: int) -> Candidate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -42,16 +42,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Decodes the prompts with the trained draft, with an untrained one and with the target alone.
 
-    Args:
-        p: of the run.
-        model: folder of the target.
-        dataset: folder of the data set.
-        final: folder of the trained draft.
-        training: its training.json.
-        work: scratch folder.
-
-    Returns:
-        What evaluation.json holds; docs/evaluation.md describes it.
+    Takes local folders and the draft's training.json; returns what evaluation.json holds (docs/evaluation.md).
     """
     started = time.monotonic()
     draft = drafts.family_of(training["draft"]).load(final)
@@ -77,7 +68,7 @@ def evaluate(
         "prompts": len(tokens),
         "prompts_source": case.prompts.source,
         "max_new_tokens": p.evaluation_max_new_tokens,
-        "trained": trained.total.report() | {"tokens": sum(map(len, _flat(trained.outputs)))},
+        "trained": trained.total.report() | {"tokens": sum(map(len, chain.from_iterable(trained.outputs)))},
         "untrained": untrained.total.report() if untrained else None,
         "by_category": category_table(case, trained),
         "sampled": trained.sampled.report() | {"temperature": p.evaluation_temperature} if trained.sampled else None,
@@ -102,17 +93,13 @@ def evaluate(
     }
 
 
-def _flat(groups: Iterable[list[Any]]) -> list[Any]:
-    return list(chain.from_iterable(groups))
-
-
 def _agreement(case: Case, draft: Any, dtype: str, found: Measured) -> dict[str, Any]:
     """The trainer's simulated acceptance length on the replies that were just decoded, beside the measured one.
 
     Both walk through the same positions of the same replies, so that only another computation of the draft sets them
     apart, rounding, and the round in which a reply ends: hence enough rounds, and three standard errors.
     """
-    counts, replies = found.total, _flat(found.outputs)
+    counts, replies = found.total, [*chain.from_iterable(found.outputs)]
     measured, simulated = counts.acceptance_length, None
     block = draft.config.proposals
     if block and block != case.parameters.num_speculative_tokens:
@@ -165,9 +152,9 @@ def _untrained(case: Case, trained: Draft) -> list[Candidate]:
 
 def _sample(case: Case, trained: Measured) -> dict[str, Any]:
     """The reply of median length, token by token, and whether the draft proposed it where that is known."""
-    replies = _flat(trained.outputs)
+    replies = [*chain.from_iterable(trained.outputs)]
     middle = sorted(range(len(replies)), key=lambda index: len(replies[index]))[len(replies) // 2]
-    drafted = _flat(trained.drafted)[middle] if trained.drafted else [None] * 10**6
+    drafted = [*chain.from_iterable(trained.drafted)][middle] if trained.drafted else [None] * 10**6
     return {
         "prompt": case.tokenizer.decode(case.prompts.tokens[middle]),
         "reply": [[case.tokenizer.decode([token]), its] for token, its in zip(replies[middle], drafted, strict=False)],

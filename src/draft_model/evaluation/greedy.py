@@ -24,10 +24,10 @@ from tqdm import tqdm
 from draft_model.drafts import family
 from draft_model.drafts.base import Draft
 from draft_model.engine import Counts, Job, Measured
+from draft_model.regenerate.batched import generate
 from draft_model.target.model import Target
 
-BATCH = 16
-"""Prompts decoded at once; a CPU does 16 rows in about the time of one."""
+BATCH = 16  # prompts decoded at once; a CPU does 16 rows in about the time of one
 
 
 @dataclass
@@ -60,15 +60,7 @@ def batch_size(target: Target) -> int:
 
 
 def run(job: Job, target: Target, draft: Draft | None, label: str, hardware: str) -> Measured:
-    """Decodes all prompts in batches of like length.
-
-    Args:
-        job: what to decode.
-        target: in float32.
-        draft: its draft; None for the target alone.
-        label: of the progress bar.
-        hardware: in words.
-    """
+    """Decodes all prompts in batches of like length, with a draft or by the target alone (None), in float32."""
     prompts = [prompt for group in job.groups for prompt in group]
     replies, margins = [Reply() for _ in prompts], [[0.0] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -158,7 +150,11 @@ class _Batch:
         chosen = self.target.logits(final).argmax(-1)  # [B, K + 1]
         accepted = (chosen[:, :-1] == self.proposed).long().cumprod(1).sum(1)  # [B]
         width = int(accepted.max()) + 1
-        self._cut(self.proposals + 1 - width)
+        if rejected := self.proposals + 1 - width:  # the last columns, which no row kept
+            if self.cache is None:
+                self.context = self.context[:, :-rejected]
+            else:
+                self.cache.crop(-rejected)
         kept = torch.arange(width, device=tokens.device) <= accepted.unsqueeze(1)
         self.visible = torch.cat((self.visible, kept), 1)
         counts = accepted.tolist()
@@ -187,19 +183,11 @@ class _Batch:
         )
         return output.last_hidden_state, self.target.features()
 
-    def _cut(self, columns: int) -> None:
-        """Removes the last columns, which no row kept."""
-        if columns and self.cache is None:
-            self.context = self.context[:, :-columns]
-        elif columns:
-            self.cache.crop(-columns)  # type: ignore[union-attr]
-
     def _emit(self, tokens: list[list[int]], accepted: list[int] | None) -> None:
         """Appends each row's new tokens; `accepted` is None after the prompt's own pass, which is no round."""
         for index, (row, new) in enumerate(zip(self.rows, tokens, strict=True)):
-            reply, kept = self.replies[row], 0
-            if accepted is not None:
-                kept = accepted[index]
+            reply, kept = self.replies[row], accepted[index] if accepted else 0
+            if accepted:
                 reply.accepted.append(kept)
             for place, token in enumerate(new):
                 if not self._finished(reply):
@@ -224,15 +212,8 @@ class _Batch:
         self.last, self.proposed = self.last[indices], self.proposed[indices]
 
 
-@torch.no_grad()
 def reference(target: Target, prompts: Sequence[Sequence[int]], job: Job) -> list[tuple[Reply, list[float]]]:
-    """The target's own greedy replies by transformers' `generate`, and by how much each token was the best.
-
-    `generate` fills what a call leaves open from the model's generation_config (penalties, suppressed tokens, beams,
-    stop strings): an empty one is put in its place, so that the reference is plain greedy decoding.
-    """
-    from transformers import GenerationConfig, LogitsProcessorList
-
+    """The target's own greedy replies by transformers' `generate`, and by how much each token was the best."""
     margins: list[Tensor] = []
 
     def record(_tokens: Tensor, logits: Tensor) -> Tensor:
@@ -240,25 +221,9 @@ def reference(target: Target, prompts: Sequence[Sequence[int]], job: Job) -> lis
         margins.append(best[:, 0] - best[:, 1])
         return logits
 
-    width = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=target.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=target.device)
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=job.max_new_tokens, eos_token_id=job.end_tokens or None, pad_token_id=0
-    )
-    own, target.model.generation_config = target.model.generation_config, GenerationConfig()
-    try:
-        output = target.model.generate(
-            input_ids=tokens,
-            attention_mask=mask,
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([record]),
-        )
-    finally:
-        target.model.generation_config = own
-    by_row = torch.stack(margins, 1).tolist()
+    rows = generate(target.model, prompts, job.max_new_tokens, job.end_tokens, [record])
     replies = []
-    for row, apart in zip(output[:, width:].tolist(), by_row, strict=True):
+    for row, apart in zip(rows, torch.stack(margins, 1).tolist(), strict=True):
         end = next((index + 1 for index, token in enumerate(row) if token in job.end_tokens), len(row))
         replies.append((Reply(row[:end]), apart[:end]))
     return replies

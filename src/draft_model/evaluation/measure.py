@@ -19,7 +19,6 @@ import torch
 from draft_model import engine as engines
 from draft_model.dataset.encode import end_tokens, load_tokenizer
 from draft_model.dataset.tokens import Split
-from draft_model.dataset.workers import Workers
 from draft_model.drafts import family
 from draft_model.drafts.base import Draft
 from draft_model.engine import Difference, Job, Measured, Process
@@ -28,17 +27,15 @@ from draft_model.evaluation import greedy
 from draft_model.evaluation.prompts import Prompts, choose_prompts
 from draft_model.parameters import Parameters
 from draft_model.target.model import Target, load_target
+from draft_model.workers import Workers
 
 logger = logging.getLogger(__name__)
 
-ROUNDS = 3
-"""Timed runs at each batch size, of which the median counts."""
-CPU_BATCH_SIZE = 4
-"""A CPU is timed with at most so many requests at once."""
+ROUNDS = 3  # timed runs at each batch size, of which the median counts
+CPU_BATCH_SIZE = 4  # A CPU is timed with at most so many requests at once
 
 Row = dict[str, Any]
-Times = dict[int, list[float]]
-"""Tokens per second of each run, by batch size."""
+Times = dict[int, list[float]]  # tokens per second of each run, by batch size
 
 
 @dataclass(frozen=True)
@@ -89,11 +86,7 @@ class Results:
 
 
 def check_engine(p: Parameters) -> str:
-    """The engine to measure in.
-
-    Raises:
-        DraftModelError: when it is not installed, or something that it cannot do is asked for.
-    """
+    """The engine to measure in; raises where it is not installed, or something that it cannot do is asked for."""
     engine = engines.choose(p.evaluation_engine)
     if p.evaluation_temperature and engine == "transformers":
         raise DraftModelError(
@@ -104,15 +97,9 @@ def check_engine(p: Parameters) -> str:
 
 
 def open_case(p: Parameters, model: Path, dataset: Path | None, template: str, longest: int, work: Path) -> Case:
-    """Chooses the engine and the prompts.
+    """Chooses the engine and the prompts; `template` counts where there is no data set.
 
-    Args:
-        p: of the run.
-        model: folder of the target.
-        dataset: folder of the data set; None where evaluation_prompts names prompts.
-        template: name of the chat template, for a comparison without a data set.
-        longest: positions that the draft has.
-        work: scratch folder.
+    `model` and `dataset` are local folders, `longest` the positions that the draft has.
     """
     engine = check_engine(p)
     with Workers() as worker:  # it is a stranger's
@@ -144,11 +131,7 @@ def timed_proposals(p: Parameters, block: int = 0) -> tuple[int, ...]:
 
 
 def measure(case: Case, candidates: Sequence[Candidate]) -> Results:
-    """Decodes the prompts with the target alone and with each draft.
-
-    Raises:
-        DraftModelError: when the engine fails, or the target does not fit in memory.
-    """
+    """Decodes the prompts with the target alone and with each draft; an engine that fails is a DraftModelError."""
     if case.engine != "transformers":
         return _in_engine(case, candidates)
     try:
@@ -220,15 +203,17 @@ def _time(processes: Sequence[Process], sizes: Sequence[int]) -> list[Times]:
 
 
 def _speed_rows(runs: Sequence[tuple[int, Times, Times]]) -> list[Row]:
-    names = (
-        "num_speculative_tokens", "batch_size", "target_alone_tokens_per_second", "tokens_per_second", "speed_up",
-    )  # fmt: skip
     return [
-        dict(zip(names, (proposals, size, median(own), median(theirs[size]), median(theirs[size]) / median(own)),
-                 strict=True))
+        {
+            "num_speculative_tokens": proposals,
+            "batch_size": size,
+            "target_alone_tokens_per_second": median(own),
+            "tokens_per_second": median(theirs[size]),
+            "speed_up": median(theirs[size]) / median(own),
+        }
         for proposals, alone, theirs in runs
         for size, own in alone.items()
-    ]  # fmt: skip
+    ]
 
 
 def recommend(rows: Sequence[Row]) -> int | None:
@@ -298,7 +283,12 @@ def differences(alone: Measured, found: Measured) -> tuple[int, list[Difference]
 
 def category_table(case: Case, found: Measured) -> list[dict[str, Any]]:
     """Acceptance length by category of the prompts."""
-    names = ("category", "prompts", "rounds", "acceptance_length")
-    pairs = zip(case.prompts.groups.items(), found.counts, strict=True)
-    rows = ((category, len(prompts), its.rounds, its.acceptance_length) for (category, prompts), its in pairs)
-    return [dict(zip(names, row, strict=True)) for row in rows]
+    return [
+        {
+            "category": category,
+            "prompts": len(prompts),
+            "rounds": its.rounds,
+            "acceptance_length": its.acceptance_length,
+        }
+        for (category, prompts), its in zip(case.prompts.groups.items(), found.counts, strict=True)
+    ]

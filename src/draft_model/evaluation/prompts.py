@@ -18,17 +18,16 @@ from typing import Any, NamedTuple
 from draft_model.dataset.encode import encode_prompts
 from draft_model.dataset.reader import Row, read_conversations
 from draft_model.dataset.tokens import Split
-from draft_model.dataset.workers import Workers
 from draft_model.errors import DraftModelError
 from draft_model.model_import.hub import hub_address
 from draft_model.parameters import Parameters
+from draft_model.workers import Workers
 
 logger = logging.getLogger(__name__)
 
 _ALLOWED = '{"prompt": "..."}, or a conversation as in the training data, and perhaps `category`'
 VALIDATION = "the validation split"
-_REFUSALS = (401, 403, 404)
-"""What the Hub answers where it has no such data set, or not for this token."""
+_REFUSALS = (401, 403, 404)  # what the Hub answers where it has no such data set, or not for this token
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,11 @@ def choose_prompts(
 
     Args:
         given: files, names of benchmarks with commas between them, or empty for the validation split.
-        validation: validation split; None where there is none.
+        validation: that split; None where there is none.
         tokenizer: the target's.
         template: name of the chat template.
         limit: how many of the validation split, of the files or of each benchmark; 0 for all.
         longest: longer prompts than this are left out, in tokens.
-
-    Raises:
-        DraftModelError: when there are none, or they cannot be read.
     """
     benchmarks = _named(given)
     if not given:
@@ -113,11 +109,7 @@ def choose_prompts(
 
 
 def encode(rows: Sequence[tuple[Row, str]], source: str, tokenizer: Any, template: str) -> list[tuple[list[int], str]]:
-    """Token ids of prompts with their categories; the chat template runs in a limited process.
-
-    Raises:
-        DraftModelError: when the chat template refuses one.
-    """
+    """Token ids of prompts with their categories; the chat template runs in a limited process and may refuse one."""
     with Workers() as worker:
         encoded = worker.call(encode_prompts, tokenizer, template, [row for row, _ in rows])
     found = []
@@ -131,11 +123,7 @@ def encode(rows: Sequence[tuple[Row, str]], source: str, tokenizer: Any, templat
 
 
 def check_template(p: Parameters, tokenizer: Any) -> None:
-    """Writes the prompts of files as the evaluation will, so that one that the template refuses is found before.
-
-    Raises:
-        DraftModelError: when the chat template refuses one.
-    """
+    """Writes the prompts of files as the evaluation will, so that one that the template refuses is found before."""
     if p.evaluation_prompts and not _named(p.evaluation_prompts):
         rows = list(_of_files(p.evaluation_prompts, p.evaluation_conversations))
         encode(rows, p.evaluation_prompts, tokenizer, p.chat_template)
@@ -155,8 +143,12 @@ def check(given: str, limit: int) -> None:
 
 
 def to_fetch(given: str) -> list[str]:
-    """The Hub's ids of the benchmarks that evaluation_prompts names and this machine's cache does not have."""
-    return [benchmark.hub_id for benchmark in _named(given) if not _is_cached(benchmark)]
+    """The Hub's ids of the benchmarks that evaluation_prompts names and the cache of `datasets` here does not have."""
+    from huggingface_hub import constants
+
+    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
+    folders = {it.hub_id: cache / it.hub_id.replace("/", "___") / it.config for it in _named(given)}
+    return [hub_id for hub_id, folder in folders.items() if not folder.is_dir()]
 
 
 def ask_hub(names: Sequence[str], seconds: float) -> tuple[list[str], list[str]]:
@@ -188,14 +180,6 @@ def _named(given: str) -> list[Benchmark]:
     """The benchmarks that a value names; none where it is no list of them."""
     names = [name.strip().lower() for name in given.split(",")]
     return [BENCHMARKS[name] for name in names] if BENCHMARKS.keys() >= set(names) else []
-
-
-def _is_cached(benchmark: Benchmark) -> bool:
-    """Whether `datasets` has it on this machine, as an earlier evaluation leaves it."""
-    from huggingface_hub import constants
-
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
-    return (cache / benchmark.hub_id.replace("/", "___") / benchmark.config).is_dir()
 
 
 def _of_split(split: Split) -> Iterator[tuple[list[int], str]]:

@@ -16,11 +16,7 @@ _STAYS = "training_state"
 
 
 def files_of(draft: str) -> list[storage.FileRecord]:
-    """The files of a whole draft that go to the Hub; the state of its training stays.
-
-    Raises:
-        DraftModelError: when it has no manifest, or is no draft.
-    """
+    """The files of a whole draft that go to the Hub; the state of its training stays."""
     files = [file for file in storage.read_manifest(draft).files if file.path.partition("/")[0] != _STAYS]
     if lacking := {"config.json", "model.safetensors"} - {file.path for file in files}:
         raise DraftModelError(f"{draft} is no draft, it lacks {' and '.join(sorted(lacking))}; give a draft's `final`")
@@ -34,19 +30,9 @@ def check_name(repository: str) -> None:
 
 
 def push(draft: str, repository: str, work: Path, *, private: bool) -> str:
-    """Uploads a draft in one commit; the card's commands then name the repository.
+    """Uploads a whole draft, checked against its manifest, in one commit; its card's commands then name the repository.
 
-    Args:
-        draft: URI of a finished draft; its files are checked against its manifest.
-        repository: org/name; made where it is not there.
-        work: scratch folder.
-        private: whether a new repository is for its owners only.
-
-    Returns:
-        Address of the repository.
-
-    Raises:
-        DraftModelError: when the draft is not whole, or the Hub refuses.
+    `repository` is org/name; it is made where it is not there, with `private` for its owners only. Returns its address.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +19,31 @@ from draft_model.evaluation.prompts import VALIDATION
 from draft_model.parameters import PARAMETERS
 from draft_model.training.plan import expectation
 
-MIN_COVERAGE = 0.98
-MAX_TRUNCATED = 0.05
 _SHOWN_CHARACTERS = 8_000
 _POINTS = 200
 
 Json = Mapping[str, Any]
-Finding = tuple[str, str]
-"""What should be checked, and what to do about it."""
 
 
 def write_report(path: Path, content: Json) -> None:
-    """Writes the page.
+    """Writes the page of report.json's content.
 
-    Args:
-        path: the HTML file.
-        content: of report.json: `training` (training.json), `dataset` (its report.json), `evaluation` (evaluation.json,
-            or None with the reason in `not_measured`) and `hashes` of what went in and came out.
+    That is `training` (training.json), `dataset` (its report.json), `evaluation` (evaluation.json, or None with the
+    reason in `not_measured`) and `hashes` of what went in and came out.
     """
     evaluation, training, dataset = content["evaluation"], content["training"], content["dataset"]
+    counts, proposals = dataset["splits"]["train"], training["parameters"].get("num_speculative_tokens") or 3
+    supervised = training["tokens"] * counts["supervised_tokens"] / counts["tokens"]
     speed_chart, charts = _charts(training, evaluation)
     page = render(
         "report.html.j2",
         **content,
         target=target_name(training),
         family=family_of(training["draft"]).title,
-        findings=list(findings(training, evaluation, dataset)),
+        findings=findings(training, evaluation, dataset),
         charts=charts,
         speed_chart=speed_chart,
-        expected=_expected(training, dataset),
+        expected=expectation(supervised, proposals),
         simulated=next((e[-1] for e in (training["validation"], training["log"]) if e), None),
         conversation=_excerpt(dataset["samples"][0]),
         reply=_excerpt(evaluation["sample"]["reply"]) if evaluation else [],
@@ -55,11 +51,6 @@ def write_report(path: Path, content: Json) -> None:
         parameters=[(parameter, training["parameters"].get(parameter.name)) for parameter in PARAMETERS],
     )
     path.write_text(page, encoding="utf-8")
-
-
-def _expected(training: Json, dataset: Json) -> str:
-    counts, proposals = dataset["splits"]["train"], training["parameters"].get("num_speculative_tokens")
-    return expectation(training["tokens"] * counts["supervised_tokens"] / counts["tokens"], proposals or 3)
 
 
 def _excerpt(pairs: Sequence[Sequence[Any]]) -> list[tuple[str, bool]]:
@@ -73,83 +64,13 @@ def _excerpt(pairs: Sequence[Sequence[Any]]) -> list[tuple[str, bool]]:
     return shown
 
 
-def findings(training: Json, evaluation: Json | None, dataset: Json) -> Iterator[Finding]:
-    """What in a run should make one suspicious, the gravest first; arguments as in `write_report`'s content."""
-    drafted, unrolled = (training["parameters"].get(key) for key in ("num_speculative_tokens", "ttt_length"))
-    if evaluation:
-        yield from _result_findings(evaluation)
-    if bad := sum(not all(x is not None and math.isfinite(x) for x in entry["loss"]) for entry in training["log"]):
-        yield (
-            f"The loss was not a finite number in {bad} of {len(training['log'])} log lines",
-            "Training diverged. Lower learning_rate or max_grad_norm, or set compute_dtype to float32.",
-        )
-    if drafted and unrolled and drafted > unrolled:
-        yield (
-            f"{drafted} tokens are proposed at a time, but training unrolled {unrolled}",
-            "Acceptance falls where it was not trained. Raise ttt_length or lower num_speculative_tokens.",
-        )
-    if not training["validation"]:
-        yield (
-            "No validation data",
-            "Nothing here says how it does on conversations it was not trained on: give dataset_validation_split.",
-        )
-    for split, counts in dataset["splits"].items():
-        if counts["coverage"] < MIN_COVERAGE:
-            yield (
-                f"The draft vocabulary covers {counts['coverage']:.1%} of the {split} split's supervised tokens",
-                "A token outside it ends a draft. Raise draft_vocab_size in draft_model_config.",
-            )
-        if counts["rows_truncated"] > MAX_TRUNCATED * counts["rows_kept"]:
-            yield (
-                f"{counts['rows_truncated'] / counts['rows_kept']:.1%} of the {split} split's conversations were cut at"
-                f" {dataset['max_length']:,} tokens",
-                "The draft never sees their ends. Raise max_length, if memory allows.",
-            )
-        if counts["rows_rejected"]:
-            yield (
-                f"{counts['rows_rejected']:,} of {counts['rows_in']:,} lines of the {split} split were rejected",
-                "The reasons are in the data set's report, the lines in its rejected.jsonl.",
-            )
-
-
-def _result_findings(evaluation: Json) -> Iterator[Finding]:
-    trained, untrained = evaluation["trained"]["acceptance_length"], evaluation["untrained"]
-    if not evaluation["lossless"]["identical"]:
-        yield (
-            "Replies with the draft differ from the target's own",
-            "Speculative decoding must not change them: do not serve this draft before that is understood.",
-        )
-    if untrained and trained <= untrained["acceptance_length"]:
-        yield (
-            f"Training did not help: {trained:.2f} tokens per target pass, {untrained['acceptance_length']:.2f} before",
-            "Usual reasons are too few steps, and a learning_rate or chat_template that does not fit.",
-        )
-    agreement, predicted = evaluation["agreement"], evaluation["predicted_acceptance_length"]
-    if not agreement["agrees"]:
-        yield (
-            f"Measured acceptance length {agreement['measured']:.2f}, simulated by the training on the same replies: "
-            f"{agreement['simulated']:.2f}",
-            "The engine computes another draft than was trained: compare feature layers, rotary settings, order of the "
-            "norms and chat template.",
-        )
-    elif (
-        predicted is not None
-        and evaluation["prompts_source"] == VALIDATION  # other prompts may well be harder or easier
-        and abs(predicted - trained) > max(0.1, 0.05 * trained)
-    ):
-        yield (
-            f"Validation predicts an acceptance length of {predicted:.2f}, measured: {trained:.2f}",
-            "Validation follows the replies of the data, decoding the target's own: train on replies that the target "
-            "wrote (regenerate_answers).",
-        )
-    slow = [row["batch_size"] for row in evaluation["speed"] if row["speed_up"] < 1]
-    if slow and not evaluation["engine"].startswith("this"):
-        yield (
-            f"With the draft decoding is slower at {', '.join(map(str, slow))} requests at once",
-            "There the target's passes are no longer limited by memory bandwidth: propose fewer tokens, or none.",
-        )
-    for problem in evaluation["not_measured"]:
-        yield "Not measured", problem
+def findings(training: Json, evaluation: Json | None, dataset: Json) -> list[tuple[str, str]]:
+    """What in a run should be checked and what to do about it; arguments as in `write_report`'s content."""
+    diverged = sum(not all(x is not None and math.isfinite(x) for x in entry["loss"]) for entry in training["log"])
+    content = {"training": training, "evaluation": evaluation, "dataset": dataset, "diverged": diverged}
+    page = render("findings.txt.j2", **content, validation_split=VALIDATION)
+    lines = [line.split(" => ", 1) for line in page.splitlines() if line]
+    return [(title, advice) for title, advice in lines]
 
 
 def _charts(training: Json, evaluation: Json | None) -> tuple[str, list[str]]:

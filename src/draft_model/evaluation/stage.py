@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +37,18 @@ class EvaluateResult:
     final: str  # URI of the draft, with report.html, evaluation.json and README.md beside it
     report: Path  # on this machine
     card: Path  # on this machine
-    measured: bool  # whether there were prompts to measure on
-    acceptance_length: float  # tokens per forward pass of the target, with the trained draft; 0 where not measured
-    untrained_acceptance_length: float  # with the same draft before training; 0 where not measured
-    acceptance_by_position: list[float]  # share of rounds that kept the k-th proposal, [K]
-    compared_tokens: int  # tokens that were found equal to the target's own
+    measured: bool = False  # whether there were prompts to measure on
+    acceptance_length: float = 0.0  # tokens per forward pass of the target, with the trained draft
+    untrained_acceptance_length: float = 0.0  # with the same draft before training
+    acceptance_by_position: Sequence[float] = ()  # share of rounds that kept the k-th proposal, [K]
+    compared_tokens: int = 0  # tokens that were found equal to the target's own
 
 
 def run(config: EvaluateConfig) -> EvaluateResult:
     """Evaluates a trained draft.
 
-    Args:
-        config: what to evaluate.
-
-    Raises:
-        DraftModelError: when an input is missing, nothing could be measured, or a decoded token is not the target's
-            own. In the last two cases report and card are written all the same and say so.
+    Raises DraftModelError where an input is missing, nothing could be measured, or a decoded token is not the target's
+    own. In the last two cases report and card are written all the same and say so.
     """
     from draft_model.evaluation.measure import check_engine
 
@@ -115,9 +111,8 @@ def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
     if failure is not None:
         whole = f"evaluation: nothing was measured; the draft in {config.final} is whole and can be served"
         raise DraftModelError([*failure.problems, whole]) from failure
-    result = EvaluateResult(config.final, added["report.html"], added["README.md"], False, 0.0, 0.0, [], 0)
     if evaluation is None:
-        return result
+        return EvaluateResult(config.final, added["report.html"], added["README.md"])
     tracker.metrics(training["draft_step"], _tracked_metrics(evaluation))
     if different := evaluation["lossless"]["differences"]:
         first = different[0]
@@ -137,8 +132,10 @@ def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
             "feature layers counted otherwise, rotary settings, order of the norms, chat template; compare config.json "
             f"of {config.final} with what the engine's log says of the draft"
         )
-    return replace(
-        result,
+    return EvaluateResult(
+        config.final,
+        added["report.html"],
+        added["README.md"],
         measured=True,
         acceptance_length=evaluation["trained"]["acceptance_length"],
         untrained_acceptance_length=(evaluation["untrained"] or {}).get("acceptance_length", 0.0),

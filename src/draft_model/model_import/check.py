@@ -1,18 +1,23 @@
-"""Whether a model can be a target: decided by its structure, in a limited child process (`sandbox`).
+"""What reads a stranger's model, in a process with limits: whether it can be a target, and PyTorch's weight files.
 
-transformers opens the model on the meta device, so one of any size takes little memory. Code of its repository is never
-run, and settings by which a later reader would run some are taken out of its files.
+The structure decides. transformers opens the model on the meta device, so one of any size takes little memory. Code of
+its repository is never run, and settings by which a later reader would run some are taken out of its files. A PyTorch
+file is a pickle, and a pickle is a program: it is read with `weights_only=True`, which knows tensors and containers and
+nothing else.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -20,7 +25,6 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from draft_model.drafts import DEFAULT, family
 from draft_model.drafts.layers import rotary_table
 from draft_model.errors import DraftModelError
-from draft_model.model_import.convert import first_line
 from draft_model.model_import.sources import INDEX
 from draft_model.target.model import head_logits
 
@@ -38,7 +42,7 @@ _ORIGINAL = "Use the model that it was made from: the draft serves both"
 _LACK = "its weights lack {}; save the whole model again"
 
 
-def inspect(folder: str, weights: list[str]) -> dict[str, Any]:
+def inspect(folder: Path, weights: list[str]) -> dict[str, Any]:
     """Checks configuration, structure, tokenizer, chat templates and, where they are there, weights.
 
     Rewrites JSON files that name code to run; writes an index where several weight files have none.
@@ -50,19 +54,19 @@ def inspect(folder: str, weights: list[str]) -> dict[str, Any]:
     Returns:
         `problems`, and where there are none `architecture`, `parameter_count`, `quantization`, `max_positions`.
     """
-    path, model = Path(folder), None
+    model = None
     try:
-        config, own_code = _without_code(path / "config.json")
-        others = [path / name for name in ("generation_config.json", "tokenizer_config.json")]
+        config, own_code = _without_code(folder / "config.json")
+        others = [folder / name for name in ("generation_config.json", "tokenizer_config.json")]
         read = {file.name: _without_code(file)[0] for file in others if file.exists()}
         if not (problems := _config_problems(config) + _end_problems({"config.json": config, **read})):
-            model = _open(path, config, own_code)
+            model = _open(folder, config, own_code)
             problems = _structure_problems(model)
             if weights and not problems:
-                problems = _weight_problems(path, weights, model)
+                problems = _weight_problems(folder, weights, model)
     except DraftModelError as error:
         problems = error.problems
-    problems += _tokenizer_problems(path, loads=model is not None)
+    problems += _tokenizer_problems(folder, loads=model is not None)
     if problems or model is None:
         return {"problems": problems}
     return {
@@ -88,7 +92,7 @@ def _without_code(path: Path) -> tuple[dict[str, Any], bool]:
             raise ValueError("it holds no JSON object")
         cleaned = clean(content)
     except (OSError, ValueError, RecursionError) as error:
-        raise DraftModelError(f"its {path.name} cannot be read: {first_line(error)}") from error
+        raise DraftModelError(f"its {path.name} cannot be read: {_first_line(error)}") from error
     if cleaned != content:
         path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return cleaned, "auto_map" in content
@@ -110,7 +114,7 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
         if table.shape[-1] != draft.head_dim:
             raise ValueError(f"it rotates {table.shape[-1]} of a head's {draft.head_dim} dimensions")
     except Exception as error:  # settings may make transformers raise anything
-        problems.append(f"its rotary embedding (rope_type {rope!r}) cannot be a draft's, too: {first_line(error)}")
+        problems.append(f"its rotary embedding (rope_type {rope!r}) cannot be a draft's, too: {_first_line(error)}")
     return problems
 
 
@@ -147,7 +151,7 @@ def _open(folder: Path, config: dict[str, Any], own_code: bool) -> Any:
             "it needs code from its repository (trust_remote_code), which is never run here"
             if own_code
             else f"model_type {config.get('model_type')!r} is no decoder for text generation that transformers loads: "
-            f"{first_line(error)}"
+            f"{_first_line(error)}"
         ) from error
 
 
@@ -190,7 +194,7 @@ def _head_problems(model: Any, start: str) -> list[str]:
         if not torch.allclose(logits.float(), expected, rtol=1e-3, atol=1e-3):
             return [f"{start}its logits are no plain function of its head that the training knows"]
     except Exception as error:  # a forward pass may raise anything
-        return [f"{start}its head cannot be taken apart from its decoder ({first_line(error)})"]
+        return [f"{start}its head cannot be taken apart from its decoder ({_first_line(error)})"]
     finally:
         decoder.forward = forward
         model.set_output_embeddings(old)
@@ -210,7 +214,7 @@ def _weight_problems(folder: Path, names: list[str], model: Any) -> list[str]:
                 packed += [] if quantised else [tensor for tensor in tensors if _is_packed(file, tensor)]
             where |= dict.fromkeys(tensors, name)
         except (SafetensorError, OSError) as error:
-            problems.append(f"{name} is damaged or cut short: {first_line(error)}")
+            problems.append(f"{name} is damaged or cut short: {_first_line(error)}")
     if problems or packed:
         sentence = f"its weights {{}} are quantised, but config.json has no quantization_config. {_ORIGINAL}"
         return problems or _named(packed, sentence)
@@ -224,7 +228,7 @@ def _weight_problems(folder: Path, names: list[str], model: Any) -> list[str]:
     except Exception as error:  # transformers raises anything, such as where one of the experts that it joins lacks
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
         missing = revert_weight_conversion(model, model.state_dict()).keys() - where.keys() - tied
-        return _named(sorted(missing), _LACK) or [f"transformers cannot load its weights: {first_line(error)}"]
+        return _named(sorted(missing), _LACK) or [f"transformers cannot load its weights: {_first_line(error)}"]
     mismatched = sorted(info["mismatched_keys"])
     other = [f"{name} {list(had)}, where config.json asks for {list(wanted)}" for name, had, wanted in mismatched]
     shapes = _named(other, "its weights have another shape than its config.json says: {}")
@@ -254,9 +258,55 @@ def _tokenizer_problems(folder: Path, loads: bool) -> list[str]:
     except MemoryError:
         raise
     except Exception as error:  # a broken file makes tokenizers raise anything
-        return [f"its tokenizer cannot be loaded ({first_line(error)}); save it again with save_pretrained"]
+        return [f"its tokenizer cannot be loaded ({_first_line(error)}); save it again with save_pretrained"]
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {None: tokenizer.chat_template}
     for name in named:  # one that never ends, or fills the memory, ends here; what it refuses is the data set's matter
         with suppress(Exception):
             tokenizer.apply_chat_template([{"role": "user", "content": "a"}], chat_template=name, tokenize=False)
     return []
+
+
+def convert(paths: list[Path], into: Path) -> None:
+    """Writes the tensors of PyTorch files as safetensors into an existing folder, a file for each."""
+    for number, path in enumerate(paths, 1):
+        name = "model" if len(paths) == 1 else f"model-{number:05}-of-{len(paths):05}"
+        save_file(_tensors(path), into / f"{name}.safetensors", metadata={"format": "pt"})
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    content = _load(path)
+    for name in ("state_dict", "model_state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
+        raise DraftModelError(f"{path.name} holds no state_dict (tensors by name): save the model with save_pretrained")
+    seen: set[int] = set()
+    tensors = {}
+    for name, value in content.items():
+        if isinstance(value, torch.Tensor):
+            start = value.untyped_storage().data_ptr()
+            shared = start in seen  # safetensors stores no tensor that shares memory with another
+            tensors[str(name)] = value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
+            seen.add(start)
+    return tensors
+
+
+def _load(path: Path) -> Any:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # files of before PyTorch 1.6 cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)|(?:class|function|global) ([\w.]+)", str(error))
+        wanted = f"it asks for {named[1] or named[2]}" if named else _first_line(error)
+        raise DraftModelError(
+            f"{path.name} holds more than tensors, which is never run here ({wanted}): save the model's state_dict, or "
+            "the model with save_pretrained, which writes safetensors"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError) as error:
+        raise DraftModelError(f"{path.name} is damaged or no PyTorch file: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

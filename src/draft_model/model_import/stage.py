@@ -8,19 +8,16 @@ to the same one they are copied there.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 import shutil
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.markdown import table
-from draft_model.model_import import sandbox
 from draft_model.model_import.sources import (
     CARD,
     INDEX,
@@ -34,12 +31,20 @@ from draft_model.model_import.sources import (
 from draft_model.parameters import Parameters
 from draft_model.storage.transfer import check_free_disk
 from draft_model.tracking import tracked
+from draft_model.workers import Limits, Workers
 
 logger = logging.getLogger(__name__)
 
 STAGE = "import"
 _FORMAT = 2  # of the canonical folder; part of the content key, so that a change of it imports anew
 _CONVERTED_PER_SECOND = 10**7  # bytes of a pickle in a second of CPU time, at the least
+LIMITS = Limits(memory=6 << 30, cpu=300, wall=1200)
+"""Tokenizers of 260,000 tokens and 100 layers of 256 experts need a tenth of them."""
+_STOPPED = (
+    "reading its files took more than {cpu} s of CPU time, {wall} s in all or {memory} GiB of memory and was stopped: "
+    "a file of it is damaged or made to do harm, or the machine is too small; check where the model comes from, or "
+    "save it again with save_pretrained"
+)
 
 
 @dataclass(frozen=True)
@@ -88,18 +93,18 @@ def is_weight(name: str) -> bool:
 def run(config: ImportConfig) -> ImportResult:
     """Imports the target model; where the same content is there already, whole, copies nothing.
 
-    Raises:
-        DraftModelError: when the source cannot be read or the model cannot be used; nothing is published then.
+    Raises DraftModelError where the source cannot be read or the model cannot be used; nothing is published then.
     """
     config.work.mkdir(parents=True, exist_ok=True)
     source = resolve(config.parameters, config.work)
-    key = _content_key(source)
+    files = sorted((name, file.size, file.stamp) for name, file in source.files.items())
+    key = storage.content_key(_FORMAT, source.parameter, source.name, source.listing.revision, files)[:32]
     uri = storage.join(config.root, "models", key) if config.root else config.output
     if (before := _imported_before(uri, key)) is not None:
         logger.info("%s is at %s already, whole: nothing is copied", source.name, uri)
         return before
     try:
-        folder, remote, facts = _prepare(source, config.work, uri)
+        folder, remote, facts = prepare(source, config.work, uri)
     except DraftModelError as error:
         start = f"target model {source.name}: "
         raise DraftModelError([p if p.startswith(source.parameter) else start + p for p in error.problems]) from error
@@ -118,18 +123,10 @@ def run(config: ImportConfig) -> ImportResult:
     return result
 
 
-def _content_key(source: Source) -> str:
-    """Changes with all that shapes the result: the source's name, its revision, every file's size and stamp."""
-    files = sorted((name, file.size, file.stamp) for name, file in source.files.items())
-    content = [_FORMAT, source.parameter, source.name, source.listing.revision, files]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-
-
 def _imported_before(uri: str, key: str) -> ImportResult | None:
     try:
-        manifest = storage.read_manifest(uri, stage=STAGE) if storage.exists(uri) else None
-        same = manifest is not None and manifest.properties.get("digest") == key
-        return _result(uri, manifest, reused=True) if manifest and same and storage.is_whole(uri, manifest) else None
+        manifest = storage.find_whole(uri, STAGE, digest=key)
+        return _result(uri, manifest, reused=True) if manifest else None
     except (DraftModelError, TypeError):  # a damaged one, or an older version's, is replaced
         return None
 
@@ -139,10 +136,11 @@ def _result(uri: str, manifest: storage.Manifest, *, reused: bool) -> ImportResu
     return ImportResult(**{n: manifest.properties[n] for n in known}, uri=uri, size=manifest.size, reused=reused)
 
 
-def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dict[str, Any]]:
+def prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dict[str, Any]]:
     """Checks the model and makes its canonical folder in the scratch folder, where weights are links.
 
-    Returns the folder, the weight files that their object store is still to copy, and what is known of the model.
+    Returns the folder, the weight files that their object store is still to copy to `uri`, and what is known of the
+    model.
     """
     names = [*description(source.paths), *([CARD] if CARD in source.files else [])]
     check_small(names, source.files)
@@ -152,7 +150,7 @@ def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dic
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
     weights = choose_weights(source)
-    if problems := weights.problems + sandbox.run("inspect", folder=str(folder), weights=[])["problems"]:
+    if problems := weights.problems + in_sandbox("inspect", folder, [])["problems"]:
         raise DraftModelError(problems)
     if weights.kind == "safetensors" and weights.index:
         shutil.copyfile(source.bring([weights.index])[weights.index], folder / INDEX)
@@ -160,16 +158,28 @@ def _prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dic
     if not remote:
         _bring_weights(source, weights, folder, work)
     files = sorted(path.name for path in folder.glob("*.safetensors"))
-    facts = sandbox.run("inspect", folder=str(folder), weights=files)
+    facts = in_sandbox("inspect", folder, files)
     if problems := facts.pop("problems"):
         raise DraftModelError(problems)
     converted = "PyTorch weights, rewritten as safetensors" if weights.kind == "pickle" else ""
     return folder, remote, {**facts, "conversion": converted}
 
 
+def in_sandbox(task: str, *arguments: Any, limits: Limits | None = None) -> Any:
+    """Calls `inspect` or `convert` of `check` in a process with limits."""
+    with Workers(limits=limits or LIMITS, stopped=_STOPPED) as worker:
+        return worker.call(_run_task, task, *arguments)
+
+
+def _run_task(task: str, *arguments: Any) -> Any:
+    from draft_model.model_import import check  # loads torch, which the process of the stage does not need
+
+    return getattr(check, task)(*arguments)
+
+
 def _headers(source: Source, weights: Weights, folder: Path, uri: str) -> list[str]:
     """Brings only the weights' headers, with holes for the tensors, where an object store can copy the files itself."""
-    between = source.listing.uri and storage.is_remote(source.listing.uri) and storage.is_remote(uri)
+    between = all(place and storage.is_remote(place) for place in (source.listing.uri, uri))
     final = weights.kind == "safetensors" and (weights.index or weights.names == ["model.safetensors"])
     if not (between and final):
         return []
@@ -192,9 +202,9 @@ def _bring_weights(source: Source, weights: Weights, folder: Path, work: Path) -
         into, sizes = work / "converted", [path.stat().st_size for path in paths.values()]
         shutil.rmtree(into, ignore_errors=True)
         into.mkdir()
-        seconds = sandbox.CPU_SECONDS + sum(sizes) // _CONVERTED_PER_SECOND
-        limits = {"memory": sandbox.MEMORY + 3 * max(sizes), "cpu": seconds, "wall": 4 * seconds}
-        sandbox.run("convert", paths=[str(path) for path in paths.values()], into=str(into), **limits)
+        seconds = LIMITS.cpu + sum(sizes) // _CONVERTED_PER_SECOND
+        limits = Limits(LIMITS.memory + 3 * max(sizes), seconds, 4 * seconds)
+        in_sandbox("convert", [*paths.values()], into, limits=limits)
         paths = {path.name: path for path in sorted(into.iterdir())}
     for name, path in paths.items():
         (folder / ("model.safetensors" if len(paths) == 1 else name)).symlink_to(path.resolve())
@@ -209,14 +219,14 @@ def _upload(source: Source, folder: Path, uri: str, remote: list[str]) -> list[s
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name != CARD and name not in remote:
-            record = storage.put_file(path.resolve(), storage.join(uri, name))
+            record = storage.put_file(path.resolve(), uri, name)
             stated = source.files[name].sha256 if path.is_symlink() and name in source.files else ""
             if stated and record.sha256 != stated:
                 raise DraftModelError(
                     f"{source.parameter}: {name} of {source.name} arrived damaged: its SHA-256 is not the one that its "
                     "source states; remove the scratch folder and import again"
                 )
-            records.append(replace(record, path=name))
+            records.append(record)
     return records
 
 

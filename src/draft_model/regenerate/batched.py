@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,9 @@ from draft_model.target.model import load_model
 
 
 class BatchedGenerator:
-    """Answers prompts with transformers, in the target's process.
+    """Answers prompts with transformers, in this process; too little memory is a DraftModelError."""
 
-    Args:
-        settings: of the generation.
-
-    Raises:
-        DraftModelError: there is too little memory for the target, or later for a batch.
-    """
-
-    in_flight = 16
-    """Prompts at once; a CPU does 16 rows in about the time of one."""
+    in_flight = 16  # prompts at once; a CPU does 16 rows in about the time of one
     continuous = False
 
     def __init__(self, settings: Settings) -> None:
@@ -60,28 +52,12 @@ class BatchedGenerator:
         """Frees the target."""
         del self._model
 
-    @torch.no_grad()
     def _generate(self, batch: list[Request]) -> list[Answer]:
-        from transformers import GenerationConfig, LogitsProcessorList
-
-        device, ends = self._model.device, self._settings.end_tokens
-        width = max(len(request.prompt) for request in batch)
-        # A row is filled up with its own first token: a penalty on repetition has seen that anyway.
-        rows = [[request.prompt[0]] * (width - len(request.prompt)) + request.prompt for request in batch]
-        mask = [[0] * (width - len(request.prompt)) + [1] * len(request.prompt) for request in batch]
-        config = GenerationConfig(
-            do_sample=False, max_new_tokens=max(request.max_new_tokens for request in batch), eos_token_id=ends,
-            pad_token_id=ends[0],
-        )  # fmt: skip
-        self._model.generation_config = GenerationConfig()  # what a call leaves open is taken from there
-        output = self._model.generate(
-            input_ids=torch.tensor(rows, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList(self._processors(batch)),
-        )
+        ends, longest = self._settings.end_tokens, max(request.max_new_tokens for request in batch)
+        prompts = [request.prompt for request in batch]
         answers = []
-        for request, row in zip(batch, output[:, width:].tolist(), strict=True):
+        rows = generate(self._model, prompts, longest, ends, self._processors(batch))
+        for request, row in zip(batch, rows, strict=True):
             row = row[: request.max_new_tokens]
             end = next((index for index, token in enumerate(row) if token in ends), None)
             answers.append(Answer(request.id, row[:end], "length" if end is None else "stop"))
@@ -109,6 +85,38 @@ class BatchedGenerator:
             return logits - torch.stack(noise).to(logits.device)
 
         return [*chosen, draw]
+
+
+@torch.no_grad()
+def generate(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: list[int], processors: list[Any]
+) -> list[list[int]]:
+    """New tokens of each prompt by transformers, greedy but for the processors; what follows an end token is padding.
+
+    `generate` fills what a call leaves open from the model's generation_config (penalties, suppressed tokens, beams,
+    stop strings): an empty one is put in its place.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    width = max(map(len, prompts))
+    # A row is filled up with its own first token: a penalty on repetition has seen that anyway.
+    rows = [[prompt[0]] * (width - len(prompt)) + [*prompt] for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=0
+    )
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        output = model.generate(
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList(processors),
+        )
+    finally:
+        model.generation_config = own
+    found: list[list[int]] = output[:, width:].tolist()
+    return found
 
 
 @contextmanager

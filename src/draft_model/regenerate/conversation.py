@@ -12,16 +12,16 @@ import json
 import re
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from draft_model.dataset.encode import load_tokenizer
 from draft_model.dataset.reader import Message, Rejected, Row, parse
 from draft_model.dataset.render import Renderer
-from draft_model.dataset.templates import TEMPLATES, Template, as_json
-from draft_model.dataset.workers import Workers
+from draft_model.dataset.templates import TEMPLATES, as_json
 from draft_model.engine.generate import Answer, Request
+from draft_model.workers import Workers
 
 if TYPE_CHECKING:
     from draft_model.engine.generate import VllmGenerator
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 
     Engine = VllmGenerator | BatchedGenerator
 Key = TypeVar("Key")
-Chat = Generator[tuple[list[int], int], Answer, "Outcome"]
-"""Yields a prompt and how many tokens its answer may have."""
+Chat = Generator[tuple[list[int], int], Answer, "Outcome"]  # yields a prompt and how many tokens its answer may have
 
 TOO_LONG = "prompt too long"
 OTHER_CALLS = "tool results do not fit the answer"
@@ -74,29 +73,15 @@ class WriterSettings(NamedTuple):
 
 
 class Writer:
-    """Makes prompts of conversations, and conversations of answers.
+    """Makes prompts of conversations, and conversations of answers."""
 
-    Args:
-        tokenizer: the target's.
-        template: whose turn markers it writes.
-        context: tokens that prompt and answer may have together.
-        max_new_tokens: of an answer.
-    """
-
-    def __init__(self, tokenizer: Any, template: Template, context: int, max_new_tokens: int) -> None:
-        self._tokenizer, self._template = tokenizer, template
-        self._decode = partial(tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        self._context, self._max_new_tokens = context, max_new_tokens
-        self._renderers = [Renderer(tokenizer, template, tools=tools) for tools in (False, True)]
+    def __init__(self, settings: WriterSettings) -> None:
+        self._settings, self._template = settings, TEMPLATES[settings.chat_template]
+        self._tokenizer = load_tokenizer(settings.model)
+        self._renderers = [Renderer(self._tokenizer, self._template, tools=tools) for tools in (False, True)]
 
     def converse(self, line: bytes, suffix: str, number: str) -> Chat:
-        """Regenerates a line of the input.
-
-        Args:
-            line: as it stands in the file.
-            suffix: appended to the id; of a sample, where there are several.
-            number: id of a line that has none.
-        """
+        """Regenerates a line of the input; a suffix is added to its id, `number` is the id of a line that has none."""
         turns: list[Turn] = []
         try:
             row = parse(line)
@@ -128,11 +113,13 @@ class Writer:
                 here = f"message {index + 1}"
                 text = renderer.prompt(replace(row, messages=messages))
                 prompt = self._tokens(text)
-                room = self._context - len(prompt)
+                room = self._settings.context - len(prompt)
                 if room < 1:
-                    raise Rejected(TOO_LONG, f"{here}: {len(prompt)} tokens before it; {self._context} fit")
-                answer = yield prompt, min(room, self._max_new_tokens)
-                said: str = self._decode(answer.tokens)
+                    raise Rejected(TOO_LONG, f"{here}: {len(prompt)} tokens before it; {self._settings.context} fit")
+                answer = yield prompt, min(room, self._settings.max_new_tokens)
+                said: str = self._tokenizer.decode(
+                    answer.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+                )
                 if answer.finish == "length":  # within a character
                     said = said.rstrip("\N{REPLACEMENT CHARACTER}")
                 try:
@@ -167,11 +154,7 @@ class Writer:
         return ids
 
     def _message(self, said: str, *, opened: bool) -> Message:
-        """An answer as a message; `opened`: the prompt ends where the model's reasoning begins.
-
-        Raises:
-            Rejected: there is nothing in it, or what the data set's stage would refuse.
-        """
+        """An answer as a message, or Rejected; `opened`: the prompt ends where the model's reasoning begins."""
         message: Message = {"role": "assistant", "content": said}
         if self._template.opening:
             message = _of_channels(said)
@@ -191,9 +174,7 @@ def converse_in(workers: Workers, settings: WriterSettings, line: bytes, suffix:
     return reached
 
 
-_writer = lru_cache(maxsize=1)(
-    lambda settings: Writer(load_tokenizer(settings.model), TEMPLATES[settings.chat_template], *settings[2:])
-)
+_writer = lru_cache(maxsize=1)(Writer)  # one a process
 
 
 def _reach(
@@ -211,13 +192,10 @@ def _reach(
 
 
 def drive(engine: Engine, chats: Iterator[tuple[Key, Chat]], seed: Any, most: int) -> Iterator[tuple[Key, Outcome]]:
-    """Has an engine answer conversations; yields each with its key when it has ended.
+    """Has an engine answer conversations that have not begun; yields each with its key when it has ended.
 
-    Args:
-        engine: gets `most` conversations at once, or its `in_flight` if that is less.
-        chats: not begun yet.
-        seed: from a key and the number of the answer to the seed of its sampling.
-        most: this engine's share of all conversations, lest it keep the others from theirs.
+    The engine gets `most` at once, or its `in_flight` if that is less, so that engines share them. `seed` makes the
+    seed of an answer's sampling from a key and the answer's number.
     """
     active: dict[int, tuple[Key, Chat, int]] = {}
     numbers = itertools.count()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from draft_model.dataset.report import render_page
 from draft_model.regenerate.conversation import Outcome
 
 _REFUSAL = re.compile(
@@ -101,19 +102,11 @@ def _bin(tokens: int) -> str:
 
 def write_report(properties: Mapping[str, Any], tallies: Mapping[str, Tally], data: Path, page: Path) -> None:
     """Writes the manifest's properties and the counts of each split, as JSON and as a page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     splits = {}
     for split, tally in tallies.items():
         bins = sorted({*tally.lengths, *tally.lengths_before}, key=int)
         lengths = [{"up_to": int(b), "before": tally.lengths_before[b], "after": tally.lengths[b]} for b in bins]
         splits[split] = {**tally.summary(), "lengths": lengths, "samples": tally.samples}
     report = {**properties, "splits": splits}
-    environment = Environment(
-        loader=PackageLoader("draft_model", "regenerate"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["count"] = lambda number: f"{number:,}"
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
     data.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    page.write_text(environment.get_template("report.html.j2").render(report=report), encoding="utf-8")
+    page.write_text(render_page("regenerate", report), encoding="utf-8")

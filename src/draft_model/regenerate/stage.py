@@ -8,14 +8,13 @@ that shapes them. Pod i of N takes every N-th shard; the first one waits for the
 from __future__ import annotations
 
 import gzip
-import hashlib
 import itertools
 import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
@@ -29,10 +28,9 @@ from tqdm import tqdm
 from draft_model import engine as engines
 from draft_model import storage
 from draft_model.dataset.encode import end_tokens, load_tokenizer
-from draft_model.dataset.files import File, find, read_errors, read_line
+from draft_model.dataset.files import File, identify, read_errors, read_line
 from draft_model.dataset.render import check_fit
 from draft_model.dataset.templates import TEMPLATES
-from draft_model.dataset.workers import Workers
 from draft_model.engine.generate import Sampling, Settings, VllmGenerator
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
@@ -41,14 +39,14 @@ from draft_model.regenerate.conversation import Chat, Outcome, WriterSettings, c
 from draft_model.regenerate.report import Tally, write_report
 from draft_model.storage.transfer import in_parallel
 from draft_model.tracking import tracked
+from draft_model.workers import Workers
 
 if TYPE_CHECKING:
     from draft_model.regenerate.conversation import Engine
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Raised whenever this package would make something else of the same inputs."""
+FORMAT = 1  # raised whenever this package would make something else of the same inputs
 SHARD_LINES = 256
 REJECTED, REPORT, REPORT_PAGE = "rejected.jsonl", "report.json", "report.html"
 _PIECES = "pieces"
@@ -114,16 +112,12 @@ class _Shard:
 
 @tracked("regenerate", "conversations")
 def run(config: RegenerateConfig) -> RegenerateResult:
-    """Regenerates the conversations, or finds them regenerated; shards that are whole already are used.
-
-    Raises:
-        DraftModelError: an input is missing, unreadable or too faulty, the engine fails, or another pod does.
-    """
+    """Regenerates the conversations, or finds them regenerated; shards that are whole already are used."""
     config.work.mkdir(parents=True, exist_ok=True)
     inputs = _read_inputs(config)
     if found := _find_made(inputs):
         log.info("%s holds the answers to the same inputs already; nothing to do", inputs.output)
-        return RegenerateResult(inputs.output, True, found["splits"])
+        return RegenerateResult(inputs.output, True, found.properties["splits"])
     with TemporaryDirectory(dir=config.work, prefix="regenerate-") as scratch, Workers() as workers:
         shards = _plan(inputs, config.parameters.regenerate_limit)
         while not (found := _find_made(inputs)):  # by the first pod, or by another run of the same inputs
@@ -131,15 +125,11 @@ def run(config: RegenerateConfig) -> RegenerateResult:
             _wait(config, inputs, [f"{shard.name}.json" for shard in shards])
             if config.pod == 0:
                 _publish(config, inputs, shards, Path(scratch))
-    return RegenerateResult(inputs.output, False, found["splits"])
+    return RegenerateResult(inputs.output, False, found.properties["splits"])
 
 
-def _find_made(inputs: _Inputs) -> Mapping[str, Any] | None:
-    if storage.read_file(storage.join(inputs.output, storage.MANIFEST)) is None:
-        return None
-    manifest = storage.read_manifest(inputs.output, stage="regenerate")
-    same = manifest.properties.get("fingerprint") == inputs.fingerprint
-    return manifest.properties if same and storage.is_whole(inputs.output, manifest) else None
+def _find_made(inputs: _Inputs) -> storage.Manifest | None:
+    return storage.find_whole(inputs.output, "regenerate", fingerprint=inputs.fingerprint)
 
 
 def _wait(config: RegenerateConfig, inputs: _Inputs, names: list[str]) -> None:
@@ -174,8 +164,9 @@ def _read_inputs(config: RegenerateConfig) -> _Inputs:
     files, identities = {}, {}
     for split, uri in wanted.items():
         with read_errors(uri, f"dataset_{split}_split"):
-            files[split] = find(uri)
-            identities[split] = [(file.name, file.identity()) for file in files[split]]
+            found = identify(uri)
+        files[split] = [file for file, _ in found]
+        identities[split] = [(file.name, identity) for file, identity in found]
     sampling = read_sampling(model, p.regenerate_temperature)
     settings = {
         "format": FORMAT,
@@ -185,18 +176,16 @@ def _read_inputs(config: RegenerateConfig) -> _Inputs:
         **{name: getattr(p, name) for name in ("chat_template", "max_length", "regenerate_max_new_tokens",
                                                "regenerate_samples_per_prompt", "regenerate_limit")},
     }  # fmt: skip
-    keys = {split: _hash(settings, split, identity) for split, identity in identities.items()}
-    fingerprint = _hash(keys)
+    keys = {split: storage.content_key(settings, split, identity) for split, identity in identities.items()}
+    fingerprint = storage.content_key(keys)
     output = storage.join(config.root, "regenerated", fingerprint[:24]) if config.root else config.output
     return _Inputs(model, files, keys, sampling, fingerprint, output)
 
 
 def read_sampling(model: Path, temperature: float) -> Sampling:
-    """How the target is sampled: as engines do, by its generation_config, but for a temperature that is given.
+    """How the target is sampled: as engines do, by its generation_config, but for regenerate_temperature.
 
-    Args:
-        model: folder of the target.
-        temperature: parameter regenerate_temperature; -1: the target's own, 0: greedy.
+    -1 means the target's own, 0 greedy.
     """
     if temperature == 0:
         return Sampling(temperature=0)
@@ -332,7 +321,7 @@ def _answer(
 
     def seed(key: tuple[_Shard, int, int], turn: int) -> int:
         shard, index, sample = key
-        return int(_hash(p.seed, shard.split, shard.number, index, sample, turn)[:12], 16)
+        return int(storage.content_key(p.seed, shard.split, shard.number, index, sample, turn)[:12], 16)
 
     streams = [itertools.chain.from_iterable(map(chats, shards))] if engine.continuous else map(chats, shards)
     for stream in streams:
@@ -351,7 +340,7 @@ def _upload(shard: _Shard, output: str, scratch: Path) -> None:
             if outcome.record:
                 file.write((json.dumps(outcome.record, ensure_ascii=False) + "\n").encode())
             tally.add(outcome, *shard.lines[index][:2])
-    record = replace(storage.put_file(path, storage.join(output, name)), path=name) if tally.conversations else None
+    record = storage.put_file(path, output, name) if tally.conversations else None
     path.unlink()
     counts = {"shard": asdict(record) if record else None, "tally": vars(tally)}
     storage.write_bytes(storage.join(output, _PIECES, f"{shard.name}.json"), json.dumps(counts).encode())
@@ -386,15 +375,10 @@ def _publish(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard], sc
     rejected = [json.dumps({"split": split, **it}) + "\n" for split, tally in tallies.items() for it in tally.rejected]
     (scratch / REJECTED).write_text("".join(rejected), encoding="utf-8")
     write_report(properties, tallies, scratch / REPORT, scratch / REPORT_PAGE)
-    for name in (REJECTED, REPORT, REPORT_PAGE):
-        records.append(storage.put_file(scratch / name, storage.join(output, name)))
+    records += [storage.put_file(scratch / name, output, name) for name in (REJECTED, REPORT, REPORT_PAGE)]
     named = {record.path for record in records}
     for name in storage.list_files(output):  # parts of abandoned runs, which a reader of the folder would take too
         if name.startswith(tuple(f"{split}/part-" for split in tallies)) and name not in named:
             storage.delete(storage.join(output, name))
     storage.write_manifest(output, "regenerate", records, properties)
     storage.remove(storage.join(output, _PIECES))
-
-
-def _hash(*content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

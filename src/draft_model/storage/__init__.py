@@ -6,10 +6,13 @@ never sees half a folder, whatever was killed when, and a second try moves only 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +20,17 @@ from draft_model.errors import DraftModelError
 from draft_model.storage import manifest
 from draft_model.storage.local import LocalFolder
 from draft_model.storage.manifest import MANIFEST, MANIFEST_LIMIT, FileRecord, Manifest
-from draft_model.storage.transfer import check_free_disk, in_parallel, local_errors, patience, progress
+from draft_model.storage.transfer import Stat, check_free_disk, in_parallel, local_errors, patience, progress
 from draft_model.storage.uri import check_name, is_remote, join, parse, split
 
 if TYPE_CHECKING:
     from draft_model.storage.s3 import S3Folder
 
 __all__ = [
-    "MANIFEST", "FileRecord", "Manifest", "copy", "create", "delete", "exists", "extend", "fetch", "fetch_file",
-    "fetch_tree", "is_remote", "is_whole", "join", "list_files", "patience", "probe", "publish", "put_file",
-    "read_bytes", "read_file", "read_manifest", "read_range", "read_versioned", "remove", "remove_manifest", "replace",
-    "write_bytes", "write_manifest",
+    "MANIFEST", "FileRecord", "Manifest", "content_key", "copy", "create", "delete", "exists", "extend", "fetch",
+    "fetch_file", "fetch_tree", "find_whole", "is_remote", "is_whole", "join", "list_files", "patience", "probe",
+    "publish", "put_file", "read_bytes", "read_file", "read_manifest", "read_range", "read_versioned", "remove",
+    "remove_manifest", "replace", "write_bytes", "write_manifest",
 ]  # fmt: skip
 _PROBLEMS_SHOWN = 20
 FILE_LIMIT = 2**28
@@ -54,14 +57,8 @@ def publish(
     """Makes a local folder available, whole, at a URI; returns its manifest.
 
     Files that are there already are not sent again; files that an earlier manifest there lists and this one does not
-    are removed. Where the URI is the folder itself, only the manifest is written.
-
-    Args:
-        folder: the files; sub-folders too.
-        uri: destination; local or in an object store.
-        stage: the stage that made them.
-        properties: what the stage says about them; JSON values.
-        check: called right before the manifest is written; where it raises, the folder stays without one.
+    are removed. Where the URI is the folder itself, only the manifest is written. `properties` are JSON values. `check`
+    is called right before the manifest is written; where it raises, the folder stays without one.
     """
     with local_errors(str(folder)):
         sources = manifest.files_below(folder)
@@ -70,12 +67,12 @@ def publish(
     in_place = isinstance(address, Path) and address.resolve() == folder.resolve()
     if isinstance(address, Path) and not in_place and address.resolve().is_relative_to(folder.resolve()):
         raise DraftModelError(f"{uri} is inside {folder}, which is to be published there; choose another folder")
-    stale = _take_down(target) - sources.keys()
     if in_place:
+        _take_down(target, keep=None)
         with local_errors(str(folder)):
             records = in_parallel(lambda name: manifest.record_of(sources[name], name), sources)
     else:
-        in_parallel(target.remove, sorted(stale))
+        _take_down(target, keep=sources.keys())
         records = _put(target, sources)
     if check is not None:
         check()
@@ -109,14 +106,14 @@ def _put(folder: LocalFolder | S3Folder, sources: Mapping[str, Path]) -> list[Fi
         return in_parallel(send, sources, f"to {folder.uri}", size)
 
 
-def _take_down(folder: LocalFolder | S3Folder) -> set[str]:
-    """Removes a manifest that is to be replaced; returns the files that it lists, none where it is damaged."""
+def _take_down(folder: LocalFolder | S3Folder, keep: Set[str] | None) -> None:
+    """Removes a manifest that is to be replaced, then the files that it lists but for some; None keeps them all."""
     found = folder.read(MANIFEST, MANIFEST_LIMIT)
     folder.remove(MANIFEST)
-    try:
-        return {file.path for file in manifest.from_bytes(found[0]).files} if found else set()
-    except manifest.UnreadableManifest:
-        return set()
+    if found and keep is not None:
+        with suppress(manifest.UnreadableManifest):
+            listed = {file.path for file in manifest.from_bytes(found[0]).files}
+            in_parallel(folder.remove, sorted(listed - keep))
 
 
 def _seal(
@@ -127,17 +124,15 @@ def _seal(
     return sealed
 
 
-def put_file(path: Path, uri: str) -> FileRecord:
-    """Uploads one file to its URI; returns its record, with its last segment as path, for `write_manifest`."""
-    folder, name = _file(uri)
-    return _put(folder, {name: path})[0]
+def put_file(path: Path, uri: str, name: str) -> FileRecord:
+    """Uploads one file to a name in a folder; returns its record for `write_manifest`."""
+    return _put(_folder(uri), {check_name(name, uri): path})[0]
 
 
 def write_manifest(uri: str, stage: str, files: Iterable[FileRecord], properties: Mapping[str, Any]) -> Manifest:
     """Makes a folder whole whose files were uploaded before; others that an older manifest lists are removed."""
     folder, records = _folder(uri), list(files)
-    stale = _take_down(folder) - {file.path for file in records}
-    in_parallel(folder.remove, sorted(stale))
+    _take_down(folder, keep={file.path for file in records})
     return _seal(folder, stage, records, properties)
 
 
@@ -145,8 +140,8 @@ def extend(uri: str, files: Mapping[str, Path]) -> Manifest:
     """Adds local files to a whole folder, or replaces them; if killed meanwhile, the folder is whole without them."""
     old, folder = read_manifest(uri), _folder(uri)
     kept = [file for file in old.files if file.path not in files]
-    names = [FileRecord(check_name(name, uri), 0, "0" * 64) for name in files]
-    manifest.make_manifest(old.stage, [*kept, *names], {})  # wrong names are reported before anything is touched
+    added = [FileRecord(check_name(name, uri), 0, "0" * 64) for name in files]
+    manifest.make_manifest(old.stage, [*kept, *added], {})  # wrong names are reported before anything is touched
     if len(kept) < len(old.files):
         _seal(folder, old.stage, kept, old.properties)
     return _seal(folder, old.stage, [*kept, *_put(folder, files)], old.properties)
@@ -179,6 +174,27 @@ def is_whole(uri: str, record: Manifest) -> bool:
         return all(in_parallel(folder.has, record.files))
 
 
+def find_whole(uri: str, stage: str, **properties: str) -> Manifest | None:
+    """Manifest of a folder that can be used again: of this stage, with these properties, and with all its files.
+
+    The manifest of a folder that lacks some, or in which one has changed, is removed.
+    """
+    if read_file(join(uri, MANIFEST)) is None:
+        return None
+    record = read_manifest(uri, stage=stage)
+    if any(record.properties.get(name) != value for name, value in properties.items()):
+        return None
+    if is_whole(uri, record):
+        return record
+    remove_manifest(uri)
+    return None
+
+
+def content_key(*content: Any) -> str:
+    """SHA-256 of JSON values, for all that shapes a folder."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def remove_manifest(uri: str) -> None:
     """Marks a folder as unfinished; that it has no manifest is no error."""
     _folder(uri).remove(MANIFEST)
@@ -194,9 +210,9 @@ def fetch(uri: str, into: Path, *, only: Callable[[str], bool] | None = None) ->
     records = {file.path: file for file in read_manifest(uri).files if only is None or only(file.path)}
     local = source if isinstance(source, LocalFolder) else LocalFolder(into.resolve(), str(into))
 
-    def damage(name: str, path: Path) -> str | None:
+    def damage(name: str, path: Path) -> list[str]:
         problem = manifest.problem(path, records[name])
-        return f"{uri}: {name} {problem}; run the stage that writes the folder again" if problem else None
+        return [f"{uri}: {name} {problem}; run the stage that writes the folder again"] if problem else []
 
     def accept(name: str, path: Path) -> None:
         if problem := damage(name, path):
@@ -204,14 +220,14 @@ def fetch(uri: str, into: Path, *, only: Callable[[str], bool] | None = None) ->
 
     with local_errors(local.uri):
         found = in_parallel(lambda name: damage(name, local.inside(name)), records)
-        problems = {name: problem for name, problem in zip(records, found, strict=True) if problem}
         if not isinstance(source, LocalFolder):
-            source.get({name: records[name].size for name in problems}, local, accept)
+            sizes = {name: records[name].size for name, problem in zip(records, found, strict=True) if problem}
+            source.get(sizes, local, accept)
             return into
-    if problems:
+    if problems := [problem for its in found for problem in its]:
         rest = len(problems) - _PROBLEMS_SHOWN
         more = [f"{uri}: {rest} more files are damaged or missing"] if rest > 0 else []
-        raise DraftModelError([*problems.values()][:_PROBLEMS_SHOWN] + more)
+        raise DraftModelError(problems[:_PROBLEMS_SHOWN] + more)
     return source.path
 
 
@@ -226,38 +242,38 @@ def fetch_tree(uri: str, into: Path) -> Path:
             if not source.path.is_dir():
                 raise DraftModelError(f"{uri} is not a folder; give an existing one")
         return source.path
-    found = {check_name(name, uri): (size, time.timestamp()) for name, (size, _, time) in source.files().items()}
+    found = {check_name(name, uri): stat for name, stat in source.files().items()}
     if not found:
         raise DraftModelError(f"{uri} holds no objects; give the URI of a folder that has some")
-    _fetch_unchecked(source, found, into)
+    _download(source, found, into)
     return into
 
 
 def fetch_file(uri: str, into: Path) -> Path:
     """Provides one file as a local one: that of the URI where it is local, else downloaded to the folder `into`."""
     source, name = _file(uri)
+    found = source.stat(name)
     if isinstance(source, LocalFolder):
-        with local_errors(uri):
-            if not (source.path / name).is_file():
-                raise DraftModelError(f"{uri} is not a file; give an existing one")
+        if found is None:
+            raise DraftModelError(f"{uri} is not a file; give an existing one")
         return source.path / name
-    head = source.head(name)
-    if head is None:
+    if found is None:
         raise DraftModelError(f"{uri}: there is no such bucket or object; check the URI")
-    _fetch_unchecked(source, {name: (head["ContentLength"], head["LastModified"].timestamp())}, into)
+    _download(source, {name: found}, into)
     return into / name
 
 
-def _fetch_unchecked(source: S3Folder, found: Mapping[str, tuple[int, float]], into: Path) -> None:
-    """Downloads objects of these sizes and times, but for those that are there with both."""
-
-    def differs(path: Path, size: int, time: float) -> bool:
-        return not path.is_file() or (path.stat().st_size, path.stat().st_mtime) != (size, time)
-
+def _download(source: S3Folder, found: Mapping[str, Stat], into: Path) -> None:
+    """Downloads objects, but for those that are there with the same size and time."""
     with local_errors(str(into)):
-        sizes = {name: size for name, (size, time) in found.items() if differs(into / name, size, time)}
         local = LocalFolder(into.resolve(), str(into))
-        source.get(sizes, local, lambda name, path: os.utime(path, (found[name][1],) * 2))
+        there = {name: path.stat() for name in found if (path := into / name).is_file()}
+        sizes = {
+            name: size
+            for name, (size, _, time) in found.items()
+            if name not in there or (there[name].st_size, there[name].st_mtime) != (size, time)
+        }
+        source.get(sizes, local, lambda name, path: os.utime(path, (found[name].time,) * 2))
 
 
 def copy(source_uri: str, uri: str, names: Iterable[str]) -> list[FileRecord]:
@@ -279,25 +295,25 @@ def list_files(uri: str) -> dict[str, tuple[int, str]]:
 
     The URI of one file gives that file by its own name.
     """
-    found: Mapping[str, tuple[Any, ...]] = _folder(uri).files()
-    if not found and is_remote(uri) and uri.count("/") > 3:
+    found = _folder(uri).files() or _one_file(uri)
+    return {check_name(name, uri): (found[name].size, found[name].stamp) for name in sorted(found)}
+
+
+def _one_file(uri: str) -> dict[str, Stat]:
+    address = parse(uri)
+    if isinstance(address, Path):
+        name, stat = address.name, LocalFolder(address.parent, uri).stat(address.name)
+    elif address.key:
         folder, name = _file(uri)
-        if not isinstance(folder, LocalFolder) and (head := folder.head(name)):
-            found = {name: (head["ContentLength"], head["ETag"])}
-    return {check_name(name, uri): (found[name][0], found[name][1]) for name in sorted(found)}
+        stat = folder.stat(name)
+    else:
+        return {}
+    return {name: stat} if stat else {}
 
 
 def exists(uri: str) -> bool:
     """Whether there is a file at the URI, or a whole folder."""
-    folder = _folder(uri)
-    if isinstance(folder, LocalFolder):
-        with local_errors(uri):
-            return folder.path.is_file() or (folder.path / MANIFEST).is_file()
-    if folder.prefix:
-        parent, name = _file(uri)
-        if not isinstance(parent, LocalFolder) and parent.exists(name):
-            return True
-    return folder.exists(MANIFEST)
+    return _folder(uri).read(MANIFEST, MANIFEST_LIMIT) is not None or bool(_one_file(uri))
 
 
 def remove(uri: str) -> None:
@@ -305,6 +321,12 @@ def remove(uri: str) -> None:
     folder = _folder(uri)
     folder.remove(MANIFEST)
     folder.remove_all()
+
+
+def read_versioned(uri: str) -> tuple[bytes, str] | None:
+    """Content of a small file and its version for `replace` and `delete`, or None where there is no such file."""
+    folder, name = _file(uri)
+    return folder.read(name, FILE_LIMIT)
 
 
 def read_file(uri: str) -> bytes | None:
@@ -321,18 +343,13 @@ def read_bytes(uri: str) -> bytes:
     return data
 
 
-def read_versioned(uri: str) -> tuple[bytes, str] | None:
-    """Content of a small file and its version for `replace` and `delete`, or None where there is no such file."""
-    folder, name = _file(uri)
-    return folder.read(name, FILE_LIMIT)
-
-
 def read_range(uri: str, offset: int, length: int, version: str = "") -> bytes:
-    """Bytes [offset, offset + length) of a file, fewer at its end.
+    """Bytes [offset, offset + length) of an object, fewer at its end.
 
-    An object that has another version by now than `version`, a stamp of `list_files`, is refused.
+    One that has another version by now than `version`, a stamp of `list_files`, is refused.
     """
     folder, name = _file(uri)
+    assert not isinstance(folder, LocalFolder)  # those of a disk are read as files
     return folder.read_range(name, offset, length, version)
 
 
@@ -371,7 +388,7 @@ def probe(uri: str, *, conditional: bool = True) -> list[str]:
     with tempfile.TemporaryDirectory() as work:
         try:
             Path(work, "large").write_bytes(data := os.urandom(9 * 2**20))
-            put_file(Path(work, "large"), large)
+            put_file(Path(work, "large"), folder, "large")
             if fetch_file(large, Path(work, "back")).read_bytes() != data:
                 problems.append(f"{uri}: an object of 9 MiB comes back with another content; see the log of the store")
             if conditional:

@@ -38,8 +38,7 @@ _STARTS = 5
 _READY_SECONDS = 60.0
 _STOP_SECONDS = 5.0
 """Its volume server waits long where one of its own connections was opened and never used; all is on the disk."""
-_SOCKET_AGE = 60.0
-"""Seconds; a younger socket may be one of a store that starts just now."""
+_SOCKET_AGE = 60.0  # seconds; a younger socket may be one of a store that starts just now
 _TOKENS = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 _KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 

@@ -18,10 +18,9 @@ from pathlib import Path
 
 from draft_model.errors import DraftModelError
 from draft_model.storage.manifest import MANIFEST, PARTIAL, FileRecord, problem
-from draft_model.storage.transfer import local_errors, progress
+from draft_model.storage.transfer import Stat, local_errors, progress
 
-LOCK_SECONDS = 30.0
-"""A lock file that did not change for so long was left by a process that was killed."""
+LOCK_SECONDS = 30.0  # A lock file that did not change for so long was left by a process that was killed
 
 
 @contextmanager
@@ -45,6 +44,11 @@ def _flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def _stat(path: Path) -> Stat:
+    stat = path.stat()
+    return Stat(stat.st_size, f"{stat.st_mtime_ns}-{stat.st_size}", stat.st_mtime)
 
 
 class LocalFolder:
@@ -78,15 +82,6 @@ class LocalFolder:
             except (FileNotFoundError, NotADirectoryError):
                 return None
         return data, hashlib.sha256(data).hexdigest()
-
-    def read_range(self, name: str, offset: int, length: int, version: str = "") -> bytes:
-        """Bytes [offset, offset + length) of a file, fewer at its end; of a disk's file the version is not compared."""
-        try:
-            with local_errors(self.uri), (self.path / name).open("rb") as stream:
-                stream.seek(offset)
-                return stream.read(length)
-        except FileNotFoundError:
-            raise DraftModelError(f"{self.path / name}: there is no such file; check the URI") from None
 
     def has(self, record: FileRecord) -> bool:
         """Whether a file, and no link, is there with the content of its record."""
@@ -175,20 +170,23 @@ class LocalFolder:
                 with contextlib.suppress(FileNotFoundError):  # another process removes it, too
                     shutil.rmtree(self.path)
 
-    def files(self) -> dict[str, tuple[int, str]]:
-        """Size and stamp (modification time and size) of every file below the folder, or of the one file."""
+    def stat(self, name: str) -> Stat | None:
+        """Size, stamp and time of a file, or None where there is no such file."""
+        with local_errors(self.uri):
+            path = self.path / name
+            return _stat(path) if path.is_file() else None
+
+    def files(self) -> dict[str, Stat]:
+        """What `stat` says of every file below the folder, by their relative names."""
 
         def fail(error: OSError) -> None:
             if not isinstance(error, FileNotFoundError):
                 raise error
 
         with local_errors(self.uri):
-            top, paths = self.path.parent, [self.path]
-            if not self.path.is_file():
-                walk = os.walk(top := self.path, onerror=fail)
-                paths = [Path(parent, name) for parent, _, names in walk for name in names if PARTIAL not in name]
-            found = {path.relative_to(top).as_posix(): path.stat() for path in paths if path.is_file()}
-        return {name: (stat.st_size, f"{stat.st_mtime_ns}-{stat.st_size}") for name, stat in found.items()}
+            walk = os.walk(self.path, onerror=fail) if not self.path.is_file() else ()
+            paths = [Path(parent, name) for parent, _, names in walk for name in names if PARTIAL not in name]
+            return {path.relative_to(self.path).as_posix(): _stat(path) for path in paths if path.is_file()}
 
     def put(self, path: Path, record: FileRecord) -> None:
         """Copies a local file to its name in the folder."""

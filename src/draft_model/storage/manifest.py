@@ -21,8 +21,7 @@ from draft_model.errors import DraftModelError
 from draft_model.storage.uri import name_problem
 
 MANIFEST = "manifest.json"
-MANIFEST_LIMIT = 32 * 2**20
-"""Bytes; a larger manifest is refused before it is read."""
+MANIFEST_LIMIT = 32 * 2**20  # bytes; a larger manifest is refused before it is read
 PARTIAL = ".draft-model-partial"
 """Part of the name of a file that is being written, so that what a killed run left is never taken for data."""
 

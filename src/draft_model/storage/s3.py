@@ -8,13 +8,11 @@ seconds; around it every request is repeated for minutes while the store is away
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from urllib.parse import urlsplit
@@ -28,7 +26,7 @@ from botocore.config import Config
 from draft_model.errors import DraftModelError, StoreUnavailable, without_credentials
 from draft_model.storage.local import LocalFolder, partial_file
 from draft_model.storage.manifest import FileRecord
-from draft_model.storage.transfer import FILES_AT_ONCE, PATIENCE, Stopped, check_free_disk, in_parallel, progress
+from draft_model.storage.transfer import FILES_AT_ONCE, PATIENCE, Stat, Stopped, check_free_disk, in_parallel, progress
 from draft_model.storage.uri import ObjectAddress
 
 if TYPE_CHECKING:
@@ -40,10 +38,8 @@ Result = TypeVar("Result")
 
 KFP_STORE = "http://minio-service.kubeflow:9000"
 """The object store of Kubeflow Pipelines, which `minio://` means where no endpoint is set."""
-FIRST_ANSWER = 20.0
-"""Seconds to wait for a store that has not answered yet: its address may be wrong."""
-_PAUSES = (0.5, 30.0)
-"""Seconds between two tries: the first, and the longest, doubling."""
+FIRST_ANSWER = 20.0  # seconds to wait for a store that has not answered yet: its address may be wrong
+_PAUSES = (0.5, 30.0)  # seconds between two tries: the first, and the longest, doubling
 _REQUESTS_PER_FILE = 8
 _TRANSFER = TransferConfig(
     multipart_threshold=8 * 2**20,  # bytes; a larger file goes in parts
@@ -72,9 +68,6 @@ _SENTENCES = {
     "it needs AWS_REQUEST_CHECKSUM_CALCULATION=when_required and AWS_RESPONSE_CHECKSUM_VALIDATION=when_required",
 }
 _BY_CODE = {code: sentence for codes, sentence in _SENTENCES.items() for code in codes}
-_UNREACHABLE = (
-    aws.HTTPClientError, aws.EndpointConnectionError, aws.ConnectTimeoutError, aws.IncompleteReadError
-)  # fmt: skip
 _BUSY = {
     "429", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests",
     "NoSuchUpload",  # of an upload in parts whose answer was lost, or that a rule of the bucket ended
@@ -91,6 +84,9 @@ def _check_answer(http_response: Any, parsed: Mapping[str, Any], model: Any, **_
     untagged = model.name in ("GetObject", "HeadObject") and "ETag" not in parsed
     if untagged if http_response.status_code < 300 else (page and http_response.status_code == 500):
         raise _NotS3
+
+
+_STORES: dict[tuple[Any, ...], Store] = {}
 
 
 class Store:
@@ -237,19 +233,16 @@ def _code(error: BaseException | None) -> tuple[str, int]:
 
 
 def store(scheme: str = "s3") -> Store:
-    """Store of this process for the environment as it is now."""
+    """Store of this process for the environment as it is now; a forked process shares no sockets."""
     for name, value in list(os.environ.items()):
         if name.startswith("AWS_") and (value != value.strip() or not value):
             del os.environ[name]  # Secrets made by `echo` end with a line break; blank means unset
             if value.strip():
                 os.environ[name] = value.strip()
-    settings = frozenset((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
-    return _store(os.getpid(), settings, scheme)
-
-
-@functools.lru_cache(maxsize=8)
-def _store(process: int, settings: frozenset[tuple[str, str]], scheme: str) -> Store:
-    return Store(scheme)  # the arguments are the key of the cache: a forked process shares no sockets
+    key = (os.getpid(), scheme, *sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+    if key not in _STORES:
+        _STORES[key] = Store(scheme)
+    return _STORES[key]
 
 
 class S3Folder:
@@ -299,9 +292,10 @@ class S3Folder:
         """What the store says of an object, or None where there is no such object."""
         return self._request_if_there(name, lambda client, to: client.head_object(**to))
 
-    def exists(self, name: str) -> bool:
-        """Whether there is an object of this name; HEAD does not tell a missing bucket from a missing object."""
-        return self.head(name) is not None or self.read(name) is not None
+    def stat(self, name: str) -> Stat | None:
+        """Size, stamp (ETag) and time of an object, or None where there is no such object."""
+        head = self.head(name)
+        return Stat(head["ContentLength"], head["ETag"], head["LastModified"].timestamp()) if head else None
 
     def has(self, record: FileRecord) -> bool:
         """Whether an object is there with the content of its record; one without SHA-256 in its metadata is read."""
@@ -384,12 +378,14 @@ class S3Folder:
 
         self.store.request(self.uri, abort)
 
-    def files(self) -> dict[str, tuple[int, str, datetime]]:
-        """Size, stamp (ETag) and time of every object below the folder, by their relative names."""
+    def files(self) -> dict[str, Stat]:
+        """What `stat` says of every object below the folder, by their relative names."""
 
-        def list_all(client: S3Client) -> dict[str, tuple[int, str, datetime]]:
+        def list_all(client: S3Client) -> dict[str, Stat]:
             return {
-                item["Key"].removeprefix(self.prefix): (item["Size"], item["ETag"], item["LastModified"])
+                item["Key"].removeprefix(self.prefix): Stat(
+                    item["Size"], item["ETag"], item["LastModified"].timestamp()
+                )
                 for page in client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
                 for item in page.get("Contents", [])
                 if not item["Key"].endswith("/")  # consoles make such empty objects to show a folder

@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from draft_model.errors import DraftModelError
 
@@ -19,8 +19,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 FILES_AT_ONCE = 8
-SHOW_PROGRESS_FROM = 100 * 10**6
-"""Bytes; a smaller transfer is over before its bar is read."""
+SHOW_PROGRESS_FROM = 100 * 10**6  # bytes; a smaller transfer is over before its bar is read
 PATIENCE = ContextVar("PATIENCE", default=600.0)
 """Seconds that a store which has answered before may be away until a request of a stage fails."""
 
@@ -39,6 +38,14 @@ _SENTENCES = {
     errno.EIO: "the file system reports an input/output error; check the disk or the network volume",
     errno.ESTALE: "the network volume was mounted anew or removed meanwhile; run again",
 }
+
+
+class Stat(NamedTuple):
+    """What a folder says of one of its files."""
+
+    size: int  # bytes
+    stamp: str  # changes with the content: an ETag, or time and size on a disk
+    time: float  # of the last change, in seconds since 1970
 
 
 @contextmanager
