@@ -327,6 +327,7 @@ def test_a_target_that_the_evaluations_gpus_cannot_hold_stops_the_run_before_its
 def test_a_hub_that_cannot_be_reached_from_here_is_left_to_the_import(run, monkeypatch):
     from huggingface_hub import constants
 
+    monkeypatch.setattr(hub_client, "WAIT", 0.0)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     found = run()
     assert found.problems == []

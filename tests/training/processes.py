@@ -15,19 +15,18 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+from draft_model.dataset import workers
 from draft_model.training.config import TrainConfig, TrainResult
 from training.case import Trained, when_logged
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "transformers.models.llama.modeling_llama",
-        "torch.distributed.tensor",
-        "draft_model.training.job",
-        "draft_model.storage.s3",
-        "training.processes",
-    ]
-)
+# A process has one server: the data set's workers, which may be first to start it, name what is loaded in it.
+workers._PRELOADED += [
+    "transformers.models.llama.modeling_llama", "torch.distributed.tensor", "draft_model.training.job",
+    "draft_model.storage.s3", "draft_model.preflight", "draft_model.evaluation", "draft_model.jobs",
+    "kfp.dsl.executor_main", "training.processes",
+]  # fmt: skip
+_CONTEXT.set_forkserver_preload(workers._PRELOADED)
 
 
 def free_port() -> int:
