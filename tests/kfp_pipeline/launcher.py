@@ -30,7 +30,15 @@ def execute(environment, mount, program, arguments):
     os.environ.update(environment)
     artifact_types._MINIO_LOCAL_MOUNT_PREFIX = f"{mount}/"
     sys.argv = ["executor_main", "--component_module_path", str(program), *arguments]
-    executor_main.executor_main()
+    import time, resource; u=resource.getrusage(0); t=time.time()
+    sys.stderr.write(f"CPU before {u.ru_utime+u.ru_stime:.2f}\n")
+    import cProfile; pr=cProfile.Profile(); pr.enable()
+    try: executor_main.executor_main()
+    finally:
+        pr.disable()
+        import pstats; pstats.Stats(pr, stream=sys.stderr).sort_stats("cumtime").print_stats(25)
+        u=resource.getrusage(0); c=resource.getrusage(resource.RUSAGE_CHILDREN)
+        sys.stderr.write(f"CPU after {u.ru_utime+u.ru_stime:.2f} children {c.ru_utime+c.ru_stime:.2f} wall {time.time()-t:.2f}\n")
 
 
 @dataclass
