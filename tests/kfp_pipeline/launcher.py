@@ -7,19 +7,27 @@ test_local_run.py starts the components' own commands.
 
 import json
 import math
+import multiprocessing
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-import yaml
 from training.processes import start
 
-from kfp_pipeline.compile import COMPILED
-
-SPEC = next(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))
 TYPES = {"STRING": str, "STRUCT": dict, "LIST": list, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": float}
+
+
+@cache
+def spec():
+    """The compiled pipeline."""
+    import yaml
+
+    from kfp_pipeline.compile import COMPILED  # takes seconds, which no component's process has to spend
+
+    return next(yaml.load_all(COMPILED.read_text(encoding="utf-8"), yaml.CSafeLoader))
 
 
 def execute(environment, mount, program, arguments):
@@ -28,17 +36,12 @@ def execute(environment, mount, program, arguments):
     from kfp.dsl.types import artifact_types
 
     os.environ.update(environment)
+    # The data set's workers come from this process, which has all loaded, instead of a server that loads it again.
+    contexts = multiprocessing.context._concrete_contexts
+    contexts["forkserver"] = contexts["fork"]
     artifact_types._MINIO_LOCAL_MOUNT_PREFIX = f"{mount}/"
     sys.argv = ["executor_main", "--component_module_path", str(program), *arguments]
-    import time, resource; u=resource.getrusage(0); t=time.time()
-    sys.stderr.write(f"CPU before {u.ru_utime+u.ru_stime:.2f}\n")
-    import cProfile; pr=cProfile.Profile(); pr.enable()
-    try: executor_main.executor_main()
-    finally:
-        pr.disable()
-        import pstats; pstats.Stats(pr, stream=sys.stderr).sort_stats("cumtime").print_stats(25)
-        u=resource.getrusage(0); c=resource.getrusage(resource.RUSAGE_CHILDREN)
-        sys.stderr.write(f"CPU after {u.ru_utime+u.ru_stime:.2f} children {c.ru_utime+c.ru_stime:.2f} wall {time.time()-t:.2f}\n")
+    executor_main.executor_main()
 
 
 @dataclass
@@ -51,7 +54,7 @@ class Launcher:
 
     def run(self, name, **parameters):
         """Runs one component; its inputs are numbers as protobuf has them, which knows doubles only."""
-        component = SPEC["components"][f"comp-{name}"]
+        component = spec()["components"][f"comp-{name}"]
         folder = self.folder / name
         mount, outputs = folder / "minio", component.get("outputDefinitions", {})
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +79,7 @@ class Launcher:
                 "outputFile": str(folder / "executor_output.json"),
             },
         }
-        container = SPEC["deploymentSpec"]["executors"][component["executorLabel"]]["container"]
+        container = spec()["deploymentSpec"]["executors"][component["executorLabel"]]["container"]
         arguments = [json.dumps(executor_input) if argument == "{{$}}" else argument for argument in container["args"]]
         program, log = folder / "ephemeral_component.py", folder / "log"
         program.write_text(container["command"][-1])
