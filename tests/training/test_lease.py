@@ -277,7 +277,7 @@ def train_with_a_short_lease(config):
 
 def test_a_killed_runs_lease_runs_out_and_the_next_run_goes_on(train, plain, tmp_path):
     place, log = str(tmp_path / "shared"), tmp_path / "log"
-    config = replace(train.config(checkpoint_path=place, num_epochs=24, eval_interval=24), run_id="killed")
+    config = replace(train.config(checkpoint_path=place, num_epochs=8, eval_interval=8), run_id="killed")
     process = start(train_with_a_short_lease, config.to_json(), log=log)
     while not (log.exists() and "checkpoint epoch_1: " in log.read_text()):
         assert process.is_alive(), log.read_text()
@@ -285,8 +285,8 @@ def test_a_killed_runs_lease_runs_out_and_the_next_run_goes_on(train, plain, tmp
     process.kill()
     process.join()
     assert held(place)["run_id"] == "killed"
-    trained = train(checkpoint_path=place, resume="true", num_epochs=24, eval_interval=24)
-    assert trained.result.steps == 78
+    trained = train(checkpoint_path=place, resume="true", num_epochs=8, eval_interval=8)
+    assert trained.result.steps == 26
     assert held(place) is None
 
 
