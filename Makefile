@@ -26,7 +26,7 @@ demo: $(READY) ## Train a draft for a real model here, end to end, and measure i
 	@MLFLOW_TRACKING_URI=sqlite:///$(CURDIR)/demo/mlflow.db $(BIN)/draft-model run --params examples/smollm2/run.yaml --folder demo/run
 
 test: $(READY) ## Run the tests
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 test-cluster: $(READY) ## Run the tests that need a Kubernetes API server (KUBEBUILDER_ASSETS, DRAFT_MODEL_CRDS)
 	@test -x "$(KUBEBUILDER_ASSETS)/kube-apiserver" || { echo "KUBEBUILDER_ASSETS must name a folder with kube-apiserver and etcd, as envtest's"; exit 2; }
@@ -68,7 +68,7 @@ $(SERVING)/.ready:
 	@touch $@
 
 check-serving: $(READY) $(SERVING)/.ready ## Measure a draft, and the demo's where it was trained, in vLLM on this CPU (five minutes)
-	@DRAFT_MODEL_ENGINE_PYTHON=$(CURDIR)/$(SERVING)/bin/python $(BIN)/python -m pytest tests/evaluation/test_serving.py tests/regenerate/test_stage.py -k "serving or vllm or sglang"
+	@DRAFT_MODEL_ENGINE_PYTHON=$(CURDIR)/$(SERVING)/bin/python $(BIN)/python -m pytest tests/evaluation/test_serving.py tests/evaluation/test_export_and_compare.py tests/regenerate/test_stage.py -k "serving or vllm or sglang"
 
 .venv-specforge/.ready:
 	@echo "setting up .venv-specforge (once, about two minutes)"

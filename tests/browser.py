@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import shutil
@@ -83,6 +84,10 @@ class Browser:
         answer = self._ask("Runtime.evaluate", **given)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
+
+    def picture(self) -> bytes:
+        """The screen as a PNG."""
+        return base64.b64decode(self._ask("Page.captureScreenshot")["data"])
 
     @property
     def complaints(self) -> list[str]:

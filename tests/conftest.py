@@ -1,6 +1,7 @@
 """Fixtures that tests of several packages share."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -8,6 +9,26 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors lose by threads, most where others want the cores
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
+
+LONGEST = (
+    "kfp_pipeline/test_local_run", "training/test_killed", "training/test_parallel", "training/test_lease",
+    "kfp_pipeline/test_launcher", "jobs/test_local", "evaluation", "model_import", "dataset", "training", "regenerate",
+    "tracking", "storage",
+)  # fmt: skip
+"""Where most of the time goes: these begin first, so that no long file is left for one of the processes at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    """A file's tests run in one process, which makes the file's fixtures once."""
+
+    def rank(item):
+        path = item.path.relative_to(Path(__file__).parent).as_posix()
+        return next((number for number, start in enumerate(LONGEST) if path.startswith(start)), len(LONGEST))
+
+    items.sort(key=rank)
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +40,19 @@ def object_store(tmp_path_factory):
         for name, value in store.environment.items():
             patch.setenv(name, value)
         yield store
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """What trainings and evaluations read."""
+    from training.case import make_inputs
+
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def plain(inputs, tmp_path_factory):
+    """The training that others are held against: 13 steps in four epochs, never disturbed."""
+    from training.case import Trainer
+
+    return Trainer(inputs, tmp_path_factory.mktemp("plain"))()

@@ -1,11 +1,14 @@
 """The command line as a user meets it: help, refusals, exit codes, and the four stages in a row."""
 
+import io
 import json
-import os
+import signal
 import subprocess
 import sys
 import sysconfig
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -14,17 +17,27 @@ from click.testing import CliRunner
 from contract import CONTRACT
 
 from draft_model import storage
-from draft_model.cli import cli, parameter_table
+from draft_model.cli import cli, main, parameter_table
 from draft_model.parameters import PARAMETERS, STAGES, parameters_of
 
 torch.set_num_threads(1)
 PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"
 
 
-def draft_model(*arguments, **environment):
-    return subprocess.run(
-        [PROGRAM, *map(str, arguments)], env={**os.environ, **environment}, capture_output=True, text=True
-    )
+def draft_model(*arguments):
+    """Runs the program in this process, which has imported its libraries."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    with (
+        redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()) as errors,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(sys, "argv", ["draft-model", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return SimpleNamespace(returncode=ended.value.code, stdout=out.getvalue(), stderr=errors.getvalue())
 
 
 def refused(*arguments):
@@ -87,7 +100,8 @@ def test_the_help_of_a_command_has_an_example(name):
 def test_help_and_version_name_the_commands():
     for flag in ("--help", "-h"):
         assert all(f"\n  {name} " in shown(flag) for name in (*STAGES, "run", "compile", "parameters"))
-    assert "0.0.1" in shown("--version")
+    done = subprocess.run([PROGRAM, "--version"], check=True, capture_output=True, text=True)
+    assert "0.0.1" in done.stdout
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -252,14 +266,17 @@ def test_the_four_stages_in_a_row(tmp_path, monkeypatch):
     draft = run(
         "train", "--model", model, "--dataset", dataset, "--output", tmp_path / "output", "--num_epochs", 1,
         "--compute_dtype", "float32", "--log_steps", 1, "--work", tmp_path / "work",
+        "--checkpoint_path", tmp_path / "checkpoints",
     )  # fmt: skip
     said = run(
         "evaluate", "--model", model, "--dataset", dataset, "--draft", draft, "--num_speculative_tokens", 2,
         "--evaluation_conversations", 2, "--evaluation_max_new_tokens", 8,
     )  # fmt: skip
     assert [model, dataset, draft] == [str(tmp_path / name) for name in ("model", "dataset", "output/final")]
-    stages = {uri: storage.read_manifest(uri).stage for uri in (model, dataset, draft, f"{tmp_path}/output/epoch_1")}
-    assert list(stages.values()) == ["import", "dataset", "train", "checkpoint"]
+    manifests = [storage.read_manifest(uri) for uri in (model, dataset, draft, f"{tmp_path}/checkpoints/epoch_1")]
+    assert [manifest.stage for manifest in manifests] == ["import", "dataset", "train", "checkpoint"]
+    assert manifests[-1].properties["run_id"]
+    assert not (tmp_path / "checkpoints/lease.json").exists()  # given back
     evaluation = json.loads((tmp_path / "output/final/evaluation.json").read_text())
     assert evaluation["lossless"]["identical"]
     assert evaluation["prompts"] == 2

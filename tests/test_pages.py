@@ -3,6 +3,7 @@
 KFP's UI shows the pages as artifacts, so they must bring all that they need and complain of nothing.
 """
 
+import io
 import json
 
 import pytest
@@ -12,8 +13,6 @@ from evaluation.report_inputs import make_report
 
 from draft_model.dataset import REPORT_PAGE, DatasetConfig, run
 from draft_model.evaluation.report import write_report
-from draft_model.model_import import ImportConfig
-from draft_model.model_import import run as import_model
 from draft_model.parameters.rules import validate
 
 pytestmark = [
@@ -61,13 +60,10 @@ TEXTS = """
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
+def pages(inputs, tmp_path_factory):
     """All pages, from inputs that fill each of their parts."""
     folder = tmp_path_factory.mktemp("pages")
     write_report(folder / "evaluation.html", make_report())
-    source = {"pytorch_model_path": str(tiny.write_target(folder / "target"))}
-    parameters = validate(source, ["import"])
-    model = import_model(ImportConfig(str(folder / "model"), folder / "work", parameters)).uri
     rows = [json.dumps(row) for row in tiny.conversations(60)]
     rows[7], rows[11] = "no JSON", json.dumps({"conversations": [{"role": "user", "content": "<b>&amp;" * 40}]})
     train = folder / "a-rather-long-name-of-a-file-that-nothing-in-it-can-be-broken-at.jsonl"
@@ -76,7 +72,7 @@ def pages(tmp_path_factory):
     data = {"dataset_train_split": str(train), "dataset_validation_split": str(validation), "chat_template": "qwen"}
     parameters = validate({**data, "max_length": 48, "max_rejected_fraction": 0.2}, ["dataset"])
     dataset = folder / "dataset"
-    run(DatasetConfig(model, str(dataset), parameters, folder / "work"))
+    run(DatasetConfig(inputs.model, str(dataset), parameters, folder / "work"))
     return {"evaluation": folder / "evaluation.html", "dataset": dataset / REPORT_PAGE}
 
 
@@ -101,6 +97,27 @@ def test_a_page_is_readable_and_asks_for_nothing(browser, pages, page, width, sc
     assert [text for text in texts if text["contrast"] < 4.5] == []
     bright = browser.find("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).every(v => v > 128)")
     assert bright == (scheme == "light")
+
+
+TRAINED = {"light": (0x1D, 0x5F, 0xD1), "dark": (0x6E, 0xA8, 0xFF)}
+
+
+@pytest.mark.parametrize("scheme", TRAINED)
+def test_the_first_screen_of_the_evaluation_has_what_a_manager_asks(browser, pages, scheme):
+    from PIL import Image
+
+    browser.open(pages["evaluation"], 1280, scheme)
+    # What was trained, how much it saves, and the tiles: lossless, on what, how long, what to check.
+    bottoms = "[...document.querySelectorAll('h1, .hero, .tiles')].map(e => e.getBoundingClientRect().bottom)"
+    title, saved, tiles = browser.find(bottoms)
+    assert title < saved <= tiles <= 800
+    image = Image.open(io.BytesIO(browser.picture())).convert("RGB")
+    assert image.size == (1280, 800)
+    colours = dict(map(reversed, image.getcolors(1 << 24)))
+    # The acceptance length and the bar of the trained draft are the only things of that colour so high up.
+    assert colours.get(TRAINED[scheme], 0) > 1000
+    assert (sum(image.getpixel((2, 2))) > 600) == (scheme == "light")
+    assert len(colours) > 50
 
 
 @pytest.mark.parametrize("fault", ["script", "image", "wide", "pale"])

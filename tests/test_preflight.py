@@ -337,6 +337,7 @@ def test_an_odd_configuration_is_left_to_the_import(run, monkeypatch, tmp_path, 
 def test_a_hub_that_cannot_be_reached_from_here_is_left_to_the_import(run, monkeypatch):
     from huggingface_hub import constants
 
+    monkeypatch.setattr(hub_client, "WAIT", 0.0)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     found = run()
     assert found.problems == []

@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 from report_inputs import Json, make_dataset, make_evaluation, make_training
-from training.case import QUICK, Inputs, make_inputs
+from training.case import Inputs, Trainer
 
 from draft_model import evaluation
 from draft_model.evaluation.card import write_card
 from draft_model.evaluation.report import write_report
 from draft_model.parameters import Parameters
-from draft_model.training import TrainConfig
-from draft_model.training.job import run as train
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,9 @@ class Trained:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> Trained:
+def trained(inputs, tmp_path_factory) -> Trained:
     """A draft trained for two epochs; nobody may change it."""
-    folder = tmp_path_factory.mktemp("trained")
-    inputs = make_inputs(folder)
-    parameters = Parameters(**{**QUICK, "num_epochs": 2, "draft_model_config": inputs.draft_config})
-    config = TrainConfig(inputs.model, inputs.dataset, str(folder / "output"), folder / "work", parameters)
-    return Trained(inputs, Path(train(config).final))
+    return Trained(inputs, Path(Trainer(inputs, tmp_path_factory.mktemp("trained"))(num_epochs=2).result.final))
 
 
 @pytest.fixture(name="training")

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import subprocess
-import sysconfig
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -19,8 +19,6 @@ from draft_model.dataset.encode import load_tokenizer
 from draft_model.errors import DraftModelError
 from draft_model.evaluation import greedy, prompts
 from draft_model.evaluation.measure import end_tokens
-
-PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"
 
 
 @pytest.fixture(scope="module")
@@ -187,31 +185,35 @@ def test_a_benchmarks_rows_become_prompts(name):
     assert (benchmark.text(row), benchmark.category(row)) == (text, category)
 
 
-def test_a_benchmark_comes_from_the_hub_once_and_from_the_cache_after_that(trained, tmp_path):
+PROMPTS = """
+import json, sys
+from pathlib import Path
+from draft_model.dataset.encode import load_tokenizer
+from draft_model.evaluation.prompts import choose_prompts
+print(json.dumps(choose_prompts("gsm8k", None, load_tokenizer(Path(sys.argv[1])), "qwen", 4, 400).groups))
+"""
+
+
+def test_a_benchmark_comes_from_the_hub_once_and_from_the_cache_after_that(inputs, tmp_path):
     rows = pyarrow.table({"question": ["How many?", "alpha beta"], "answer": ["2", "gamma"]})
     parquet.write_table(rows, written := io.BytesIO())
     card = "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: test\n    path: main/test-*\n---\n"
     files = {"README.md": card.encode(), "main/test-0.parquet": written.getvalue()}
-    command = [
-        PROGRAM, "compare", "--model", trained.inputs.model, "--chat_template", "qwen",
-        "--evaluation_prompts", "gsm8k", "--evaluation_max_new_tokens", "4", str(trained.final),
-    ]  # fmt: skip
 
-    def compare(name, **settings):
-        environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "COLUMNS": "300", **settings}
-        file = tmp_path / f"{name}.json"
-        subprocess.run([*command, "--json", str(file)], env=environment, check=True, capture_output=True)
-        return [record["by_category"] for record in json.loads(file.read_text(encoding="utf-8"))]
+    def chosen(**settings):
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), **settings}
+        command = [sys.executable, "-c", PROMPTS, inputs.model]
+        return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
 
     with DatasetHub("openai/gsm8k", files) as hub:
-        (fetched,) = compare("fetched", HF_ENDPOINT=hub.endpoint)
+        fetched = chosen(HF_ENDPOINT=hub.endpoint)
         assert [request for request in hub.requests if request.startswith("GET") and ".parquet" in request]
         asked = len(hub.requests)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache/datasets"))
             assert prompts.to_fetch("gsm8k,mt-bench") == ["HuggingFaceH4/mt_bench_prompts"]
-        assert [(record["category"], record["prompts"]) for record in fetched] == [("gsm8k", 2)]
-        assert compare("cached", HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="1") == [fetched]
+        assert {category: len(found) for category, found in fetched.items()} == {"gsm8k": 2}
+        assert chosen(HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="1") == fetched
         assert len(hub.requests) == asked
 
 

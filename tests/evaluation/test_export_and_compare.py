@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from model_import.hub_server import TOKEN, Hub
 from safetensors.torch import load_file, save_file
 
-from draft_model import storage
+from draft_model import engine, storage
 from draft_model.cli import cli
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.compare import CompareConfig, compare
@@ -21,7 +21,6 @@ from draft_model.export import FORMATS, export
 from draft_model.parameters import Parameters
 
 ROOT = Path(__file__).parents[2]
-PYTHONS = {"vllm": ".venv-serving", "speculators": ".venv-speculators", "specforge": ".venv-specforge"}
 LAYERS = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -107,10 +106,10 @@ def test_the_configuration_has_the_keys_that_each_engine_reads(exported, form):
 
 def by_their_own_code(peer, script, *arguments):
     """What a program under engines/ prints last, run by the Python that has the peer's package."""
-    python = ROOT / PYTHONS[peer] / "bin/python"
+    python = Path(os.environ.get(engine.PYTHON) or "-") if peer == "vllm" else ROOT / f".venv-{peer}/bin/python"
     if not python.exists():
         target = "check-serving" if peer == "vllm" else "bench-peers"
-        pytest.skip(f"{python} is not there; `make {target}` installs {peer}, which needs no GPU")
+        pytest.skip(f"`make {target}` installs {peer}, which needs no GPU, and runs this with it")
     command = [python, Path(__file__).parent / "engines" / script, *arguments]
     settings = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=settings)

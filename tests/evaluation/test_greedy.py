@@ -111,13 +111,13 @@ def test_nothing_but_ends_and_lengths_comes_from_generation_config():
         "forced_bos_token_id": 2, "num_return_sequences": 2, "prompt_lookup_num_tokens": 3, "temperature": 9.0,
     }  # fmt: skip
     target, _ = pair(vocabulary=8, known=6, seed=2)
-    expected = own(target, PROMPTS, 12)
+    expected = own(target, PROMPTS[:2], 12)
     known = {name: value for name, value in vars(GenerationConfig()).items() if not name.startswith("_")}
     for name, value in known.items():
         other = odd.get(name, not value if isinstance(value, bool) else True)
         target.model.generation_config = GenerationConfig()
         setattr(target.model.generation_config, name, other)
-        assert own(target, PROMPTS, 12) == expected, name
+        assert own(target, PROMPTS[:2], 12) == expected, name
     assert known.keys() >= odd.keys()
 
 

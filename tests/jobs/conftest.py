@@ -1,5 +1,5 @@
-"""The inputs of the training tests, and a process that is left as it was found."""
+"""Trainings, and a process that is left as it was found."""
 
-from training.conftest import _process_as_before, inputs, train
+from training.conftest import _process_as_before, train
 
-__all__ = ["_process_as_before", "inputs", "train"]
+__all__ = ["_process_as_before", "train"]

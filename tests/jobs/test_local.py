@@ -18,7 +18,7 @@ from draft_model.errors import DraftModelError
 from draft_model.jobs import local
 from draft_model.training import job
 
-LONG = {"num_epochs": 40, "eval_interval": 40, "save_interval": 10}  # 130 steps: some are left when a signal comes
+LONG = {"num_epochs": 16, "eval_interval": 16, "save_interval": 4}  # 52 steps: some are left when a signal comes
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +65,8 @@ def losses_of(records):
     return np.array([record["loss"] for record in records])
 
 
-def test_two_processes_train_as_one_does(train, tmp_path):
-    one = train()
+def test_two_processes_train_as_one_does(train, plain, tmp_path):
+    one = plain
     two = Trained(jobs.run(train.config(number_of_gpu_to_use_draft_model_training=2, draft_micro_batch_size=1)))
     assert two.record["world_size"] == 2
     for part in ("log", "validation"):
@@ -86,17 +86,16 @@ def test_two_processes_train_as_one_does(train, tmp_path):
     np.testing.assert_allclose(losses_of(resumed.record["log"]), losses_of(one.record["log"]), rtol=0, atol=1e-5)
 
 
-def test_mistakes_that_only_the_job_can_see_reach_the_caller_as_they_were_told(train, inputs, capfd):
-    finished = train(num_epochs=1)
+def test_mistakes_that_only_the_job_can_see_reach_the_caller_as_they_were_told(train, plain, inputs, capfd):
     with pytest.raises(DraftModelError) as caught:
-        jobs.run(train.config(finished.output, dataset=inputs.other, seed=3, resume="true"))
+        jobs.run(train.config(plain.output, dataset=inputs.other, seed=3, resume="true"))
     assert [problem.split(" is ")[0] for problem in caught.value.problems] == ["resume: seed", "resume: the data set"]
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_killed_process_is_told_and_costs_what_came_after_the_last_checkpoint(train, start, long_run):
     config = train.config(**LONG)
-    process, _ = start(config, "checkpoint epoch_10")
+    process, _ = start(config, "checkpoint epoch_4")
     (child,) = processes_below(process)
     child.kill()
     _, rest = process.communicate()

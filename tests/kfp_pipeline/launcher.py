@@ -1,28 +1,47 @@
 """KFP 2.17's launcher, as far as a component meets it: executor input, the compiled command, rules for the output.
 
 Read in backend/src/v2 of KFP 2.17.0 (component/launcher_v2.go, driver, metadata/converter.go). What the launcher mounts
-at /minio is a folder of the test here.
+at /minio is a folder of the test here. A component's process is forked from one that has imported the libraries;
+test_local_run.py starts the components' own commands.
 """
 
 import json
 import math
+import multiprocessing
 import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
-import yaml
+from training.processes import start
 
-from kfp_pipeline.compile import COMPILED
-
-SPEC = next(yaml.safe_load_all(COMPILED.read_text(encoding="utf-8")))
 TYPES = {"STRING": str, "STRUCT": dict, "LIST": list, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": float}
-MOUNT = """
-import os
-from kfp.dsl.types import artifact_types
-artifact_types._MINIO_LOCAL_MOUNT_PREFIX = os.environ["MINIO_MOUNT"] + "/"
-"""
+
+
+@cache
+def spec():
+    """The compiled pipeline."""
+    import yaml
+
+    from kfp_pipeline.compile import COMPILED  # takes seconds, which no component's process has to spend
+
+    return next(yaml.load_all(COMPILED.read_text(encoding="utf-8"), yaml.CSafeLoader))
+
+
+def execute(environment, mount, program, arguments):
+    """What the command of a component does, in a process of its own."""
+    from kfp.dsl import executor_main
+    from kfp.dsl.types import artifact_types
+
+    os.environ.update(environment)
+    # The data set's workers come from this process, which has all loaded, instead of a server that loads it again.
+    contexts = multiprocessing.context._concrete_contexts
+    contexts["forkserver"] = contexts["fork"]
+    artifact_types._MINIO_LOCAL_MOUNT_PREFIX = f"{mount}/"
+    sys.argv = ["executor_main", "--component_module_path", str(program), *arguments]
+    executor_main.executor_main()
 
 
 @dataclass
@@ -35,11 +54,10 @@ class Launcher:
 
     def run(self, name, **parameters):
         """Runs one component; its inputs are numbers as protobuf has them, which knows doubles only."""
-        component = SPEC["components"][f"comp-{name}"]
+        component = spec()["components"][f"comp-{name}"]
         folder = self.folder / name
         mount, outputs = folder / "minio", component.get("outputDefinitions", {})
-        (folder / "python").mkdir(parents=True, exist_ok=True)
-        (folder / "python/sitecustomize.py").write_text(MOUNT)
+        folder.mkdir(parents=True, exist_ok=True)
         artifacts = {
             key: {
                 "name": key,
@@ -61,14 +79,14 @@ class Launcher:
                 "outputFile": str(folder / "executor_output.json"),
             },
         }
-        container = SPEC["deploymentSpec"]["executors"][component["executorLabel"]]["container"]
+        container = spec()["deploymentSpec"]["executors"][component["executorLabel"]]["container"]
         arguments = [json.dumps(executor_input) if argument == "{{$}}" else argument for argument in container["args"]]
-        paths = [str(folder / "python"), *filter(None, sys.path)]
-        environment = {
-            **os.environ, **self.environment, "MINIO_MOUNT": str(mount), "PYTHONPATH": os.pathsep.join(paths),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(folder),
-        }  # fmt: skip
-        done = subprocess.run([*container["command"], *arguments], env=environment, capture_output=True, text=True)
+        program, log = folder / "ephemeral_component.py", folder / "log"
+        program.write_text(container["command"][-1])
+        environment = {**os.environ, **self.environment, "TMPDIR": str(folder)}
+        process = start(execute, environment, mount, program, arguments, log=log)
+        process.join()
+        done = SimpleNamespace(args=arguments, returncode=process.exitcode, stderr=log.read_text(errors="replace"))
         return Ended(component, self.root, mount, done, folder / "executor_output.json")
 
 
@@ -79,12 +97,12 @@ class Ended:
     component: dict
     root: str
     mount: Path
-    process: subprocess.CompletedProcess
+    process: SimpleNamespace
     file: Path
 
     def accepted(self):
         """The output parameters, where the launcher and what comes after it take the executor's output."""
-        assert self.process.returncode == 0, self.process.stdout[-4000:] + self.process.stderr[-4000:]
+        assert self.process.returncode == 0, self.process.stderr[-4000:]
         text = self.file.read_text()
         output = json.loads(text, parse_constant=lambda word: self._refuse(f"{word} is no JSON"))
         declared = self.component.get("outputDefinitions", {})

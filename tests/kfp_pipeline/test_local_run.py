@@ -1,7 +1,4 @@
-"""The compiled pipeline as it is, on a tiny target, through S3 and back; and what is left when a run ends early.
-
-The runs that end early go on beside one another: most of their time is the import of libraries.
-"""
+"""The compiled pipeline as it is, on a tiny target, through S3 and back; and what is left when a run ends early."""
 
 import json
 import os
@@ -9,6 +6,7 @@ import re
 import signal
 import subprocess
 import sysconfig
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -49,25 +47,29 @@ def values(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def early(values, tmp_path_factory):
-    """Three runs by the command line, each in a process group of its own: two that never end, one of bad data."""
-    root = tmp_path_factory.mktemp("early")
-    bad = root / "bad.jsonl"
-    bad.write_text("no JSON\n" * 20)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(root)}
+def folder(tmp_path_factory):
+    """All runs work in one folder, so that each but the first finds target and data set there."""
+    return tmp_path_factory.mktemp("runs") / "run"
 
-    def start(name, changes):
-        settings = [f"--set={key}={value}" for key, value in {**values, **changes}.items()]
-        return subprocess.Popen(
-            [PROGRAM, "run", "--folder", root / name, *settings], env=environment, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        )  # fmt: skip
 
-    endless = {"num_epochs": 100_000}
-    runs = {"ctrl-c": endless, "killed": endless, "bad": {"dataset_train_split": bad}}
-    runs = {name: (root / name, start(name, changes)) for name, changes in runs.items()}
-    yield runs
-    for folder, process in runs.values():
+@contextmanager
+def endless(folder, values):
+    """A run by the command line, in a process group of its own, that has trained an epoch and would never end."""
+    settings = [f"--set={key}={value}" for key, value in {**values, "num_epochs": 100_000}.items()]
+    process = subprocess.Popen(
+        [PROGRAM, "run", "--folder", folder, *settings], start_new_session=True, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(folder.parent)},
+    )  # fmt: skip
+    try:
+        seen = []
+        for line in process.stdout:
+            seen.append(line)
+            if "checkpoint epoch_1" in line:
+                break
+        else:
+            pytest.fail(f"the run ended before it trained:\n{''.join(seen[-60:])}")
+        yield process
+    finally:
         for left in (process, *processes_of(folder)):
             left.kill()
         process.wait()
@@ -86,31 +88,34 @@ def processes_of(folder):
     return found
 
 
-def trained_an_epoch(process):
-    """Reads what the run prints until training has saved a checkpoint."""
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        if "checkpoint epoch_1" in line:
-            return
-    pytest.fail(f"the run ended before it trained:\n{''.join(seen[-60:])}")
+@pytest.fixture(scope="module")
+def killed(folder, values):
+    """A run whose command was killed: all of its commands before, and the processes that are left."""
+    with endless(folder, values) as process:
+        before = [" ".join(each.cmdline()) for each in processes_of(folder)]
+        process.kill()
+        process.communicate()  # until the last process that could write there has ended
+        psutil.wait_procs(processes_of(folder), timeout=3 * ORPHAN_SECONDS)
+        return before, processes_of(folder)
+
+
+def test_kill_9_of_the_command_alone_while_training_ends_everything(killed):
+    before, after = killed
+    assert all(any(name in command for command in before) for name in ("weed", "executor_main", "draft_model.training"))
+    assert after == []
 
 
 @pytest.fixture(scope="module")
-def interrupted(early):
-    """What Ctrl-C leaves of a run: its folder, commands before, exit code, what it printed last, processes after."""
-    folder, process = early["ctrl-c"]
-    trained_an_epoch(process)
-    before = [" ".join(left.cmdline()) for left in processes_of(folder)]
-    os.killpg(process.pid, signal.SIGINT)
-    printed, _ = process.communicate()
-    return folder, before, process.returncode, printed, processes_of(folder)
+def interrupted(killed, folder, values):
+    """What Ctrl-C leaves of a run: exit code, what it printed last, processes after."""
+    with endless(folder, values) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        printed, _ = process.communicate()
+        return process.returncode, printed, processes_of(folder)
 
 
-def test_ctrl_c_while_training_ends_everything(interrupted):
-    folder, before, code, printed, after = interrupted
-    assert any("draft_model.training" in command for command in before)
-    assert any("weed" in command for command in before)
+def test_ctrl_c_while_training_ends_everything(interrupted, folder):
+    code, printed, after = interrupted
     assert code == 130
     assert printed.splitlines()[-1] == "interrupted"
     assert after == []
@@ -133,17 +138,6 @@ def test_a_signal_to_the_command_alone_ends_its_steps_first(number):
     assert not steps[0].is_running()
 
 
-def test_kill_9_of_the_command_alone_while_training_ends_everything(early):
-    folder, process = early["killed"]
-    trained_an_epoch(process)
-    commands = [" ".join(each.cmdline()) for each in processes_of(folder)]
-    assert all(any(name in command for command in commands) for name in ("weed", "executor_main", "training"))
-    process.kill()
-    process.communicate()  # until the last process that could write there has ended
-    psutil.wait_procs(processes_of(folder), timeout=3 * ORPHAN_SECONDS)
-    assert processes_of(folder) == []
-
-
 def test_a_folder_has_one_run_at_a_time(tmp_path):
     with (
         _alone(tmp_path),
@@ -155,32 +149,27 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
         pass
 
 
-def test_bad_data_ends_the_run_with_the_stages_own_sentence(early):
-    folder, process = early["bad"]
-    printed, _ = process.communicate()
-    assert process.returncode == 2
-    last = printed.splitlines()[-1]
-    assert last.startswith("error: dataset_train_split: ")
-    assert "20 of 20 lines cannot be used" in last
-    assert "line 1: not JSON" in last
-    assert "Traceback" not in printed
-    assert processes_of(folder) == []
-    assert "build-dataset" in (folder / "run.log").read_text()
-    assert not (folder / "output").exists()
+def test_what_a_step_finds_wrong_ends_the_run_with_its_own_sentence(tmp_path, values):
+    (tmp_path / "draft.json").write_text('{"draft_vocab_size": 100000}')
+    with pytest.raises(DraftModelError, match=r"^draft_model_config: .*draft_vocab_size"):
+        run_local({**values, "draft_model_config": str(tmp_path / "draft.json")}, tmp_path / "run")
+    log = (tmp_path / "run/run.log").read_text()
+    assert "Traceback" not in log
+    assert "clean-up" in log
+    assert [step for step in STEPS[1:-1] if step in log] == []
+    assert [left for left in processes_of(tmp_path) if left.pid != os.getpid()] == []
+    assert not (tmp_path / "run/output").exists()
 
 
 @pytest.fixture(scope="module")
-def whole(interrupted, values):
-    """A run in the folder that an interrupted one used before, with what that one might have left."""
-    folder = interrupted[0]
+def whole(interrupted, folder, values):
+    """A run in the folder that others used before, with what they might have left."""
     (folder / "output/final").mkdir(parents=True)
     (folder / "output/final/evaluation.json").write_text("of another run")
     (folder / "output/final/stale.txt").touch()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     environment = dict(os.environ)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        run = run_local(values, folder)
+    run = run_local(values, folder)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     assert dict(os.environ) == environment

@@ -4,13 +4,13 @@ import gzip
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import tiny
+from training.processes import start
 
 from draft_model import dataset, model_import, storage
 from draft_model.dataset.tokens import Split
@@ -28,7 +28,7 @@ ROWS = [
         {"role": "user", "content": "delta"}, {"role": "assistant", "content": "epsilon zeta"}]},
     *(row for row in tiny.conversations(11) if row["id"] != "tiny-0-5"),  # to that one it says nothing
 ]  # fmt: skip
-SERVING = Path(__file__).parents[2] / ".venv-serving/bin/python"
+SERVING = os.environ.get("DRAFT_MODEL_ENGINE_PYTHON", "")
 BAR = 93
 """A token that this target often writes; it ends its replies, so that some of them are cut and some are not."""
 GREEDY = {"chat_template": "qwen", "max_length": 160, "regenerate_max_new_tokens": 12, "regenerate_temperature": 0.0}
@@ -143,24 +143,25 @@ def test_the_number_of_pods_changes_nothing(regenerate, tmp_path, settings):
     assert contents(tmp_path / "alone") == contents(tmp_path / "three")
 
 
+def regenerate_all_but_a_shard(model, output, parameters):
+    """In a process of its own, which never uploads its third shard."""
+    upload, stage.SHARD_LINES = stage._upload, 4
+    stage._upload = lambda shard, *rest: signal.pause() if shard.number == 2 else upload(shard, *rest)
+    run(RegenerateConfig(model, output, Parameters.model_validate_json(parameters), Path(f"{output}-work")))
+
+
 def test_a_run_that_was_killed_goes_on_with_the_shards_that_are_missing(regenerate, model, tmp_path):
     regenerate("whole")
-    program = (
-        "import sys, time; from pathlib import Path; from draft_model.regenerate import stage\n"
-        "stage.SHARD_LINES = 4; upload = stage._upload\n"
-        "def slow(shard, *rest):\n    if shard.number == 2: time.sleep(600)\n    upload(shard, *rest)\n"
-        "stage._upload = slow; model, output, parameters = sys.argv[1:]\n"
-        "parameters = stage.Parameters.model_validate_json(parameters)\n"
-        "stage.run(stage.RegenerateConfig(model, output, parameters, Path(output + '-work')))"
-    )
     p = Parameters(dataset_train_split=str(tmp_path / "train.jsonl"), regenerate_answers="all", **GREEDY)
-    command = [sys.executable, "-c", program, model, str(tmp_path / "killed"), p.model_dump_json()]
+    process = start(
+        regenerate_all_but_a_shard, model, str(tmp_path / "killed"), p.model_dump_json(), log=tmp_path / "log"
+    )
     pieces = tmp_path / "killed/pieces/train"
-    with subprocess.Popen(command) as process:
-        while len(list(pieces.glob("part-*.json")) if pieces.exists() else []) < 2:
-            assert process.poll() is None
-            threading.Event().wait(0.05)
-        os.kill(process.pid, signal.SIGKILL)
+    while len(list(pieces.glob("part-*.json")) if pieces.exists() else []) < 2:
+        assert process.is_alive(), (tmp_path / "log").read_text()
+        threading.Event().wait(0.05)
+    process.kill()
+    process.join()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed/train").glob("part-*")}
     assert len(before) == 2
     regenerate("killed")
@@ -382,7 +383,7 @@ def test_the_pipelines_data_set_is_made_of_the_targets_answers(model, tmp_path, 
     assert (shown["dataset_train_split"], shown["regenerate_answers"]) == (str(data), "train")
 
 
-@pytest.mark.skipif(not SERVING.exists(), reason="`make check-serving` installs vLLM for CPU")
+@pytest.mark.skipif(not SERVING, reason="DRAFT_MODEL_ENGINE_PYTHON is not set; `make check-serving` sets it")
 def test_vllm_gives_the_answers_of_transformers(tmp_path, monkeypatch):
     """In float32 on a CPU: the same greedy answers, whatever batches they were in."""
     # vLLM's attention on a CPU has no heads smaller than 32.
@@ -396,7 +397,7 @@ def test_vllm_gives_the_answers_of_transformers(tmp_path, monkeypatch):
         dataset_train_split=str(data), **{**GREEDY, "regenerate_answers": "train", "max_rejected_fraction": 0.5}
     )
     found = []
-    for name, python in (("transformers", ""), ("vllm", str(SERVING))):
+    for name, python in (("transformers", ""), ("vllm", SERVING)):
         monkeypatch.setenv("DRAFT_MODEL_ENGINE_PYTHON", python)
         found.append(run(RegenerateConfig(model, str(tmp_path / name), p, tmp_path / f"work-{name}")))
     assert found[0].splits == found[1].splits

@@ -1,4 +1,4 @@
-"""Inputs that all trainings of the tests share, and a process that is left as it was found."""
+"""Trainings, and a process that is left as it was found."""
 
 import logging
 import signal
@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from training.case import Trainer, make_inputs
+from training.case import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -18,17 +18,6 @@ def _process_as_before():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(scope="session")
-def inputs(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
 @pytest.fixture
 def train(inputs, tmp_path):
     return Trainer(inputs, tmp_path)
-
-
-@pytest.fixture(scope="session")
-def plain(inputs, tmp_path_factory):
-    """The training that others are held against: 13 steps in four epochs, never disturbed."""
-    return Trainer(inputs, tmp_path_factory.mktemp("plain"))()

@@ -13,21 +13,27 @@ import socket
 import sys
 from contextlib import nullcontext
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 
 from draft_model.training.config import TrainConfig, TrainResult
 from training.case import Trained, when_logged
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "transformers.models.llama.modeling_llama",
-        "torch.distributed.tensor",
-        "draft_model.training.job",
-        "draft_model.storage.s3",
-        "training.processes",
-    ]
-)
+_PRELOADED = [
+    "transformers.models.llama.modeling_llama", "torch.distributed.tensor", "draft_model.training.job",
+    "draft_model.storage.s3", "draft_model.preflight", "draft_model.evaluation", "draft_model.jobs",
+    "kfp.dsl.executor_main",
+]  # fmt: skip
+
+
+def _preload(names: list[str]) -> None:
+    forkserver._forkserver.set_forkserver_preload([*_PRELOADED, *names])
+
+
+# There is one server in a process: the product's workers, which may start it first, get what is needed here as well.
+forkserver.set_forkserver_preload = _preload
+_preload([])
 
 
 def free_port() -> int:

@@ -16,8 +16,8 @@ from draft_model.training.config import TrainConfig
 from training.case import Trained
 from training.processes import start, train_all, train_in, train_killed_in
 
-KILLS = 8
-LONG = {"num_epochs": 24, "eval_interval": 24}  # 78 steps
+KILLS = 6
+LONG = {"num_epochs": 12, "eval_interval": 6}  # 39 steps
 pytestmark = pytest.mark.timeout(600)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from draft_model import jobs, storage
+from draft_model import storage
 from draft_model.entrypoint import USER_ERROR
 from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.storage.local import LocalFolder
@@ -277,7 +277,7 @@ def train_with_a_short_lease(config):
 
 def test_a_killed_runs_lease_runs_out_and_the_next_run_goes_on(train, plain, tmp_path):
     place, log = str(tmp_path / "shared"), tmp_path / "log"
-    config = replace(train.config(checkpoint_path=place, num_epochs=24, eval_interval=24), run_id="killed")
+    config = replace(train.config(checkpoint_path=place, num_epochs=8, eval_interval=8), run_id="killed")
     process = start(train_with_a_short_lease, config.to_json(), log=log)
     while not (log.exists() and "checkpoint epoch_1: " in log.read_text()):
         assert process.is_alive(), log.read_text()
@@ -285,8 +285,8 @@ def test_a_killed_runs_lease_runs_out_and_the_next_run_goes_on(train, plain, tmp
     process.kill()
     process.join()
     assert held(place)["run_id"] == "killed"
-    trained = train(checkpoint_path=place, resume="true", num_epochs=24, eval_interval=24)
-    assert trained.result.steps == 78
+    trained = train(checkpoint_path=place, resume="true", num_epochs=8, eval_interval=8)
+    assert trained.result.steps == 26
     assert held(place) is None
 
 
@@ -332,7 +332,6 @@ def stopped_with_a_short_lease(config, point, name):
     [
         ("local", "local:LocalFolder.put", "epoch_2", "true"),
         ("local", "local:LocalFolder.replace", "checkpoints.json", "false"),
-        ("s3", "s3:S3Folder.put", "epoch_2", "true"),
         ("s3", "s3:S3Folder.write", "epoch_2/manifest.json", "false"),
         ("s3", "s3:S3Folder.remove_all", "epoch_1", "false"),
     ],
@@ -362,12 +361,3 @@ def test_a_holder_that_is_stopped_within_a_publication_harms_nothing_of_the_next
     own = {uri: manifest for uri, manifest in manifests.items() if manifest.properties["run_id"] == "second"}
     assert len(own) == (3 if resume == "true" else 4)
     assert all(storage.is_whole(*whole) for whole in own.items())
-
-
-def test_the_door_of_a_job_holds_the_lease_and_gives_it_back(train, plain, tmp_path, caplog):
-    place = str(tmp_path / "shared")
-    config = train.config(checkpoint_path=place)
-    assert Trained(jobs.run(config)).losses == plain.losses
-    assert held(place) is None
-    names = json.loads(storage.read_bytes(f"{place}/checkpoints.json"))
-    assert len({storage.read_manifest(f"{place}/{name}").properties["run_id"] for name in names} - {""}) == 1

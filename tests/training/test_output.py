@@ -41,18 +41,24 @@ def test_only_the_newest_stay_when_that_is_asked_for(train, plain):
     assert trained.losses == plain.losses
 
 
-def test_the_best_on_the_validation_split_stays_and_becomes_final(train):
+def test_the_best_on_the_validation_split_stays_and_becomes_final_and_the_last_says_where_it_was(train, caplog):
     # So high a rate that the first epoch is the best and the later ones forget it.
     settings = {"learning_rate": 0.3, "warmup_ratio": 0.0, "num_epochs": 6, "num_speculative_tokens": 3}
-    every = train(**settings)
+    with caplog.at_level("INFO", "draft_model"):
+        every = train(**settings)
     found = {record["epoch"]: record["acceptance_length"] for record in every.record["validation"]}
     best = max(found, key=found.__getitem__)
     assert best < 6
     assert found[best] > found[6]
+    step = storage.read_manifest(f"{every.output}/epoch_{best}").properties["step"]
+    assert every.record["best"] == {"step": step, "epoch": best, "acceptance_length": found[best]}
+    assert every.record["acceptance_length"] == found[6]
+    assert f"the best on the validation split was step {step}, epoch {best}" in caplog.text
+    assert "final_checkpoint=best would have served it" in caplog.text
     trained = train(keep_checkpoints=1, final_checkpoint="best", **settings)
     assert trained.checkpoints == [f"epoch_{best}", "epoch_6"]
     assert trained.read("final/model.safetensors") == every.read(f"epoch_{best}/model.safetensors")
-    assert trained.record["draft_step"] == storage.read_manifest(f"{every.output}/epoch_{best}").properties["step"]
+    assert trained.record["draft_step"] == step
     assert every.record["draft_step"] == every.record["steps"]
     files = {file.path for file in storage.read_manifest(trained.result.final).files}
     assert not [name for name in files if name.startswith("training_state")]
@@ -247,18 +253,6 @@ def test_checkpoints_are_found_without_their_index(train, plain, tmp_path, caplo
 def test_an_index_cannot_name_other_folders(tmp_path):
     (tmp_path / "checkpoints.json").write_text(json.dumps(["epoch_1", "../other", "/etc", "epoch_1/x", 7]))
     assert Output(str(tmp_path), tmp_path).names() == ["epoch_1"]
-
-
-def test_the_last_says_where_the_best_was(train, caplog):
-    settings = {"learning_rate": 0.3, "warmup_ratio": 0.0, "num_epochs": 6, "num_speculative_tokens": 3}
-    with caplog.at_level("INFO", "draft_model"):
-        record = train(**settings).record
-    lengths = {each["step"]: each["acceptance_length"] for each in record["validation"]}
-    best = max(lengths, key=lengths.__getitem__)
-    assert record["best"] == {"step": best, "epoch": record["best"]["epoch"], "acceptance_length": lengths[best]}
-    assert record["acceptance_length"] == lengths[record["steps"]]
-    assert f"the best on the validation split was step {best}, epoch {record['best']['epoch']}" in caplog.text
-    assert "final_checkpoint=best would have served it" in caplog.text
 
 
 def test_a_full_disk_is_a_sentence_and_what_a_killed_attempt_left_is_swept(train, monkeypatch, tmp_path):
