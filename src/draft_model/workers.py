@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.forkserver import ensure_running
 from typing import Any, NamedTuple, TypeVar, cast
 
 from draft_model.errors import DraftModelError
@@ -61,6 +63,8 @@ class Workers:
     def __init__(self, processes: int = 1, limits: Limits | None = None, stopped: str = STOPPED) -> None:
         context = multiprocessing.get_context("forkserver")  # a fork of this process, with its threads, could hang
         context.set_forkserver_preload(_PRELOADED)
+        with _without_keys():  # the server keeps what it starts with, where its children could read it
+            ensure_running()
         self._processes, self._limits, self._stopped = processes, limits or LIMITS, stopped
         self._pool = ProcessPoolExecutor(processes, context, _start, (self._limits.memory,))
 
@@ -109,13 +113,22 @@ class Workers:
             raise DraftModelError(self._stopped.format(processes=self._processes, **limits)) from error
 
 
-def _start(memory: int) -> None:
-    import huggingface_hub
+@contextmanager
+def _without_keys() -> Iterator[None]:
+    """The environment of processes that start meanwhile: no keys, and no way to the Hub."""
+    before = dict(os.environ)
+    try:
+        for name in filter(_SECRET.search, before):
+            del os.environ[name]
+        os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        yield
+    finally:
+        for name in os.environ.keys() - before:
+            del os.environ[name]
+        os.environ |= before
 
-    for name in filter(_SECRET.search, [*os.environ]):
-        del os.environ[name]
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    huggingface_hub.constants.HF_HUB_OFFLINE = True  # was read when the library was loaded
+
+def _start(memory: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.Thread(target=_end_with_parent, daemon=True).start()
