@@ -22,7 +22,7 @@ from draft_model.errors import DraftModelError
 from draft_model.evaluation.prompts import BENCHMARKS
 from draft_model.jobs import compute
 from draft_model.jobs.context import on_cluster
-from draft_model.parameters import PARAMETERS, Parameters
+from draft_model.parameters import PARAMETERS, Parameters, Stage
 from draft_model.parameters.rules import validate
 from draft_model.storage import is_remote
 from kfp_pipeline.client import Conflict, Server, by_name
@@ -129,12 +129,13 @@ def check(values: Mapping[str, Any]) -> Parameters:
     except DraftModelError as error:
         problems += error.problems
     # A cluster's own compute map is not known here. Of parameters that are not valid, the defaults pass.
-    for stage in () if parameters.compute_map else ("import", "train", "evaluate"):
+    if not parameters.compute_map:
+        stages: tuple[Stage, ...] = ("import", "train", "evaluate")
         try:
-            if stage == "import" or parameters.training_backend != "local":
-                compute.resolve(compute.built_in(), stage, parameters)
+            local = parameters.training_backend == "local"
+            compute.resolve_all(compute.built_in(), stages[:1] if local else stages, parameters)
         except DraftModelError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
+            problems += error.problems
     given = {name: value.strip() for name, value in values.items() if isinstance(value, str)}
     backend, prompts = given.get("training_backend", ""), given.get("evaluation_prompts", "")
     problems += [problem for name in _URIS if (problem := _unreachable(name, given.get(name, ""), backend))]

@@ -125,7 +125,7 @@ def inspect_run(values: Mapping[str, Any], root: str, work: Path) -> Report:
 
 def _resolve_nodes(parameters: Parameters, report: Report) -> None:
     try:
-        report.nodes.update(nodes_of(parameters.model_dump()))
+        report.nodes.update(nodes_of(parameters))
     except DraftModelError as error:
         report.problems.extend(error.problems)
     report.notes.extend(dict.fromkeys(node.note for node in report.nodes.values() if node.note))

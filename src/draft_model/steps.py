@@ -167,7 +167,7 @@ def _misfit(p: Parameters, model_uri: str, draft_uri: str) -> str:
     from draft_model.jobs.compute import misfit
     from draft_model.jobs.context import nodes_of
 
-    if (node := nodes_of(p.model_dump()).get("evaluate")) is None:
+    if (node := nodes_of(p).get("evaluate")) is None:
         return ""
     model, draft = storage.read_manifest(model_uri, stage="import"), storage.read_manifest(draft_uri)
     files, drafts = (
@@ -234,11 +234,9 @@ def _perform(
         nodes = p.num_nodes_draft_model_training if stage == "regenerate" else 1
         return jobs.run_stage(stage, p, {name: uri for name, uri in uris.items() if uri}, beside, run_id, work, nodes)
     if importlib.util.find_spec("transformers") is None:
-        from draft_model.jobs.local import coordinates_only
-
         if here:
-            raise coordinates_only(f"{here[0]}: given {getattr(p, here[0])!r}, which no job's pod sees", "a URI")
-        raise coordinates_only("training_backend: given 'local'", "pytorchjob or trainjob")
+            raise jobs.coordinates_only(f"{here[0]}: given {getattr(p, here[0])!r}, which no job's pod sees", "a URI")
+        raise jobs.coordinates_only("training_backend: given 'local'", "pytorchjob or trainjob")
     return {"run_id": run_id, **_RUNS[stage](p, work, **uris)}
 
 
