@@ -38,6 +38,7 @@ _ADVICE = {
     401: f"; {_LOGIN}",
     403: "; is --namespace right, and is the token's account, or yours, a contributor of it?",
     404: "; where the server has nothing at all, --host lacks a path such as /pipeline, or KFP is older than 2.16.1",
+    409: "; somebody else may have made it a moment ago: start again",
     "tls": "--ca-file names the certificate of its authority",
 }
 
@@ -48,10 +49,6 @@ class ServerAway(DraftModelError):
 
 class NotLetIn(DraftModelError):
     """A server that asks for a login: a new token or cookie helps."""
-
-
-class Conflict(DraftModelError):
-    """A server that refuses to create what exists already."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +180,7 @@ def _explained(host: str) -> Iterator[None]:
     except kfp_server_api.ApiException as error:
         said = f"{host} answers {error.status}: {_sentence(error.body) or error.reason or 'no reason given'}"
         away = not error.status or error.status >= 500 or error.status == 429
-        kind = ServerAway if away else {401: NotLetIn, 409: Conflict}.get(error.status, DraftModelError)
+        kind = ServerAway if away else NotLetIn if error.status == 401 else DraftModelError
         raise kind(said + _ADVICE.get(error.status, "")) from error
     except urllib3.exceptions.HTTPError as error:
         reason = getattr(error, "reason", None) or error

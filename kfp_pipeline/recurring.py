@@ -23,9 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from draft_model.entrypoint import exit_code
 from draft_model.errors import DraftModelError
-from kfp_pipeline.client import Server, by_name, connect
+from kfp_pipeline.client import Server, connect
 from kfp_pipeline.pipeline import NAME
-from kfp_pipeline.submit import EXPERIMENT, SERVICE_ACCOUNT, check
+from kfp_pipeline.submit import EXPERIMENT, SERVICE_ACCOUNT, check, find_version
 from kfp_pipeline.watch import ENDS
 
 _MARK = re.compile(r"\[draft-model ([0-9a-f]{12})\]$")
@@ -45,10 +45,8 @@ class Schedule(BaseModel):
 
     def typed(self) -> dict[str, Any]:
         """The parameters with the types of the pipeline's inputs; raises DraftModelError with all their problems."""
-        # YAML reads `resume: true` as a truth value; the contract has a word there.
-        values = {n: str(v).lower() if isinstance(v, bool) else v for n, v in self.parameters.items()}
-        parameters = check(values)
-        return {name: getattr(parameters, name) for name in values}
+        parameters = check(self.parameters)
+        return {name: getattr(parameters, name) for name in self.parameters}
 
 
 class Schedules(BaseModel):
@@ -93,7 +91,12 @@ def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
         DraftModelError: where the version does not exist, or a name is taken by a recurring run that no file made.
     """
     client = server.client
-    pipeline_id, version_id = _version(server, version)
+    pipeline_id, version_id = find_version(server, version)
+    if not version_id:
+        raise DraftModelError(
+            f"--version: {server.host} has no version {version!r} of the pipeline {NAME!r}: apply manifests/pipelines "
+            "first, in the same namespace, with a server that runs with --pipelinesStoreKubernetes=true"
+        )
     with contextlib.redirect_stdout(io.StringIO()):  # kfp.Client prints a link
         experiment_id = client.create_experiment(wanted.experiment, namespace=server.namespace or None).experiment_id
     existing = list(_pages(client.list_recurring_runs, "recurring_runs", experiment_id))
@@ -136,19 +139,6 @@ def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
             raise DraftModelError(f"--host: {server.host} accepted {name} and named no run: this is not KFP's API")
         done.append(f"created {name}")
     return done
-
-
-def _version(server: Server, name: str) -> tuple[str, str]:
-    """Ids of the pipeline and of its version."""
-    pipelines = server.client.list_pipelines(namespace=server.namespace or None, filter=by_name(NAME)).pipelines
-    for pipeline in pipelines or ():
-        versions = server.client.list_pipeline_versions(pipeline.pipeline_id, filter=by_name(name)).pipeline_versions
-        for version in versions or ():
-            return pipeline.pipeline_id, version.pipeline_version_id
-    raise DraftModelError(
-        f"--version: {server.host} has no version {name!r} of the pipeline {NAME!r}: apply manifests/pipelines first, "
-        "in the same namespace, with a server that runs with --pipelinesStoreKubernetes=true"
-    )
 
 
 def _pages(ask: Callable[..., Any], kind: str, experiment_id: str) -> Iterator[Any]:

@@ -182,5 +182,4 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise DraftModelError(f"--params: {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise DraftModelError(f"--params: {path} holds no parameters; a line is `name: value`")
-    # YAML reads `resume: true` as a truth value; the contract has a word there.
-    return {_normal(str(name)): str(v).lower() if isinstance(v, bool) else v for name, v in values.items()}
+    return {_normal(str(name)): value for name, value in values.items()}

@@ -20,7 +20,7 @@ from draft_model.errors import DraftModelError
 from kfp_pipeline import logs
 from kfp_pipeline.client import connect
 from kfp_pipeline.submit import submit
-from kfp_pipeline.watch import ENDS, SUCCEEDED, _states, _steps_of, watch
+from kfp_pipeline.watch import ENDS, STEPS, SUCCEEDED, states, watch
 
 logger = logging.getLogger(__name__)
 ENDPOINT, STORE = os.environ.get("KFP_ENDPOINT", ""), os.environ.get("KFP_STORE", "")
@@ -89,8 +89,7 @@ def succeeds(server, run_id):
     assert ended.state == SUCCEEDED, (ended.failures, ended.notes)
     run = server.client.get_run(run_id)
     logger.info("%s: %s from its creation to its end", run.display_name, run.finished_at - run.created_at)
-    steps = _steps_of(server, run)
-    assert {name: state for name, state, _ in _states(run, steps)} == dict.fromkeys(steps, SUCCEEDED)
+    assert {name: state for name, state, _ in states(run)} == dict.fromkeys(STEPS, SUCCEEDED)
     found = logs.workflow(server, run_id)
     assert "compressedNodes" not in found["status"]
     assert {pod.phase for pod in logs.pods(found).values()} == {"Succeeded"}
