@@ -12,7 +12,7 @@ import threading
 import pytest
 
 from draft_model import tracking
-from draft_model.tracking import RUN, Tracker, track
+from draft_model.tracking import RUN, track
 
 STEPS = 300
 EXPECTED = [(step, step / 2) for step in range(STEPS)]
@@ -87,27 +87,6 @@ def test_a_stage_is_a_run_with_all_that_it_reported(client, monkeypatch):
     assert len(parents) == 1
     parent = client.get_run(parents.pop())
     assert (parent.info.run_name, parent.info.status, evaluation.info.status) == ("draft-model", "FAILED", "FAILED")
-
-
-def test_stages_that_run_beside_one_another_have_one_parent(client, monkeypatch):
-    monkeypatch.setenv(RUN, "two at once")
-    client.create_experiment("draft-model")
-    both, search = threading.Barrier(2), Tracker._oldest_first
-
-    def search_at_once(tracker, wanted):
-        found = search(tracker, wanted)
-        if not found:  # neither has made one yet, and both are about to
-            both.wait(60)
-        return found
-
-    monkeypatch.setattr(Tracker, "_oldest_first", search_at_once)
-    with track("import") as one, track("dataset") as other:
-        one.metrics(1, {"a": 1.0})
-        other.metrics(1, {"a": 1.0})
-    parents = {run.data.tags["mlflow.parentRunId"] for name in ("import", "dataset") for run in runs(client, name)}
-    assert len(parents) == 1
-    (parent,) = runs(client, "draft-model")
-    assert (parent.info.run_id, parent.info.status) == (parents.pop(), "FINISHED")
 
 
 def test_a_stage_that_succeeds_the_second_time_leaves_no_failed_parent(client, monkeypatch):
