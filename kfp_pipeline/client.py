@@ -1,8 +1,7 @@
 """A KFP API server, through kfp.Client: every answer is checked, and every failure becomes a sentence.
 
-All requests of a kfp.Client go through one ApiClient. `Server.of` wraps that one's `request`: it gets a time limit, so
-that a dead connection never holds a CI job, and it raises ServerAway, NotLetIn or DraftModelError for what goes wrong,
-a login page with status 200 included. So kfp.Client's own methods are used everywhere as they are.
+All requests of a kfp.Client go through one ApiClient, whose `request` gets a time limit here, and raises ServerAway,
+NotLetIn or DraftModelError for what goes wrong, a login page with status 200 included.
 """
 
 from __future__ import annotations
@@ -103,11 +102,8 @@ def by_name(name: str) -> str:
 def connect(host: str = "", namespace: str = "", token_file: Path | None = None, ca_file: Path | None = None) -> Server:
     """Connects as kfp.Client does, with its environment variables and settings.
 
-    Args:
-        host: address of the UI or API; empty: the cluster of this pod or of the kubeconfig.
-        namespace: of the user, on a multi-user server.
-        token_file: holds a bearer token; it is read for each request, so that a renewed one takes effect.
-        ca_file: certificates to trust, PEM.
+    Without a host it is the cluster of this pod or of the kubeconfig. The token's file is read for each request, so
+    that a renewed one takes effect.
     """
     if problems := problems_with(host, token_file, ca_file):
         raise DraftModelError(problems)

@@ -1,8 +1,7 @@
 """Recurring runs that a file in git lists: KFP's own list is made the same.
 
-KFP's schedules refer to ids that the cluster generates, so they cannot be manifests. The Job of
-manifests/components/recurring-runs runs this after each sync. A hash in a recurring run's description says what it was
-made from, so that a second time changes nothing; those without one were made by hand and are left alone.
+The Job of manifests/components/recurring-runs runs this after each sync. A hash in a recurring run's description says
+what it was made from, so that a second time changes nothing; those without one were made by hand and are left alone.
 """
 
 from __future__ import annotations
@@ -79,16 +78,10 @@ def read(file: Path) -> Schedules:
 
 
 def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
-    """Makes KFP's recurring runs what the file says, without ending a run in progress.
+    """Makes KFP's recurring runs what the file says, without ending a run in progress; returns what was done.
 
     Kubernetes deletes a schedule's runs with it. So one with a run in progress is only disabled until a later sync, and
     the new one is created beside it.
-
-    Returns:
-        What was done, a line each; empty where nothing had to change.
-
-    Raises:
-        DraftModelError: where the version does not exist, or a name is taken by a recurring run that no file made.
     """
     client = server.client
     pipeline_id, version_id = find_version(server, version)

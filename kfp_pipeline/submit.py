@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import kfp_server_api
 
@@ -38,8 +37,7 @@ _DATA = ("dataset_train_split", "dataset_validation_split", "evaluation_prompts"
 _URIS = [p.name for p in PARAMETERS if p.kind.startswith("uri_") or p.kind in ("custom_model", "mlflow_model")]
 
 
-@dataclass(frozen=True)
-class Submitted:
+class Submitted(NamedTuple):
     """A run that a server has accepted: its id, its address in the UI, and its pipeline's version, which may be new."""
 
     run_id: str
@@ -54,15 +52,8 @@ def submit(
 ) -> Submitted:  # fmt: skip
     """Starts a run of the pipeline with parameters by name; uploads the pipeline where the server does not have it.
 
-    Args:
-        server: that is to run it.
-        values: those left out have their defaults.
-        experiment: that lists the run; created if missing.
-        run_name: shown in the UI; empty: the target's name and the time.
-        service_account: of the run's pods.
-
-    Raises:
-        DraftModelError: for bad parameters, all at once and before any request; and for what the server refuses.
+    The experiment is made where it is missing; a run without a name has the target's and the time. DraftModelError
+    tells all bad parameters at once, before any request, and what the server refuses.
     """
     parameters = check(values)
     documents = compile_documents()

@@ -96,19 +96,9 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
 def run_stage(
     stage: Stage, p: Parameters, uris: Mapping[str, str], output: str, run_id: str, work: Path, nodes: int = 1
 ) -> dict[str, Any]:
-    """Runs a stage other than the training as a job on the cluster, and waits for its end.
+    """Runs a stage other than the training as a job on the cluster; returns what its process left as its result.
 
-    Args:
-        stage: of the pipeline.
-        p: of the run.
-        uris: what the stage reads and writes, by the names of its configuration.
-        output: URI that the job's record, its logs and its result go under.
-        run_id: of the pipeline's run.
-        work: scratch folder of this process.
-        nodes: pods of the job.
-
-    Returns:
-        What the stage's process left as its result; `uri` is of the folder with its manifest.
+    `uris` are what the stage reads and writes; record, logs and result of the job go under `output`.
     """
     from draft_model.jobs.spec import WORK, JobSpec
 
@@ -138,12 +128,7 @@ def run_job(spec: JobSpec, run_id: str, work: Path) -> None:
 
 
 def run_here(spec: JobSpec, work: Path) -> None:
-    """Runs a training on this machine and waits for its end; nodes and GPUs become processes.
-
-    Raises:
-        DraftModelError: what the processes reported as the user's to put right, or that they died; or that the image
-            of this step is the coordinator's.
-    """
+    """Runs a training on this machine to its end, where nodes and GPUs are processes; raises what these reported."""
     from draft_model.jobs.torchrun import STOP_SECONDS
 
     if importlib.util.find_spec("torch") is None:
