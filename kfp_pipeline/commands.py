@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from draft_model.entrypoint import raise_on_sigterm
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, Problems
 from draft_model.options import VALUES, Command, together, values_of
 
 if TYPE_CHECKING:
@@ -106,21 +106,18 @@ def submit_command(
         os.environ[_IMAGES] = " ".join(images)  # read when the components are imported
     from kfp_pipeline.client import connect, problems_with
 
-    problems, values = problems_with(**where), {}
+    problems, values = Problems(problems_with(**where)), dict[str, Any]()
     if not images:
         problems.append(
             "--image: not given; name the steps' images where the cluster pulls them: one for all kinds of steps with "
             "{kind} in its name, or KIND=NAME for each"
         )
-    try:
+    with problems.collect():
         values = values_of(params, settings)
         from kfp_pipeline.submit import check, submit
 
         check(values)
-    except DraftModelError as error:
-        problems += error.problems
-    if problems:
-        raise DraftModelError(problems)
+    problems.raise_all()
     raise_on_sigterm()
     server = connect(namespace=namespace, **where)
     submitted = submit(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import kfp_server_api
 
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, Problems
 from draft_model.evaluation.prompts import BENCHMARKS
 from draft_model.jobs import compute
 from draft_model.jobs.context import on_cluster
@@ -98,22 +98,19 @@ def find_version(server: Server, version: str) -> tuple[str, str]:
 def check(values: Mapping[str, Any]) -> Parameters:
     """Validates what can be known without the cluster; raises DraftModelError with all problems at once."""
     # Of parameters that are not valid, the defaults pass.
-    parameters, problems = valid_values(values)[0], problems_with(values)
+    parameters, problems = valid_values(values)[0], Problems(problems_with(values))
     if not parameters.compute_map:  # a cluster's own is not known here
         stages: tuple[Stage, ...] = ("import", "train", "evaluate")
-        try:
+        with problems.collect():
             local = parameters.training_backend == "local"
             compute.resolve_all(compute.built_in(), stages[:1] if local else stages, parameters)
-        except DraftModelError as error:
-            problems += error.problems
     given = {name: value.strip() for name, value in values.items() if isinstance(value, str)}
     backend, prompts = given.get("training_backend", ""), given.get("evaluation_prompts", "")
     problems += [problem for name in _URIS if (problem := _unreachable(name, given.get(name, ""), backend))]
     benchmarks = BENCHMARKS.keys() >= {name.strip().lower() for name in prompts.split(",")}
     if not benchmarks and (problem := _unreachable("evaluation_prompts", prompts, backend)):
         problems.append(f"{problem}, or name benchmarks: {', '.join(BENCHMARKS)}")
-    if problems:
-        raise DraftModelError(problems)
+    problems.raise_all()
     return parameters
 
 

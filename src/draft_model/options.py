@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from draft_model.entrypoint import raise_on_sigterm
-from draft_model.errors import DraftModelError, named_parameters
+from draft_model.errors import DraftModelError, Problems, named_parameters
 from draft_model.parameters import PARAMETERS, REMOVED, STAGES, Parameter, Stage, parameters_of
 from draft_model.parameters.rules import problems_with, unknown
 from draft_model.scratch import scratch_folder
@@ -152,12 +152,9 @@ def values_of(params: Path | None, settings: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         DraftModelError: where the file or a setting cannot be read, with all that is wrong with the others.
     """
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    try:
+    values, problems = dict[str, Any](), Problems()
+    with problems.collect():
         values = _from_file(params) if params else {}
-    except DraftModelError as error:
-        problems += error.problems
     unread = bool(problems)
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -169,7 +166,7 @@ def values_of(params: Path | None, settings: tuple[str, ...]) -> dict[str, Any]:
         others = problems_with(values)
         # What a file that was not read may hold is not missing.
         problems += [other for other in others if not unread or named_parameters([other]) <= values.keys()]
-        raise DraftModelError(problems)
+        problems.raise_all()
     return values
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from draft_model import storage
 from draft_model.dataset.files import find
-from draft_model.errors import DraftModelError, Problem, named_parameters
+from draft_model.errors import DraftModelError, Problem, Problems, named_parameters
 from draft_model.evaluation import prompts
 from draft_model.jobs.compute import misfit, weights_of
 from draft_model.jobs.context import check_cluster, nodes_of, on_cluster, wants_cluster
@@ -41,7 +40,7 @@ class Report:
     """What the first step finds."""
 
     values: Mapping[str, Any]  # the run's parameters
-    problems: list[str] = field(default_factory=list)  # what keeps the run from starting, a sentence each
+    problems: Problems = field(default_factory=Problems)  # what keeps the run from starting, a sentence each
     notes: list[str] = field(default_factory=list)  # what is worth knowing, or could not be checked from here
     nodes: dict[Stage, Compute] = field(default_factory=dict)  # that jobs' pods ask for; those of `_node_row`
 
@@ -62,16 +61,6 @@ class Report:
         ]
         parts += ["## Parameters\n", table(rows, ("parameter", "value", "default, where it is another"))]
         return "\n".join(parts)
-
-    @contextmanager
-    def problems_of(self, parameter: str = "") -> Iterator[None]:
-        """Takes up the problems that are raised inside: about a parameter, or about those that they name."""
-        try:
-            yield
-        except DraftModelError as error:
-            for problem in error.problems:
-                about = parameter and not isinstance(problem, Problem)
-                self.problems.append(Problem.of(parameter, problem) if about else problem)
 
     def has(self, parameter: str) -> bool:
         """Whether a problem is about this parameter."""
@@ -94,7 +83,7 @@ def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parame
     """
     stages = list(stages)
     parameters, _ = valid_values(values)
-    problems: list[str] = [*problems_with(values, stages)]
+    problems = Problems(problems_with(values, stages))
     readers = dict(_READERS)
     if "train" in stages:
         readers["checkpoint_path"] = partial(_read_checkpoints, parameters)
@@ -103,13 +92,9 @@ def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parame
     bad = named_parameters(problems)
     for name, reader in readers.items():
         if (uri := getattr(parameters, name)) and name not in bad:
-            try:
-                with local_errors(uri):
-                    reader(name, uri)
-            except DraftModelError as error:
-                problems += [Problem.of(name, problem) for problem in error.problems]
-    if problems:
-        raise DraftModelError(problems)
+            with problems.collect(name), local_errors(uri):
+                reader(name, uri)
+    problems.raise_all()
     return parameters
 
 
@@ -117,9 +102,9 @@ def inspect_run(values: Mapping[str, Any], root: str, work: Path) -> Report:
     """Checks everything that a run on a cluster needs; `root` is the URI that this step's own artifacts go to."""
     parameters, wrong = valid_values(values)
     report = Report({**values, **parameters.model_dump(exclude=named_parameters(wrong))})
-    with report.problems_of():
+    with report.problems.collect():
         check(values)
-    with report.problems_of():
+    with report.problems.collect():
         report.nodes.update(nodes_of(parameters))
     report.notes.extend(dict.fromkeys(node.note for node in report.nodes.values() if node.note))
     if on_cluster() and not wants_cluster(parameters):
@@ -150,7 +135,7 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
     if len(sources) != 1 or report.has(sources[0]) or parameters.mlflow_model_path.startswith(("models:/", "runs:/")):
         return
     config: Any = {}
-    with report.problems_of(sources[0]):
+    with report.problems.collect(sources[0]):
         try:
             if parameters.huggingface_id:
                 listing = hub.find(parameters.huggingface_id, work / "hub", seconds=_HUB_SECONDS)
@@ -170,7 +155,7 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
     if not config or not isinstance(config, dict):
         return
     if parameters.draft_model_config and not report.has("draft_model_config"):
-        with report.problems_of("draft_model_config"):
+        with report.problems.collect("draft_model_config"):
             note = check_proposals(draft_of(config, parameters), parameters.num_speculative_tokens)
             report.notes.extend(filter(None, [note]))
     if (node := report.nodes.get("evaluate")) and (weights := weights_of(config)):
@@ -198,7 +183,7 @@ def _inspect_prompts(parameters: Parameters, files: Mapping[str, Path], work: Pa
             tokenizer = worker.call(load_tokenizer, folder)
     except DraftModelError:  # the data set says what is wrong with a tokenizer
         return
-    with report.problems_of("evaluation_prompts"):
+    with report.problems.collect("evaluation_prompts"):
         prompts.check_template(parameters, tokenizer)
 
 

@@ -175,7 +175,7 @@ def test_a_forged_job_is_not_adopted():
     cluster, wanted = FakeCluster(script=[{}]), GOLDEN["4x8"]
     backend = Backend(cluster, "pytorchjob")
     job = backend.create_or_adopt(wanted)
-    there = cluster.there[PYTORCHJOB, job.name]
+    there = cluster.there[PYTORCHJOB, job.request.name]
     template = there["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
     template["nodeSelector"] = {"flavour": "spot"}
     assert backend.create_or_adopt(wanted).adopted
