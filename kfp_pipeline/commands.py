@@ -24,9 +24,9 @@ _IMAGE = click.option(
     help="Images of the steps, by tag or digest, where the cluster pulls them.",
 )  # fmt: skip
 _SERVER = together(
-    click.option("--host", default="", show_default=False, metavar="URL", envvar="KF_PIPELINES_ENDPOINT",
+    click.option("--host", default="", metavar="URL", envvar="KF_PIPELINES_ENDPOINT",
                  show_envvar=True, help="KFP's UI or API; not given: the cluster of this pod or of the kubeconfig."),
-    click.option("--namespace", default="", show_default=False, help="Yours, where KFP serves several users."),
+    click.option("--namespace", default="", help="Yours, where KFP serves several users."),
     click.option("--token-file", type=click.Path(path_type=Path), envvar="KF_PIPELINES_SA_TOKEN_PATH",
                  show_envvar=True, help="Holds a bearer token; read again for each request."),
     click.option("--ca-file", type=click.Path(path_type=Path), help="Certificates to trust, PEM."),
@@ -82,9 +82,7 @@ def compile_command(output: Path | None, manifest: Path | None, images: tuple[st
 @_IMAGE
 @click.option("--experiment", default="draft-model", envvar="KF_PIPELINES_DEFAULT_EXPERIMENT_NAME", show_envvar=True,
               help="Lists the run; created if missing.")  # fmt: skip
-@click.option(
-    "--run-name", default="", show_default=False, help="Shown in the UI.  [default: the target's name and the time]"
-)
+@click.option("--run-name", default="", help="Shown in the UI.  [default: the target's name and the time]")
 @click.option("--service-account", default="draft-model-steps", help="Of the run's pods.")
 @click.option("--watch", "follow", is_flag=True, help="Follow the run; exit with 1 where it fails.")
 def submit_command(

@@ -114,22 +114,18 @@ def _store(parameters: Parameters, folder: Path) -> Iterator[str]:
 def _execute(values: Mapping[str, Any], folder: Path) -> None:
     from kfp import components, local
 
+    pipeline, *platforms = yaml.safe_load_all(COMPILED.read_text(encoding="utf-8"))
+    # Without what is for a cluster's pods: the jobs' images, and retries after an eviction.
+    for executor in pipeline["deploymentSpec"]["executors"].values():
+        executor["container"].pop("env", None)
+    for component in pipeline["components"].values():
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            task.pop("retryPolicy", None)
     warnings.filterwarnings("ignore", module="kfp")
     root = str((folder / "kfp").resolve())
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=root, raise_on_error=True)
     with (folder / "run.log").open("w", encoding="utf-8") as log, redirect_stdout(_Screen(log)):
-        components.load_component_from_text(_for_here(COMPILED.read_text(encoding="utf-8")))(**values)
-
-
-def _for_here(compiled: str) -> str:
-    """The compiled pipeline without what is for a cluster's pods: retries after an eviction, and the job's image."""
-    documents = list(yaml.safe_load_all(compiled))
-    for executor in documents[0]["deploymentSpec"]["executors"].values():
-        executor["container"].pop("env", None)
-    for component in documents[0]["components"].values():
-        for task in component.get("dag", {}).get("tasks", {}).values():
-            task.pop("retryPolicy", None)
-    return yaml.safe_dump_all(documents)
+        components.load_component_from_text(yaml.safe_dump_all([pipeline, *platforms]))(**values)
 
 
 class _Screen(io.TextIOBase):

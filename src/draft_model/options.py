@@ -30,6 +30,8 @@ class Command(click.Command):
         self.context_settings.update(ignore_unknown_options=True, allow_extra_args=True)
         for parameter in self.params:
             vars(parameter)["handle_parse_result"] = partial(_collect, parameter.handle_parse_result)
+            if isinstance(parameter, click.Option) and parameter.default == "":
+                parameter.show_default = False
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click's; raises a UsageError with all problems, those of the parameters' values too."""

@@ -75,13 +75,16 @@ class Coordinator:
         while failure := self._attempt(replace(self._request, attempt=len(record.attempts)), record):
             if failure.reason == "NoOperator" and record.state is not State.FAILED:
                 logger.warning("%s", failure.problems[0])
-                self._backend = self._other()
+                self._backend = self._other() or self._backend
             elif record.state is State.FAILED:
                 tried = f"training_attempts: this was attempt {len(record.attempts)} of as many: raise it, or look why"
                 raise DraftModelError([*failure.problems, *([f"{tried} the machines fail"] * failure.retryable)])
 
-    def _other(self) -> Backend:
-        return patiently(lambda: choose(self._cluster, self._wanted, without=self._backend.name))
+    def _other(self) -> Backend | None:
+        """The other back end, where `auto` may take it and the cluster has it."""
+        with suppress(DraftModelError):
+            return patiently(lambda: choose(self._cluster, self._wanted, without=self._backend.name))
+        return None
 
     def _load(self, digest: str) -> Record | None:
         """The record of this run under these settings; a damaged one is no reason not to begin."""
@@ -137,10 +140,8 @@ class Coordinator:
     def _note(self, record: Record, request: JobRequest, failure: Failure | None) -> None:
         """Records how an attempt ended before its job is deleted, so that it is not repeated."""
         attempts, limit = len(record.attempts) + 1, request.spec.parameters.training_attempts
-        if failure and failure.reason == "NoOperator" and self._wanted == "auto":
-            with suppress(DraftModelError):  # the cluster has no other
-                self._other()
-                return  # it follows at once
+        if failure and failure.reason == "NoOperator" and self._other():
+            return  # it follows at once
         record.state = State.SUCCEEDED
         if failure:
             record.state = State.RESTARTING if failure.retryable and attempts < limit else State.FAILED
