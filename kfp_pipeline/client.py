@@ -1,8 +1,7 @@
 """A KFP API server, through kfp.Client: every answer is checked, and every failure becomes a sentence.
 
-All requests of a kfp.Client go through one ApiClient. `Server.of` wraps that one's `request`: it gets a time limit, so
-that a dead connection never holds a CI job, and it raises ServerAway, NotLetIn or DraftModelError for what goes wrong,
-a login page with status 200 included. So kfp.Client's own methods are used everywhere as they are.
+All requests of a kfp.Client go through one ApiClient, whose `request` gets a time limit here, and raises ServerAway,
+NotLetIn or DraftModelError for what goes wrong, a login page with status 200 included.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ _ADVICE = {
     401: f"; {_LOGIN}",
     403: "; is --namespace right, and is the token's account, or yours, a contributor of it?",
     404: "; where the server has nothing at all, --host lacks a path such as /pipeline, or KFP is older than 2.16.1",
+    409: "; somebody else may have made it a moment ago: start again",
     "tls": "--ca-file names the certificate of its authority",
 }
 
@@ -48,10 +48,6 @@ class ServerAway(DraftModelError):
 
 class NotLetIn(DraftModelError):
     """A server that asks for a login: a new token or cookie helps."""
-
-
-class Conflict(DraftModelError):
-    """A server that refuses to create what exists already."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +102,8 @@ def by_name(name: str) -> str:
 def connect(host: str = "", namespace: str = "", token_file: Path | None = None, ca_file: Path | None = None) -> Server:
     """Connects as kfp.Client does, with its environment variables and settings.
 
-    Args:
-        host: address of the UI or API; empty: the cluster of this pod or of the kubeconfig.
-        namespace: of the user, on a multi-user server.
-        token_file: holds a bearer token; it is read for each request, so that a renewed one takes effect.
-        ca_file: certificates to trust, PEM.
+    Without a host it is the cluster of this pod or of the kubeconfig. The token's file is read for each request, so
+    that a renewed one takes effect.
     """
     if problems := problems_with(host, token_file, ca_file):
         raise DraftModelError(problems)
@@ -183,7 +176,7 @@ def _explained(host: str) -> Iterator[None]:
     except kfp_server_api.ApiException as error:
         said = f"{host} answers {error.status}: {_sentence(error.body) or error.reason or 'no reason given'}"
         away = not error.status or error.status >= 500 or error.status == 429
-        kind = ServerAway if away else {401: NotLetIn, 409: Conflict}.get(error.status, DraftModelError)
+        kind = ServerAway if away else NotLetIn if error.status == 401 else DraftModelError
         raise kind(said + _ADVICE.get(error.status, "")) from error
     except urllib3.exceptions.HTTPError as error:
         reason = getattr(error, "reason", None) or error

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from draft_model.entrypoint import printable, raise_on_sigterm
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, Problems
 from draft_model.options import VALUES, Command, together, values_of
 
 if TYPE_CHECKING:
@@ -26,9 +26,9 @@ _IMAGE = click.option(
     help="Images of the steps, by tag or digest, where the cluster pulls them.",
 )  # fmt: skip
 _SERVER = together(
-    click.option("--host", default="", show_default=False, metavar="URL", envvar="KF_PIPELINES_ENDPOINT",
+    click.option("--host", default="", metavar="URL", envvar="KF_PIPELINES_ENDPOINT",
                  show_envvar=True, help="KFP's UI or API; not given: the cluster of this pod or of the kubeconfig."),
-    click.option("--namespace", default="", show_default=False, help="Yours, where KFP serves several users."),
+    click.option("--namespace", default="", help="Yours, where KFP serves several users."),
     click.option("--token-file", type=click.Path(path_type=Path), envvar="KF_PIPELINES_SA_TOKEN_PATH",
                  show_envvar=True, help="Holds a bearer token; read again for each request."),
     click.option("--ca-file", type=click.Path(path_type=Path), help="Certificates to trust, PEM."),
@@ -50,7 +50,7 @@ def run_command(params: Path | None, settings: tuple[str, ...], folder: Path) ->
     from draft_model.evaluation.card import print_summary
     from kfp_pipeline.local import run_local
 
-    print_summary(run_local(values, folder.resolve()).final, folder)
+    print_summary(run_local(values, folder.resolve()), folder)
 
 
 @click.command("compile", cls=Command)
@@ -84,9 +84,7 @@ def compile_command(output: Path | None, manifest: Path | None, images: tuple[st
 @_IMAGE
 @click.option("--experiment", default="draft-model", envvar="KF_PIPELINES_DEFAULT_EXPERIMENT_NAME", show_envvar=True,
               help="Lists the run; created if missing.")  # fmt: skip
-@click.option(
-    "--run-name", default="", show_default=False, help="Shown in the UI.  [default: the target's name and the time]"
-)
+@click.option("--run-name", default="", help="Shown in the UI.  [default: the target's name and the time]")
 @click.option("--service-account", default="draft-model-steps", help="Of the run's pods.")
 @click.option("--watch", "follow", is_flag=True, help="Follow the run; exit with 1 where it fails.")
 def submit_command(
@@ -108,21 +106,18 @@ def submit_command(
         os.environ[_IMAGES] = " ".join(images)  # read when the components are imported
     from kfp_pipeline.client import connect, problems_with
 
-    problems, values = problems_with(**where), {}
+    problems, values = Problems(problems_with(**where)), dict[str, Any]()
     if not images:
         problems.append(
             "--image: not given; name the steps' images where the cluster pulls them: one for all kinds of steps with "
             "{kind} in its name, or KIND=NAME for each"
         )
-    try:
+    with problems.collect():
         values = values_of(params, settings)
         from kfp_pipeline.submit import check, submit
 
         check(values)
-    except DraftModelError as error:
-        problems += error.problems
-    if problems:
-        raise DraftModelError(problems)
+    problems.raise_all()
     raise_on_sigterm()
     server = connect(namespace=namespace, **where)
     submitted = submit(

@@ -8,19 +8,23 @@ changed, so its name carries the hash of what it holds.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import yaml
 from kfp import compiler
 from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
+from draft_model.markdown import table
 from draft_model.parameters import PARAMETERS
 from kfp_pipeline.pipeline import COMPONENTS, NAME, pipeline_draft_model
-from kfp_pipeline.readme import readmes
 
+FOLDER = Path(__file__).parent / "components"
 COMPILED = Path(__file__).parent / "compiled" / "pipeline_draft_model.yaml"
 MANIFEST = Path(__file__).parents[1] / "manifests" / "pipelines" / "pipeline_draft_model.yaml"
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML was built with libyaml
@@ -77,7 +81,37 @@ def compile_manifests() -> str:
 
 def committed() -> dict[Path, str]:
     """All that is written from the sources and committed beside them."""
-    return {COMPILED: compile_pipeline(), MANIFEST: compile_manifests(), **readmes(COMPONENTS)}
+    readmes = {FOLDER / each.python_func.__name__ / "README.md": _readme(each) for each in COMPONENTS}
+    return {COMPILED: compile_pipeline(), MANIFEST: compile_manifests(), **readmes}
+
+
+def _readme(component: Any) -> str:
+    """The README of a component's folder, from the docstring of its module and its metadata.yaml.
+
+    The sections are those that kubeflow/pipelines-components asks for.
+    """
+    name = component.python_func.__name__
+    text, _, returns = (inspect.getdoc(sys.modules[component.python_func.__module__]) or "").partition("\nReturns:\n")
+    docstring = docstring_parser.parse(f"{text}\n{returns}", docstring_parser.DocstringStyle.GOOGLE)
+    described = {each.arg_name: " ".join((each.description or "").split()) for each in docstring.params}
+    spec, metadata = component.component_spec, yaml.safe_load((FOLDER / name / "metadata.yaml").read_text())
+    inputs = [(f"`{key}`", each.type, described[key]) for key, each in spec.inputs.items() if key in described]
+    if len(inputs) < len(spec.inputs):
+        inputs.append(("each of the pipeline's parameters", "", "`draft-model parameters` lists them"))
+    outputs = [(f"`{key}`", each.type.partition("@")[0], described[key]) for key, each in (spec.outputs or {}).items()]
+    needs = [f"{each['name']} {each['version']}" for kind in metadata["dependencies"].values() for each in kind]
+    facts = {"Stability": metadata["stability"], "Needs": ", ".join(needs), "Tags": ", ".join(metadata["tags"]),
+             "Last verified": f"{metadata['lastVerified']:%Y-%m-%d}"}  # fmt: skip
+    heads = ("name", "type", "description")
+    sections = {
+        "Overview": text.partition("\n\nArgs:")[0],
+        "Inputs": table(inputs, heads, raw=True),
+        "Outputs": table(outputs, heads, raw=True),
+        "Usage": f"```python\nfrom kfp_pipeline.components.{name} import {name}\n```",
+        "Metadata": "\n".join(f"- {key}: {value}" for key, value in facts.items()),
+    }
+    title = name.replace("_", " ").capitalize()
+    return f"# {title}\n\n" + "\n\n".join(f"## {head}\n\n{part.strip()}" for head, part in sections.items()) + "\n"
 
 
 def write_compiled(output: Path | None = None, manifest: Path | None = None) -> list[Path]:

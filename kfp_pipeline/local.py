@@ -18,7 +18,6 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -39,18 +38,13 @@ logger = logging.getLogger(__name__)
 STOP_SECONDS = 70  # longer than a training job needs to finish its step and save
 
 
-@dataclass(frozen=True)
-class LocalRun:
-    """What a local run leaves."""
-
-    final: Path  # local folder of the draft that is ready to serve, with its report
-    store: Path | None  # folder of the embedded store's data; None where the run wrote to a store of the user's
-
-
-def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
+def run_local(values: Mapping[str, Any], folder: Path) -> Path:
     """Runs the compiled pipeline here, in a folder that a second run may use again.
 
     Without storage_uri among the parameters the stages write to an embedded store in the folder.
+
+    Returns:
+        The local folder of the draft that is ready to serve, with its report.
 
     Raises:
         DraftModelError: for what the user can put right, with all problems of the first step that found any.
@@ -62,28 +56,24 @@ def run_local(values: Mapping[str, Any], folder: Path) -> LocalRun:
             "compute_model_import, compute_draft_model_training and the instance types choose nodes of a cluster: on "
             "this machine they are checked and not used"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    work = folder / "work"
+    work.mkdir(parents=True, exist_ok=True)
     raise_on_sigterm()
     error = folder / f"error-{uuid.uuid4().hex}.json"  # an orphan of an earlier run must not write into it
-    work = folder / "work"
-    work.mkdir(exist_ok=True)
-    os.environ.update({ERROR_FILE: str(error.resolve()), WORK_FOLDER: str(work.resolve()), RUN: uuid.uuid4().hex})
-    os.environ[ROOT] = str(os.getpid())
+    steps = {ERROR_FILE: str(error.resolve()), WORK_FOLDER: str(work.resolve()), ROOT: str(os.getpid())}
     try:
-        with _alone(folder), _store(parameters, folder) as (uri, data), _no_orphans():
+        with _alone(folder), _environment(steps | {RUN: uuid.uuid4().hex}), _store(parameters, folder) as uri:
             try:
-                _execute({**parameters.model_dump(), "storage_uri": uri}, folder)
+                with _no_orphans():
+                    _execute({**parameters.model_dump(), "storage_uri": uri}, folder)
             except RuntimeError as failure:
                 if error.exists():
                     raise DraftModelError(json.loads(error.read_text(encoding="utf-8"))) from failure
                 why = f"the local run failed: {failure}; the step's own messages are above"
                 raise DraftModelError(why) from failure
             shutil.rmtree(folder / "output", ignore_errors=True)  # what an earlier run left is not this one's
-            final = storage.fetch(storage.join(uri, "output_model_path", "final"), folder / "output" / "final")
-            return LocalRun(final, data)
+            return storage.fetch(storage.join(uri, "output_model_path", "final"), folder / "output" / "final")
     finally:
-        for name in (ERROR_FILE, WORK_FOLDER, RUN, ROOT):
-            del os.environ[name]
         error.unlink(missing_ok=True)
 
 
@@ -101,40 +91,41 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _store(parameters: Parameters, folder: Path) -> Iterator[tuple[str, Path | None]]:
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+@contextmanager
+def _store(parameters: Parameters, folder: Path) -> Iterator[str]:
     """URI that the stages write under: the user's, or a bucket of an embedded store that ends with the run."""
     if parameters.storage_uri:
-        yield parameters.storage_uri, None
+        yield parameters.storage_uri
         return
-    with EmbeddedStore(folder / "store") as store:
-        before = {name: os.environ.get(name) for name in store.environment}
-        os.environ.update(store.environment)
-        try:
-            yield f"s3://{store.bucket}/pipeline_draft_model", folder / "store"
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    with EmbeddedStore(folder / "store") as store, _environment(store.environment):
+        yield f"s3://{store.bucket}/pipeline_draft_model"
 
 
 def _execute(values: Mapping[str, Any], folder: Path) -> None:
     from kfp import components, local
 
+    pipeline, *platforms = yaml.safe_load_all(COMPILED.read_text(encoding="utf-8"))
+    # Without what is for a cluster's pods: the jobs' images, and retries after an eviction.
+    for executor in pipeline["deploymentSpec"]["executors"].values():
+        executor["container"].pop("env", None)
+    for component in pipeline["components"].values():
+        for task in component.get("dag", {}).get("tasks", {}).values():
+            task.pop("retryPolicy", None)
     warnings.filterwarnings("ignore", module="kfp")
     root = str((folder / "kfp").resolve())
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=root, raise_on_error=True)
     with (folder / "run.log").open("w", encoding="utf-8") as log, redirect_stdout(_Screen(log)):
-        components.load_component_from_text(_for_here(COMPILED.read_text(encoding="utf-8")))(**values)
-
-
-def _for_here(compiled: str) -> str:
-    """The compiled pipeline without what is for a cluster's pods: retries after an eviction, and the job's image."""
-    documents = list(yaml.safe_load_all(compiled))
-    for executor in documents[0]["deploymentSpec"]["executors"].values():
-        executor["container"].pop("env", None)
-    for component in documents[0]["components"].values():
-        for task in component.get("dag", {}).get("tasks", {}).values():
-            task.pop("retryPolicy", None)
-    return yaml.safe_dump_all(documents)
+        components.load_component_from_text(yaml.safe_dump_all([pipeline, *platforms]))(**values)
 
 
 class _Screen(io.TextIOBase):

@@ -1,8 +1,7 @@
 """Recurring runs that a file in git lists: KFP's own list is made the same.
 
-KFP's schedules refer to ids that the cluster generates, so they cannot be manifests. The Job of
-manifests/components/recurring-runs runs this after each sync. A hash in a recurring run's description says what it was
-made from, so that a second time changes nothing; those without one were made by hand and are left alone.
+The Job of manifests/components/recurring-runs runs this after each sync. A hash in a recurring run's description says
+what it was made from, so that a second time changes nothing; those without one were made by hand and are left alone.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from draft_model.entrypoint import exit_code
 from draft_model.errors import DraftModelError
-from kfp_pipeline.client import Server, by_name, connect
+from kfp_pipeline.client import Server, connect
 from kfp_pipeline.pipeline import NAME
-from kfp_pipeline.submit import EXPERIMENT, SERVICE_ACCOUNT, check
+from kfp_pipeline.submit import EXPERIMENT, SERVICE_ACCOUNT, check, find_version
 from kfp_pipeline.watch import ENDS
 
 _MARK = re.compile(r"\[draft-model ([0-9a-f]{12})\]$")
@@ -45,10 +44,8 @@ class Schedule(BaseModel):
 
     def typed(self) -> dict[str, Any]:
         """The parameters with the types of the pipeline's inputs; raises DraftModelError with all their problems."""
-        # YAML reads `resume: true` as a truth value; the contract has a word there.
-        values = {n: str(v).lower() if isinstance(v, bool) else v for n, v in self.parameters.items()}
-        parameters = check(values)
-        return {name: getattr(parameters, name) for name in values}
+        parameters = check(self.parameters)
+        return {name: getattr(parameters, name) for name in self.parameters}
 
 
 class Schedules(BaseModel):
@@ -81,19 +78,18 @@ def read(file: Path) -> Schedules:
 
 
 def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
-    """Makes KFP's recurring runs what the file says, without ending a run in progress.
+    """Makes KFP's recurring runs what the file says, without ending a run in progress; returns what was done.
 
     Kubernetes deletes a schedule's runs with it. So one with a run in progress is only disabled until a later sync, and
     the new one is created beside it.
-
-    Returns:
-        What was done, a line each; empty where nothing had to change.
-
-    Raises:
-        DraftModelError: where the version does not exist, or a name is taken by a recurring run that no file made.
     """
     client = server.client
-    pipeline_id, version_id = _version(server, version)
+    pipeline_id, version_id = find_version(server, version)
+    if not version_id:
+        raise DraftModelError(
+            f"--version: {server.host} has no version {version!r} of the pipeline {NAME!r}: apply manifests/pipelines "
+            "first, in the same namespace, with a server that runs with --pipelinesStoreKubernetes=true"
+        )
     with contextlib.redirect_stdout(io.StringIO()):  # kfp.Client prints a link
         experiment_id = client.create_experiment(wanted.experiment, namespace=server.namespace or None).experiment_id
     existing = list(_pages(client.list_recurring_runs, "recurring_runs", experiment_id))
@@ -136,19 +132,6 @@ def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
             raise DraftModelError(f"--host: {server.host} accepted {name} and named no run: this is not KFP's API")
         done.append(f"created {name}")
     return done
-
-
-def _version(server: Server, name: str) -> tuple[str, str]:
-    """Ids of the pipeline and of its version."""
-    pipelines = server.client.list_pipelines(namespace=server.namespace or None, filter=by_name(NAME)).pipelines
-    for pipeline in pipelines or ():
-        versions = server.client.list_pipeline_versions(pipeline.pipeline_id, filter=by_name(name)).pipeline_versions
-        for version in versions or ():
-            return pipeline.pipeline_id, version.pipeline_version_id
-    raise DraftModelError(
-        f"--version: {server.host} has no version {name!r} of the pipeline {NAME!r}: apply manifests/pipelines first, "
-        "in the same namespace, with a server that runs with --pipelinesStoreKubernetes=true"
-    )
 
 
 def _pages(ask: Callable[..., Any], kind: str, experiment_id: str) -> Iterator[Any]:

@@ -7,25 +7,24 @@ GitOps applied under that name is used too.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import kfp_server_api
 
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, Problems
 from draft_model.evaluation.prompts import BENCHMARKS
 from draft_model.jobs import compute
 from draft_model.jobs.context import on_cluster
-from draft_model.parameters import PARAMETERS, Parameters
-from draft_model.parameters.rules import validate
+from draft_model.parameters import PARAMETERS, Parameters, Stage
+from draft_model.parameters.rules import problems_with, valid_values
 from draft_model.storage import is_remote
-from kfp_pipeline.client import Conflict, Server, by_name
+from kfp_pipeline.client import Server, by_name
 from kfp_pipeline.compile import as_text, compile_documents, version_name
 from kfp_pipeline.pipeline import NAME
 
@@ -38,8 +37,7 @@ _DATA = ("dataset_train_split", "dataset_validation_split", "evaluation_prompts"
 _URIS = [p.name for p in PARAMETERS if p.kind.startswith("uri_") or p.kind in ("custom_model", "mlflow_model")]
 
 
-@dataclass(frozen=True)
-class Submitted:
+class Submitted(NamedTuple):
     """A run that a server has accepted: its id, its address in the UI, and its pipeline's version, which may be new."""
 
     run_id: str
@@ -54,95 +52,65 @@ def submit(
 ) -> Submitted:  # fmt: skip
     """Starts a run of the pipeline with parameters by name; uploads the pipeline where the server does not have it.
 
-    Args:
-        server: that is to run it.
-        values: those left out have their defaults.
-        experiment: that lists the run; created if missing.
-        run_name: shown in the UI; empty: the target's name and the time.
-        service_account: of the run's pods.
-
-    Raises:
-        DraftModelError: for bad parameters, all at once and before any request; and for what the server refuses.
+    The experiment is made where it is missing; a run without a name has the target's and the time. DraftModelError
+    tells all bad parameters at once, before any request, and what the server refuses.
     """
     parameters = check(values)
     documents = compile_documents()
     version = version_name(documents)
     client, namespace = server.client, server.namespace or None
-    pipeline, _ = _find_or_create(
-        f"pipeline {NAME}",
-        lambda: client.list_pipelines(namespace=namespace, filter=by_name(NAME)).pipelines,
-        lambda: client.pipelines.pipeline_service_create_pipeline(
-            kfp_server_api.V2beta1Pipeline(name=NAME, display_name=NAME, namespace=namespace)
-        ),
-    )
-    with TemporaryDirectory() as folder:
-        file = Path(folder, "pipeline.yaml")
-        file.write_text(as_text(documents), encoding="utf-8")
-        names = {"name": version, "display_name": version, "pipelineid": pipeline.pipeline_id}
-        found, uploaded = _find_or_create(
-            f"version {version} of the pipeline {NAME}",
-            lambda: client.list_pipeline_versions(pipeline.pipeline_id, filter=by_name(version)).pipeline_versions,
-            lambda: client.pipeline_uploads.upload_pipeline_version(str(file), **names),
-        )
+    pipeline_id, version_id = find_version(server, version)
+    uploaded = not version_id
+    if not pipeline_id:
+        new = kfp_server_api.V2beta1Pipeline(name=NAME, display_name=NAME, namespace=namespace)
+        pipeline_id = client.pipelines.pipeline_service_create_pipeline(new).pipeline_id
+    if uploaded:
+        names = {"name": version, "display_name": version, "pipelineid": pipeline_id}
+        with TemporaryDirectory() as folder:
+            file = Path(folder, "pipeline.yaml")
+            file.write_text(as_text(documents), encoding="utf-8")
+            version_id = client.pipeline_uploads.upload_pipeline_version(str(file), **names).pipeline_version_id
     logger.info("pipeline: %s, %s", version, "uploaded" if uploaded else "already on the server")
-    listed, _ = _find_or_create(
-        f"experiment {experiment}",
-        lambda: client.list_experiments(namespace=namespace, filter=by_name(experiment)).experiments,
-        lambda: client.experiments.experiment_service_create_experiment(
-            kfp_server_api.V2beta1Experiment(display_name=experiment, namespace=namespace)
-        ),
-    )
     source = parameters.huggingface_id or parameters.pytorch_model_path or parameters.mlflow_model_path
     run_name = run_name or f"{source.rstrip('/').rpartition('/')[2]} {datetime.now():%Y-%m-%d %H:%M:%S}"
-    with redirect_stdout(StringIO()):  # kfp.Client prints the link
+    with redirect_stdout(StringIO()):  # kfp.Client prints links
         run_id = client.run_pipeline(
-            listed.experiment_id, run_name, pipeline_id=pipeline.pipeline_id, version_id=found.pipeline_version_id,
+            client.create_experiment(experiment, namespace=namespace).experiment_id, run_name,
+            pipeline_id=pipeline_id, version_id=version_id, service_account=service_account,
             # Typed, because the server compares them with the types of the pipeline's inputs.
-            params={name: getattr(parameters, name) for name in values}, service_account=service_account,
+            params={name: getattr(parameters, name) for name in values},
         ).run_id  # fmt: skip
     if not run_id:
         raise DraftModelError(f"--host: {server.host} accepted a run and named none: this is not KFP's API")
     return Submitted(run_id, server.run_link(run_id), version, uploaded)
 
 
-def _find_or_create(what: str, find: Callable[[], Any], create: Callable[[], Any]) -> tuple[Any, bool]:
-    """An existing record or a new one, and whether it is new; one only, even where two submit at the same time."""
-    if found := find():
-        return found[0], False
-    try:
-        return create(), True
-    except Conflict:
-        if found := find():  # another process was first
-            return found[0], False
-    raise DraftModelError(
-        f"{what}: the server says that it exists, but does not list it: it may be another user's, or of another "
-        "pipeline; `kubectl get pipelines,pipelineversions -A` lists a cluster's"
-    )
+def find_version(server: Server, version: str) -> tuple[str, str]:
+    """Ids of the pipeline and of its version; empty where the server does not have it."""
+    pipelines = server.client.list_pipelines(namespace=server.namespace or None, filter=by_name(NAME)).pipelines
+    if not pipelines:
+        return "", ""
+    pipeline_id = pipelines[0].pipeline_id
+    versions = server.client.list_pipeline_versions(pipeline_id, filter=by_name(version)).pipeline_versions
+    return pipeline_id, versions[0].pipeline_version_id if versions else ""
 
 
 def check(values: Mapping[str, Any]) -> Parameters:
     """Validates what can be known without the cluster; raises DraftModelError with all problems at once."""
-    problems: list[str] = []
-    parameters = Parameters()
-    try:
-        parameters = validate(values)
-    except DraftModelError as error:
-        problems += error.problems
-    # A cluster's own compute map is not known here. Of parameters that are not valid, the defaults pass.
-    for stage in () if parameters.compute_map else ("import", "train", "evaluate"):
-        try:
-            if stage == "import" or parameters.training_backend != "local":
-                compute.resolve(compute.built_in(), stage, parameters)
-        except DraftModelError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
+    # Of parameters that are not valid, the defaults pass.
+    parameters, problems = valid_values(values)[0], Problems(problems_with(values))
+    if not parameters.compute_map:  # a cluster's own is not known here
+        stages: tuple[Stage, ...] = ("import", "train", "evaluate")
+        with problems.collect():
+            local = parameters.training_backend == "local"
+            compute.resolve_all(compute.built_in(), stages[:1] if local else stages, parameters)
     given = {name: value.strip() for name, value in values.items() if isinstance(value, str)}
     backend, prompts = given.get("training_backend", ""), given.get("evaluation_prompts", "")
     problems += [problem for name in _URIS if (problem := _unreachable(name, given.get(name, ""), backend))]
     benchmarks = BENCHMARKS.keys() >= {name.strip().lower() for name in prompts.split(",")}
     if not benchmarks and (problem := _unreachable("evaluation_prompts", prompts, backend)):
         problems.append(f"{problem}, or name benchmarks: {', '.join(BENCHMARKS)}")
-    if problems:
-        raise DraftModelError(problems)
+    problems.raise_all()
     return parameters
 
 

@@ -17,6 +17,7 @@ from kfp_pipeline.client import NotLetIn, Server, ServerAway
 
 logger = logging.getLogger(__name__)
 
+STEPS = ("preflight", "import-model", "build-dataset", "train-draft-model", "evaluate-draft-model", "clean-up")
 SUCCEEDED = "SUCCEEDED"
 ENDS = (SUCCEEDED, "FAILED", "CANCELED", "SKIPPED")
 PAUSES = (0.5, 10.0)  # seconds between two polls: at first, when states change often, and later
@@ -49,11 +50,9 @@ def watch(server: Server, run_id: str) -> Ended:
         Stuck: where a step's pod is pending for longer than the run's start_limit.
     """
     seen: dict[str, str] = {}
-    steps: dict[str, bool] | None = None
     stall, changed, told = STALL, time.monotonic(), ""
     for run in _polls(server, run_id):
-        steps = _steps_of(server, run) if steps is None else steps
-        for name, state, took in _states(run, steps or {}):
+        for name, state, took in states(run):
             if seen.get(name) != state:
                 seen[name], changed, stall = state, time.monotonic(), STALL
                 logger.info("%s: %s%s", name, state, f" after {took}" if took else "")
@@ -62,7 +61,7 @@ def watch(server: Server, run_id: str) -> Ended:
             if (waits := _what_it_waits_for(server, run)) not in ("", told):
                 logger.info("%s", waits)
                 told = waits
-    return explain(server, run, steps or {})
+    return explain(server, run)
 
 
 def _polls(server: Server, run_id: str) -> Iterator[Any]:
@@ -91,41 +90,17 @@ def _polls(server: Server, run_id: str) -> Iterator[Any]:
         pause = min(pause * 1.5, longest)
 
 
-def _steps_of(server: Server, run: Any) -> dict[str, bool] | None:
-    """The steps of the run's pipeline, and whether each is the exit task; None where the server is away."""
-    spec = run.pipeline_spec
-    if reference := run.pipeline_version_reference:
-        try:
-            version = server.client.get_pipeline_version(reference.pipeline_id, reference.pipeline_version_id)
-            spec = version.pipeline_spec
-        except (ServerAway, NotLetIn):
-            return None
-        except DraftModelError as error:  # deleted since; the run does not need it any more
-            logger.warning("the run's steps are not known: %s", error)
-    spec = (spec or {}).get("pipeline_spec", spec or {})  # nested where a platform's part stands beside it
-    return dict(_steps(spec, spec.get("root", {})))
-
-
-def _steps(spec: Mapping[str, Any], component: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    for name, task in component.get("dag", {}).get("tasks", {}).items():
-        inner = spec["components"].get(task["componentRef"]["name"], {})
-        if "dag" in inner:  # an exit handler, a condition, a loop
-            yield from _steps(spec, inner)
-        else:
-            yield name, task.get("triggerPolicy", {}).get("strategy") == "ALL_UPSTREAM_TASKS_COMPLETED"
-
-
-def _states(run: Any, steps: Mapping[str, bool]) -> list[tuple[str, str, str]]:
+def states(run: Any) -> list[tuple[str, str, str]]:
     """Name, state and duration of each step that has begun, in that order; KFP's own nodes are left out."""
-    details = [d for d in (run.run_details and run.run_details.task_details) or [] if d.display_name in steps]
+    details = [d for d in (run.run_details and run.run_details.task_details) or [] if d.display_name in STEPS]
     chosen = {d.display_name: d for d in sorted(details, key=lambda d: d.state not in ENDS)}  # what goes on wins
-    states = []
+    found = []
     for detail in sorted(chosen.values(), key=lambda d: str(d.start_time)):
         took = ""
         if detail.state in ENDS and detail.start_time and detail.end_time:
             took = str(timedelta(seconds=max(0, round((detail.end_time - detail.start_time).total_seconds()))))
-        states.append((detail.display_name, detail.state, took))
-    return states
+        found.append((detail.display_name, detail.state, took))
+    return found
 
 
 def _what_it_waits_for(server: Server, run: Any) -> str:
@@ -147,15 +122,15 @@ def _what_it_waits_for(server: Server, run: Any) -> str:
     return "; ".join(f"{pod.step} waits: {pod.message}" for pod in waiting)
 
 
-def explain(server: Server, run: Any, steps: Mapping[str, bool]) -> Ended:
+def explain(server: Server, run: Any) -> Ended:
     """Says how an ended run ended, from the logs of its steps."""
     if run.state == SUCCEEDED:
         return Ended(run.state, "succeeded", {}, [], True)
     pods = logs.pods(logs.workflow(server, run.run_id))
-    failures: dict[str, list[str]] = {name: [] for name, state, _ in _states(run, steps) if state == "FAILED"}
+    failures: dict[str, list[str]] = {name: [] for name, state, _ in states(run) if state == "FAILED"}
     said, checkpoints, explained = [], [], bool(pods)
     for pod in pods.values():
-        if not pod.failed and not steps.get(pod.step):
+        if not pod.failed and pod.step != STEPS[-1]:
             continue
         try:
             lines = logs.read(server, run.run_id, pod)

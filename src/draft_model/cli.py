@@ -152,9 +152,7 @@ def evaluate_command(model: str, dataset: str, draft: str, work: Path | None, **
 
 @cli.command("compare")
 @uri("model", "The target, imported or a Transformers folder.")
-@click.option(
-    "--dataset", default="", show_default=False, metavar="URI", help="Built data set, decoded by its validation split."
-)
+@click.option("--dataset", default="", metavar="URI", help="Built data set, decoded by its validation split.")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="File for the comparison as JSON.")
 @click.argument("drafts", nargs=-1, required=True, metavar="DRAFT DRAFT...")
 @options_of("evaluate", "chat_template")
@@ -184,13 +182,8 @@ def compare_command(
 @cli.command("export")
 @uri("draft", "The trained draft (.../final), or one of another trainer.")
 @click.option("--format", "form", required=True, type=click.Choice(["vllm", "sglang", "speculators"]), help="For whom.")
-@click.option(
-    "--target",
-    default="",
-    show_default=False,
-    help="Hub id or path of the target; speculators only.  [default: as trained]",
-)
-@click.option("--target-type", default="", show_default=False, help="The target's model_type.  [default: as trained]")
+@click.option("--target", default="", help="Hub id or path of the target; speculators only.  [default: as trained]")
+@click.option("--target-type", default="", help="The target's model_type.  [default: as trained]")
 @uri("output", "Folder to write.")
 @WORK
 def export_command(draft: str, form: Any, target: str, target_type: str, output: str, work: Path | None) -> None:

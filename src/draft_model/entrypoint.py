@@ -19,14 +19,10 @@ from draft_model.errors import DraftModelError, without_credentials
 from draft_model.processes import end_with_root
 from draft_model.scratch import scratch_folder
 
-USER_ERROR = 2
-TERMINATED = 128 + signal.SIGTERM
-
-ERROR_FILE = "DRAFT_MODEL_ERROR_FILE"
-"""Environment variable: where a process of a job leaves its problems for the one that started it."""
-
-WORK_FOLDER = "DRAFT_MODEL_WORK"
-"""Environment variable: where the KFP components put their scratch folders."""
+USER_ERROR, TERMINATED = 2, 128 + signal.SIGTERM
+# Environment variables: where a process of a job leaves its problems for the one that started it; where the KFP
+# components put their scratch folders (default: the machine's temporary folder).
+ERROR_FILE, WORK_FOLDER = "DRAFT_MODEL_ERROR_FILE", "DRAFT_MODEL_WORK"
 
 _NO_SPACE = (
     "make room there (df -h, df -i), or work on another disk: --work or --folder, TMPDIR, and for the pipeline's steps "
@@ -47,8 +43,8 @@ class _Lines(logging.Formatter):
         return printable(without_credentials(super().format(record)))
 
 
-def set_up_logging() -> None:
-    """Our own log lines to standard error, with the time; other libraries' from warnings on."""
+def set_up() -> None:
+    """Our own log lines to standard error, other libraries' from warnings on; and variables without a line break."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines("%(asctime)s %(message)s", "%H:%M:%S"))
     # By force, because KFP's executor has set up its own, which shows every library at INFO.
@@ -56,10 +52,7 @@ def set_up_logging() -> None:
     for ours in ("draft_model", "kfp_pipeline"):
         logging.getLogger(ours).setLevel(logging.INFO)
     logging.getLogger("botocore.credentials").setLevel(logging.CRITICAL)  # a traceback before our own sentence
-
-
-def clean_environment() -> None:
-    """Takes away the line break with which a Secret made by `echo` ends: no address and no header may have one."""
+    # A Secret made by `echo` ends with a line break: no address and no header may have one.
     for name, value in list(os.environ.items()):
         if name.startswith(("AWS_", "HF_", "MLFLOW_")) and value != value.strip():
             os.environ[name] = value.strip()
@@ -99,6 +92,7 @@ def report(error: DraftModelError) -> None:
     if path := os.environ.get(ERROR_FILE):
         # Several processes may fail at once, and the first end makes torchrun stop the others.
         own = Path(f"{path}.{os.getpid()}")
+        own.parent.mkdir(parents=True, exist_ok=True)
         own.write_text(json.dumps(error.problems), encoding="utf-8")
         own.replace(path)
     else:
@@ -111,17 +105,12 @@ def printable(text: str) -> str:
 
 
 def exit_code(work: Callable[[], None]) -> int:
-    """Runs an entry point's work.
-
-    Args:
-        work: what the entry point is for.
+    """Runs an entry point's work; SystemExit passes through.
 
     Returns:
         0; 2 for a user's mistake, without a traceback; 130 after Ctrl-C; 1 for a fault of ours, with its traceback.
-        SystemExit passes through.
     """
-    set_up_logging()
-    clean_environment()
+    set_up()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have bytes that the locale's encoding cannot write
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -140,16 +129,8 @@ def exit_code(work: Callable[[], None]) -> int:
 
 @contextmanager
 def step(name: str) -> Iterator[Path]:
-    """Runs the body of a KFP component: logs, a scratch folder, and no traceback for a user's mistake.
-
-    Args:
-        name: of the step; names the scratch folder.
-
-    Yields:
-        A scratch folder below DRAFT_MODEL_WORK (default: the machine's temporary folder), removed at the end.
-    """
-    set_up_logging()
-    clean_environment()
+    """Runs the body of a KFP component in a scratch folder below DRAFT_MODEL_WORK, without tracebacks for mistakes."""
+    set_up()
     raise_on_sigterm()
     end_with_root()
     if name != "clean-up" and (path := os.environ.get(ERROR_FILE)) and Path(path).exists():

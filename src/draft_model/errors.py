@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 _CREDENTIALS = re.compile(
     r"(?P<keep>[A-Za-z][A-Za-z0-9+.-]*://)[^/\s'\"]*@"  # user:password@ of a URL
@@ -13,12 +14,7 @@ _CREDENTIALS = re.compile(
 
 
 class Problem(str):
-    """A sentence about one parameter, `parameter: message`, that also knows which parameter it is about.
-
-    Args:
-        parameter: name of the parameter, or several names with commas between.
-        message: what was given, what is allowed and what to do.
-    """
+    """A sentence `parameter: message` that knows its parameter, or several with commas between."""
 
     parameter: str
     message: str
@@ -40,14 +36,10 @@ class Problem(str):
 
 
 class DraftModelError(Exception):
-    """A bad parameter, an unreadable file, a store that refuses.
+    """A bad parameter, an unreadable file, a store that refuses: sentences without credentials of URLs.
 
-    Each entry point (CLI, KFP component, job pod) prints the problems without a traceback and exits with 2. Anything
-    else that escapes is a fault of ours and keeps its traceback. Credentials of URLs are taken out of the sentences.
-
-    Args:
-        problems: one sentence, or several; each names the parameter or file, what was given, what is allowed and what
-            to do.
+    Each names the parameter or file, what was given, what is allowed and what to do. Each entry point (CLI, KFP
+    component, job pod) prints them without a traceback and exits with 2; anything else that escapes is a fault of ours.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -64,6 +56,25 @@ def _clean(problem: str) -> str:
     if isinstance(problem, Problem):
         return Problem(problem.parameter, without_credentials(problem.message))
     return without_credentials(problem)
+
+
+class Problems(list[str]):
+    """Sentences that are collected, so that a user hears of all of them at once."""
+
+    @contextmanager
+    def collect(self, parameter: str = "") -> Iterator[None]:
+        """Takes up the problems that are raised inside; those that name no parameter are about this one."""
+        try:
+            yield
+        except DraftModelError as error:
+            for problem in error.problems:
+                named = not parameter or isinstance(problem, Problem)
+                self.append(problem if named else Problem.of(parameter, problem))
+
+    def raise_all(self) -> None:
+        """Raises DraftModelError, unless there is no problem."""
+        if self:
+            raise DraftModelError(list(dict.fromkeys(self)))
 
 
 class StoreUnavailable(DraftModelError):

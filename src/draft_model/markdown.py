@@ -17,13 +17,7 @@ def cell(value: Any) -> str:
 def table(
     rows: Mapping[str, Any] | Iterable[Iterable[Any]], heads: tuple[str, ...] = ("", ""), *, raw: bool = False
 ) -> str:
-    """A Markdown table.
-
-    Args:
-        rows: names with their values, or rows of cells.
-        heads: of the columns.
-        raw: whether the cells are Markdown already.
-    """
+    """A Markdown table of names with their values, or of rows; cells may be Markdown already (`raw`)."""
     lines = rows.items() if isinstance(rows, Mapping) else rows
     cells = [heads, ["---"] * len(heads), *([str(value) if raw else cell(value) for value in line] for line in lines)]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)

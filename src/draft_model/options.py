@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from draft_model.entrypoint import raise_on_sigterm
-from draft_model.errors import DraftModelError, named_parameters
+from draft_model.errors import DraftModelError, Problems, named_parameters
 from draft_model.parameters import PARAMETERS, REMOVED, STAGES, Parameter, Stage, parameters_of
 from draft_model.parameters.rules import problems_with, unknown
 from draft_model.scratch import scratch_folder
@@ -30,6 +30,8 @@ class Command(click.Command):
         self.context_settings.update(ignore_unknown_options=True, allow_extra_args=True)
         for parameter in self.params:
             vars(parameter)["handle_parse_result"] = partial(_collect, parameter.handle_parse_result)
+            if isinstance(parameter, click.Option) and parameter.default == "":
+                parameter.show_default = False
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """As click's; raises a UsageError with all problems, those of the parameters' values too."""
@@ -152,12 +154,9 @@ def values_of(params: Path | None, settings: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         DraftModelError: where the file or a setting cannot be read, with all that is wrong with the others.
     """
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    try:
+    values, problems = dict[str, Any](), Problems()
+    with problems.collect():
         values = _from_file(params) if params else {}
-    except DraftModelError as error:
-        problems += error.problems
     unread = bool(problems)
     for setting in settings:
         name, equals, value = setting.partition("=")
@@ -169,7 +168,7 @@ def values_of(params: Path | None, settings: tuple[str, ...]) -> dict[str, Any]:
         others = problems_with(values)
         # What a file that was not read may hold is not missing.
         problems += [other for other in others if not unread or named_parameters([other]) <= values.keys()]
-        raise DraftModelError(problems)
+        problems.raise_all()
     return values
 
 
@@ -182,5 +181,4 @@ def _from_file(path: Path) -> dict[str, Any]:
         raise DraftModelError(f"--params: {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise DraftModelError(f"--params: {path} holds no parameters; a line is `name: value`")
-    # YAML reads `resume: true` as a truth value; the contract has a word there.
-    return {_normal(str(name)): str(v).lower() if isinstance(v, bool) else v for name, v in values.items()}
+    return {_normal(str(name)): value for name, value in values.items()}

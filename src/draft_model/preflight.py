@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from draft_model import storage
 from draft_model.dataset.files import find
-from draft_model.errors import DraftModelError, Problem, named_parameters
+from draft_model.errors import DraftModelError, Problem, Problems, named_parameters
 from draft_model.evaluation import prompts
 from draft_model.jobs.compute import misfit, weights_of
 from draft_model.jobs.context import check_cluster, nodes_of, on_cluster, wants_cluster
@@ -40,7 +40,7 @@ class Report:
     """What the first step finds."""
 
     values: Mapping[str, Any]  # the run's parameters
-    problems: list[str] = field(default_factory=list)  # what keeps the run from starting, a sentence each
+    problems: Problems = field(default_factory=Problems)  # what keeps the run from starting, a sentence each
     notes: list[str] = field(default_factory=list)  # what is worth knowing, or could not be checked from here
     nodes: dict[Stage, Compute] = field(default_factory=dict)  # that jobs' pods ask for; those of `_node_row`
 
@@ -83,7 +83,7 @@ def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parame
     """
     stages = list(stages)
     parameters, _ = valid_values(values)
-    problems: list[str] = [*problems_with(values, stages)]
+    problems = Problems(problems_with(values, stages))
     readers = dict(_READERS)
     if "train" in stages:
         readers["checkpoint_path"] = partial(_read_checkpoints, parameters)
@@ -92,13 +92,9 @@ def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parame
     bad = named_parameters(problems)
     for name, reader in readers.items():
         if (uri := getattr(parameters, name)) and name not in bad:
-            try:
-                with local_errors(uri):
-                    reader(name, uri)
-            except DraftModelError as error:
-                problems += [Problem.of(name, problem) for problem in error.problems]
-    if problems:
-        raise DraftModelError(problems)
+            with problems.collect(name), local_errors(uri):
+                reader(name, uri)
+    problems.raise_all()
     return parameters
 
 
@@ -106,11 +102,16 @@ def inspect_run(values: Mapping[str, Any], root: str, work: Path) -> Report:
     """Checks everything that a run on a cluster needs; `root` is the URI that this step's own artifacts go to."""
     parameters, wrong = valid_values(values)
     report = Report({**values, **parameters.model_dump(exclude=named_parameters(wrong))})
-    try:
+    with report.problems.collect():
         check(values)
-    except DraftModelError as error:
-        report.problems.extend(error.problems)
-    _resolve_nodes(parameters, report)
+    with report.problems.collect():
+        report.nodes.update(nodes_of(parameters))
+    report.notes.extend(dict.fromkeys(node.note for node in report.nodes.values() if node.note))
+    if on_cluster() and not wants_cluster(parameters):
+        report.notes.append(
+            "training_backend: with 'local' each stage runs in the pod of its step, which must have the trainer's "
+            "image: compute_* and instance_type_* choose no nodes, and a pod that cannot start waits for ever"
+        )
     _inspect_target(parameters, report, work)
     _inspect_benchmarks(parameters, report)
     _inspect_store(parameters, root, report)
@@ -123,76 +124,49 @@ def inspect_run(values: Mapping[str, Any], root: str, work: Path) -> Report:
     return report
 
 
-def _resolve_nodes(parameters: Parameters, report: Report) -> None:
-    try:
-        report.nodes.update(nodes_of(parameters.model_dump()))
-    except DraftModelError as error:
-        report.problems.extend(error.problems)
-    report.notes.extend(dict.fromkeys(node.note for node in report.nodes.values() if node.note))
-    if on_cluster() and not wants_cluster(parameters):
-        report.notes.append(
-            "training_backend: with 'local' each stage runs in the pod of its step, which must have the trainer's "
-            "image: compute_* and instance_type_* choose no nodes, and a pod that cannot start waits for ever"
-        )
-
-
 def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
     """Asks the Hub for the model; compares its size with the evaluation's node, and its positions with max_length."""
+    from draft_model.drafts.base import check_proposals
     from draft_model.model_import import hub
     from draft_model.model_import.sources import Source, description, resolve
+    from draft_model.training.plan import draft_of
 
     sources = [name for name in MODEL_SOURCES if getattr(parameters, name)]
     if len(sources) != 1 or report.has(sources[0]) or parameters.mlflow_model_path.startswith(("models:/", "runs:/")):
         return
-    try:
-        if parameters.huggingface_id:
-            listing = hub.find(parameters.huggingface_id, work / "hub", seconds=_HUB_SECONDS)
-            source = Source(
-                "huggingface_id", parameters.huggingface_id, listing, {name: name for name in listing.files}
-            )
-        else:
-            source = resolve(parameters, work)
-        prompts_given = parameters.evaluation_prompts and not report.has("evaluation_prompts")
-        names = description(source.paths) if prompts_given else source.paths.keys() & {"config.json"}
-        files = source.bring(names)
-        if prompts_given:
-            _inspect_prompts(parameters, files, work, report)
-        config = json.loads(files["config.json"].read_text(encoding="utf-8")) if "config.json" in files else {}
-    except hub.Unreachable as error:
-        report.notes.append(f"huggingface_id: not checked from here, the import does: {error}")
+    config: Any = {}
+    with report.problems.collect(sources[0]):
+        try:
+            if parameters.huggingface_id:
+                listing = hub.find(parameters.huggingface_id, work / "hub", seconds=_HUB_SECONDS)
+                paths = {name: name for name in listing.files}
+                source = Source("huggingface_id", parameters.huggingface_id, listing, paths)
+            else:
+                source = resolve(parameters, work)
+            prompts_given = parameters.evaluation_prompts and not report.has("evaluation_prompts")
+            files = source.bring(description(source.paths) if prompts_given else source.paths.keys() & {"config.json"})
+            if prompts_given:
+                _inspect_prompts(parameters, files, work, report)
+            config = json.loads(files["config.json"].read_text(encoding="utf-8")) if "config.json" in files else {}
+        except hub.Unreachable as error:
+            report.notes.append(f"huggingface_id: not checked from here, the import does: {error}")
+        except (ValueError, RecursionError):  # the import says what is wrong with a config.json
+            return
+    if not config or not isinstance(config, dict):
         return
-    except DraftModelError as error:
-        report.problems.extend(Problem.of(sources[0], problem) for problem in error.problems)
-        return
-    except (ValueError, RecursionError):  # the import says what is wrong with a config.json
-        return
-    if isinstance(config, dict) and config and parameters.draft_model_config and not report.has("draft_model_config"):
-        _inspect_draft(config, parameters, report)
-    if isinstance(config, dict) and (node := report.nodes.get("evaluate")) and (weights := weights_of(config)):
+    if parameters.draft_model_config and not report.has("draft_model_config"):
+        with report.problems.collect("draft_model_config"):
+            note = check_proposals(draft_of(config, parameters), parameters.num_speculative_tokens)
+            report.notes.extend(filter(None, [note]))
+    if (node := report.nodes.get("evaluate")) and (weights := weights_of(config)):
         report.problems.extend(filter(None, [misfit(config, weights, 0.0, parameters, node)]))
-    text = config.get("text_config", config) if isinstance(config, dict) else {}
+    text = config.get("text_config", config)
     longest = text.get("max_position_embeddings") if isinstance(text, dict) else None
     if isinstance(longest, int) and longest < parameters.max_length:
         report.notes.append(
             f"max_length: given {parameters.max_length}, but the target's config.json has max_position_embeddings = "
             f"{longest}, and knows no positions beyond; use max_length={longest}"
         )
-
-
-def _inspect_draft(config: dict[str, Any], parameters: Parameters, report: Report) -> None:
-    """Whether draft_model_config fits the target, and num_speculative_tokens the block that it asks for."""
-    from draft_model.drafts.base import check_proposals
-    from draft_model.training.plan import draft_of
-
-    try:
-        note = check_proposals(draft_of(config, parameters), parameters.num_speculative_tokens)
-    except DraftModelError as error:
-        report.problems.extend(
-            problem if isinstance(problem, Problem) else Problem.of("draft_model_config", problem)
-            for problem in error.problems
-        )
-    else:
-        report.notes.extend(filter(None, [note]))
 
 
 def _inspect_prompts(parameters: Parameters, files: Mapping[str, Path], work: Path, report: Report) -> None:
@@ -209,10 +183,8 @@ def _inspect_prompts(parameters: Parameters, files: Mapping[str, Path], work: Pa
             tokenizer = worker.call(load_tokenizer, folder)
     except DraftModelError:  # the data set says what is wrong with a tokenizer
         return
-    try:
+    with report.problems.collect("evaluation_prompts"):
         prompts.check_template(parameters, tokenizer)
-    except DraftModelError as error:
-        report.problems.extend(Problem.of("evaluation_prompts", problem) for problem in error.problems)
 
 
 def _inspect_benchmarks(parameters: Parameters, report: Report) -> None:

@@ -6,18 +6,17 @@ import ctypes
 import os
 import select
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 ROOT = "DRAFT_MODEL_ROOT_PID"
 """Environment variable: process id of ours that a process ends with: its parent, or the command above kfp's shells."""
 ORPHAN_SECONDS = 10.0
 """That a process has to end in when ROOT is gone: an embedded store went with it, and would be waited for in vain."""
 _PR_SET_PDEATHSIG = 1
-_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None  # looked up before a fork
+_prctl = getattr(ctypes.CDLL(None), "prctl", None)  # of Linux; looked up before a fork
 
 
 def place_in_job() -> tuple[int, int]:
@@ -58,14 +57,8 @@ def end_with_root() -> None:
 
 
 def _stop_after(process: int) -> None:
-    try:
-        if sys.platform == "linux":
-            select.select([os.pidfd_open(process)], [], [])
-        else:
-            while os.kill(process, 0) is None:
-                time.sleep(0.5)
-    except OSError:  # it is gone already
-        pass
+    with suppress(OSError):  # it is gone already
+        select.select([os.pidfd_open(process)], [], [])
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ORPHAN_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)

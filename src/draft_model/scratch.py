@@ -23,12 +23,7 @@ LOCK = ".lock"
 
 @contextmanager
 def scratch_folder(stage: str, parent: str | None = None) -> Iterator[Path]:
-    """A scratch folder, removed at the end.
-
-    Args:
-        stage: part of its name.
-        parent: folder that it is made in; the machine's temporary folder where not given.
-    """
+    """A scratch folder in a parent, or else in the machine's temporary folder, removed at the end."""
     root = Path(parent or gettempdir())
     sweep(root)
     with TemporaryDirectory(prefix=f"{PREFIX}{stage}-", dir=root) as name:

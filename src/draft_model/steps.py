@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from draft_model import storage
-from draft_model.entrypoint import ERROR_FILE, exit_code, raise_on_sigterm, step
+from draft_model.entrypoint import exit_code, raise_on_sigterm, step
 from draft_model.errors import DraftModelError
 from draft_model.markdown import bullets
 from draft_model.parameters import PARAMETERS, Parameters, Stage
@@ -67,7 +67,7 @@ def preflight(values: Mapping[str, Any], run_id: str, summary: Artifact) -> tupl
 
     with step("preflight") as work:
         report = inspect_run({p.name: values[p.name] for p in PARAMETERS}, summary.uri.rpartition("/")[0], work)
-        _write(summary, report.markdown())
+        Path(summary.path).write_text(report.markdown(), encoding="utf-8")
         for note in report.notes:
             logger.info("%s", note)
         if report.problems:
@@ -92,7 +92,7 @@ def import_model(
         p = Parameters.model_validate(parameters)
         result = _perform("import", p, _output(p, "model", model.uri, run_id), run_id, work)
         _describe(model, result["uri"], **result["metadata"])
-        _write(summary, result["page"])
+        Path(summary.path).write_text(result["page"], encoding="utf-8")
         _record(metrics, **result["metrics"])
     return str(result["uri"])
 
@@ -167,7 +167,7 @@ def _misfit(p: Parameters, model_uri: str, draft_uri: str) -> str:
     from draft_model.jobs.compute import misfit
     from draft_model.jobs.context import nodes_of
 
-    if (node := nodes_of(p.model_dump()).get("evaluate")) is None:
+    if (node := nodes_of(p).get("evaluate")) is None:
         return ""
     model, draft = storage.read_manifest(model_uri, stage="import"), storage.read_manifest(draft_uri)
     files, drafts = (
@@ -206,7 +206,7 @@ def clean_up(
         )  # fmt: skip
         for line in lines:
             logger.info("%s", line)
-        _write(summary, bullets(lines))
+        Path(summary.path).write_text(bullets(lines), encoding="utf-8")
 
 
 def _output(p: Parameters, name: str, artifact_uri: str, run_id: str) -> dict[str, str]:
@@ -234,11 +234,9 @@ def _perform(
         nodes = p.num_nodes_draft_model_training if stage == "regenerate" else 1
         return jobs.run_stage(stage, p, {name: uri for name, uri in uris.items() if uri}, beside, run_id, work, nodes)
     if importlib.util.find_spec("transformers") is None:
-        from draft_model.jobs.local import coordinates_only
-
         if here:
-            raise coordinates_only(f"{here[0]}: given {getattr(p, here[0])!r}, which no job's pod sees", "a URI")
-        raise coordinates_only("training_backend: given 'local'", "pytorchjob or trainjob")
+            raise jobs.coordinates_only(f"{here[0]}: given {getattr(p, here[0])!r}, which no job's pod sees", "a URI")
+        raise jobs.coordinates_only("training_backend: given 'local'", "pytorchjob or trainjob")
     return {"run_id": run_id, **_RUNS[stage](p, work, **uris)}
 
 
@@ -336,10 +334,6 @@ def _is_storable(value: Any) -> bool:
     return value is not None and not (isinstance(value, Real) and not math.isfinite(value))
 
 
-def _write(artifact: Artifact, text: str) -> None:
-    Path(artifact.path).write_text(text, encoding="utf-8")
-
-
 def main() -> int:
     """`python -m draft_model.steps`: the process of a job's pod; DRAFT_MODEL_JOB says which stage it runs."""
     from draft_model.jobs.torchrun import tell_kubernetes
@@ -353,8 +347,6 @@ def main() -> int:
         if place_in_job()[0] == 0:
             storage.write_bytes(job["result"], json.dumps({**result, "run_id": job["run_id"]}).encode())
 
-    if path := os.environ.get(ERROR_FILE):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
     if code := exit_code(work):
         tell_kubernetes()
     return code

@@ -1,8 +1,7 @@
 """Experiment tracking by MLflow, where a server is named; it never stops or slows what it tracks.
 
-A daemon thread sends what a stage reports. While the server is away, records are dropped after one warning: the same
-numbers are in the stage's output (training.json, the reports). MLflow's own asynchronous logging is not used because
-its exit handler waits for every queued batch, also of a server that is gone.
+A daemon thread sends what a stage reports; what a server that is away misses is in the stage's output. MLflow's own
+asynchronous logging is not used because its exit handler waits for every queued batch, also of a server that is gone.
 
 Kubeflow Pipelines 2.17 makes a run for each task and sets MLFLOW_RUN_ID; that run is written to, and KFP ends it.
 Elsewhere each stage makes a run of its own, below a parent that all stages of one DRAFT_MODEL_RUN share.
@@ -37,7 +36,6 @@ _DEFAULTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "30", "MLFLOW_HTTP_REQUEST_MAX_RETRI
              "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true"}  # fmt: skip
 _PARENT = "mlflow.parentRunId"
 _LONGEST_VALUE = 6000
-_SETTLE = 0.5  # seconds in which a parent that another stage makes at the same time is seen
 END_SECONDS, FAILED_SECONDS = 120.0, 10.0
 """How long the end of a stage waits for the server; a pod that failed or was asked to stop has half a minute."""
 PAUSE = 60.0  # seconds after a failure in which records are dropped
@@ -71,23 +69,15 @@ class Tracker:
             items = enumerate(value, 1) if isinstance(value, list | tuple) else [(0, value)]
             flat += [(f"{name}_{index}" if index else name, x) for index, x in items if x is not None]
         now = time.time_ns() // 1_000_000
-        self._batch("metrics", "Metric", [(name, float(x), now, step) for name, x in flat if math.isfinite(x)])
+        self._log("metrics", "Metric", [(name, float(x), now, step) for name, x in flat if math.isfinite(x)])
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         """Tracks parameters; those that are empty are left out."""
-        self._batch("params", "Param", [(name, str(x)[:_LONGEST_VALUE]) for name, x in values.items() if x != ""])
+        self._log("params", "Param", [(name, str(x)[:_LONGEST_VALUE]) for name, x in values.items() if x != ""])
 
     def references(self, values: Mapping[str, str]) -> None:
         """Tracks where artifacts are, by name; nothing is copied."""
-        self._batch("tags", "RunTag", [(f"artifact.{name}", uri[:_LONGEST_VALUE]) for name, uri in values.items()])
-
-    def _batch(self, kind: str, entity: str, values: list[Any]) -> None:
-        def send() -> None:
-            from mlflow import entities
-
-            self._client.log_batch(self._run, **{kind: [getattr(entities, entity)(*one) for one in values]})
-
-        self._send(send)
+        self._log("tags", "RunTag", [(f"artifact.{name}", uri[:_LONGEST_VALUE]) for name, uri in values.items()])
 
     def inputs(self, values: Mapping[str, tuple[str, str]]) -> None:
         """Tracks what went in: URI and digest, by name (`target`, `dataset`)."""
@@ -110,6 +100,14 @@ class Tracker:
             with suppress(MlflowException):  # there is one by this name; what else it may be, the next call meets, too
                 self._client.create_registered_model(name)
             self._client.create_model_version(name, source=uri, run_id=self._run)
+
+        self._send(send)
+
+    def _log(self, kind: str, entity: str, values: list[Any]) -> None:
+        def send() -> None:
+            from mlflow import entities
+
+            self._client.log_batch(self._run, **{kind: [getattr(entities, entity)(*one) for one in values]})
 
         self._send(send)
 
@@ -146,7 +144,7 @@ class Tracker:
         logger.warning("tracking: %s: %s", without_credentials(self._uri).partition("?")[0], without_credentials(what))
 
     def _open(self) -> None:
-        """Finds or makes the run; of two parents that are made at once the older one counts."""
+        """Finds or makes the run and the parent."""
         if self._client is None:
             from mlflow import MlflowClient
 
@@ -159,20 +157,15 @@ class Tracker:
             found = client.get_experiment_by_name(name)
             self._experiment = found.experiment_id if found else client.create_experiment(name)
         if group and not self._parent:
-            wanted = f"tags.`draft_model.run` = '{group}'"
-            if not (parents := self._oldest_first(wanted)):
-                made = client.create_run(self._experiment, run_name="draft-model", tags={"draft_model.run": group})
-                time.sleep(_SETTLE)
-                parents = self._oldest_first(wanted)
-                if parents[0].info.run_id != made.info.run_id:
-                    client.delete_run(made.info.run_id)
-            self._parent = parents[0].info.run_id
+            parents = self._oldest_first(f"tags.`draft_model.run` = '{group}'")
+            tags = {"draft_model.run": group}
+            parent = parents[0] if parents else client.create_run(self._experiment, run_name="draft-model", tags=tags)
+            self._parent = parent.info.run_id
         tags = {_PARENT: self._parent} if self._parent else {}
         self._run = client.create_run(self._experiment, run_name=self._stage, tags=tags).info.run_id
 
     def _oldest_first(self, wanted: str) -> list[Any]:
-        order = ["attributes.start_time ASC", "attributes.run_id ASC"]
-        return list(self._client.search_runs([self._experiment], wanted, order_by=order))
+        return list(self._client.search_runs([self._experiment], wanted, order_by=["attributes.start_time ASC"]))
 
     def _end(self, status: str) -> None:
         """Ends the run, and the parent: failed where the newest run of some stage has, running while one is."""

@@ -77,7 +77,7 @@ def test_every_stage_is_a_job_of_the_cluster_and_the_training_survives_a_machine
     killer.start()
     cluster = {"training_backend": "pytorchjob", "compute_draft_model_training": "cpu-pool", "storage_uri": root}
     cluster["compute_model_import"] = "cpu-pool"
-    final = run_local({**values, **cluster}, tmp_path / "run").final
+    final = run_local({**values, **cluster}, tmp_path / "run")
     killer.join()
 
     record = json.loads(storage.read_bytes(f"{output}/train_job.json"))

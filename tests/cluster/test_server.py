@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from urllib.parse import urlsplit
 
@@ -44,7 +45,7 @@ def test_the_published_schemas_take_what_is_rendered_whole(cluster, backend, cas
     manifests = backend.render(GOLDEN[case])
     job = backend.create_or_adopt(GOLDEN[case])
     for kind, manifest in zip(backend.kinds, manifests, strict=True):
-        there = cluster.get(kind, job.name)
+        there = cluster.get(kind, job.request.name)
         assert holds(there["spec"], manifest["spec"]), "the schema pruned or changed something"
         assert there["metadata"]["ownerReferences"][0]["uid"] == OWNER["uid"]
 
@@ -123,13 +124,14 @@ def test_a_role_in_a_pod_with_the_coordinators_token(cluster, server, as_coordin
     assert Cluster.connect().may("create", "kubeflow.org", "pytorchjobs")
 
 
-def test_a_watch_begins_with_what_is_there_and_follows_changes(cluster):
+def test_a_change_since_the_job_was_read_ends_the_wait_for_it(cluster):
     backend = Backend(cluster, "pytorchjob")
-    backend.create_or_adopt(GOLDEN["1x1"])
-    changes = cluster.watch(PYTORCHJOB, GOLDEN["1x1"].name)
-    next(changes)
+    job = backend.create_or_adopt(GOLDEN["1x1"])
+    backend.read(job)
     backend.delete(GOLDEN["1x1"])
-    next(changes)
+    started = time.monotonic()
+    backend.wait(job, 30)
+    assert time.monotonic() < started + 15
 
 
 def test_a_server_that_is_away_is_no_missing_job(cluster, server):

@@ -82,8 +82,8 @@ class FakeCluster:
     def delete(self, kind, name):
         self.there.pop((kind, name), None)
 
-    def watch(self, kind, name):
-        return iter(())
+    def wait(self, kind, name, version, seconds):
+        pass
 
     def log(self, pod, container, since):
         return iter(())

@@ -77,12 +77,12 @@ def test_what_there_is_not_is_refused_with_what_there_is(parameters, words):
 def test_all_stages_are_told_at_once_and_training_on_this_machine_needs_no_node():
     wrong = {"instance_type_model_import": "x", "instance_type_draft_model_training": "y"}
     with pytest.raises(DraftModelError) as caught:
-        nodes_of(wrong | {"training_backend": "pytorchjob"})
+        nodes_of(Parameters(**wrong, training_backend="pytorchjob"))
     assert len(caught.value.problems) == 2
-    local = {"training_backend": "local"}
-    assert nodes_of({"instance_type_draft_model_training": "y", **local}) == {}
+    local = Parameters(training_backend="local")
+    assert nodes_of(local.model_copy(update={"instance_type_draft_model_training": "y"})) == {}
     with pytest.raises(DraftModelError, match="compute_model_import: given 'nowhere'"):
-        nodes_of({"compute_model_import": "nowhere", **local})
+        nodes_of(local.model_copy(update={"compute_model_import": "nowhere"}))
 
 
 def evaluation(**parameters):
@@ -206,6 +206,7 @@ def test_a_compute_without_a_size_is_refused(named, words):
 
 
 def test_the_documented_schema_is_the_one_that_is_used():
-    """After a wanted change: python -c 'from draft_model.jobs import compute; print(compute.schema(), end="")'."""
-    assert (ROOT / "docs/compute_map.schema.json").read_text(encoding="utf-8") == compute.schema()
-    assert json.loads(compute.schema())["properties"].keys() == {"instance_types", "computes"}
+    """After a wanted change: python -c 'import json; from draft_model.jobs.compute import ComputeMap as map;
+    print(json.dumps(map.model_json_schema(), indent=2))'."""
+    text = (ROOT / "docs/compute_map.schema.json").read_text(encoding="utf-8")
+    assert json.loads(text) == ComputeMap.model_json_schema()

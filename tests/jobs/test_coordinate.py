@@ -13,7 +13,7 @@ from kubernetes import client
 
 from draft_model import jobs, storage
 from draft_model.errors import DraftModelError, StoreUnavailable
-from draft_model.jobs import cleanup, context, coordinate, follow, local
+from draft_model.jobs import cleanup, context, coordinate, follow
 from draft_model.jobs.backends import Backend, _difference
 from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
 from draft_model.jobs.coordinate import Coordinator
@@ -175,7 +175,7 @@ def test_a_forged_job_is_not_adopted():
     cluster, wanted = FakeCluster(script=[{}]), GOLDEN["4x8"]
     backend = Backend(cluster, "pytorchjob")
     job = backend.create_or_adopt(wanted)
-    there = cluster.there[PYTORCHJOB, job.name]
+    there = cluster.there[PYTORCHJOB, job.request.name]
     template = there["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
     template["nodeSelector"] = {"flavour": "spot"}
     assert backend.create_or_adopt(wanted).adopted
@@ -352,7 +352,7 @@ def test_the_result_is_what_the_record_beside_the_served_draft_says(tmp_path, mo
         (tmp_path / "out/final").mkdir(parents=True)
         (tmp_path / "out/final/training.json").write_text(json.dumps(record))
 
-    monkeypatch.setattr(local, "run", train)
+    monkeypatch.setattr(jobs, "run_here", train)
     p = Parameters(training_backend="local")
     found = jobs.run(TrainConfig("m", "d", str(tmp_path / "out"), tmp_path / "work", p))
     assert (found.steps, found.loss, found.acceptance_length) == (4, 1.0, 1.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from pathlib import Path
 
 import pytest
@@ -259,25 +258,16 @@ def test_what_a_start_waits_for_is_told(follow, caplog):
     assert "earlier pods of this run still end and hold their GPUs: draft-3f2c9a10-a7-worker-0" in caplog.text
 
 
-def test_a_watch_that_breaks_is_made_anew_and_wakes_the_follower(follow):
-    seen = threading.Event()
+def test_a_watch_that_breaks_is_told_once_and_the_job_is_read_without(follow, caplog):
+    caplog.set_level("INFO", "draft_model")
+    answers = iter([Unavailable("cut"), Forbidden("no watch"), None, Unavailable("cut")])
 
-    def watched(cluster):
-        answers = iter([Unavailable("cut"), [None], Forbidden("no watch"), [None, None]])
+    def wait(*_):
+        if error := next(answers, None):
+            raise error
 
-        def watch(kind, name):
-            answer = next(answers, None)
-            if answer is None:
-                seen.set()
-                threading.Event().wait(0.05)
-                return
-            if isinstance(answer, Exception):
-                raise answer
-            yield from answer
-
-        cluster.watch = watch
-        get = cluster.get
-        cluster.get = lambda *of: get(*of) if seen.wait(20) else None
-
-    failure, _ = follow(RUNNING, DONE, prepare=watched)
+    failure, _ = follow(*[RUNNING] * 5, DONE, prepare=lambda cluster: setattr(cluster, "wait", wait))
     assert failure is None
+    assert [r.message for r in caplog.records if "no watch now" in r.message] == [
+        "no watch now, so the job is read every 0 s (cut)"
+    ] * 2

@@ -15,7 +15,6 @@ from training.case import Trained, Trainer
 
 from draft_model import jobs
 from draft_model.errors import DraftModelError
-from draft_model.jobs import local
 from draft_model.training import job
 
 LONG = {"num_epochs": 16, "eval_interval": 16, "save_interval": 4}  # 52 steps: some are left when a signal comes
@@ -126,7 +125,7 @@ def test_a_signal_to_the_coordinating_process_ends_the_job_after_a_checkpoint(tr
 def instead(monkeypatch, body):
     """Has the job's process do something else than train."""
     code = f"import json, os, pathlib, signal, sys\n{body}"
-    monkeypatch.setattr(local, "command", lambda world: [sys.executable, "-c", code])
+    monkeypatch.setattr(jobs, "command", lambda world: [sys.executable, "-c", code])
 
 
 @pytest.fixture

@@ -48,8 +48,6 @@ class KfpApi:
         namespaces: that callers may use; empty on a single-user server.
         pages: answers with status 200 that a gateway gives instead, by the path's end; the cookie gets past them.
         failing: status that every request gets; 0 for none.
-        hidden: kinds whose lists do not show what exists.
-        racing: kinds that another process creates in the moment before the caller does.
         tag: version of the server.
         v1: whether it still has the v1beta1 API.
         ui: whether the address is the UI's, which passes on v1beta1 and v2beta1 and has a way of its own to logs.
@@ -62,8 +60,6 @@ class KfpApi:
         self.token, self.namespaces, self.failing, self.packed = "", set(namespaces), 0, False
         self.tag, self.v1, self.ui = "2.17.0", True, False
         self.pages: dict[str, str] = {}
-        self.hidden: set[str] = set()
-        self.racing: set[str] = set()
         self.pipelines: dict[str, dict] = {}
         self.versions: dict[str, dict] = {}
         self.experiments: dict[str, dict] = {}
@@ -203,15 +199,12 @@ class KfpApi:
             if predicate["operation"] not in (1, "EQUALS"):
                 raise Refused(400, f"operation {predicate['operation']}")
             records = [record for record in records if record[predicate["key"]] == predicate["stringValue"]]
-        if kind in self.hidden or not records:
+        if not records:
             return {}
         return {kind: records, "total_size": len(records)}
 
     def _add(self, kind: str, records: dict, id_name: str, record: dict) -> dict:
         """Names are unique, as in the real server's tables."""
-        if kind in self.racing:
-            self.racing.remove(kind)
-            self._add(kind, records, id_name, {**record})
         keys = ["display_name", "pipeline_id" if kind == "pipeline_versions" else "namespace"]
         if any(all(other.get(key) == record.get(key) for key in keys) for other in records.values()):
             raise Refused(409, f"The name {record['display_name']} already exists")

@@ -19,6 +19,7 @@ from draft_model.parameters import PARAMETERS
 from draft_model.tracking import RUN
 from kfp_pipeline.compile import COMPILED, MANIFEST, committed, compile_pipeline, version_name
 from kfp_pipeline.components.images import IMAGES, KINDS, images_by_kind
+from kfp_pipeline.watch import STEPS
 
 ROOT = Path(__file__).parents[2]
 DIGEST = "registry.example/trainer@sha256:" + "0" * 64
@@ -143,6 +144,7 @@ def test_nothing_is_cached_by_kfp_and_nothing_fans_out(spec, tasks):
 
 def test_a_step_waits_for_those_before_it(tasks):
     assert tasks.keys() == set(ORDER)
+    assert (*ORDER, "clean-up") == STEPS  # what `draft-model watch` shows
     for step, others in zip(ORDER, (ORDER[:place] for place in range(len(ORDER))), strict=True):
         waits, asked = set(), {step}
         while asked:

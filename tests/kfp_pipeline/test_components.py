@@ -10,8 +10,7 @@ from datetime import datetime
 import pytest
 import yaml
 
-from kfp_pipeline.pipeline import COMPONENTS
-from kfp_pipeline.readme import FOLDER
+from kfp_pipeline.compile import COMPONENTS, FOLDER
 
 NAMES = [component.python_func.__name__ for component in COMPONENTS]
 IMAGES_LINE = "from kfp_pipeline.components.images import IMAGES\n"

@@ -169,26 +169,24 @@ def whole(interrupted, folder, values):
     (folder / "output/final/stale.txt").touch()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     environment = dict(os.environ)
-    run = run_local(values, folder)
+    final = run_local(values, folder)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     assert dict(os.environ) == environment
-    return folder, run
+    return folder, final
 
 
 @pytest.fixture(scope="module")
 def stored(whole):
     """The run's store, started again: URI of the pipeline's folder."""
-    folder, run = whole
-    assert run.store == folder / "store"
-    with EmbeddedStore(run.store) as store, pytest.MonkeyPatch.context() as patch:
+    with EmbeddedStore(whole[0] / "store") as store, pytest.MonkeyPatch.context() as patch:
         for name, value in store.environment.items():
             patch.setenv(name, value)
         yield f"s3://{store.bucket}/pipeline_draft_model"
 
 
 def test_the_final_draft_is_whole_and_loads(whole, values):
-    final = whole[1].final
+    final = whole[1]
     assert final == whole[0] / "output/final"
     assert {path.name for path in final.iterdir()} == {
         "config.json", "model.safetensors", "training.json", "evaluation.json", "report.html", "report.json",
@@ -202,7 +200,7 @@ def test_the_final_draft_is_whole_and_loads(whole, values):
 
 
 def test_the_records_say_what_was_run(whole, values):
-    final = whole[1].final
+    final = whole[1]
     training = json.loads((final / "training.json").read_text())
     evaluation = json.loads((final / "evaluation.json").read_text())
     assert (training["steps"], training["epochs"]) == (6, 2.0)  # 24 conversations, 8 in a step
@@ -222,10 +220,10 @@ def test_everything_went_through_the_store(stored, whole):
         assert storage.read_manifest(f"{stored}/{name}", stage=stage).files
     final = storage.read_manifest(f"{stored}/output_model_path/final")
     assert {file.path: file.size for file in final.files} == {
-        path.name: path.stat().st_size for path in whole[1].final.iterdir()
+        path.name: path.stat().st_size for path in whole[1].iterdir()
     }
     assert storage.read_bytes(f"{stored}/output_model_path/final/model.safetensors") == (
-        (whole[1].final / "model.safetensors").read_bytes()
+        (whole[1] / "model.safetensors").read_bytes()
     )
 
 
@@ -250,7 +248,7 @@ def test_the_log_is_kept_without_keys(whole):
 
 
 def test_the_summary_shows_the_result_and_what_to_type_next(whole, values, capsys):
-    final = whole[1].final
+    final = whole[1]
     print_summary(final, whole[0])
     printed = capsys.readouterr().out
     reached = json.loads((final / "evaluation.json").read_text())["trained"]["acceptance_length"]

@@ -20,7 +20,7 @@ from draft_model.errors import DraftModelError
 from kfp_pipeline import logs
 from kfp_pipeline.client import connect
 from kfp_pipeline.submit import submit
-from kfp_pipeline.watch import ENDS, SUCCEEDED, _states, _steps_of, explain, watch
+from kfp_pipeline.watch import ENDS, STEPS, SUCCEEDED, explain, states, watch
 
 logger = logging.getLogger(__name__)
 ENDPOINT, STORE = os.environ.get("KFP_ENDPOINT", ""), os.environ.get("KFP_STORE", "")
@@ -97,8 +97,7 @@ def succeeds(server, run_id):
     assert ended.state == SUCCEEDED, (ended.failures, ended.notes)
     run = server.client.get_run(run_id)
     logger.info("%s: %s from its creation to its end", run.display_name, run.finished_at - run.created_at)
-    steps = _steps_of(server, run)
-    assert {name: state for name, state, _ in _states(run, steps)} == dict.fromkeys(steps, SUCCEEDED)
+    assert {name: state for name, state, _ in states(run)} == dict.fromkeys(STEPS, SUCCEEDED)
     found = workflow_of(server, run_id)
     assert "compressedNodes" not in found["status"]
     assert {pod.phase for pod in logs.pods(found).values()} == {"Succeeded"}
@@ -172,7 +171,7 @@ def wait_for(server, run_id, words):
         ended = ended + 1 if server.client.get_run(run_id).state in ENDS else 0
         time.sleep(5)
     run = server.client.get_run(run_id)
-    why = explain(server, run, {}).failures if run.state in ENDS else logs.pods(workflow_of(server, run_id))
+    why = explain(server, run).failures if run.state in ENDS else logs.pods(workflow_of(server, run_id))
     pytest.fail(f"no step says {words!r}; the run is {run.state}: {why}")
 
 

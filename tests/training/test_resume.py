@@ -114,7 +114,7 @@ def test_a_crash_costs_what_came_after_the_last_checkpoint_and_no_more(train, pl
 
 
 def test_a_door_that_is_asked_to_stop_exits_with_143(train, monkeypatch):
-    monkeypatch.setattr(entrypoint, "set_up_logging", lambda: None)  # it would take pytest's own handlers away
+    monkeypatch.setattr(entrypoint, "set_up", lambda: None)  # it would take pytest's own handlers away
     config = train.config()
     monkeypatch.setenv("DRAFT_MODEL_JOB", config.to_json())
     with when_logged("step 2, ", terminate), pytest.raises(SystemExit) as ended:

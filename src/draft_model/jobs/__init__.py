@@ -1,31 +1,40 @@
 """The pipeline's heavy stages as jobs: created, followed and ended from a coordinating process.
 
-On a cluster the pods of a PyTorchJob or a TrainJob compute and this process coordinates; elsewhere torchrun trains on
-this machine, and the other stages run in the process that asks for them.
+On a cluster the pods of a PyTorchJob or a TrainJob compute; elsewhere a training has processes on this machine, and the
+other stages run in the process that asks for them.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import logging
+import math
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draft_model import storage
+from draft_model.entrypoint import ERROR_FILE, raise_on_sigterm
 from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.parameters import Parameters, Stage
+from draft_model.processes import ROOT
 
 if TYPE_CHECKING:
     from draft_model.jobs.spec import JobSpec
     from draft_model.training.config import TrainConfig, TrainResult
 
-__all__ = ["lacking", "run", "run_job", "run_stage"]
+__all__ = ["coordinates_only", "lacking", "run", "run_here", "run_job", "run_stage"]
 
 logger = logging.getLogger(__name__)
+
+_LACKS = dict.fromkeys((-9, 137), "memory") | dict.fromkeys((-7, 135), "space on the disk or in /dev/shm")
 
 
 def run(config: TrainConfig, run_id: str = "") -> TrainResult:
@@ -79,9 +88,7 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
         if on_cluster:
             run_job(spec, job.run_id, config.work)
         else:
-            from draft_model.jobs import local
-
-            local.run(spec, config.work)
+            run_here(spec, config.work)
     record = json.loads(storage.read_bytes(storage.join(final, "training.json")))
     return TrainResult.from_record(config.output, final, record)
 
@@ -89,19 +96,9 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
 def run_stage(
     stage: Stage, p: Parameters, uris: Mapping[str, str], output: str, run_id: str, work: Path, nodes: int = 1
 ) -> dict[str, Any]:
-    """Runs a stage other than the training as a job on the cluster, and waits for its end.
+    """Runs a stage other than the training as a job on the cluster; returns what its process left as its result.
 
-    Args:
-        stage: of the pipeline.
-        p: of the run.
-        uris: what the stage reads and writes, by the names of its configuration.
-        output: URI that the job's record, its logs and its result go under.
-        run_id: of the pipeline's run.
-        work: scratch folder of this process.
-        nodes: pods of the job.
-
-    Returns:
-        What the stage's process left as its result; `uri` is of the folder with its manifest.
+    `uris` are what the stage reads and writes; record, logs and result of the job go under `output`.
     """
     from draft_model.jobs.spec import WORK, JobSpec
 
@@ -121,7 +118,6 @@ def run_stage(
 
 def run_job(spec: JobSpec, run_id: str, work: Path) -> None:
     """Runs a job of a run on the cluster to its end; raises DraftModelError where its output is not whole."""
-    from draft_model.entrypoint import raise_on_sigterm
     from draft_model.jobs.context import connect, request_for
     from draft_model.jobs.coordinate import Coordinator, patiently
 
@@ -129,6 +125,58 @@ def run_job(spec: JobSpec, run_id: str, work: Path) -> None:
     raise_on_sigterm()
     cluster, retried = connect(), os.environ.get("KFP_RETRY_INDEX", "0") not in ("", "0")
     patiently(lambda: Coordinator(cluster, request_for(cluster, spec, run_id), work, retried=retried)).run()
+
+
+def run_here(spec: JobSpec, work: Path) -> None:
+    """Runs a training on this machine to its end, where nodes and GPUs are processes; raises what these reported."""
+    from draft_model.jobs.torchrun import STOP_SECONDS
+
+    if importlib.util.find_spec("torch") is None:
+        raise coordinates_only("training_backend: given 'local'", "pytorchjob or trainjob")
+    world = spec.nodes * spec.processes
+    logger.info(
+        "%s job: %d process(es) on this machine (%d node(s) x %d)", spec.stage, world, spec.nodes, spec.processes
+    )
+    work.mkdir(parents=True, exist_ok=True)
+    # A file of this run's own: an orphan of an earlier one must not write into it.
+    error = Path(tempfile.mkdtemp(prefix="errors-", dir=work)) / "error.json"
+    environment = {**os.environ, ERROR_FILE: str(error), "DRAFT_MODEL_JOB": spec.config, ROOT: str(os.getpid())}
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    if world > 1:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+    raise_on_sigterm()
+    process = subprocess.Popen(command(world), env=environment)
+    try:
+        # With a time-out it looks every 50 ms; without one, a signal just before the wait would not end it.
+        code = process.wait(timeout=math.inf)
+    finally:
+        if process.poll() is None:
+            process.terminate()  # they finish their step and save
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    if error.exists():
+        raise DraftModelError(json.loads(error.read_text(encoding="utf-8")))
+    if code or (lacks := spec.check()):
+        hint = f"; {code} is most often a lack of {_LACKS[code]}" if code in _LACKS else ""
+        why = f"its own messages are above{hint}" if code else "; ".join(lacks)
+        raise DraftModelError(f"the training job ended with exit code {code}: {why}")
+
+
+def command(world: int) -> list[str]:
+    """The command of so many training processes: a plain one where it is alone, torchrun otherwise."""
+    launcher = ["draft_model.jobs.torchrun", "--standalone", f"--nproc-per-node={world}", "-m"] if world > 1 else []
+    return [sys.executable, "-m", *launcher, "draft_model.training"]
+
+
+def coordinates_only(why: str, use: str) -> DraftModelError:
+    """A stage that should run in this step, whose image has not what it needs."""
+    return DraftModelError(
+        f"{why}, but the image of this step only coordinates: use {use}, or compile the pipeline with `--image` naming "
+        "the trainer's image for all steps"
+    )
 
 
 def lacking(uri: str, stage: str) -> list[str]:

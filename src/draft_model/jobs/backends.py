@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from draft_model.errors import DraftModelError
@@ -49,18 +48,12 @@ _TYPES = {
 ALL_KINDS = [kind for kinds, *_ in _TYPES.values() for kind in reversed(kinds)]
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """A job that was created or adopted; one of the same name with another uid is another job."""
 
     request: JobRequest
     uid: str
     adopted: bool = False
-
-    @property
-    def name(self) -> str:
-        """The job's name."""
-        return self.request.name
 
 
 class Backend:
@@ -69,12 +62,12 @@ class Backend:
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.cluster, self.name = cluster, name
         self.kinds, self.render, self._container, self._name_label, self._rank_label = _TYPES[name]
-        self.kind = self.kinds[-1]
+        self.kind, self._version = self.kinds[-1], ""
 
     def create_or_adopt(self, request: JobRequest) -> Job:
         """Creates the job's objects, or adopts those of the same run and specification."""
-        made = [self._create_or_adopt(*each) for each in zip(self.kinds, self.render(request), strict=True)]
-        found, adopted = made[-1]
+        for kind, manifest in zip(self.kinds, self.render(request), strict=True):
+            found, adopted = self._create_or_adopt(kind, manifest)
         return Job(request, found["metadata"]["uid"], adopted)
 
     def _create_or_adopt(self, kind: Kind, manifest: Manifest) -> tuple[Manifest, bool]:
@@ -97,26 +90,26 @@ class Backend:
 
     def read(self, job: Job) -> tuple[Status, list[Pod], list[str]]:
         """The job's status, its pods by node, and the names of pods that earlier jobs of its run still have."""
-        found = self.cluster.get(self.kind, job.name)
+        found, name = self.cluster.get(self.kind, job.request.name), job.request.name
         if found is None or found["metadata"]["uid"] != job.uid or "deletionTimestamp" in found["metadata"]:
             return Status(State.DELETED, "somebody deleted it"), [], []
+        self._version = found["metadata"].get("resourceVersion", "")
         pods, earlier = [], []
         for pod in self.pods_of_run(job.request):
-            owners = pod["metadata"].get("ownerReferences", ())
-            own = pod["metadata"]["labels"].get(self._name_label) == job.name and not any(
-                owner["kind"] == self.kind.kind and owner["uid"] != job.uid for owner in owners
-            )
-            if own:
-                pods.append(pod_of(pod, self._rank(pod, job.request)))
+            labels, owners = pod["metadata"]["labels"], pod["metadata"].get("ownerReferences", ())
+            others = any(owner["kind"] == self.kind.kind and owner["uid"] != job.uid for owner in owners)
+            if labels.get(self._name_label) == name and not others:
+                index = {**pod["metadata"].get("annotations", {}), **labels}.get(self._rank_label, "0")
+                worker = labels.get("training.kubeflow.org/replica-type") == "worker"
+                pods.append(pod_of(pod, int(index) + (worker and "Master" in job.request.replicas)))
             elif pod.get("status", {}).get("phase") not in ("Succeeded", "Failed"):
                 earlier.append(pod["metadata"]["name"])
         pods.sort(key=lambda pod: pod.node)
         return status_of(found, pods, job.request), pods, earlier
 
-    def _rank(self, pod: Manifest, request: JobRequest) -> int:
-        labels = {**pod["metadata"].get("annotations", {}), **pod["metadata"]["labels"]}
-        after_master = labels.get("training.kubeflow.org/replica-type") == "worker" and "Master" in request.replicas
-        return int(labels.get(self._rank_label, "0")) + after_master
+    def wait(self, job: Job, seconds: int) -> None:
+        """Returns when the job has changed since it was read, or after some seconds."""
+        self.cluster.wait(self.kind, job.request.name, self._version, seconds)
 
     def pods_of_run(self, request: JobRequest) -> list[Manifest]:
         """Pods of all attempts of the run's job."""
@@ -139,10 +132,10 @@ class Backend:
 
     def warnings(self, job: Job) -> list[str]:
         """The warning events of the job and of its pods, a line each."""
-        lines = []
+        lines, name = [], job.request.name
         for event in self.cluster.warnings():
             about = event.get("involvedObject", {}).get("name", "")
-            if about == job.name or about.startswith(f"{job.name}-"):
+            if about == name or about.startswith(f"{name}-"):
                 lines.append(f"{about}: {event.get('reason', '')}: {event.get('message', '')}")
         return lines
 
@@ -219,14 +212,14 @@ def choose(cluster: Cluster, wanted: str, run_id: str = "", without: str = "") -
 
 def jobs_of_run(cluster: Cluster, run_id: str) -> list[tuple[Kind, Manifest]]:
     """All objects of a run's jobs; of the kinds that this account may list, since it has made no others."""
-    found, refused = [], None
-    kinds = [kind for kind in ALL_KINDS if cluster.has(kind)]
-    for kind in kinds:
+    found, listed, refused = [], False, None
+    for kind in filter(cluster.has, ALL_KINDS):
         try:
             found += [(kind, each) for each in cluster.objects(kind, f"{RUN_ID}={run_id}")]
+            listed = True
         except Forbidden as error:
-            refused, kinds = error, [other for other in kinds if other != kind]
-    if refused and not kinds:
+            refused = error
+    if refused and not listed:
         raise refused
     return found
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.jobs.backends import jobs_of_run
-from draft_model.jobs.cluster import Cluster, Unavailable
+from draft_model.jobs.cluster import Cluster
 from draft_model.jobs.context import connect, on_cluster, own_pod, owner_of, run_ended, wants_cluster
+from draft_model.jobs.coordinate import patiently
 from draft_model.jobs.spec import RUNTIME
 from draft_model.parameters import Parameters
 from draft_model.training.config import list_checkpoints
@@ -32,33 +32,26 @@ def clean_up(
 ) -> list[str]:
     """Ends what a run left on the cluster, and says what a person should know after it, a sentence each.
 
-    Args:
-        run_id: of the pipeline's run.
-        training_backend: the run's parameter; it may be what preflight refused.
-        state: how the steps ended, in MLMD's words (COMPLETE, FAILED, RUNNING, empty) or kfp.local's.
-        message: of the failure, where the server gives one.
-        checkpoint_path: the run's parameter.
-        root: URI that the run's own outputs are below.
+    `state` is how the steps ended, in MLMD's words (COMPLETE, FAILED, RUNNING, empty) or kfp.local's; `root` the URI
+    that the run's own outputs are below. `training_backend` may be what preflight refused.
     """
     succeeded, ended, lines = state.upper() in _SUCCEEDED, None, list[str]()
     has_jobs = wants_cluster(Parameters.model_construct(training_backend=training_backend))
-    deadline = time.monotonic() + AWAY_SECONDS
-    while has_jobs or (on_cluster() and not succeeded):
+
+    def look() -> tuple[bool | None, list[str]]:
+        cluster = connect()
+        ended = run_ended(cluster, owner) if (owner := owner_of(own_pod(cluster))) else None
+        return ended, _end_jobs(cluster, run_id, keep=ended is False and not succeeded) if has_jobs else []
+
+    if has_jobs or (on_cluster() and not succeeded):
         try:
-            cluster = connect()
-            ended = run_ended(cluster, owner) if (owner := owner_of(own_pod(cluster))) else None
-            lines = _end_jobs(cluster, run_id, keep=ended is False and not succeeded) if has_jobs else []
-            break
-        except (Unavailable, DraftModelError) as error:
-            if isinstance(error, Unavailable) and time.monotonic() <= deadline:
-                time.sleep(2.0)
-                continue
+            ended, lines = patiently(look, AWAY_SECONDS)
+        except DraftModelError as error:
             if has_jobs:
                 lines = [
                     f"whether a job is left is not known ({error}): look with `kubectl get pytorchjobs,trainjobs "
                     f"-l draft-model/run-id={run_id}`; it ends at its deadline at the latest"
                 ]
-            break
     if succeeded:
         return ["all steps succeeded", *lines]
     what = _TERMINATED if ended else _STATES.get(state.upper(), _LOST)

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ _POD_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 ACCOUNT = Path("/var/run/secrets/draft-model/coordinator")
 """Where a step that manages jobs has the token of the account that may; other steps have their pod's own account."""
 _TIMEOUT = (5, 30)  # seconds to connect, and between two bytes
-_WATCH_SECONDS = 60
 _LOG_SILENCE = 120  # seconds without a line after which the connection is made anew
 _CLOCK_SKEW = 60  # seconds
 
@@ -139,13 +139,13 @@ class Cluster:
         find = self._core.list_namespaced_event
         return self._items("list events", find, self.namespace, field_selector="type=Warning")
 
-    def watch(self, kind: Kind, name: str) -> Iterator[None]:
-        """Yields now and at each change of an object, until the server ends the watch after a minute."""
+    def wait(self, kind: Kind, name: str, version: str, seconds: int) -> None:
+        """Returns when an object is of another version, or after some seconds."""
         stream = watch.Watch().stream(
             self._custom.list_namespaced_custom_object, *self._of(kind), field_selector=f"metadata.name={name}",
-            timeout_seconds=_WATCH_SECONDS, _request_timeout=(_TIMEOUT[0], _WATCH_SECONDS + 15),
+            resource_version=version, timeout_seconds=seconds, _request_timeout=(_TIMEOUT[0], seconds + 15),
         )  # fmt: skip
-        yield from (None for _ in self._streamed(f"watch {kind.plural}", stream))
+        next(self._streamed(f"watch {kind.plural}", stream), None)
 
     def log(self, pod: str, container: str, since: str) -> Iterator[str]:
         """Lines of a container's log after their times, until it ends; from a line's time on, some come again."""
@@ -204,8 +204,7 @@ class Cluster:
 
 
 def _status(error: client.ApiException) -> Manifest:
-    try:
-        found = json.loads(error.body)
-    except (TypeError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    with suppress(TypeError, ValueError):
+        if isinstance(found := json.loads(error.body), dict):
+            return found
+    return {}

@@ -1,13 +1,12 @@
-"""Which nodes a step gets: from a compute's name or an instance type to what a pod asks for.
+"""From a compute's name or an instance type to what a pod asks for.
 
-The compute map lists both. It describes the cluster, not a run: a ConfigMap of the administrator's (key
-`compute_map.json`), or the built-in one, which knows clouds but not the cluster. Schema: docs/compute_map.schema.json.
+The compute map lists both: a ConfigMap of the administrator's (key `compute_map.json`), or the built-in one, which
+knows clouds but not the cluster. Schema: docs/compute_map.schema.json.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from draft_model import storage
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, Problems
 from draft_model.parameters import Parameters, Stage
 
 logger = logging.getLogger(__name__)
@@ -141,6 +140,16 @@ def load_map(name: str, config_map: Callable[[str], dict[str, str] | None]) -> C
     return found
 
 
+def resolve_all(compute_map: ComputeMap, stages: Iterable[Stage], p: Parameters) -> dict[Stage, Compute]:
+    """What the pods of several stages' jobs ask for; raises DraftModelError with the problems of all stages."""
+    found, problems = dict[Stage, Compute](), Problems()
+    for stage in stages:
+        with problems.collect():
+            found[stage] = resolve(compute_map, stage, p)
+    problems.raise_all()
+    return found
+
+
 def resolve(compute_map: ComputeMap, stage: Stage, p: Parameters) -> Compute:
     """What a pod of a stage's job asks for; import and data set run on CPUs, whatever the node has."""
     suffix, gpus, count = _SUFFIX.get(stage, "draft_model_training"), 0, "number_of_gpu_to_use_draft_model_training"
@@ -201,8 +210,8 @@ def _some(names: Iterable[str], wanted: str) -> str:
     by_lower = {name.lower(): name for name in names}
     near = [by_lower[name] for name in difflib.get_close_matches(wanted.lower(), by_lower, n=3)]
     ordered = list(dict.fromkeys([*near, *by_lower.values()]))
-    rest = len(ordered) - _SHOWN
-    return (", ".join(ordered[:_SHOWN]) or "none") + (f" and {rest} more" if rest > 0 else "")
+    more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
+    return (", ".join(ordered[:_SHOWN]) or "none") + more
 
 
 def _sized(compute_map: ComputeMap, named: NamedCompute, gpus: int, what: str, count: str) -> Compute:
@@ -212,29 +221,28 @@ def _sized(compute_map: ComputeMap, named: NamedCompute, gpus: int, what: str, c
         raise DraftModelError(
             f"compute_map: {what} names the instance type {named.instance_type!r}, which the map does not have"
         )
-    base = compute_map.instance_types[type_name] if type_name else None
-    cpus = named.cpus or (base.cpus if base else None)
-    memory = named.memory_gib or (base.memory_gib if base else None)
-    if cpus is None or memory is None:
+    base = compute_map.instance_types[type_name].model_dump() if type_name else {}
+    size = {**base, **{name: value for name, value in named if value is not None and value != ""}}
+    if "cpus" not in size or "memory_gib" not in size:
         raise DraftModelError(f"compute_map: {what} needs cpus and memory_gib, or an instance type that has them")
-    there = named.gpus if named.gpus is not None else base.gpus if base else 0
+    there = size.get("gpus", 0)
     if there and gpus > there:
         raise DraftModelError(
             f"{count}: given {gpus}; {what} has {there} per node: use at most {there}"
             + (", and more nodes (num_nodes_draft_model_training)" if "training" in count else "")
         )
-    used, gpu_memory = min(gpus, there), named.gpu_memory_gib or (base.gpu_memory_gib if base else None)
+    used = min(gpus, there)
     share = used / there if used else 1.0
     return Compute(
-        cpus=f"{int(cpus * share * 1000)}m",
-        memory=f"{int(memory * share * 1024)}Mi",
+        cpus=f"{int(size['cpus'] * share * 1000)}m",
+        memory=f"{int(size['memory_gib'] * share * 1024)}Mi",
         gpus=used,
-        gpu_memory=(gpu_memory or 0.0) * 2**30,
-        gpu_resource=named.gpu_resource or (base.gpu_resource if base else "nvidia.com/gpu"),
+        gpu_memory=(size.get("gpu_memory_gib") or 0.0) * 2**30,
+        gpu_resource=size.get("gpu_resource", "nvidia.com/gpu"),
         node_selector={**({INSTANCE_TYPE_LABEL: type_name} if type_name else {}), **named.node_selector},
         tolerations=[
-            {name: value for name, value in each.model_dump().items() if value}
-            for each in (*(base.tolerations if base else ()), *named.tolerations)
+            {name: value for name, value in each.items() if value}
+            for each in (*base.get("tolerations", ()), *named.model_dump()["tolerations"])
         ],
         queue=named.queue,
         priority_class=named.priority_class,
@@ -284,8 +292,3 @@ def weights_of(config: Mapping[str, Any]) -> float:
         return 2.0 * float(text["num_hidden_layers"] * layer + ends)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):  # of any shape
         return 0.0
-
-
-def schema() -> str:
-    """The JSON schema of a compute map, as docs/compute_map.schema.json has it."""
-    return json.dumps(ComputeMap.model_json_schema(), indent=2) + "\n"

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-
-from pydantic import ValidationError
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
@@ -49,26 +47,16 @@ def connect() -> Cluster:
     return Cluster.connect()
 
 
-def nodes_of(values: Mapping[str, Any]) -> dict[Stage, Compute]:
-    """What the pods of the jobs ask for, by stage; nothing where parameters are invalid or there are no jobs.
+def nodes_of(p: Parameters) -> dict[Stage, Compute]:
+    """What the pods of the jobs ask for, by stage, where there are jobs; raises DraftModelError with all problems.
 
     The data set has the import's nodes, and a regeneration the training's.
     """
-    try:
-        parameters = Parameters.model_validate(dict(values))
-    except ValidationError:
-        return {}
-    jobs, found, problems = wants_cluster(parameters), dict[Stage, Compute](), list[str]()
-    compute_map = compute.load_map(parameters.compute_map, lambda name: connect().config_map(name))
-    stages: tuple[Stage, ...] = ("import", "train", "evaluate") if jobs else ("import",)
-    for stage in stages:
-        try:
-            found[stage] = compute.resolve(compute_map, stage, parameters)
-        except DraftModelError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    if problems:
-        raise DraftModelError(problems)
-    return found if jobs else {}
+    compute_map = compute.load_map(p.compute_map, lambda name: connect().config_map(name))
+    if wants_cluster(p):
+        return compute.resolve_all(compute_map, ("import", "train", "evaluate"), p)
+    compute.resolve(compute_map, "import", p)
+    return {}
 
 
 def check_cluster(parameters: Parameters, nodes: Mapping[Stage, Compute]) -> tuple[list[str], list[str]]:

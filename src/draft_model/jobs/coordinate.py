@@ -75,14 +75,16 @@ class Coordinator:
         while failure := self._attempt(replace(self._request, attempt=len(record.attempts)), record):
             if failure.reason == "NoOperator" and record.state is not State.FAILED:
                 logger.warning("%s", failure.problems[0])
-                self._backend = self._other()
+                self._backend = self._other() or self._backend
             elif record.state is State.FAILED:
                 tried = f"training_attempts: this was attempt {len(record.attempts)} of as many: raise it, or look why"
                 raise DraftModelError([*failure.problems, *([f"{tried} the machines fail"] * failure.retryable)])
 
-    def _other(self) -> Backend:
-        """The other back end; raises DraftModelError where the cluster has none."""
-        return patiently(lambda: choose(self._cluster, self._wanted, without=self._backend.name))
+    def _other(self) -> Backend | None:
+        """The other back end, where `auto` may take it and the cluster has it."""
+        with suppress(DraftModelError):
+            return patiently(lambda: choose(self._cluster, self._wanted, without=self._backend.name))
+        return None
 
     def _load(self, digest: str) -> Record | None:
         """The record of this run under these settings; a damaged one is no reason not to begin."""
@@ -105,14 +107,15 @@ class Coordinator:
         logs = LogStreams(self._backend.logs, self._work / "logs" / request.name)
         try:
             job = patiently(lambda: self._backend.create_or_adopt(request))
+            begun, spec = "took over the" if job.adopted else "created the", request.spec
             logger.info(
-                "%s: %s %s, %d pod(s) x %d process(es)", job.name, "took over the" if job.adopted else "created the",
-                self._backend.kind.kind, request.spec.nodes, request.spec.processes,
+                "%s: %s %s, %d pod(s) x %d process(es)", request.name, begun, self._backend.kind.kind, spec.nodes,
+                spec.processes,
             )  # fmt: skip
             failure = Follower(self._backend, job, logs).follow()
             ended = True
             if failure is None and (lacks := patiently(request.spec.check)):
-                problems = [f"{job.name} ended with success, but without its output: {each}" for each in lacks]
+                problems = [f"{request.name} ended with success, but without its output: {each}" for each in lacks]
                 failure = Failure("NoOutput", False, problems)
             self._note(record, request, failure)
             return failure
@@ -124,17 +127,21 @@ class Coordinator:
             if job is not None and ended:
                 self._delete(request)  # first, since a terminated run leaves this process about a second
             elif job is not None:
-                logger.warning("%s runs on without this step, which adopts it when it is started again", job.name)
+                logger.warning("%s runs on without this step, which adopts it when it is started again", request.name)
             logs.finish(0)
-            self._keep(logs.folder, request)
+            if logs.folder.is_dir():
+                uri = storage.join(self._output, "logs", request.name)
+                try:
+                    storage.publish(logs.folder, uri, stage="logs", properties={"job": request.name})
+                    logger.info("the whole logs: %s", uri)
+                except DraftModelError as error:
+                    logger.warning("the logs could not be kept: %s", error)
 
     def _note(self, record: Record, request: JobRequest, failure: Failure | None) -> None:
         """Records how an attempt ended before its job is deleted, so that it is not repeated."""
         attempts, limit = len(record.attempts) + 1, request.spec.parameters.training_attempts
-        if failure and failure.reason == "NoOperator" and self._wanted == "auto":
-            with suppress(DraftModelError):  # the cluster has no other
-                self._other()
-                return  # it follows at once
+        if failure and failure.reason == "NoOperator" and self._other():
+            return  # it follows at once
         record.state = State.SUCCEEDED
         if failure:
             record.state = State.RESTARTING if failure.retryable and attempts < limit else State.FAILED
@@ -150,49 +157,36 @@ class Coordinator:
 
     def _delete(self, request: JobRequest) -> None:
         """Deletes the job and waits until its pods are gone: their GPUs are free, and nothing writes any more."""
-        deleted, since = False, time.monotonic()
-        next_line = since + 5
-        while True:
-            now = time.monotonic()
-            try:
-                if not deleted:
-                    self._backend.delete(request)
-                    deleted, since = True, now
+        try:
+            patiently(lambda: self._backend.delete(request), _DELETE_SECONDS, (Unavailable, Forbidden))
+        except DraftModelError as error:
+            logger.warning("%s could not be deleted (%s): its deadline will end it", request.name, error)
+            return
+        now = time.monotonic()
+        next_line, last = now + 5, now + _GONE_SECONDS
+        while (now := time.monotonic()) < last:
+            with suppress(Unavailable, Forbidden):
                 if not (pods := [pod["metadata"]["name"] for pod in self._backend.pods_of_run(request)]):
                     return
                 if now > next_line:
                     logger.info("%s is deleted; waiting for its pods, which still hold their GPUs: %s; they have %d s "
                                 "to save what they can", request.name, ", ".join(pods), GRACE_SECONDS)  # fmt: skip
                     next_line = now + _WAITING_SECONDS
-            except (Unavailable, Forbidden) as error:
-                if not deleted and now > since + _DELETE_SECONDS:
-                    logger.warning("%s could not be deleted (%s): its deadline will end it", request.name, error)
-                    return
-            if deleted and now > since + _GONE_SECONDS:
-                logger.warning("%s is deleted, but its pods still exist", request.name)
-                return
-            time.sleep(0.5 if deleted else AGAIN_SECONDS)
-
-    def _keep(self, folder: Path, request: JobRequest) -> None:
-        """Puts the whole logs beside the output; that they cannot be is no reason to fail."""
-        if not folder.is_dir():
-            return
-        uri = storage.join(self._output, "logs", request.name)
-        try:
-            storage.publish(folder, uri, stage="logs", properties={"job": request.name})
-            logger.info("the whole logs: %s", uri)
-        except DraftModelError as error:
-            logger.warning("the logs could not be kept: %s", error)
+            time.sleep(0.5)
+        logger.warning("%s is deleted, but its pods still exist", request.name)
 
 
-def patiently(ask: Callable[[], Answer]) -> Answer:
+def patiently(
+    ask: Callable[[], Answer], seconds: float = _AWAY_SECONDS,
+    away: tuple[type[Exception], ...] = (StoreUnavailable, Unavailable),
+) -> Answer:  # fmt: skip
     """Asks an object store or an API server again while it is away: minutes of it are no reason to lose hours."""
-    deadline = time.monotonic() + _AWAY_SECONDS
+    deadline = time.monotonic() + seconds
     while True:
         try:
             return ask()
-        except (StoreUnavailable, Unavailable) as error:
+        except away as error:
             if time.monotonic() > deadline:
-                raise DraftModelError(f"no answer for {_AWAY_SECONDS / 60:.0f} minutes: {error}") from error
+                raise DraftModelError(f"no answer for {seconds / 60:.0f} minutes: {error}") from error
             logger.warning("no answer (%s): asking again", error)
             time.sleep(AGAIN_SECONDS)

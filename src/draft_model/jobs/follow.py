@@ -16,7 +16,7 @@ from draft_model.entrypoint import printable
 from draft_model.errors import DraftModelError
 from draft_model.jobs.backends import Backend, Job
 from draft_model.jobs.cluster import Forbidden, Unavailable
-from draft_model.jobs.states import Failure, Pod, State, Status, classify, limit_exceeded, never_starts
+from draft_model.jobs.states import Failure, Pod, State, Status, classify, never_starts
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ FORBIDDEN_SECONDS = 60.0  # an API server that was just started has read its Rol
 OPERATOR_SECONDS = 120.0  # by then an operator has written a status
 DRAIN_SECONDS = 15.0
 CAUSE_SECONDS = 60.0  # a pod whose process was killed ends after its other processes have
-POLL_SECONDS = 10.0  # with a watch: for pods, limits and events, which it does not cover
+POLL_SECONDS = 10  # with a watch: for pods, limits and events, which it does not cover
 POLL_ALONE_SECONDS = 2.0  # without one
 LOG_SECONDS = 1.0  # between two attempts to read a log
 _TAIL = 60
@@ -108,72 +108,54 @@ class Follower:
         self, backend: Backend, job: Job, logs: LogStreams, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._backend, self._job, self._logs, self._now = backend, job, logs, clock
+        self._name, self._stage = job.request.name, job.request.spec.stage
         self._parameters, self._queue = job.request.spec.parameters, job.request.compute.queue
         self._started = self._entered = self._last = clock()
         self._state, self._running = State.STARTING, 0.0  # for the limits
         self._shown: tuple[Status, str] = Status(State.STARTING), ""
         self._before = State.STARTING
         self._warned: list[str] = []
-        self._stuck_since, self._queue_known = math.inf, not self._queue
-        self._changed, self._closed, self._watching = threading.Event(), threading.Event(), False
+        self._stuck_since, self._queue_known, self._watching = math.inf, not self._queue, True
 
     def follow(self) -> Failure | None:
         """Waits for the job's end, or for the moment from which waiting makes no sense; gives why it failed.
 
         An API server that does not answer ends nothing: the job goes on without it, and so does the waiting.
         """
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
         answered, away = -math.inf, False
-        try:
-            while True:
-                try:
-                    ended, failure = self._read()
-                    if away:
-                        logger.info("the API server answers again")
-                    away, answered = False, self._now()
-                    if ended:
-                        return failure
-                except (Unavailable, Forbidden) as error:
-                    if isinstance(error, Forbidden) and self._now() - answered > FORBIDDEN_SECONDS:
-                        raise
-                    if not away:
-                        logger.warning(
-                            "the API server does not answer (%s): the job goes on without it; asking again", error
-                        )
-                    away = True
-                self._changed.wait(POLL_SECONDS if self._watching else POLL_ALONE_SECONDS)
-                self._changed.clear()
-        finally:
-            self._closed.set()
-
-    def _watch(self) -> None:
-        """Wakes the follower when the job may have changed: an event that is lost costs seconds and nothing else."""
-        failures = 0
-        while not self._closed.is_set():
+        while True:
             try:
-                for _ in self._backend.cluster.watch(self._backend.kind, self._job.name):
-                    self._watching, failures = True, 0
-                    self._changed.set()
-                    if self._closed.is_set():
-                        return
-                self._closed.wait(POLL_SECONDS / 20)
-                continue  # the server ends a watch after a minute
+                ended, failure = self._read()
+                if away:
+                    logger.info("the API server answers again")
+                away, answered = False, self._now()
+                if ended:
+                    return failure
+            except (Unavailable, Forbidden) as error:
+                if isinstance(error, Forbidden) and self._now() - answered > FORBIDDEN_SECONDS:
+                    raise
+                if not away:
+                    logger.warning(
+                        "the API server does not answer (%s): the job goes on without it; asking again", error
+                    )
+                away = True
+            try:  # an event that is lost costs seconds and nothing else
+                self._backend.wait(self._job, POLL_SECONDS)
+                self._watching = True
             except (Unavailable, DraftModelError) as error:
-                if not failures:
+                if self._watching:
                     logger.info("no watch now, so the job is read every %.0f s (%s)", POLL_ALONE_SECONDS, error)
-            self._watching = False
-            self._closed.wait(min(10.0, 0.5 * 2**failures))
-            failures += 1
+                self._watching = False
+                time.sleep(POLL_ALONE_SECONDS)
 
     def _read(self) -> tuple[bool, Failure | None]:
         """Whether the job has ended or cannot go on, and why it failed if it did."""
-        job, stage = self._job, self._job.request.spec.stage
-        status, pods, earlier = self._backend.read(job)
+        status, pods, earlier = self._backend.read(self._job)
         detail = self._log(status, earlier)
         if status.state is State.DELETED:
             again = "run again with resume=true to go on from its newest checkpoint"
-            again = again if stage == "train" else "run this step again"
-            return True, Failure("Deleted", False, [f"{job.name} was deleted while it was {self._before}: {again}"])
+            again = again if self._stage == "train" else "run this step again"
+            return True, Failure("Deleted", False, [f"{self._name} was deleted while it was {self._before}: {again}"])
         self._logs.follow(pods)
         if status.state is State.SUCCEEDED:
             self._logs.finish(DRAIN_SECONDS)
@@ -181,27 +163,34 @@ class Follower:
         if status.state is State.FAILED:
             return True, self._cause(status.detail)
         if status.state is not State.RUNNING:
-            for line in self._backend.warnings(job):
+            for line in self._backend.warnings(self._job):
                 if line not in self._warned:
                     self._warned.append(line)
                     logger.warning("%s", line)
-        failure = self._hopeless(status, pods)
-        if limit := self._limit(status.state):
-            failure = failure or limit_exceeded(job.name, limit, getattr(self._parameters, limit), detail, pods)
-            failure.problems.extend(self._warned[-3:])
-        return failure is not None, failure
+        hopeless, late = self._hopeless(status, pods), self._late(status.state, detail, pods)
+        return bool(hopeless or late), hopeless or late
 
-    def _limit(self, state: State) -> str:
-        """Notes the state; gives the parameter whose limit is exceeded, or nothing."""
+    def _late(self, state: State, detail: str, pods: Sequence[Pod]) -> Failure | None:
+        """Notes the state; a failure where it lasts longer than the parameter allows that limits it."""
         now = self._now()
         if self._state.limit == "run_limit":
             self._running += now - self._last
         self._last = now
         if state is not self._state:
             self._state, self._entered = state, now
-        limit = state.limit
-        spent = self._running if limit == "run_limit" else now - self._entered
-        return limit if limit and spent > 60.0 * getattr(self._parameters, limit) else ""
+        if not (limit := state.limit):
+            return None
+        minutes = getattr(self._parameters, limit)
+        if (self._running if limit == "run_limit" else now - self._entered) <= 60.0 * minutes:
+            return None
+        reason = limit.partition("_")[0].capitalize()  # Queue, Start or Run
+        if reason == "Start" and any(pod.waiting.startswith("Unschedulable") for pod in pods):
+            reason = "Unschedulable"
+        problem = (
+            f"{limit}: {self._name} exceeded {minutes} minutes ({detail}): raise {limit}, or remove what it waits for"
+        )
+        waiting = [f"{pod.name}: {pod.waiting}" for pod in pods if pod.waiting]
+        return Failure(reason, False, [problem, *waiting, *self._warned[-3:]])
 
     def _cause(self, detail: str) -> Failure:
         """Why the job failed. A pod that lost its peers may end, and fail the job, before the one that is to blame."""
@@ -213,9 +202,9 @@ class Follower:
                 self._logs.follow(pods)
                 if not pods:
                     break
-                self._changed.wait(POLL_SECONDS / 20)
+                time.sleep(LOG_SECONDS)
             self._logs.finish(DRAIN_SECONDS, close=False)
-            failure = classify(self._job.name, self._job.request.spec.stage, detail, pods, self._logs.tails)
+            failure = classify(self._name, self._stage, detail, pods, self._logs.tails)
             if failure.reason != "Collective":
                 break
         self._logs.finish(0)
@@ -231,13 +220,13 @@ class Follower:
             detail += f"; earlier pods of this run still end and hold their GPUs: {pods}"
         if (status, detail) != self._shown:
             seconds = self._now() - self._started
-            logger.info("%s: %s%s (%.0f s)", self._job.name, status.state, f", {detail}" if detail else "", seconds)
+            logger.info("%s: %s%s (%.0f s)", self._name, status.state, f", {detail}" if detail else "", seconds)
             self._before, self._shown = self._shown[0].state, (status, detail)
         return detail
 
     def _hopeless(self, status: Status, pods: Sequence[Pod]) -> Failure | None:
         """What no waiting will change: no operator, a queue that nothing manages, a container that cannot start."""
-        name, kind, now = self._job.name, self._backend.kind.kind, self._now()
+        name, kind, now = self._name, self._backend.kind.kind, self._now()
         if not status.touched and not self._warned and now - self._started >= OPERATOR_SECONDS:
             # The kind's definition is installed, but nothing acts on its objects: no status, no pod, no event.
             return Failure(

@@ -201,13 +201,3 @@ def never_starts(pods: Sequence[Pod]) -> Failure | None:
             broken = bool(_GPU_BROKEN.search(pod.waiting))
             return Failure(reason, broken, [f"{pod.name} does not start: {pod.waiting}: {advice}"])
     return None
-
-
-def limit_exceeded(job: str, limit: str, minutes: int, detail: str, pods: Sequence[Pod]) -> Failure:
-    """A phase took longer than its parameter allows."""
-    waiting = [f"{pod.name}: {pod.waiting}" for pod in pods if pod.waiting]
-    reason = limit.partition("_")[0].capitalize()  # Queue, Start or Run
-    if reason == "Start" and any(pod.waiting.startswith("Unschedulable") for pod in pods):
-        reason = "Unschedulable"
-    problem = f"{limit}: {job} exceeded {minutes} minutes ({detail}): raise {limit}, or remove what it waits for"
-    return Failure(reason, False, [problem, *waiting])

@@ -26,12 +26,21 @@ def main() -> int:
     Returns:
         0, or what the first process that failed ended with; 128 + the signal's number where a signal ended it.
     """
-    if path := os.environ.get(ERROR_FILE):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as run
+
     _end_on_signals()
-    code = _torchrun()
-    if code:
-        tell_kubernetes()
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_SECONDS))
+    try:
+        run()
+        return 0
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        code = code if code > 0 else 128 - code
+    except SignalException as stopped:
+        code = 128 + int(signal.Signals(stopped.sigval))
+    tell_kubernetes()
     return code
 
 
@@ -71,22 +80,6 @@ def tell_kubernetes() -> None:
         longest = max(problems, key=len)
         problems[problems.index(longest)] = longest[: len(longest) // 2] + " ..."
     Path(end).write_bytes(text)
-
-
-def _torchrun() -> int:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as run
-
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(STOP_SECONDS))
-    try:
-        run()
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
-    except SignalException as stopped:
-        return 128 + int(signal.Signals(stopped.sigval))
-    return 0
 
 
 if __name__ == "__main__":

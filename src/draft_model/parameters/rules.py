@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,103 +15,67 @@ from draft_model.parameters.schema import PARAMETERS, REMOVED, STAGES, Parameter
 MODEL_SOURCES = ("huggingface_id", "pytorch_model_path", "mlflow_model_path")
 
 
-def _one_model_source(p: Parameters) -> Problem | None:
-    values = {name: getattr(p, name) for name in MODEL_SOURCES if getattr(p, name)}
-    if len(values) == 1:
-        return None
-    listed = ", ".join(f"{name}={value!r}" for name, value in values.items()) or "none of them"
-    return Problem(", ".join(MODEL_SOURCES), f"exactly one must be given; given: {listed}")
-
-
-def _hub_id_shape(p: Parameters) -> Problem | None:
-    name = p.huggingface_id.partition("@")[0]
-    if not p.huggingface_id or (name.count("/") == 1 and all(name.split("/")) and " " not in p.huggingface_id):
-        return None
-    return Problem("huggingface_id", f"given {p.huggingface_id!r}; allowed: `org/name` or `org/name@revision`")
-
-
-def _training_data(p: Parameters) -> Problem | None:
-    if p.dataset_train_split:
-        return None
-    return Problem("dataset_train_split", "not given; give the path or URI of JSONL conversations")
-
-
-def _tensor_parallelism(p: Parameters) -> Problem | None:
-    if p.world_size % p.tp_size == 0:
-        return None
-    fits = [size for size in range(1, p.world_size + 1) if p.world_size % size == 0]
-    return Problem(
-        "tp_size",
-        f"given {p.tp_size}; it must divide num_nodes_draft_model_training x "
-        f"number_of_gpu_to_use_draft_model_training = {p.world_size}: allowed: {', '.join(map(str, fits))}",
-    )
-
-
-def _world_size(p: Parameters) -> Problem | None:
-    if p.dp_size == 1 or p.dp_size * p.tp_size == p.world_size or p.world_size % p.tp_size:
-        return None
-    return Problem(
-        "dp_size",
-        f"given {p.dp_size}; num_nodes_draft_model_training x number_of_gpu_to_use_draft_model_training = "
-        f"{p.world_size} must equal tp_size x dp_size = {p.tp_size * p.dp_size}: use {p.world_size // p.tp_size}, or "
-        "leave it at 1 to derive it",
-    )
-
-
-def _batch_arithmetic(p: Parameters) -> Problem | None:
-    per_pass = p.world_size * p.draft_micro_batch_size
-    passes, rest = divmod(p.draft_global_batch_size, per_pass)
-    below, above = passes * per_pass, (passes + 1) * per_pass
-    if rest:
-        return Problem(
-            "draft_global_batch_size",
-            f"given {p.draft_global_batch_size}; it must be a multiple of processes x draft_micro_batch_size = "
-            f"{p.world_size} x {p.draft_micro_batch_size} = {per_pass}: the nearest is "
-            f"{f'{below} or {above}' if below else above}",
-        )
-    if p.draft_accumulation_steps not in (1, passes):
-        return Problem(
-            "draft_accumulation_steps",
-            f"given {p.draft_accumulation_steps}; draft_global_batch_size / (processes x draft_micro_batch_size) = "
-            f"{p.draft_global_batch_size} / ({p.world_size} x {p.draft_micro_batch_size}) = {passes}: use {passes}, "
-            f"leave it at 1 to derive it, or set draft_global_batch_size to {p.draft_accumulation_steps * per_pass}",
-        )
-    return None
-
-
-def _sampling(p: Parameters) -> Problem | None:
-    if not p.evaluation_temperature or p.evaluation_engine != "transformers":
-        return None
-    return Problem(
-        "evaluation_temperature",
-        f"given {p.evaluation_temperature:g} with evaluation_engine=transformers, which decodes greedily only: use "
-        "another engine, or leave one of the two out",
-    )
-
-
-def _samples(p: Parameters) -> Problem | None:
-    if p.regenerate_samples_per_prompt == 1 or p.regenerate_temperature or p.regenerate_answers == "off":
-        return None
-    return Problem(
-        "regenerate_samples_per_prompt",
-        f"given {p.regenerate_samples_per_prompt} with regenerate_temperature=0, where all samples would be alike: use "
-        "1, or another temperature",
-    )
-
-
 _WORLD = ("num_nodes_draft_model_training", "number_of_gpu_to_use_draft_model_training")
 _BATCHES = ("draft_global_batch_size", "draft_micro_batch_size", "draft_accumulation_steps")
-_RULES: tuple[tuple[Stage, Sequence[str], Callable[[Parameters], Problem | None]], ...] = (
-    ("import", MODEL_SOURCES, _one_model_source),
-    ("import", ("huggingface_id",), _hub_id_shape),
-    ("dataset", ("dataset_train_split",), _training_data),
-    ("regenerate", ("regenerate_samples_per_prompt", "regenerate_temperature", "regenerate_answers"), _samples),
-    ("train", (*_WORLD, "tp_size"), _tensor_parallelism),
-    ("train", (*_WORLD, "tp_size", "dp_size"), _world_size),
-    ("train", (*_WORLD, *_BATCHES), _batch_arithmetic),
-    ("evaluate", ("evaluation_temperature", "evaluation_engine"), _sampling),
-)
-"""Stage, the parameters that each must be valid by itself, and the rule."""
+
+
+def _broken_rules(p: Parameters) -> Iterator[tuple[Stage, Sequence[str], Problem]]:
+    """What several parameters together break: problem, stage, and those that must be valid by themselves."""
+    sources = {name: getattr(p, name) for name in MODEL_SOURCES if getattr(p, name)}
+    if len(sources) != 1:
+        listed = ", ".join(f"{name}={value!r}" for name, value in sources.items()) or "none of them"
+        told = f"exactly one must be given; given: {listed}"
+        yield "import", MODEL_SOURCES, Problem(", ".join(MODEL_SOURCES), told)
+    organisation, _, name = p.huggingface_id.partition("@")[0].partition("/")
+    if p.huggingface_id and (not (organisation and name) or "/" in name or " " in p.huggingface_id):
+        told = f"given {p.huggingface_id!r}; allowed: `org/name` or `org/name@revision`"
+        yield "import", ("huggingface_id",), Problem("huggingface_id", told)
+    if not p.dataset_train_split:
+        told = "not given; give the path or URI of JSONL conversations"
+        yield "dataset", ("dataset_train_split",), Problem("dataset_train_split", told)
+    if p.regenerate_answers != "off" and p.regenerate_samples_per_prompt > 1 and not p.regenerate_temperature:
+        told = (
+            f"given {p.regenerate_samples_per_prompt} with regenerate_temperature=0, where all samples would be alike: "
+            "use 1, or another temperature"
+        )
+        name = "regenerate_samples_per_prompt"
+        yield "regenerate", (name, "regenerate_temperature", "regenerate_answers"), Problem(name, told)
+
+    if p.world_size % p.tp_size:
+        fits = ", ".join(str(size) for size in range(1, p.world_size + 1) if p.world_size % size == 0)
+        told = f"given {p.tp_size}; it must divide {' x '.join(_WORLD)} = {p.world_size}: allowed: {fits}"
+        yield "train", (*_WORLD, "tp_size"), Problem("tp_size", told)
+    elif p.dp_size not in (1, p.world_size // p.tp_size):
+        told = (
+            f"given {p.dp_size}; {' x '.join(_WORLD)} = {p.world_size} must equal tp_size x dp_size = "
+            f"{p.tp_size * p.dp_size}: use {p.world_size // p.tp_size}, or leave it at 1 to derive it"
+        )
+        yield "train", (*_WORLD, "tp_size", "dp_size"), Problem("dp_size", told)
+    per_pass = p.world_size * p.draft_micro_batch_size
+    passes, rest = divmod(p.draft_global_batch_size, per_pass)
+    if rest:
+        below, above = passes * per_pass, (passes + 1) * per_pass
+        told = (
+            f"given {p.draft_global_batch_size}; it must be a multiple of processes x draft_micro_batch_size = "
+            f"{p.world_size} x {p.draft_micro_batch_size} = {per_pass}: the nearest is "
+            f"{f'{below} or {above}' if below else above}"
+        )
+        yield "train", (*_WORLD, *_BATCHES), Problem("draft_global_batch_size", told)
+    elif p.draft_accumulation_steps not in (1, passes):
+        told = (
+            f"given {p.draft_accumulation_steps}; draft_global_batch_size / (processes x draft_micro_batch_size) = "
+            f"{p.draft_global_batch_size} / ({p.world_size} x {p.draft_micro_batch_size}) = {passes}: use {passes}, "
+            f"leave it at 1 to derive it, or set draft_global_batch_size to {p.draft_accumulation_steps * per_pass}"
+        )
+        yield "train", (*_WORLD, *_BATCHES), Problem("draft_accumulation_steps", told)
+
+    if p.evaluation_temperature and p.evaluation_engine == "transformers":
+        told = (
+            f"given {p.evaluation_temperature:g} with evaluation_engine=transformers, which decodes greedily only: use "
+            "another engine, or leave one of the two out"
+        )
+        name = "evaluation_temperature"
+        yield "evaluate", (name, "evaluation_engine"), Problem(name, told)
 
 
 def unknown(name: str) -> Problem:
@@ -150,8 +114,8 @@ def problems_with(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -
     """All that is wrong with values for the stages that will run, as `Problem`s; empty where they can be used."""
     parameters, problems = valid_values(values)
     bad, wanted = named_parameters(problems), set(stages)
-    broken = [rule(parameters) for stage, names, rule in _RULES if stage in wanted and bad.isdisjoint(names)]
-    return [*problems, *(problem for problem in broken if problem is not None)]
+    broken = _broken_rules(parameters)
+    return [*problems, *(problem for stage, names, problem in broken if stage in wanted and bad.isdisjoint(names))]
 
 
 def validate(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parameters:

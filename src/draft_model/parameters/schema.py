@@ -249,10 +249,9 @@ class Parameters(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _strip(cls, values: Any) -> Any:
-        """Blocks of YAML end in a line break, which is no part of a URI."""
-        if not isinstance(values, dict):
-            return values
+    def _strip(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Blocks of YAML end in a line break, which is no part of a URI; and its `true` is the contract's word."""
+        values = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
         return {name: value.strip() if isinstance(value, str) else value for name, value in values.items()}
 
     def of_stage(self, stage: Stage) -> dict[str, Any]:
