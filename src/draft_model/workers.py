@@ -8,6 +8,7 @@ is killed.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import re
@@ -18,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing.forkserver import ensure_running
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -43,6 +43,7 @@ class Limits(NamedTuple):
     wall: float = 1200  # seconds of one call, which may wait for something that never comes
 
 
+_starting = threading.Lock()  # the environment is the whole process's
 LIMITS = Limits()  # of processes that render and tokenise conversations
 STOPPED = (
     "one of {processes} processes was stopped. Either memory is short: lower build_dataset_num_proc or give the step "
@@ -63,8 +64,8 @@ class Workers:
     def __init__(self, processes: int = 1, limits: Limits | None = None, stopped: str = STOPPED) -> None:
         context = multiprocessing.get_context("forkserver")  # a fork of this process, with its threads, could hang
         context.set_forkserver_preload(_PRELOADED)
-        with _without_keys():  # the server keeps what it starts with, where its children could read it
-            ensure_running()
+        with _starting:
+            _start_server()
         self._processes, self._limits, self._stopped = processes, limits or LIMITS, stopped
         self._pool = ProcessPoolExecutor(processes, context, _start, (self._limits.memory,))
 
@@ -113,15 +114,15 @@ class Workers:
             raise DraftModelError(self._stopped.format(processes=self._processes, **limits)) from error
 
 
-@contextmanager
-def _without_keys() -> Iterator[None]:
-    """The environment of processes that start meanwhile: no keys, and no way to the Hub."""
+@functools.cache
+def _start_server() -> None:
+    """Starts the server without keys, which its children could read, and without a way to the Hub."""
     before = dict(os.environ)
     try:
         for name in filter(_SECRET.search, before):
             del os.environ[name]
         os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-        yield
+        ensure_running()
     finally:
         for name in os.environ.keys() - before:
             del os.environ[name]

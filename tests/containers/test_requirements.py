@@ -71,7 +71,7 @@ def test_an_unknown_kind_is_told():
 
 GPU = {"triton"}
 """Comes with torch for CUDA."""
-EVALUATION = {"datasets", "matplotlib", "torch"} | GPU
+EVALUATION = {"datasets", "matplotlib", "torch", "vllm"} | GPU
 """What the evaluation and the import use, of which the preflight asks only whether their inputs can be read."""
 JOB = {"mlflow-skinny", "torch"}
 """What the job uses, which the coordinator only follows: tracking, torchrun."""
@@ -84,10 +84,10 @@ JOB = {"mlflow-skinny", "torch"}
         ("importer", "draft_model.steps", "_run_import", GPU),
         ("dataset", "draft_model.steps", "_run_dataset", set()),
         ("coordinator", "draft_model.steps", "train_draft_model", JOB),
-        ("trainer", "draft_model.steps", "_run_evaluate", GPU),
+        ("trainer", "draft_model.steps", "_run_evaluate", GPU | {"vllm"}),
         ("coordinator", "draft_model.steps", "clean_up", JOB),
         ("trainer", "draft_model.training.__main__", "", GPU),
-        ("dataset", "kfp_pipeline.recurring", "", EVALUATION | {"vllm"}),
+        ("dataset", "kfp_pipeline.recurring", "", EVALUATION),
     ],
 )
 def test_an_image_has_what_its_steps_import(kind, module, function, elsewhere):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import psutil
@@ -169,7 +170,7 @@ def test_a_job_that_ends_without_a_result_is_told(train, monkeypatch, body, told
 def test_a_result_of_an_earlier_job_is_not_taken_for_this_ones(train, monkeypatch):
     config = train.config()
     config.work.mkdir(parents=True)
-    (config.work / "result.json").write_text(json.dumps(job.run(config).to_json()))
+    (config.work / "result.json").write_text(json.dumps(asdict(job.run(config))))
     instead(monkeypatch, "")
     with pytest.raises(DraftModelError, match="exit code 0"):
         jobs.run(config)

@@ -1,15 +1,15 @@
 """What takes all memory or never ends in a stranger's files ends as a sentence, and finds no key."""
 
 import json
+import os
 import subprocess
+import sys
 
-import huggingface_hub
 import pytest
 import torch
 
 from draft_model.errors import DraftModelError
 from draft_model.model_import.stage import LIMITS, in_sandbox
-from draft_model.workers import Workers
 
 from .case import change_config
 
@@ -67,12 +67,16 @@ def test_a_wall_clock_limit_and_a_tensor_expanded_from_one_number(model, target,
         in_sandbox("convert", [path], tmp_path)
 
 
-def test_the_processes_have_no_keys_and_cannot_reach_the_hub(monkeypatch):
+def test_the_processes_have_no_keys_and_cannot_reach_the_hub():
+    program = (
+        "import os, pathlib, huggingface_hub\n"
+        "from draft_model.workers import Workers\n"
+        "with Workers() as worker:\n"
+        "    found = worker.call(pathlib.Path.read_text, pathlib.Path('/proc/self/environ'))\n"
+        "    print('PATH=' in found, 'never shown' in found, worker.call(huggingface_hub.is_offline_mode))\n"
+        "print(os.environ['OTHER_API_KEY'])\n"
+    )
     names = ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "OTHER_API_KEY")
-    for name in names:
-        monkeypatch.setenv(name, "never shown")
-    with Workers() as worker:
-        found = worker.call(subprocess.check_output, "env")
-        assert worker.call(huggingface_hub.is_offline_mode)
-    assert b"PATH=" in found
-    assert b"never shown" not in found
+    environment = os.environ | dict.fromkeys(names, "never shown")
+    printed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout
+    assert printed.split("\n") == ["True False True", "never shown", ""]

@@ -68,7 +68,8 @@ class TrainResult:
     @classmethod
     def from_record(cls, output: str, final: str, record: Mapping[str, Any]) -> TrainResult:
         """The result that the training.json of a finished training tells."""
-        loss = record["log"][-1]["loss"][0]
+        log = record["log"]
+        loss = log[-1]["loss"][0] if log else 0.0
         return cls(output, final, record["steps"], loss, float(record["acceptance_length"]))
 
 
