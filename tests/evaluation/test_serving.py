@@ -3,14 +3,21 @@
 `make check-serving` sets up vLLM for CPU and runs these; without it those that need an engine are skipped.
 """
 
+import __future__
+
 import ast
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import zipfile
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -95,12 +102,74 @@ def test_sglangs_command_has_its_names(card_commands):
     assert {word for word in card_commands[1] if word.startswith("--")} == names
 
 
-def test_sglangs_own_source_has_every_name_that_is_used_of_it():
-    """Of the wheel that `make check-serving` downloads; SGLang itself runs on GPUs only."""
-    wheel = next(WHEELS.glob("sglang-*.whl"), None)
-    if wheel is None:
+@pytest.fixture
+def wheel():
+    """SGLang's, which `make check-serving` downloads; SGLang itself runs on GPUs only."""
+    path = next(WHEELS.glob("sglang-*.whl"), None)
+    if path is None:
         pytest.skip(f"{WHEELS} has no wheel of SGLang; `make check-serving` downloads it")
+    return path
 
+
+PURE = re.compile("DEFAULT|SUPPORTED|logger|[cC]onfig|_cfg|_ids$|_int$|gamma|anchor")  # of SGLang's configuration code
+
+
+class Struct:
+    """What SGLang uses of msgspec's: a frozen dataclass."""
+
+    def __init_subclass__(cls, frozen):
+        dataclass(frozen=frozen)(cls)
+
+
+@pytest.mark.parametrize("name", ["dflash", "dspark"])
+def test_sglangs_own_code_reads_block_drafts(wheel, name):
+    """Its configuration code runs out of the wheel; its models' classes have a place for every tensor of ours."""
+    theirs = {"__name__": __name__, "dataclass": dataclass, "logging": logging, "Integral": Integral,
+              "Sequence": Sequence, "msgspec": SimpleNamespace(Struct=Struct)}  # fmt: skip
+    places = set()
+    with zipfile.ZipFile(wheel) as source:
+        for file in ("dflash_utils", "dspark_components/dspark_config"):
+            nodes = ast.parse(source.read(f"sglang/srt/speculative/{file}.py")).body
+            pure = [node for node in nodes if PURE.search(name_of(node))]
+            code = compile(ast.Module(pure, []), file, "exec", flags=__future__.annotations.compiler_flag)
+            exec(code, theirs)
+        for file in ("dflash", "dspark"):
+            for node in ast.walk(ast.parse(source.read(f"sglang/srt/models/{file}.py"))):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                    places.add(node.attr)
+    ours = family(name)
+    shape = ours.default_shape({**tiny.llama_config(num_hidden_layers=8).to_dict(), "model_type": "llama"}, 5)
+    written, options = shape.to_json(), ours.sglang_options(shape.proposals)
+    found = theirs[f"parse_{name}_draft_config"](draft_hf_config=written)
+    # Both count the layers from 0, and mean the hidden states after them.
+    assert found.target_layer_ids == [layer - 1 for layer in shape.aux_layers]
+    assert (found.num_hidden_layers, found.mask_token_id) == (shape.num_hidden_layers, shape.mask_token_id)
+    if name == "dspark":
+        tokens = options["speculative-num-draft-tokens"]
+        settings = theirs["resolve_runtime_config"](
+            draft_hf_config=written, speculative_num_draft_tokens=tokens, target_vocab_size=shape.vocab_size
+        )
+        assert settings.gamma == found.gamma == shape.proposals
+        assert (found.markov_rank, found.markov_head_type) == (shape.markov_rank, "vanilla")
+        assert theirs["get_dspark_sample_from_anchor"](written)
+    else:
+        assert found.block_size == options["speculative-num-draft-tokens"]
+        assert found.projector_type is None
+    stacked = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
+               "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
+    draft = ours.create(shape, *ours.vocabulary({}, shape))
+    parts = {part for key in draft.state_dict() for part in key.split(".") if not part.isdigit()} - {"weight", "bias"}
+    assert {stacked.get(part, part) for part in parts} <= places
+    assert {"layers", "fc", "hidden_norm", "q_norm"} < parts
+
+
+def name_of(node):
+    """The name that a statement of a module gives a value to."""
+    target = node.targets[0] if isinstance(node, ast.Assign) else node
+    return getattr(target, "name", getattr(target, "id", ""))
+
+
+def test_sglangs_own_source_has_every_name_that_is_used_of_it(wheel):
     def fields(*files):
         classes = [node for file in files for node in ast.walk(ast.parse(source.read(file)))
                    if isinstance(node, ast.ClassDef)]  # fmt: skip
