@@ -94,6 +94,8 @@ def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
         loss = '{"ce": 0.1, "tv": 0.9}' if scene.family == "dspark" else "kl_div"
         call = {"loss_config": resolve_loss_config(loss, implementation), "gamma": DECAY_GAMMA,
                 "max_anchors": ANCHORS * scene.shape.batch}  # fmt: skip
+        if scene.family == "dspark":
+            call["tv_loss_fn"] = resolve_loss_config("tv", implementation)["tv"][0]
     draft = kind.from_training_args(config, **given).to(scene.device, scene.dtype)
     # It norms the states itself, so that the target's forward pass stops before the final norm.
     target.model.norm = torch.nn.Identity()
