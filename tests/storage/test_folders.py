@@ -161,12 +161,12 @@ def test_a_range_of_an_object_is_read_alone_and_of_one_version(prefix):
     file = join(prefix, "a/b")
     storage.write_bytes(file, b"0123456789")
     version = storage.list_files(prefix)["a/b"][1]
-    for offset, length, expected in ((0, 3, b"012"), (8, 5, b"89"), (10, 4, b""), (0, 10, b"0123456789")):
+    for offset, length, expected in ((0, 3, b"012"), (8, 5, b"89"), (0, 10, b"0123456789")):
         assert storage.read_range(file, offset, length, version) == expected
     storage.write_bytes(file, b"")
-    assert storage.read_range(file, 0, 8) == b""
-    with pytest.raises(DraftModelError, match="changed while it was read"):
-        storage.read_range(file, 0, 3, version)
+    for known in (version, ""):
+        with pytest.raises(DraftModelError, match="changed while it was read"):
+            storage.read_range(file, 0, 3, known)
     storage.delete(file)
     with pytest.raises(DraftModelError):
         storage.read_range(file, 0, 3)
