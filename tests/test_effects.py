@@ -31,9 +31,9 @@ EFFECTS = {
     "model_import/test_mlflow.py": {"mlflow_model_path": "test_the_layouts_of_mlflow"},
     "dataset/test_build.py": {
         "dataset_train_split": "test_counts_of_result_report_manifest_and_shards_agree",
-        "dataset_validation_split": "test_without_a_size_or_a_validation_split",
+        "dataset_validation_split": "test_counts_of_result_report_manifest_and_shards_agree",
         "draft_model_config": "test_the_draft_vocabulary_is_that_of_the_training_answers",
-        "build_dataset_num_proc": "test_processes_are_lowered_to_the_cores_and_said_once",
+        "build_dataset_num_proc": "test_what_is_built_on_as_many_processes_as_there_are_cores_is_not_built_again",
     },
     "dataset/test_encode.py": {
         "max_length": "test_long_conversations_are_cut_at_the_end_and_counted",

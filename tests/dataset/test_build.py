@@ -121,7 +121,7 @@ def test_the_draft_vocabulary_is_that_of_the_training_answers(tmp_path, build, m
     train = write(tmp_path / "train.jsonl", some_rows(60))
     validation = write(tmp_path / "validation.jsonl", [row("?", "the zebra! 你好")])
     vocab_size = json.loads((models["qwen2"] / "config.json").read_text())["vocab_size"]
-    for size in (5, 40, 300, vocab_size):
+    for size in (40, vocab_size):
         config.write_text(json.dumps({"draft_vocab_size": size}))
         result = build(
             dataset_train_split=train, dataset_validation_split=validation, draft_model_config=str(config),
@@ -142,14 +142,6 @@ def test_the_draft_vocabulary_is_that_of_the_training_answers(tmp_path, build, m
     assert result.validation.coverage == 1
 
 
-def test_without_a_size_or_a_validation_split(tmp_path, build):
-    result = build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(3)))
-    assert result.draft_vocab_size == result.vocab_size < 32_000
-    assert result.validation is None
-    assert not (tmp_path / "out" / "validation").exists()
-    assert list(report(tmp_path)["splits"]) == ["train"]
-
-
 def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path, build, monkeypatch):
     monkeypatch.setattr(stage, "BYTES_PER_PROCESS", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
@@ -166,24 +158,22 @@ def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path
     assert one == files(tmp_path / "again") == files(tmp_path / "two")
 
 
-def test_processes_are_lowered_to_the_cores_and_said_once(tmp_path, build, monkeypatch, caplog):
+def test_what_is_built_on_as_many_processes_as_there_are_cores_is_not_built_again(tmp_path, build, monkeypatch, caplog):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     caplog.set_level("INFO")
-    build(dataset_train_split=write(tmp_path / "train.jsonl", some_rows(3)), build_dataset_num_proc=96)
-    said = [record.getMessage() for record in caplog.records if "build_dataset_num_proc" in record.getMessage()]
-    assert len(said) == 1
-    assert "96 lowered to 1 (1 cores" in said[0]
-
-
-def test_what_is_built_is_not_built_again_and_nothing_is_tokenised(tmp_path, build, monkeypatch):
     given = {"dataset_train_split": write(tmp_path / "train.jsonl", some_rows(20))}
-    first = build(**given)
+    first = build(**given, build_dataset_num_proc=96)
+    (said,) = [text for record in caplog.records if "build_dataset_num_proc" in (text := record.getMessage())]
+    assert "96 lowered to 1 (1 cores" in said
+    assert first.draft_vocab_size == first.vocab_size < 32_000  # where no size is given
+    assert first.validation is None
+    assert not (tmp_path / "out" / "validation").exists()
+    assert list(report(tmp_path)["splits"]) == ["train"]
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(stage, "Workers", None)
+    monkeypatch.setattr(stage, "Workers", None)  # nothing is tokenised
     again = build(**given, learning_rate=0.5, build_dataset_num_proc=2)
-    assert again.reused
+    assert again == replace(first, reused=True)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == written
-    assert (again.train, again.fingerprint) == (first.train, first.fingerprint)
 
 
 def edit(name, old, new):
@@ -237,10 +227,8 @@ def test_a_change_of_anything_that_shapes_it_gives_another_fingerprint(
     assert (fingerprint(**parameters) == first) == ("learning_rate" in parameters)
 
 
-@pytest.mark.parametrize("remote", [False, True])
-def test_below_a_root_the_content_and_the_settings_say_where(tmp_path, models, object_store, remote, monkeypatch):
-    root = f"s3://{object_store.bucket}/reuse" if remote else str(tmp_path / "root")
-    train = write(tmp_path / "train.jsonl", some_rows(20))
+def test_below_a_root_the_content_and_the_settings_say_where(tmp_path, models, monkeypatch):
+    root, train = str(tmp_path / "root"), write(tmp_path / "train.jsonl", some_rows(20))
 
     def build(work="work", **parameters):
         given = Parameters(dataset_train_split=train, chat_template="qwen", build_dataset_num_proc=1, **parameters)
@@ -322,21 +310,6 @@ def test_too_many_faulty_lines_stop_the_stage_with_the_first_ten_of_both_splits(
     assert result.train.rows_rejected == 12
 
 
-def test_byte_order_mark_carriage_returns_and_blank_lines_change_nothing(tmp_path, build):
-    rows = some_rows(20)
-    build(dataset_train_split=write(tmp_path / "plain.jsonl", rows), out="plain")
-    lines = [json.dumps(row_, ensure_ascii=False).encode() for row_ in rows]
-    odd = tmp_path / "odd.jsonl"
-    odd.write_bytes(b"\xef\xbb\xbf" + b"\r\n \r\n".join(lines))
-    result = build(dataset_train_split=str(odd), out="odd")
-    assert (result.train.rows_in, result.train.rows_rejected) == (20, 0)
-    plain, odd = Split(tmp_path / "plain" / "train"), Split(tmp_path / "odd" / "train")
-    for index in range(20):
-        assert odd[index].input_ids.tolist() == plain[index].input_ids.tolist()
-        assert odd[index].loss_mask.tolist() == plain[index].loss_mask.tolist()
-        assert (plain.line(index), odd.line(index)) == (index + 1, 2 * index + 1)
-
-
 def test_the_mask_of_real_conversations_is_their_answers(tmp_path, build, models):
     examples = Path(__file__).parents[2] / "examples" / "smollm2" / "validation.jsonl.gz"
     result = build(model="smol-bare", dataset_train_split=str(examples), max_length=20_000)
@@ -397,12 +370,7 @@ def test_a_model_folder_of_another_stage_or_without_a_tokenizer_is_refused(tmp_p
             run(config)
 
 
-LONG = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    "hostile", [LONG, "{{ 9 ** (messages[1].content | length * 10 ** 9) }}", "{{ 'x' * 10 ** 12 }}"]
-)
+@pytest.mark.parametrize("hostile", ["{{ 9 ** (messages[1].content | length * 10 ** 9) }}", "{{ 'x' * 10 ** 12 }}"])
 def test_a_chat_template_that_never_ends_or_takes_all_memory_is_stopped_with_a_sentence(
     tmp_path, models, monkeypatch, hostile
 ):
@@ -496,9 +464,9 @@ class Page(HTMLParser):
             self.marked[-1] += data if "mark" in self.open else ""
 
 
-def test_a_line_of_100_megabytes_is_cut_without_tokenising_it_all(tmp_path, build, models, monkeypatch):
-    monkeypatch.setattr(workers, "LIMITS", workers.Limits(cpu=10))  # of CPU time; to tokenise all of it takes a minute
-    answer = "the quick brown fox " * 5_000_000  # 100 MB
+def test_a_line_of_20_megabytes_is_cut_without_tokenising_it_all(tmp_path, build, models, monkeypatch):
+    monkeypatch.setattr(workers, "LIMITS", workers.Limits(cpu=4))  # of CPU time; to tokenise all of it takes 12
+    answer = "the quick brown fox " * 1_000_000  # 20 MB
     data = write(tmp_path / "train.jsonl", [row("?", answer), row("a", "b")])
     result = build(dataset_train_split=data, max_length=64)
     assert (result.train.rows_kept, result.train.rows_truncated) == (2, 1)

@@ -229,9 +229,7 @@ def test_a_template_name_that_does_not_fit_the_tokenizer_is_refused_by_name(enco
     assert f"use {right}" in message
 
 
-def test_a_template_of_none_of_the_four_kinds_is_refused_with_what_it_writes(encoders, models):
-    from draft_model.dataset.encode import load_tokenizer
-
+def test_a_template_of_none_of_the_four_kinds_is_refused_with_what_it_writes(models):
     tokenizer = load_tokenizer(models["qwen2"])
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     with pytest.raises(DraftModelError, match=r"none of llama3, qwen, gpt-oss, deepseek-r1-distill") as caught:

@@ -46,26 +46,6 @@ def encode(models):
 
 
 QWEN_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
-
-
-@pytest.mark.parametrize(
-    ("kind", "call", "answer"),
-    [
-        ("qwen2", f"{QWEN_CALL}<|im_end|>", "The sun shines.<|im_end|>"),
-        ("qwen3", f"{QWEN_CALL}<|im_end|>", "The sun shines.<|im_end|>"),
-        ("llama3", '{"name": "weather", "parameters": {"city": "Köln"}}<|eot_id|>', "The sun shines.<|eot_id|>"),
-        ("gpt-oss", ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Köln"}<|call|>',
-         "<|channel|>final<|message|>The sun shines.<|return|>"),
-    ],
-)  # fmt: skip
-def test_a_tools_call_is_supervised_and_its_result_is_not(encode, kind, call, answer):
-    found, whole = encode(kind, messages=DIALOGUE, tools=TOOLS)
-    assert found == [call, answer], whole
-    assert "sunny" in whole
-    if kind != "llama3":
-        assert '"name": "weather", "parameters"' in whole, "the tools are in the prompt"
-
-
 REASONED = [
     {"role": "user", "content": "one"},
     {"role": "assistant", "content": "first", "reasoning_content": "why"},

@@ -44,17 +44,21 @@ def hub(published, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["org/name", "org/name@v1", f"org/name@{COMMIT}"])
 def test_a_repository_is_resolved_to_a_commit_and_recorded(hub, name, target, bring):
     result = bring(huggingface_id=name)
+    requests = list(hub.requests)
     assert names(result.uri) == CANONICAL
     assert same_weights(result.uri, target)
     assert (result.source, result.revision, result.licence) == (name, COMMIT, "apache-2.0")
     assert result.architecture == "LlamaForCausalLM"
     assert properties(result.uri)["revision"] == COMMIT
-
-
-def test_only_what_is_needed_is_downloaded_and_one_kind_of_weights(hub, bring):
-    bring(huggingface_id="org/name")
-    asked = {path.rpartition("/")[2] for method, path, _, _ in hub.requests if method == "GET" and "api" not in path}
+    asked = {path.rpartition("/")[2] for method, path, _, _ in requests if method == "GET" and "api" not in path}
     assert asked == CANONICAL | {"README.md"}
+    tokens = {
+        (path.startswith("/blobs/"), token) for _, path, _, token in requests if "org/name" in path or "blobs" in path
+    }
+    assert tokens == {(False, True), (True, False)}, "the token goes to the Hub and not to its file host"
+    before = len(hub.got("model.safetensors"))
+    assert bring(huggingface_id=name).uri == result.uri
+    assert len(hub.got("model.safetensors")) == before
 
 
 def test_pytorch_weights_are_taken_where_there_are_no_others(hub, target, tmp_path, bring):
@@ -69,44 +73,29 @@ def test_pytorch_weights_are_taken_where_there_are_no_others(hub, target, tmp_pa
     assert not hub.got("tf_model.h5")
 
 
-def test_the_token_goes_to_the_hub_and_not_to_its_file_host(hub, bring):
-    bring(huggingface_id="org/name")
-    assert {token for _, path, _, token in hub.requests if not path.startswith("/blobs/")} == {True}
-    assert {token for _, path, _, token in hub.requests if path.startswith("/blobs/")} == {False}
-
-
-def test_a_connection_that_ends_half_way_goes_on_where_it_was(hub, target, bring):
-    hub.cuts = ["close"]
-    result = bring(huggingface_id="org/name")
-    first, second = hub.got("model.safetensors")
-    assert first == ""
-    size = (target / "model.safetensors").stat().st_size
-    assert size // 4 < int(second.removeprefix("bytes=").removesuffix("-")) < size
-    assert same_weights(result.uri, target)
-
-
-def test_a_connection_that_is_reset_is_tried_again_and_not_for_ever(hub, target, bring, refusal, monkeypatch):
+def test_a_connection_that_breaks_goes_on_where_it_was_and_not_for_ever(hub, target, bring, refusal, monkeypatch):
     hub.cuts = ["reset"] * 30
     monkeypatch.setattr(hub_module, "TRIES", 2)
     (problem,) = refusal(huggingface_id="org/name")
     assert problem.startswith("huggingface_id: org/name cannot be downloaded: ")
     assert "check the network" in problem
-    hub.cuts = ["reset", "close", "reset"]
+    hub.cuts = ["reset", "close"]
+    hub.requests.clear()
     monkeypatch.setattr(hub_module, "TRIES", 6)
     assert same_weights(bring(huggingface_id="org/name").uri, target)
     assert not hub.cuts
+    last = hub.got("model.safetensors")[-1]  # goes on where the others ended
+    assert 0 < int(last.removeprefix("bytes=").removesuffix("-")) < (target / "model.safetensors").stat().st_size
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_hub_is_asked_again_as_late_as_it_says(hub, status, target, bring, caplog):
-    hub.busy = [status, status]
-    assert same_weights(bring(huggingface_id="org/name").uri, target)
-    assert f"answers with status {status}; trying again in 0 s" in caplog.text
-
-
-def test_a_mirror_without_ranges_and_sizes(hub, target, bring):
+def test_a_busy_hub_is_asked_again_as_late_as_it_says_and_a_mirror_needs_no_ranges_and_sizes(
+    hub, target, bring, caplog
+):
+    hub.busy = [429, 500, 503]
     hub.ranges, hub.sizes = False, False
     assert same_weights(bring(huggingface_id="org/name").uri, target)
+    for status in (429, 500, 503):
+        assert f"answers with status {status}; trying again in 0 s" in caplog.text
 
 
 def test_what_arrives_damaged_is_refused(hub, refusal):
@@ -114,13 +103,6 @@ def test_what_arrives_damaged_is_refused(hub, refusal):
     hub.sent["model.safetensors"] = data[:-1] + bytes([data[-1] ^ 1])
     (problem,) = refusal(huggingface_id="org/name")
     assert "model.safetensors of org/name arrived damaged: its SHA-256" in problem
-
-
-def test_the_same_revision_again_copies_nothing(hub, bring):
-    first = bring(huggingface_id="org/name")
-    before = len(hub.got("model.safetensors"))
-    assert bring(huggingface_id="org/name").uri == first.uri
-    assert len(hub.got("model.safetensors")) == before
 
 
 @pytest.mark.parametrize(
@@ -145,19 +127,13 @@ def test_what_the_hub_refuses_is_told_in_words_without_the_token(hub, name, sett
     assert TOKEN not in problem
 
 
-def test_a_disk_that_is_too_small_is_found_before_weights_are_downloaded(hub, refusal, monkeypatch):
+def test_what_cannot_be_used_or_held_is_refused_before_weights_are_downloaded(hub, refusal, monkeypatch):
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
     assert len(hub.files["model.safetensors"]) > 100_000
-    (problem,) = refusal(huggingface_id="org/name")
-    assert "GB are needed and" in problem
-    assert not hub.got("model.safetensors")
-
-
-def test_a_model_that_cannot_be_used_is_refused_before_its_weights_are_downloaded(hub, refusal):
-    hub.files = {name: data for name, data in hub.files.items() if name != "tokenizer.json"}
-    (problem,) = refusal(huggingface_id="org/name")
-    assert "it has no tokenizer" in problem
+    assert "GB are needed and" in refusal(huggingface_id="org/name")[0]
+    del hub.files["tokenizer.json"]
+    assert "it has no tokenizer" in refusal(huggingface_id="org/name")[0]
     assert not hub.got("model.safetensors")
 
 

@@ -108,9 +108,8 @@ def test_the_same_content_again_is_not_copied_and_another_is(model, remote, uplo
     assert (output / "added_tokens.json").exists() == (not remote)
 
 
-@pytest.mark.parametrize("remote", [False, True])
-def test_runs_share_models_by_their_content(model, remote, upload, object_store, tmp_path, bring):
-    root = f"s3://{object_store.bucket}/{tmp_path.name}-{remote}" if remote else str(tmp_path / "root")
+def test_runs_share_models_by_their_content(model, object_store, tmp_path, bring):
+    root = f"s3://{object_store.bucket}/{tmp_path.name}"
     first = bring(root=root, pytorch_model_path=str(model))
     assert first.uri.startswith(f"{root}/models/")
     assert not storage.exists(str(tmp_path / "out"))

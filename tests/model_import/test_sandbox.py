@@ -38,17 +38,16 @@ def normalizer(model):
     "spoil",
     [
         template("{{ 9**9**9 }}"),
-        template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"),
         template("{{ 'a' * 9999999999 }}"),
         normalizer,
         lambda model: change_config(model, num_hidden_layers=10**7),
     ],
-    ids=["power", "loops", "text", "normalizer", "layers"],
+    ids=["power", "text", "normalizer", "layers"],
 )
 def test_hostile_files_end_as_a_sentence(model, spoil):
     spoil(model)
     try:
-        problems = inspect(model, cpu=2, memory=2 * GIB)["problems"]
+        problems = inspect(model, cpu=1, memory=2 * GIB)["problems"]
     except DraftModelError as error:
         problems = error.problems
         assert "took more than" in problems[0]
@@ -67,16 +66,19 @@ def test_a_wall_clock_limit_and_a_tensor_expanded_from_one_number(model, target,
         in_sandbox("convert", [path], tmp_path)
 
 
-def test_the_processes_have_no_keys_and_cannot_reach_the_hub():
+def test_the_processes_have_no_keys_cannot_reach_the_hub_and_end_with_their_parent():
     program = (
         "import os, pathlib, huggingface_hub\n"
         "from draft_model.workers import Workers\n"
         "with Workers() as worker:\n"
         "    found = worker.call(pathlib.Path.read_text, pathlib.Path('/proc/self/environ'))\n"
         "    print('PATH=' in found, 'never shown' in found, worker.call(huggingface_hub.is_offline_mode))\n"
-        "print(os.environ['OTHER_API_KEY'])\n"
+        "    print(os.environ['OTHER_API_KEY'], flush=True)\n"
+        "    worker.call(exec, 'import time; print(\"busy\", flush=True); time.sleep(60)')\n"
     )
     names = ("AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "MLFLOW_TRACKING_PASSWORD", "OTHER_API_KEY")
     environment = os.environ | dict.fromkeys(names, "never shown")
-    printed = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True).stdout
-    assert printed.split("\n") == ["True False True", "never shown", ""]
+    with subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True) as it:
+        assert [it.stdout.readline() for _ in range(3)] == ["True False True\n", "never shown\n", "busy\n"]
+        it.kill()
+        assert it.stdout.read() == ""  # it ends when no process holds it open

@@ -131,22 +131,14 @@ def test_a_folder_that_is_in_use_is_refused(object_store):
     assert storage.exists(f"s3://{object_store.bucket}") is False  # the first one still answers
 
 
-def test_killing_the_parent_kills_the_store_and_the_data_can_be_used_again(tmp_path, use):
-    parent = script(tmp_path / "data", "pass")
+def test_killing_the_parent_kills_the_store_and_ctrl_c_leaves_the_stages_time_to_write(tmp_path):
+    body = "storage.write_bytes('s3://draft-model/a', b'late'); print(storage.read_bytes('s3://draft-model/a'))"
+    parent = script(tmp_path / "data", body)
     (weed,) = weeds_below(parent.pid)
     parent.kill()
     parent.communicate()
     weed.wait(30)
-    with EmbeddedStore(tmp_path / "data") as store:
-        use(store)
-        storage.write_bytes("s3://draft-model/a", b"")
-
-
-def test_ctrl_c_leaves_the_stages_time_to_write(tmp_path):
-    run = script(
-        tmp_path / "data",
-        "storage.write_bytes('s3://draft-model/a', b'late'); print(storage.read_bytes('s3://draft-model/a'))",
-    )
+    run = script(tmp_path / "data", body)  # with the same data
     (weed,) = weeds_below(run.pid)
     os.killpg(run.pid, signal.SIGINT)
     assert run.communicate()[0] == "b'late'\n"

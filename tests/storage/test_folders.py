@@ -25,6 +25,9 @@ def publish(folder, uri, **properties):
 
 
 def test_what_is_published_can_be_fetched(place, source, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    assert publish(tmp_path / "nothing", place).files == ()
+    assert storage.fetch(place, tmp_path / "into").is_dir()
     published = publish(source, place, b=3, a=["é"])
     assert content(storage.fetch(place, tmp_path / "into")) == FILES
     assert storage.read_manifest(place, stage="dataset") == published
@@ -161,12 +164,12 @@ def test_a_range_of_an_object_is_read_alone_and_of_one_version(prefix):
     file = join(prefix, "a/b")
     storage.write_bytes(file, b"0123456789")
     version = storage.list_files(prefix)["a/b"][1]
-    for offset, length, expected in ((0, 3, b"012"), (8, 5, b"89"), (10, 4, b""), (0, 10, b"0123456789")):
+    for offset, length, expected in ((0, 3, b"012"), (8, 5, b"89"), (0, 10, b"0123456789")):
         assert storage.read_range(file, offset, length, version) == expected
     storage.write_bytes(file, b"")
-    assert storage.read_range(file, 0, 8) == b""
-    with pytest.raises(DraftModelError, match="changed while it was read"):
-        storage.read_range(file, 0, 3, version)
+    for known in (version, ""):
+        with pytest.raises(DraftModelError, match="changed while it was read"):
+            storage.read_range(file, 0, 3, known)
     storage.delete(file)
     with pytest.raises(DraftModelError):
         storage.read_range(file, 0, 3)
@@ -192,7 +195,7 @@ def test_a_version_is_replaced_or_removed_only_while_it_is_the_newest(place):
 
 @pytest.mark.parametrize("change", ["create", "replace"])
 def test_of_many_writers_at_once_one_succeeds(place, change):
-    file, begin = join(place, "file"), threading.Barrier(8)
+    file, begin = join(place, "file"), threading.Barrier(4)
     if change == "replace":
         storage.create(file, b"old")
         version = storage.read_versioned(file)[1]
@@ -202,8 +205,8 @@ def test_of_many_writers_at_once_one_succeeds(place, change):
         begin.wait()
         return storage.create(file, data) if change == "create" else storage.replace(file, data, version)
 
-    with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(write, range(8)))
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(write, range(4)))
     assert made.count(True) == 1
     assert storage.read_file(file) == f"of {made.index(True)}".encode()
 
@@ -233,11 +236,9 @@ def test_a_holder_whose_lock_was_broken_writes_nothing(tmp_path, monkeypatch):
     assert lock.read_bytes() == b"of another process"
 
 
-@pytest.mark.parametrize("scheme", ["s3", "minio"])
-def test_probe_finds_nothing_wrong_with_a_good_place_and_leaves_nothing(prefix, tmp_path, scheme):
-    for place in (prefix.replace("s3://", f"{scheme}://"), str(tmp_path / "place")):
-        assert storage.probe(place) == []
-        assert storage.list_files(place) == {}
+def test_probe_finds_nothing_wrong_with_a_good_place_and_leaves_nothing(place):
+    assert storage.probe(place) == []
+    assert storage.list_files(place) == {}
 
 
 def test_a_link_that_somebody_planted_leads_no_write_and_no_removal_out(source, tmp_path):
@@ -284,12 +285,6 @@ def test_a_manifest_is_a_plain_file_of_limited_size(source, tmp_path):
     os.mkfifo(tmp_path / "b/manifest.json")
     with pytest.raises(DraftModelError, match=r"has no manifest\.json"):
         storage.read_manifest(str(tmp_path / "b"))
-
-
-def test_an_empty_folder_can_be_handed_over(place, tmp_path):
-    (tmp_path / "nothing").mkdir()
-    assert publish(tmp_path / "nothing", place).files == ()
-    assert storage.fetch(place, tmp_path / "into").is_dir()
 
 
 def test_a_local_folder_is_fetched_and_published_in_place_and_every_damage_named_at_once(source, tmp_path):

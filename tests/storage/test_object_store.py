@@ -40,17 +40,16 @@ def put_raw(uri, data):
     s3.store().client.put_object(**raw(uri), Body=data)
 
 
-@pytest.mark.parametrize("cut", [0, 1])
-def test_a_large_file_goes_and_comes_in_parts_and_a_cut_connection_is_no_matter(prefix, relay, source, tmp_path, cut):
+def test_a_large_file_goes_and_comes_in_parts_and_a_cut_connection_is_no_matter(prefix, relay, source, tmp_path):
     make(source, {"large": LARGE})
     for method in ("PUT", "GET"):
         for name in ("large", "/a"):
-            relay.cuts[method, name] = cut
+            relay.cuts[method, name] = 1
     publish(source, prefix)
     assert s3.store().client.head_object(**raw(join(prefix, "large")))["ETag"].strip('"').endswith("-2")
     assert content(storage.fetch(prefix, tmp_path / "into"), [*FILES, "large"]) == FILES | {"large": LARGE}
     for method in ("PUT", "GET"):
-        assert relay.keys(method).count("large") == 2 + cut
+        assert relay.keys(method).count("large") == 3
     assert not relay.cuts.total()
     assert hashlib.sha256(LARGE).hexdigest() in {file.sha256 for file in storage.read_manifest(prefix).files}
 
@@ -127,7 +126,7 @@ def attempts(uri, source, into):
 def test_every_request_waits_for_a_store_that_is_away(prefix, relay, source, tmp_path, caplog):
     publish(source, prefix)
     for attempt in attempts(prefix, source, tmp_path / "into"):
-        relay.away = 6  # more than boto3 itself tries
+        relay.away = 3  # more than boto3 itself tries
         attempt()
         assert relay.away == 0
     assert "cannot be reached" in caplog.text
@@ -138,15 +137,10 @@ def test_every_request_waits_for_a_store_that_is_away(prefix, relay, source, tmp
     ("status", "code"), [(503, "SlowDown"), (429, "TooManyRequests"), (500, "InternalError"), (404, "NoSuchUpload")]
 )
 def test_a_store_that_throttles_is_asked_again(prefix, relay, source, status, code):
-    left = [5]
-
-    def refuse(_):
-        left[0] -= 1
-        return (status, code) if left[0] >= 0 else None
-
-    relay.refuse = refuse
+    answers = [(status, code)] * 3  # more than boto3 itself asks again
+    relay.refuse = lambda _: answers.pop() if answers else None
     storage.write_bytes(join(prefix, "a"), b"")
-    assert left[0] < 0
+    assert not answers
 
 
 def test_patience_ends_and_a_first_answer_is_not_waited_for_as_long(prefix, relay, monkeypatch):
@@ -290,12 +284,8 @@ def test_a_bucket_of_aws_has_its_own_host_and_minio_without_endpoint_means_kubef
     assert address_of("minio", "mlpipeline") == "http://minio-service.kubeflow:9000/mlpipeline/key"
 
 
-def test_minio_with_an_endpoint_is_another_name_for_s3(prefix, source, tmp_path):
-    alias = prefix.replace("s3://", "minio://")
-    publish(source, alias)
-    assert storage.read_manifest(prefix) == storage.read_manifest(alias)
-    assert content(storage.fetch(alias, tmp_path / "into"), FILES) == FILES
-    assert storage.fetch_file(join(alias, "a"), tmp_path / "file").read_bytes() == FILES["a"]
+def test_minio_with_an_endpoint_is_another_name_for_s3(prefix, source):
+    assert publish(source, prefix.replace("s3://", "minio://")) == storage.read_manifest(prefix)
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", *ENDPOINTS])
@@ -375,7 +365,7 @@ def chain(error):
     return "" if error is None else f"{error!r} {chain(error.__cause__ or error.__context__)}"
 
 
-def test_a_strangers_folder_is_listed_and_downloaded_once(prefix, relay, tmp_path):
+def test_a_strangers_folder_is_listed_and_downloaded_once_and_a_file_again_when_it_has_changed(prefix, relay, tmp_path):
     files = {name: name.encode() for name in ("config.json", *(f"shards/{number}" for number in range(8)))}
     for name, data in files.items():
         put_raw(join(prefix, "model", name), data)
@@ -394,20 +384,13 @@ def test_a_strangers_folder_is_listed_and_downloaded_once(prefix, relay, tmp_pat
     finally:
         events.unregister(event, page)
     assert len(relay.keys("GET")) == len(files)
-    found = [
-        path.relative_to(tmp_path / "into").as_posix() for path in (tmp_path / "into").rglob("*") if path.is_file()
-    ]
-    assert content(tmp_path / "into", found) == files
-
-
-def test_a_strangers_file_is_downloaded_again_when_it_has_changed(prefix, relay, tmp_path):
-    file = join(prefix, "data.jsonl")
-    put_raw(file, b"one")
-    for _ in range(2):
-        assert storage.fetch_file(file, tmp_path) == tmp_path / "data.jsonl"
-    assert len(relay.keys("GET")) == 1
-    put_raw(file, b"three")
-    assert storage.fetch_file(file, tmp_path).read_bytes() == b"three"
+    found = [path.relative_to(into).as_posix() for path in into.rglob("*") if path.is_file()]
+    assert content(into, found) == files
+    file = join(prefix, "model/config.json")
+    assert storage.fetch_file(file, into).read_bytes() == files["config.json"]
+    assert len(relay.keys("GET")) == len(files)
+    put_raw(file, b"changed")
+    assert storage.fetch_file(file, into).read_bytes() == b"changed"
 
 
 def test_a_strangers_folder_is_copied_within_the_store_and_once(prefix, relay, tmp_path):

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +29,7 @@ from draft_model.dataset.render import check_fit
 from draft_model.dataset.report import SplitSummary, Tally, colour, count, write_report
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.dataset.tokens import INDEX, Shard, write_index, write_shard
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, Problems
 from draft_model.parameters import Parameters
 from draft_model.tracking import tracked
 from draft_model.workers import Workers
@@ -136,25 +136,19 @@ def _result(uri: str, properties: Mapping[str, Any], *, reused: bool) -> Dataset
 
 def _read_inputs(config: DatasetConfig) -> _Inputs:
     """Fetches and checks all that the stage reads; raises with all that is missing, unreadable or does not fit."""
-    parameters = config.parameters
-    problems: list[str] = []
-
-    def attempt(name: str, step: Callable[..., Any], *given: Any) -> Any:
-        try:
-            return step(*given)
-        except DraftModelError as error:
-            problems.extend(f"{name}: {problem.removeprefix(f'{name}: ')}" for problem in error.problems)
-            return None
-
-    model = attempt("model", _fetch_model, config.model, config.work / "model")
-    tokenizer, vocab_size, hashes, target = model or (Path(), 0, {}, {})
-    size = model and attempt("draft_model_config", _draft_vocab_size, parameters, target, config.work)
-    splits = {split: getattr(parameters, f"dataset_{split}_split") for split in _SPLITS}
-    found = {split: attempt(f"dataset_{split}_split", identify, uri) or [] for split, uri in splits.items() if uri}
-    if not splits["train"]:
+    parameters, problems = config.parameters, Problems()
+    found: dict[str, list[tuple[File, str]]] = {}
+    with problems.collect("model"):
+        tokenizer, vocab_size, hashes, target = _fetch_model(config.model, config.work / "model")
+        with problems.collect("draft_model_config"):
+            size = _draft_vocab_size(parameters, target, config.work)
+    for split in _SPLITS:
+        if uri := getattr(parameters, f"dataset_{split}_split"):
+            with problems.collect(f"dataset_{split}_split"):
+                found[split] = identify(uri)
+    if not parameters.dataset_train_split:
         problems.append("dataset_train_split: not given; give the path or URI of a JSONL file of conversations")
-    if problems:
-        raise DraftModelError(problems)
+    problems.raise_all()
     settings = {
         "format": FORMAT,
         "versions": {name: version(name) for name in _MAKERS},

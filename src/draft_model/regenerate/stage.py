@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
@@ -105,8 +105,7 @@ class _Shard:
     split: str
     number: int
     name: str  # of its files, without their endings
-    size: int  # lines
-    lines: list[tuple[str, int, bytes]] = field(default_factory=list)  # file, line number in it, line
+    lines: list[tuple[str, int, bytes]]  # file, line number in it, line
     outcomes: dict[tuple[int, int], Outcome] = field(default_factory=dict)  # by line and sample
 
 
@@ -119,12 +118,12 @@ def run(config: RegenerateConfig) -> RegenerateResult:
         log.info("%s holds the answers to the same inputs already; nothing to do", inputs.output)
         return RegenerateResult(inputs.output, True, found.properties["splits"])
     with TemporaryDirectory(dir=config.work, prefix="regenerate-") as scratch, Workers() as workers:
-        shards = _plan(inputs, config.parameters.regenerate_limit)
+        plan = {shard.name: len(shard.lines) for shard in _shards(inputs, config.parameters.regenerate_limit)}
         while not (found := _find_made(inputs)):  # by the first pod, or by another run of the same inputs
-            _make_shards(config, inputs, shards, Path(scratch), workers)
-            _wait(config, inputs, [f"{shard.name}.json" for shard in shards])
+            _make_shards(config, inputs, plan, Path(scratch), workers)
+            _wait(config, inputs, list(plan))
             if config.pod == 0:
-                _publish(config, inputs, shards, Path(scratch))
+                _publish(config, inputs, list(plan), Path(scratch))
     return RegenerateResult(inputs.output, False, found.properties["splits"])
 
 
@@ -136,7 +135,7 @@ def _wait(config: RegenerateConfig, inputs: _Inputs, names: list[str]) -> None:
     """Waits for other pods while they finish shards: the first pod for theirs, they for what it makes of all."""
     count, since = -1, 0.0
     while not _find_made(inputs):
-        done = storage.list_files(storage.join(inputs.output, _PIECES)).keys()
+        done = _done(inputs)
         pods = {0} if config.pod else {i % config.pods for i, name in enumerate(names) if name not in done} - {0}
         if not pods:
             return
@@ -195,24 +194,27 @@ def read_sampling(model: Path, temperature: float) -> Sampling:
     return Sampling(**(own if temperature < 0 else {**own, "temperature": temperature}))
 
 
-def _plan(inputs: _Inputs, limit: int) -> list[_Shard]:
-    """The shards of all pods, in order, without their lines."""
-    shards = []
+def _shards(inputs: _Inputs, limit: int) -> Iterator[_Shard]:
+    """Yields the shards of all pods, in order."""
     for split, files in inputs.files.items():
-        count = sum(1 for _ in itertools.islice(_lines(split, files), limit or None))
-        for number, start in enumerate(range(0, count, SHARD_LINES)):
-            name = f"{split}/part-{number:05d}-{inputs.keys[split][:12]}"
-            shards.append(_Shard(split, number, name, min(SHARD_LINES, count - start)))
-    return shards
+        lines = itertools.islice(_lines(split, files), limit or None)
+        number = 0
+        while batch := list(itertools.islice(lines, SHARD_LINES)):
+            yield _Shard(split, number, f"{split}/part-{number:05d}-{inputs.keys[split][:12]}", batch)
+            number += 1
+
+
+def _done(inputs: _Inputs) -> set[str]:
+    """Names of the shards that have been uploaded, with their counts."""
+    return {name.removesuffix(".json") for name in storage.list_files(storage.join(inputs.output, _PIECES))}
 
 
 def _make_shards(
-    config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard], scratch: Path, workers: Workers
+    config: RegenerateConfig, inputs: _Inputs, plan: Mapping[str, int], scratch: Path, workers: Workers
 ) -> None:
-    """Makes those of this pod's shards that are missing."""
+    """Makes those of this pod's shards that are missing; `plan` has the lines of each by its name."""
     p = config.parameters
-    done = storage.list_files(storage.join(inputs.output, _PIECES))
-    own = [shard for shard in shards[config.pod :: config.pods] if f"{shard.name}.json" not in done]
+    own = set(list(plan)[config.pod :: config.pods]) - _done(inputs)
     if not own:
         return
     tokenizer = workers.call(load_tokenizer, inputs.model)
@@ -228,8 +230,9 @@ def _make_shards(
     writer = WriterSettings(inputs.model, p.chat_template, context, p.regenerate_max_new_tokens)
     ends = end_tokens(inputs.model, tokenizer, p.chat_template)
     model = str(storage.fetch(config.model, config.work / "model"))
-    remaining, lock, failed = _read(inputs, shards, {shard.name for shard in own}), threading.Lock(), threading.Event()
-    total = sum(shard.size for shard in own) * p.regenerate_samples_per_prompt
+    remaining = (shard for shard in _shards(inputs, p.regenerate_limit) if shard.name in own)
+    lock, failed = threading.Lock(), threading.Event()
+    total = sum(plan[name] for name in own) * p.regenerate_samples_per_prompt
 
     def take() -> Iterator[_Shard]:
         while not failed.is_set():
@@ -256,16 +259,6 @@ def _make_shards(
                 future.result()
         finally:
             failed.set()
-
-
-def _read(inputs: _Inputs, shards: list[_Shard], wanted: Set[str]) -> Iterator[_Shard]:
-    """Yields copies of the shards that are wanted, with their lines."""
-    for split, files in inputs.files.items():
-        lines = _lines(split, files)
-        for shard in (shard for shard in shards if shard.split == split):
-            batch = list(itertools.islice(lines, shard.size))
-            if shard.name in wanted:
-                yield replace(shard, lines=batch, outcomes={})
 
 
 def _lines(split: str, files: list[File]) -> Iterator[tuple[str, int, bytes]]:
@@ -346,17 +339,16 @@ def _upload(shard: _Shard, output: str, scratch: Path) -> None:
     storage.write_bytes(storage.join(output, _PIECES, f"{shard.name}.json"), json.dumps(counts).encode())
 
 
-def _publish(config: RegenerateConfig, inputs: _Inputs, shards: list[_Shard], scratch: Path) -> None:
+def _publish(config: RegenerateConfig, inputs: _Inputs, names: list[str], scratch: Path) -> None:
     """Adds the counts up, writes the report and, last, the manifest; nothing where another run has done so."""
     p, output = config.parameters, inputs.output
-    pieces = [storage.join(output, _PIECES, f"{shard.name}.json") for shard in shards]
-    counts = in_parallel(storage.read_file, pieces)
+    counts = in_parallel(storage.read_file, [storage.join(output, _PIECES, f"{name}.json") for name in names])
     tallies, records = {split: Tally() for split in inputs.files}, []
-    for shard, content in zip(shards, counts, strict=True):
+    for name, content in zip(names, counts, strict=True):
         if content is None:
             return
         counted = json.loads(content)
-        tallies[shard.split].merge(counted["tally"])
+        tallies[name.partition("/")[0]].merge(counted["tally"])
         records += [storage.FileRecord(**counted["shard"])] if counted["shard"] else []
     if problems := [
         f"dataset_{split}_split: {tally.faulty} of {tally.lines} conversations cannot be regenerated "

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, Problems
 from draft_model.storage import manifest
 from draft_model.storage.local import LocalFolder
 from draft_model.storage.manifest import MANIFEST, MANIFEST_LIMIT, FileRecord, Manifest
@@ -67,12 +67,11 @@ def publish(
     in_place = isinstance(address, Path) and address.resolve() == folder.resolve()
     if isinstance(address, Path) and not in_place and address.resolve().is_relative_to(folder.resolve()):
         raise DraftModelError(f"{uri} is inside {folder}, which is to be published there; choose another folder")
+    _take_down(target, keep=None if in_place else sources.keys())
     if in_place:
-        _take_down(target, keep=None)
         with local_errors(str(folder)):
             records = in_parallel(lambda name: manifest.record_of(sources[name], name), sources)
     else:
-        _take_down(target, keep=sources.keys())
         records = _put(target, sources)
     if check is not None:
         check()
@@ -215,8 +214,8 @@ def fetch(uri: str, into: Path, *, only: Callable[[str], bool] | None = None) ->
         return [f"{uri}: {name} {problem}; run the stage that writes the folder again"] if problem else []
 
     def accept(name: str, path: Path) -> None:
-        if problem := damage(name, path):
-            raise DraftModelError(problem)
+        if problems := damage(name, path):
+            raise DraftModelError(problems)
 
     with local_errors(local.uri):
         found = in_parallel(lambda name: damage(name, local.inside(name)), records)
@@ -242,8 +241,7 @@ def fetch_tree(uri: str, into: Path) -> Path:
             if not source.path.is_dir():
                 raise DraftModelError(f"{uri} is not a folder; give an existing one")
         return source.path
-    found = {check_name(name, uri): stat for name, stat in source.files().items()}
-    if not found:
+    if not (found := {check_name(name, uri): stat for name, stat in source.files().items()}):
         raise DraftModelError(f"{uri} holds no objects; give the URI of a folder that has some")
     _download(source, found, into)
     return into
@@ -252,13 +250,11 @@ def fetch_tree(uri: str, into: Path) -> Path:
 def fetch_file(uri: str, into: Path) -> Path:
     """Provides one file as a local one: that of the URI where it is local, else downloaded to the folder `into`."""
     source, name = _file(uri)
-    found = source.stat(name)
+    if (found := source.stat(name)) is None:
+        kind = "file; give an existing one" if isinstance(source, LocalFolder) else "bucket or object; check the URI"
+        raise DraftModelError(f"{uri}: there is no such {kind}")
     if isinstance(source, LocalFolder):
-        if found is None:
-            raise DraftModelError(f"{uri} is not a file; give an existing one")
         return source.path / name
-    if found is None:
-        raise DraftModelError(f"{uri}: there is no such bucket or object; check the URI")
     _download(source, {name: found}, into)
     return into / name
 
@@ -301,13 +297,10 @@ def list_files(uri: str) -> dict[str, tuple[int, str]]:
 
 def _one_file(uri: str) -> dict[str, Stat]:
     address = parse(uri)
-    if isinstance(address, Path):
-        name, stat = address.name, LocalFolder(address.parent, uri).stat(address.name)
-    elif address.key:
-        folder, name = _file(uri)
-        stat = folder.stat(name)
-    else:
+    if not (address.name if isinstance(address, Path) else address.key):  # the root of a disk, or a bucket
         return {}
+    folder, name = _file(uri)
+    stat = folder.stat(name)
     return {name: stat} if stat else {}
 
 
@@ -382,14 +375,14 @@ def probe(uri: str, *, conditional: bool = True) -> list[str]:
 
     Returns what does not work in a folder that a run is to write to, a sentence each.
     """
-    problems: list[str] = []
+    problems = Problems()
     folder = join(uri, f"probe-{uuid.uuid4().hex}")
-    large, file = join(folder, "large"), join(folder, "lease")
+    file = join(folder, "lease")
     with tempfile.TemporaryDirectory() as work:
-        try:
+        with problems.collect():
             Path(work, "large").write_bytes(data := os.urandom(9 * 2**20))
             put_file(Path(work, "large"), folder, "large")
-            if fetch_file(large, Path(work, "back")).read_bytes() != data:
+            if fetch_file(join(folder, "large"), Path(work, "back")).read_bytes() != data:
                 problems.append(f"{uri}: an object of 9 MiB comes back with another content; see the log of the store")
             if conditional:
                 made = [create(file, b"first"), create(file, b"second")]
@@ -402,10 +395,6 @@ def probe(uri: str, *, conditional: bool = True) -> list[str]:
                         f"{uri}: the store does not obey conditional writes ({failed}), which keep two runs out of one "
                         "folder; use another store or a folder on a disk"
                     )
-        except DraftModelError as error:
-            problems += error.problems
-        try:
+        with problems.collect():
             remove(folder)
-        except DraftModelError as error:
-            problems += [problem for problem in error.problems if problem not in problems]
-    return problems
+    return list(dict.fromkeys(problems))

@@ -98,20 +98,19 @@ class LocalFolder:
         with self._written(name, data) as (partial, path), contextlib.suppress(FileExistsError):
             try:
                 os.link(partial, path)  # unlike a rename it fails where there is a file, and there is no empty moment
-            except FileExistsError:
-                return False
-            except OSError:  # a file system without hard links
+            except OSError:  # there is a file, or the file system has no hard links
                 with path.open("xb") as file:
                     file.write(data)
             return True
         return False
 
     @contextmanager
-    def _written(self, name: str, data: bytes) -> Iterator[tuple[Path, Path]]:
+    def _written(self, name: str, content: bytes | Path) -> Iterator[tuple[Path, Path]]:
+        """Yields a durable file with this content, or that of a file, and the path to move it to."""
         with local_errors(self.uri):
             path = self.inside(name, write=True)
             with partial_file(path) as partial:
-                partial.write_bytes(data)
+                shutil.copyfile(content, partial) if isinstance(content, Path) else partial.write_bytes(content)
                 _flush(partial)
                 yield partial, path
             _flush(path.parent)
@@ -190,13 +189,9 @@ class LocalFolder:
 
     def put(self, path: Path, record: FileRecord) -> None:
         """Copies a local file to its name in the folder."""
-        target = self.inside(record.path, write=True)
         try:
-            with partial_file(target) as partial:
-                shutil.copyfile(path, partial)
-                _flush(partial)
+            with self._written(record.path, path) as (partial, target):
                 partial.replace(target)
-            _flush(target.parent)
         except FileNotFoundError as error:
             if not path.exists():
                 raise

@@ -8,7 +8,9 @@ seconds; around it every request is repeated for minutes while the store is away
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import logging
 import os
 import time
@@ -61,7 +63,7 @@ _SENTENCES = {
     ("RequestTimeTooSkewed",): "the clock of this machine is wrong; set it",
     ("301", "PermanentRedirect", "AuthorizationHeaderMalformed"): "the bucket is in another region; set "
     "AWS_DEFAULT_REGION to that",
-    ("412", "PreconditionFailed"): "the object changed while it was read; try again when it is whole",
+    ("412", "PreconditionFailed", "InvalidRange"): "the object changed while it was read; try again when it is whole",
     ("507", "XMinioStorageFull", "QuotaExceeded"): "the store is full or the quota of the bucket used up; free some "
     "space there",
     ("NotImplemented",): "the store does not support this request; without x-amz-checksum headers (R2, B2, older Ceph) "
@@ -86,7 +88,20 @@ def _check_answer(http_response: Any, parsed: Mapping[str, Any], model: Any, **_
         raise _NotS3
 
 
-_STORES: dict[tuple[Any, ...], Store] = {}
+_AWAY = (aws.HTTPClientError, aws.EndpointConnectionError, aws.ConnectTimeoutError, aws.IncompleteReadError)
+_BY_CLASS: dict[type[Exception] | tuple[type[Exception], ...], str] = {
+    _NotS3: "{where} answers, but not as a store does; AWS_ENDPOINT_URL must name the port of its S3 API, and no "
+    "console, login page or other server",
+    (aws.NoCredentialsError, aws.PartialCredentialsError): "there are no credentials for the object store; set "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give this machine or pod a role",
+    # botocore follows a redirect that names no region again and again.
+    RecursionError: "{where} redirects every request; correct http or https in AWS_ENDPOINT_URL, or set "
+    "AWS_DEFAULT_REGION to the region of the bucket",
+    aws.ParamValidationError: "S3 allows no such bucket or key; correct the URI",
+    _AWAY: "{where} cannot be reached; check that the store is running, the network, and AWS_ENDPOINT_URL (host, "
+    "port, http or https)",
+    (aws.BotoCoreError, Boto3Error): "the AWS client gives up: {error}; check the AWS_* environment variables",
+}
 
 
 class Store:
@@ -108,12 +123,12 @@ class Store:
                 raise DraftModelError(
                     f"AWS_ENDPOINT_URL: given {given!r}; allowed: http://host:port or https://host:port{hint}"
                 )
-        special: Any = {"addressing_style": "path" if self.endpoint else "auto"}
+        mode: Any = os.environ.get("AWS_RETRY_MODE", "standard")
         config = Config(
-            retries={"mode": cast(Any, os.environ.get("AWS_RETRY_MODE", "standard"))},
+            retries={"mode": mode},
             connect_timeout=10,
             max_pool_connections=FILES_AT_ONCE * _REQUESTS_PER_FILE,
-            s3=special,
+            s3={"addressing_style": "path" if self.endpoint else "auto"},
         )
         try:
             self.client: S3Client = boto3.session.Session().client("s3", endpoint_url=self.endpoint, config=config)
@@ -122,19 +137,17 @@ class Store:
         self.client.meta.events.register("after-call.s3", _check_answer)
 
     def request(self, uri: str, work: Callable[[S3Client], Result]) -> Result:
-        """Calls `work`, again while the store is away or too busy; with AWS_MAX_ATTEMPTS=1 only once.
+        """Calls `work`, whose requests may be repeated, and again while the store is away or too busy.
 
-        Args:
-            uri: what it is about, for messages.
-            work: makes requests that may be repeated.
-
-        Raises:
-            DraftModelError: the store refuses (the answer of the store is the cause) or stays away (StoreUnavailable).
+        With AWS_MAX_ATTEMPTS=1 only once. Raises DraftModelError about the URI where the store refuses, whose answer is
+        the cause, and StoreUnavailable where it stays away.
         """
         began, pause = time.monotonic(), _PAUSES[0]
         while True:
             try:
                 result = work(self.client)
+                self._answered = True
+                return result
             except (aws.BotoCoreError, aws.ClientError, Boto3Error, OSError, RecursionError) as error:
                 problem = self._explain(error, uri)
                 if problem is None:
@@ -149,9 +162,6 @@ class Store:
                 if progress().stop.wait(pause):
                     raise Stopped from error
                 pause = min(2 * pause, _PAUSES[1])
-            else:
-                self._answered = True
-                return result
 
     def _explain(self, error: BaseException, uri: str) -> DraftModelError | None:
         """What an exception of boto3 means, without secrets; its cause is the exception. None for those of the disk."""
@@ -162,64 +172,36 @@ class Store:
             where += " (the store of Kubeflow Pipelines, which minio:// means without AWS_ENDPOINT_URL)"
         token, kind = os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"), DraftModelError
         code, status = _code(error)
-        match error:
-            case _NotS3():
-                kind = StoreUnavailable
-                text = (
-                    f"{where} answers, but not as a store does; AWS_ENDPOINT_URL must name the port of its S3 API, and "
-                    "no console, login page or other server"
-                )
-            case aws.ClientError() if error.operation_name.startswith("AssumeRole"):
+        if isinstance(error, aws.ClientError):
+            if error.operation_name.startswith("AssumeRole"):
                 uri, role = "AWS_ROLE_ARN", os.environ.get("AWS_ROLE_ARN", "of its profile")
                 said = without_credentials(error.response.get("Error", {}).get("Message", ""))
                 text = (
                     f"STS does not give this process the role {role} ({code}: {said}); check the trust policy of the "
                     "role, the identity provider and the service account"
                 )
-            case aws.ClientError() if code in _BUSY or status == 429 or (status >= 500 and code not in _BY_CODE):
+            elif code in _BUSY or status == 429 or (status >= 500 and code not in _BY_CODE):
                 kind = StoreUnavailable
                 text = f"the object store is too busy or away ({code or status}); try again later"
-            case aws.ClientError():
+            else:
                 unknown = f"the object store refuses {error.operation_name} with {code or status or 'no code'}"
                 text = _BY_CODE.get(code, f"{unknown}; see its log")
-            case aws.NoCredentialsError() | aws.PartialCredentialsError():
-                text = (
-                    "there are no credentials for the object store; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                    "or give this machine or pod a role"
-                )
-            case RecursionError():  # botocore follows a redirect that names no region again and again
-                text = (
-                    f"{where} redirects every request; correct http or https in AWS_ENDPOINT_URL, or set "
-                    "AWS_DEFAULT_REGION to the region of the bucket"
-                )
-            case aws.ParamValidationError():
-                text = "S3 allows no such bucket or key; correct the URI"
-            case _ if any(sign in str(error) for sign in ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")):
-                text = (
-                    f"no trusted TLS connection to {where}; set AWS_CA_BUNDLE to the file of its certificate "
-                    "authority, or correct http or https in AWS_ENDPOINT_URL"
-                )
-            case (
-                aws.HTTPClientError()
-                | aws.EndpointConnectionError()
-                | aws.ConnectTimeoutError()
-                | aws.IncompleteReadError()
-            ):
-                kind = StoreUnavailable
-                text = (
-                    f"{where} cannot be reached; check that the store is running, the network, and AWS_ENDPOINT_URL "
-                    "(host, port, http or https)"
-                )
-            case aws.BotoCoreError() | Boto3Error():
-                text = f"the AWS client gives up: {without_credentials(error)}; check the AWS_* environment variables"
-            case OSError() if token and error.filename == token:
-                uri = "AWS_WEB_IDENTITY_TOKEN_FILE"
-                text = (
-                    f"given {token!r}, which cannot be read ({error.strerror}); check the service account of the "
-                    "pod and the annotation of its role, or unset it and AWS_ROLE_ARN"
-                )
-            case _:
-                return None
+        elif any(sign in str(error) for sign in ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER")):
+            text = (
+                f"no trusted TLS connection to {where}; set AWS_CA_BUNDLE to the file of its certificate authority, or "
+                "correct http or https in AWS_ENDPOINT_URL"
+            )
+        elif isinstance(error, OSError) and token and error.filename == token:
+            uri = "AWS_WEB_IDENTITY_TOKEN_FILE"
+            text = (
+                f"given {token!r}, which cannot be read ({error.strerror}); check the service account of the pod and "
+                "the annotation of its role, or unset it and AWS_ROLE_ARN"
+            )
+        elif sentence := next((text for kinds, text in _BY_CLASS.items() if isinstance(error, kinds)), ""):
+            kind = StoreUnavailable if isinstance(error, (_NotS3, *_AWAY)) else DraftModelError
+            text = sentence.format(where=where, error=without_credentials(error))
+        else:
+            return None
         problem = kind(f"{uri}: {text}")
         problem.__cause__ = error
         return problem
@@ -239,10 +221,12 @@ def store(scheme: str = "s3") -> Store:
             del os.environ[name]  # Secrets made by `echo` end with a line break; blank means unset
             if value.strip():
                 os.environ[name] = value.strip()
-    key = (os.getpid(), scheme, *sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
-    if key not in _STORES:
-        _STORES[key] = Store(scheme)
-    return _STORES[key]
+    return _store(scheme, os.getpid(), *sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
+
+
+@functools.cache
+def _store(scheme: str, *_process_and_environment: object) -> Store:
+    return Store(scheme)
 
 
 class S3Folder:
@@ -281,12 +265,7 @@ class S3Folder:
     def read_range(self, name: str, offset: int, length: int, version: str = "") -> bytes:
         """Bytes [offset, offset + length) of an object, fewer at its end; refused if its version (ETag) is another."""
         span = {"Range": f"bytes={offset}-{offset + length - 1}"} | ({"IfMatch": version} if version else {})
-        try:
-            return bytes(self._request(name, lambda client, to: client.get_object(**to, **span)["Body"].read()))
-        except DraftModelError as error:
-            if _code(error.__cause__)[1] == 416:  # nothing is there from this offset on
-                return b""
-            raise
+        return bytes(self._request(name, lambda client, to: client.get_object(**to, **span)["Body"].read()))
 
     def head(self, name: str) -> HeadObjectOutputTypeDef | None:
         """What the store says of an object, or None where there is no such object."""
@@ -299,19 +278,14 @@ class S3Folder:
 
     def has(self, record: FileRecord) -> bool:
         """Whether an object is there with the content of its record; one without SHA-256 in its metadata is read."""
-        head = self.head(record.path)
-        return (
-            head is not None
-            and head["ContentLength"] == record.size
-            and self._sha256(record.path, head) == record.sha256
-        )
+        if (head := self.head(record.path)) is None or head["ContentLength"] != record.size:
+            return False
+        return self._sha256(record.path, head) == record.sha256
 
     def _sha256(self, name: str, head: HeadObjectOutputTypeDef) -> str:
         def read(client: S3Client, to: Any) -> str:
-            digest = hashlib.sha256()
-            for block in client.get_object(**to, IfMatch=head["ETag"])["Body"].iter_chunks(2**20):
-                digest.update(block)
-            return digest.hexdigest()
+            body: Any = client.get_object(**to, IfMatch=head["ETag"])["Body"]
+            return hashlib.file_digest(body, "sha256").hexdigest()
 
         return head["Metadata"].get(_HASH) or self._request(name, read)
 
@@ -328,15 +302,9 @@ class S3Folder:
         return self._put_if(name, data, IfMatch=version)
 
     def _put_if(self, name: str, data: bytes, **condition: str) -> bool:
-        tries = 0
-
-        def put(client: Any, to: Any) -> None:
-            nonlocal tries
-            tries += 1
-            client.put_object(**to, Body=data, **condition)
-
+        tries = itertools.count()
         try:
-            self._request(name, put)
+            self._request(name, lambda client, to: (next(tries), client.put_object(**to, Body=data, **condition)))
         except DraftModelError as error:
             code, status = _code(error.__cause__)
             if code == "NotImplemented":
@@ -346,26 +314,27 @@ class S3Folder:
                 ) from error.__cause__
             if status not in (409, 412) and code != "NoSuchKey":
                 raise
-            if tries == 1 and not cast(Any, error.__cause__).response["ResponseMetadata"].get("RetryAttempts"):
-                return False
-            found = self.read(name)  # an earlier try may have been written although its answer was lost
-            return found is not None and found[0] == data
+            repeated = next(tries) > 1 or cast(Any, error.__cause__).response["ResponseMetadata"].get("RetryAttempts")
+            # An earlier try may have been written although its answer was lost.
+            return bool(repeated) and (found := self.read(name)) is not None and found[0] == data
         return True
 
     def remove(self, name: str, version: str | None = None) -> bool:
         """Removes an object, if it has this version where one is given; that there is none is no error."""
-        condition = {"IfMatch": version} if version else {}
-        if version and ((found := self.head(name)) is None or found["ETag"] != version):
+        if version is None:
+            self._request(name, lambda client, to: client.delete_object(**to))
+            return True
+        if (found := self.head(name)) is None or found["ETag"] != version:
             return False
         try:
-            self._request(name, lambda client, to: client.delete_object(**to, **condition))
+            self._request(name, lambda client, to: client.delete_object(**to, IfMatch=version))
         except DraftModelError as error:
             code, status = _code(error.__cause__)
-            if version and code == "NotImplemented":
+            if code == "NotImplemented":
                 return self.remove(name)
-            if version and status in (404, 409, 412):
-                return False
-            raise
+            if status not in (404, 409, 412):
+                raise
+            return False
         return True
 
     def remove_all(self) -> None:
@@ -381,17 +350,16 @@ class S3Folder:
     def files(self) -> dict[str, Stat]:
         """What `stat` says of every object below the folder, by their relative names."""
 
-        def list_all(client: S3Client) -> dict[str, Stat]:
-            return {
-                item["Key"].removeprefix(self.prefix): Stat(
-                    item["Size"], item["ETag"], item["LastModified"].timestamp()
-                )
-                for page in client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
-                for item in page.get("Contents", [])
-                if not item["Key"].endswith("/")  # consoles make such empty objects to show a folder
-            }
+        def list_all(client: S3Client) -> list[Any]:
+            pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
+            return [item for page in pages for item in page.get("Contents", [])]
 
-        return self.store.request(self.uri, list_all)
+        found = {item["Key"].removeprefix(self.prefix): item for item in self.store.request(self.uri, list_all)}
+        return {
+            name: Stat(item["Size"], item["ETag"], item["LastModified"].timestamp())
+            for name, item in found.items()
+            if name and not name.endswith("/")  # consoles make such empty objects to show a folder
+        }
 
     def put(self, path: Path, record: FileRecord) -> None:
         """Uploads a local file to its name in the folder."""
