@@ -60,7 +60,7 @@ def stage(monkeypatch, **parameters):
     """What the import runs as: the name of the function that was called."""
     called = []
     monkeypatch.setattr(jobs, "run_stage", lambda *given: called.append("job") or {})
-    monkeypatch.setitem(steps._RUNS, "import", lambda *_, **__: called.append("here") or {})
+    monkeypatch.setitem(steps.RUNS, "import", lambda *_, **__: called.append("here") or {})
     steps._perform("import", steps.Parameters(**parameters), {"root": "s3://b/root"}, "RUN", Path())
     return called
 

@@ -45,7 +45,7 @@ def test_the_published_schemas_take_what_is_rendered_whole(cluster, backend, cas
     manifests = backend.render(GOLDEN[case])
     job = backend.create_or_adopt(GOLDEN[case])
     for kind, manifest in zip(backend.kinds, manifests, strict=True):
-        there = cluster.get(kind, job.request.name)
+        there = cluster.get(kind, job.name)
         assert holds(there["spec"], manifest["spec"]), "the schema pruned or changed something"
         assert there["metadata"]["ownerReferences"][0]["uid"] == OWNER["uid"]
 

@@ -48,9 +48,9 @@ def coordinate_(tmp_path, monkeypatch):
 
     def run(*script, **changes):
         cluster.script = [*script]
-        spec = replace(GOLDEN["1x1"].spec, output=str(tmp_path / "output"), **changes)
-        Coordinator(cluster, replace(GOLDEN["1x1"], spec=spec), tmp_path / "work").run()
-        return json.loads((tmp_path / f"output/{spec.stage}_job.json").read_text())
+        job = replace(GOLDEN["1x1"], output=str(tmp_path / "output"), **changes)
+        Coordinator(cluster, job, tmp_path / "work").run()
+        return json.loads((tmp_path / f"output/{job.stage}_job.json").read_text())
 
     run.cluster = cluster
     return run
@@ -76,7 +76,7 @@ def test_a_retry_of_a_failed_run_goes_on_from_what_the_run_has_written(coordinat
         coordinate_(status("Failed", "quota"), prepare=prepare)
     assert coordinate_(RUNNING, DONE, prepare=prepare)["state"] == "SUCCEEDED"
     assert seen == [False, True]
-    monkeypatch.setattr(jobs, "run_job", lambda spec, run_id, work: spec.prepare(again=bool(seen)))
+    monkeypatch.setattr(jobs, "run_job", lambda job, work: job.prepare(again=bool(seen)))
     config = TrainConfig("m", "d", str(tmp_path / "out"), tmp_path / "work", Parameters(training_backend="pytorchjob"))
     for run_id, left in ((RUN, ["epoch_1"]), ("", [])):
         storage.write_bytes(f"{config.output}/checkpoints.json", b'["epoch_1"]')
@@ -125,7 +125,7 @@ def test_auto_takes_the_other_kind_where_an_operator_does_not_run(coordinate_, c
         return kind in (PYTORCHJOB, TRAINJOB, RUNTIME)
 
     monkeypatch.setattr(cluster, "has", has)
-    parameters = GOLDEN["1x1"].spec.parameters
+    parameters = GOLDEN["1x1"].parameters
     record = coordinate_(*[{}] * 3, status("Complete"))
     assert record["state"] == "SUCCEEDED"
     assert "its operator does not run" in caplog.text
@@ -139,7 +139,7 @@ def test_a_pod_of_any_stage_that_no_node_fits_ends_the_run_with_the_schedulers_w
     stuck = pod(job="draft-3f2c9a10-a0" if stage == "train" else f"draft-3f2c9a10-{stage}-a0")
     said = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/5 nodes have a GPU"}
     stuck["status"] = {"conditions": [said]}
-    parameters = GOLDEN["1x1"].spec.parameters.model_copy(update={"start_limit": 0})  # minutes
+    parameters = GOLDEN["1x1"].parameters.model_copy(update={"start_limit": 0})  # minutes
     with pytest.raises(DraftModelError, match=r"start_limit: draft-.* exceeded 0 minutes") as caught:
         coordinate_(status("Created", pods=[stuck]), stage=stage, parameters=parameters)
     assert "0/5 nodes have a GPU" in caught.value.problems[1]
@@ -155,14 +155,14 @@ def test_a_stages_result_is_what_its_process_left_in_the_store(tmp_path, monkeyp
         storage.publish(tmp_path / "files", model, stage="import", properties={})
     seen = []
 
-    def run_job(spec, run_id, work):
+    def run_job(sent, work):
         storage.write_bytes(f"{output}/import_result.json", b'{"run_id": "another"}')
-        assert spec.check() == [f"there is no result of this run at {output}/import_result.json"]
-        job = json.loads(spec.config)
+        assert sent.check() == [f"there is no result of this run at {output}/import_result.json"]
+        job = json.loads(sent.config)
         result = {"run_id": job["run_id"], "uri": model, "written_by": "import", "page": "x"}
         storage.write_bytes(job["result"], json.dumps(result).encode())
-        seen.append(spec)
-        assert (spec.check() == []) is whole
+        seen.append(sent)
+        assert (sent.check() == []) is whole
 
     monkeypatch.setattr(jobs, "run_job", run_job)
     result = jobs.run_stage("import", Parameters(), {"root": "s3://b/root"}, output, RUN, tmp_path)
@@ -175,7 +175,7 @@ def test_a_forged_job_is_not_adopted():
     cluster, wanted = FakeCluster(script=[{}]), GOLDEN["4x8"]
     backend = Backend(cluster, "pytorchjob")
     job = backend.create_or_adopt(wanted)
-    there = cluster.there[PYTORCHJOB, job.request.name]
+    there = cluster.there[PYTORCHJOB, job.name]
     template = there["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
     template["nodeSelector"] = {"flavour": "spot"}
     assert backend.create_or_adopt(wanted).adopted
@@ -246,7 +246,7 @@ def test_jobs_of_all_stages_are_deleted_where_their_run_cannot_be_seen(clean, mo
     monkeypatch.setattr(cleanup, "owner_of", lambda pod: None)
     wanted = GOLDEN["1x1"]
     for stage in STAGES:
-        request = replace(wanted, spec=replace(wanted.spec, stage=stage))
+        request = replace(wanted, stage=stage)
         assert not Backend(clean.cluster, "pytorchjob").create_or_adopt(request).adopted  # names do not collide
     deleted = [line for line in clean("RUNNING") if "deleted" in line]
     names = [f"draft-3f2c9a10{'' if stage == 'train' else f'-{stage}'}-a0" for stage in STAGES]
@@ -326,7 +326,7 @@ def test_the_pods_log_in_to_tracking_server_and_hub_by_reference(monkeypatch):
     cluster = FakeCluster()
     cluster.pod = lambda name: own
     monkeypatch.setenv("KFP_POD_NAME", "own")
-    made = context.request_for(cluster, GOLDEN["1x1"].spec, RUN)
+    made = context.complete(cluster, GOLDEN["1x1"])
     assert made.image == os.environ.get(context.IMAGE, "i")
     text = json.dumps(pytorchjob(made))
     assert json.dumps({"name": "MLFLOW_TRACKING_TOKEN", "valueFrom": {"secretKeyRef": KEY}}) in text
@@ -337,7 +337,7 @@ def test_the_pods_log_in_to_tracking_server_and_hub_by_reference(monkeypatch):
 
 def test_a_local_folder_is_refused_before_anything_is_created(tmp_path):
     with pytest.raises(DraftModelError, match="dataset: given '/data'"):
-        context.request_for(FakeCluster(), replace(GOLDEN["1x1"].spec, uris={"dataset": "/data"}), RUN)
+        context.complete(FakeCluster(), replace(GOLDEN["1x1"], uris={"dataset": "/data"}))
 
 
 def test_the_result_is_what_the_record_beside_the_served_draft_says(tmp_path, monkeypatch):
