@@ -84,7 +84,7 @@ def test_a_folder_that_holds_no_model_of_its_kind_is_told(root, name):
 
 
 @pytest.mark.parametrize("name", ["draft_model_config", "resume_from_checkpoint"])
-@pytest.mark.parametrize(("content", "told"), [(b"{", "cannot be read as JSON"), (b"[]", "holds a JSON list")])
+@pytest.mark.parametrize(("content", "told"), [(b"{", "is not JSON"), (b"[]", "holds no JSON object")])
 def test_a_configuration_that_is_none_is_told(root, name, content, told):
     put(root, "train.jsonl")
     put(root, "mine/config.json", content=content)
@@ -275,11 +275,11 @@ def test_the_hub_is_asked_whether_it_has_the_model(hub, run):
 
 def test_conversations_longer_than_the_target_knows_positions_are_a_note(hub, run, tmp_path):
     (note,) = run().notes
-    assert note.startswith("max_length: given 2048, but the target's config.json has max_position_embeddings = 1024")
+    assert note.startswith("max_length: given 2048, but the target's max_position_embeddings is 1024")
     nested = b'{"text_config": {"max_position_embeddings": 512}}'
     put(str(tmp_path), "model/config.json", content=nested)
     (note,) = run(huggingface_id="", pytorch_model_path=str(tmp_path / "model"), max_length=513).notes
-    assert note.endswith("use max_length=512")
+    assert note.endswith("use at most 512")
 
 
 def test_a_draft_that_does_not_fit_its_target_stops_the_run(run, tmp_path):

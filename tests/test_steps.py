@@ -140,21 +140,6 @@ def clean(summary, status, **changes):
     return read(summary).splitlines()
 
 
-@pytest.mark.parametrize(
-    ("state", "said"),
-    [
-        ("COMPLETE", "- all steps succeeded"),
-        ("CANCELED", "- the run was terminated"),
-        (None, "- a step was lost: its pod was killed or evicted, or could not start"),
-    ],
-)  # of each state: tests/jobs/test_coordinate.py
-def test_the_clean_up_says_how_the_run_ended(summary, state, said):
-    lines = clean(summary, Status(state))
-    rest = [] if "succeeded" in said else ["- there is no whole checkpoint; Retry in the UI starts the step that"]
-    assert lines[0] == said
-    assert [line[: len(start)] for line, start in zip(lines[1:], rest, strict=True)] == rest
-
-
 @pytest.mark.parametrize("where", ["storage_uri", "checkpoint_path"])  # the run's root: test_launcher.py
 @pytest.mark.parametrize("index", ['["epoch_1", "step_9"]', '["epoch_1", "st', None])
 def test_the_clean_up_names_the_newest_whole_checkpoint(summary, tmp_path, where, index):

@@ -165,9 +165,9 @@ def evaluate_draft_model(
 def _misfit(p: Parameters, model_uri: str, draft_uri: str) -> str:
     """Why the evaluation's node cannot hold the target; empty where it can, where that is not known, and elsewhere."""
     from draft_model.jobs.compute import misfit
-    from draft_model.jobs.context import nodes_of
+    from draft_model.jobs.context import nodes_of, wants_cluster
 
-    if (node := nodes_of(p).get("evaluate")) is None:
+    if (node := nodes_of(p, jobs=wants_cluster(p)).get("evaluate")) is None:
         return ""
     model, draft = storage.read_manifest(model_uri, stage="import"), storage.read_manifest(draft_uri)
     files, drafts = (

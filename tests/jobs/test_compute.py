@@ -77,12 +77,11 @@ def test_what_there_is_not_is_refused_with_what_there_is(parameters, words):
 def test_all_stages_are_told_at_once_and_training_on_this_machine_needs_no_node():
     wrong = {"instance_type_model_import": "x", "instance_type_draft_model_training": "y"}
     with pytest.raises(DraftModelError) as caught:
-        nodes_of(Parameters(**wrong, training_backend="pytorchjob"))
+        nodes_of(Parameters(**wrong), jobs=True)
     assert len(caught.value.problems) == 2
-    local = Parameters(training_backend="local")
-    assert nodes_of(local.model_copy(update={"instance_type_draft_model_training": "y"})) == {}
+    assert nodes_of(Parameters(instance_type_draft_model_training="y"), jobs=False) == {}
     with pytest.raises(DraftModelError, match="compute_model_import: given 'nowhere'"):
-        nodes_of(local.model_copy(update={"compute_model_import": "nowhere"}))
+        nodes_of(Parameters(compute_model_import="nowhere"), jobs=False)
 
 
 def evaluation(**parameters):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from draft_model import storage
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, Problems
 from draft_model.jobs import compute
 from draft_model.jobs.compute import Compute
 from draft_model.jobs.spec import WORKFLOW, Job, Manifest
@@ -48,16 +48,19 @@ def connect() -> Cluster:
     return Cluster.connect()
 
 
-def nodes_of(p: Parameters) -> dict[Stage, Compute]:
+def nodes_of(p: Parameters, *, jobs: bool) -> dict[Stage, Compute]:
     """What the pods of the jobs ask for, by stage, where there are jobs; raises DraftModelError with all problems.
 
     The data set has the import's nodes, and a regeneration the training's.
     """
     compute_map = compute.load_map(p.compute_map, lambda name: connect().config_map(name))
-    if wants_cluster(p):
-        return compute.resolve_all(compute_map, ("import", "train", "evaluate"), p)
-    compute.resolve(compute_map, "import", p)
-    return {}
+    found, problems = dict[Stage, Compute](), Problems()
+    stages: tuple[Stage, ...] = ("import", "train", "evaluate") if jobs else ("import",)
+    for stage in stages:
+        with problems.collect():
+            found[stage] = compute.resolve(compute_map, stage, p)
+    problems.raise_all()
+    return found if jobs else {}
 
 
 def check_cluster(parameters: Parameters, nodes: Mapping[Stage, Compute]) -> tuple[list[str], list[str]]:

@@ -188,7 +188,7 @@ def pod_template(job: Job, container: str) -> Manifest:
     # Memory and GPUs are the pod's own, idle CPUs anybody's.
     gpus = {compute.gpu_resource: str(compute.gpus)} if compute.gpus else {}
     own = {"memory": compute.memory, **gpus}
-    main["resources"] = {"jobs": {"cpu": compute.cpus, **own}, "limits": own if compute.limited else gpus}
+    main["resources"] = {"requests": {"cpu": compute.cpus, **own}, "limits": own if compute.limited else gpus}
     values = {"DRAFT_MODEL_JOB": job.config, **job.variables}
     if compute.gpus:
         values["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "1"
