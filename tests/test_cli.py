@@ -1,39 +1,19 @@
-"""The command line as a user meets it: help, refusals, exit codes, and the four stages in a row."""
+"""The command line as a user meets it: help, refusals, exit codes; tests/tracking/test_stages.py runs the stages."""
 
-import io
 import json
-import signal
 import subprocess
-import sys
 import sysconfig
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
+from command import draft_model
 from contract import CONTRACT
 
-from draft_model.cli import cli, main, parameter_table
+from draft_model.cli import cli, parameter_table
 from draft_model.parameters import PARAMETERS, STAGES, parameters_of
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"
-
-
-def draft_model(*arguments):
-    """Runs the program in this process, which has imported its libraries."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    with (
-        redirect_stdout(io.StringIO()) as out,
-        redirect_stderr(io.StringIO()) as errors,
-        pytest.MonkeyPatch.context() as patch,
-    ):
-        patch.setattr(sys, "argv", ["draft-model", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return SimpleNamespace(returncode=ended.value.code, stdout=out.getvalue(), stderr=errors.getvalue())
 
 
 def refused(*arguments):

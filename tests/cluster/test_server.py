@@ -10,6 +10,7 @@ import pytest
 import yaml
 from jobs.requests import GOLDEN, OWNER, other_settings
 
+from cluster.apiserver import holds
 from draft_model.errors import DraftModelError
 from draft_model.jobs import cluster as cluster_module
 from draft_model.jobs.backends import ALL_KINDS, Backend, choose, jobs_of_run
@@ -27,15 +28,6 @@ def cluster(as_coordinator):
     for kind in ALL_KINDS:
         for found in cluster.objects(kind):
             cluster.delete(kind, found["metadata"]["name"])
-
-
-def holds(there, wanted):
-    """Whether all that is wanted is there; a schema may add defaults."""
-    if isinstance(wanted, dict):
-        return isinstance(there, dict) and all(key in there and holds(there[key], wanted[key]) for key in wanted)
-    if isinstance(wanted, list):
-        return len(there) == len(wanted) and all(map(holds, there, wanted))
-    return there == wanted
 
 
 @pytest.mark.parametrize("case", GOLDEN)

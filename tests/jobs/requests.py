@@ -18,6 +18,8 @@ MAP = ComputeMap.model_validate(
             "cpu-pool": {"cpus": 2, "memory_gib": 6, "gpus": 0, "node_selector": {"pool": "cpu"}},
             "research": {"instance_type": "p5.48xlarge", "queue": "research", "priority_class": "low"},
             "spot": {"instance_type": "Standard_ND96isr_H100_v5", "restarts": 3},
+            "of no type": {"instance_type": "nothing"},
+            "of no size": {"cpus": 1},
         }
     }
 )

@@ -49,16 +49,13 @@ def test_a_node_of_any_cloud_in_any_case_gives_its_gpus_share():
         assert abs(int(whole.memory[:-2]) - 2 * int(half.memory[:-2])) <= 1
 
 
-def test_a_cpu_pool_takes_any_number_of_processes():
-    node = train(compute_draft_model_training="cpu-pool", number_of_gpu_to_use_draft_model_training=64)
-    assert (node.gpus, node.node_selector) == (0, {"pool": "cpu"})
-
-
 def test_a_named_compute_wins_and_says_so(caplog):
     caplog.set_level("INFO", "draft_model")
     node = train(compute_draft_model_training="research", instance_type_draft_model_training="no such type")
     assert (node.queue, node.priority_class) == ("research", "low")
     assert "instance_type_draft_model_training is not used" in caplog.text
+    pool = train(compute_draft_model_training="cpu-pool", number_of_gpu_to_use_draft_model_training=64)
+    assert (pool.gpus, pool.node_selector) == (0, {"pool": "cpu"})  # for any number of processes
 
 
 @pytest.mark.parametrize(
@@ -67,6 +64,8 @@ def test_a_named_compute_wins_and_says_so(caplog):
         ({"instance_type_draft_model_training": "Standard_ND96isr_H100"}, "Standard_ND96isr_H100_v5.* and [0-9]+ more"),
         ({"compute_draft_model_training": "reserch"}, "it has research, "),
         ({"number_of_gpu_to_use_draft_model_training": 5}, "has 4 per node: use at most 4"),
+        ({"compute_draft_model_training": "of no type"}, "names the instance type 'nothing', which"),
+        ({"compute_draft_model_training": "of no size"}, "needs cpus and memory_gib"),
     ],
 )
 def test_what_there_is_not_is_refused_with_what_there_is(parameters, words):
@@ -192,16 +191,6 @@ def test_priority_and_tolerations_come_from_an_administrators_map_alone(tmp_path
         with pytest.raises(DraftModelError, match="sets tolerations or a priority_class for mine; only a ConfigMap"):
             load_map(str(tmp_path / "map.json"), lambda name: None)
         assert load_map("admins", {"admins": {compute.KEY: json.dumps(entry)}}.get)
-
-
-@pytest.mark.parametrize(
-    ("named", "words"),
-    [({"instance_type": "nothing"}, "names the instance type"), ({"cpus": 1}, "needs cpus and memory_gib")],
-)
-def test_a_compute_without_a_size_is_refused(named, words):
-    found = ComputeMap.model_validate({"computes": {"mine": named}})
-    with pytest.raises(DraftModelError, match=words):
-        resolve(found, "train", Parameters(compute_draft_model_training="mine"))
 
 
 def test_the_documented_schema_is_the_one_that_is_used():

@@ -56,15 +56,6 @@ def coordinate_(tmp_path, monkeypatch):
     return run
 
 
-def test_success_is_the_output_and_is_not_repeated(coordinate_):
-    assert coordinate_(RUNNING, DONE)["state"] == "SUCCEEDED"
-    assert coordinate_.cluster.there == {}
-    assert coordinate_(Unavailable("never asked"))["state"] == "SUCCEEDED"
-    lacks = iter([["no manifest"]])
-    with pytest.raises(DraftModelError, match="ended with success, but without its output: no manifest"):
-        coordinate_(RUNNING, DONE, check=lambda: next(lacks), config="another job")
-
-
 def test_a_retry_of_a_failed_run_goes_on_from_what_the_run_has_written(coordinate_, tmp_path, monkeypatch):
     """KFP's Retry starts the step again as a first attempt; a command is a new run each time."""
     seen = []
@@ -86,21 +77,19 @@ def test_a_retry_of_a_failed_run_goes_on_from_what_the_run_has_written(coordinat
 
 
 @pytest.mark.parametrize(("workflow", "ended"), ENDS)
-def test_sigterm_ends_the_job_only_where_a_person_ended_the_run(coordinate_, workflow, ended):
-    coordinate_.cluster.workflow = workflow
-    with pytest.raises(SystemExit):
-        coordinate_(RUNNING, SystemExit(143))
-    assert (coordinate_.cluster.there == {}) is ended
-    if not ended:  # the step is started again, and adopts the job
-        assert coordinate_(RUNNING, DONE)["attempts"][0]["name"] == "draft-3f2c9a10-a0"
+def test_a_run_is_seen_to_be_ended_by_a_person(workflow, ended):
+    cluster = FakeCluster()
+    cluster.workflow = workflow
+    assert context.run_ended(cluster, OWNER) is ended
 
 
 def test_an_error_of_the_coordinator_ends_no_healthy_job(coordinate_):
     coordinate_.cluster.workflow = WORKFLOW
-    for error in (Forbidden("may not get pytorchjobs"), RuntimeError("a fault of ours")):
+    for error in (Forbidden("may not get pytorchjobs"), RuntimeError("a fault of ours"), SystemExit(143)):
         with pytest.raises(type(error)):
             coordinate_(error)
         assert len(coordinate_.cluster.there) == 1
+    assert coordinate_(RUNNING, DONE)["attempts"][0]["name"] == "draft-3f2c9a10-a0"  # started again, it adopts the job
 
 
 def test_a_store_that_is_away_costs_no_finished_job(coordinate_):

@@ -4,7 +4,6 @@ import json
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
-import kfp
 import pytest
 import yaml
 from cryptography import x509
@@ -19,21 +18,8 @@ from kfp_pipeline.compile import compile_documents, compile_manifests
 from kfp_pipeline.submit import check, submit
 from kfp_pipeline.watch import watch
 
+pytestmark = pytest.mark.usefixtures("nothing_of_this_machine")
 VALUES = {"huggingface_id": "org/name@v1", "dataset_train_split": "s3://bucket/train.jsonl"}
-
-
-@pytest.fixture(autouse=True)
-def nothing_of_this_machine(monkeypatch, tmp_path):
-    for name in ("KF_PIPELINES_ENDPOINT", "KF_PIPELINES_UI_ENDPOINT", "KUBERNETES_SERVICE_HOST"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "no-kubeconfig"))
-    monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
-
-
-@pytest.fixture
-def api():
-    with KfpApi() as api:
-        yield api
 
 
 @pytest.fixture
