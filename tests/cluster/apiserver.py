@@ -38,11 +38,7 @@ def free_port() -> int:
 
 
 class ApiServer:
-    """An API server on 127.0.0.1, with RBAC and without controllers.
-
-    Args:
-        folder: for its files.
-    """
+    """An API server on 127.0.0.1, with RBAC and without controllers."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from answers import answering
 from kubernetes import client
 
 from draft_model import jobs, storage
@@ -265,27 +264,12 @@ def test_an_outage_is_no_clean_cluster(clean, monkeypatch, error):
 
 @pytest.mark.parametrize("body", [b"{}", b"[]", b"null", b"<title>log in</title>", b'{"kind": "List", "it'])
 def test_what_a_gateway_answers_is_no_answer_of_kubernetes(body):
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_POST = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        settings = client.Configuration(host=f"http://127.0.0.1:{server.server_port}")
-        cluster = Cluster(client.ApiClient(settings), "team")
+    with answering(lambda path: (200, body)) as address:
+        cluster = Cluster(client.ApiClient(client.Configuration(host=address)), "team")
         for ask in (cluster.groups, lambda: cluster.has(PYTORCHJOB), lambda: cluster.may("get", "", "pods"),
                     lambda: cluster.get(PYTORCHJOB, "a"), lambda: cluster.objects(PYTORCHJOB)):  # fmt: skip
             with pytest.raises(Unavailable):
                 ask()
-        server.shutdown()
 
 
 def test_the_pods_get_the_stores_variables_clean_and_no_credential(monkeypatch):

@@ -119,40 +119,19 @@ def test_the_clean_up_of_a_run_whose_training_was_killed_names_the_newest_checkp
     assert f"the newest checkpoint: {newest}" in page
 
 
-@pytest.mark.parametrize(
-    ("step", "wrong", "told"),
-    [
-        ("preflight", {"num_epochs": 0, "dataset_validation_split": "/none.jsonl", "compute_model_import": "nowhere"},
-         ["num_epochs: given 0", "compute_model_import: given 'nowhere'", "dataset_validation_split: given '/none"]),
-        ("import-model", {"pytorch_model_path": "/none"}, ["pytorch_model_path: "]),
-        ("build-dataset", {"dataset_train_split": "/none.jsonl"}, ["dataset_train_split: "]),
-        ("evaluate-draft-model", {"draft_uri": "/none"}, ["/none", "the train step makes it again in a new run"]),
-    ],
-)  # fmt: skip
-def test_a_mistake_ends_a_step_with_its_sentences_last(launcher, inputs, planned, uris, tmp_path, step, wrong, told):
-    plan = planned.accepted()
-    given = {
-        "preflight": inputs,
-        "import-model": {"parameters": plan["model_import"]},
-        "build-dataset": {"parameters": plan["dataset"], "model_uri": uris["model_uri"]},
-        "evaluate-draft-model": {"parameters": plan["evaluate"], "draft_uri": "", **uris},
-    }[step]
-    if step in ("import-model", "build-dataset"):
-        given["parameters"] = {**given["parameters"], **wrong}
-    else:
-        given = {**given, **wrong}
-    ended = Launcher(tmp_path, launcher.root).run(step, run_id=RUN, **given)
+def test_a_mistake_ends_a_step_with_its_sentences_last(launcher, inputs, tmp_path):
+    wrong = {"num_epochs": 0, "dataset_validation_split": "/none.jsonl", "compute_model_import": "nowhere"}
+    ended = Launcher(tmp_path, launcher.root).run("preflight", run_id=RUN, **{**inputs, **wrong})
     assert ended.process.returncode == 2
     assert "Traceback" not in ended.process.stderr
     _, said = re.split(r"^error: ", ended.process.stderr, flags=re.MULTILINE)
     assert all(line.startswith("  - ") for line in said.splitlines()[1:])
-    assert [words for words in told if words not in said] == []
+    assert all(f"{name}: given " in said for name in wrong)
     # Nothing that the launcher would take for a result, and no scratch folder.
-    left = {path.name for path in (tmp_path / step).iterdir()}
+    left = {path.name for path in (tmp_path / "preflight").iterdir()}
     assert left <= {"ephemeral_component.py", "__pycache__", "log", "minio"}
-    written = [path for path in ended.mount.rglob("*") if path.is_file()]
-    assert [path.name for path in written] == (["summary"] if step == "preflight" else [])
-    assert all(path.read_text().startswith("# This run cannot start: 3 problems\n") for path in written)
+    (page,) = (path for path in ended.mount.rglob("*") if path.is_file())
+    assert page.read_text().startswith("# This run cannot start: 3 problems\n")
 
 
 def test_the_clean_up_of_a_run_that_could_not_start_says_so_whatever_was_wrong(launcher, tmp_path):
