@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import signal
-import ssl
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from answers import certified
 from kubernetes import client
 
 from cluster.apiserver import NAMESPACE, ApiServer, free_port
@@ -279,10 +279,6 @@ class Kubelet:
     def __init__(self, operator: Operator) -> None:
         folder = operator.folder
         folder.mkdir(exist_ok=True, parents=True)
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", folder / "key.pem", "-out",
-             folder / "cert.pem", "-subj", f"/CN={NODE}"], check=True, capture_output=True,
-        )  # fmt: skip
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -308,11 +304,9 @@ class Kubelet:
             def log_message(self, *_: object) -> None:
                 return
 
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self._server.socket = certified(folder, NODE).wrap_socket(self._server.socket, server_side=True)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

@@ -12,7 +12,7 @@ from kubernetes import client
 
 from draft_model import jobs, storage
 from draft_model.errors import DraftModelError, StoreUnavailable
-from draft_model.jobs import cleanup, context, coordinate, follow
+from draft_model.jobs import cleanup, context, follow
 from draft_model.jobs.backends import Backend, _difference
 from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
 from draft_model.jobs.coordinate import Coordinator
@@ -38,11 +38,8 @@ ENDS = [
 
 
 @pytest.fixture
-def coordinate_(tmp_path, monkeypatch):
+def coordinate_(tmp_path, at_once):
     """Coordinates a job through scripted looks; gives the cluster, and lets the test change the rest."""
-    for name in ("POLL_SECONDS", "POLL_ALONE_SECONDS", "LOG_SECONDS"):
-        monkeypatch.setattr(follow, name, 0.001)
-    monkeypatch.setattr(coordinate, "AGAIN_SECONDS", 0.0)
     cluster = FakeCluster(clock=Clock())
 
     def run(*script, **changes):

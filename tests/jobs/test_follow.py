@@ -18,10 +18,8 @@ from jobs.requests import GOLDEN, request
 
 
 @pytest.fixture
-def follow(tmp_path, monkeypatch):
+def follow(tmp_path, at_once):
     """Follows a job through scripted looks; gives its end and the cluster."""
-    for name in ("POLL_SECONDS", "POLL_ALONE_SECONDS", "LOG_SECONDS"):
-        monkeypatch.setattr(following, name, 0.001)
 
     def follow(*script, wanted=None, prepare=None):
         clock = Clock()
