@@ -142,6 +142,10 @@ def test_stages_that_do_not_run_need_no_inputs():
     assert check({"num_epochs": 5}, ["train"]).num_epochs == 5
     (found,) = problems({"resume_from_checkpoint": "/none"}, ["train"])
     assert found.startswith("resume_from_checkpoint: ")
+    check({"evaluation_prompts": "/none"}, ["train"])
+    for given in ("/none", 5):
+        (found,) = problems({"evaluation_prompts": given}, ["evaluate"])
+        assert found.startswith(f"evaluation_prompts: given {given!r}")
 
 
 def test_a_store_that_does_not_answer_is_told_for_each_input(monkeypatch):
@@ -206,14 +210,6 @@ def test_lines_that_the_evaluation_does_not_decode_are_not_looked_at(root):
         assert found.startswith("evaluation_prompts: line 2 ")
     found = problems(with_prompts(root, f"{root}/none", evaluation_conversations=-1))
     assert [problem.partition(":")[0] for problem in found] == ["evaluation_conversations", "evaluation_prompts"]
-
-
-def test_prompts_are_looked_at_where_there_is_an_evaluation():
-    check({"evaluation_prompts": "/none"}, ["train"])
-    (found,) = problems({"evaluation_prompts": "/none"}, ["evaluate"])
-    assert found.startswith("evaluation_prompts: given '/none'")
-    (found,) = problems({"evaluation_prompts": 5}, ["evaluate"])
-    assert found.startswith("evaluation_prompts: given 5")
 
 
 def test_an_address_of_prompts_that_cannot_be_reached_is_told_without_its_signature(monkeypatch):
@@ -307,8 +303,7 @@ def test_a_default_instance_type_binds_no_pod_where_nothing_says_that_the_cluste
 
 
 def test_a_target_that_the_evaluations_gpus_cannot_hold_stops_the_run_before_its_training(run_model):
-    config = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
-              "num_hidden_layers": 80, "vocab_size": 128256}  # fmt: skip
+    config = (Path(__file__).parents[1] / "docs/targets/llama-3.3-70b.json").read_text(encoding="utf-8")
     given = {"training_backend": "pytorchjob", "instance_type_draft_model_training": "p5.48xlarge"}
     (told,) = run_model(config, **given).problems
     assert told.startswith("number_of_gpu_to_use_evaluation: the evaluation needs 141.8 GB")

@@ -105,10 +105,7 @@ def test_the_evaluation_gets_the_trainings_nodes_or_its_own():
         evaluation(compute_evaluation="nowhere")
 
 
-LLAMA_70B = {
-    "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
-    "num_hidden_layers": 80, "vocab_size": 128256,
-}  # fmt: skip
+LLAMA_70B = json.loads((ROOT / "docs/targets/llama-3.3-70b.json").read_text(encoding="utf-8"))
 MIXTRAL = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
     "num_hidden_layers": 32, "vocab_size": 32000, "num_local_experts": 8,

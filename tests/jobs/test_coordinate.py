@@ -227,18 +227,6 @@ def test_the_end_is_told_in_words_with_the_checkpoint_to_go_on_from(clean, state
     assert ("Retry in the UI goes on from it" in told) is ("succeeded" not in said)
 
 
-def test_jobs_of_all_stages_are_deleted_where_their_run_cannot_be_seen(clean, monkeypatch):
-    monkeypatch.setattr(cleanup, "owner_of", lambda pod: None)
-    wanted = GOLDEN["1x1"]
-    for stage in STAGES:
-        request = replace(wanted, stage=stage)
-        assert not Backend(clean.cluster, "pytorchjob").create_or_adopt(request).adopted  # names do not collide
-    deleted = [line for line in clean("RUNNING") if "deleted" in line]
-    names = [f"draft-3f2c9a10{'' if stage == 'train' else f'-{stage}'}-a0" for stage in STAGES]
-    assert deleted == [f"a step left pytorchjobs/{name}: deleted" for name in names]
-    assert clean.cluster.there == {}
-
-
 @pytest.mark.parametrize(("workflow", "said"), [(ENDS[0][0], "the run was terminated"), (WORKFLOW, "a step was lost")])
 def test_a_run_without_jobs_is_seen_to_be_terminated_too(clean, monkeypatch, workflow, said):
     clean.cluster.workflow = workflow
