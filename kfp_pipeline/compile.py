@@ -27,14 +27,14 @@ from kfp_pipeline.pipeline import COMPONENTS, NAME, pipeline_draft_model
 FOLDER = Path(__file__).parent / "components"
 COMPILED = Path(__file__).parent / "compiled" / "pipeline_draft_model.yaml"
 MANIFEST = Path(__file__).parents[1] / "manifests" / "pipelines" / "pipeline_draft_model.yaml"
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML was built with libyaml
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML was built with libyaml
 
 
 def _compiled(**options: Any) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pipeline.yaml"
         compiler.Compiler().compile(pipeline_draft_model, str(path), **options)
-        return list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=_LOADER))
+        return list(yaml.load_all(path.read_text(encoding="utf-8"), Loader=LOADER))
 
 
 def _with_choices(spec: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from draft_model.preflight import check
 from draft_model.processes import ROOT
 from draft_model.storage.embedded import EmbeddedStore
 from draft_model.tracking import RUN
-from kfp_pipeline.compile import COMPILED
+from kfp_pipeline.compile import COMPILED, LOADER
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def _store(parameters: Parameters, folder: Path) -> Iterator[str]:
 def _execute(values: Mapping[str, Any], folder: Path) -> None:
     from kfp import components, local
 
-    pipeline, *platforms = yaml.safe_load_all(COMPILED.read_text(encoding="utf-8"))
+    pipeline, *platforms = yaml.load_all(COMPILED.read_text(encoding="utf-8"), Loader=LOADER)
     # Without what is for a cluster's pods: the jobs' images, and retries after an eviction.
     for executor in pipeline["deploymentSpec"]["executors"].values():
         executor["container"].pop("env", None)

@@ -19,9 +19,8 @@ import kfp_server_api
 
 from draft_model.errors import DraftModelError, Problems
 from draft_model.evaluation.prompts import BENCHMARKS
-from draft_model.jobs import compute
-from draft_model.jobs.context import on_cluster
-from draft_model.parameters import PARAMETERS, Parameters, Stage
+from draft_model.jobs.context import nodes_of, on_cluster
+from draft_model.parameters import PARAMETERS, Parameters
 from draft_model.parameters.rules import problems_with, valid_values
 from draft_model.storage import is_remote
 from kfp_pipeline.client import Server, by_name
@@ -100,10 +99,8 @@ def check(values: Mapping[str, Any]) -> Parameters:
     # Of parameters that are not valid, the defaults pass.
     parameters, problems = valid_values(values)[0], Problems(problems_with(values))
     if not parameters.compute_map:  # a cluster's own is not known here
-        stages: tuple[Stage, ...] = ("import", "train", "evaluate")
         with problems.collect():
-            local = parameters.training_backend == "local"
-            compute.resolve_all(compute.built_in(), stages[:1] if local else stages, parameters)
+            nodes_of(parameters, jobs=parameters.training_backend != "local")
     given = {name: value.strip() for name, value in values.items() if isinstance(value, str)}
     backend, prompts = given.get("training_backend", ""), given.get("evaluation_prompts", "")
     problems += [problem for name in _URIS if (problem := _unreachable(name, given.get(name, ""), backend))]

@@ -97,7 +97,31 @@ def test_the_shape_of_a_draft_is_known_without_torch():
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-def test_command_line_and_pipeline_import_no_heavy_library():
-    program = "import sys, draft_model.cli, kfp_pipeline.pipeline; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert not {"torch", "transformers", "datasets", "mlflow", "pyarrow"} & set(done.stdout.split())
+IMPORTED = """
+import sys
+before = set(sys.modules)
+exec(sys.argv.pop(1))
+files = {name: getattr(module, "__file__", None) or "" for name, module in sys.modules.items() if name not in before}
+print(*{name.partition(".")[0] for name, file in files.items() if "site-packages" in file}, file=sys.stderr)
+"""
+LIGHT = {"click", "pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+HEAVY = {"torch", "transformers", "datasets", "pyarrow", "pandas", "mlflow", "matplotlib", "boto3", "huggingface_hub"}
+COMMAND = "from draft_model.cli import cli; cli(sys.argv[1:], standalone_mode=False)"
+
+
+def imported(program, *arguments):
+    """The installed packages that a program imports."""
+    command = [sys.executable, "-c", IMPORTED, program, *map(str, arguments)]
+    return set(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stderr.split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["submit", "--help"], ["train", "--help"], ["parameters"]])
+def test_help_imports_nothing_that_takes_time(arguments):
+    assert imported(COMMAND, *arguments) <= LIGHT
+
+
+def test_what_only_checks_or_compiles_imports_no_library_that_trains(tmp_path):
+    assert not imported("import draft_model.preflight") & (HEAVY | {"kfp"})
+    packages = imported(COMMAND, "compile", "--output", tmp_path / "pipeline.yaml")
+    assert "kfp" in packages
+    assert not packages & HEAVY

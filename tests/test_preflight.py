@@ -5,13 +5,12 @@ import json
 import os
 import shutil
 import tempfile
-import threading
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import tiny
+from answers import answering
 from evaluation.dataset_hub import DatasetHub
 from model_import.hub_server import TOKEN, Hub
 
@@ -67,24 +66,20 @@ def test_all_that_is_missing_is_told_with_all_that_is_wrong(root):
         "draft_model_config": f"{root}/draft.json",
         "resume_from_checkpoint": f"{root}/checkpoint",
         "mlflow_model_path": f"{root}/mlflow",
+        "evaluation_prompts": f"{root}/prompts.jsonl",
     }
     found = problems({**missing, "num_epochs": 0, "huggingface_id": "a/b"})
     named = {problem.partition(":")[0]: problem for problem in found}
     assert named.keys() == {*missing, "num_epochs", "huggingface_id, pytorch_model_path, mlflow_model_path"}
     assert len(found) == len(named)
+    assert "; give a file of JSON lines" in named["evaluation_prompts"]
+    assert named["evaluation_prompts"].endswith(", or name benchmarks: mt-bench, gsm8k, humaneval, alpaca, cnn-dm")
     assert named["mlflow_model_path"].startswith(f"mlflow_model_path: {missing.pop('mlflow_model_path')}")
     assert all(f"given {uri!r}, but there is no {uri}" in named[name] for name, uri in missing.items())
 
 
-@pytest.mark.parametrize("name", ["pytorch_model_path", "mlflow_model_path"])
-def test_a_folder_that_holds_no_model_of_its_kind_is_told(root, name):
-    put(root, "train.jsonl", "folder/readme.txt")
-    (found,) = problems({name: f"{root}/folder", "dataset_train_split": f"{root}/train.jsonl"})
-    assert found.startswith(f"{name}: {root}/folder has no {'MLmodel' if 'mlflow' in name else 'config.json'}")
-
-
 @pytest.mark.parametrize("name", ["draft_model_config", "resume_from_checkpoint"])
-@pytest.mark.parametrize(("content", "told"), [(b"{", "cannot be read as JSON"), (b"[]", "holds a JSON list")])
+@pytest.mark.parametrize(("content", "told"), [(b"{", "is not JSON"), (b"[]", "holds no JSON object")])
 def test_a_configuration_that_is_none_is_told(root, name, content, told):
     put(root, "train.jsonl")
     put(root, "mine/config.json", content=content)
@@ -147,6 +142,10 @@ def test_stages_that_do_not_run_need_no_inputs():
     assert check({"num_epochs": 5}, ["train"]).num_epochs == 5
     (found,) = problems({"resume_from_checkpoint": "/none"}, ["train"])
     assert found.startswith("resume_from_checkpoint: ")
+    check({"evaluation_prompts": "/none"}, ["train"])
+    for given in ("/none", 5):
+        (found,) = problems({"evaluation_prompts": given}, ["evaluate"])
+        assert found.startswith(f"evaluation_prompts: given {given!r}")
 
 
 def test_a_store_that_does_not_answer_is_told_for_each_input(monkeypatch):
@@ -189,16 +188,6 @@ def test_prompts_that_are_there_are_accepted(root):
         assert check(with_prompts(root, given)).evaluation_prompts == given
 
 
-def test_prompts_that_are_not_there_are_told_among_all_problems(root):
-    found = problems(with_prompts(root, f"{root}/prompts.jsonl", num_epochs=0, draft_model_config=f"{root}/none.json"))
-    named = {problem.partition(":")[0]: problem for problem in found}
-    assert named.keys() == {"evaluation_prompts", "num_epochs", "draft_model_config"}
-    assert len(found) == len(named)
-    told = named["evaluation_prompts"]
-    assert f"given '{root}/prompts.jsonl', but there is no {root}/prompts.jsonl; give a file of JSON lines" in told
-    assert told.endswith(", or name benchmarks: mt-bench, gsm8k, humaneval, alpaca, cnn-dm")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
@@ -223,14 +212,6 @@ def test_lines_that_the_evaluation_does_not_decode_are_not_looked_at(root):
     assert [problem.partition(":")[0] for problem in found] == ["evaluation_conversations", "evaluation_prompts"]
 
 
-def test_prompts_are_looked_at_where_there_is_an_evaluation():
-    check({"evaluation_prompts": "/none"}, ["train"])
-    (found,) = problems({"evaluation_prompts": "/none"}, ["evaluate"])
-    assert found.startswith("evaluation_prompts: given '/none'")
-    (found,) = problems({"evaluation_prompts": 5}, ["evaluate"])
-    assert found.startswith("evaluation_prompts: given 5")
-
-
 def test_an_address_of_prompts_that_cannot_be_reached_is_told_without_its_signature(monkeypatch):
     monkeypatch.setattr(files, "_PAUSE", 0)
     (found,) = problems({"evaluation_prompts": "https://127.0.0.1:9/prompts.jsonl?signed=never-shown"}, ["evaluate"])
@@ -249,6 +230,20 @@ def run(tmp_path):
         return inspect_run(given, root or str(tmp_path), tmp_path / "work")
 
     return run
+
+
+@pytest.fixture
+def run_model(run, tmp_path, monkeypatch):
+    """The same with a folder as the model, by the text or the fields of its config.json."""
+    monkeypatch.setattr(preflight, "check_cluster", lambda *_: ([], []))
+
+    def run_model(config=None, **values):
+        if config is not None:
+            text = config if isinstance(config, str) else json.dumps(config)
+            put(str(tmp_path), "model/config.json", content=text.encode())
+        return run(**{"huggingface_id": "", "pytorch_model_path": str(tmp_path / "model"), **values})
+
+    return run_model
 
 
 @pytest.fixture
@@ -273,28 +268,25 @@ def test_the_hub_is_asked_whether_it_has_the_model(hub, run):
     assert files == {"config.json"}
 
 
-def test_conversations_longer_than_the_target_knows_positions_are_a_note(hub, run, tmp_path):
+def test_conversations_longer_than_the_target_knows_positions_are_a_note(hub, run, run_model):
     (note,) = run().notes
-    assert note.startswith("max_length: given 2048, but the target's config.json has max_position_embeddings = 1024")
-    nested = b'{"text_config": {"max_position_embeddings": 512}}'
-    put(str(tmp_path), "model/config.json", content=nested)
-    (note,) = run(huggingface_id="", pytorch_model_path=str(tmp_path / "model"), max_length=513).notes
-    assert note.endswith("use max_length=512")
+    assert note.startswith("max_length: given 2048, but the target's max_position_embeddings is 1024")
+    (note,) = run_model({"text_config": {"max_position_embeddings": 512}}, max_length=513).notes
+    assert note.endswith("use at most 512")
 
 
-def test_a_draft_that_does_not_fit_its_target_stops_the_run(run, tmp_path):
+def test_a_draft_that_does_not_fit_its_target_stops_the_run(run_model, tmp_path):
     config = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_hidden_layers": 8}
-    put(str(tmp_path), "model/config.json", content=json.dumps({**config, "vocab_size": 128}).encode())
+    config["vocab_size"] = 128
     put(str(tmp_path), "draft.json", content=b'{"block_size": 7}')
-    given = {"huggingface_id": "", "pytorch_model_path": str(tmp_path / "model"), "draft_architecture": "dspark"}
-    given["draft_model_config"] = str(tmp_path / "draft.json")
-    found = run(**given)
+    given = {"draft_architecture": "dspark", "draft_model_config": str(tmp_path / "draft.json")}
+    found = run_model(config, **given)
     assert found.problems == []
     assert "num_speculative_tokens: given 3, but the draft is trained for blocks of 7" in found.notes[0]
-    (problem,) = run(**given, num_speculative_tokens=8).problems
+    (problem,) = run_model(**given, num_speculative_tokens=8).problems
     assert problem.startswith("num_speculative_tokens: given 8, but a block of this draft has 7 proposals")
     put(str(tmp_path), "draft.json", content=b'{"markov_rank": 0}')
-    (problem,) = run(**given).problems
+    (problem,) = run_model(**given).problems
     assert problem.startswith("draft_model_config: `markov_rank` is 0")
 
 
@@ -310,64 +302,48 @@ def test_a_default_instance_type_binds_no_pod_where_nothing_says_that_the_cluste
     assert named.notes == []
 
 
-def test_a_target_that_the_evaluations_gpus_cannot_hold_stops_the_run_before_its_training(
-    hub, run, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(preflight, "check_cluster", lambda *_: ([], []))
-    config = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
-              "num_hidden_layers": 80, "vocab_size": 128256}  # fmt: skip
-    put(str(tmp_path), "model/config.json", content=json.dumps(config).encode())
-    given = {"huggingface_id": "", "pytorch_model_path": str(tmp_path / "model"), "training_backend": "pytorchjob"}
-    given |= {"instance_type_draft_model_training": "p5.48xlarge"}
-    (told,) = run(**given).problems
+def test_a_target_that_the_evaluations_gpus_cannot_hold_stops_the_run_before_its_training(run_model):
+    config = (Path(__file__).parents[1] / "docs/targets/llama-3.3-70b.json").read_text(encoding="utf-8")
+    given = {"training_backend": "pytorchjob", "instance_type_draft_model_training": "p5.48xlarge"}
+    (told,) = run_model(config, **given).problems
     assert told.startswith("number_of_gpu_to_use_evaluation: the evaluation needs 141.8 GB")
-    assert run(**given, number_of_gpu_to_use_evaluation=4).problems == []
+    assert run_model(**given, number_of_gpu_to_use_evaluation=4).problems == []
 
 
 @pytest.mark.parametrize(
     "content", ['{"a":' * 5000, '{"text_config": -1}', '{"hidden_size": "x", "num_hidden_layers": "y"}']
 )
-def test_an_odd_configuration_is_left_to_the_import(run, monkeypatch, tmp_path, content):
-    monkeypatch.setattr(preflight, "check_cluster", lambda *_: ([], []))
-    put(str(tmp_path), "model/config.json", content=content.encode())
-    given = {"huggingface_id": "", "pytorch_model_path": str(tmp_path / "model"), "training_backend": "pytorchjob"}
-    assert run(**given).problems == []
+def test_an_odd_configuration_is_left_to_the_import(run_model, content):
+    assert run_model(content, training_backend="pytorchjob").problems == []
 
 
-def test_a_hub_that_cannot_be_reached_from_here_is_left_to_the_import(run, monkeypatch):
+@pytest.mark.parametrize("status", [0, 429, 503])
+def test_a_hub_that_is_busy_or_cannot_be_reached_from_here_is_left_to_the_import(hub, run, status, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(hub_client, "WAIT", 0.0)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    hub.refuses = status
+    if not status:
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     found = run()
     assert found.problems == []
     (note,) = found.notes
-    assert "http://127.0.0.1:9 cannot be reached" in note
     assert note.startswith("huggingface_id: not checked from here")
+    assert (f"answers with status {status}" if status else "http://127.0.0.1:9 cannot be reached") in note
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_hub_is_left_to_the_import(hub, run, status, monkeypatch):
-    monkeypatch.setattr(hub_client, "WAIT", 0.0)
-    hub.refuses = status
-    found = run()
-    assert found.problems == []
-    assert f"answers with status {status}" in found.notes[0]
-
-
-def test_a_tokenizer_that_takes_all_memory_does_so_in_a_limited_process(run, tmp_path, monkeypatch):
+def test_a_tokenizer_that_takes_all_memory_does_so_in_a_limited_process(run_model, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "LIMITS", workers.Limits(memory=2 << 30))
     model = tiny.write_target(tmp_path / "model")
     put(str(tmp_path), "prompts.jsonl", content=PROMPT)
-    given = {"huggingface_id": "", "pytorch_model_path": str(model), "training_backend": "local"}
-    given |= {"evaluation_prompts": str(tmp_path / "prompts.jsonl"), "chat_template": "qwen"}
-    assert run(**given).problems == []
+    given = {"evaluation_prompts": str(tmp_path / "prompts.jsonl"), "chat_template": "qwen"}
+    assert run_model(**given).problems == []
     content = json.loads((model / "tokenizer.json").read_text())
     replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 150}
     content["normalizer"] = {"type": "Sequence", "normalizers": [replace] * 4}
     content["added_tokens"][0] |= {"content": "a", "normalized": True}  # normalised when it is loaded
     (model / "tokenizer.json").write_text(json.dumps(content))
-    assert run(**given).problems == []  # the import tells
+    assert run_model(**given).problems == []  # the import tells
 
 
 @pytest.fixture
@@ -383,10 +359,9 @@ def benchmarks(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def run_on(run, tmp_path):
-    """The same with prompts, without the Hub for the model."""
-    model = {"huggingface_id": "", "pytorch_model_path": str(tmp_path / "model"), "training_backend": "local"}
-    return lambda given: run(**model, evaluation_prompts=given)
+def run_on(run_model):
+    """The same with prompts."""
+    return lambda given: run_model(training_backend="local", evaluation_prompts=given)
 
 
 def test_the_hub_is_asked_whether_it_has_the_benchmarks(benchmarks, run_on):
@@ -475,49 +450,32 @@ def pod(tmp_path, monkeypatch):
     """A pod of KFP 2.16.0: HTTP answers by path, of KFP's server and of Kubernetes."""
     answers = {HEALTH: (200, {"tag_name": "2.16.0"})}
 
-    class Answer(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
+    def answer(path):
+        status, content = answers[path]
+        return status, json.dumps(content).encode()
 
-        def do_GET(self):
-            status, content = answers[self.path.partition("?")[0]]
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(content).encode())
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
-    context = {"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "team"}}
-    config = {
-        "clusters": [cluster],
-        "contexts": [context],
-        "current-context": "c",
-        "users": [{"name": "u", "user": {}}],
-    }
-    (tmp_path / "kubeconfig").write_text(json.dumps(config))
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
-    for name in ("KUBERNETES_SERVICE_HOST", "ML_PIPELINE_SERVICE_HOST"):
-        monkeypatch.setenv(name, "127.0.0.1")
-    monkeypatch.setenv("ML_PIPELINE_SERVICE_PORT", str(server.server_port))
-    yield answers
-    server.shutdown()
-    server.server_close()
+    with answering(answer) as address:
+        config = {"current-context": "c", "clusters": [{"name": "c", "cluster": {"server": address}}]}
+        context = {"name": "c", "context": {"cluster": "c", "user": "u", "namespace": "team"}}
+        config |= {"contexts": [context], "users": [{"name": "u", "user": {}}]}
+        (tmp_path / "kubeconfig").write_text(json.dumps(config))
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+        for name in ("KUBERNETES_SERVICE_HOST", "ML_PIPELINE_SERVICE_HOST"):
+            monkeypatch.setenv(name, "127.0.0.1")
+        monkeypatch.setenv("ML_PIPELINE_SERVICE_PORT", address.rpartition(":")[2])
+        yield answers
 
 
 def test_in_a_pod_a_server_that_is_too_old_is_told(hub, run, pod):
     given = {"max_length": 1024, "training_backend": "local"}
-    (told,) = run(**given).problems
+    found = run(**given)
+    assert any("'local'" in note and "must have the trainer's image" in note for note in found.notes)
+    (told,) = found.problems
     assert told.startswith("Kubeflow Pipelines: http://127.0.0.1:")
     assert told.endswith(" is KFP 2.16.0; the pipeline needs 2.16.1 or newer")
     for answer in ((200, {"tag_name": "2.17.0"}), (200, {"multi_user": True}), (403, "RBAC: access denied")):
         pod[HEALTH] = answer
         assert run(**given).problems == []
-
-
-def test_in_a_pod_local_is_told_to_need_the_trainers_image(hub, run, pod):
-    (note,) = (each for each in run(max_length=1024, training_backend="local").notes if "'local'" in each)
-    assert "must have the trainer's image" in note
 
 
 @pytest.mark.parametrize(

@@ -63,18 +63,18 @@ import subprocess
 from draft_model.entrypoint import raise_on_sigterm
 from kfp_pipeline.local import _no_orphans
 raise_on_sigterm()
-with _no_orphans(), subprocess.Popen(["sleep", "600"]) as step:  # which kfp waits for, whatever is raised
-    print(step.pid, flush=True)
+with _no_orphans(), subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; wait"]):  # kfp waits, whatever is raised
+    pass
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_a_local_run_alone_ends_its_steps(number):
     with subprocess.Popen([sys.executable, "-c", LOCAL_RUN], stdout=subprocess.PIPE, text=True) as run:
-        step = psutil.Process(int(run.stdout.readline()))
+        sleeping = psutil.Process(int(run.stdout.readline()))
         run.send_signal(number)
         assert run.wait(60) == 128 + signal.SIGTERM
-        assert not step.is_running()
+        assert not sleeping.is_running()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -97,3 +97,22 @@ def write_target(folder: Path, seed: int = 0, **changes) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_run(folder: Path, uri: str = "", **more) -> dict:
+    """Parameters of a run that takes as little as a real one can, whose inputs are in a folder, or copied to a URI."""
+    from draft_model import storage
+
+    write_target(folder / "target")
+    write_jsonl(folder / "train.jsonl", conversations(24))
+    write_jsonl(folder / "validation.jsonl", conversations(6, seed=1))
+    (folder / "draft.json").write_text('{"draft_vocab_size": 200}')
+    for file in (path for path in folder.rglob("*") if uri and path.is_file()):
+        storage.put_file(file, uri, file.relative_to(folder).as_posix())
+    return {
+        "pytorch_model_path": f"{uri or folder}/target", "dataset_train_split": f"{uri or folder}/train.jsonl",
+        "dataset_validation_split": f"{uri or folder}/validation.jsonl",
+        "draft_model_config": f"{uri or folder}/draft.json", "chat_template": "qwen", "max_length": 64,
+        "ttt_length": 2, "compute_dtype": "float32", "num_epochs": 2, "evaluation_conversations": 2,
+        "evaluation_max_new_tokens": 8, **more,
+    }  # fmt: skip

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import click
 
 from draft_model.entrypoint import exit_code, printable
 from draft_model.markdown import table
-from draft_model.options import SETTINGS, WORK, Group, given, options_of, scratch, uri
+from draft_model.options import SETTINGS, WORK, Group, given, options_of, scratch, together, uri
 from draft_model.parameters import PARAMETERS, Parameters, Stage
 from kfp_pipeline.commands import COMMANDS
 
@@ -33,38 +35,48 @@ def cli() -> None:
     """  # noqa: D301
 
 
+def _run(stage: Stage, uris: Sequence[str], work: Path | None, **options: Any) -> None:
+    """Runs a stage, after a look at its parameters and at every input that they name; prints what came of it."""
+    from draft_model import jobs, steps
+    from draft_model.training import TrainConfig
+
+    chosen = {name: options.pop(name) for name in uris}
+    with _checked(stage, options, work) as (parameters, folder):
+        if stage == "train":
+            click.echo(jobs.run(TrainConfig(**chosen, work=folder, parameters=parameters)).final)
+        else:
+            result = steps.RUNS[stage](parameters, folder, **chosen)
+            click.echo(result.get("sentence") or result["uri"])
+
+
 @contextmanager
 def _checked(stage: Stage, options: dict[str, Any], work: Path | None) -> Iterator[tuple[Parameters, Path]]:
     """The parameters of a stage, with every input that they name read; and a scratch folder."""
     from draft_model.preflight import check
 
-    parameters = check(given(options), [stage])
+    asked = {"regenerate_answers": "all"} if stage == "regenerate" else {}
+    parameters = check({**asked, **given(options)}, [stage])
     with scratch(work) as folder:
         yield parameters, folder
 
 
-@cli.command("import")
-@uri("output", "Where the imported model goes.")
-@options_of("import")
-@WORK
-def import_command(output: str, work: Path | None, **options: Any) -> None:
+def _stage(stage: Stage, **uris: str) -> Callable[[Callable[[], None]], click.Command]:
+    """Makes the command of a stage, whose help is the docstring; `uris` are those that it must be given."""
+    options = together(*starmap(uri, uris.items()), options_of(stage), WORK)
+    return lambda help: cli.command(stage, help=help.__doc__)(options(partial(_run, stage, tuple(uris))))
+
+
+@_stage("import", output="Where the imported model goes.")
+def import_command() -> None:
     """Bring a target model from the Hub, a Transformers folder or MLflow into one canonical folder.
 
     \b
     draft-model import --huggingface_id Qwen/Qwen3-8B --output s3://bucket/qwen3-8b
     """  # noqa: D301
-    from draft_model.model_import import ImportConfig, run
-
-    with _checked("import", options, work) as (parameters, folder):
-        click.echo(run(ImportConfig(output=output, work=folder, parameters=parameters)).uri)
 
 
-@cli.command("regenerate")
-@uri("model", "The imported model.")
-@uri("output", "Where the conversations go.")
-@options_of("regenerate")
-@WORK
-def regenerate_command(model: str, output: str, work: Path | None, **options: Any) -> None:
+@_stage("regenerate", model="The imported model.", output="Where the conversations go.")
+def regenerate_command() -> None:
     """Replace the assistants' turns of conversations by the target's own answers, turn by turn.
 
     The lines are those that `draft-model dataset` takes. The answers go to OUTPUT/train, and with a validation split to
@@ -76,18 +88,10 @@ def regenerate_command(model: str, output: str, work: Path | None, **options: An
     draft-model regenerate --model s3://bucket/qwen3-8b --dataset_train_split s3://bucket/chats.jsonl \\
         --chat_template qwen --output s3://bucket/own
     """  # noqa: D301
-    from draft_model.regenerate import RegenerateConfig, run
-
-    with _checked("regenerate", {"regenerate_answers": "all", **given(options)}, work) as (parameters, folder):
-        click.echo(run(RegenerateConfig(model=model, output=output, parameters=parameters, work=folder)).uri)
 
 
-@cli.command("dataset")
-@uri("model", "The imported model.")
-@uri("output", "Where the data set goes.")
-@options_of("dataset")
-@WORK
-def dataset_command(model: str, output: str, work: Path | None, **options: Any) -> None:
+@_stage("dataset", model="The imported model.", output="Where the data set goes.")
+def dataset_command() -> None:
     """Turn conversations (JSONL) into tokens, loss masks and the draft vocabulary.
 
     A line is {"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]};
@@ -103,51 +107,28 @@ def dataset_command(model: str, output: str, work: Path | None, **options: Any) 
     draft-model dataset --model s3://bucket/qwen3-8b --dataset_train_split 's3://bucket/chats/*.jsonl.gz' \\
         --chat_template qwen --output s3://bucket/dataset
     """  # noqa: D301
-    from draft_model.dataset import DatasetConfig, run
-
-    with _checked("dataset", options, work) as (parameters, folder):
-        click.echo(run(DatasetConfig(model=model, output=output, parameters=parameters, work=folder)).uri)
 
 
-@cli.command("train")
-@uri("model", "The imported model.")
-@uri("dataset", "The built data set.")
-@uri("output", "Where the checkpoints go.")
-@options_of("train")
-@WORK
-def train_command(model: str, dataset: str, output: str, work: Path | None, **options: Any) -> None:
+@_stage("train", model="The imported model.", dataset="The built data set.", output="Where the checkpoints go.")
+def train_command() -> None:
     """Train the draft: epoch_N/ checkpoints and final/, which vLLM and SGLang load unchanged.
 
     \b
     draft-model train --model s3://bucket/qwen3-8b --dataset s3://bucket/dataset --output s3://bucket/draft \\
         --number_of_gpu_to_use_draft_model_training 8 --draft_global_batch_size 64
     """  # noqa: D301
-    from draft_model import jobs
-    from draft_model.training import TrainConfig
-
-    with _checked("train", options, work) as (parameters, folder):
-        config = TrainConfig(model=model, dataset=dataset, output=output, work=folder, parameters=parameters)
-        click.echo(jobs.run(config).final)
 
 
-@cli.command("evaluate")
-@uri("model", "The imported model.")
-@uri("dataset", "The built data set; its validation split is decoded.")
-@uri("draft", "The trained draft (.../final); report and model card are added to it.")
-@options_of("evaluate")
-@WORK
-def evaluate_command(model: str, dataset: str, draft: str, work: Path | None, **options: Any) -> None:
+@_stage(
+    "evaluate", model="The imported model.", dataset="The built data set; its validation split is decoded.",
+    draft="The trained draft (.../final); report and model card are added to it.",
+)  # fmt: skip
+def evaluate_command() -> None:
     """Measure the acceptance length, and prove that the output does not change.
 
     \b
     draft-model evaluate --model s3://bucket/qwen3-8b --dataset s3://bucket/dataset --draft s3://bucket/draft/final
     """  # noqa: D301
-    from draft_model.evaluation import EvaluateConfig, run
-    from draft_model.steps import evaluation_sentence
-
-    with _checked("evaluate", options, work) as (parameters, folder):
-        config = EvaluateConfig(model=model, dataset=dataset, final=draft, work=folder, parameters=parameters)
-        click.echo(evaluation_sentence(run(config)))
 
 
 @cli.command("compare")

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -105,7 +106,7 @@ def inspect_run(values: Mapping[str, Any], root: str, work: Path) -> Report:
     with report.problems.collect():
         check(values)
     with report.problems.collect():
-        report.nodes.update(nodes_of(parameters))
+        report.nodes.update(nodes_of(parameters, jobs=wants_cluster(parameters)))
     report.notes.extend(dict.fromkeys(node.note for node in report.nodes.values() if node.note))
     if on_cluster() and not wants_cluster(parameters):
         report.notes.append(
@@ -129,7 +130,7 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
     from draft_model.drafts.base import check_proposals
     from draft_model.model_import import hub
     from draft_model.model_import.sources import Source, description, resolve
-    from draft_model.training.plan import draft_of
+    from draft_model.training.plan import context_problem, draft_of
 
     sources = [name for name in MODEL_SOURCES if getattr(parameters, name)]
     if len(sources) != 1 or report.has(sources[0]) or parameters.mlflow_model_path.startswith(("models:/", "runs:/")):
@@ -160,13 +161,8 @@ def _inspect_target(parameters: Parameters, report: Report, work: Path) -> None:
             report.notes.extend(filter(None, [note]))
     if (node := report.nodes.get("evaluate")) and (weights := weights_of(config)):
         report.problems.extend(filter(None, [misfit(config, weights, 0.0, parameters, node)]))
-    text = config.get("text_config", config)
-    longest = text.get("max_position_embeddings") if isinstance(text, dict) else None
-    if isinstance(longest, int) and longest < parameters.max_length:
-        report.notes.append(
-            f"max_length: given {parameters.max_length}, but the target's config.json has max_position_embeddings = "
-            f"{longest}, and knows no positions beyond; use max_length={longest}"
-        )
+    with suppress(AttributeError, TypeError):  # a configuration of an odd shape is left to the import
+        report.notes.extend(filter(None, [context_problem(config, parameters.max_length)]))
 
 
 def _inspect_prompts(parameters: Parameters, files: Mapping[str, Path], work: Path, report: Report) -> None:
@@ -242,15 +238,12 @@ def _read_data(name: str, uri: str) -> None:
 
 
 def _read_config(name: str, uri: str) -> None:
+    from draft_model.training.plan import read_config
+
     file = storage.join(uri, "config.json") if name == "resume_from_checkpoint" else uri
     if not storage.exists(file):
         raise DraftModelError(f"given {uri!r}, but there is no {file}")
-    try:
-        content = json.loads(storage.read_bytes(file).decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DraftModelError(f"{file} cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DraftModelError(f"{file} holds a JSON {type(content).__name__}; it must be an object")
+    read_config(file, name)
 
 
 def _read_checkpoints(parameters: Parameters, name: str, uri: str) -> None:

@@ -152,7 +152,7 @@ def evaluate_draft_model(
     with step("evaluate") as work:
         _check_inputs({"import": model_uri, "dataset": dataset_uri, "train": draft_uri})
         p = Parameters.model_validate(parameters)
-        uris = {"model": model_uri, "dataset": dataset_uri, "final": draft_uri}
+        uris = {"model": model_uri, "dataset": dataset_uri, "draft": draft_uri}
         if misfit := _misfit(p, model_uri, draft_uri):
             raise DraftModelError([misfit, f"the draft in {draft_uri} is whole and can be served; it was not measured"])
         result = _perform("evaluate", p, uris, run_id, work, beside=draft_uri.rstrip("/").rpartition("/")[0])
@@ -165,9 +165,9 @@ def evaluate_draft_model(
 def _misfit(p: Parameters, model_uri: str, draft_uri: str) -> str:
     """Why the evaluation's node cannot hold the target; empty where it can, where that is not known, and elsewhere."""
     from draft_model.jobs.compute import misfit
-    from draft_model.jobs.context import nodes_of
+    from draft_model.jobs.context import nodes_of, wants_cluster
 
-    if (node := nodes_of(p).get("evaluate")) is None:
+    if (node := nodes_of(p, jobs=wants_cluster(p)).get("evaluate")) is None:
         return ""
     model, draft = storage.read_manifest(model_uri, stage="import"), storage.read_manifest(draft_uri)
     files, drafts = (
@@ -176,16 +176,6 @@ def _misfit(p: Parameters, model_uri: str, draft_uri: str) -> str:
     count = 0 if model.properties.get("quantization") else model.properties.get("parameter_count", 0)
     config = json.loads(storage.read_bytes(storage.join(model_uri, "config.json")))
     return misfit(config, 2.0 * count if count else files, drafts, p, node)
-
-
-def evaluation_sentence(result: Any) -> str:
-    """The result of an evaluation, on one line."""
-    if not result.measured:
-        return f"acceptance length not measured: there was no prompt to decode; report beside {result.final}"
-    return (
-        f"acceptance length {result.acceptance_length:.2f} (untrained {result.untrained_acceptance_length:.2f}), "
-        f"{result.compared_tokens} tokens equal to the target's own; report beside {result.final}"
-    )
 
 
 def clean_up(
@@ -237,7 +227,7 @@ def _perform(
         if here:
             raise jobs.coordinates_only(f"{here[0]}: given {getattr(p, here[0])!r}, which no job's pod sees", "a URI")
         raise jobs.coordinates_only("training_backend: given 'local'", "pytorchjob or trainjob")
-    return {"run_id": run_id, **_RUNS[stage](p, work, **uris)}
+    return {"run_id": run_id, **RUNS[stage](p, work, **uris)}
 
 
 def _is_path(value: str) -> bool:
@@ -281,17 +271,24 @@ def _run_dataset(p: Parameters, work: Path, **uris: str) -> dict[str, Any]:
 def _run_evaluate(p: Parameters, work: Path, **uris: str) -> dict[str, Any]:
     from draft_model.evaluation import EvaluateConfig, run
 
-    result, metrics = run(EvaluateConfig(work=work, parameters=p, **uris)), {}
-    if result.measured:
-        metrics = {
-            "acceptance_length": result.acceptance_length, "compared_tokens": result.compared_tokens,
-            "untrained_acceptance_length": result.untrained_acceptance_length,
-            **{f"acceptance_at_position_{k}": x for k, x in enumerate(result.acceptance_by_position, start=1)},
-        }  # fmt: skip
-    return {"uri": result.final, "written_by": "train", "metrics": metrics, "sentence": evaluation_sentence(result)}
+    result = run(EvaluateConfig(work=work, parameters=p, final=uris.pop("draft"), **uris))
+    done, beside = {"uri": result.final, "written_by": "train"}, f"report beside {result.final}"
+    if not result.measured:
+        why = f"acceptance length not measured: there was no prompt to decode; {beside}"
+        return {**done, "metrics": {}, "sentence": why}
+    metrics = {
+        "acceptance_length": result.acceptance_length, "compared_tokens": result.compared_tokens,
+        "untrained_acceptance_length": result.untrained_acceptance_length,
+        **{f"acceptance_at_position_{k}": x for k, x in enumerate(result.acceptance_by_position, start=1)},
+    }  # fmt: skip
+    sentence = (
+        f"acceptance length {result.acceptance_length:.2f} (untrained {result.untrained_acceptance_length:.2f}), "
+        f"{result.compared_tokens} tokens equal to the target's own; {beside}"
+    )
+    return {**done, "metrics": metrics, "sentence": sentence}
 
 
-_RUNS: dict[Stage, Callable[..., dict[str, Any]]] = {
+RUNS: dict[Stage, Callable[..., dict[str, Any]]] = {
     "import": _run_import, "regenerate": _run_regenerate, "dataset": _run_dataset, "evaluate": _run_evaluate,
 }  # fmt: skip
 """What the process of a stage runs: its result is what the step shows, and the manifest's folder and stage."""
@@ -343,7 +340,7 @@ def main() -> int:
         job = json.loads(os.environ["DRAFT_MODEL_JOB"])
         folder = Path(job["work"], job["stage"])
         folder.mkdir(parents=True, exist_ok=True)
-        result = _RUNS[job["stage"]](Parameters.model_validate(job["parameters"]), folder, **job["uris"])
+        result = RUNS[job["stage"]](Parameters.model_validate(job["parameters"]), folder, **job["uris"])
         if place_in_job()[0] == 0:
             storage.write_bytes(job["result"], json.dumps({**result, "run_id": job["run_id"]}).encode())
 

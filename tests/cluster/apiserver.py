@@ -15,6 +15,8 @@ import yaml
 from kubernetes import client, config
 from kubernetes.utils import create_from_dict
 
+from draft_model.jobs.spec import Kind
+
 ASSETS, CRDS = "KUBEBUILDER_ASSETS", "DRAFT_MODEL_CRDS"
 NAMESPACE = "team"
 _READY_SECONDS = 240.0
@@ -36,11 +38,7 @@ def free_port() -> int:
 
 
 class ApiServer:
-    """An API server on 127.0.0.1, with RBAC and without controllers.
-
-    Args:
-        folder: for its files.
-    """
+    """An API server on 127.0.0.1, with RBAC and without controllers."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -163,3 +161,26 @@ class ApiServer:
             "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", "POST", body=document, response_type="object",
             auth_settings=["BearerToken"],
         )  # fmt: skip
+
+    def define_kind(self, kind: Kind) -> None:
+        """Creates the definition of a kind whose objects may hold anything."""
+        names = {"kind": kind.kind, "plural": kind.plural, "singular": kind.kind.lower()}
+        schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
+        versions = [{"name": kind.version, "served": True, "storage": True, "schema": schema}]
+        self.define(
+            {
+                "apiVersion": "apiextensions.k8s.io/v1",
+                "kind": "CustomResourceDefinition",
+                "metadata": {"name": f"{kind.plural}.{kind.group}"},
+                "spec": {"group": kind.group, "names": names, "scope": "Namespaced", "versions": versions},
+            }
+        )
+
+
+def holds(there, wanted) -> bool:
+    """Whether all that is wanted is there; the server adds defaults."""
+    if isinstance(wanted, dict):
+        return isinstance(there, dict) and all(key in there and holds(there[key], wanted[key]) for key in wanted)
+    if isinstance(wanted, list):
+        return len(there) == len(wanted) and all(map(holds, there, wanted))
+    return there == wanted

@@ -13,26 +13,9 @@ from cluster.apiserver import CRDS, NAMESPACE, ApiServer, missing
 from cluster.operator import Operator
 from draft_model.jobs.backends import ALL_KINDS
 from draft_model.jobs.cluster import Cluster
+from draft_model.jobs.spec import WORKFLOW
 
 ROOT = Path(__file__).parents[2]
-WORKFLOWS = {
-    "apiVersion": "apiextensions.k8s.io/v1",
-    "kind": "CustomResourceDefinition",
-    "metadata": {"name": "workflows.argoproj.io"},
-    "spec": {
-        "group": "argoproj.io",
-        "names": {"kind": "Workflow", "plural": "workflows", "singular": "workflow"},
-        "scope": "Namespaced",
-        "versions": [
-            {
-                "name": "v1alpha1",
-                "served": True,
-                "storage": True,
-                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
-            }
-        ],
-    },
-}
 
 
 def pytest_collection_modifyitems(items):
@@ -54,7 +37,7 @@ def server(tmp_path_factory):
             if file.name.startswith("pipelines."):
                 continue
             server.define(yaml.load(file.read_text(), yaml.CSafeLoader))
-        server.define(WORKFLOWS)
+        server.define_kind(WORKFLOW)
         for name in ("base/steps", "base/coordinator", "base/worker", "components/trainer-v2/role"):
             for document in yaml.safe_load_all((ROOT / f"manifests/{name}.yaml").read_text()):
                 for subject in document.get("subjects", ()):

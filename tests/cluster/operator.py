@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import signal
-import ssl
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from answers import certified
 from kubernetes import client
 
 from cluster.apiserver import NAMESPACE, ApiServer, free_port
@@ -40,17 +40,10 @@ def now(digits: int = 0) -> str:
 
 @dataclass
 class Container:
-    """A pod's process.
-
-    Attributes:
-        pod: the pod's object.
-        folder: its /tmp.
-        process: the command.
-        ended: its exit code as Kubernetes counts; None while it runs.
-    """
+    """A pod's process."""
 
     pod: dict
-    folder: Path
+    folder: Path  # its /tmp
     process: subprocess.Popen
     reader: threading.Thread
     reported: bool = False
@@ -61,6 +54,7 @@ class Container:
 
     @property
     def ended(self) -> int | None:
+        """Its exit code as Kubernetes counts; None while it runs."""
         code = self.process.poll()
         if code is None or self.reader.is_alive():
             return None
@@ -74,19 +68,12 @@ class Container:
 
 @dataclass
 class Operator:
-    """Runs PyTorchJobs of one API server, until it is closed.
-
-    Attributes:
-        server: that has the jobs.
-        folder: for the pods' files.
-        programs: command instead of the pods' own, by the run's id.
-        started: how often a pod's command was started, by the pod's name.
-    """
+    """Runs PyTorchJobs of one API server, until it is closed."""
 
     server: ApiServer
-    folder: Path
-    programs: dict[str, list[str]] = field(default_factory=dict)
-    started: dict[str, int] = field(default_factory=dict)
+    folder: Path  # for the pods' files
+    programs: dict[str, list[str]] = field(default_factory=dict)  # instead of the pods' own, by the run's id
+    started: dict[str, int] = field(default_factory=dict)  # how often, by the pod's name
     containers: dict[str, Container] = field(default_factory=dict)
     ports: dict[str, int] = field(default_factory=dict)
 
@@ -94,9 +81,7 @@ class Operator:
         self._api = client.CustomObjectsApi(self.server.api)
         self._core = client.CoreV1Api(self.server.api)
         self._kubelet = Kubelet(self)
-        self.server.create(
-            {"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}},
-        )
+        self.server.create({"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}})
         status = {
             "addresses": [{"type": "InternalIP", "address": "127.0.0.1"}],
             "daemonEndpoints": {"kubeletEndpoint": {"Port": self._kubelet.port}},
@@ -136,10 +121,8 @@ class Operator:
                 print(f"operator: {error}"[-700:], flush=True)
 
     def _reconcile(self, job: dict) -> None:
-        name, conditions = (
-            job["metadata"]["name"],
-            {c["type"] for c in job.get("status", {}).get("conditions", ()) if c["status"] == "True"},
-        )
+        name = job["metadata"]["name"]
+        conditions = {c["type"] for c in job.get("status", {}).get("conditions", ()) if c["status"] == "True"}
         if conditions & {"Succeeded", "Failed"}:
             for container in self.of_job(name):  # the kubelet's reports do not end with the operator's
                 self._report_pod(container)
@@ -291,19 +274,11 @@ def _copy(process: subprocess.Popen, log: Path) -> None:
 
 
 class Kubelet:
-    """Serves the containers' logs to the API server.
-
-    Args:
-        operator: whose containers they are.
-    """
+    """Serves the containers' logs to the API server."""
 
     def __init__(self, operator: Operator) -> None:
         folder = operator.folder
         folder.mkdir(exist_ok=True, parents=True)
-        subprocess.run(
-            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", folder / "key.pem", "-out",
-             folder / "cert.pem", "-subj", f"/CN={NODE}"], check=True, capture_output=True,
-        )  # fmt: skip
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
@@ -329,11 +304,9 @@ class Kubelet:
             def log_message(self, *_: object) -> None:
                 return
 
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self._server.socket = certified(folder, NODE).wrap_socket(self._server.socket, server_side=True)
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

@@ -44,20 +44,13 @@ CPU_POOL = {"compute_draft_model_training": "cpu-pool", "training_backend": "pyt
 
 @dataclass
 class Run:
-    """A run whose coordinator is a process.
-
-    Attributes:
-        config: of the training.
-        run_id: of the run.
-        process: the coordinator.
-        log: what it has printed so far.
-    """
+    """A run whose coordinator is a process."""
 
     config: TrainConfig
     run_id: str
     environment: dict[str, str]
     process: subprocess.Popen | None = None
-    log: list[str] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)  # what it has printed so far
 
     @property
     def job(self) -> str:
@@ -110,25 +103,22 @@ def jobs_there(server):
 
 @pytest.fixture(scope="module")
 def begin(operator, coordinator, object_store, store_secret, tmp_path_factory):
-    """Starts runs; ends what is left of them."""
+    """Starts runs and waits until they have said something; ends what is left of them."""
     runs = []
 
-    def begin(program=STAND_IN, run_id=None, more=(), **parameters):
+    def begin(until="RUNNING", run_id=None, more=(), **parameters):
         run_id = run_id or str(uuid.uuid4())
         root = f"s3://{object_store.bucket}/{run_id}"
         values = Parameters(**{**CPU_POOL, **parameters})
         config = TrainConfig(
             f"{root}/model", f"{root}/dataset", f"{root}/output", tmp_path_factory.mktemp("work"), values
         )
-        environment = {
-            **os.environ,
-            "KUBECONFIG": str(coordinator),
-            "DRAFT_MODEL_IMAGE": "stage:test",
-            **dict(more),
-        }
-        operator.programs[run_id] = program
-        runs.append(Run(config, run_id, environment))
-        return runs[-1].start()
+        environment = {**os.environ, "KUBECONFIG": str(coordinator), "DRAFT_MODEL_IMAGE": "stage:test", **dict(more)}
+        operator.programs[run_id] = STAND_IN
+        runs.append(Run(config, run_id, environment).start())
+        if until:
+            runs[-1].says(until)
+        return runs[-1]
 
     yield begin
     for run in runs:
@@ -149,7 +139,6 @@ def record_of(run):
 
 def test_a_run_without_faults(begin, jobs_there, operator):
     run = begin()
-    run.says("RUNNING")
     let_end(run)
     assert run.end() == 0, run.text
     assert "QUEUED" not in run.text
@@ -171,7 +160,6 @@ def test_a_run_without_faults(begin, jobs_there, operator):
 
 def test_a_coordinator_that_was_killed_takes_its_job_over(begin, jobs_there, operator):
     run = begin()
-    run.says("RUNNING")
     run.process.kill()
     run.process.wait()
     assert jobs_there(run) == [run.job]
@@ -185,7 +173,6 @@ def test_a_coordinator_that_was_killed_takes_its_job_over(begin, jobs_there, ope
 
 def test_a_terminated_run_leaves_no_job(begin, jobs_there, operator):
     run = begin(num_nodes_draft_model_training=2)
-    run.says("RUNNING")
     asked = time.monotonic()
     run.process.send_signal(signal.SIGTERM)
     eventually(lambda: not jobs_there(run), 10)
@@ -205,7 +192,6 @@ def test_an_evicted_step_leaves_its_job_and_a_terminated_one_does_not(begin, ser
     server.create({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
 
     run = begin(more={"KFP_POD_NAME": "step-1"})
-    run.says("RUNNING")
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == 143
     assert "runs on without this step" in run.text
@@ -223,7 +209,6 @@ def test_a_run_that_was_killed_is_cleaned_up_by_the_pipelines_exit_task(begin, j
     from draft_model.jobs import cleanup
 
     run = begin()
-    run.says("RUNNING")
     run.process.kill()
     monkeypatch.setenv("KUBECONFIG", str(coordinator))
     assert "no job was left" in cleanup.clean_up("of-another-run", "pytorchjob", state="RUNNING")
@@ -235,7 +220,6 @@ def test_a_run_that_was_killed_is_cleaned_up_by_the_pipelines_exit_task(begin, j
 
 def test_a_job_that_somebody_deletes_fails_the_run(begin, server, jobs_there):
     run = begin()
-    run.says("RUNNING")
     client.CustomObjectsApi(server.api).delete_namespaced_custom_object(
         "kubeflow.org", "v1", NAMESPACE, "pytorchjobs", run.job
     )
@@ -246,7 +230,6 @@ def test_a_job_that_somebody_deletes_fails_the_run(begin, server, jobs_there):
 
 def test_success_without_an_output_is_a_failure(begin, jobs_there, operator):
     run = begin()
-    run.says("RUNNING")
     let_end(run, "nothing")
     assert run.end() == 2
     assert "ended with success, but without its output" in run.text
@@ -260,7 +243,6 @@ def test_success_without_an_output_is_a_failure(begin, jobs_there, operator):
 
 def test_a_trainers_own_problem_reaches_the_user_as_it_was_told(begin, jobs_there):
     run = begin()
-    run.says("RUNNING")
     let_end(run, "mistake")
     assert run.end() == 2
     assert "error: draft_model_config: is no JSON" in run.text
@@ -270,7 +252,6 @@ def test_a_trainers_own_problem_reaches_the_user_as_it_was_told(begin, jobs_ther
 
 def test_machines_that_fail_are_followed_by_another_attempt_and_not_for_ever(begin, jobs_there):
     run = begin(training_attempts=2)
-    run.says("-a0: RUNNING")
     let_end(run, "killed")
     assert run.end() == 2
     assert "attempt 2 of 2 follows" in run.text
@@ -281,7 +262,6 @@ def test_machines_that_fail_are_followed_by_another_attempt_and_not_for_ever(beg
 
 def test_the_api_server_may_be_away_while_a_job_runs(begin, server, jobs_there, operator):
     run = begin()
-    run.says("RUNNING")
     server.stop()
     run.says("does not answer")
     server.start()
@@ -294,8 +274,6 @@ def test_the_api_server_may_be_away_while_a_job_runs(begin, server, jobs_there, 
 
 def test_two_runs_at_once_do_not_disturb_each_other(begin, jobs_there):
     one, two = begin(), begin()
-    for run in (one, two):
-        run.says("RUNNING")
     let_end(one, "mistake")
     assert one.end() == 2
     assert jobs_there(two) == [two.job]
@@ -306,8 +284,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(begin, jobs_there):
 
 def test_a_foreign_job_of_the_same_name_is_left_alone(begin, server, jobs_there):
     first = begin()
-    first.says("RUNNING")
-    other = begin(run_id=first.run_id[:8] + str(uuid.uuid4())[8:])
+    other = begin(until="", run_id=first.run_id[:8] + str(uuid.uuid4())[8:])
     assert other.job == first.job
     assert other.end() == 2
     assert f"belongs to the run {first.run_id}" in other.text
@@ -322,7 +299,7 @@ def unmanaged(begin, tmp_path_factory):
     """A run whose queue nothing manages, and when it began."""
     compute_map = tmp_path_factory.mktemp("map") / "map.json"
     compute_map.write_text('{"computes": {"team": {"cpus": 1, "memory_gib": 1, "queue": "team-queue"}}}')
-    return begin(compute_map=str(compute_map), compute_draft_model_training="team"), time.monotonic()
+    return begin(until="", compute_map=str(compute_map), compute_draft_model_training="team"), time.monotonic()
 
 
 def test_a_job_that_is_suspended_for_30_seconds_goes_on(begin, server, jobs_there, operator, unmanaged):
@@ -334,7 +311,6 @@ def test_a_job_that_is_suspended_for_30_seconds_goes_on(begin, server, jobs_ther
         )
 
     run = begin()
-    run.says("RUNNING")
     suspend(True)
     run.says("QUEUED")
     eventually(lambda: not operator.of_job(run.job))

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from manifests.kustomize import KUBECTL, MANIFESTS, OVERLAYS, build, needs_kubectl, write
 
-from cluster.apiserver import CRDS
+from cluster.apiserver import CRDS, holds
 from cluster.conftest import eventually
 
 pytestmark = needs_kubectl
@@ -57,15 +57,6 @@ def applied(request, pipelines, kubectl, tmp_path_factory):
     kubectl("apply", "--server-side", "--dry-run=server", "-f", "-", documents=documents)
     kubectl("apply", "--server-side", "-f", "-", documents=documents)
     return request.param, namespace, documents
-
-
-def holds(there, wanted) -> bool:
-    """Whether all that is wanted is there; the server adds defaults."""
-    if isinstance(wanted, dict):
-        return isinstance(there, dict) and all(key in there and holds(there[key], wanted[key]) for key in wanted)
-    if isinstance(wanted, list):
-        return len(there) == len(wanted) and all(map(holds, there, wanted))
-    return there == wanted
 
 
 def test_the_server_keeps_all_that_an_overlay_says(applied, kubectl):

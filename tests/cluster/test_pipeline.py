@@ -29,30 +29,9 @@ WORLD = {"num_nodes_draft_model_training": 2, "number_of_gpu_to_use_draft_model_
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory, object_store):
-    data = tmp_path_factory.mktemp("data")
-    inputs = f"s3://{object_store.bucket}/inputs"  # which pods see, as they see no folder of this machine
-    tiny.write_target(data / "target")
-    tiny.write_jsonl(data / "train.jsonl", tiny.conversations(24))
-    tiny.write_jsonl(data / "validation.jsonl", tiny.conversations(6, seed=1))
-    (data / "draft.json").write_text('{"draft_vocab_size": 200}')
-    for file in (path for path in data.rglob("*") if path.is_file()):
-        storage.put_file(file, inputs, file.relative_to(data).as_posix())
-    return {
-        "pytorch_model_path": f"{inputs}/target",
-        "dataset_train_split": f"{inputs}/train.jsonl",
-        "dataset_validation_split": f"{inputs}/validation.jsonl",
-        "draft_model_config": f"{inputs}/draft.json",
-        "chat_template": "qwen",
-        "max_length": 64,
-        "ttt_length": 2,
-        "compute_dtype": "float32",
-        "num_epochs": 30,
-        "save_interval": 2,
-        "eval_interval": 30,
-        "evaluation_conversations": 2,
-        "evaluation_max_new_tokens": 4,
-        **WORLD,
-    }
+    """Inputs are in the store: pods see no folder of this machine."""
+    more = {"num_epochs": 30, "save_interval": 2, "eval_interval": 30, "evaluation_max_new_tokens": 4, **WORLD}
+    return tiny.write_run(tmp_path_factory.mktemp("data"), f"s3://{object_store.bucket}/inputs", **more)
 
 
 def kill_a_process_after(checkpoint, operator):

@@ -56,18 +56,7 @@ def test_a_queue_without_kueue_is_told(as_coordinator):
 
 @pytest.fixture
 def kueue(server):
-    names = {"kind": QUEUES.kind, "plural": QUEUES.plural, "singular": "localqueue"}
-    schema = {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}}
-    versions = [{"name": QUEUES.version, "served": True, "storage": True, "schema": schema}]
-    spec = {"group": QUEUES.group, "names": names, "scope": "Namespaced", "versions": versions}
-    server.define(
-        {
-            "apiVersion": "apiextensions.k8s.io/v1",
-            "kind": "CustomResourceDefinition",
-            "metadata": {"name": f"{QUEUES.plural}.{QUEUES.group}"},
-            "spec": spec,
-        }
-    )
+    server.define_kind(QUEUES)
     admin = Cluster(server.api, NAMESPACE)
     eventually(lambda: admin.has(QUEUES))
     queue = {"apiVersion": f"{QUEUES.group}/{QUEUES.version}", "kind": QUEUES.kind, "metadata": {"name": "research"}}

@@ -18,30 +18,9 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture
 def values(object_store, tmp_path):
-    """Parameters of a run that takes as little as a real one can; all its inputs are in the store."""
+    """All inputs are in the store."""
     root = f"s3://{object_store.bucket}/in-images"
-    storage.publish(tiny.write_target(tmp_path / "target"), f"{root}/target", stage="import", properties={})
-    files = {
-        "train.jsonl": "".join(json.dumps(row) + "\n" for row in tiny.conversations(24)),
-        "validation.jsonl": "".join(json.dumps(row) + "\n" for row in tiny.conversations(6, seed=1)),
-        "draft.json": '{"draft_vocab_size": 200}',
-    }
-    for name, text in files.items():
-        storage.write_bytes(f"{root}/{name}", text.encode())
-    return {
-        "pytorch_model_path": f"{root}/target",
-        "dataset_train_split": f"{root}/train.jsonl",
-        "dataset_validation_split": f"{root}/validation.jsonl",
-        "draft_model_config": f"{root}/draft.json",
-        "chat_template": "qwen",
-        "max_length": 64,
-        "ttt_length": 2,
-        "compute_dtype": "float32",
-        "num_epochs": 1,
-        "evaluation_conversations": 2,
-        "evaluation_max_new_tokens": 8,
-        "storage_uri": f"{root}/run",
-    }
+    return tiny.write_run(tmp_path, f"{root}/inputs", num_epochs=1, storage_uri=f"{root}/run")
 
 
 def compiled_for_one_machine():

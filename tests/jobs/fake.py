@@ -12,10 +12,8 @@ from jobs.requests import RUN
 class FakeCluster:
     """Objects by kind and name; a script says what the job's status is at each look.
 
-    Args:
-        script: for each look at the job its status and pods, or an exception; the last one stays.
-        clock: is moved on by a minute with each look.
-        kinds: that the cluster has.
+    The script has for each look at the job its status and pods, or an exception; the last one stays. A look takes a
+    minute of the clock.
     """
 
     namespace = "team"

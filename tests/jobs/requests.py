@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from draft_model.jobs.compute import Compute, ComputeMap, built_in, resolve
-from draft_model.jobs.spec import WORK, JobRequest, JobSpec
+from draft_model.jobs.spec import WORK, Job
 from draft_model.parameters import Parameters
 from draft_model.training import TrainConfig
 
@@ -18,6 +18,8 @@ MAP = ComputeMap.model_validate(
             "cpu-pool": {"cpus": 2, "memory_gib": 6, "gpus": 0, "node_selector": {"pool": "cpu"}},
             "research": {"instance_type": "p5.48xlarge", "queue": "research", "priority_class": "low"},
             "spot": {"instance_type": "Standard_ND96isr_H100_v5", "restarts": 3},
+            "of no type": {"instance_type": "nothing"},
+            "of no size": {"cpus": 1},
         }
     }
 )
@@ -31,26 +33,22 @@ OWNER = {
 }
 
 
-def spec(**parameters) -> JobSpec:
-    """A training whose inputs and output are in an object store."""
+def request(compute: Compute | None = None, **parameters) -> Job:
+    """One attempt of a training whose inputs and output are in an object store."""
     p = Parameters(**parameters)
     uris = {name: f"s3://bucket/run/{name}" for name in ("model", "dataset", "output")}
-    config = TrainConfig(**uris, work=Path(WORK), parameters=p, again=True)
-    return JobSpec(
-        "train", config.to_json(), uris, uris["output"], p, check=list, nodes=p.num_nodes_draft_model_training,
-        processes=p.number_of_gpu_to_use_draft_model_training,
-    )  # fmt: skip
-
-
-def request(compute: Compute | None = None, **parameters) -> JobRequest:
-    """One attempt of a run's job."""
-    settings = spec(**parameters)
     key = {"name": "mlpipeline-minio-artifact", "optional": True}
-    return JobRequest(
+    return Job(
+        stage="train",
+        config=TrainConfig(**uris, work=Path(WORK), parameters=p, again=True).to_json(),
+        uris=uris,
+        output=uris["output"],
+        parameters=p,
+        check=list,
+        nodes=p.num_nodes_draft_model_training,
+        processes=p.number_of_gpu_to_use_draft_model_training,
         run_id=RUN,
-        attempt=0,
-        spec=settings,
-        compute=compute or resolve(MAP, "train", settings.parameters),
+        compute=compute or resolve(MAP, "train", p),
         image="registry.example/draft-model/stage@sha256:" + "ab" * 32,
         variables={"AWS_ENDPOINT_URL": "http://seaweedfs.kubeflow:9000", "AWS_DEFAULT_REGION": "us-east-1"},
         namespace="team",
@@ -61,7 +59,7 @@ def request(compute: Compute | None = None, **parameters) -> JobRequest:
     )  # fmt: skip
 
 
-def _sized(nodes: int, gpus: int, **parameters) -> JobRequest:
+def _sized(nodes: int, gpus: int, **parameters) -> Job:
     world = {"num_nodes_draft_model_training": nodes, "number_of_gpu_to_use_draft_model_training": gpus}
     return request(**world, draft_global_batch_size=nodes * gpus, **parameters)
 
@@ -76,6 +74,6 @@ GOLDEN = {
 }
 
 
-def other_settings(wanted: JobRequest) -> JobRequest:
+def other_settings(wanted: Job) -> Job:
     """The same run, asked for something else."""
-    return replace(wanted, spec=replace(wanted.spec, config=wanted.spec.config.replace('"seed": 0', '"seed": 1')))
+    return replace(wanted, config=wanted.config.replace('"seed": 0', '"seed": 1'))

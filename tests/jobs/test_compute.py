@@ -49,16 +49,13 @@ def test_a_node_of_any_cloud_in_any_case_gives_its_gpus_share():
         assert abs(int(whole.memory[:-2]) - 2 * int(half.memory[:-2])) <= 1
 
 
-def test_a_cpu_pool_takes_any_number_of_processes():
-    node = train(compute_draft_model_training="cpu-pool", number_of_gpu_to_use_draft_model_training=64)
-    assert (node.gpus, node.node_selector) == (0, {"pool": "cpu"})
-
-
 def test_a_named_compute_wins_and_says_so(caplog):
     caplog.set_level("INFO", "draft_model")
     node = train(compute_draft_model_training="research", instance_type_draft_model_training="no such type")
     assert (node.queue, node.priority_class) == ("research", "low")
     assert "instance_type_draft_model_training is not used" in caplog.text
+    pool = train(compute_draft_model_training="cpu-pool", number_of_gpu_to_use_draft_model_training=64)
+    assert (pool.gpus, pool.node_selector) == (0, {"pool": "cpu"})  # for any number of processes
 
 
 @pytest.mark.parametrize(
@@ -67,6 +64,8 @@ def test_a_named_compute_wins_and_says_so(caplog):
         ({"instance_type_draft_model_training": "Standard_ND96isr_H100"}, "Standard_ND96isr_H100_v5.* and [0-9]+ more"),
         ({"compute_draft_model_training": "reserch"}, "it has research, "),
         ({"number_of_gpu_to_use_draft_model_training": 5}, "has 4 per node: use at most 4"),
+        ({"compute_draft_model_training": "of no type"}, "names the instance type 'nothing', which"),
+        ({"compute_draft_model_training": "of no size"}, "needs cpus and memory_gib"),
     ],
 )
 def test_what_there_is_not_is_refused_with_what_there_is(parameters, words):
@@ -77,12 +76,11 @@ def test_what_there_is_not_is_refused_with_what_there_is(parameters, words):
 def test_all_stages_are_told_at_once_and_training_on_this_machine_needs_no_node():
     wrong = {"instance_type_model_import": "x", "instance_type_draft_model_training": "y"}
     with pytest.raises(DraftModelError) as caught:
-        nodes_of(Parameters(**wrong, training_backend="pytorchjob"))
+        nodes_of(Parameters(**wrong), jobs=True)
     assert len(caught.value.problems) == 2
-    local = Parameters(training_backend="local")
-    assert nodes_of(local.model_copy(update={"instance_type_draft_model_training": "y"})) == {}
+    assert nodes_of(Parameters(instance_type_draft_model_training="y"), jobs=False) == {}
     with pytest.raises(DraftModelError, match="compute_model_import: given 'nowhere'"):
-        nodes_of(local.model_copy(update={"compute_model_import": "nowhere"}))
+        nodes_of(Parameters(compute_model_import="nowhere"), jobs=False)
 
 
 def evaluation(**parameters):
@@ -107,10 +105,7 @@ def test_the_evaluation_gets_the_trainings_nodes_or_its_own():
         evaluation(compute_evaluation="nowhere")
 
 
-LLAMA_70B = {
-    "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
-    "num_hidden_layers": 80, "vocab_size": 128256,
-}  # fmt: skip
+LLAMA_70B = json.loads((ROOT / "docs/targets/llama-3.3-70b.json").read_text(encoding="utf-8"))
 MIXTRAL = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
     "num_hidden_layers": 32, "vocab_size": 32000, "num_local_experts": 8,
@@ -193,16 +188,6 @@ def test_priority_and_tolerations_come_from_an_administrators_map_alone(tmp_path
         with pytest.raises(DraftModelError, match="sets tolerations or a priority_class for mine; only a ConfigMap"):
             load_map(str(tmp_path / "map.json"), lambda name: None)
         assert load_map("admins", {"admins": {compute.KEY: json.dumps(entry)}}.get)
-
-
-@pytest.mark.parametrize(
-    ("named", "words"),
-    [({"instance_type": "nothing"}, "names the instance type"), ({"cpus": 1}, "needs cpus and memory_gib")],
-)
-def test_a_compute_without_a_size_is_refused(named, words):
-    found = ComputeMap.model_validate({"computes": {"mine": named}})
-    with pytest.raises(DraftModelError, match=words):
-        resolve(found, "train", Parameters(compute_draft_model_training="mine"))
 
 
 def test_the_documented_schema_is_the_one_that_is_used():

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from answers import answering
 from kubernetes import client
 
 from draft_model import jobs, storage
 from draft_model.errors import DraftModelError, StoreUnavailable
-from draft_model.jobs import cleanup, context, coordinate, follow
+from draft_model.jobs import cleanup, context, follow
 from draft_model.jobs.backends import Backend, _difference
 from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
 from draft_model.jobs.coordinate import Coordinator
@@ -39,30 +38,18 @@ ENDS = [
 
 
 @pytest.fixture
-def coordinate_(tmp_path, monkeypatch):
+def coordinate_(tmp_path, at_once):
     """Coordinates a job through scripted looks; gives the cluster, and lets the test change the rest."""
-    for name in ("POLL_SECONDS", "POLL_ALONE_SECONDS", "LOG_SECONDS"):
-        monkeypatch.setattr(follow, name, 0.001)
-    monkeypatch.setattr(coordinate, "AGAIN_SECONDS", 0.0)
     cluster = FakeCluster(clock=Clock())
 
     def run(*script, **changes):
         cluster.script = [*script]
-        spec = replace(GOLDEN["1x1"].spec, output=str(tmp_path / "output"), **changes)
-        Coordinator(cluster, replace(GOLDEN["1x1"], spec=spec), tmp_path / "work").run()
-        return json.loads((tmp_path / f"output/{spec.stage}_job.json").read_text())
+        job = replace(GOLDEN["1x1"], output=str(tmp_path / "output"), **changes)
+        Coordinator(cluster, job, tmp_path / "work").run()
+        return json.loads((tmp_path / f"output/{job.stage}_job.json").read_text())
 
     run.cluster = cluster
     return run
-
-
-def test_success_is_the_output_and_is_not_repeated(coordinate_):
-    assert coordinate_(RUNNING, DONE)["state"] == "SUCCEEDED"
-    assert coordinate_.cluster.there == {}
-    assert coordinate_(Unavailable("never asked"))["state"] == "SUCCEEDED"
-    lacks = iter([["no manifest"]])
-    with pytest.raises(DraftModelError, match="ended with success, but without its output: no manifest"):
-        coordinate_(RUNNING, DONE, check=lambda: next(lacks), config="another job")
 
 
 def test_a_retry_of_a_failed_run_goes_on_from_what_the_run_has_written(coordinate_, tmp_path, monkeypatch):
@@ -76,7 +63,7 @@ def test_a_retry_of_a_failed_run_goes_on_from_what_the_run_has_written(coordinat
         coordinate_(status("Failed", "quota"), prepare=prepare)
     assert coordinate_(RUNNING, DONE, prepare=prepare)["state"] == "SUCCEEDED"
     assert seen == [False, True]
-    monkeypatch.setattr(jobs, "run_job", lambda spec, run_id, work: spec.prepare(again=bool(seen)))
+    monkeypatch.setattr(jobs, "run_job", lambda job, work: job.prepare(again=bool(seen)))
     config = TrainConfig("m", "d", str(tmp_path / "out"), tmp_path / "work", Parameters(training_backend="pytorchjob"))
     for run_id, left in ((RUN, ["epoch_1"]), ("", [])):
         storage.write_bytes(f"{config.output}/checkpoints.json", b'["epoch_1"]')
@@ -86,21 +73,19 @@ def test_a_retry_of_a_failed_run_goes_on_from_what_the_run_has_written(coordinat
 
 
 @pytest.mark.parametrize(("workflow", "ended"), ENDS)
-def test_sigterm_ends_the_job_only_where_a_person_ended_the_run(coordinate_, workflow, ended):
-    coordinate_.cluster.workflow = workflow
-    with pytest.raises(SystemExit):
-        coordinate_(RUNNING, SystemExit(143))
-    assert (coordinate_.cluster.there == {}) is ended
-    if not ended:  # the step is started again, and adopts the job
-        assert coordinate_(RUNNING, DONE)["attempts"][0]["name"] == "draft-3f2c9a10-a0"
+def test_a_run_is_seen_to_be_ended_by_a_person(workflow, ended):
+    cluster = FakeCluster()
+    cluster.workflow = workflow
+    assert context.run_ended(cluster, OWNER) is ended
 
 
 def test_an_error_of_the_coordinator_ends_no_healthy_job(coordinate_):
     coordinate_.cluster.workflow = WORKFLOW
-    for error in (Forbidden("may not get pytorchjobs"), RuntimeError("a fault of ours")):
+    for error in (Forbidden("may not get pytorchjobs"), RuntimeError("a fault of ours"), SystemExit(143)):
         with pytest.raises(type(error)):
             coordinate_(error)
         assert len(coordinate_.cluster.there) == 1
+    assert coordinate_(RUNNING, DONE)["attempts"][0]["name"] == "draft-3f2c9a10-a0"  # started again, it adopts the job
 
 
 def test_a_store_that_is_away_costs_no_finished_job(coordinate_):
@@ -125,7 +110,7 @@ def test_auto_takes_the_other_kind_where_an_operator_does_not_run(coordinate_, c
         return kind in (PYTORCHJOB, TRAINJOB, RUNTIME)
 
     monkeypatch.setattr(cluster, "has", has)
-    parameters = GOLDEN["1x1"].spec.parameters
+    parameters = GOLDEN["1x1"].parameters
     record = coordinate_(*[{}] * 3, status("Complete"))
     assert record["state"] == "SUCCEEDED"
     assert "its operator does not run" in caplog.text
@@ -139,7 +124,7 @@ def test_a_pod_of_any_stage_that_no_node_fits_ends_the_run_with_the_schedulers_w
     stuck = pod(job="draft-3f2c9a10-a0" if stage == "train" else f"draft-3f2c9a10-{stage}-a0")
     said = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/5 nodes have a GPU"}
     stuck["status"] = {"conditions": [said]}
-    parameters = GOLDEN["1x1"].spec.parameters.model_copy(update={"start_limit": 0})  # minutes
+    parameters = GOLDEN["1x1"].parameters.model_copy(update={"start_limit": 0})  # minutes
     with pytest.raises(DraftModelError, match=r"start_limit: draft-.* exceeded 0 minutes") as caught:
         coordinate_(status("Created", pods=[stuck]), stage=stage, parameters=parameters)
     assert "0/5 nodes have a GPU" in caught.value.problems[1]
@@ -155,14 +140,14 @@ def test_a_stages_result_is_what_its_process_left_in_the_store(tmp_path, monkeyp
         storage.publish(tmp_path / "files", model, stage="import", properties={})
     seen = []
 
-    def run_job(spec, run_id, work):
+    def run_job(sent, work):
         storage.write_bytes(f"{output}/import_result.json", b'{"run_id": "another"}')
-        assert spec.check() == [f"there is no result of this run at {output}/import_result.json"]
-        job = json.loads(spec.config)
+        assert sent.check() == [f"there is no result of this run at {output}/import_result.json"]
+        job = json.loads(sent.config)
         result = {"run_id": job["run_id"], "uri": model, "written_by": "import", "page": "x"}
         storage.write_bytes(job["result"], json.dumps(result).encode())
-        seen.append(spec)
-        assert (spec.check() == []) is whole
+        seen.append(sent)
+        assert (sent.check() == []) is whole
 
     monkeypatch.setattr(jobs, "run_job", run_job)
     result = jobs.run_stage("import", Parameters(), {"root": "s3://b/root"}, output, RUN, tmp_path)
@@ -175,7 +160,7 @@ def test_a_forged_job_is_not_adopted():
     cluster, wanted = FakeCluster(script=[{}]), GOLDEN["4x8"]
     backend = Backend(cluster, "pytorchjob")
     job = backend.create_or_adopt(wanted)
-    there = cluster.there[PYTORCHJOB, job.request.name]
+    there = cluster.there[PYTORCHJOB, job.name]
     template = there["spec"]["pytorchReplicaSpecs"]["Master"]["template"]["spec"]
     template["nodeSelector"] = {"flavour": "spot"}
     assert backend.create_or_adopt(wanted).adopted
@@ -242,18 +227,6 @@ def test_the_end_is_told_in_words_with_the_checkpoint_to_go_on_from(clean, state
     assert ("Retry in the UI goes on from it" in told) is ("succeeded" not in said)
 
 
-def test_jobs_of_all_stages_are_deleted_where_their_run_cannot_be_seen(clean, monkeypatch):
-    monkeypatch.setattr(cleanup, "owner_of", lambda pod: None)
-    wanted = GOLDEN["1x1"]
-    for stage in STAGES:
-        request = replace(wanted, spec=replace(wanted.spec, stage=stage))
-        assert not Backend(clean.cluster, "pytorchjob").create_or_adopt(request).adopted  # names do not collide
-    deleted = [line for line in clean("RUNNING") if "deleted" in line]
-    names = [f"draft-3f2c9a10{'' if stage == 'train' else f'-{stage}'}-a0" for stage in STAGES]
-    assert deleted == [f"a step left pytorchjobs/{name}: deleted" for name in names]
-    assert clean.cluster.there == {}
-
-
 @pytest.mark.parametrize(("workflow", "said"), [(ENDS[0][0], "the run was terminated"), (WORKFLOW, "a step was lost")])
 def test_a_run_without_jobs_is_seen_to_be_terminated_too(clean, monkeypatch, workflow, said):
     clean.cluster.workflow = workflow
@@ -276,27 +249,12 @@ def test_an_outage_is_no_clean_cluster(clean, monkeypatch, error):
 
 @pytest.mark.parametrize("body", [b"{}", b"[]", b"null", b"<title>log in</title>", b'{"kind": "List", "it'])
 def test_what_a_gateway_answers_is_no_answer_of_kubernetes(body):
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_POST = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        settings = client.Configuration(host=f"http://127.0.0.1:{server.server_port}")
-        cluster = Cluster(client.ApiClient(settings), "team")
+    with answering(lambda path: (200, body)) as address:
+        cluster = Cluster(client.ApiClient(client.Configuration(host=address)), "team")
         for ask in (cluster.groups, lambda: cluster.has(PYTORCHJOB), lambda: cluster.may("get", "", "pods"),
                     lambda: cluster.get(PYTORCHJOB, "a"), lambda: cluster.objects(PYTORCHJOB)):  # fmt: skip
             with pytest.raises(Unavailable):
                 ask()
-        server.shutdown()
 
 
 def test_the_pods_get_the_stores_variables_clean_and_no_credential(monkeypatch):
@@ -326,7 +284,7 @@ def test_the_pods_log_in_to_tracking_server_and_hub_by_reference(monkeypatch):
     cluster = FakeCluster()
     cluster.pod = lambda name: own
     monkeypatch.setenv("KFP_POD_NAME", "own")
-    made = context.request_for(cluster, GOLDEN["1x1"].spec, RUN)
+    made = context.complete(cluster, GOLDEN["1x1"])
     assert made.image == os.environ.get(context.IMAGE, "i")
     text = json.dumps(pytorchjob(made))
     assert json.dumps({"name": "MLFLOW_TRACKING_TOKEN", "valueFrom": {"secretKeyRef": KEY}}) in text
@@ -337,7 +295,7 @@ def test_the_pods_log_in_to_tracking_server_and_hub_by_reference(monkeypatch):
 
 def test_a_local_folder_is_refused_before_anything_is_created(tmp_path):
     with pytest.raises(DraftModelError, match="dataset: given '/data'"):
-        context.request_for(FakeCluster(), replace(GOLDEN["1x1"].spec, uris={"dataset": "/data"}), RUN)
+        context.complete(FakeCluster(), replace(GOLDEN["1x1"], uris={"dataset": "/data"}))
 
 
 def test_the_result_is_what_the_record_beside_the_served_draft_says(tmp_path, monkeypatch):

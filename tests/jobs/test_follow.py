@@ -18,10 +18,8 @@ from jobs.requests import GOLDEN, request
 
 
 @pytest.fixture
-def follow(tmp_path, monkeypatch):
+def follow(tmp_path, at_once):
     """Follows a job through scripted looks; gives its end and the cluster."""
-    for name in ("POLL_SECONDS", "POLL_ALONE_SECONDS", "LOG_SECONDS"):
-        monkeypatch.setattr(following, name, 0.001)
 
     def follow(*script, wanted=None, prepare=None):
         clock = Clock()
@@ -83,24 +81,12 @@ def test_a_long_queue_does_not_use_up_the_time_to_start_or_run(follow):
     assert failure is None
 
 
-def test_an_api_server_that_is_away_ends_nothing(follow, caplog):
-    caplog.set_level("INFO", "draft_model")
-    away = [Unavailable("refused")] * 30
-    failure, _ = follow(RUNNING, *away, RUNNING, *away, DONE)
-    assert failure is None
-    assert sum("does not answer" in record.message for record in caplog.records) == 2
-
-
-def test_a_right_that_is_missing_from_the_start_is_told_at_once(follow):
-    with pytest.raises(Forbidden, match="get pytorchjobs"):
-        follow(Forbidden("may not get pytorchjobs"))
-
-
 def test_a_server_that_has_not_read_its_roles_yet_is_waited_for(follow):
-    failure, _ = follow(RUNNING, Forbidden("may not get pytorchjobs"), DONE)
-    assert failure is None
-    with pytest.raises(Forbidden):
-        follow(RUNNING, *[Forbidden("may not get pytorchjobs")] * 5, DONE)
+    refused = Forbidden("may not get pytorchjobs")
+    assert follow(RUNNING, refused, DONE)[0] is None
+    for script in ([RUNNING, *[refused] * 5, DONE], [refused]):  # for long, or from the start
+        with pytest.raises(Forbidden, match="get pytorchjobs"):
+            follow(*script)
 
 
 def test_a_queue_without_kueue_is_found_out_and_one_with_it_is_not(follow, caplog):
@@ -172,20 +158,12 @@ def test_a_pod_that_lost_its_peers_is_not_blamed_while_another_still_ends(follow
     assert next(looks, None) is None
 
 
-def test_a_trainers_problems_come_word_for_word_and_a_crash_with_its_last_lines():
-    mistake = Pod("p0", 0, ended=True, exit_code=2, message='{"problems": ["a: given 1", "b: given 2"]}')
-    assert states.classify("job", "train", "", [PEER, mistake], {}).problems == ["a: given 1", "b: given 2"]
-    crash = states.classify(
-        "job", "train", "", [Pod("p0", 0, ended=True, exit_code=1)], {"p0": ["one", "KeyError: 'x'"]}
-    )
+def test_a_crash_comes_with_its_last_lines_and_a_deadline_and_an_unknown_end_are_told():
+    crashed = [Pod("p0", 0, ended=True, exit_code=1)]
+    crash = states.classify("job", "train", "", crashed, {"p0": ["one", "KeyError: 'x'"]})
     assert crash.problems[-1].strip() == "KeyError: 'x'"
-
-
-def test_a_deadline_and_an_unknown_end_are_told():
-    late = states.classify(
-        "job", "train", "Job job has failed because it was active longer than specified deadline", [], {}
-    )
-    assert late.reason == "Deadline"
+    late = "Job job has failed because it was active longer than specified deadline"
+    assert states.classify("job", "train", late, [], {}).reason == "Deadline"
     assert "quota" in states.classify("job", "train", "pods were refused: quota", [], {}).problems[0]
 
 
@@ -207,7 +185,7 @@ def test_the_states_of_a_job(conditions, suspended, started, expected, where):
         "status": {"conditions": [{"type": kind, "status": "True"} for kind in conditions]},
     }
     pods = [Pod(str(node), node, started=True) for node in range(started)]
-    assert status_of(job, pods, GOLDEN["queue"]).state is expected
+    assert status_of(job, pods, 2).state is expected
 
 
 def test_the_table_of_the_docs_is_the_one_in_code():

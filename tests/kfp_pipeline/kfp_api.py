@@ -11,7 +11,6 @@ import base64
 import gzip
 import json
 import re
-import ssl
 import threading
 import uuid
 import zlib
@@ -54,7 +53,7 @@ class KfpApi:
         packed: whether Argo has packed the Workflows' status, so that tasks stay as they were.
     """
 
-    def __init__(self, namespaces=(), certificate=None) -> None:
+    def __init__(self, namespaces=(), tls=None) -> None:
         self.requests: list[tuple[str, str, str]] = []
         self.story: list = [("SUCCEEDED", {})]
         self.token, self.namespaces, self.failing, self.packed = "", set(namespaces), 0, False
@@ -66,11 +65,11 @@ class KfpApi:
         self.runs: dict[str, dict] = {}
         self.recurring: dict[str, dict] = {}
         self._looks: dict[str, int] = {}
-        self._certificate, self._port, self._server = certificate, 0, None
+        self._tls, self._port, self._server = tls, 0, None
 
     @property
     def host(self) -> str:
-        return f"{'https' if self._certificate else 'http'}://127.0.0.1:{self._port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self._port}"
 
     def __enter__(self) -> KfpApi:
         self.start()
@@ -94,10 +93,8 @@ class KfpApi:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", self._port), Answer)
         self._port = self._server.server_port
-        if self._certificate:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(self._certificate)
-            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        if self._tls:
+            self._server.socket = self._tls.wrap_socket(self._server.socket, server_side=True)
         threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:

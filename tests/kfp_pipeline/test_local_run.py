@@ -19,7 +19,7 @@ from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import print_summary
 from draft_model.processes import ORPHAN_SECONDS
 from draft_model.storage.embedded import EmbeddedStore
-from kfp_pipeline.local import _alone, _no_orphans, run_local
+from kfp_pipeline.local import _alone, run_local
 
 PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"
 STEPS = ("preflight", "import-model", "build-dataset", "train-draft-model", "evaluate-draft-model", "clean-up")
@@ -28,22 +28,7 @@ pytestmark = pytest.mark.timeout(900)  # libraries load slowly where others use 
 
 @pytest.fixture(scope="module")
 def values(tmp_path_factory):
-    """Parameters of a run that takes as little as a real one can."""
-    data = tmp_path_factory.mktemp("data")
-    (data / "draft.json").write_text('{"draft_vocab_size": 200}')
-    return {
-        "pytorch_model_path": str(tiny.write_target(data / "target")),
-        "dataset_train_split": str(tiny.write_jsonl(data / "train.jsonl", tiny.conversations(24))),
-        "dataset_validation_split": str(tiny.write_jsonl(data / "validation.jsonl", tiny.conversations(6, seed=1))),
-        "draft_model_config": str(data / "draft.json"),
-        "chat_template": "qwen",
-        "max_length": 64,
-        "ttt_length": 2,
-        "compute_dtype": "float32",
-        "num_epochs": 2,
-        "evaluation_conversations": 2,
-        "evaluation_max_new_tokens": 8,
-    }
+    return tiny.write_run(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -120,22 +105,6 @@ def test_ctrl_c_while_training_ends_everything(interrupted, folder):
     assert printed.splitlines()[-1] == "interrupted"
     assert after == []
     assert list((folder / "work").iterdir()) == []
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_command_alone_ends_its_steps_first(number):
-    steps = []
-
-    def run():
-        with _no_orphans():
-            steps.append(psutil.Popen(["sh", "-c", "sleep 600 & wait"]))
-            signal.raise_signal(number)
-
-    before = signal.signal(number, signal.SIG_DFL)  # under nohup SIGHUP is ignored
-    with pytest.raises(SystemExit, match="143"):
-        run()
-    signal.signal(number, before)
-    assert not steps[0].is_running()
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):

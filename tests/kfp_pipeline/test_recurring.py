@@ -14,6 +14,7 @@ from kfp_pipeline.client import connect
 from kfp_pipeline.compile import MANIFEST
 from kfp_pipeline.recurring import apply, read
 
+pytestmark = pytest.mark.usefixtures("nothing_of_this_machine")
 VERSION = "pipeline-draft-model-of-today"
 WEEKLY = {
     "cron": "0 0 2 * * 6",
@@ -52,12 +53,6 @@ class SchedulingApi(KfpApi):
         found = {run["display_name"]: run for run in self.recurring.values()}
         assert len(found) == len(self.recurring)
         return found
-
-
-@pytest.fixture(autouse=True)
-def nothing_of_this_machine(monkeypatch, tmp_path):
-    monkeypatch.delenv("KF_PIPELINES_ENDPOINT", raising=False)
-    monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "kfp/context.json"))
 
 
 @pytest.fixture

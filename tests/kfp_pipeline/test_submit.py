@@ -1,15 +1,11 @@
 """Submitting to a KFP API server: one version for one content, runs as asked, and refusals that can be acted on."""
 
 import json
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
+from datetime import timedelta
 
-import kfp
 import pytest
 import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from answers import certified
 from kfp_api import COOKIE, PAGE, KfpApi
 
 from draft_model.errors import DraftModelError
@@ -19,21 +15,8 @@ from kfp_pipeline.compile import compile_documents, compile_manifests
 from kfp_pipeline.submit import check, submit
 from kfp_pipeline.watch import watch
 
+pytestmark = pytest.mark.usefixtures("nothing_of_this_machine")
 VALUES = {"huggingface_id": "org/name@v1", "dataset_train_split": "s3://bucket/train.jsonl"}
-
-
-@pytest.fixture(autouse=True)
-def nothing_of_this_machine(monkeypatch, tmp_path):
-    for name in ("KF_PIPELINES_ENDPOINT", "KF_PIPELINES_UI_ENDPOINT", "KUBERNETES_SERVICE_HOST"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "no-kubeconfig"))
-    monkeypatch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
-
-
-@pytest.fixture
-def api():
-    with KfpApi() as api:
-        yield api
 
 
 @pytest.fixture
@@ -253,30 +236,11 @@ def test_a_cookie_of_kfps_own_settings_gets_past_a_login_page(api, tmp_path):
     assert len(api.runs) == 1
 
 
-@pytest.fixture
-def certificate(tmp_path):
-    """A certificate for 127.0.0.1 that hangs on nothing, with its key."""
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
-    now = datetime.now(UTC)
-    address = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
-    made = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1))
-        .add_extension(address, critical=True)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    plain = serialization.NoEncryption()
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
-    (tmp_path / "ca.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    (tmp_path / "server.pem").write_bytes(pem + (tmp_path / "ca.pem").read_bytes())
-    return tmp_path
-
-
-def test_tls(certificate):
-    with KfpApi(certificate=certificate / "server.pem") as api:
+def test_tls(tmp_path):
+    with KfpApi(tls=certified(tmp_path)) as api:
         with pytest.raises(ServerAway, match=r"is not trusted: .*certificate.*--ca-file"):
             connect(api.host)
-        submit(connect(api.host, ca_file=certificate / "ca.pem"), VALUES)
+        submit(connect(api.host, ca_file=tmp_path / "cert.pem"), VALUES)
         assert len(api.runs) == 1
 
 

@@ -3,21 +3,18 @@
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import sysconfig
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
-import kfp
 import pytest
-from kfp_api import KfpApi
+from command import draft_model
 
-from draft_model.cli import main
 from kfp_pipeline.compile import COMPILED
 
+pytestmark = pytest.mark.usefixtures("nothing_of_this_machine")
 DOCS = Path(__file__).parents[2] / "docs" / "client.md"
 PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"
 GIVEN = ["--image", "registry.example/{kind}:1", "--set", "huggingface_id=org/name"]
@@ -51,39 +48,8 @@ def failed(message, log, *driver):
 
 
 @pytest.fixture
-def api():
-    with KfpApi() as api:
-        yield api
-
-
-@pytest.fixture
 def environment(tmp_path):
-    """Of a user who has set up nothing."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("KF_", "KUBE"))}
-    return {**clean, "HOME": str(tmp_path)}
-
-
-@pytest.fixture
-def draft_model(environment, monkeypatch, capsys, tmp_path):
-    """Runs the program in this process, which has imported KFP's SDK."""
-
-    def run(*arguments, **more):
-        before = signal.getsignal(signal.SIGTERM)
-        with monkeypatch.context() as patch:
-            for name in (name for name in os.environ if name.startswith(("KF_", "KUBE", "DRAFT_MODEL_"))):
-                patch.delenv(name)
-            for name, value in {**more, "HOME": environment["HOME"]}.items():
-                patch.setenv(name, value)
-            patch.setattr(kfp.Client, "_LOCAL_KFP_CONTEXT", str(tmp_path / "context.json"))
-            patch.setattr(os, "environ", os.environ.copy())  # --image sets a variable
-            patch.setattr(sys, "argv", ["draft-model", *map(str, arguments)])
-            with pytest.raises(SystemExit) as ended:
-                main()
-        signal.signal(signal.SIGTERM, before)
-        printed = capsys.readouterr()
-        return SimpleNamespace(returncode=ended.value.code, stdout=printed.out, stderr=printed.err)
-
-    return run
+    return {**os.environ, "HOME": str(tmp_path)}
 
 
 @pytest.fixture
@@ -157,7 +123,7 @@ def test_a_run_is_followed_to_its_end_through_an_outage_and_a_new_token(api, sta
     ],
     ids=["sentences", "killed", "driver", "escape"],
 )  # fmt: skip
-def test_a_failed_run_says_why(api, draft_model, story, what, why):
+def test_a_failed_run_says_why(api, story, what, why):
     api.story = story
     done = draft_model("submit", "--host", api.host, *GIVEN, "--watch")
     (run_id,) = api.runs
@@ -176,7 +142,7 @@ def test_a_failed_run_says_why(api, draft_model, story, what, why):
 
 
 @pytest.mark.parametrize("ui", [False, True])
-def test_logs_of_a_failed_run_of_a_step_and_of_a_run_without_failures(api, draft_model, ui):
+def test_logs_of_a_failed_run_of_a_step_and_of_a_run_without_failures(api, ui):
     api.ui, api.story = ui, failed("Error (exit code 2)", f"{EXECUTOR}13:00:00 imported\n{SENTENCES}{LAUNCHER}")
     draft_model("submit", "--host", api.host, *GIVEN, "--watch")
     (run_id,) = api.runs
@@ -194,7 +160,7 @@ def test_logs_of_a_failed_run_of_a_step_and_of_a_run_without_failures(api, draft
     assert told == (0, "", "no step has failed; its steps: root, preflight, evaluate-draft-model\n")
 
 
-def test_a_server_that_gives_no_logs(api, draft_model):
+def test_a_server_that_gives_no_logs(api):
     api.v1, api.story = False, failed("Error (exit code 2)", SENTENCES)
     done = draft_model("submit", "--host", api.host, *GIVEN, "--watch")
     (run_id,) = api.runs
@@ -205,7 +171,7 @@ def test_a_server_that_gives_no_logs(api, draft_model):
     assert (logs.returncode, kubectl in logs.stderr) == (2, True)
 
 
-def test_all_problems_at_once_and_nothing_is_sent(api, draft_model, tmp_path):
+def test_all_problems_at_once_and_nothing_is_sent(api, tmp_path):
     (tmp_path / "run.yaml").write_text("num-epochs: 2\nlerning_rate: 1\ndataset_train_split: data.jsonl\n")
     done = draft_model(
         "submit", "--params", tmp_path / "run.yaml", "--set", "num_epochs=none", "--set", "seed",
@@ -227,7 +193,7 @@ def test_all_problems_at_once_and_nothing_is_sent(api, draft_model, tmp_path):
     assert not api.requests
 
 
-def test_the_environment_can_say_who_where_and_what(api, draft_model, tmp_path):
+def test_the_environment_can_say_who_where_and_what(api, tmp_path):
     api.token = "never-shown"
     (tmp_path / "token").write_text(api.token)
     done = draft_model(
@@ -246,7 +212,7 @@ def test_the_environment_can_say_who_where_and_what(api, draft_model, tmp_path):
     assert [experiment["display_name"] for experiment in api.experiments.values()][1:] == ["the-platforms"]
 
 
-def test_who_stops_watching_is_told_how_to_go_on_and_how_to_end_the_run(api, started, draft_model, tmp_path):
+def test_who_stops_watching_is_told_how_to_go_on_and_how_to_end_the_run(api, started, tmp_path):
     api.story = RUNNING
     (tmp_path / "my token; id").write_text("token")
     process = started("submit", "--host", api.host, "--token-file", tmp_path / "my token; id", *GIVEN, "--watch")
@@ -265,7 +231,7 @@ def test_who_stops_watching_is_told_how_to_go_on_and_how_to_end_the_run(api, sta
     assert "error: the run was terminated (KFP: FAILED)" in ended.stderr
 
 
-def test_a_watch_ends_where_a_pod_is_pending_for_longer_than_start_limit(api, draft_model, monkeypatch):
+def test_a_watch_ends_where_a_pod_is_pending_for_longer_than_start_limit(api, monkeypatch):
     monkeypatch.setattr("kfp_pipeline.watch.STALL", -1.0)
     assert draft_model("submit", "--host", api.host, *GIVEN, "--set", "start_limit=1").returncode == 0
     (run,) = api.runs.values()
@@ -281,7 +247,7 @@ def test_a_watch_ends_where_a_pod_is_pending_for_longer_than_start_limit(api, dr
     assert "Unschedulable: 0/3 nodes are available" in last
 
 
-def test_a_run_that_is_not_there(api, draft_model):
+def test_a_run_that_is_not_there(api):
     for command in ("watch", "logs", "terminate"):
         done = draft_model(command, "--host", api.host, "no-such-run")
         assert done.returncode == 2
@@ -304,7 +270,7 @@ def test_the_snippets_of_the_docs_run(api, environment, tmp_path, number):
     assert run["service_account"] == "draft-model-steps"
 
 
-def test_the_docs_name_every_command_and_exit_code(draft_model):
+def test_the_docs_name_every_command_and_exit_code():
     text = DOCS.read_text(encoding="utf-8")
     for command in ("submit", "watch", "logs", "terminate", "compile"):
         assert f"draft-model {command} " in text

@@ -42,24 +42,12 @@ def server():
 def start(server, tmp_path_factory):
     """Starts runs of a tiny target, with inputs and outputs in one folder of the store; cleans up at the end."""
     root, data = storage.join(STORE, f"test-{uuid.uuid4().hex[:8]}"), tmp_path_factory.mktemp("data")
-    tiny.write_target(data / "target")
-    tiny.write_jsonl(data / "train.jsonl", tiny.conversations(24))
-    tiny.write_jsonl(data / "validation.jsonl", tiny.conversations(6, seed=1))
-    (data / "draft.json").write_text('{"draft_vocab_size": 200}')
     (data / "nodes.json").write_text(json.dumps({"computes": {"any": {"cpus": 0.5, "memory_gib": 3}}}))
-    for file in (path for path in data.rglob("*") if path.is_file()):
-        storage.put_file(file, storage.join(root, "inputs"), file.relative_to(data).as_posix())
-    values = {
-        "pytorch_model_path": storage.join(root, "inputs/target"),
-        "dataset_train_split": storage.join(root, "inputs/train.jsonl"),
-        "dataset_validation_split": storage.join(root, "inputs/validation.jsonl"),
-        "draft_model_config": storage.join(root, "inputs/draft.json"),
+    values = tiny.write_run(data, storage.join(root, "inputs")) | {
         "object_store_secret": os.environ.get("KFP_STORE_SECRET", "mlpipeline-minio-artifact"),
-        "chat_template": "qwen", "max_length": 64, "ttt_length": 2, "compute_dtype": "float32", "num_epochs": 2,
-        "evaluation_conversations": 2, "evaluation_max_new_tokens": 8, "number_of_gpu_to_use_draft_model_training": 1,
-        "compute_map": storage.join(root, "inputs/nodes.json"), "compute_model_import": "any",
-        "compute_draft_model_training": "any", "training_backend": "local", "build_dataset_num_proc": 2,
-        "start_limit": 10, "run_limit": 20,
+        "number_of_gpu_to_use_draft_model_training": 1, "compute_map": storage.join(root, "inputs/nodes.json"),
+        "compute_model_import": "any", "compute_draft_model_training": "any", "training_backend": "local",
+        "build_dataset_num_proc": 2, "start_limit": 10, "run_limit": 20,
     }  # fmt: skip
     values |= dict(setting.split("=", 1) for setting in os.environ.get("KFP_PARAMETERS", "").split())
     account, started = os.environ.get("KFP_SERVICE_ACCOUNT", "draft-model-steps"), []

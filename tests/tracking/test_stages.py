@@ -1,44 +1,72 @@
-"""The four stages in one local store: a parent, a child per stage, and curves over the steps."""
+"""The four stages in a row by the command line, tracked in one store: a parent, a child per stage, curves."""
 
 import json
 from pathlib import Path
 
 import pytest
 import tiny
+from click.testing import CliRunner
 
-from draft_model import dataset, evaluation, model_import, training
-from draft_model.parameters import Parameters
+from draft_model import storage
+from draft_model.cli import cli
+from draft_model.parameters import parameters_of
 from draft_model.tracking import RUN, forwarded
-from draft_model.training.job import run as train
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory):
-    """Runs of all stages by name, and where their results are."""
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.fixture(scope="module")
+def stages(root):
+    """A client of the store, runs of all stages by name, and the last line that each command printed."""
     from mlflow import MlflowClient
 
-    root = tmp_path_factory.mktemp("tracked")
     uri = f"sqlite:///{root}/mlflow.db"
-    split = {name: str(tiny.write_jsonl(root / f"{name}.jsonl", tiny.conversations(12))) for name in "tv"}
-    parameters = Parameters(
-        pytorch_model_path=str(tiny.write_target(root / "target")), chat_template="qwen", max_length=64,
-        dataset_train_split=split["t"], dataset_validation_split=split["v"], compute_dtype="float32", ttt_length=2,
-        num_epochs=1, log_steps=1, draft_global_batch_size=4, evaluation_conversations=2, evaluation_max_new_tokens=6,
-        register_model_name="tiny-eagle3", build_dataset_num_proc=1, mlflow_tracking_uri=uri,
+    given = tiny.write_run(
+        root, num_epochs=1, log_steps=1, register_model_name="tiny-eagle3", build_dataset_num_proc=1,
+        mlflow_tracking_uri=uri, checkpoint_path=f"{root}/checkpoints",
     )  # fmt: skip
+    said = {}
+
+    def run(stage, **uris):
+        own = {p.name: given[p.name] for p in parameters_of(stage) if p.name in given}
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in {**uris, **own}.items()]
+        done = CliRunner().invoke(cli, [stage, *options], catch_exceptions=False)
+        assert done.exit_code == 0
+        said[stage] = done.stdout.splitlines()[-1]
+        return said[stage]
+
     with pytest.MonkeyPatch.context() as patch:
         # The parameter wins, and ids of another server mean nothing on this.
         patch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
         patch.setenv("MLFLOW_RUN_ID", "of another server")
         patch.setenv("MLFLOW_EXPERIMENT_ID", "of another server")
         patch.setenv(RUN, "a run")
-        model = model_import.run(model_import.ImportConfig(str(root / "model"), root / "w1", parameters)).uri
-        data = dataset.run(dataset.DatasetConfig(model, str(root / "data"), parameters, root / "w2")).uri
-        final = train(training.TrainConfig(model, data, str(root / "output"), root / "w3", parameters)).final
-        evaluation.run(evaluation.EvaluateConfig(model, data, final, root / "w4", parameters))
+        model = run("import", output=root / "model")
+        data = run("dataset", model=model, output=root / "dataset")
+        draft = run("train", model=model, dataset=data, output=root / "output", work=root / "work")
+        run("evaluate", model=model, dataset=data, draft=draft)
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("draft-model").experiment_id
-    return client, {run.info.run_name: run for run in client.search_runs([experiment])}, final
+    return client, {run.info.run_name: run for run in client.search_runs([experiment])}, said
+
+
+def test_each_command_prints_where_its_output_is_and_the_last_one_the_result(stages, root):
+    _, _, said = stages
+    uris = [said[stage] for stage in ("import", "dataset", "train")]
+    assert uris == [str(root / name) for name in ("model", "dataset", "output/final")]
+    manifests = [storage.read_manifest(uri) for uri in (*uris, f"{root}/checkpoints/epoch_1")]
+    assert [manifest.stage for manifest in manifests] == ["import", "dataset", "train", "checkpoint"]
+    assert manifests[-1].properties["run_id"]
+    assert not (root / "checkpoints/lease.json").exists()  # given back
+    evaluation = json.loads((root / "output/final/evaluation.json").read_text())
+    assert evaluation["lossless"]["identical"]
+    assert evaluation["prompts"] == 2
+    assert said["evaluate"].startswith(f"acceptance length {evaluation['trained']['acceptance_length']:.2f} ")
+    assert json.loads((root / "output/final/training.json").read_text())["steps"] == 3
+    storage.fetch(said["train"], root)  # every file is as the manifest says
 
 
 def test_every_stage_is_a_child_of_one_run(stages):
@@ -52,8 +80,8 @@ def test_every_stage_is_a_child_of_one_run(stages):
 
 
 def test_the_curves_are_those_of_the_training(stages):
-    client, runs, final = stages
-    record = json.loads(Path(final, "training.json").read_text(encoding="utf-8"))
+    client, runs, said = stages
+    record = json.loads(Path(said["train"], "training.json").read_text(encoding="utf-8"))
     run = runs["train"].info.run_id
 
     def curve(name):
@@ -69,7 +97,8 @@ def test_the_curves_are_those_of_the_training(stages):
 
 
 def test_lineage_and_the_registered_model(stages):
-    client, runs, final = stages
+    client, runs, said = stages
+    final = said["train"]
     assert {i.dataset.name for i in runs["train"].inputs.dataset_inputs} == {"target", "dataset"}
     assert runs["train"].data.tags["artifact.final"] == final
     inputs = {i.dataset.name: json.loads(i.dataset.source)["uri"] for i in runs["evaluate"].inputs.dataset_inputs}

@@ -1,3 +1,1 @@
-from .component import build_dataset
-
-__all__ = ["build_dataset"]
+from .component import build_dataset as build_dataset

@@ -1,3 +1,1 @@
-from .component import clean_up
-
-__all__ = ["clean_up"]
+from .component import clean_up as clean_up

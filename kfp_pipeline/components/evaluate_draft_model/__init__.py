@@ -1,3 +1,1 @@
-from .component import evaluate_draft_model
-
-__all__ = ["evaluate_draft_model"]
+from .component import evaluate_draft_model as evaluate_draft_model

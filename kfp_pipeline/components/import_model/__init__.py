@@ -1,3 +1,1 @@
-from .component import import_model
-
-__all__ = ["import_model"]
+from .component import import_model as import_model

@@ -1,3 +1,1 @@
-from .component import preflight
-
-__all__ = ["preflight"]
+from .component import preflight as preflight

@@ -1,3 +1,1 @@
-from .component import train_draft_model
-
-__all__ = ["train_draft_model"]
+from .component import train_draft_model as train_draft_model

@@ -27,7 +27,7 @@ from draft_model.parameters import Parameters, Stage
 from draft_model.processes import ROOT
 
 if TYPE_CHECKING:
-    from draft_model.jobs.spec import JobSpec
+    from draft_model.jobs.spec import Job
     from draft_model.training.config import TrainConfig, TrainResult
 
 __all__ = ["coordinates_only", "lacking", "run", "run_here", "run_job", "run_stage"]
@@ -40,7 +40,7 @@ _LACKS = dict.fromkeys((-9, 137), "memory") | dict.fromkeys((-7, 135), "space on
 def run(config: TrainConfig, run_id: str = "") -> TrainResult:
     """Trains a draft as a job and waits for its end; `run_id` is of the pipeline's run, where there is one."""
     from draft_model.jobs.context import wants_cluster
-    from draft_model.jobs.spec import WORK, JobSpec
+    from draft_model.jobs.spec import WORK, Job
     from draft_model.training.config import INDEX, TrainResult, list_checkpoints
     from draft_model.training.lease import hold, own_run_id
 
@@ -51,9 +51,9 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
         # A run that Kubeflow has not started is known by its output. Whatever a queue or an operator starts again goes
         # on from this run's own checkpoints.
         run_id = run_id or f"cli-{hashlib.sha256(config.output.encode()).hexdigest()[:16]}"
-        job = replace(config, work=Path(WORK), run_id=run_id, again=True)
+        sent = replace(config, work=Path(WORK), run_id=run_id, again=True)
     else:
-        job = replace(config, run_id=run_id or own_run_id())
+        sent = replace(config, run_id=run_id or own_run_id())
 
     def prepare(*, again: bool) -> None:
         """Keeps what an earlier run left under this output from being taken for this one's.
@@ -69,9 +69,9 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
             storage.write_bytes(storage.join(config.checkpoints, INDEX), b"[]")
 
     uris = {"model": config.model, "dataset": config.dataset, "output": config.output}
-    spec = JobSpec(
+    job = Job(
         stage="train",
-        config=job.to_json(),
+        config=sent.to_json(),
         uris={**uris, "checkpoint_path": config.checkpoints},
         output=config.output,
         parameters=p,
@@ -80,15 +80,16 @@ def run(config: TrainConfig, run_id: str = "") -> TrainResult:
         prepare=prepare,
         nodes=p.num_nodes_draft_model_training,
         processes=p.number_of_gpu_to_use_draft_model_training,
+        run_id=sent.run_id,
     )
     with (
         hold(config.output, job.run_id, outermost=True, parameter="output"),
         hold(p.checkpoint_path, job.run_id, outermost=True),
     ):
         if on_cluster:
-            run_job(spec, job.run_id, config.work)
+            run_job(job, config.work)
         else:
-            run_here(spec, config.work)
+            run_here(job, config.work)
     record = json.loads(storage.read_bytes(storage.join(final, "training.json")))
     return TrainResult.from_record(config.output, final, record)
 
@@ -100,10 +101,10 @@ def run_stage(
 
     `uris` are what the stage reads and writes; record, logs and result of the job go under `output`.
     """
-    from draft_model.jobs.spec import WORK, JobSpec
+    from draft_model.jobs.spec import WORK, Job
 
     result = storage.join(output, f"{stage}_result.json")
-    job = {"stage": stage, "run_id": run_id, "parameters": p.model_dump(), "uris": dict(uris), "result": result,
+    sent = {"stage": stage, "run_id": run_id, "parameters": p.model_dump(), "uris": dict(uris), "result": result,
            "work": WORK}  # fmt: skip
 
     def check() -> list[str]:
@@ -112,35 +113,34 @@ def run_stage(
             return [f"there is no result of this run at {result}"]
         return lacking(found["uri"], found["written_by"])
 
-    run_job(JobSpec(stage, json.dumps(job), {**uris, "output": output}, output, p, check, nodes=nodes), run_id, work)
+    job = Job(stage, json.dumps(sent), {**uris, "output": output}, output, p, check, nodes=nodes, run_id=run_id)
+    run_job(job, work)
     return dict(json.loads(storage.read_bytes(result)))
 
 
-def run_job(spec: JobSpec, run_id: str, work: Path) -> None:
+def run_job(job: Job, work: Path) -> None:
     """Runs a job of a run on the cluster to its end; raises DraftModelError where its output is not whole."""
-    from draft_model.jobs.context import connect, request_for
+    from draft_model.jobs.context import complete, connect
     from draft_model.jobs.coordinate import Coordinator, patiently
 
-    logger.info("the %s job runs on the cluster; this process coordinates it", spec.stage)
+    logger.info("the %s job runs on the cluster; this process coordinates it", job.stage)
     raise_on_sigterm()
     cluster, retried = connect(), os.environ.get("KFP_RETRY_INDEX", "0") not in ("", "0")
-    patiently(lambda: Coordinator(cluster, request_for(cluster, spec, run_id), work, retried=retried)).run()
+    patiently(lambda: Coordinator(cluster, complete(cluster, job), work, retried=retried)).run()
 
 
-def run_here(spec: JobSpec, work: Path) -> None:
+def run_here(job: Job, work: Path) -> None:
     """Runs a training on this machine to its end, where nodes and GPUs are processes; raises what these reported."""
     from draft_model.jobs.torchrun import STOP_SECONDS
 
     if importlib.util.find_spec("torch") is None:
         raise coordinates_only("training_backend: given 'local'", "pytorchjob or trainjob")
-    world = spec.nodes * spec.processes
-    logger.info(
-        "%s job: %d process(es) on this machine (%d node(s) x %d)", spec.stage, world, spec.nodes, spec.processes
-    )
+    world = job.nodes * job.processes
+    logger.info("%s job: %d process(es) on this machine (%d node(s) x %d)", job.stage, world, job.nodes, job.processes)
     work.mkdir(parents=True, exist_ok=True)
     # A file of this run's own: an orphan of an earlier one must not write into it.
     error = Path(tempfile.mkdtemp(prefix="errors-", dir=work)) / "error.json"
-    environment = {**os.environ, ERROR_FILE: str(error), "DRAFT_MODEL_JOB": spec.config, ROOT: str(os.getpid())}
+    environment = {**os.environ, ERROR_FILE: str(error), "DRAFT_MODEL_JOB": job.config, ROOT: str(os.getpid())}
     environment["TOKENIZERS_PARALLELISM"] = "false"
     if world > 1:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
@@ -159,7 +159,7 @@ def run_here(spec: JobSpec, work: Path) -> None:
                 process.wait()
     if error.exists():
         raise DraftModelError(json.loads(error.read_text(encoding="utf-8")))
-    if code or (lacks := spec.check()):
+    if code or (lacks := job.check()):
         hint = f"; {code} is most often a lack of {_LACKS[code]}" if code in _LACKS else ""
         why = f"its own messages are above{hint}" if code else "; ".join(lacks)
         raise DraftModelError(f"the training job ended with exit code {code}: {why}")

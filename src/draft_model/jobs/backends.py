@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from draft_model.errors import DraftModelError
 from draft_model.jobs import spec
 from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
 from draft_model.jobs.compute import Compute
-from draft_model.jobs.spec import PYTORCHJOB, RUN_ID, RUNTIME, SPEC_HASH, TRAINJOB, JobRequest, Kind, Manifest
+from draft_model.jobs.spec import PYTORCHJOB, RUN_ID, RUNTIME, SPEC_HASH, TRAINJOB, Job, Kind, Manifest
 from draft_model.jobs.states import Pod, State, Status, pod_of, status_of
 from draft_model.parameters import Stage
 
@@ -29,7 +30,7 @@ _DEFAULTS = (*_BY_KUEUE, "managedBy", "ports", "dnsPolicy", "schedulerName", "ap
 
 class _Type(NamedTuple):
     kinds: tuple[Kind, ...]  # in the order of creation; the job is the last
-    render: Callable[[JobRequest], list[Manifest]]
+    render: Callable[[Job], list[Manifest]]
     container: str
     name_label: str  # of a pod: the job that it belongs to
     rank_label: str  # label or annotation of a pod: its index in its job or replica type
@@ -48,14 +49,6 @@ _TYPES = {
 ALL_KINDS = [kind for kinds, *_ in _TYPES.values() for kind in reversed(kinds)]
 
 
-class Job(NamedTuple):
-    """A job that was created or adopted; one of the same name with another uid is another job."""
-
-    request: JobRequest
-    uid: str
-    adopted: bool = False
-
-
 class Backend:
     """Runs jobs as objects of one type: `pytorchjob` or `trainjob`."""
 
@@ -64,11 +57,11 @@ class Backend:
         self.kinds, self.render, self._container, self._name_label, self._rank_label = _TYPES[name]
         self.kind, self._version = self.kinds[-1], ""
 
-    def create_or_adopt(self, request: JobRequest) -> Job:
+    def create_or_adopt(self, job: Job) -> Job:
         """Creates the job's objects, or adopts those of the same run and specification."""
-        for kind, manifest in zip(self.kinds, self.render(request), strict=True):
+        for kind, manifest in zip(self.kinds, self.render(job), strict=True):
             found, adopted = self._create_or_adopt(kind, manifest)
-        return Job(request, found["metadata"]["uid"], adopted)
+        return replace(job, uid=found["metadata"]["uid"], adopted=adopted)
 
     def _create_or_adopt(self, kind: Kind, manifest: Manifest) -> tuple[Manifest, bool]:
         name, started, waiting = manifest["metadata"]["name"], time.monotonic(), False
@@ -90,31 +83,31 @@ class Backend:
 
     def read(self, job: Job) -> tuple[Status, list[Pod], list[str]]:
         """The job's status, its pods by node, and the names of pods that earlier jobs of its run still have."""
-        found, name = self.cluster.get(self.kind, job.request.name), job.request.name
+        found = self.cluster.get(self.kind, job.name)
         if found is None or found["metadata"]["uid"] != job.uid or "deletionTimestamp" in found["metadata"]:
             return Status(State.DELETED, "somebody deleted it"), [], []
         self._version = found["metadata"].get("resourceVersion", "")
         pods, earlier = [], []
-        for pod in self.pods_of_run(job.request):
+        for pod in self.pods_of_run(job):
             labels, owners = pod["metadata"]["labels"], pod["metadata"].get("ownerReferences", ())
             others = any(owner["kind"] == self.kind.kind and owner["uid"] != job.uid for owner in owners)
-            if labels.get(self._name_label) == name and not others:
+            if labels.get(self._name_label) == job.name and not others:
                 index = {**pod["metadata"].get("annotations", {}), **labels}.get(self._rank_label, "0")
                 worker = labels.get("training.kubeflow.org/replica-type") == "worker"
-                pods.append(pod_of(pod, int(index) + (worker and "Master" in job.request.replicas)))
+                pods.append(pod_of(pod, int(index) + (worker and "Master" in job.replicas)))
             elif pod.get("status", {}).get("phase") not in ("Succeeded", "Failed"):
                 earlier.append(pod["metadata"]["name"])
         pods.sort(key=lambda pod: pod.node)
-        return status_of(found, pods, job.request), pods, earlier
+        return status_of(found, pods, job.nodes), pods, earlier
 
     def wait(self, job: Job, seconds: int) -> None:
         """Returns when the job has changed since it was read, or after some seconds."""
-        self.cluster.wait(self.kind, job.request.name, self._version, seconds)
+        self.cluster.wait(self.kind, job.name, self._version, seconds)
 
-    def pods_of_run(self, request: JobRequest) -> list[Manifest]:
+    def pods_of_run(self, job: Job) -> list[Manifest]:
         """Pods of all attempts of the run's job."""
-        stage = f"app.kubernetes.io/component={request.spec.stage}"
-        return self.cluster.pods(f"{RUN_ID}={request.run_id},{stage}")
+        stage = f"app.kubernetes.io/component={job.stage}"
+        return self.cluster.pods(f"{RUN_ID}={job.run_id},{stage}")
 
     def logs(self, pod: str, since: str) -> Iterator[tuple[str, str]]:
         """Time and text of each line that a pod writes after a time, until its container ends."""
@@ -123,16 +116,16 @@ class Backend:
             if moment > since:
                 yield moment, text
 
-    def delete(self, request: JobRequest) -> None:
+    def delete(self, job: Job) -> None:
         """Deletes the attempt's objects, where they are this run's."""
         for kind in reversed(self.kinds):
-            found = self.cluster.get(kind, request.name)
-            if found and found["metadata"].get("labels", {}).get(RUN_ID) == request.run_id:
-                self.cluster.delete(kind, request.name)
+            found = self.cluster.get(kind, job.name)
+            if found and found["metadata"].get("labels", {}).get(RUN_ID) == job.run_id:
+                self.cluster.delete(kind, job.name)
 
     def warnings(self, job: Job) -> list[str]:
         """The warning events of the job and of its pods, a line each."""
-        lines, name = [], job.request.name
+        lines, name = [], job.name
         for event in self.cluster.warnings():
             about = event.get("involvedObject", {}).get("name", "")
             if about == name or about.startswith(f"{name}-"):

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from draft_model import storage
-from draft_model.errors import DraftModelError, Problems
+from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters, Stage
 
 logger = logging.getLogger(__name__)
@@ -137,16 +137,6 @@ def load_map(name: str, config_map: Callable[[str], dict[str, str] | None]) -> C
             f"compute_map: {name} sets tolerations or a priority_class for {', '.join(privileged)}; only a ConfigMap "
             f"of the cluster's administrator may: put the map there (key {KEY}), or remove them"
         )
-    return found
-
-
-def resolve_all(compute_map: ComputeMap, stages: Iterable[Stage], p: Parameters) -> dict[Stage, Compute]:
-    """What the pods of several stages' jobs ask for; raises DraftModelError with the problems of all stages."""
-    found, problems = dict[Stage, Compute](), Problems()
-    for stage in stages:
-        with problems.collect():
-            found[stage] = resolve(compute_map, stage, p)
-    problems.raise_all()
     return found
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from draft_model import storage
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, Problems
 from draft_model.jobs import compute
 from draft_model.jobs.compute import Compute
-from draft_model.jobs.spec import WORKFLOW, JobRequest, JobSpec, Manifest
+from draft_model.jobs.spec import WORKFLOW, Job, Manifest
 from draft_model.parameters import Parameters, Stage
 from draft_model.tracking import LOGIN, forwarded
 
@@ -47,16 +48,19 @@ def connect() -> Cluster:
     return Cluster.connect()
 
 
-def nodes_of(p: Parameters) -> dict[Stage, Compute]:
+def nodes_of(p: Parameters, *, jobs: bool) -> dict[Stage, Compute]:
     """What the pods of the jobs ask for, by stage, where there are jobs; raises DraftModelError with all problems.
 
     The data set has the import's nodes, and a regeneration the training's.
     """
     compute_map = compute.load_map(p.compute_map, lambda name: connect().config_map(name))
-    if wants_cluster(p):
-        return compute.resolve_all(compute_map, ("import", "train", "evaluate"), p)
-    compute.resolve(compute_map, "import", p)
-    return {}
+    found, problems = dict[Stage, Compute](), Problems()
+    stages: tuple[Stage, ...] = ("import", "train", "evaluate") if jobs else ("import",)
+    for stage in stages:
+        with problems.collect():
+            found[stage] = compute.resolve(compute_map, stage, p)
+    problems.raise_all()
+    return found if jobs else {}
 
 
 def check_cluster(parameters: Parameters, nodes: Mapping[Stage, Compute]) -> tuple[list[str], list[str]]:
@@ -72,15 +76,15 @@ def check_cluster(parameters: Parameters, nodes: Mapping[Stage, Compute]) -> tup
         return [f"training_backend: the API server does not answer ({error}): start the run again later"], []
 
 
-def request_for(cluster: Cluster, spec: JobSpec, run_id: str) -> JobRequest:
-    """The first attempt of a run's job."""
-    for name, uri in spec.uris.items():
+def complete(cluster: Cluster, job: Job) -> Job:
+    """The job with what its pods get on the cluster: nodes, image, owner, variables and references to Secrets."""
+    for name, uri in job.uris.items():
         if not storage.is_remote(uri):
             raise DraftModelError(
                 f"{name}: given {uri!r}; the pods of a job see no folder of this machine: use an s3:// URI, or "
                 "training_backend=local"
             )
-    pod, secret = own_pod(cluster), spec.parameters.object_store_secret
+    pod, secret = own_pod(cluster), job.parameters.object_store_secret
     containers = pod["spec"]["containers"] if pod else []
     # The pods log in to tracking server and Hub as this one: by reference to Secrets, and no value itself.
     references = {entry["name"]: entry.get("valueFrom", {}).get("secretKeyRef")
@@ -88,16 +92,14 @@ def request_for(cluster: Cluster, spec: JobSpec, run_id: str) -> JobRequest:
     login = {name: references[name] for name in (*LOGIN, "HF_TOKEN") if references.get(name)}
     for name, key in (("AWS_ACCESS_KEY_ID", "accesskey"), ("AWS_SECRET_ACCESS_KEY", "secretkey")):
         login[name] = {"name": secret, "key": key, "optional": True}
-    image = (os.environ.get(ENGINE_IMAGE) if spec.stage == "regenerate" else "") or os.environ.get(IMAGE)
+    image = (os.environ.get(ENGINE_IMAGE) if job.stage == "regenerate" else "") or os.environ.get(IMAGE)
     own = sorted(containers, key=lambda container: container["name"] != "main")
     if not (image := image or (own[0]["image"] if own else "")):
         raise DraftModelError(f"the image of the job's pods is not known here: name it in {IMAGE}")
-    compute_map = compute.load_map(spec.parameters.compute_map, cluster.config_map)
-    return JobRequest(
-        run_id=run_id,
-        attempt=0,
-        spec=spec,
-        compute=compute.resolve(compute_map, spec.stage, spec.parameters),
+    compute_map = compute.load_map(job.parameters.compute_map, cluster.config_map)
+    return replace(
+        job,
+        compute=compute.resolve(compute_map, job.stage, job.parameters),
         image=image,
         namespace=cluster.namespace,
         owner=owner_of(pod),

@@ -25,7 +25,7 @@ from draft_model.jobs.backends import Backend, choose
 from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
 from draft_model.jobs.context import run_ended
 from draft_model.jobs.follow import Follower, LogStreams
-from draft_model.jobs.spec import GRACE_SECONDS, SPEC_HASH, JobRequest, pytorchjob
+from draft_model.jobs.spec import GRACE_SECONDS, SPEC_HASH, Job, pytorchjob
 from draft_model.jobs.states import Failure, State
 
 logger = logging.getLogger(__name__)
@@ -51,28 +51,28 @@ class Record:
 class Coordinator:
     """Brings one run's job to its end; `retried` where KFP starts its step again after it failed."""
 
-    def __init__(self, cluster: Cluster, request: JobRequest, work: Path, *, retried: bool = False) -> None:
-        self._cluster, self._request, self._work, self._retried = cluster, request, work, retried
-        self._wanted, self._output = request.spec.parameters.training_backend, request.spec.output
-        self._file = storage.join(self._output, f"{request.spec.stage}_job.json")
-        self._backend = choose(cluster, self._wanted, request.run_id)
+    def __init__(self, cluster: Cluster, job: Job, work: Path, *, retried: bool = False) -> None:
+        self._cluster, self._job, self._work, self._retried = cluster, job, work, retried
+        self._wanted, self._output = job.parameters.training_backend, job.output
+        self._file = storage.join(self._output, f"{job.stage}_job.json")
+        self._backend = choose(cluster, self._wanted, job.run_id)
 
     def run(self) -> None:
         """Runs attempts until one succeeds or another makes no sense."""
         # Of the PyTorchJob whatever the back end: `auto` may choose another one in a later attempt.
-        digest = pytorchjob(self._request)[0]["metadata"]["annotations"][SPEC_HASH]
+        digest = pytorchjob(self._job)[0]["metadata"]["annotations"][SPEC_HASH]
         record = patiently(lambda: self._load(digest))
         if record and record.state is State.SUCCEEDED:
-            logger.info("the %s job of this run has succeeded already: %s", self._request.spec.stage, self._output)
+            logger.info("the %s job of this run has succeeded already: %s", self._job.stage, self._output)
             return
         if record and record.state is State.FAILED and self._retried:
             raise DraftModelError(record.attempts[-1]["problems"])
         if record is None or record.state is State.FAILED:
             again = record is not None
-            patiently(lambda: self._request.spec.prepare(again=again))
-            record = Record(self._request.run_id, digest)
+            patiently(lambda: self._job.prepare(again=again))
+            record = Record(self._job.run_id, digest)
             self._save(record)
-        while failure := self._attempt(replace(self._request, attempt=len(record.attempts)), record):
+        while failure := self._attempt(replace(self._job, attempt=len(record.attempts)), record):
             if failure.reason == "NoOperator" and record.state is not State.FAILED:
                 logger.warning("%s", failure.problems[0])
                 self._backend = self._other() or self._backend
@@ -95,85 +95,85 @@ class Coordinator:
             raise
         except (DraftModelError, ValueError, TypeError, KeyError):
             return None
-        return record if (record.run_id, record.spec_sha256) == (self._request.run_id, digest) else None
+        return record if (record.run_id, record.spec_sha256) == (self._job.run_id, digest) else None
 
     def _save(self, record: Record) -> None:
         data = json.dumps(asdict(record), indent=1).encode()
         patiently(lambda: storage.write_bytes(self._file, data))
 
-    def _attempt(self, request: JobRequest, record: Record) -> Failure | None:
+    def _attempt(self, job: Job, record: Record) -> Failure | None:
         """One attempt and its end; gives why it failed. A job whose end is not known is not deleted."""
-        job, ended = None, False
-        logs = LogStreams(self._backend.logs, self._work / "logs" / request.name)
+        created, ended = None, False
+        logs = LogStreams(self._backend.logs, self._work / "logs" / job.name)
         try:
-            job = patiently(lambda: self._backend.create_or_adopt(request))
-            begun, spec = "took over the" if job.adopted else "created the", request.spec
+            created = patiently(lambda: self._backend.create_or_adopt(job))
+            begun = "took over the" if created.adopted else "created the"
             logger.info(
-                "%s: %s %s, %d pod(s) x %d process(es)", request.name, begun, self._backend.kind.kind, spec.nodes,
-                spec.processes,
+                "%s: %s %s, %d pod(s) x %d process(es)", job.name, begun, self._backend.kind.kind, job.nodes,
+                job.processes,
             )  # fmt: skip
-            failure = Follower(self._backend, job, logs).follow()
+            failure = Follower(self._backend, created, logs).follow()
             ended = True
-            if failure is None and (lacks := patiently(request.spec.check)):
-                problems = [f"{request.name} ended with success, but without its output: {each}" for each in lacks]
+            if failure is None and (lacks := patiently(job.check)):
+                problems = [f"{job.name} ended with success, but without its output: {each}" for each in lacks]
                 failure = Failure("NoOutput", False, problems)
-            self._note(record, request, failure)
+            self._note(record, job, failure)
             return failure
         except BaseException as error:
             # Terminated by a person, or lost: evicted, drained, or refused by an API server that has lost its Roles.
-            ended = ended or isinstance(error, KeyboardInterrupt) or bool(run_ended(self._cluster, request.owner))
+            ended = ended or isinstance(error, KeyboardInterrupt) or bool(run_ended(self._cluster, job.owner))
             raise
         finally:
-            if job is not None and ended:
-                self._delete(request)  # first, since a terminated run leaves this process about a second
-            elif job is not None:
-                logger.warning("%s runs on without this step, which adopts it when it is started again", request.name)
+            if created and ended:
+                self._delete(job)  # first, since a terminated run leaves this process about a second
+            elif created:
+                logger.warning("%s runs on without this step, which adopts it when it is started again", job.name)
             logs.finish(0)
             if logs.folder.is_dir():
-                uri = storage.join(self._output, "logs", request.name)
+                uri = storage.join(self._output, "logs", job.name)
                 try:
-                    storage.publish(logs.folder, uri, stage="logs", properties={"job": request.name})
+                    storage.publish(logs.folder, uri, stage="logs", properties={"job": job.name})
                     logger.info("the whole logs: %s", uri)
                 except DraftModelError as error:
                     logger.warning("the logs could not be kept: %s", error)
 
-    def _note(self, record: Record, request: JobRequest, failure: Failure | None) -> None:
+    def _note(self, record: Record, job: Job, failure: Failure | None) -> None:
         """Records how an attempt ended before its job is deleted, so that it is not repeated."""
-        attempts, limit = len(record.attempts) + 1, request.spec.parameters.training_attempts
+        attempts, limit = len(record.attempts) + 1, job.parameters.training_attempts
         if failure and failure.reason == "NoOperator" and self._other():
             return  # it follows at once
         record.state = State.SUCCEEDED
         if failure:
             record.state = State.RESTARTING if failure.retryable and attempts < limit else State.FAILED
         why = {"reason": failure.reason if failure else "", "problems": failure.problems if failure else []}
-        record.attempts.append({"name": request.name, "state": record.state.value, **why})
+        record.attempts.append({"name": job.name, "state": record.state.value, **why})
         self._save(record)
         if failure and record.state is State.RESTARTING:
-            begins = ", from the newest checkpoint" if request.spec.stage == "train" else ""
+            begins = ", from the newest checkpoint" if job.stage == "train" else ""
             logger.warning(
-                "%s failed (%s): attempt %d of %d follows%s: %s", request.name, failure.reason, attempts + 1, limit,
+                "%s failed (%s): attempt %d of %d follows%s: %s", job.name, failure.reason, attempts + 1, limit,
                 begins, failure.problems[0].removesuffix("; its last lines:"),
             )  # fmt: skip
 
-    def _delete(self, request: JobRequest) -> None:
+    def _delete(self, job: Job) -> None:
         """Deletes the job and waits until its pods are gone: their GPUs are free, and nothing writes any more."""
         try:
-            patiently(lambda: self._backend.delete(request), _DELETE_SECONDS, (Unavailable, Forbidden))
+            patiently(lambda: self._backend.delete(job), _DELETE_SECONDS, (Unavailable, Forbidden))
         except DraftModelError as error:
-            logger.warning("%s could not be deleted (%s): its deadline will end it", request.name, error)
+            logger.warning("%s could not be deleted (%s): its deadline will end it", job.name, error)
             return
         now = time.monotonic()
         next_line, last = now + 5, now + _GONE_SECONDS
         while (now := time.monotonic()) < last:
             with suppress(Unavailable, Forbidden):
-                if not (pods := [pod["metadata"]["name"] for pod in self._backend.pods_of_run(request)]):
+                if not (pods := [pod["metadata"]["name"] for pod in self._backend.pods_of_run(job)]):
                     return
                 if now > next_line:
                     logger.info("%s is deleted; waiting for its pods, which still hold their GPUs: %s; they have %d s "
-                                "to save what they can", request.name, ", ".join(pods), GRACE_SECONDS)  # fmt: skip
+                                "to save what they can", job.name, ", ".join(pods), GRACE_SECONDS)  # fmt: skip
                     next_line = now + _WAITING_SECONDS
             time.sleep(0.5)
-        logger.warning("%s is deleted, but its pods still exist", request.name)
+        logger.warning("%s is deleted, but its pods still exist", job.name)
 
 
 def patiently(

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from draft_model.entrypoint import printable
 from draft_model.errors import DraftModelError
-from draft_model.jobs.backends import Backend, Job
+from draft_model.jobs.backends import Backend
 from draft_model.jobs.cluster import Forbidden, Unavailable
+from draft_model.jobs.spec import Job
 from draft_model.jobs.states import Failure, Pod, State, Status, classify, never_starts
 
 logger = logging.getLogger(__name__)
@@ -108,8 +109,8 @@ class Follower:
         self, backend: Backend, job: Job, logs: LogStreams, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._backend, self._job, self._logs, self._now = backend, job, logs, clock
-        self._name, self._stage = job.request.name, job.request.spec.stage
-        self._parameters, self._queue = job.request.spec.parameters, job.request.compute.queue
+        self._name, self._stage = job.name, job.stage
+        self._parameters, self._queue = job.parameters, job.compute.queue
         self._started = self._entered = self._last = clock()
         self._state, self._running = State.STARTING, 0.0  # for the limits
         self._shown: tuple[Status, str] = Status(State.STARTING), ""

@@ -45,8 +45,8 @@ WORKFLOW = Kind("argoproj.io", "v1alpha1", "workflows", "Workflow")
 
 
 @dataclass(frozen=True)
-class JobSpec:
-    """One of the pipeline's stages as a job: its command, and the check of its output."""
+class Job:
+    """One of the pipeline's stages as a job of a run, in one attempt; holds no credential."""
 
     stage: Stage
     config: str  # JSON that each process reads from the environment variable DRAFT_MODEL_JOB
@@ -57,6 +57,20 @@ class JobSpec:
     prepare: Callable[..., None] = lambda *, again: None  # before a run's first attempt, and `again` after it failed
     nodes: int = 1  # pods of the job
     processes: int = 1  # per pod
+    run_id: str = ""
+    attempt: int = 0
+
+    # On a cluster: see context.complete.
+    compute: Compute = Compute("", "")  # noqa: RUF009  (frozen)
+    image: str = ""
+    namespace: str = "default"
+    owner: Manifest | None = None  # owner reference; the job is garbage-collected with that object
+    variables: Mapping[str, str] = field(default_factory=dict)  # that lead to object store, Hub and tracking
+    login: Mapping[str, Manifest] = field(default_factory=dict)  # references to Secret keys, by environment variable
+
+    # Once it is there: see Backend.create_or_adopt. One of the same name with another uid is another job.
+    uid: str = ""
+    adopted: bool = False
 
     @property
     def command(self) -> list[str]:
@@ -65,39 +79,24 @@ class JobSpec:
             return ["python", "-m", "draft_model.jobs.torchrun", "-m", "draft_model.training"]
         return ["python", "-m", "draft_model.steps"]
 
-
-@dataclass(frozen=True)
-class JobRequest:
-    """One attempt of a run's job; holds no credential."""
-
-    run_id: str
-    attempt: int  # from 0
-    spec: JobSpec
-    compute: Compute
-    image: str
-    namespace: str = "default"
-    owner: Manifest | None = None  # owner reference; the job is garbage-collected with that object
-    variables: Mapping[str, str] = field(default_factory=dict)  # that lead to object store, Hub and tracking
-    login: Mapping[str, Manifest] = field(default_factory=dict)  # references to Secret keys, by environment variable
-
     @property
     def name(self) -> str:
         """Eight characters of the run's id, the stage (unless it is the training) and the attempt."""
         short = re.sub("[^a-z0-9]", "", self.run_id.lower())[:8]
         if len(short) < 8:  # not the UUID that Kubeflow gives
             short = hashlib.sha256(self.run_id.encode()).hexdigest()[:8]
-        stage = "" if self.spec.stage == "train" else f"-{self.spec.stage}"
+        stage = "" if self.stage == "train" else f"-{self.stage}"
         return f"draft-{short}{stage}-a{self.attempt}"
 
     @property
     def deadline(self) -> int:
         """Seconds after which Kubernetes itself ends the job."""
-        return 60 * (self.spec.parameters.start_limit + self.spec.parameters.run_limit)
+        return 60 * (self.parameters.start_limit + self.parameters.run_limit)
 
     @property
     def replicas(self) -> dict[str, int]:
         """Pods of a PyTorchJob by replica type: one Master and N-1 Workers, or Workers only where it is elastic."""
-        nodes = self.spec.nodes
+        nodes = self.nodes
         if self.compute.restarts:
             return {"Worker": nodes}
         return {"Master": 1, **({"Worker": nodes - 1} if nodes > 1 else {})}
@@ -106,96 +105,96 @@ class JobRequest:
         """Labels of the job and of its pods."""
         return {
             "app.kubernetes.io/name": "draft-model",
-            "app.kubernetes.io/component": self.spec.stage,
+            "app.kubernetes.io/component": self.stage,
             RUN_ID: self.run_id,
             ATTEMPT: str(self.attempt),
         }
 
 
-def pytorchjob(request: JobRequest) -> list[Manifest]:
+def pytorchjob(job: Job) -> list[Manifest]:
     """The PyTorchJob."""
-    template = pod_template(request, "pytorch")
+    template = pod_template(job, "pytorch")
     spec: Manifest = {
-        "nprocPerNode": str(request.spec.processes),
+        "nprocPerNode": str(job.processes),
         "runPolicy": {
             "cleanPodPolicy": "None",  # logs and exit codes of the pods are read after the end
             "ttlSecondsAfterFinished": _KEPT_SECONDS,
-            "activeDeadlineSeconds": request.deadline,
+            "activeDeadlineSeconds": job.deadline,
             "backoffLimit": 0,
             # Kueue resumes the job; a queue that nothing manages must not start it.
-            "suspend": bool(request.compute.queue),
+            "suspend": bool(job.compute.queue),
         },
         "pytorchReplicaSpecs": {
             name: {"replicas": replicas, "restartPolicy": "Never", "template": template}
-            for name, replicas in request.replicas.items()
+            for name, replicas in job.replicas.items()
         },
     }
-    if request.compute.restarts:
-        nodes = {"minReplicas": request.spec.nodes, "maxReplicas": request.spec.nodes}
-        spec["elasticPolicy"] = {**nodes, "rdzvBackend": "c10d", "maxRestarts": request.compute.restarts}
-    return _objects(request, {PYTORCHJOB: spec})
+    if job.compute.restarts:
+        nodes = {"minReplicas": job.nodes, "maxReplicas": job.nodes}
+        spec["elasticPolicy"] = {**nodes, "rdzvBackend": "c10d", "maxRestarts": job.compute.restarts}
+    return _objects(job, {PYTORCHJOB: spec})
 
 
-def trainjob(request: JobRequest) -> list[Manifest]:
+def trainjob(job: Job) -> list[Manifest]:
     """The TrainingRuntime and the TrainJob, in the order in which they are created."""
     replicated: Manifest = {
         "name": "node",
         "template": {
             # The trainer applies the nodes' command, size and ranks to this replicated job.
             "metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}},
-            "spec": {"backoffLimit": 0, "template": pod_template(request, "node")},
+            "spec": {"backoffLimit": 0, "template": pod_template(job, "node")},
         },
     }
-    jobset = {"failurePolicy": {"maxRestarts": request.compute.restarts}, "replicatedJobs": [replicated]}
-    runtime = {"mlPolicy": {"numNodes": request.spec.nodes, "torch": {}}, "template": {"spec": jobset}}
-    job: Manifest = {
-        "runtimeRef": {"apiGroup": _TRAINER, "kind": RUNTIME.kind, "name": request.name},
-        "trainer": {"numNodes": request.spec.nodes, "numProcPerNode": request.spec.processes},
-        "activeDeadlineSeconds": request.deadline,
-        "suspend": bool(request.compute.queue),
+    jobset = {"failurePolicy": {"maxRestarts": job.compute.restarts}, "replicatedJobs": [replicated]}
+    runtime = {"mlPolicy": {"numNodes": job.nodes, "torch": {}}, "template": {"spec": jobset}}
+    made: Manifest = {
+        "runtimeRef": {"apiGroup": _TRAINER, "kind": RUNTIME.kind, "name": job.name},
+        "trainer": {"numNodes": job.nodes, "numProcPerNode": job.processes},
+        "activeDeadlineSeconds": job.deadline,
+        "suspend": bool(job.compute.queue),
     }
-    return _objects(request, {RUNTIME: runtime, TRAINJOB: job})
+    return _objects(job, {RUNTIME: runtime, TRAINJOB: made})
 
 
-def _objects(request: JobRequest, specs: Mapping[Kind, Manifest]) -> list[Manifest]:
+def _objects(job: Job, specs: Mapping[Kind, Manifest]) -> list[Manifest]:
     """The objects; their hash is of what is asked for, not of the owner, which a retried step may not get to know."""
     digest = hashlib.sha256(json.dumps(list(specs.values()), sort_keys=True).encode()).hexdigest()
     made = []
     for kind, spec in specs.items():
-        queue = {QUEUE: request.compute.queue} if request.compute.queue and kind != RUNTIME else {}
+        queue = {QUEUE: job.compute.queue} if job.compute.queue and kind != RUNTIME else {}
         metadata: Manifest = {
-            "name": request.name,
-            "namespace": request.namespace,
-            "labels": {**request.labels(), **queue},
+            "name": job.name,
+            "namespace": job.namespace,
+            "labels": {**job.labels(), **queue},
             "annotations": {SPEC_HASH: digest},
         }
-        if request.owner:
-            metadata["ownerReferences"] = [request.owner]
+        if job.owner:
+            metadata["ownerReferences"] = [job.owner]
         api_version = f"{kind.group}/{kind.version}"
         made.append({"apiVersion": api_version, "kind": kind.kind, "metadata": metadata, "spec": spec})
     return made
 
 
-def pod_template(request: JobRequest, container: str) -> Manifest:
+def pod_template(job: Job, container: str) -> Manifest:
     """The template of the job's pods: pod.yaml, and what differs between jobs; credentials by reference only."""
-    compute = request.compute
+    compute = job.compute
     template: Manifest = yaml.safe_load(files(__package__).joinpath("pod.yaml").read_text(encoding="utf-8"))
-    template["metadata"]["labels"] |= request.labels()
+    template["metadata"]["labels"] |= job.labels()
     nodes = {"nodeSelector": compute.node_selector, "tolerations": compute.tolerations,
              "priorityClassName": compute.priority_class}  # fmt: skip
     template["spec"] |= {name: value for name, value in nodes.items() if value}
     (main,) = template["spec"]["containers"]
-    main |= {"name": container, "image": request.image, "command": request.spec.command}
+    main |= {"name": container, "image": job.image, "command": job.command}
     # Memory and GPUs are the pod's own, idle CPUs anybody's.
     gpus = {compute.gpu_resource: str(compute.gpus)} if compute.gpus else {}
     own = {"memory": compute.memory, **gpus}
     main["resources"] = {"requests": {"cpu": compute.cpus, **own}, "limits": own if compute.limited else gpus}
-    values = {"DRAFT_MODEL_JOB": request.spec.config, **request.variables}
+    values = {"DRAFT_MODEL_JOB": job.config, **job.variables}
     if compute.gpus:
         values["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "1"
     elif compute.limited:
         cpus = int(compute.cpus.removesuffix("m")) // 1000
-        values["OMP_NUM_THREADS"] = str(max(1, cpus // request.spec.processes))
+        values["OMP_NUM_THREADS"] = str(max(1, cpus // job.processes))
     main["env"] += [{"name": name, "value": value} for name, value in values.items()]
-    main["env"] += [{"name": name, "valueFrom": {"secretKeyRef": key}} for name, key in request.login.items()]
+    main["env"] += [{"name": name, "valueFrom": {"secretKeyRef": key}} for name, key in job.login.items()]
     return template

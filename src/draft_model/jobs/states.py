@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from draft_model.jobs.spec import JobRequest, Manifest
+from draft_model.jobs.spec import Manifest
 from draft_model.parameters import Stage
 
 
@@ -62,7 +62,7 @@ class Pod:
     waiting: str = ""  # why the container does not start: ImagePullBackOff, Unschedulable, ...
 
 
-def status_of(job: Manifest, pods: Sequence[Pod], request: JobRequest) -> Status:
+def status_of(job: Manifest, pods: Sequence[Pod], nodes: int) -> Status:
     """The state that a job's conditions and pods mean."""
     status, spec = job.get("status") or {}, job["spec"]
     conditions = {c["type"]: c for c in status.get("conditions") or () if c["status"] == "True"}
@@ -72,8 +72,8 @@ def status_of(job: Manifest, pods: Sequence[Pod], request: JobRequest) -> Status
         if holding := [conditions[name] for name in state.conditions if name in conditions]:
             return Status(state, holding[0].get("message", ""), bool(status))
     running = sum(pod.started and not pod.exit_code for pod in pods)
-    state = State.RUNNING if running >= request.spec.nodes else State.STARTING
-    return Status(state, f"{running} of {request.spec.nodes} pods run", bool(status or pods))
+    state = State.RUNNING if running >= nodes else State.STARTING
+    return Status(state, f"{running} of {nodes} pods run", bool(status or pods))
 
 
 def pod_of(pod: Manifest, node: int) -> Pod:
