@@ -8,6 +8,7 @@ from tiny import llama
 
 from draft_model import drafts
 from draft_model.drafts.batch import collate
+from draft_model.drafts.files import vocabulary_of
 from draft_model.engine import Job
 from draft_model.evaluation.greedy import counts_of, decode, reference
 from draft_model.target.model import Target
@@ -24,7 +25,7 @@ def pair(name: str, seed: int, **changes):
         family.default_shape({**model.config.to_dict(), "model_type": "llama"}), {"num_hidden_layers": 2}
     )
     target = Target(model, shape.aux_layers)
-    draft = family.create(shape, *family.vocabulary({}, shape))
+    draft = family.create(shape, *vocabulary_of({}, shape))
     draft.initialise(seed, target)
     if name == "dspark":
         torch.nn.init.normal_(draft.markov_head.markov_w2.weight, std=0.05)
