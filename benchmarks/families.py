@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from draft_model import dataset, drafts, model_import, storage
+from draft_model import dataset, model_import, storage
 from draft_model.parameters import Parameters
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +59,7 @@ def train(name: str, model: str, data: str, target: Path, work: Path, seconds: f
     """Trains one draft for so many seconds of CPU time, and writes it and what it took."""
     import torch
 
+    from draft_model.drafts.files import save_draft
     from draft_model.ranks import start_ranks
     from draft_model.training.config import TrainConfig
     from draft_model.training.prepare import fetch_inputs, prepare
@@ -87,7 +88,7 @@ def train(name: str, model: str, data: str, target: Path, work: Path, seconds: f
         learn(1000, TIMED)
         step = statistics.mean(b - a for a, b in zip(clock[2::2], clock[4::2], strict=False))
         training, spent = learn(max(1, round(seconds / step)), 1 << 30)
-    drafts.family(training.draft.config.family).save(work / name, training.draft)
+    save_draft(work / name, training.draft)
     storage.publish(work / name, str(work / name), stage="train", properties={"step": training.done})
     record = {"steps": training.done, "tokens": training.history.tokens, "seconds": spent, "log": training.history.log}
     (work / f"{name}.result.json").write_text(json.dumps(record))

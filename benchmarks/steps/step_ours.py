@@ -21,6 +21,7 @@ from common import (
 )  # fmt: skip
 from draft_model import drafts
 from draft_model.drafts.batch import collate
+from draft_model.drafts.files import vocabulary_of
 from draft_model.target.model import Target
 from draft_model.training.optimizer import Gradients
 
@@ -35,7 +36,7 @@ def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
                     "target_layer_ids": [layer - 1 for layer in AUX_LAYERS]}  # fmt: skip
     config = family.adapt(family.default_shape(scene.model.config.to_dict(), PROPOSALS), settings)
     target = Target(scene.model, config.aux_layers)
-    known = (scene.t2d.cpu(), scene.d2t.cpu()) if scene.family == "eagle3" else family.vocabulary({}, config)
+    known = (scene.t2d.cpu(), scene.d2t.cpu()) if scene.family == "eagle3" else vocabulary_of({}, config)
     draft = family.create(config, *known)
     draft.initialise(0, target)
     draft.to(scene.device)

@@ -8,15 +8,12 @@ under `layers.0`, and a configuration that names the target, so that `vllm serve
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from draft_model import drafts, storage
 from draft_model.errors import DraftModelError
-
-logger = logging.getLogger(__name__)
 
 Format = Literal["vllm", "sglang", "speculators"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -44,11 +41,10 @@ def export(draft: str, form: Format, output: str, work: Path, target: str = "", 
     from draft_model.training.checkpoint import read_checkpoint
 
     loaded = read_checkpoint(draft, work / "draft")
-    source = fetched(draft, work / "draft")
     folder = work / "exported"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns(*_LEFT_OUT))
-    verifier = _target(source, target, draft) if form == "speculators" else {}
+    shutil.copytree(loaded.folder, folder, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+    verifier = _target(loaded.folder, target, draft) if form == "speculators" else {}
     known = {"target_model_type": target_type} if target_type else {}
     family, config = drafts.family_of(loaded.config, draft), {**known, **loaded.config}
     try:
@@ -63,14 +59,6 @@ def export(draft: str, form: Format, output: str, work: Path, target: str = "", 
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     storage.publish(folder, output, stage="export", properties={"format": form, "draft": draft})
     return output
-
-
-def fetched(uri: str, work: Path) -> Path:
-    """A folder as a local one: verified where it has a manifest; of another trainer as it is."""
-    if storage.exists(storage.join(uri, storage.MANIFEST)):
-        return storage.fetch(uri, work)
-    logger.info("%s has no %s: its files are taken unchecked", uri, storage.MANIFEST)
-    return storage.fetch_tree(uri, work)
 
 
 def _target(folder: Path, given: str, draft: str) -> dict[str, Any]:

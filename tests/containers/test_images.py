@@ -133,7 +133,7 @@ def test_the_command_line_starts(docker, kind):
             "kfp_pipeline.recurring, draft_model.jobs.backends, draft_model.preflight, draft_model.dataset.files",
         ),
         ("importer", "draft_model.model_import.check, mlflow.tracking"),
-        ("trainer", "draft_model.training.job, draft_model.evaluation.evaluate, datasets, matplotlib.figure"),
+        ("trainer", "draft_model.training.job, draft_model.evaluation.stage, datasets, matplotlib.figure"),
     ],
 )
 def test_what_its_steps_import_is_there_and_so_are_the_projects_own_files(python, kind, modules):

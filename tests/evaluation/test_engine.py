@@ -15,16 +15,15 @@ from click.testing import CliRunner
 
 from draft_model import engine
 from draft_model.cli import cli
-from draft_model.drafts import family
 from draft_model.engine import Counts, Job, Process, compare_replies, explain, sglang, vllm
 from draft_model.engine.generate import Sampling, Settings, VllmGenerator
 from draft_model.errors import DraftModelError
-from draft_model.evaluation import evaluate, measure
+from draft_model.evaluation import measure, stage
 from draft_model.evaluation.measure import check_engine
 from draft_model.parameters import Parameters
 from draft_model.parameters.rules import problems_with
+from draft_model.training.checkpoint import read_checkpoint
 
-EAGLE3 = family("eagle3")
 PROMPTS = [[[1, 2, 3], [4, 5]], [[6, 7]]]
 JOB = Job("/target", "/draft", "eagle3", {"num_speculative_tokens": 3}, 3, PROMPTS, 8, [2, 5], 0.0, 0)
 
@@ -225,7 +224,7 @@ def test_speed_is_timed_beside_the_target_and_a_number_of_proposals_recommended(
     assert "Speed-up by requests at once" in page
     assert found["agreement"]["not_compared"].startswith("only ")
     # The fake engine keeps one proposal a round; the draft, of a few steps of training, almost none.
-    monkeypatch.setattr(evaluate, "MIN_ROUNDS", 1)
+    monkeypatch.setattr(stage, "MIN_ROUNDS", 1)
     monkeypatch.setattr(measure, "_holds_two_targets", lambda case: False)
     with pytest.raises(DraftModelError, match=r"fake 1 measures an acceptance length of 2.00, .* feature layers"):
         trained.evaluate(tmp_path / "again", **settings)
@@ -233,7 +232,7 @@ def test_speed_is_timed_beside_the_target_and_a_number_of_proposals_recommended(
     assert found["agreement"]["simulated"] < 1.5
     assert found["timing"].startswith("one after the other")
     assert found["speed"][0]["speed_up"] == 2.0
-    EAGLE3.load(tmp_path / "again/final")
+    read_checkpoint(str(tmp_path / "again/final"), tmp_path / "read")
 
 
 def test_compare_takes_the_engine_and_runs_it_once_per_draft(trained, tmp_path, python):
@@ -262,7 +261,7 @@ def test_a_failed_engine_leaves_the_draft_whole_and_a_report_that_says_so(traine
     with pytest.raises(DraftModelError, match=r"failed: ValueError: this draft is not mine") as failed:
         trained.evaluate(tmp_path)
     assert failed.value.problems[-1].endswith("is whole and can be served")
-    EAGLE3.load(tmp_path / "final")
+    read_checkpoint(str(tmp_path / "final"), tmp_path / "read")
     report = json.loads((tmp_path / "final/report.json").read_text())
     assert report["evaluation"] is None
     assert "this draft is not mine" in (tmp_path / "final/report.html").read_text()

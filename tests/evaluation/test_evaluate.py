@@ -186,35 +186,34 @@ def test_a_benchmarks_rows_become_prompts(name):
 
 
 PROMPTS = """
-import json, sys
+import json, sys, urllib.request
 from pathlib import Path
+import datasets, huggingface_hub
 from draft_model.dataset.encode import load_tokenizer
 from draft_model.evaluation.prompts import choose_prompts
-print(json.dumps(choose_prompts("gsm8k", None, load_tokenizer(Path(sys.argv[1])), "qwen", 4, 400).groups))
+tokenizer = load_tokenizer(Path(sys.argv[1]))
+fetched = choose_prompts("gsm8k", None, tokenizer, "qwen", 4, 400).groups
+urllib.request.urlopen(huggingface_hub.constants.ENDPOINT + "/api/datasets/openai/gsm8k?the_end_of_it").close()
+huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+print(json.dumps([fetched, choose_prompts("gsm8k", None, tokenizer, "qwen", 4, 400).groups]))
 """
 
 
-def test_a_benchmark_comes_from_the_hub_once_and_from_the_cache_after_that(inputs, tmp_path):
+def test_a_benchmark_comes_from_the_hub_once_and_from_the_cache_after_that(inputs, tmp_path, monkeypatch):
     rows = pyarrow.table({"question": ["How many?", "alpha beta"], "answer": ["2", "gamma"]})
     parquet.write_table(rows, written := io.BytesIO())
     card = "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: test\n    path: main/test-*\n---\n"
     files = {"README.md": card.encode(), "main/test-0.parquet": written.getvalue()}
-
-    def chosen(**settings):
-        environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), **settings}
-        command = [sys.executable, "-c", PROMPTS, inputs.model]
-        return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
-
     with DatasetHub("openai/gsm8k", files) as hub:
-        fetched = chosen(HF_ENDPOINT=hub.endpoint)
+        environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.endpoint}
+        command = [sys.executable, "-c", PROMPTS, inputs.model]
+        fetched, again = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
         assert [request for request in hub.requests if request.startswith("GET") and ".parquet" in request]
-        asked = len(hub.requests)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache/datasets"))
-            assert prompts.to_fetch("gsm8k,mt-bench") == ["HuggingFaceH4/mt_bench_prompts"]
-        assert {category: len(found) for category, found in fetched.items()} == {"gsm8k": 2}
-        assert chosen(HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="1") == fetched
-        assert len(hub.requests) == asked
+        assert hub.requests[-1].endswith("the_end_of_it")
+    assert {category: len(found) for category, found in fetched.items()} == {"gsm8k": 2}
+    assert again == fetched
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache/datasets"))
+    assert prompts.to_fetch("gsm8k,mt-bench") == ["HuggingFaceH4/mt_bench_prompts"]
 
 
 def test_a_benchmark_that_cannot_be_fetched_is_told_clearly(monkeypatch):

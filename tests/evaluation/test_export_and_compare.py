@@ -264,12 +264,6 @@ def test_the_speculators_format_must_know_its_target(exported, tmp_path):
         export(str(exported / "specforge"), "speculators", str(tmp_path / "out"), tmp_path / "work")
 
 
-def test_a_folder_of_ours_without_its_manifest_is_refused(trained, tmp_path):
-    shutil.copytree(trained.final, tmp_path / "part", ignore=shutil.ignore_patterns("manifest.json"))
-    with pytest.raises(DraftModelError, match=r"part was written by this project and has no manifest.json"):
-        export(str(tmp_path / "part"), "vllm", str(tmp_path / "out"), tmp_path / "work")
-
-
 @pytest.fixture
 def pushed(trained, tmp_path):
     """Runs `draft-model push` on a copy of the draft with a card, against a Hub on this machine."""

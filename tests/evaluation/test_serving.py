@@ -23,11 +23,13 @@ import pytest
 import tiny
 import yaml
 from report_inputs import make_dataset, make_evaluation, make_training
+from safetensors.torch import load_file
 from test_card import commands_of
 from training.case import QUICK, build_dataset, make_inputs
 
 from draft_model import engine, evaluation, storage, training
 from draft_model.drafts import family
+from draft_model.drafts.files import save_draft, vocabulary_of
 from draft_model.engine import Job, Process, sglang
 from draft_model.evaluation import greedy
 from draft_model.evaluation.card import write_card
@@ -157,7 +159,7 @@ def test_sglangs_own_code_reads_block_drafts(wheel, name):
         assert found.projector_type is None
     stacked = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
                "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
-    draft = ours.create(shape, *ours.vocabulary({}, shape))
+    draft = ours.create(shape, *vocabulary_of({}, shape))
     parts = {part for key in draft.state_dict() for part in key.split(".") if not part.isdigit()} - {"weight", "bias"}
     assert {stacked.get(part, part) for part in parts} <= places
     assert {"layers", "fc", "hidden_norm", "q_norm"} < parts
@@ -248,16 +250,17 @@ def test_vllm_loads_each_family_unchanged_and_counts_what_our_decoder_counts(tmp
     model, its = tiny.llama(2, vocab_size=16, hidden_size=64, head_dim=32), family(name)
     shape = its.adapt(its.default_shape({**model.config.to_dict(), "model_type": "llama"}), changes)
     target = Target(model, shape.aux_layers)
-    draft = its.create(shape, *its.vocabulary({}, shape))
+    draft = its.create(shape, *vocabulary_of({}, shape))
     draft.initialise(2, target)
     model.save_pretrained(tmp_path / "target")
-    its.save(tmp_path / "draft", draft)
+    save_draft(tmp_path / "draft", draft)
+    draft.load_state_dict(load_file(tmp_path / "draft/model.safetensors"), strict=False)  # in the type that is served
     prompts = [[3, 5, 7, 1, 2], [0, 4], [1, 2, 3, 4, 5, 6, 7, 0, 5, 1, 3], [6, 6, 2], [2, 7, 1, 0, 2, 4], [7, 3, 3]]
     job = Job(
         str(tmp_path / "target"), str(tmp_path / "draft"), its.vllm_method, {"num_speculative_tokens": proposals},
         proposals, [prompts[:4], prompts[4:]], 48, [], 0.0, 0,
     )  # fmt: skip
-    ours = greedy.run(job, target, its.load(tmp_path / "draft"), "ours", "CPU")
+    ours = greedy.run(job, target, draft, "ours", "CPU")
     with Process("vllm", job, 300) as engine:
         theirs = engine.measure()
     assert theirs.outputs == ours.outputs

@@ -96,9 +96,7 @@ def elsewhere(monkeypatch):
     def taken(place, run_id="gone"):
         other = Lease(place, run_id)
         with monkeypatch.context() as there:
-            there.setattr(
-                lease, "this_process", lambda: {"name": "there:7", "table": "another", "pid": 7, "started": 0.0}
-            )
+            there.setattr(lease, "this_process", lambda: lease.Process(name="there:7", table="another", pid=7))
             assert other.acquire()
         return other
 
@@ -202,8 +200,8 @@ def test_a_coordinator_that_is_started_again_ends_the_lease_that_it_found(place,
     "left",
     [
         '{"run_id": "x', "[1]", '{"processes": 5}', '{"seconds": 1e300}', '{"seconds": NaN}',
-        json.dumps({"run_id": 3, "processes": [{"table": lease.this_process()["table"], "name": "x"}]}),
-        json.dumps({"run_id": "x", "processes": [lease.this_process() | {"renewed": "soon"}]}),
+        json.dumps({"run_id": 3, "processes": [{"table": lease.this_process().table, "name": "x"}]}),
+        json.dumps({"run_id": "x", "renewed": "soon", "processes": [lease.this_process().model_dump()]}),
     ],
 )  # fmt: skip
 def test_a_lease_that_is_half_written_or_in_another_form_runs_out(tmp_path, short, left):

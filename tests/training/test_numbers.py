@@ -75,12 +75,3 @@ def test_losses_that_are_no_numbers_again_and_again_end_the_training(train, inpu
 def test_a_conversation_knows_its_line(inputs):
     split = Split(Path(inputs.dataset) / "train")
     assert [split.line(index) for index in range(len(split))] == list(range(1, len(split) + 1))
-
-
-def test_a_window_without_supervised_tokens_is_not_logged_as_loss_zero(train):
-    """Windows of one step: where a step teaches nothing, the next line speaks of it too."""
-    trained = train(num_epochs=8)
-    missing = set(range(1, 27)) - trained.losses.keys()
-    assert missing
-    assert all(loss is None or loss > 0 for losses in trained.losses.values() for loss in losses)
-    assert sum(record["tokens_per_second"] > 0 for record in trained.record["log"]) == len(trained.losses)

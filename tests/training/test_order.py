@@ -1,12 +1,14 @@
 """The plan of steps: fair, without loss, from the seed alone."""
 
 from collections import Counter
-from itertools import islice, pairwise, takewhile
+from itertools import chain, islice, pairwise, takewhile
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from draft_model.ranks import Ranks
 from draft_model.training.order import plan_steps, total_steps
 
 
@@ -65,15 +67,6 @@ def test_the_seed_alone_decides_the_order(count, batch, seed):
     assert plan(seed) != plan(seed + 1)
 
 
-def test_epochs_are_shuffled_anew_and_carry_the_rest_over():
-    steps = list(islice(plan_steps(lengths_of(10), 4, 0), 5))
-    assert [step.epoch for step in steps] == [0, 0, 1, 1, 1]
-    first, second = ({int(i) for step in steps if step.epoch == e for i in step.conversations} for e in (0, 1))
-    assert second == set(range(10))  # ten of its own and the two that were left
-    assert len(first) == 8
-    assert Counter(int(i) for step in steps for i in step.conversations) == Counter(list(range(10)) * 2)
-
-
 def test_conversations_of_like_length_share_a_step():
     lengths = np.random.default_rng(0).permutation(np.repeat([10, 20, 40, 80], 16))
     steps = takewhile(lambda step: step.epoch == 0, plan_steps(lengths, 4, 0))
@@ -84,3 +77,44 @@ def test_fewer_conversations_than_a_step_takes_fill_one_over_several_epochs():
     steps = list(islice(plan_steps(lengths_of(3), 8, 0), 3))
     assert [step.epoch for step in steps] == [2, 5, 7]
     assert Counter(int(i) for step in steps for i in step.conversations) == {0: 8, 1: 8, 2: 8}
+
+
+WORLDS = {1: [1], 2: [1, 2], 4: [1, 2, 4], 6: [1, 2, 3]}  # processes, and how many may share a target
+
+
+@st.composite
+def stopped_runs(draw):
+    """A data set, a batch, and stretches of a run: each so many steps on so many processes."""
+    count = draw(st.integers(1, 70))
+    batch = draw(st.sampled_from([12, 24]))
+    total = total_steps(count, batch, draw(st.integers(1, 12)))
+    stretches, left = [], total
+    while left > 0:
+        world = draw(st.sampled_from(sorted(WORLDS)))
+        steps = draw(st.integers(1, left))
+        stretches.append((world, draw(st.sampled_from(WORLDS[world])), steps))
+        left -= steps
+    return count, batch, total, stretches, draw(st.integers(0, 2**31))
+
+
+@given(stopped_runs())
+def test_a_run_in_stretches_on_any_processes_sees_what_a_whole_one_sees(run):
+    count, batch, total, stretches, seed = run
+    lengths = np.random.default_rng(seed).integers(5, 500, count)
+    whole = [sorted(step.conversations.tolist()) for step in islice(plan_steps(lengths, batch, seed), total)]
+    seen, done = [], 0
+    for world, tp, steps in stretches:
+        # Every process makes the plan anew, and goes on from the step that the checkpoint names.
+        ranks = [Ranks(rank, world, torch.device("cpu"), tp) for rank in range(world)]
+        plans = [islice(plan_steps(lengths, batch, seed), done, done + steps) for _ in ranks]
+        for of_ranks in zip(*plans, strict=True):
+            shares = [rank.share(step.conversations).tolist() for rank, step in zip(ranks, of_ranks, strict=True)]
+            assert {len(share) for share in shares} == {batch // world}, "all processes have as much to do"
+            seen.append(sorted(chain.from_iterable(shares)))
+            for group in range(0, world, tp):  # those who share a target put in what they then train on
+                together = sorted(chain.from_iterable(shares[group : group + tp]))
+                assert sorted(ranks[group].group_share(of_ranks[group].conversations).tolist()) == together
+        done += steps
+    assert seen == whole
+    visits = Counter(index for step in seen for index in step)
+    assert max(visits.values(), default=0) - min((visits[index] for index in range(count)), default=0) <= 1

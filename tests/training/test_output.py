@@ -4,16 +4,15 @@ import errno
 import json
 import re
 import shutil
-import socket
 import threading
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import boto3
 import pytest
 from safetensors.torch import load_file, save_file
+from storage.relay import Relay
 
 from draft_model import storage
 from draft_model.entrypoint import user_error
@@ -111,68 +110,20 @@ def test_what_a_killed_process_left_in_a_store_is_removed(object_store, tmp_path
     assert not client.list_multipart_uploads(Bucket=object_store.bucket, Prefix="torn/").get("Uploads")
 
 
-class Proxy:
-    """A connection to a store that can be cut: at once, or when so many bytes have gone up."""
+@pytest.fixture
+def leaving(object_store, monkeypatch):
+    """A relay to the store, which is away from the first checkpoint's state on."""
+    with Relay(object_store.environment["AWS_ENDPOINT_URL"]) as relay:
+        for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+            monkeypatch.setenv(name, relay.endpoint)
+        monkeypatch.setattr(transfers, "_PAUSES", (0.02, 0.1))
 
-    def __init__(self, port: int) -> None:
-        self._to, self._left, self._open = port, float("inf"), set()
-        self._lock = threading.Lock()
-        self._listener = self._listen(0)
-        self.port = self._listener.getsockname()[1]
+        def leave(request):
+            if "state.safetensors" in request.path:
+                relay.away = 1 << 30
 
-    def _listen(self, port: int) -> socket.socket:
-        listener = socket.create_server(("127.0.0.1", port), reuse_port=True)
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
-        return listener
-
-    def _accept(self, listener: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                there = socket.create_connection(("127.0.0.1", self._to))
-                here, _ = listener.accept()
-                self._open |= {here, there}
-                threading.Thread(target=self._pump, args=(here, there, True), daemon=True).start()
-                threading.Thread(target=self._pump, args=(there, here, False), daemon=True).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, up: bool) -> None:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                if up:
-                    with self._lock:
-                        self._left -= len(data)
-                    if self._left < 0:
-                        self.cut()
-                sink.sendall(data)
-        with suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
-
-    def cut_after(self, size: int) -> None:
-        self._left = size
-
-    def cut(self) -> None:
-        """The store is away: what is under way breaks off, and nobody answers."""
-        for end in (self._listener, *self._open):
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-            end.close()
-        self._open.clear()
-
-    def come_back(self) -> None:
-        self._left = float("inf")
-        self._listener = self._listen(self.port)
-
-
-@contextmanager
-def behind_a_proxy(store, monkeypatch):
-    endpoint = urlsplit(store.environment["AWS_ENDPOINT_URL"])
-    proxy = Proxy(endpoint.port)
-    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
-        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
-    monkeypatch.setattr(transfers, "_PAUSES", (0.02, 0.1))
-    try:
-        yield proxy
-    finally:
-        proxy.cut()
+        relay.refuse = leave
+        yield relay
 
 
 def start_once(thread):
@@ -180,39 +131,40 @@ def start_once(thread):
         thread.start()
 
 
-def test_training_goes_on_while_the_store_is_away_and_nothing_is_lost(train, plain, object_store, monkeypatch, caplog):
+def test_training_goes_on_while_the_store_is_away_and_nothing_is_lost(train, plain, object_store, leaving, caplog):
     uri = f"s3://{object_store.bucket}/away"
-    with behind_a_proxy(object_store, monkeypatch) as proxy:
-        proxy.cut_after(150_000)  # in the middle of the first checkpoint's state
-        back = threading.Barrier(2, proxy.come_back)  # when three more epochs are trained, and the upload was retried
-        once = {text: threading.Thread(target=back.wait) for text in ("step 9, ", "next try in")}
-        with ExitStack() as both:
-            for text, thread in once.items():
-                both.enter_context(when_logged(text, partial(start_once, thread)))
-            trained = train(uri)
-        assert trained.losses == plain.losses
-        messages = [record.getMessage() for record in caplog.records if record.name.startswith("draft_model")]
-        (first, *_), retried = (
-            [number for number, text in enumerate(messages) if part in text]
-            for part in ("checkpoint epoch_1: ", "next try in")
-        )
-        reached = next(number for number, text in enumerate(messages) if text.startswith("step 9, "))
-        assert retried
-        assert max(min(retried), reached) < first
-        for name in (*plain.checkpoints, "final"):
-            assert storage.read_manifest(f"{uri}/{name}")
-        assert trained.read("epoch_1/model.safetensors") == plain.read("epoch_1/model.safetensors")
+
+    def come_back():
+        leaving.refuse, leaving.away = lambda request: None, 0
+
+    back = threading.Barrier(2, come_back)  # when three more epochs are trained, and the upload was retried
+    once = {text: threading.Thread(target=back.wait) for text in ("step 9, ", "next try in")}
+    with ExitStack() as both:
+        for text, thread in once.items():
+            both.enter_context(when_logged(text, partial(start_once, thread)))
+        trained = train(uri)
+    assert trained.losses == plain.losses
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("draft_model")]
+    (first, *_), retried = (
+        [number for number, text in enumerate(messages) if part in text]
+        for part in ("checkpoint epoch_1: ", "next try in")
+    )
+    reached = next(number for number, text in enumerate(messages) if text.startswith("step 9, "))
+    assert retried
+    assert max(min(retried), reached) < first
+    for name in (*plain.checkpoints, "final"):
+        assert storage.read_manifest(f"{uri}/{name}")
+    assert trained.read("epoch_1/model.safetensors") == plain.read("epoch_1/model.safetensors")
 
 
+@pytest.mark.usefixtures("leaving")
 def test_a_store_that_stays_away_ends_the_training_and_the_checkpoint_stays_here(
     train, plain, object_store, monkeypatch
 ):
     monkeypatch.setattr(outputs, "PATIENCE", 0.3)
     monkeypatch.setattr(lease, "SECONDS", 2.0)
-    with behind_a_proxy(object_store, monkeypatch) as proxy:
-        proxy.cut_after(150_000)
-        with pytest.raises(DraftModelError) as caught:
-            train(f"s3://{object_store.bucket}/gone")
+    with pytest.raises(DraftModelError) as caught:
+        train(f"s3://{object_store.bucket}/gone")
     reason, kept = caught.value.problems
     assert "cannot be reached" in reason
     folder = kept.partition("it stays in ")[2].partition(",")[0]

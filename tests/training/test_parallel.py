@@ -96,11 +96,6 @@ def test_what_four_processes_began_two_finish(worlds):
     assert_same(worlds["resumed"], worlds["alone"])
 
 
-def test_what_four_processes_began_one_finishes(worlds, train, tmp_path):
-    output = shutil.copytree(worlds["begun"], tmp_path / "begun")
-    assert_same(train(str(output), resume="true", **STEPS), worlds["alone"])
-
-
 def test_what_four_began_and_two_went_on_with_one_finishes(worlds, train, tmp_path):
     output = shutil.copytree(worlds["resumed"].output, tmp_path / "resumed")
     names = json.loads((output / "checkpoints.json").read_text())

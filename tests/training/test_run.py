@@ -16,10 +16,9 @@ from draft_model import storage
 from draft_model.dataset import Split, load_vocabulary
 from draft_model.errors import DraftModelError
 from draft_model.training import TrainConfig
-from draft_model.training.job import run
 from draft_model.training.optimizer import learning_rate
 from draft_model.training.order import plan_steps
-from training.case import DRAFT_VOCABULARY, QUICK, Trained, build_dataset
+from training.case import DRAFT_VOCABULARY, QUICK, build_dataset
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE = 32, 4, 2, 8, 48  # of the tiny target
 
@@ -56,13 +55,13 @@ def test_a_draft_learns_a_small_data_set_by_heart(train, whole_vocabulary):
     assert min(last["agreement"]) > 0.55
     assert last["acceptance_length"] > max(2.0, first["acceptance_length"] + 0.5)
     assert trained.result.loss == last["loss"][0]
-
-
-def test_the_same_seed_gives_the_same_bytes(train, plain):
-    again = train()
-    assert again.losses == plain.losses
-    assert again.validations == plain.validations
-    assert again.read("final/model.safetensors") == plain.read("final/model.safetensors")
+    # Without a validation split, the training's own acceptance length is told.
+    assert trained.record["validation"] == []
+    assert trained.result.acceptance_length == last["acceptance_length"]
+    # A draft of the whole vocabulary is saved without a map.
+    config = json.loads(trained.read("final/config.json"))
+    assert config["draft_vocab_size"] == config["vocab_size"]
+    assert not {"d2t", "t2d"} & tensors_of(trained.result.final).keys()
 
 
 def test_another_seed_gives_another_training(train, plain):
@@ -81,13 +80,8 @@ def test_the_targets_batch_changes_nothing(train, plain, size):
     assert_same_training(train(training_batch_size=size), plain)
 
 
-def test_the_rate_is_that_of_the_schedule(plain):
-    rates = [record["learning_rate"] for record in plain.record["log"]]
-    expected = [learning_rate(step, 13, QUICK["learning_rate"], QUICK["warmup_ratio"]) for step in range(13)]
-    assert rates == pytest.approx(expected)
-
-
 def test_total_steps_ends_the_training_and_the_schedule(train):
+    assert train(num_epochs=1, total_steps=8).result.steps == 8  # beyond the epochs
     trained = train(total_steps=5)
     log = trained.record["log"]
     assert [record["step"] for record in log] == [1, 2, 3, 4, 5]
@@ -96,10 +90,6 @@ def test_total_steps_ends_the_training_and_the_schedule(train):
     )
     assert trained.checkpoints == ["epoch_1", "epoch_2"]
     assert list(trained.validations) == [3, 5]
-
-
-def test_total_steps_may_go_beyond_the_epochs(train):
-    assert train(num_epochs=1, total_steps=8).result.steps == 8
 
 
 def test_intervals_count_epochs_and_the_last_one_always_counts(train):
@@ -174,16 +164,6 @@ def test_what_is_saved_to_serve_has_the_names_shapes_and_types_that_engines_expe
     assert torch.equal(ids, tensors["t2d"].nonzero()[:, 0])
 
 
-def test_the_configuration_is_the_targets(plain):
-    config = json.loads(plain.read("final/config.json"))
-    assert config["architectures"] == ["LlamaForCausalLMEagle3"]
-    assert config["num_hidden_layers"] == 1
-    assert (config["hidden_size"], config["draft_vocab_size"]) == (HIDDEN, DRAFT_VOCABULARY)
-    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 5]
-    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 4]
-    assert None not in config.values()
-
-
 def test_the_tokenizer_lies_beside_the_weights_and_the_targets_weights_do_not(plain, inputs):
     from transformers import AutoTokenizer
 
@@ -217,19 +197,6 @@ def test_only_tensors_and_json_are_kept_to_go_on_from(plain):
         "training_state/position.json",
     }
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl", ".pth"))]
-
-
-def test_a_draft_of_the_whole_vocabulary_is_saved_without_a_map(train, whole_vocabulary):
-    trained = train(dataset=whole_vocabulary, draft_model_config="", num_epochs=2)
-    config = json.loads(trained.read("final/config.json"))
-    assert config["draft_vocab_size"] == config["vocab_size"]
-    assert not {"d2t", "t2d"} & tensors_of(trained.result.final).keys()
-
-
-def test_without_a_validation_split_the_trainings_own_acceptance_length_is_told(train, whole_vocabulary):
-    trained = train(dataset=whole_vocabulary, draft_model_config="", num_epochs=2)
-    assert trained.record["validation"] == []
-    assert trained.result.acceptance_length == trained.record["log"][-1]["acceptance_length"] >= 1.0
 
 
 def test_a_draft_vocabulary_that_the_data_set_was_not_built_for_is_refused(train, tmp_path):
@@ -278,9 +245,3 @@ def test_model_data_set_and_output_may_lie_in_object_storage(train, inputs, obje
 def test_a_configuration_survives_the_way_to_another_process(train):
     config = train.config(seed=7, resume="true")
     assert TrainConfig.from_json(config.to_json()) == config
-
-
-def test_a_training_can_be_run_twice_into_one_folder(train, tmp_path, plain):
-    config = train.config(str(tmp_path / "out"))
-    first, second = Trained(run(config)), Trained(run(config))
-    assert first.losses == second.losses == plain.losses

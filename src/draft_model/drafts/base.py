@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from draft_model.errors import DraftModelError, Problem
@@ -152,13 +151,9 @@ class Family:
     objective: Callable[..., Objective]
     proposer: Callable[[Any, Target, int], Proposer]  # (Draft, Target, positions that decoding may reach) -> Proposer
     costs: Callable[[Any, int], Costs]  # (Shape, ttt_length) -> Costs
-    save: Callable[[Path, Any], None]  # (folder, Draft): config.json and model.safetensors as the engines load them
-    load: Callable[[Path], Any]  # (folder) -> Draft, of what `save` wrote
-    # (config.json, tensors, URI for errors) -> both as `save` writes them, of a draft of any trainer; refuses one that
-    # computes something else, or has tensors that this draft does not have
+    # (config.json, tensors, URI for errors) -> both as `files.save_draft` writes them, of a draft of any trainer;
+    # refuses one that computes something else, or has tensors that this draft does not have
     read: Callable[[Mapping[str, Any], Mapping[str, Tensor], str], tuple[dict[str, Any], dict[str, Tensor]]]
-    # (tensors, Shape) -> t2d, d2t of a checkpoint; all tokens where it holds none
-    vocabulary: Callable[[Mapping[str, Tensor], Any], tuple[Tensor, Tensor]]
     # (config.json and tensors of `read`, vllm, sglang or speculators, and for the last one the target's `name` and
     # `architectures` and how many `proposals` serve best) -> both as that tool writes them
     export: Callable[..., tuple[dict[str, Any], dict[str, Tensor]]]

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from draft_model.drafts.base import WEIGHTS, Shape, load_weights
-from draft_model.errors import DraftModelError
+from draft_model.drafts.base import WEIGHTS, Shape
 
 LAYER = "transformer_layer_config"  # where speculators keeps the settings of the layers
 
@@ -33,24 +32,6 @@ def save_draft(folder: Path, draft: Any, dtype: torch.dtype = torch.bfloat16) ->
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(draft.config.to_json(), indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-def load_draft(shape: Callable[[Mapping[str, Any]], Any], create: Callable[..., Any], title: str, folder: Path) -> Any:
-    """Reads what `save_draft` wrote into float32; `shape` and `create` are the family's, errors name its title.
-
-    Raises:
-        DraftModelError: when a file is missing, or the tensors are not those of the configuration.
-    """
-    from safetensors.torch import load_file
-
-    try:
-        config = shape(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise DraftModelError(f"{folder} holds no {title} draft that this version can read: {error}") from error
-    draft = create(config, *vocabulary_of(tensors, config))
-    load_weights(draft, tensors, str(folder))
-    return draft
 
 
 def vocabulary_of(tensors: Mapping[str, Tensor], config: Shape) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from draft_model import storage
-from draft_model.drafts import family_of
-from draft_model.drafts.base import check_proposals, load_weights
+from draft_model.drafts.base import check_proposals
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import markup
 from draft_model.evaluation.measure import Candidate, category_table, differences, measure, open_case
-from draft_model.export import fetched
 from draft_model.model_import.sources import resolve
 from draft_model.model_import.stage import prepare
 from draft_model.parameters import Parameters
-from draft_model.training.checkpoint import read_checkpoint
+from draft_model.training.checkpoint import load_draft, read_checkpoint
+from draft_model.training.plan import read_config
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +98,7 @@ def _target(uri: str, work: Path) -> Path:
 def _candidate(uri: str, model: Path, work: Path, proposals: int) -> Candidate:
     """A draft of any known format, in the shape that its configuration and the target's give it."""
     loaded = read_checkpoint(uri, work)
-    kind = family_of(loaded.config, uri)
-    default = kind.default_shape(json.loads((model / "config.json").read_text(encoding="utf-8")))
-    shape = kind.adapt(default, loaded.config, uri)
-    if note := check_proposals(shape, proposals):
+    draft = load_draft(loaded, read_config(str(model)))
+    if note := check_proposals(draft.config, proposals):
         logger.warning("%s: %s", uri, note)
-    draft: Any = kind.create(shape, *kind.vocabulary(loaded.tensors, shape))
-    load_weights(draft, loaded.tensors, uri)
-    return Candidate(uri, draft, fetched(uri, work), (proposals,))
+    return Candidate(uri, draft, loaded.folder, (proposals,))

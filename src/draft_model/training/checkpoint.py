@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from draft_model import drafts, storage
 from draft_model.drafts.base import WEIGHTS, Draft, load_weights
+from draft_model.drafts.files import save_draft, vocabulary_of
 from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class Loaded:
     """A checkpoint that was read back; a served draft has neither state nor position."""
 
     uri: str
+    folder: Path  # of its files on this machine
     config: dict[str, Any]  # its config.json
     tensors: dict[str, Tensor]  # the served weights and vocabulary, by checkpoint name
     state: dict[str, Tensor] | None  # float32 weights and moments by name; `random`, a row for each process
@@ -62,7 +65,7 @@ def write_checkpoint(
     from safetensors.torch import save_file
 
     shutil.rmtree(folder, ignore_errors=True)
-    drafts.family(draft.config.family).save(folder, draft)
+    save_draft(folder, draft)
     (folder / STATE).mkdir()
     tensors = {**optimizer_tensors(draft, optimizer), "random": torch.stack(random)}
     save_file(tensors, folder / STATE / "state.safetensors")
@@ -117,9 +120,22 @@ def read_checkpoint(uri: str, work: Path) -> Loaded:
             logger.warning("%s has no %s: a draft of another trainer, taken unchecked", uri, storage.MANIFEST)
         config, tensors = drafts.family_of(config, uri).read(config, load_file(folder / WEIGHTS), uri)
         if not (folder / STATE).is_dir():
-            return Loaded(uri, config, tensors, None, None)
+            return Loaded(uri, folder, config, tensors, None, None)
         state = load_file(folder / STATE / "state.safetensors")
         position = Position(**json.loads((folder / STATE / "position.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, SafetensorError) as error:
         raise DraftModelError(f"{uri} is no checkpoint of a draft that can be read: {error}") from error
-    return Loaded(uri, config, tensors, state, position)
+    return Loaded(uri, folder, config, tensors, state, position)
+
+
+def load_draft(loaded: Loaded, target: Mapping[str, Any], source: str = "") -> Any:
+    """The draft of a checkpoint, in the shape that its configuration and the target's config.json give it.
+
+    Raises:
+        DraftModelError: when it is of another target, of other maths, or lacks tensors; names the source, or the URI.
+    """
+    family = drafts.family_of(loaded.config, loaded.uri)
+    shape = family.adapt(family.default_shape(target), loaded.config, source or loaded.uri)
+    draft = family.create(shape, *vocabulary_of(loaded.tensors, shape))
+    load_weights(draft, loaded.tensors, loaded.uri)
+    return draft

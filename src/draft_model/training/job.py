@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draft_model import drafts, storage
+from draft_model import storage
+from draft_model.drafts.files import save_draft
 from draft_model.errors import DraftModelError
 from draft_model.model_import import is_weight
 from draft_model.processes import catch_sigterm
@@ -160,7 +161,7 @@ def _publish_final(output: Output, training: Training, complete: Callable[[Path,
     folder, step, history = work / "final", training.done, training.history
     name = output.best() if output.keeps_best else None
     if name is None:
-        drafts.family(training.draft.config.family).save(folder, training.draft)
+        save_draft(folder, training.draft)
         best = history.best
         if best and len(history.validation) > 1 and best["step"] != step:
             logger.info(

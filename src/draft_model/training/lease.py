@@ -15,7 +15,6 @@ one name; an upload to it that is stopped for longer than SECONDS is not fenced.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -26,7 +25,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import psutil
 from pydantic import AwareDatetime, BaseModel, Field
@@ -44,20 +42,28 @@ _ATTEMPTS = 20  # to change a lease that other processes of this run change as w
 _NEVER = datetime.min.replace(tzinfo=UTC)
 
 
-class _Process(BaseModel):
+class Process(BaseModel):
+    """A process, and the process table that its id means something in: of a boot of a machine, of a container."""
+
     name: str
     table: str = ""
     pid: int = 0
     started: float = 0.0
 
 
-class _Held(BaseModel):
+class _Record(BaseModel):
+    """What the file holds; all defaults where it is being made, or somebody else wrote it in another form."""
+
     run_id: str = ""
     since: str = ""
     renewed: AwareDatetime = _NEVER
-    seconds: float = Field(default=SECONDS, ge=0, le=600)
-    processes: list[_Process] = []
+    seconds: float = Field(default_factory=lambda: SECONDS, ge=0, le=600)
+    processes: list[Process] = []
     took_over: str = ""
+
+    def __str__(self) -> str:
+        processes = ", ".join(process.name for process in self.processes)
+        return f"{self.run_id or 'without a name'} (process {processes or 'unknown'})"
 
 
 class Leased(DraftModelError):
@@ -74,7 +80,7 @@ class Lease:
         self._uri = storage.join(folder, FILE)
         self._ended = threading.Event()
         self._lock = threading.Lock()
-        self._since = _now()
+        self._since = datetime.now(UTC).isoformat(timespec="microseconds")
 
     def acquire(self) -> bool:
         """Takes the lease, or joins this run's; returns whether it was taken. Raises Leased while another run works."""
@@ -91,26 +97,26 @@ class Lease:
                 continue
             data, version = found
             held = _parsed(data)
-            if held.get("run_id") == self.run_id:
+            if held.run_id == self.run_id:
                 self.renew()
                 return False
-            alive = [_is_alive(process) for process in held.get("processes", [])]
+            alive = [_is_alive(process) for process in held.processes]
             changed = seen is not None and data != seen
-            fresh = any(alive) and held.get("renewed", _NEVER) > datetime.now(UTC) - timedelta(seconds=SECONDS)
-            if fresh or (changed and held):
+            fresh = any(alive) and held.renewed > datetime.now(UTC) - timedelta(seconds=SECONDS)
+            if fresh or (changed and held.run_id):
                 raise Leased(
-                    f"{self.parameter}: given {self.folder!r}, where run {_name(held)} has been at work since "
-                    f"{held.get('since')}: wait for its end, or give this run another folder"
+                    f"{self.parameter}: given {self.folder!r}, where run {held} has been at work since {held.since}: "
+                    "wait for its end, or give this run another folder"
                 )
             if seen is None:
-                logger.info("%s: %s has the lease of run %s: is it alive?", self.parameter, self.folder, _name(held))
+                logger.info("%s: %s has the lease of run %s: is it alive?", self.parameter, self.folder, held)
             if seen is None or changed:
                 seen, started = data, time.monotonic()
             gone = bool(alive) and all(process is False for process in alive)
-            if gone or time.monotonic() - started >= float(held.get("seconds", SECONDS)):
-                self.took_over = "" if gone else str(held.get("run_id", "unknown"))
+            if gone or time.monotonic() - started >= held.seconds:
+                self.took_over = "" if gone else held.run_id or "unknown"
                 if storage.replace(self._uri, self._text([]), version):
-                    logger.warning("%s: run %s is gone, and its lease taken over", self.parameter, _name(held))
+                    logger.warning("%s: run %s is gone, and its lease taken over", self.parameter, held)
                     return True
             else:
                 time.sleep(SECONDS / RENEWALS / 4)
@@ -140,7 +146,7 @@ class Lease:
             self._ended.set()
             try:
                 found = storage.read_versioned(self._uri)
-                if found is None or _parsed(found[0]).get("run_id") != self.run_id:
+                if found is None or _parsed(found[0]).run_id != self.run_id:
                     return
                 if release:
                     storage.delete(self._uri, found[1])
@@ -152,60 +158,49 @@ class Lease:
     def _change(self, add: bool) -> None:
         for _ in range(_ATTEMPTS):
             found = storage.read_versioned(self._uri)
-            held = _parsed(found[0]) if found else {}
-            if found is None or held.get("run_id") != self.run_id:
+            held = _parsed(found[0] if found else b"")
+            if found is None or held.run_id != self.run_id:
                 self.lost = True
-                holder = f"belongs to run {_name(held)} by now" if held else "is no longer leased to this run"
+                holder = f"belongs to run {held} by now" if held.run_id else "is no longer leased to this run"
                 late = f"this run did not renew its lease for {SECONDS:.0f} s, and writes nothing more there"
                 raise DraftModelError(f"{self.parameter}: {self.folder} {holder}; {late}")
-            self._since = held.get("since", self._since)
-            self.took_over = held.get("took_over", "")
-            others = [p for p in held.get("processes", []) if p != this_process() and _is_alive(p) is not False]
+            self._since, self.took_over = held.since or self._since, held.took_over
+            others = [each for each in held.processes if each != this_process() and _is_alive(each) is not False]
             if storage.replace(self._uri, self._text(others, add), found[1]):
                 return
         raise StoreUnavailable(f"{self._uri} changes too often to be renewed")
 
-    def _text(self, others: list[dict[str, Any]], add: bool = True) -> bytes:
-        lease: dict[str, Any] = {"run_id": self.run_id, "since": self._since, "renewed": _now(), "seconds": SECONDS}
-        lease |= {"processes": [*others, this_process()] if add else others, "took_over": self.took_over}
-        return json.dumps(lease).encode()
+    def _text(self, others: list[Process], add: bool = True) -> bytes:
+        record = _Record(run_id=self.run_id, since=self._since, renewed=datetime.now(UTC), took_over=self.took_over)
+        record.processes = [*others, this_process()] if add else others
+        return record.model_dump_json().encode()
 
 
-def this_process() -> dict[str, Any]:
-    """This process, and the process table that its id means something in: of a boot of a machine, of a container."""
+def this_process() -> Process:
+    """This one, as leases name it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         table = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:  # not Linux
         table = ""
-    started = psutil.Process().create_time()
-    return {"name": f"{socket.gethostname()}:{os.getpid()}", "table": table, "pid": os.getpid(), "started": started}
+    started, name = psutil.Process().create_time(), f"{socket.gethostname()}:{os.getpid()}"
+    return Process(name=name, table=table, pid=os.getpid(), started=started)
 
 
-def _is_alive(process: dict[str, Any]) -> bool | None:
+def _is_alive(process: Process) -> bool | None:
     """Whether a lease's process runs; None where only its own machine could tell."""
-    if not process.get("table") or process["table"] != this_process()["table"]:
+    if not process.table or process.table != this_process().table:
         return None
     with suppress(psutil.NoSuchProcess):
-        found = psutil.Process(process["pid"])
-        return abs(found.create_time() - process["started"]) < 1 and found.status() != psutil.STATUS_ZOMBIE
+        found = psutil.Process(process.pid)
+        return abs(found.create_time() - process.started) < 1 and found.status() != psutil.STATUS_ZOMBIE
     return False
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds")
-
-
-def _parsed(data: bytes) -> dict[str, Any]:
-    """A lease's fields; none of one that is being made, or that somebody else wrote in another form."""
+def _parsed(data: bytes) -> _Record:
     with suppress(ValueError):
-        return _Held.model_validate_json(data or b"{}").model_dump(exclude_unset=True)
-    return {}
-
-
-def _name(held: dict[str, Any]) -> str:
-    processes = ", ".join(process["name"] for process in held.get("processes", []))
-    return f"{held.get('run_id', 'without a name')} (process {processes or 'unknown'})"
+        return _Record.model_validate_json(data)
+    return _Record()
 
 
 def own_run_id() -> str:

@@ -17,11 +17,12 @@ from filelock import FileLock
 from draft_model import drafts, storage
 from draft_model.dataset import vocabulary
 from draft_model.dataset.tokens import Split
-from draft_model.drafts.base import check_proposals, load_weights
+from draft_model.drafts.base import check_proposals
+from draft_model.drafts.files import vocabulary_of
 from draft_model.errors import DraftModelError
 from draft_model.ranks import Ranks
 from draft_model.target.parallel import load_share
-from draft_model.training.checkpoint import Loaded
+from draft_model.training.checkpoint import Loaded, load_draft
 from draft_model.training.config import TrainConfig
 from draft_model.training.optimizer import make_optimizer
 from draft_model.training.order import total_steps
@@ -81,20 +82,19 @@ def prepare(config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded |
         shape = draft_of(target_config, p)
         t2d, d2t = vocabulary.load_vocabulary(dataset / vocabulary.FILE)
         if shape.draft_vocab_size == shape.vocab_size:  # all tokens, whichever the data set chose
-            t2d, d2t = family.vocabulary({}, shape)
+            t2d, d2t = vocabulary_of({}, shape)
         if shape.draft_vocab_size != len(d2t):
             raise DraftModelError(
                 f"draft_model_config: draft_vocab_size is {shape.draft_vocab_size}, but the data set was built for "
                 f"{len(d2t)}: build it with the same draft_model_config"
             )
+        draft: Any = family.create(shape, t2d, d2t)
     else:
         # The checkpoint's family, shape and vocabulary win: its head's rows mean them.
-        family = drafts.family_of(resumed.config, resumed.uri)
+        draft = load_draft(resumed, target_config, f"resume_from_checkpoint: {resumed.uri}")
+        shape, family = draft.config, drafts.family(draft.config.family)
         if family.name != p.draft_architecture:
             logger.info("draft_architecture: the draft is %s, as in %s", family.title, resumed.uri)
-        default = family.default_shape(target_config)
-        shape = family.adapt(default, resumed.config, f"resume_from_checkpoint: {resumed.uri}")
-        t2d, d2t = family.vocabulary(resumed.tensors, shape)
     if note := check_proposals(shape, p.num_speculative_tokens):
         logger.warning(note)
     train_split = Split(dataset / "train")
@@ -121,8 +121,9 @@ def prepare(config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded |
                 f"the target model: its weight {name} holds NaN or infinity, so no step could be learnt from: import "
                 "it again from a sound copy"
             )
-    draft: Any = family.create(shape, t2d, d2t).to(ranks.device)
-    draft.initialise(p.seed, target)
+    draft = draft.to(ranks.device)
+    if resumed is None:
+        draft.initialise(p.seed, target)
     optimizer = make_optimizer(p.draft_optimizer, draft, p.learning_rate)
     torch.manual_seed(p.seed * ranks.world + ranks.rank)
     loss = family.default_loss if p.draft_loss == "default" else p.draft_loss
@@ -137,6 +138,5 @@ def prepare(config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded |
             raise DraftModelError(problems)
         training.go_on_from(resumed)
     elif resumed is not None:
-        load_weights(draft, resumed.tensors, resumed.uri)
         logger.info("the draft starts from the weights of %s", resumed.uri)
     return training

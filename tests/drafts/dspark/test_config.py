@@ -13,8 +13,10 @@ from draft_model import drafts
 from draft_model.drafts.base import check_proposals
 from draft_model.drafts.dspark.config import feature_layers
 from draft_model.drafts.dspark.model import START_SPREAD
+from draft_model.drafts.files import save_draft, vocabulary_of
 from draft_model.errors import DraftModelError
 from draft_model.target.model import Target
+from draft_model.training.checkpoint import Loaded, load_draft
 
 from .case import random_case
 
@@ -56,12 +58,12 @@ def test_config_json_has_the_keys_that_engines_read():
 def test_a_checkpoint_is_read_as_it_was_written(name, tmp_path):
     family = drafts.family(name)
     shape = family.adapt(family.default_shape(TARGET), {"num_hidden_layers": 2, "block_size": 5, "num_anchors": 9})
-    draft = family.create(shape, *family.vocabulary({}, shape))
+    draft = family.create(shape, *vocabulary_of({}, shape))
     draft.initialise(0, Target(llama(num_hidden_layers=30), shape.aux_layers))
-    family.save(tmp_path, draft)
+    save_draft(tmp_path, draft)
     config, tensors = json.loads((tmp_path / "config.json").read_text()), load_file(tmp_path / "model.safetensors")
     assert drafts.family_of(config) is family
-    loaded = family.load(tmp_path)
+    loaded = load_draft(Loaded("uri", tmp_path, *family.read(config, tensors, "uri"), None, None), TARGET)
     assert loaded.config == shape
     assert all(torch.equal(a.bfloat16(), b.bfloat16()) for a, b in zip(draft.parameters(), loaded.parameters(),
                                                                        strict=True))  # fmt: skip
@@ -139,7 +141,7 @@ def test_tensors_of_another_architecture_are_refused():
 def test_costs_count_the_parameters(name):
     family = drafts.family(name)
     shape = family.default_shape(TARGET)
-    draft = family.create(shape, *family.vocabulary({}, shape))
+    draft = family.create(shape, *vocabulary_of({}, shape))
     assert family.costs(shape, 7).parameters == sum(parameter.numel() for parameter in draft.parameters())
 
 
@@ -147,7 +149,7 @@ def test_a_fresh_draft_is_sure_of_nothing():
     family, model = drafts.family("dflash"), llama(num_hidden_layers=8)
     model.get_output_embeddings().weight.data.normal_(0.0, 3.0, generator=torch.Generator().manual_seed(0))
     shape = family.default_shape({**model.config.to_dict(), "model_type": "llama"})
-    draft = family.create(shape, *family.vocabulary({}, shape))
+    draft = family.create(shape, *vocabulary_of({}, shape))
     draft.initialise(0, target := Target(model, shape.aux_layers))
     state = torch.randn(500, shape.hidden_size, generator=torch.Generator().manual_seed(1))
     assert float((draft.norm(state) @ target.head.T).std()) == pytest.approx(START_SPREAD, rel=0.1)
@@ -157,7 +159,7 @@ def test_a_fresh_markov_head_has_no_effect_and_knows_which_tokens_are_alike():
     family, model = drafts.family("dspark"), llama(num_hidden_layers=8)
     model.get_input_embeddings().weight.data[5] = model.get_input_embeddings().weight.data[9]
     shape = family.adapt(family.default_shape({**model.config.to_dict(), "model_type": "llama"}), {"markov_rank": 4})
-    draft = family.create(shape, *family.vocabulary({}, shape))
+    draft = family.create(shape, *vocabulary_of({}, shape))
     draft.initialise(0, Target(model, shape.aux_layers))
     codes = draft.markov_head.markov_w1.weight
     assert torch.equal(codes[5], codes[9])

@@ -171,8 +171,7 @@ def test_a_target_with_odd_settings_is_a_sentence(odd):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_json_comes_back_the_same(family, tmp_path):
     config = draft_config_for(config_json(tmp_path, family))
-    assert DraftConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
-    assert with_overrides(config, config.to_json()) == config
+    assert with_overrides(config, json.loads(json.dumps(config.to_json())), "s3://ours") == config
 
 
 def nulls(value) -> int:

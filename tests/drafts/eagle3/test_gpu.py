@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,7 +159,7 @@ def trained(loaded=None, epochs=3):
 
     def save(name, epoch, random):
         state = {**optimizer_tensors(draft, optimizer), "random": torch.stack(random)}
-        saved[name] = Loaded(name, {}, {}, state, copy.deepcopy(training.position(epoch)))
+        saved[name] = Loaded(name, Path(), {}, {}, state, copy.deepcopy(training.position(epoch)))
 
     train(training, save, lambda: False)
     return training.history, saved

@@ -80,18 +80,6 @@ class BlockConfig(LayerShape):
             del config[name]
         return config | {"dflash_config": layers}
 
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> BlockConfig:
-        """Reads the config.json that `to_json` wrote."""
-        layers = config.get("dflash_config", config)
-        whole = {
-            **config,
-            "draft_vocab_size": config["vocab_size"],
-            "mask_token_id": layers["mask_token_id"],
-            "aux_layers": tuple(layer + 1 for layer in layers["target_layer_ids"]),
-        }
-        return cls(**{field.name: whole[field.name] for field in fields(cls) if field.name in whole})
-
 
 _OWN = tuple(field.name for field in fields(BlockConfig) if field.name not in LayerShape.__dataclass_fields__)
 
@@ -228,7 +216,6 @@ def _owns(name: str, config: Mapping[str, Any]) -> bool:
 
 
 def _family(name: str, title: str, sglang_algorithm: str) -> Family:
-    create = later("dspark.model:BlockDraft")
     return Family(
         name=name,
         title=title,
@@ -240,14 +227,11 @@ def _family(name: str, title: str, sglang_algorithm: str) -> Family:
         owns=partial(_owns, name),
         default_shape=partial(default_config, name),
         adapt=adapt,
-        create=create,
+        create=later("dspark.model:BlockDraft"),
         objective=later("dspark.objective:Objective"),
-        proposer=later("dspark.decode:BlockProposer"),
+        proposer=later("dspark.model:BlockProposer"),
         costs=costs,
-        save=later("files:save_draft"),
-        load=partial(later("files:load_draft"), BlockConfig.from_json, create, title),
         read=later("dspark.export:canonical"),
-        vocabulary=later("files:vocabulary_of"),
         export=later("dspark.export:exported"),
     )
 

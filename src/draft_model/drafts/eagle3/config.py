@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -64,13 +64,6 @@ class DraftConfig(LayerShape):
             "dtype": "bfloat16",
         }
         return config if len(self.aux_layers) == 3 else config | {"num_aux_hidden_states": len(self.aux_layers)}
-
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> DraftConfig:
-        """Reads the config.json that `to_json` wrote."""
-        names = {field.name for field in fields(cls)} - {"aux_layers", *SWITCHES}
-        switches = {name: config.get(name, False) for name in SWITCHES}
-        return cls(**{name: config[name] for name in names}, **switches, aux_layers=tuple(config[LAYER_IDS]))
 
 
 def to_sglang(layers: tuple[int, ...], target_model_type: str) -> list[int]:
@@ -229,7 +222,6 @@ def _owns(has_switches: bool, config: Mapping[str, Any]) -> bool:
     return is_eagle3 and has_switches == any(config.get(name) or nested.get(name) for name in SWITCHES)
 
 
-_CREATE = later("eagle3.model:Eagle3Draft")
 EAGLE3 = Family(
     name="eagle3",
     title="EAGLE-3",
@@ -243,14 +235,11 @@ EAGLE3 = Family(
     owns=partial(_owns, False),
     default_shape=draft_config_for,
     adapt=with_overrides,
-    create=_CREATE,
+    create=later("eagle3.model:Eagle3Draft"),
     objective=later("eagle3.objective:Objective"),
-    proposer=later("eagle3.decode:ChainProposer"),
+    proposer=later("eagle3.model:ChainProposer"),
     costs=costs,
-    save=later("files:save_draft"),
-    load=partial(later("files:load_draft"), DraftConfig.from_json, _CREATE, "EAGLE-3"),
     read=later("eagle3.export:canonical"),
-    vocabulary=later("files:vocabulary_of"),
     export=later("eagle3.export:exported"),
 )
 EAGLE31 = replace(
