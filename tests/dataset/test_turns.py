@@ -133,20 +133,21 @@ def test_all_of_a_conversation_is_compared_with_what_is_written(encode, kind, me
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "detail"),
+    ("before", "after", "messages", "detail"),
     [
-        ("+ message.content + '<|im_end|>' ", "+ message.content | upper + '<|im_end|>' ", "text"),
-        ("call.function.arguments | tojson", "call.function.arguments.keys() | list | tojson", "call of weather"),
-        (r"+ message.content + '\n</tool_response>'", r"+ '\n</tool_response>'", "text"),
+        ("+ message.content + '<|im_end|>' ", "+ message.content | upper + '<|im_end|>' ", DIALOGUE, "text"),
+        ("function.arguments | tojson", "function.arguments.keys() | list | tojson", DIALOGUE, "call of weather"),
+        (r"+ message.content + '\n</tool_response>'", r"+ '\n</tool_response>'", DIALOGUE, "text"),
+        ("a helpful assistant", "a thinking assistant", REASONED, "reasoning"),  # it only speaks of thinking
     ],
 )
-def test_what_a_template_drops_or_changes_is_found(models, tmp_path, before, after, detail):
+def test_what_a_template_drops_or_changes_is_found(models, tmp_path, before, after, messages, detail):
     model = tmp_path / "model"
     shutil.copytree(models["qwen2"], model)
     template = model / "chat_template.jinja"
     assert before in template.read_text()
     template.write_text(template.read_text().replace(before, after))
-    line = json.dumps({"messages": DIALOGUE}).encode()
+    line = json.dumps({"messages": messages}).encode()
     ((_, reason, found),) = Encoder(EncoderSettings(model, "qwen", 1000, 700)).encode([(1, line)]).rejected
     assert (reason, SAYS in found, detail in found) == ("not in the chat template", True, True)
 
@@ -277,16 +278,6 @@ def test_reasoning_inside_the_text_is_as_good_as_reasoning_beside_it(encode, ope
     assert found == ["\n\nfirst<｜end▁of▁sentence｜>", "how\n</think>\n\nsecond<｜end▁of▁sentence｜>"]
     assert "why" not in whole
     assert encode("qwen3-thinking", messages=inside)[0] == ["first<|im_end|>", "how\n</think>\n\nsecond<|im_end|>"]
-
-
-def test_reasoning_is_not_lost_to_a_template_that_only_speaks_of_thinking(models, tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(models["qwen2"], model)
-    template = model / "chat_template.jinja"
-    template.write_text(template.read_text().replace("a helpful assistant", "a thinking assistant"))
-    line = json.dumps({"messages": REASONED}).encode()
-    encoded = Encoder(EncoderSettings(model, "qwen", 1000, 700)).encode([(1, line)])
-    assert encoded.rejected == [(1, "not in the chat template", f"message 4: {SAYS} reasoning")]
 
 
 def test_a_column_goes_to_the_template_that_takes_it_and_to_no_other(encode):

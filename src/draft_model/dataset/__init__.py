@@ -4,8 +4,9 @@
 same files for prompts.
 """
 
-from draft_model.dataset.build import REPORT_PAGE, DatasetConfig, DatasetResult, run
+from draft_model.dataset.build import DatasetConfig, DatasetResult, run
 from draft_model.dataset.reader import Rejected, Row, read_conversations
+from draft_model.dataset.report import REPORT_PAGE
 from draft_model.dataset.tokens import Split
 from draft_model.dataset.vocabulary import load_vocabulary
 

@@ -22,11 +22,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from draft_model import drafts, storage
-from draft_model.dataset import vocabulary
+from draft_model.dataset import report, vocabulary
 from draft_model.dataset.encode import Encoder, EncoderSettings
 from draft_model.dataset.files import File, identify, read_errors, read_line
 from draft_model.dataset.render import check_fit
-from draft_model.dataset.report import SplitSummary, Tally, colour, count, write_report
+from draft_model.dataset.report import REJECTED, SplitSummary, Tally
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.dataset.tokens import INDEX, Shard, write_index, write_shard
 from draft_model.errors import DraftModelError, Problems
@@ -38,7 +38,6 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4  # raised whenever this package would make something else of the same inputs
 PIECE_BYTES = BYTES_PER_PROCESS = 8 << 20
-REPORT, REPORT_PAGE, REJECTED = "report.json", "report.html", "rejected.jsonl"
 _PIECES = "pieces"
 _SPLITS = ("train", "validation")
 _MAKERS = ("pipeline-draft-model", "tokenizers", "transformers", "jinja2")
@@ -225,7 +224,7 @@ def _build(config: DatasetConfig, inputs: _Inputs, output: str, folder: Path) ->
     for split in files:
         write_index(index[split], folder / split / INDEX)
     properties = _describe(given, inputs, tallies, samples, folder)
-    names = (REJECTED, REPORT, REPORT_PAGE, vocabulary.FILE, *(f"{split}/{INDEX}" for split in files))
+    names = (REJECTED, report.REPORT, report.REPORT_PAGE, vocabulary.FILE, *(f"{split}/{INDEX}" for split in files))
     records += [storage.put_file(folder / name, output, name) for name in names]
     if found := storage.find_whole(output, "dataset", fingerprint=inputs.fingerprint):
         return found.properties, True  # its manifest would be gone for a moment
@@ -294,11 +293,11 @@ def _encode_piece(settings: EncoderSettings, path: Path) -> dict[str, Any]:
     rows = _encoder(settings).encode([(number, line) for number, line in enumerate(lines, start=1) if line.strip()])
     if len(rows.lengths):
         write_shard(rows, path.with_suffix(".parquet"))
-    return count(rows)
+    return report.count(rows)
 
 
 def _colour(settings: EncoderSettings, samples: list[Any]) -> list[list[tuple[str, bool]]]:
-    return [colour(_encoder(settings).tokenizer, ids, mask) for ids, mask in samples]
+    return [report.colour(_encoder(settings).tokenizer, ids, mask) for ids, mask in samples]
 
 
 def _check_rejected(parameters: Parameters, tallies: Mapping[str, Tally]) -> None:
@@ -338,7 +337,5 @@ def _describe(
         "parameters": {n: value for n, value in parameters.of_stage("dataset").items() if n not in without},
     }
     sources = {split: [s.file.name for s in inputs.sources if s.split == split] for split in tallies}
-    report = write_report(properties, sources, tallies, samples, folder / REPORT_PAGE)
-    text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
-    (folder / REPORT).write_text(text + "\n", encoding="utf-8")
+    report.write_report("dataset", report.make_report(properties, sources, tallies, samples), folder)
     return properties

@@ -5,6 +5,7 @@ The counts' size does not depend on the input's. The page has no scripts, and te
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from draft_model.dataset.encode import Encoded
 from draft_model.dataset.vocabulary import coverage_by_size
 
+REPORT, REPORT_PAGE, REJECTED = "report.json", "report.html", "rejected.jsonl"
 _SHOWN_CHARACTERS = 6000
 _BINS = 32
 _FIRST = 10
@@ -123,28 +125,26 @@ def colour(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> list[tup
     return pairs
 
 
-def write_report(
-    properties: Mapping[str, Any], sources: Mapping[str, Any], tallies: Mapping[str, Tally], samples: Any, path: Path
+def make_report(
+    properties: Mapping[str, Any], sources: Mapping[str, Any], tallies: Mapping[str, Tally], samples: Any
 ) -> dict[str, Any]:
-    """Writes the page; returns what it shows, for report.json.
+    """Returns what the page shows.
 
     `properties` are the manifest's, `sources` the names of each split's files, `samples` what `colour` makes of
     conversations of the training split.
     """
     train, validation = tallies["train"], tallies.get("validation")
-    report = {
+    return {
         **properties,
         "sources": sources,
         "splits": {split: counts | tallies[split].details() for split, counts in properties["splits"].items()},
         "coverage_by_size": coverage_by_size(train.supervised, validation.supervised if validation else None),
         "samples": samples,
     }
-    path.write_text(render_page("dataset", report), encoding="utf-8")
-    return report
 
 
-def render_page(package: str, report: Mapping[str, Any]) -> str:
-    """The page that a package's report.html.j2 makes of a report; text in it is escaped."""
+def write_report(package: str, report: Mapping[str, Any], folder: Path) -> None:
+    """Writes a report as JSON, and as the page that a package's report.html.j2 makes of it; text in it is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -153,4 +153,7 @@ def render_page(package: str, report: Mapping[str, Any]) -> str:
     )  # fmt: skip
     environment.filters["count"] = lambda number: f"{number:,}"
     environment.filters["percent"] = lambda share, digits=2: "-" if share is None else f"{100 * share:.{digits}f} %"
-    return environment.get_template("report.html.j2").render(report=report)
+    page = environment.get_template("report.html.j2").render(report=report)
+    (folder / REPORT_PAGE).write_text(page, encoding="utf-8")
+    text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
+    (folder / REPORT).write_text(text + "\n", encoding="utf-8")

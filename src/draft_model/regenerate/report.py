@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from draft_model.dataset.report import render_page
 from draft_model.regenerate.conversation import Outcome
 
 _REFUSAL = re.compile(
@@ -100,13 +97,11 @@ def _bin(tokens: int) -> str:
     return str(max(16, 1 << (tokens - 1).bit_length()))
 
 
-def write_report(properties: Mapping[str, Any], tallies: Mapping[str, Tally], data: Path, page: Path) -> None:
-    """Writes the manifest's properties and the counts of each split, as JSON and as a page."""
+def make_report(properties: Mapping[str, Any], tallies: Mapping[str, Tally]) -> dict[str, Any]:
+    """The manifest's properties and the counts of each split, for report.json and the page."""
     splits = {}
     for split, tally in tallies.items():
         bins = sorted({*tally.lengths, *tally.lengths_before}, key=int)
         lengths = [{"up_to": int(b), "before": tally.lengths_before[b], "after": tally.lengths[b]} for b in bins]
         splits[split] = {**tally.summary(), "lengths": lengths, "samples": tally.samples}
-    report = {**properties, "splits": splits}
-    data.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    page.write_text(render_page("regenerate", report), encoding="utf-8")
+    return {**properties, "splits": splits}

@@ -30,13 +30,14 @@ from draft_model import storage
 from draft_model.dataset.encode import end_tokens, load_tokenizer
 from draft_model.dataset.files import File, identify, read_errors, read_line
 from draft_model.dataset.render import check_fit
+from draft_model.dataset.report import REJECTED, REPORT, REPORT_PAGE, write_report
 from draft_model.dataset.templates import TEMPLATES
 from draft_model.engine.generate import Sampling, Settings, VllmGenerator
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.processes import place_in_job
 from draft_model.regenerate.conversation import Chat, Outcome, WriterSettings, converse_in, drive
-from draft_model.regenerate.report import Tally, write_report
+from draft_model.regenerate.report import Tally, make_report
 from draft_model.storage.transfer import in_parallel
 from draft_model.tracking import tracked
 from draft_model.workers import Workers
@@ -48,7 +49,6 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # raised whenever this package would make something else of the same inputs
 SHARD_LINES = 256
-REJECTED, REPORT, REPORT_PAGE = "rejected.jsonl", "report.json", "report.html"
 _PIECES = "pieces"
 _POLL_SECONDS = 5.0
 _PATIENCE_SECONDS = 2 * 3600.0
@@ -366,7 +366,7 @@ def _publish(config: RegenerateConfig, inputs: _Inputs, names: list[str], scratc
     }
     rejected = [json.dumps({"split": split, **it}) + "\n" for split, tally in tallies.items() for it in tally.rejected]
     (scratch / REJECTED).write_text("".join(rejected), encoding="utf-8")
-    write_report(properties, tallies, scratch / REPORT, scratch / REPORT_PAGE)
+    write_report("regenerate", make_report(properties, tallies), scratch)
     records += [storage.put_file(scratch / name, output, name) for name in (REJECTED, REPORT, REPORT_PAGE)]
     named = {record.path for record in records}
     for name in storage.list_files(output):  # parts of abandoned runs, which a reader of the folder would take too

@@ -123,9 +123,8 @@ class Store:
                 raise DraftModelError(
                     f"AWS_ENDPOINT_URL: given {given!r}; allowed: http://host:port or https://host:port{hint}"
                 )
-        mode: Any = os.environ.get("AWS_RETRY_MODE", "standard")
         config = Config(
-            retries={"mode": mode},
+            retries={"mode": cast(Any, os.environ.get("AWS_RETRY_MODE", "standard"))},
             connect_timeout=10,
             max_pool_connections=FILES_AT_ONCE * _REQUESTS_PER_FILE,
             s3={"addressing_style": "path" if self.endpoint else "auto"},
