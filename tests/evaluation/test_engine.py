@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from draft_model import engine
 from draft_model.cli import cli
-from draft_model.engine import Counts, Job, Process, compare_replies, explain, sglang, vllm
+from draft_model.engine import Counts, Job, Measured, Process, compare_replies, explain, sglang, vllm
 from draft_model.engine.generate import Sampling, Settings, VllmGenerator
 from draft_model.errors import DraftModelError
 from draft_model.evaluation import measure, stage
@@ -43,12 +43,13 @@ def test_sglangs_histograms_are_counted():
 
 
 def test_a_difference_is_a_tie_only_within_the_types_rounding():
-    decoded, own, margins = [[1, 2, 3], [4, 5], [6]], [[1, 9, 3], [4, 5], [6, 7]], [[9.0, 0.3, 9.0], [9, 9], [9, 9]]
-    compared, (first, longer) = compare_replies(decoded, own, margins, "bfloat16")
+    own, margins = [[[1, 9, 3], [4, 5]], [[6, 7]]], [[[9.0, 0.3, 9.0], [9, 9]], [[9, 9]]]
+    alone, found = Measured("", "", "bfloat16", own, margins), Measured("", "", "", [[[1, 2, 3], [4, 5]], [[6]]])
+    compared, (first, longer) = compare_replies(alone, found)
     assert compared == 1 + 2 + 1
     assert (first.prompt, first.position, first.margin, first.tie) == (0, 1, 0.3, True)
     assert (longer.prompt, longer.position, longer.margin, longer.tie) == (2, 1, None, False)
-    assert not compare_replies(decoded, own, margins, "float32")[1][0].tie
+    assert not compare_replies(replace(alone, dtype="float32"), found)[1][0].tie
 
 
 LOGS = {

@@ -59,22 +59,6 @@ def crash():
 terminate = partial(os.kill, os.getpid(), signal.SIGTERM)
 
 
-def test_of_many_that_make_a_file_at_once_one_does(place):
-    made, begin = {}, threading.Barrier(8)
-
-    def make(number):
-        begin.wait()
-        made[number] = storage.create(f"{place}/file", str(number).encode())
-
-    threads = [threading.Thread(target=make, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (first,) = [number for number, was in made.items() if was]
-    assert storage.read_bytes(f"{place}/file") == str(first).encode()
-
-
 def test_a_second_run_is_refused_while_the_first_is_there(place, short):
     with hold(place, "first", outermost=True):
         assert held(place)["run_id"] == "first"

@@ -12,9 +12,8 @@ from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.objective import Objective
-from draft_model.ranks import Ranks
 from draft_model.target.model import load_target
-from draft_model.training.optimizer import Gradients, learning_rate
+from draft_model.training.optimizer import learning_rate
 from draft_model.training.order import plan_steps
 from draft_model.training.plan import read_config
 from training.case import DRAFT_VOCABULARY, QUICK
@@ -55,31 +54,3 @@ def test_a_training_is_adamw_on_the_clipped_mean_gradient_of_each_global_batch(t
     state = load_file(f"{trained.output}/{trained.checkpoints[-1]}/training_state/state.safetensors")
     for name, weight in weights.items():
         torch.testing.assert_close(state[f"weight.{name}"], weight.detach(), rtol=0, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize("longest", [0.1, 1e9])
-def test_gradients_add_up_and_are_clipped_together(longest):
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 4), (5,), (2, 2, 2)]
-    ours, theirs = ([torch.zeros(shape, requires_grad=True) for shape in shapes] for _ in range(2))
-    gradients = Gradients(ours)
-    fused, plain = (torch.optim.AdamW(tensors, lr=0.1, fused=kind) for tensors, kind in ((ours, True), (theirs, False)))
-    for _ in range(2):  # the second step finds nothing of the first
-        gradients.clear()
-        for tensor in theirs:
-            tensor.grad = None
-        for _ in range(3):
-            factors = [torch.randn(shape, generator=generator) for shape in shapes]
-            for tensors in (ours, theirs):
-                sum((tensor * factor).sum() for tensor, factor in zip(tensors, factors, strict=True)).backward()
-        gradients.reduce(Ranks(0, 1, CPU))
-        count = torch.tensor(7.0)
-        norm = gradients.norm(count)
-        gradients.update(fused, count, norm, longest, torch.tensor(False))  # a step that counts for nothing
-        gradients.update(fused, count, norm, longest, torch.tensor(True))
-        for tensor in theirs:
-            tensor.grad /= 7.0
-        assert float(norm) == pytest.approx(float(torch.nn.utils.clip_grad_norm_(theirs, longest)), rel=1e-6)
-        plain.step()
-        for mine, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine, other)

@@ -182,28 +182,22 @@ def _size_problems(default: LayerShape, given: Mapping[str, Any]) -> list[str]:
         getattr(default, key) if key in bad else given.get(key, getattr(default, key))
         for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "draft_vocab_size", "rms_norm_eps")
     )
-    widths = {
-        "intermediate_size": 1 if "intermediate_size" in bad else given.get("intermediate_size", 1),
-        "num_attention_heads` x `head_dim": heads * head_dim,
-    }
-    if given.keys() & {"intermediate_size", "num_attention_heads", "head_dim"}:
-        most = _WIDEST * default.hidden_size
-        problems += [f"`{key}` is {width}; allowed: at most {most}" for key, width in widths.items() if width > most]
+    inner, wide = 1 if "intermediate_size" in bad else given.get("intermediate_size", 1), heads * head_dim
+    hidden, most = default.hidden_size, _WIDEST * default.hidden_size
     good_heads = {"num_attention_heads", "num_key_value_heads"}.isdisjoint(bad)
-    if good_heads and heads % kv_heads:
-        problems.append(f"`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}")
-    if good_heads and "num_attention_heads" in given and default.hidden_size % heads:
-        problems.append(
-            f"`num_attention_heads` is {heads}; engines load a Llama configuration, whose hidden size "
-            f"(the target's, {default.hidden_size}) is a multiple of it"
-        )
-    if "head_dim" in given and head_dim % 2:
-        problems.append(f"`head_dim` is {head_dim}; rotary embedding needs an even one")
-    if size > default.vocab_size:
-        problems.append(f"`draft_vocab_size` is {size}; the target's vocabulary has {default.vocab_size}")
-    if type(eps) not in (int, float) or not eps > 0:
-        problems.append(f"`rms_norm_eps` is {eps!r}; allowed: a number > 0")
-    return problems
+    wrong = {
+        f"`intermediate_size` is {inner}; allowed: at most {most}": inner > most,
+        f"`num_attention_heads` x `head_dim` is {wide}; allowed: at most {most}":
+            wide > most and not given.keys().isdisjoint({"intermediate_size", "num_attention_heads", "head_dim"}),
+        f"`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}":
+            good_heads and heads % kv_heads,
+        f"`num_attention_heads` is {heads}; engines load a Llama configuration, whose hidden size (the target's, "
+        f"{hidden}) is a multiple of it": good_heads and "num_attention_heads" in given and hidden % heads,
+        f"`head_dim` is {head_dim}; rotary embedding needs an even one": "head_dim" in given and head_dim % 2,
+        f"`draft_vocab_size` is {size}; the target's vocabulary has {default.vocab_size}": size > default.vocab_size,
+        f"`rms_norm_eps` is {eps!r}; allowed: a number > 0": type(eps) not in (int, float) or not eps > 0,
+    }  # fmt: skip
+    return problems + [sentence for sentence, is_so in wrong.items() if is_so]
 
 
 def _rope_problems(given: Mapping[str, Any]) -> list[str]:

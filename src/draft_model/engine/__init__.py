@@ -20,11 +20,11 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import reduce
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -145,17 +145,15 @@ class Difference:
     tie: bool  # within the rounding of the compute type
 
 
-def compare_replies(
-    decoded: Sequence[Sequence[int]], expected: Sequence[Sequence[int]], margins: Sequence[Sequence[float]], dtype: str
-) -> tuple[int, list[Difference]]:
+def compare_replies(alone: Measured, found: Measured) -> tuple[int, list[Difference]]:
     """Compares replies with the target's own, token by token; both are of one compute type.
-
-    Margins say, by reply and token, how far the target's two best tokens lie apart.
 
     Returns:
         Tokens compared, up to a reply's end or first difference, and the differences.
     """
-    compared, differences = 0, []
+    compared, differences, tie_margin = 0, [], TIE_MARGINS.get(alone.dtype, TIE_MARGINS["bfloat16"])
+    decoded, expected = ([*chain.from_iterable(its.outputs)] for its in (found, alone))
+    margins = [*chain.from_iterable(alone.margins)]
     for number, (reply, own) in enumerate(zip(decoded, expected, strict=True)):
         length = min(len(reply), len(own))
         position = next((i for i in range(length) if reply[i] != own[i]), length)
@@ -163,7 +161,7 @@ def compare_replies(
         if position == len(reply) == len(own):
             continue
         apart = margins[number][position] if position < length else None  # None: one reply goes on
-        tie = apart is not None and apart < TIE_MARGINS.get(dtype, TIE_MARGINS["bfloat16"])
+        tie = apart is not None and apart < tie_margin
         differences.append(Difference(number, position, apart, tie))
     return compared, differences
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from draft_model import storage
 from draft_model.drafts.base import check_proposals
+from draft_model.engine import compare_replies
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.card import markup
-from draft_model.evaluation.measure import Candidate, category_table, differences, measure, open_case
+from draft_model.evaluation.measure import Candidate, category_table, measure, open_case
 from draft_model.model_import.sources import resolve
 from draft_model.model_import.stage import prepare
 from draft_model.parameters import Parameters
@@ -58,7 +59,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
             **measured.total.report(),
             "by_category": category_table(case, measured),
             "speed": speed,
-            "identical": all(difference.tie for difference in differences(alone, measured)[1]),
+            "identical": all(difference.tie for difference in compare_replies(alone, measured)[1]),
             "hardware": f"{alone.hardware}, {alone.engine}, {alone.dtype}",
         }
         for uri, measured, speed in zip(config.drafts, results.drafts, results.speed, strict=True)

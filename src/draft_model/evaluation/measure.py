@@ -21,7 +21,7 @@ from draft_model.dataset.encode import end_tokens, load_tokenizer
 from draft_model.dataset.tokens import Split
 from draft_model.drafts import family
 from draft_model.drafts.base import Draft
-from draft_model.engine import Difference, Job, Measured, Process
+from draft_model.engine import Job, Measured, Process
 from draft_model.errors import DraftModelError
 from draft_model.evaluation import greedy
 from draft_model.evaluation.prompts import Prompts, choose_prompts
@@ -270,15 +270,6 @@ def _by_our_decoder(case: Case, candidates: Sequence[Candidate]) -> Results:
     own = {size: [speed] for size, speed in alone.speed.items()}
     speed = [_speed_rows([(proposals, own, {size: [each] for size, each in found.speed.items()})]) for found in drafts]
     return Results(alone, [*drafts], speed, "one after the other", [])
-
-
-def differences(alone: Measured, found: Measured) -> tuple[int, list[Difference]]:
-    """Tokens compared with the target's own replies, and where a draft's replies differ; see `compare_replies`."""
-    expected = [reply for group in alone.outputs for reply in group]
-    margins = [own for group in alone.margins for own in group]
-    return engines.compare_replies(
-        [reply for group in found.outputs for reply in group], expected, margins, alone.dtype
-    )
 
 
 def category_table(case: Case, found: Measured) -> list[dict[str, Any]]:

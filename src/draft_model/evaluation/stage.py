@@ -20,7 +20,7 @@ from draft_model import drafts, storage
 from draft_model.drafts.base import Draft, check_proposals
 from draft_model.drafts.batch import collate
 from draft_model.drafts.files import save_draft
-from draft_model.engine import Measured
+from draft_model.engine import Measured, compare_replies
 from draft_model.errors import DraftModelError
 from draft_model.evaluation import EvaluateConfig, EvaluateResult, measure
 from draft_model.evaluation.card import target_name, write_card
@@ -187,7 +187,7 @@ def _evaluate(
     alone, (trained, *others) = results.alone, results.drafts
     assert trained is not None
     untrained = others[0] if others else None
-    compared = [measure.differences(alone, found) for found in (trained, untrained) if found is not None]
+    compared = [compare_replies(alone, found) for found in (trained, untrained) if found is not None]
     records = [asdict(difference) for _, found in compared for difference in found]
     foreseen = (training["validation"] or [{}])[-1].get("acceptance_length_by_proposals") or []
     tokens = case.prompts.tokens

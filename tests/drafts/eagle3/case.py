@@ -51,7 +51,6 @@ class Case:
         steps: int,
         backend: str = "sdpa",
         dtype: torch.dtype = torch.float32,
-        divisor: int = 1,
         device: str = "cpu",
         loss: str = "kl",
     ) -> Outcome:
@@ -59,7 +58,7 @@ class Case:
         objective, states = self.on(device, steps, backend, dtype, loss)
         objective.draft.zero_grad()
         total, sums = objective(self.batch, states)
-        (total / divisor).backward()
+        total.backward()
         gradients = {name: weight.grad.clone() for name, weight in objective.draft.named_parameters()}
         return Outcome(total.detach(), sums, gradients)
 
