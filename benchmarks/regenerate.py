@@ -28,6 +28,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from dataclasses import asdict
 from pathlib import Path
 from subprocess import PIPE
 from tempfile import TemporaryDirectory
@@ -114,7 +115,7 @@ def overhead(folder: str, work: Path, count: int, rounds: int = 5, longest: int 
             questions = [[m["content"] for m in row["conversations"] if m["role"] == "user"] for row in rows]
             before = cpu_seconds(loop.pid)
             print(json.dumps(questions), file=loop.stdin, flush=True)
-            seconds, tokens = json.loads(loop.stdout.readline())  # type: ignore[union-attr]
+            seconds, tokens = json.loads(loop.stdout.readline())
             return seconds, cpu_seconds(loop.pid) - before, tokens
 
         def own(rows: list[dict[str, Any]]) -> tuple[float, float, int]:
@@ -161,7 +162,7 @@ def overhead(folder: str, work: Path, count: int, rounds: int = 5, longest: int 
             print(
                 f"medians of {rounds} rounds of {count} conversations: {time_more:+.1%} time, {cpu_more:+.1%} CPU time"
             )
-        loop.stdin.close()  # type: ignore[union-attr]
+        loop.stdin.close()
 
 
 def numpy_questions(characters: int = 480) -> list[dict[str, Any]]:
@@ -220,7 +221,7 @@ def gain(folder: str, work: Path, count: int, steps: int, seeds: list[int], held
         result = place / "result.json"
         if not result.exists():
             done = jobs.run(TrainConfig(model, built.uri, str(place / "output"), place / "train", settings))
-            result.write_text(json.dumps(done.to_json()), encoding="utf-8")
+            result.write_text(json.dumps(asdict(done)), encoding="utf-8")
         done = json.loads(result.read_text(encoding="utf-8"))
         print(
             f"| {seed} | {name} | {built.train.rows_kept} | {built.train.supervised_tokens:,} | {done['steps']} | "

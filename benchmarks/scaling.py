@@ -147,7 +147,7 @@ def reduce_worker(shape: str, way: str, steps: int) -> dict[str, Any]:
         states = target.states(batch)
         wrap = {"DistributedDataParallel": DistributedDataParallel, "FSDP2": fully_shard}
         module = wrap[way](module) if way in wrap else module
-        optimizer = torch.optim.AdamW(module.parameters())
+        optimizer, one = torch.optim.AdamW(module.parameters(), fused=True), torch.ones(())
         gradients = None if way in wrap else Gradients(module.parameters())
         times = []
         for _ in range(steps):
@@ -162,10 +162,11 @@ def reduce_worker(shape: str, way: str, steps: int) -> dict[str, Any]:
                 module(batch, states).backward()
             if gradients:
                 gradients.reduce(ranks)
-                gradients.finish(1.0, 0.5)
+                norm = gradients.norm(one)
+                gradients.update(optimizer, one, norm, 0.5, norm.isfinite())
             else:
                 nn.utils.clip_grad_norm_(module.parameters(), 0.5)
-            optimizer.step()
+                optimizer.step()
             times.append(time.perf_counter() - started)
         return {"seconds": statistics.median(times[WARM_UP:])}
 
@@ -184,7 +185,7 @@ def launch(world: int, *arguments: str) -> dict[str, Any]:
     said = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise SystemExit("a process failed; its message is above")
-    return json.loads(said[0].splitlines()[-1])  # type: ignore[no-any-return]
+    return json.loads(said[0].splitlines()[-1])
 
 
 def compare_worlds(shape: str, steps: int, repeats: int) -> None:
@@ -193,7 +194,7 @@ def compare_worlds(shape: str, steps: int, repeats: int) -> None:
     work = 0.0
     for _ in range(repeats):
         for world, speeds in found.items():
-            told = launch(world, "train", shape, str(steps))
+            told = launch(world, shape, str(steps))
             speeds.append(told["tokens_per_second"])
             work = told["flops"]
     one, two = (statistics.median(speeds) for speeds in found.values())
@@ -211,7 +212,7 @@ def compare_reductions(shape: str, steps: int, repeats: int) -> None:
     found: dict[str, list[float]] = {"one buffer": [], "DistributedDataParallel": [], "FSDP2": []}
     for _ in range(repeats):
         for way, times in found.items():
-            times.append(launch(2, "reduce", shape, str(steps), way)["seconds"])
+            times.append(launch(2, shape, str(steps), way)["seconds"])
     ours = statistics.median(found["one buffer"])
     print(f"\n{shape}: two processes, medians of {repeats} interleaved runs; a step is two micro-batches of {TOKENS}")
     for way, times in found.items():
@@ -229,8 +230,8 @@ def main() -> None:
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker:
-        kind, shape, steps, *rest = given.worker
-        told = train_worker(shape, int(steps)) if kind == "train" else reduce_worker(shape, *rest, int(steps))
+        shape, steps, *way = given.worker
+        told = reduce_worker(shape, way[0], int(steps)) if way else train_worker(shape, int(steps))
         print(json.dumps(told))
     elif given.reduction:
         compare_reductions(given.shape, given.steps, given.repeats)

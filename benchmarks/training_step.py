@@ -103,7 +103,8 @@ class Trainer:
     def receive(self) -> dict[str, Any]:
         """The answer; ends the process where none comes in time."""
         try:
-            answer: dict[str, Any] = json.loads(self.answers.get(timeout=self.limit))
+            limit = self.limit if self.process.poll() is None else 1.0
+            answer: dict[str, Any] = json.loads(self.answers.get(timeout=limit))
         except queue.Empty:
             self.process.kill()
             answer = {"error": f"no answer within {self.limit:.0f} s"}

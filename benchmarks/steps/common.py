@@ -210,7 +210,7 @@ def serve(build: Callable[[Scene, str], Callable[[], Tensor]]) -> None:
                 if device.type == "cuda":
                     _release()
                     if not settings["empty_cache"]:
-                        torch.cuda.empty_cache = lambda: None  # type: ignore[assignment]
+                        torch.cuda.empty_cache = lambda: None
                 dtype = getattr(torch, settings["dtype"])
                 scene = make_scene(shape, settings["supervised"], device, dtype, settings["family"])
                 step = build(scene, settings["attention"])

@@ -125,7 +125,7 @@ def build_chain(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
             hidden_states=hidden,
         )[0]
         del target
-        total: torch.Tensor = sum(0.8**place * loss for place, loss in enumerate(losses))  # type: ignore[assignment]
+        total: torch.Tensor = sum(0.8**place * loss for place, loss in enumerate(losses))
         total.backward()
         optimizer.step()
         return total.detach()

@@ -40,12 +40,12 @@ class _StandIns:
 
     def find_spec(self, name: str, *_: Any) -> ModuleSpec | None:
         """A specification of an empty package."""
-        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in self.names else None  # type: ignore[arg-type]
+        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in self.names else None
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         """A module each of whose attributes is an empty class."""
         module = types.ModuleType(spec.name)
-        module.__getattr__ = self._attribute  # type: ignore[method-assign]
+        module.__getattr__ = self._attribute
         return module
 
     @staticmethod
@@ -60,7 +60,7 @@ class _StandIns:
 
 def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
     """Its model on a folder that holds the target's embedding, norm and head, which is all it reads of it."""
-    sys.meta_path.append(_StandIns())  # type: ignore[arg-type]
+    sys.meta_path.append(_StandIns())
     from speculators.losses import resolve_loss_config
     from speculators.models.dflash.core import DFlashDraftModel
     from speculators.models.dspark.core import DSparkDraftModel
