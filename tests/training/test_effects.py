@@ -29,6 +29,12 @@ def test_warmup_ratio_is_the_share_of_the_steps_before_the_peak(train, plain):
         assert rates(trained).index(max(rates(trained))) == steps - 1
 
 
+def test_learning_rate_floor_is_the_share_that_is_left_at_the_end(train, plain):
+    high, low = rates(train(learning_rate_floor=0.5)), rates(plain)
+    peak = QUICK["learning_rate"]
+    assert high[2:] == pytest.approx([0.5 * (peak + rate) for rate in low[2:]])
+
+
 def test_ttt_length_is_the_number_of_unrolled_steps(train, plain):
     assert {len(losses) for losses in plain.losses.values()} == {QUICK["ttt_length"]}
     assert {len(losses) for losses in train(ttt_length=5, total_steps=1).losses.values()} == {5}

@@ -40,7 +40,7 @@ def plain_loop(inputs, steps):
         optimizer.zero_grad()
         (loss / sums.supervised[0]).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(draft.parameters(), LONGEST_NORM)))
-        rate = learning_rate(number, steps, QUICK["learning_rate"], QUICK["warmup_ratio"])
+        rate = learning_rate(number, steps, QUICK["learning_rate"], QUICK["warmup_ratio"], 0.0)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
     return dict(draft.named_parameters()), norms

@@ -57,14 +57,14 @@ def test_muon_resumes_to_the_bit_and_not_with_the_other_optimizer(train):
     assert resumed.read("final/model.safetensors") == whole.read("final/model.safetensors")
 
 
-def torch_rates(total, warmup, peak):
-    """Linear from peak / warmup to peak, then half a cosine that would be 0 after the last step."""
+def torch_rates(total, warmup, peak, floor):
+    """Linear from peak / warmup to peak, then half a cosine that would be at `floor` of peak after the last step."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=peak)
     parts = []
     if warmup:
         iterations = max(1, warmup - 1)
         parts.append(LinearLR(optimizer, start_factor=1 / warmup, total_iters=iterations))
-    parts.append(CosineAnnealingLR(optimizer, T_max=total - warmup))
+    parts.append(CosineAnnealingLR(optimizer, T_max=total - warmup, eta_min=floor * peak))
     schedule = SequentialLR(optimizer, parts, milestones=[warmup] if warmup else [])
     for _ in range(total):
         yield optimizer.param_groups[0]["lr"]
@@ -73,11 +73,11 @@ def torch_rates(total, warmup, peak):
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter")
-@given(st.integers(3, 80), st.floats(0, 0.9), st.sampled_from([1e-4, 3e-3]))
-def test_rates_are_those_of_linear_warm_up_and_cosine(total, ratio, peak):
-    rates = [learning_rate(step, total, peak, ratio) for step in range(total)]
-    assert rates == pytest.approx(list(torch_rates(total, int(ratio * total), peak)), rel=1e-9, abs=1e-12)
+@given(st.integers(3, 80), st.floats(0, 0.9), st.sampled_from([1e-4, 3e-3]), st.sampled_from([0.0, 0.1, 1.0]))
+def test_rates_are_those_of_linear_warm_up_and_cosine(total, ratio, peak, floor):
+    rates = [learning_rate(step, total, peak, ratio, floor) for step in range(total)]
+    assert rates == pytest.approx(list(torch_rates(total, int(ratio * total), peak, floor)), rel=1e-9, abs=1e-12)
 
 
 def test_warm_up_over_all_steps_never_comes_down():
-    assert [learning_rate(step, 4, 1.0, 1.0) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [learning_rate(step, 4, 1.0, 1.0, 0.1) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]

@@ -86,7 +86,7 @@ def test_total_steps_ends_the_training_and_the_schedule(train):
     log = trained.record["log"]
     assert [record["step"] for record in log] == [1, 2, 3, 4, 5]
     assert [record["learning_rate"] for record in log] == pytest.approx(
-        [learning_rate(step, 5, QUICK["learning_rate"], QUICK["warmup_ratio"]) for step in range(5)]
+        [learning_rate(step, 5, QUICK["learning_rate"], QUICK["warmup_ratio"], 0.0) for step in range(5)]
     )
     assert trained.checkpoints == ["epoch_1", "epoch_2"]
     assert list(trained.validations) == [3, 5]

@@ -37,7 +37,7 @@ def test_weights_are_taken_and_optimizer_and_schedule_are_new(train, plain, capl
     log = started.record["log"]
     assert [record["step"] for record in log] == list(range(1, 14))
     assert [record["learning_rate"] for record in log] == pytest.approx(
-        [learning_rate(step, 13, QUICK["learning_rate"], QUICK["warmup_ratio"]) for step in range(13)]
+        [learning_rate(step, 13, QUICK["learning_rate"], QUICK["warmup_ratio"], 0.0) for step in range(13)]
     )
     # The first epoch sees the conversations of the other's first epoch, and knows them already.
     known, unknown = (np.mean([trained.losses[step][0] for step in (1, 2, 3)]) for trained in (started, plain))

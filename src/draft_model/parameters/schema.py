@@ -232,6 +232,8 @@ class Parameters(BaseModel):
     draft_optimizer: Literal["adamw", "muon"] = _p(
         "adamw", "Optimizer; muon: Muon for the matrices of the draft's layers, AdamW for head and norms: more "
         "accepted tokens from the same data, at more time per step.", "train")
+    learning_rate_floor: float = _p(
+        0.0, "Share of the peak rate that the cosine ends at; 0.1 is better in short trainings.", "train", ge=0, le=1)
     regenerate_answers: Literal["off", "train", "all"] = _p(
         "off", "Replace the assistants' turns of the training data, or of the validation data too, by the target's own "
         "answers.", "regenerate")

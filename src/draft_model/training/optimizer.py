@@ -29,12 +29,13 @@ RATIO = 20.0  # Muon's rate is so many times learning_rate; benchmarks/README.md
 _MATRICES = ("fc.", "midlayer.", "layers.")  # of every family; a head's matrix has a row per token, and is AdamW's
 
 
-def learning_rate(step: int, total: int, peak: float, warmup_ratio: float) -> float:
-    """The rate of a step (from 0) of so many: a linear warm-up over warmup_ratio of them, then a cosine to zero."""
+def learning_rate(step: int, total: int, peak: float, warmup_ratio: float, floor: float) -> float:
+    """The rate of a step (from 0) of so many: linear warm-up over warmup_ratio of them, cosine to `floor` of peak."""
     warmup = int(warmup_ratio * total)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    cosine = 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    return peak * (floor + (1.0 - floor) * cosine)
 
 
 class Gradients:

@@ -249,7 +249,7 @@ def _learn(training: Training, step: Step, gradients: Gradients, stop: bool) -> 
     sums = sums.from_tensor(numbers[:-1])
     norm = gradients.norm(sums.divisor)
     useful = norm.isfinite() & sums.loss.isfinite().all() & (sums.divisor > 0)
-    rate = learning_rate(training.done, training.total, p.learning_rate, p.warmup_ratio)
+    rate = learning_rate(training.done, training.total, p.learning_rate, p.warmup_ratio, p.learning_rate_floor)
     for group in training.optimizer.param_groups:
         group["lr"] = rate
     gradients.update(training.optimizer, sums.divisor, norm, p.max_grad_norm, useful)
