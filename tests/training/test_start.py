@@ -110,6 +110,10 @@ def test_a_folder_of_ours_needs_its_manifest_and_anothers_is_said_to_be_unchecke
     with pytest.raises(DraftModelError, match=r"written by this project and has no manifest\.json.*copy the whole"):
         read_checkpoint(str(ours), tmp_path / "work")
     read_checkpoint(str(served), tmp_path / "work")
+    if kept == "config.json":  # another trainer went on from it and saved it by transformers
+        config = json.loads((ours / "config.json").read_text())
+        (ours / "config.json").write_text(json.dumps({**config, "transformers_version": "5.19.0"}))
+        assert read_checkpoint(str(ours), tmp_path / "work").tensors
     assert f"{served} has no manifest.json: a draft of another trainer, taken unchecked" in caplog.text
 
 

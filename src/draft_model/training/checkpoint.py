@@ -112,7 +112,9 @@ def read_checkpoint(uri: str, work: Path) -> Loaded:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not whole:
-            if (folder / STATE).exists() or (folder / RECORD).exists() or "target_model_type" in config:
+            # Trainers that start from a draft of ours keep its keys; transformers adds its version as they save.
+            saved_here = "target_model_type" in config and "transformers_version" not in config
+            if saved_here or (folder / STATE).exists() or (folder / RECORD).exists():
                 raise DraftModelError(
                     f"{uri} was written by this project and has no {storage.MANIFEST}, so a file of it may be cut or "
                     f"changed: copy the whole folder, {storage.MANIFEST} too"
