@@ -45,7 +45,7 @@ PROPOSALS = 3
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train; the defaults are the demo's of November 2026."""
+    """One way to train; by default as the demo was trained at first."""
 
     batch: int = 2  # conversations
     rate: float = 1e-3
@@ -74,6 +74,7 @@ VARIANTS: dict[str, Recipe] = {
     "batch-1": replace(BASE, batch=1),
     "batch-4": replace(BASE, batch=4),
     "batch-8": replace(BASE, batch=8),
+    "batch-8-rate-3e-3": replace(BASE, batch=8, rate=3e-3),
     "rate-5e-4": replace(BASE, rate=5e-4),
     "rate-2e-3": replace(BASE, rate=2e-3),
     "beta2-0.95": replace(BASE, beta2=0.95),
@@ -96,6 +97,10 @@ VARIANTS: dict[str, Recipe] = {
     "muon-2e-2-rate-2e-3": replace(MUON, rate=2e-3),
     "muon-2e-2-ns3": replace(MUON, muon_steps=3),
     "muon-2e-2-m0.9": replace(MUON, muon_momentum=0.9),
+    "muon-2e-2-wsd": replace(MUON, decay="wsd"),
+    "muon-2e-2-floor-0.1": replace(MUON, floor=0.1),
+    "muon-2e-2-floor-0.3": replace(MUON, floor=0.3),
+    "muon-2e-2-unroll-2": replace(MUON, steps=2),
     "muon-2e-2-b1": replace(MUON, batch=1),
     "muon-2e-2-b4": replace(MUON, batch=4),
 }

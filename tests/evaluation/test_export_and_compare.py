@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from evaluation.conftest import Trained
 from model_import.hub_server import TOKEN, Hub
 from safetensors.torch import load_file, save_file
+from training.case import Trainer
 
-from draft_model import engine, storage
+from draft_model import drafts, engine, storage
 from draft_model.cli import cli
 from draft_model.errors import DraftModelError
 from draft_model.evaluation.compare import CompareConfig, compare
@@ -335,3 +337,20 @@ def test_a_flipped_byte_in_a_folder_of_ours_is_refused(trained, tmp_path):
             CompareConfig(trained.inputs.model, trained.inputs.dataset, (str(folder),), tmp_path / "work", parameters)
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["dspark", "dflash"])
+def test_a_block_draft_is_evaluated_compared_and_exported_as_any_other(trained, tmp_path, family):
+    shape = {"num_hidden_layers": 1, "num_anchors": 6, "markov_rank": 8 if family == "dspark" else 0}
+    (tmp_path / "draft.json").write_text(json.dumps(shape))
+    settings = {"draft_architecture": family, "draft_model_config": str(tmp_path / "draft.json"), "num_epochs": 1}
+    final = Path(Trainer(trained.inputs, tmp_path / "trained")(**settings).result.final)
+    result, draft = Trained(trained.inputs, final).evaluate(tmp_path / "evaluated")
+    assert result.compared_tokens >= 8
+    report = (draft / "report.html").read_text(encoding="utf-8")
+    for text in (report, (draft / "README.md").read_text(encoding="utf-8")):
+        assert drafts.family(family).title in text
+    written = [str(tmp_path / form) for form in FORMATS]
+    for form, folder in zip(FORMATS, written, strict=True):
+        export(str(final), form, folder, tmp_path / "work", target=trained.inputs.model)
+    same_rounds(trained, tmp_path / "compared", str(final), *written)
