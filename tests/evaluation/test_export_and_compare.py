@@ -150,7 +150,7 @@ def test_speculators_own_code_reads_its_format(trained, by_speculators):
         "class": "Eagle3SpeculatorConfig", "layers": ours[LAYERS], "draft": ours["draft_vocab_size"],
         "hidden": ours["hidden_size"], "heads": ours["num_attention_heads"], "head_dim": ours["head_dim"],
         "vocabulary": ours["vocab_size"], "verifier": trained.inputs.model, "rope": ours["rope_theta"],
-        "norms": [False, False, False, False], "model": "Eagle3DraftModel",
+        "norms": [False, False, False], "fc_norm": False, "model": "Eagle3DraftModel",
     }  # fmt: skip
 
 
@@ -339,18 +339,32 @@ def test_a_flipped_byte_in_a_folder_of_ours_is_refused(trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", ["dspark", "dflash"])
-def test_a_block_draft_is_evaluated_compared_and_exported_as_any_other(trained, tmp_path, family):
-    shape = {"num_hidden_layers": 1, "num_anchors": 6, "markov_rank": 8 if family == "dspark" else 0}
-    (tmp_path / "draft.json").write_text(json.dumps(shape))
-    settings = {"draft_architecture": family, "draft_model_config": str(tmp_path / "draft.json"), "num_epochs": 1}
-    final = Path(Trainer(trained.inputs, tmp_path / "trained")(**settings).result.final)
-    result, draft = Trained(trained.inputs, final).evaluate(tmp_path / "evaluated")
+@pytest.fixture(scope="module", params=["dspark", "dflash"])
+def block_draft(request, trained, tmp_path_factory):
+    """A trained block draft, and a folder with its exports."""
+    folder = tmp_path_factory.mktemp(request.param)
+    shape = {"num_hidden_layers": 1, "num_anchors": 6, "markov_rank": 8 if request.param == "dspark" else 0}
+    (folder / "draft.json").write_text(json.dumps(shape))
+    settings = {"draft_architecture": request.param, "draft_model_config": str(folder / "draft.json"), "num_epochs": 1}
+    final = Path(Trainer(trained.inputs, folder / "trained")(**settings).result.final)
+    for form in FORMATS:
+        export(str(final), form, str(folder / form), folder / "work", target=trained.inputs.model)
+    return final, folder
+
+
+def test_a_block_draft_is_evaluated_compared_and_exported_as_any_other(trained, block_draft, tmp_path):
+    final, folder = block_draft
+    result, draft = Trained(trained.inputs, final).evaluate(tmp_path)
     assert result.compared_tokens >= 8
-    report = (draft / "report.html").read_text(encoding="utf-8")
-    for text in (report, (draft / "README.md").read_text(encoding="utf-8")):
-        assert drafts.family(family).title in text
-    written = [str(tmp_path / form) for form in FORMATS]
-    for form, folder in zip(FORMATS, written, strict=True):
-        export(str(final), form, folder, tmp_path / "work", target=trained.inputs.model)
-    same_rounds(trained, tmp_path / "compared", str(final), *written)
+    for name in ("report.html", "README.md"):
+        assert drafts.family_of(config(final)).title in (draft / name).read_text(encoding="utf-8")
+    same_rounds(trained, tmp_path / "compared", str(final), *(str(folder / form) for form in FORMATS))
+
+
+def test_speculators_own_code_reads_block_drafts(trained, block_draft, tmp_path):
+    final, folder = block_draft
+    saved = tmp_path / "saved"
+    said = by_their_own_code("speculators", "speculators_round_trip.py", folder / "speculators", saved)
+    kind = config(folder / "speculators")["architectures"][0]
+    assert (said["model"], said["hidden"]) == (kind, config(final)["hidden_size"])
+    same_rounds(trained, tmp_path / "work", str(final), str(saved))
