@@ -15,7 +15,8 @@ model = SpeculatorModel.from_pretrained(export)
 model.save_pretrained(saved)
 print(json.dumps({
     "class": type(read).__name__, "layers": getattr(read, "eagle_aux_hidden_state_layer_ids", None),
-    "draft": read.draft_vocab_size, "hidden": layer.hidden_size, "heads": layer.num_attention_heads, "head_dim": layer.head_dim,
+    "draft": read.draft_vocab_size, "hidden": layer.hidden_size,
+    "heads": layer.num_attention_heads, "head_dim": layer.head_dim,
     "vocabulary": layer.vocab_size, "verifier": verifier.name_or_path, "rope": layer.rope_parameters["rope_theta"],
     "norms": [getattr(read, f"norm_{name}", None) for name in ("before_residual", "before_fc", "output")],
     "fc_norm": getattr(read, "fc_norm", None),
