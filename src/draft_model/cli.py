@@ -249,7 +249,7 @@ def plan_command(
     rows = [
         *plan.rows_of(made, parameters, cluster),
         ("evaluation", room),
-        ("acceptance length", expectation(seen, parameters.num_speculative_tokens)),
+        ("acceptance length", expectation(seen, parameters.num_speculative_tokens, draft.family)),
         ("recommended", advice(parameters)),
         *([("note", note)] if note else []),
     ]

@@ -281,3 +281,8 @@ def test_the_plan_says_what_to_expect_and_what_to_change():
     assert "after 100 M" in many
     assert "draft_optimizer=muon" in few
     assert "draft_optimizer=muon" not in many
+
+
+@pytest.mark.parametrize(("family", "said"), [("eagle3.1", ""), ("dspark", " (EAGLE-3's; DSpark starts lower)")])
+def test_what_is_expected_of_a_block_draft_is_said_to_be_eagle_3s(family, said):
+    assert plan.expectation(1e6, 3, family).partition("others wrote them")[2] == said

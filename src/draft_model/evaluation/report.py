@@ -35,15 +35,16 @@ def write_report(path: Path, content: Json) -> None:
     counts, proposals = dataset["splits"]["train"], training["parameters"].get("num_speculative_tokens") or 3
     supervised = training["tokens"] * counts["supervised_tokens"] / counts["tokens"]
     speed_chart, charts = _charts(training, evaluation)
+    family = family_of(training["draft"])
     page = render(
         "report.html.j2",
         **content,
         target=target_name(training),
-        family=family_of(training["draft"]).title,
+        family=family.title,
         findings=findings(training, evaluation, dataset),
         charts=charts,
         speed_chart=speed_chart,
-        expected=expectation(supervised, proposals),
+        expected=expectation(supervised, proposals, family.name),
         simulated=next((e[-1] for e in (training["validation"], training["log"]) if e), None),
         conversation=_excerpt(dataset["samples"][0]),
         reply=_excerpt(evaluation["sample"]["reply"]) if evaluation else [],

@@ -271,13 +271,15 @@ def expected_acceptance_length(tokens: float, proposals: int, own_answers: bool 
     return low, high
 
 
-def expectation(tokens: float, proposals: int) -> str:
-    """The same in words, for the target's own answers and for others'."""
+def expectation(tokens: float, proposals: int, family: str) -> str:
+    """The same in words, for the target's own answers and for others'; what is known is EAGLE-3's."""
+    kind = drafts.family(family)
     own, others = (expected_acceptance_length(tokens, proposals, mine) for mine in (True, False))
     millions = f"{float(f'{tokens / 1e6:.2g}'):,g} M"
     return (
         f"{own[0]:.1f} to {own[1]:.1f} with {proposals} proposals after {millions} supervised tokens of the target's "
         f"own answers; {others[0]:.1f} to {others[1]:.1f} where others wrote them"
+        + (f" (EAGLE-3's; {kind.title} starts lower)" if "ttt_length" in kind.unused else "")  # proposes a block
     )
 
 
@@ -286,4 +288,5 @@ def advice(p: Parameters) -> str:
     wanted = {"draft_optimizer": "muon", "ttt_length": p.num_speculative_tokens}
     unused = drafts.family(p.draft_architecture).unused
     changes = [f"{name}={value}" for name, value in wanted.items() if getattr(p, name) != value and name not in unused]
-    return ", ".join([*changes, "1 or 2 conversations per step and learning_rate 0.001 below a million tokens"])
+    few = "below a million tokens 1 or 2 conversations per step, learning_rate=0.001 and learning_rate_floor=0.1"
+    return ", ".join([*changes, few])
