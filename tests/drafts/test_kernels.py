@@ -10,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from draft_model.drafts import kernels
+from draft_model.drafts.dspark.blocks import place_blocks
+from drafts.dspark.case import random_case as random_blocks
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -199,35 +201,66 @@ def test_rotation_of_the_targets_heads(dtype, batch):
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: numbers and sizes that depend on tensors' values."""
+    """Notes what would make the host wait for a GPU: numbers and sizes that depend on tensors' values, and copies."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen, self.patch = [], pytest.MonkeyPatch()
+
+    def __enter__(self):
+        for name in ("tolist", "cpu", "numpy"):  # which no dispatcher sees on a CPU
+            method = getattr(torch.Tensor, name)
+            self.patch.setattr(torch.Tensor, name, lambda *x, of=method: self.seen.append(of.__name__) or of(*x))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self.patch.undo()
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+        aten, called = torch.ops.aten, func.overloadpacket
+        chosen = args[1] if called in (aten.index, aten.index_put, aten.index_put_) else ()
+        if called in (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten._unique2) or any(
+            x is not None and x.dtype == torch.bool for x in chosen
+        ):
             self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wait", [
+    lambda x: x[0].item(), lambda x: float(x[0]), lambda x: bool(x[0] > 0), lambda x: x.tolist(), lambda x: x.cpu(),
+    lambda x: x.numpy(), lambda x: x[x > 0], lambda x: x.nonzero(), lambda x: x.unique(),
+])  # fmt: skip
+def test_what_waits_is_seen(wait):
+    with Waits() as waits:
+        wait(torch.ones(3))
+    assert waits.seen
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; a GPU has its own test")
 def test_the_step_asks_for_no_number(monkeypatch):
     from draft_model.drafts.eagle3 import objective as step
-    from draft_model.training.optimizer import Gradients
+    from draft_model.training.optimizer import Gradients, make_optimizer
     from drafts.eagle3.case import random_case
 
     case = random_case(0, [9, 14], learnt=lambda length: torch.arange(length) >= length // 2)
     objective, states = case.on("cpu", 3)
     plan = step.plan_unroll(case.batch, 3)  # on the host, where it may ask
     monkeypatch.setattr(step, "plan_unroll", lambda *_: plan)
-    gradients = Gradients(objective.draft.parameters())
+    gradients, muon = Gradients(objective.draft.parameters()), make_optimizer("muon", objective.draft, 1e-3)
     with Waits() as waits:
         loss, sums = objective(case.batch, states)
         loss.backward()
         norm = gradients.norm(sums.supervised[0])
-        norm.isfinite()
+        gradients.update(muon, sums.supervised[0], norm, 0.5, norm.isfinite())
     assert waits.seen == []
+
+
+def test_blocks_ask_for_no_number():
+    case = random_blocks(0, [9, 14])
+    objective = case.objective("tv")
+    blocks = place_blocks(case.batch, objective.draft.config.proposals, 4)  # on the host, where it may ask
+    features = torch.cat(case.states)[:, : -objective.draft.config.hidden_size]
     with Waits() as waits:
-        float(norm)
-    assert waits.seen
+        objective._propose(blocks, features).sum().backward()
+    assert waits.seen == []

@@ -72,6 +72,27 @@ def test_flex_attention_computes_the_same_values():
     assert float(flex) == pytest.approx(float(dense), rel=1e-5)
 
 
+def test_flex_attention_is_not_compiled_again_for_other_row_counts(monkeypatch):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=True, backend="eager")
+    monkeypatch.setattr(attention, "compiled_flex", lambda _on_gpu: compiled)
+
+    def run(lengths):
+        case = random_case(1, lengths, num_anchors=40)
+        blocks, features = place_blocks(case.batch, 4, 40), torch.cat(case.states)[:, :-HIDDEN]
+        objective = case.objective()
+        objective.backend = "flex_attention"
+        with torch.no_grad():
+            objective._propose(blocks, features)
+
+    run([160, 150])  # no size that is a number of heads, for equal sizes are taken to be one
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ([160, 170, 90], [290, 240], [180, 141, 160, 150]):
+            run(lengths)
+
+
 def test_bfloat16_stays_near():
     case = random_case(5, [33, 20])
     loss, _, gradients = case.ours("kl", dtype=torch.bfloat16)  # of tv the gradient jumps where p and q cross

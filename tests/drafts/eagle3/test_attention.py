@@ -196,6 +196,24 @@ def test_flex_attention_has_the_same_values_on_cpu(monkeypatch, later, heads, fi
     assert_same([out], inputs.dense()[:1], 1e-5)
 
 
+def test_flex_attention_is_not_compiled_again_for_other_row_counts(monkeypatch):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.reset()
+    compiled = torch.compile(flex_attention, dynamic=True, backend="eager")
+    monkeypatch.setattr(attention, "compiled_flex", lambda: compiled)
+
+    def run(lengths):
+        inputs = random_inputs(5, lengths, 0, size=16)
+        q, k0, v0, *_ = inputs.tensors
+        attention._Flex(inputs.windows, k0, v0).forward(q)
+
+    run([200, 110])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for lengths in ([300, 333, 70], [900], [130, 260, 31, 500]):
+            run(lengths)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draft_model.drafts.counts import Counts
+from draft_model.drafts.eagle3 import unroll
 
 from .case import Case, random_case, relative_error
 
@@ -247,6 +248,20 @@ def test_splitting_a_global_batch_changes_nothing(parts):
     count = sums.supervised[0]
     found = {name: sum(piece.gradients[name] for piece in pieces) / count for name in whole.gradients}
     assert_same_gradients(found, {name: g / count for name, g in whole.gradients.items()}, 1e-6)
+
+
+def test_gate_and_up_computed_again_give_the_same_gradients(monkeypatch):
+    case = random_case(4, [12, 9], learnt=1.0)
+    kept = case.ours(4)
+    products, addmm = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, y: products.append(y.shape) or addmm(x, y))
+    case.ours(4)
+    usual = len(products)
+    monkeypatch.setattr(unroll, "memory_of", lambda _device: 0.0)
+    again = case.ours(4)
+    assert len(products) == 2 * usual + 4  # one for each step
+    assert torch.equal(again.loss, kept.loss)
+    assert all(torch.equal(again.gradients[name], gradient) for name, gradient in kept.gradients.items())
 
 
 def test_bfloat16_is_close():

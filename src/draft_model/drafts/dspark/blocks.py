@@ -33,6 +33,7 @@ class Blocks:
     positions: Tensor  # of each token in its conversation, int64 [T]
     conversation: Tensor  # of each token, int64 [T]
     anchors: Tensor  # packed positions, ascending, int64 [N]
+    places: tuple[int, ...]  # the same on the host
     times: Tensor  # their positions in their conversations, int64 [N]
     previous: Tensor  # the token before each proposal, int64 [N, K]
     learnt: Tensor  # which proposals are supervised: those up to the reply's end, bool [N, K]
@@ -93,6 +94,7 @@ def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -
         positions=positions,
         conversation=conversation,
         anchors=anchors,
+        places=tuple(anchors.tolist()),
         times=positions[anchors],
         previous=tokens[reads],
         learnt=learnt,
@@ -114,11 +116,11 @@ def block_attention(backend: str, blocks: Blocks, size: int, heads: int) -> Atte
         return functools.partial(_flex, block_mask(blocks, size))
     chunks = []
     for first, last, start in blocks.spans:
-        anchors = blocks.anchors[first:last].tolist()
-        step = max(1, SCORES // (size * heads * (anchors[-1] - start)))
+        step = max(1, SCORES // (size * heads * (blocks.places[last - 1] - start)))
+        ends = [min(at + step, last) for at in range(first, last, step)]
         chunks += [
-            (slice(at, min(at + step, last)), slice(start, anchors[min(at + step, last) - first - 1]))
-            for at in range(first, last, step)
+            (slice(at, end), slice(start, blocks.places[end - 1]))
+            for at, end in zip(range(first, last, step), ends, strict=True)
         ]
 
     def attend(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor) -> Tensor:

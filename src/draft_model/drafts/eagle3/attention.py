@@ -266,11 +266,16 @@ class _Flex(CausalAttention):
         return functional.pad(x, (0, 0, 0, 0, 0, _flex_length(len(x)) - len(x))).transpose(0, 1).unsqueeze(0)
 
     def forward(self, q: Tensor) -> Attended:
+        from torch.nn.attention.flex_attention import AuxRequest
+
         w = self._windows
         spread = q if w.dense else q.new_zeros(w.size, *q.shape[1:]).index_copy_(0, w.places, q)
         leaves = [x.detach().requires_grad_(x.is_cuda) for x in (self._padded(spread), *self._kv)]
         with torch.enable_grad():
-            out, lse = compiled_flex()(*leaves, block_mask=self._mask, enable_gqa=True, return_lse=True)
+            # return_lse would warn once, for which Dynamo compiles twice.
+            aux = AuxRequest(lse=True)
+            out, more = compiled_flex()(*leaves, block_mask=self._mask, enable_gqa=True, return_aux=aux)
+        lse = more.lse
         packed = out.detach()[0].transpose(0, 1).contiguous()
         return Attended(packed, lse.detach()[0].contiguous(), w.places, (leaves, out, lse))
 

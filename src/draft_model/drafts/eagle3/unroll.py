@@ -27,6 +27,11 @@ from draft_model.drafts.kernels import accumulate, rms_norm, rms_norm_backward
 KEPT_SHARE = 8  # gate and up of all steps are kept where they take at most an eighth of a GPU's memory
 
 
+def memory_of(device: torch.device) -> float:
+    """Bytes of a GPU; a CPU's are not counted."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
+
+
 @dataclass
 class _Step:
     """What the backward of one step needs."""
@@ -87,10 +92,9 @@ class Unroll:
         self._keys, self._values = (unit.new_empty(max(steps - 1, 1), rows, *shape) for _ in range(2))
         hidden = unit.new_empty(steps + 1, rows, config.hidden_size)
         torch.index_select(self._first, 0, plan.rows, out=hidden[0])
-        keep_mlp = keep
-        if unit.is_cuda:  # else the backward computes gate and up again: a seventh of its products for most memory
-            size = steps * rows * len(w.gate_up) * unit.element_size()
-            keep_mlp &= size * KEPT_SHARE <= torch.cuda.get_device_properties(unit.device).total_memory
+        # Else the backward computes gate and up again: a seventh of its products for most memory.
+        size = steps * rows * len(w.gate_up) * unit.element_size()
+        keep_mlp = keep and size * KEPT_SHARE <= memory_of(unit.device)
         for step in range(steps):
             x, scale, output_scale = hidden[step], None, None
             if step and config.norm_output:
