@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sysconfig
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -44,6 +45,7 @@ def endless(folder, values):
     process = subprocess.Popen(
         [PROGRAM, "run", "--folder", folder, *settings], start_new_session=True, text=True, errors="replace",
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(folder.parent)},
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
     )  # fmt: skip
     try:
         seen = []

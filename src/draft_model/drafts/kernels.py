@@ -64,11 +64,11 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def compiled_flex(on_gpu: bool = True) -> Any:
+def compiled_flex(on_gpu: bool = True, backend: str = "inductor") -> Any:
     """PyTorch's flex_attention; compiled on a GPU, where it would be slow otherwise."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if on_gpu else flex_attention
+    return torch.compile(flex_attention, dynamic=True, backend=backend) if on_gpu else flex_attention
 
 
 @_in_triton

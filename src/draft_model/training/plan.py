@@ -288,5 +288,4 @@ def advice(p: Parameters) -> str:
     wanted = {"draft_optimizer": "muon", "ttt_length": p.num_speculative_tokens}
     unused = drafts.family(p.draft_architecture).unused
     changes = [f"{name}={value}" for name, value in wanted.items() if getattr(p, name) != value and name not in unused]
-    few = "below a million tokens 1 or 2 conversations per step, learning_rate=0.001 and learning_rate_floor=0.1"
-    return ", ".join([*changes, few])
+    return ", ".join([*changes, "1 or 2 conversations per step and learning_rate 0.001 below a million tokens"])

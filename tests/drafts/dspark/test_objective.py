@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from draft_model.drafts import kernels
 from draft_model.drafts.dspark import blocks as attention
 from draft_model.drafts.dspark import objective
 from draft_model.drafts.dspark.blocks import place_blocks
@@ -73,11 +74,8 @@ def test_flex_attention_computes_the_same_values():
 
 
 def test_flex_attention_is_not_compiled_again_for_other_row_counts(monkeypatch):
-    from torch.nn.attention.flex_attention import flex_attention
-
     torch._dynamo.reset()
-    compiled = torch.compile(flex_attention, dynamic=True, backend="eager")
-    monkeypatch.setattr(attention, "compiled_flex", lambda _on_gpu: compiled)
+    monkeypatch.setattr(attention, "compiled_flex", lambda _on_gpu: kernels.compiled_flex(True, "eager"))
 
     def run(lengths):
         case = random_case(1, lengths, num_anchors=40)
