@@ -26,7 +26,7 @@ demo: $(READY) ## Train a draft for a real model here, end to end, and measure i
 	@MLFLOW_TRACKING_URI=sqlite:///$(CURDIR)/demo/mlflow.db $(BIN)/draft-model run --params examples/smollm2/run.yaml --folder demo/run
 
 test: $(READY) ## Run the tests
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-cluster: $(READY) ## Run the tests that need a Kubernetes API server (KUBEBUILDER_ASSETS, DRAFT_MODEL_CRDS)
 	@test -x "$(KUBEBUILDER_ASSETS)/kube-apiserver" || { echo "KUBEBUILDER_ASSETS must name a folder with kube-apiserver and etcd, as envtest's"; exit 2; }

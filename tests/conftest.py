@@ -19,16 +19,13 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    """A file's tests run in one process, which makes the file's fixtures once."""
+    """The longest first; `make test` runs a file's tests in one process, which makes the file's fixtures once."""
 
     def rank(item):
         path = item.path.relative_to(Path(__file__).parent).as_posix()
         return next((number for number, start in enumerate(LONGEST) if path.startswith(start)), len(LONGEST))
 
     items.sort(key=rank)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session")
