@@ -15,10 +15,7 @@ from draft_model.dataset import REPORT_PAGE, DatasetConfig, run
 from draft_model.evaluation.report import write_report
 from draft_model.parameters.rules import validate
 
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="no Chromium here; Debian: apt-get install chromium"),
-    pytest.mark.xdist_group("browser"),
-]
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here; Debian: apt-get install chromium")
 
 TOO_WIDE = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
 TEXTS = """

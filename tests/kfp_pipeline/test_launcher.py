@@ -13,7 +13,7 @@ from draft_model import storage
 from draft_model.parameters import PARAMETERS
 
 RUN = "0f8c1d1e-6a5b-4c7d-9e3f-2b4a6c8d0e1f"
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("launcher")]
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,6 @@ LIMIT = 1800
 pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"not set: {', '.join(MISSING)} (docs/testing.md)"),
     pytest.mark.timeout(LIMIT),
-    pytest.mark.xdist_group("kfp"),
 ]
 
 

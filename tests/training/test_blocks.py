@@ -41,7 +41,6 @@ def test_how_steps_are_split_changes_nothing(train, settings):
         assert two.losses[step] == pytest.approx(losses, rel=2e-3)
 
 
-@pytest.mark.xdist_group("worlds")
 @pytest.mark.timeout(600)
 def test_two_processes_train_the_draft_of_one(train, settings, tmp_path):
     """Sharing one target, or each with its own copy."""

@@ -22,7 +22,7 @@ from draft_model.target.parallel import check_experts, check_heads, load_share, 
 from training.case import Trainer
 from training.processes import free_port, outcome, run_world, start, train_in
 
-pytestmark = [pytest.mark.xdist_group("worlds"), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 STEPS = {"total_steps": 12, "num_epochs": 4, "draft_micro_batch_size": 1}
 LAYOUTS = {

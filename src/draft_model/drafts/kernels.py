@@ -63,6 +63,11 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
+def memory_of(device: torch.device) -> float | None:
+    """Bytes of a GPU; of a CPU nobody asks, for its processes share them."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
 @functools.cache
 def compiled_flex(on_gpu: bool = True, backend: str = "inductor") -> Any:
     """PyTorch's flex_attention; compiled on a GPU, where it would be slow otherwise."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from draft_model.drafts.batch import collate
+from draft_model.drafts.kernels import memory_of
 from draft_model.errors import DraftModelError
 from draft_model.ranks import Ranks, is_a_peers
 from draft_model.target.model import Target, check_structure, load_model, load_target
@@ -81,11 +82,6 @@ def load_share(
         # Blocks that reshape by the model's number of heads, and not by what is there.
         raise DraftModelError(f"tp_size: {type(skeleton).__name__} cannot run in parts ({error}): use 1") from error
     return target
-
-
-def memory_of(device: torch.device) -> float | None:
-    """Bytes of a GPU; of a CPU nobody asks, for its processes share them."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def _load_in_parts(folder: Path, dtype: torch.dtype, ranks: Ranks, skeleton: Any, spread: bool) -> Any:

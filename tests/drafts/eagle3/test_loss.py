@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from draft_model.drafts import kernels
 from draft_model.drafts.counts import Counts
-from draft_model.drafts.eagle3 import unroll
 
 from .case import Case, random_case, relative_error
 
@@ -257,7 +257,7 @@ def test_gate_and_up_computed_again_give_the_same_gradients(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda x, y: products.append(y.shape) or addmm(x, y))
     case.ours(4)
     usual = len(products)
-    monkeypatch.setattr(unroll, "memory_of", lambda _device: 0.0)
+    monkeypatch.setattr(kernels, "memory_of", lambda _device: 0.0)
     again = case.ours(4)
     assert len(products) == 2 * usual + 4  # one for each step
     assert torch.equal(again.loss, kept.loss)

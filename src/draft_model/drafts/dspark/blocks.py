@@ -117,11 +117,9 @@ def block_attention(backend: str, blocks: Blocks, size: int, heads: int) -> Atte
     chunks = []
     for first, last, start in blocks.spans:
         step = max(1, SCORES // (size * heads * (blocks.places[last - 1] - start)))
-        ends = [min(at + step, last) for at in range(first, last, step)]
-        chunks += [
-            (slice(at, end), slice(start, blocks.places[end - 1]))
-            for at, end in zip(range(first, last, step), ends, strict=True)
-        ]
+        for at in range(first, last, step):
+            end = min(at + step, last)
+            chunks.append((slice(at, end), slice(start, blocks.places[end - 1])))
 
     def attend(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor) -> Tensor:
         parts: list[Tensor] = [

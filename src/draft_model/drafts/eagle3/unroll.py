@@ -27,11 +27,6 @@ from draft_model.drafts.kernels import accumulate, rms_norm, rms_norm_backward
 KEPT_SHARE = 8  # gate and up of all steps are kept where they take at most an eighth of a GPU's memory
 
 
-def memory_of(device: torch.device) -> float:
-    """Bytes of a GPU; a CPU's are not counted."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
-
-
 @dataclass
 class _Step:
     """What the backward of one step needs."""
@@ -94,7 +89,8 @@ class Unroll:
         torch.index_select(self._first, 0, plan.rows, out=hidden[0])
         # Else the backward computes gate and up again: a seventh of its products for most memory.
         size = steps * rows * len(w.gate_up) * unit.element_size()
-        keep_mlp = keep and size * KEPT_SHARE <= memory_of(unit.device)
+        memory = kernels.memory_of(unit.device)
+        keep_mlp = keep and (memory is None or size * KEPT_SHARE <= memory)
         for step in range(steps):
             x, scale, output_scale = hidden[step], None, None
             if step and config.norm_output:
