@@ -1,5 +1,7 @@
 """The trainer against a loop of plain PyTorch: its clipping, optimizer and backward, a whole global batch at once."""
 
+import threading
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import draft_config_for, with_overrides
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.objective import Objective
-from draft_model.target.model import load_target
+from draft_model.target.model import Target, load_target
+from draft_model.training import trainer
 from draft_model.training.optimizer import learning_rate
 from draft_model.training.order import plan_steps
 from draft_model.training.plan import read_config
@@ -54,3 +57,21 @@ def test_a_training_is_adamw_on_the_clipped_mean_gradient_of_each_global_batch(t
     state = load_file(f"{trained.output}/{trained.checkpoints[-1]}/training_state/state.safetensors")
     for name, weight in weights.items():
         torch.testing.assert_close(state[f"weight.{name}"], weight.detach(), rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_target_runs_ahead_in_a_thread_and_no_number_changes(train, monkeypatch):
+    ran, states = set(), Target.states
+    monkeypatch.setattr(Target, "states", lambda *given: ran.add(threading.current_thread()) or states(*given))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        ahead, thread = train(), ran.copy()
+        monkeypatch.setattr(trainer, "_target_thread", lambda training: nullcontext())
+        after_one_another = train()
+    finally:
+        torch.set_num_threads(threads)
+    assert len(thread) == 1
+    assert ran - thread == {threading.main_thread()}
+    assert ahead.losses == after_one_another.losses
+    assert ahead.validations == after_one_another.validations
+    assert ahead.read("final/model.safetensors") == after_one_another.read("final/model.safetensors")

@@ -12,9 +12,11 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import psutil
@@ -124,13 +126,14 @@ def train(training: Training, save: Callable[[str, int, list[Tensor]], None], st
     pending: deque[_Pending] = deque()
     ahead = 1 if ranks.device.type == "cuda" else 0
     size = sum(int(lengths[step.conversations].sum()) for step in steps)
-    with tqdm(
+    with _target_thread(training) as thread, tqdm(
         total=size, unit="token", unit_scale=True, desc="training", disable=not ranks.first, dynamic_ncols=True,
         mininterval=0.5 if sys.stderr.isatty() else LOG_SECONDS,
     ) as bar:  # fmt: skip
+        passes = _ahead(_target_states(training, training.train, (step.conversations for step in steps)), thread)
         clock = time.monotonic()
         for step in steps:
-            pending.append(_learn(training, step, gradients, stop()))
+            pending.append(_learn(training, step, passes, gradients, stop()))
             training.done += 1
             last = training.done == training.total
             ended_epoch = step.epoch + 1 if step.last_of_epoch else 0
@@ -165,7 +168,7 @@ def train(training: Training, save: Callable[[str, int, list[Tensor]], None], st
                 training.tracker.metrics(training.done, record | {"memory_gigabytes": memory / 1e9})
                 window = Window(nothing, {})
             if validates:
-                _validate(training, step.epoch)
+                _validate(training, step.epoch, thread)
             if not ahead:  # on a GPU the requests of all processes come with the step's numbers
                 stopping = ranks.any(stop())
             if saves or stopping:
@@ -184,6 +187,22 @@ def train(training: Training, save: Callable[[str, int, list[Tensor]], None], st
             "training: not one position was supervised, so nothing was learnt: the target's own choices lie outside "
             "the draft vocabulary, or the assistant's replies are empty; see the data set's report"
         )
+
+
+@contextmanager
+def _target_thread(training: Training) -> Iterator[ThreadPoolExecutor | None]:
+    """On CPUs a thread for the target's passes, which fills the cores where an operation of the draft leaves them idle.
+
+    Numbers do not change: an operation has as many threads as without it, and the passes keep their order.
+    """
+    if training.ranks.device.type == "cuda" or training.ranks.tp > 1 or torch.get_num_threads() == 1:
+        yield None
+        return
+    thread = ThreadPoolExecutor(1)
+    try:
+        yield thread
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def random_state() -> Tensor:
@@ -205,27 +224,51 @@ def _conversations(split: Split, indices: NDArray[np.int64], keys: list[int] | N
     return collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows], keys)
 
 
-def _target_states(training: Training, split: Split, conversations: NDArray[np.int64]) -> Iterator[Tensor]:
-    """This process's own conversations' states, as its group runs the target over training_batch_size at a time."""
+def _passes(training: Training, conversations: NDArray[np.int64]) -> int:
+    """How often this process's group runs the target over these conversations."""
+    ranks = training.ranks
+    group = len(ranks.group_share(conversations))
+    if training.target.spread:  # others may have a pass more, and they need this one's layers
+        group = ranks.largest_group_share(len(conversations))
+    return -(-group // training.parameters.training_batch_size)
+
+
+def _target_states(training: Training, split: Split, steps: Iterable[NDArray[np.int64]]) -> Iterator[list[Tensor]]:
+    """This process's own conversations' states by pass, as its group runs the target over training_batch_size each."""
     ranks, size = training.ranks, training.parameters.training_batch_size
-    group = ranks.group_share(conversations)
-    for start in range(0, len(group), size):
-        states = training.target.states(_conversations(split, group[start : start + size]))
-        yield from (state for place, state in enumerate(states, start) if ranks.owns(place))
-    if training.target.spread:  # a validation split may leave others a pass more, and they need this one's layers
-        most = ranks.largest_group_share(len(conversations))
-        for _ in range(-(-most // size) - -(-len(group) // size)):
-            training.target.states(_conversations(split, conversations[:1]))
+    for conversations in steps:
+        group = ranks.group_share(conversations)
+        for start in range(0, _passes(training, conversations) * size, size):
+            part = group[start : start + size]
+            states = training.target.states(_conversations(split, part if len(part) else conversations[:1]))
+            yield [state for place, state in enumerate(states[: len(part)], start) if ranks.owns(place)]
+
+
+def _ahead(passes: Iterator[list[Tensor]], thread: ThreadPoolExecutor | None) -> Iterator[list[Tensor]]:
+    """The same; with a thread, which must have one worker, two passes ahead of the draft."""
+    if thread is None:
+        yield from passes
+        return
+    coming = deque(thread.submit(next, passes, None) for _ in range(2))
+    while (states := coming.popleft().result()) is not None:
+        coming.append(thread.submit(next, passes, None))
+        yield states
 
 
 def _losses(
-    training: Training, split: Split, conversations: NDArray[np.int64], states: Iterator[Tensor], size: int, step: int
+    training: Training,
+    split: Split,
+    conversations: NDArray[np.int64],
+    passes: Iterator[list[Tensor]],
+    size: int,
+    step: int,
 ) -> Iterator[tuple[Tensor, Counts]]:
     """Loss and counts of this process's share, `size` conversations at a time; `step` as in `draw_keys`.
 
     Only as many states are held as a pass of the target and one of the draft need.
     """
     mine = training.ranks.share(conversations)
+    states = chain.from_iterable(islice(passes, _passes(training, conversations)))
     for start in range(0, len(mine), size):
         part = mine[start : start + size]
         batch = _conversations(split, part, draw_keys(training.parameters.seed, step, part))
@@ -234,14 +277,15 @@ def _losses(
         pass
 
 
-def _learn(training: Training, step: Step, gradients: Gradients, stop: bool) -> _Pending:
+def _learn(
+    training: Training, step: Step, passes: Iterator[list[Tensor]], gradients: Gradients, stop: bool
+) -> _Pending:
     """Starts one optimizer step; where its loss or gradient is not finite, nothing is learnt from it."""
     p, ranks, split = training.parameters, training.ranks, training.train
-    states = _target_states(training, split, step.conversations)
     sums: Counts = training.objective.no_counts()
     gradients.clear()
     size, number = p.draft_micro_batch_size, training.done + 1
-    for loss, micro_sums in _losses(training, split, step.conversations, states, size, number):
+    for loss, micro_sums in _losses(training, split, step.conversations, passes, size, number):
         loss.backward()
         sums = sums + micro_sums
     gradients.reduce(ranks)
@@ -292,15 +336,15 @@ def _settle(training: Training, pending: _Pending, window: Window) -> bool:
 
 
 @torch.no_grad()
-def _validate(training: Training, epoch: int) -> None:
+def _validate(training: Training, epoch: int, thread: ThreadPoolExecutor | None) -> None:
     """The whole validation split, token-weighted, shared over the ranks."""
     split, p = training.validation, training.parameters
     if split is None:
         return
     order = np.argsort(-split.lengths, kind="stable")
-    states = _target_states(training, split, order)
+    passes = _ahead(_target_states(training, split, [order]), thread)
     sums: Counts = training.objective.no_counts()
-    for _, batch_sums in _losses(training, split, order, states, p.training_batch_size, 0):
+    for _, batch_sums in _losses(training, split, order, passes, p.training_batch_size, 0):
         sums = sums + batch_sums
     sums = sums.from_tensor(training.ranks.sum(sums.tensor()).cpu())
     record = {"step": training.done, "epoch": epoch + 1, **sums.measures(p.num_speculative_tokens)}
