@@ -247,7 +247,7 @@ def test_the_step_asks_for_no_number(monkeypatch):
     objective, states = case.on("cpu", 3)
     plan = step.plan_unroll(case.batch, 3)  # on the host, where it may ask
     monkeypatch.setattr(step, "plan_unroll", lambda *_: plan)
-    gradients, muon = Gradients(objective.draft.parameters()), make_optimizer("muon", objective.draft, 1e-3)
+    gradients, muon = Gradients(objective.draft.parameters()), make_optimizer("muon", objective.draft, 1e-3, 0.9)
     with Waits() as waits:
         loss, sums = objective(case.batch, states)
         loss.backward()

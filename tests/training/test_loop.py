@@ -26,7 +26,7 @@ LONGEST_NORM = 0.02
 """So short that every step is clipped, each by another factor."""
 
 
-def plain_loop(inputs, steps):
+def plain_loop(inputs, steps, momentum):
     """Weights after so many steps, by name, and the norm of each step's gradient."""
     split = Split(Path(inputs.dataset) / "train")
     shape = with_overrides(draft_config_for(read_config(inputs.model)), {"draft_vocab_size": DRAFT_VOCABULARY})
@@ -34,7 +34,7 @@ def plain_loop(inputs, steps):
     draft = Eagle3Draft(shape, *load_vocabulary(Path(inputs.dataset)))
     draft.initialise(0, target)
     objective = Objective(draft, target, QUICK["ttt_length"], "sdpa", torch.float32, int(split.lengths.max()))
-    optimizer = torch.optim.AdamW(draft.parameters(), lr=1.0, betas=(0.9, 0.999), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=1.0, betas=(momentum, 0.999), weight_decay=0.0)
     norms = []
     for number, step in enumerate(islice(plan_steps(split.lengths, QUICK["draft_global_batch_size"], 0), steps)):
         rows = [split[int(index)] for index in step.conversations]
@@ -49,9 +49,10 @@ def plain_loop(inputs, steps):
     return dict(draft.named_parameters()), norms
 
 
-def test_a_training_is_adamw_on_the_clipped_mean_gradient_of_each_global_batch(train, inputs):
-    trained = train(max_grad_norm=LONGEST_NORM)
-    weights, norms = plain_loop(inputs, trained.result.steps)
+@pytest.mark.parametrize("momentum", [0.9, 0.5])
+def test_a_training_is_adamw_on_the_clipped_mean_gradient_of_each_global_batch(train, inputs, momentum):
+    trained = train(max_grad_norm=LONGEST_NORM, momentum=momentum)
+    weights, norms = plain_loop(inputs, trained.result.steps, momentum)
     assert min(norms) > LONGEST_NORM
     assert [record["grad_norm"] for record in trained.record["log"]] == pytest.approx(norms, rel=1e-4)
     state = load_file(f"{trained.output}/{trained.checkpoints[-1]}/training_state/state.safetensors")

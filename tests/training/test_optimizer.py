@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from draft_model.drafts import family
 from draft_model.errors import DraftModelError
-from draft_model.training.optimizer import MOMENTUM, RATIO, learning_rate, make_optimizer
+from draft_model.training.optimizer import RATIO, learning_rate, make_optimizer
 from training.test_resume import interrupted_at
 
 
@@ -20,7 +20,8 @@ def make_draft():
     return eagle3.create(shape, torch.ones(shape.vocab_size, dtype=torch.bool), torch.zeros(shape.draft_vocab_size))
 
 
-def test_draft_optimizer_muon_is_pytorchs_muon_for_the_layer_and_adamw_for_head_and_norms():
+@pytest.mark.parametrize("momentum", [0.9, 0.5])
+def test_draft_optimizer_muon_is_pytorchs_muon_for_the_layer_and_adamw_for_head_and_norms(momentum):
     ours, theirs = make_draft(), make_draft()
     named = dict(theirs.named_parameters())
     matrices = {name: p for name, p in named.items() if p.dim() == 2 and name != "lm_head.weight"}
@@ -28,11 +29,11 @@ def test_draft_optimizer_muon_is_pytorchs_muon_for_the_layer_and_adamw_for_head_
     rest = [p for name, p in named.items() if name not in matrices]
     references = (
         torch.optim.Muon(
-            [*matrices.values()], lr=RATIO * 1e-3, momentum=MOMENTUM, weight_decay=0, adjust_lr_fn="match_rms_adamw"
+            [*matrices.values()], lr=RATIO * 1e-3, momentum=momentum, weight_decay=0, adjust_lr_fn="match_rms_adamw"
         ),
-        torch.optim.AdamW(rest, lr=1e-3, weight_decay=0),
+        torch.optim.AdamW(rest, lr=1e-3, betas=(momentum, 0.999), weight_decay=0),
     )
-    optimizer = make_optimizer("muon", ours, 1e-3)
+    optimizer = make_optimizer("muon", ours, 1e-3, momentum)
     generator = torch.Generator().manual_seed(1)
     for scale, useful in ((4.0, True), (2.0, False), (8.0, True)):
         for name, parameter in ours.named_parameters():

@@ -40,8 +40,9 @@ def preflight(  # noqa: D103
     object_store_secret: str, keep_checkpoints: int, final_checkpoint: str, checkpoint_path: str,
     mlflow_tracking_uri: str, evaluation_engine: str, evaluation_batch_sizes: str, compute_evaluation: str,
     instance_type_evaluation: str, number_of_gpu_to_use_evaluation: int, draft_architecture: str, draft_loss: str,
-    draft_optimizer: str, learning_rate_floor: float, regenerate_answers: str, regenerate_temperature: float,
-    regenerate_max_new_tokens: int, regenerate_samples_per_prompt: int, regenerate_limit: int,
+    draft_optimizer: str, learning_rate_floor: float, momentum: float, regenerate_answers: str,
+    regenerate_temperature: float, regenerate_max_new_tokens: int, regenerate_samples_per_prompt: int,
+    regenerate_limit: int,
 ) -> NamedTuple(  # type: ignore[valid-type]
     "Plan", [("model_import", dict), ("dataset", dict), ("train", dict), ("evaluate", dict)]
 ):  # fmt: skip

@@ -233,8 +233,10 @@ class Parameters(BaseModel):
         "adamw", "Optimizer; muon: Muon for the matrices of the draft's layers, AdamW for head and norms: more "
         "accepted tokens from the same data, at more time per step.", "train")
     learning_rate_floor: float = _p(
-        0.0, "Share of the peak rate that the cosine ends at; 0.1 helps trainings of some 200 steps.", "train",
-        ge=0, le=1)
+        0.0, "Share of the peak rate that the cosine ends at.", "train", ge=0, le=1)
+    momentum: float = _p(
+        0.9, "Muon's momentum and AdamW's first beta; 0.5 gives more accepted tokens in trainings of some hundred "
+        "steps.", "train", ge=0, le=0.999)
     regenerate_answers: Literal["off", "train", "all"] = _p(
         "off", "Replace the assistants' turns of the training data, or of the validation data too, by the target's own "
         "answers.", "regenerate")

@@ -7,8 +7,7 @@ is nothing to gain from overlapping that message with the backward pass, or from
 draft_optimizer=muon is Muon for the matrices of the draft's layers, with AdamW for its head and norms. Muon (Jordan
 2024) moves a matrix by its momentum with all singular values made one, so that no few directions take the whole step.
 Five iterations of Newton-Schulz in bfloat16 come close enough to that. The update is scaled to the size that AdamW's
-would have (Moonlight, arXiv 2502.16982). The momentum is far from pre-training's 0.95: a draft has hundreds of steps
-rather than hundred thousands, and at 0.95 an update is that of 20 steps ago.
+would have (Moonlight, arXiv 2502.16982). `momentum` is Muon's, and AdamW's first beta.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ from draft_model.ranks import Ranks
 if TYPE_CHECKING:
     from draft_model.drafts.base import Draft
 
-MOMENTUM = 0.5
-RATIO = 20.0  # Muon's rate is so many times learning_rate; benchmarks/README.md has the measurement of both
+RATIO = 20.0  # Muon's rate is so many times learning_rate; benchmarks/README.md has the measurement
 _MATRICES = ("fc.", "midlayer.", "layers.")  # of every family; a head's matrix has a row per token, and is AdamW's
 
 
@@ -75,18 +73,18 @@ class Gradients:
         optimizer.step()
 
 
-def make_optimizer(name: str, draft: Draft, rate: float) -> torch.optim.Optimizer:
-    """The optimizer that draft_optimizer names, with learning_rate `rate`."""
+def make_optimizer(name: str, draft: Draft, rate: float, momentum: float) -> torch.optim.Optimizer:
+    """The optimizer that draft_optimizer names."""
     named = dict(draft.named_parameters())
     if name == "adamw":
-        return _adamw([*named.values()], rate)
+        return _adamw([*named.values()], rate, momentum)
     matrices = [key for key, p in named.items() if p.dim() == 2 and key.startswith(_MATRICES)]
     others = [key for key in named if key not in matrices]
-    return MuonAdamW([named[key] for key in matrices], [named[key] for key in others], rate)
+    return MuonAdamW([named[key] for key in matrices], [named[key] for key in others], rate, momentum)
 
 
-def _adamw(parameters: Sequence[Tensor], rate: float) -> torch.optim.AdamW:
-    return torch.optim.AdamW(list(parameters), lr=rate, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+def _adamw(parameters: Sequence[Tensor], rate: float, momentum: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(list(parameters), lr=rate, betas=(momentum, 0.999), weight_decay=0.0, fused=True)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -95,9 +93,9 @@ class MuonAdamW(torch.optim.Optimizer):
     grad_scale: Tensor  # gradients are divided by it
     found_inf: Tensor  # where it is not 0, nothing changes
 
-    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], rate: float) -> None:
+    def __init__(self, matrices: Sequence[Tensor], others: Sequence[Tensor], rate: float, momentum: float) -> None:
         super().__init__(list(matrices), {"lr": rate, "name": "muon"})
-        self._adamw = _adamw(others, rate)
+        self._adamw, self._momentum = _adamw(others, rate, momentum), momentum
         self._adamw.state = self.state
         self.param_groups += self._adamw.param_groups
 
@@ -112,8 +110,8 @@ class MuonAdamW(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(matrix)
             gradient = torch.where(useful, matrix.grad / self.grad_scale, 0.0)
-            momentum = state["momentum_buffer"].lerp_(gradient, torch.where(useful, 1 - MOMENTUM, 0.0))
-            update = orthogonalise(gradient.lerp_(momentum, MOMENTUM))
+            momentum = state["momentum_buffer"].lerp_(gradient, torch.where(useful, 1 - self._momentum, 0.0))
+            update = orthogonalise(gradient.lerp_(momentum, self._momentum))
             size = RATIO * self.param_groups[0]["lr"] * 0.2 * math.sqrt(max(matrix.shape))
             matrix.sub_(torch.where(useful, update, 0.0), alpha=size)
 

@@ -124,7 +124,7 @@ def prepare(config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded |
     draft = draft.to(ranks.device)
     if resumed is None:
         draft.initialise(p.seed, target)
-    optimizer = make_optimizer(p.draft_optimizer, draft, p.learning_rate)
+    optimizer = make_optimizer(p.draft_optimizer, draft, p.learning_rate, p.momentum)
     torch.manual_seed(p.seed * ranks.world + ranks.rank)
     loss = family.default_loss if p.draft_loss == "default" else p.draft_loss
     objective = family.objective(draft, target, p.ttt_length, p.attention_backend, dtype, longest, loss)
