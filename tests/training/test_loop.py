@@ -54,3 +54,14 @@ def test_a_training_is_adamw_on_the_clipped_mean_gradient_of_each_global_batch(t
     state = load_file(f"{trained.output}/{trained.checkpoints[-1]}/training_state/state.safetensors")
     for name, weight in weights.items():
         torch.testing.assert_close(state[f"weight.{name}"], weight.detach(), rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_weights_are_cast_once_a_step_and_once_a_validation(train, monkeypatch):
+    casts, copy = [], torch._foreach_copy_
+    monkeypatch.setattr(
+        torch, "_foreach_copy_", lambda copies, weights: casts.append(len(weights)) or copy(copies, weights)
+    )
+    trained = train(compute_dtype="bfloat16", draft_micro_batch_size=1, total_steps=3)
+    assert len(trained.losses) == 3
+    assert len(trained.validations) == 1
+    assert casts == [casts[0]] * 4

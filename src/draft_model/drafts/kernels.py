@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 LK_DECAY = 3.0  # how fast draft_loss=lk goes from the divergence to the rejection as a position gets better
 
+FLEX_TILE = 128  # queries, and keys, of one tile of a flex_attention's mask
+
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -74,6 +76,33 @@ def compiled_flex(on_gpu: bool = True, backend: str = "inductor") -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True, backend=backend) if on_gpu else flex_attention
+
+
+def flex_length(length: int) -> int:
+    """Whole tiles, and two at least: PyTorch compiles anew for a size of one."""
+    return max(-(-length // FLEX_TILE), 2) * FLEX_TILE
+
+
+def flex_rows(x: Tensor) -> Tensor:
+    """[L, heads, d] -> [1, heads, whole tiles, d]."""
+    return functional.pad(x, (0, 0, 0, 0, 0, flex_length(len(x)) - len(x))).transpose(0, 1).unsqueeze(0)
+
+
+def flex_mask(touched: Tensor, whole: Tensor, mask: Any, lengths: tuple[int, int]) -> Any:
+    """FlexAttention's mask from its tiles: no mask of all queries by all keys is made.
+
+    `touched` and `whole` say of which tiles, [tiles of queries, tiles of keys], `mask` may let something through, and
+    of which it lets all through.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+        order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return tiles.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(touched & ~whole), *listed(whole), BLOCK_SIZE=FLEX_TILE, mask_mod=mask, seq_lengths=lengths
+    )
 
 
 @_in_triton

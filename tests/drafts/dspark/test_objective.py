@@ -73,6 +73,42 @@ def test_flex_attention_computes_the_same_values():
     assert float(flex) == pytest.approx(float(dense), rel=1e-5)
 
 
+@given(
+    seed=st.integers(0, 1000), lengths=st.lists(st.integers(1, 200), min_size=1, max_size=4),
+    limit=st.sampled_from([1, 7, None]), size=st.sampled_from([3, 4, 130]),
+)  # fmt: skip
+@settings(max_examples=15, deadline=None)
+def test_the_tiles_of_flex_attentions_mask_are_those_of_the_mask(seed, lengths, limit, size):
+    case = random_case(seed, lengths, learnt=0.5)
+    blocks = place_blocks(case.batch, 3, limit)
+    mask, length, queries = attention.block_mask(blocks, size), sum(lengths), len(blocks.anchors) * size
+    begins = torch.cat([torch.full((n,), sum(lengths[:row])) for row, n in enumerate(lengths)])  # of each token's row
+    truth = torch.zeros(mask.seq_lengths, dtype=torch.bool)
+    for number, anchor in enumerate(blocks.anchors.tolist()):
+        rows = slice(number * size, (number + 1) * size)
+        truth[rows, begins[anchor] : anchor] = True
+        truth[rows, length + rows.start : length + rows.stop] = True
+    query, key = (torch.arange(size) for size in truth.shape)
+    assert torch.equal(mask.mask_mod(None, None, query.unsqueeze(1), key), truth)
+    assert truth.shape[0] >= queries
+    assert truth.shape[1] >= length + queries
+    tiles = truth.unflatten(1, (-1, 128)).unflatten(0, (-1, 128)).transpose(1, 2).flatten(2)
+
+    def listed(count, order):
+        chosen = torch.zeros(tiles.shape[:2], dtype=torch.bool)
+        for row, (n, columns) in enumerate(zip(count[0, 0], order[0, 0], strict=True)):
+            chosen[row, columns[:n].long()] = True
+        return chosen
+
+    partial, whole = listed(mask.kv_num_blocks, mask.kv_indices), listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert not (partial & whole).any()
+    assert not (whole & ~tiles.all(2)).any()
+    assert not (tiles.any(2) & ~(partial | whole)).any()
+    if limit is None and len(lengths) == 1:
+        assert torch.equal(partial | whole, tiles.any(2))
+        assert torch.equal(whole & tiles.all(2), tiles.all(2)) or size >= 128  # a block of a whole tile sees itself
+
+
 def test_flex_attention_is_not_compiled_again_for_other_row_counts(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(attention, "compiled_flex", lambda _on_gpu: kernels.compiled_flex(True, "eager"))
