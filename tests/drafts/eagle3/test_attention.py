@@ -217,7 +217,7 @@ def test_flex_attention_is_not_compiled_again_for_other_row_counts(monkeypatch):
 @settings(max_examples=15, deadline=None)
 def test_the_tiles_of_flex_attentions_mask_are_those_of_the_mask(seed, lengths, share, first):
     windows = random_inputs(seed, lengths, 0, heads=(1, 1), size=2, share=share, first=first).windows
-    mask = attention._block_mask(windows, CPU)
+    mask = attention._block_mask(windows)
     truth = torch.zeros(mask.seq_lengths, dtype=torch.bool)
     queries, keys = windows.query_starts.tolist(), windows.key_starts.tolist()
     for row in range(len(queries) - 1):

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from draft_model.drafts.batch import Batch, fields_to_device
 from draft_model.drafts.dspark.model import Attend
-from draft_model.drafts.kernels import FLEX_TILE, compiled_flex, flex_length, flex_mask, flex_rows
+from draft_model.drafts.kernels import compiled_flex, flex_mask, flex_rows
 
 SCORES = 1 << 23  # scores that exist at once on a CPU: 32 MB in float32
 
@@ -153,34 +152,15 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: 
 
 
 def block_mask(blocks: Blocks, size: int) -> Any:
-    """FlexAttention's mask of N S queries over T context positions and N S of the blocks, both padded to whole tiles.
+    """FlexAttention's mask of N S queries over T context positions and N S of the blocks.
 
-    Each query sees two runs of keys, the context before its anchor and its own block; tiles follow from the runs' ends.
+    Each query sees the context of its conversation before its anchor, and its own block.
     """
-    length, queries, device = len(blocks.tokens), len(blocks.anchors) * size, blocks.tokens.device
-    near = length + size * torch.arange(len(blocks.anchors), device=device)
-    ends = (blocks.anchors - blocks.times, blocks.anchors, near, near + size)
-    padding = flex_length(queries) - queries
-    first, last, near_first, near_last = (
-        functional.pad(end.repeat_interleave(size), (0, padding), value=fill)  # padding sees nothing
-        for end, fill in zip(ends, (length, 0, length + queries, 0), strict=True)
-    )
-
-    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        context = (key >= first[query]) & (key < last[query])
-        return context | ((key >= near_first[query]) & (key < near_last[query]))
-
-    keys = flex_length(length + queries)
-    begin = torch.arange(0, keys, FLEX_TILE, device=device)
-    end = begin + FLEX_TILE
-
-    def tiles(run: Tensor, best: str) -> Tensor:
-        return getattr(run.view(-1, FLEX_TILE), best)(1, keepdim=True)  # type: ignore[no-any-return]
-
-    touched = (begin < tiles(last, "amax")) & (end > tiles(first, "amin"))
-    touched |= (begin < tiles(near_last, "amax")) & (end > tiles(near_first, "amin"))
-    whole = (begin >= tiles(first, "amax")) & (end <= tiles(last, "amin"))
-    return flex_mask(touched, whole, sees, (len(first), keys))
+    length, count = len(blocks.tokens), len(blocks.anchors)
+    near = length + size * torch.arange(count, device=blocks.anchors.device)
+    runs = (blocks.anchors - blocks.times, blocks.anchors, near, near + size)
+    first, last, near_first, near_last = (end.repeat_interleave(size) for end in runs)
+    return flex_mask([(first, last), (near_first, near_last)], length + count * size)
 
 
 def _flex(mask: Any, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor) -> Tensor:

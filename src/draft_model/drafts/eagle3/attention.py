@@ -27,10 +27,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from draft_model.drafts.eagle3.plan import Windows
-from draft_model.drafts.kernels import FLEX_TILE, compiled_flex, flex_length, flex_mask, flex_rows
+from draft_model.drafts.kernels import compiled_flex, flex_mask, flex_rows
 
 logger = logging.getLogger(__name__)
 
@@ -253,7 +252,7 @@ class _Flex(CausalAttention):
     def __init__(self, windows: Windows, k0: Tensor, v0: Tensor) -> None:
         self._windows, self._kv = windows, tuple(flex_rows(x) for x in (k0, v0))
         self._keys = len(k0)
-        self._mask = _block_mask(windows, k0.device)
+        self._mask = _block_mask(windows)
 
     def forward(self, q: Tensor) -> Attended:
         from torch.nn.attention.flex_attention import AuxRequest
@@ -286,32 +285,12 @@ class _Flex(CausalAttention):
         return tuple(x[0, :, : self._keys].transpose(0, 1).contiguous() for x in self._gradients)
 
 
-def _block_mask(windows: Windows, device: torch.device) -> Any:
-    """Query w of a window sees the keys of its conversation up to its own; worked out block by block."""
+def _block_mask(windows: Windows) -> Any:
+    """Query w of a window sees the keys of its conversation up to its own."""
     starts, ends = windows.query_starts, windows.key_starts
-    offsets = ends[1:] - starts[1:]  # key - query where both are at the same position
-    conversations = torch.arange(len(offsets), device=device)
-
-    def padded(values: Tensor, fill: int) -> Tensor:
-        return functional.pad(values, (0, flex_length(len(values)) - len(values)), value=fill)
-
-    sizes = (starts[1:] - starts[:-1], ends[1:] - ends[:-1])
-    of_query, of_key = (
-        padded(torch.repeat_interleave(conversations, size, output_size=total), fill)
-        for size, total, fill in ((sizes[0], windows.size, -1), (sizes[1], len(windows.key_time), -2))
+    # The first key, and key - query where both are at the same position.
+    first, offset = (
+        torch.repeat_interleave(x, starts.diff(), output_size=windows.size) for x in (ends[:-1], ends[1:] - starts[1:])
     )
-    reaches = torch.arange(len(of_query), device=device) + offsets[of_query.clamp(min=0)]  # last key of each query
-
-    def mask(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (of_query[q] == of_key[k]) & (k <= reaches[q])
-
-    q_blocks, k_blocks = of_query.view(-1, FLEX_TILE), of_key.view(-1, FLEX_TILE)
-    first_q, last_q = q_blocks[:, 0:1], q_blocks.amax(1, keepdim=True)
-    first_k, last_k = k_blocks[:, 0], k_blocks.amax(1)
-    block = torch.arange(len(k_blocks), device=device) * FLEX_TILE
-    reach = reaches.view(-1, FLEX_TILE)
-    touched = (first_q <= last_k) & (first_k <= last_q) & (block <= reach.amax(1, keepdim=True))
-    whole = (q_blocks[:, -1:] == first_q) & (k_blocks[:, -1] == first_k) & (first_q == first_k)
-    whole &= block + FLEX_TILE - 1 <= reach.amin(1, keepdim=True)
-
-    return flex_mask(touched, whole, mask, (len(of_query), len(of_key)))
+    last = torch.arange(1, windows.size + 1, device=first.device) + offset
+    return flex_mask([(first, last)], len(windows.key_time))
