@@ -86,7 +86,9 @@ def causal_attention(backend: str, windows: Windows, k0: Tensor, v0: Tensor) -> 
 def _spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
     """Rows [N, ...] at their places of [size, ...], zero elsewhere."""
     out = rows.new_zeros(size, *rows.shape[1:])
-    wide = rows.shape[1:].numel() * rows.element_size() % 8 == 0 and rows.is_contiguous()
+    size_of = rows.shape[1:].numel()
+    # A single row may be contiguous whatever its stride.
+    wide = size_of * rows.element_size() % 8 == 0 and rows.is_contiguous() and rows.stride(0) == size_of
     # Eight bytes at a time: the kernel takes as long for an element of two bytes.
     kind = torch.int64 if wide else rows.dtype
     out.flatten(1).view(kind).index_copy_(0, places, rows.flatten(1).view(kind))
