@@ -3,9 +3,10 @@
 Each trainer runs in a process of its own, in an environment of its own (`make bench-peers`) or in this one where the
 peer is installed there, on the same random target and batch (steps/common.py). All start at once and then take turns
 step by step, so that a busy machine slows all of them alike; a GPU has to hold them together (two of the large shape
-need 60 GB). Printed, as soon as it is known: tokens per second (median), peak memory, the ratio to each peer, and
-the share of the floor, which is the time that the step's necessary multiply-adds take at the rate of the machine's
-matrix product (steps/floor.py). A trainer that does not answer in time is ended, and its row says so.
+need 60 GB; on a small card name fewer with --trainer). Printed, as soon as it is known: tokens per second (median),
+peak memory, the ratio to each peer, and the share of the floor, which is the time that the step's necessary
+multiply-adds take at the rate of the machine's matrix product (steps/floor.py). A trainer that does not answer in time
+is ended, and its row says so.
 
 Usage: python benchmarks/training_step.py [--shape medium] [--supervised 1.0] [--rounds 5] [--help]
 """
@@ -140,7 +141,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", nargs="+", default=["small", "medium", "long"], help="rows of steps/common.py")
     parser.add_argument("--family", default="eagle3", choices=("eagle3", "dflash", "dspark"), help="kind of draft")
     parser.add_argument("--supervised", nargs="+", type=float, default=[1.0, 0.5], help="share that is learnt from")
-    parser.add_argument("--trainer", nargs="+", default=["ours", "specforge", "speculators"], choices=TRAINERS)
+    parser.add_argument("--trainer", nargs="+", choices=TRAINERS, help="all; on a CPU without specforge-cached")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each trainer")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before that")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each trainer")
@@ -151,7 +152,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=0, help="another length of the conversations than the shape's")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds that a trainer may take for one answer")
     parser.add_argument("--json", type=Path, help="file for the rows as JSON")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not options.trainer:
+        options.trainer = [name for name in TRAINERS if options.device == "cuda" or name != "specforge-cached"]
+    return options
 
 
 def main() -> None:

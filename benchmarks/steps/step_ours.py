@@ -22,6 +22,7 @@ from common import (
 from draft_model import drafts
 from draft_model.drafts.batch import collate
 from draft_model.drafts.files import vocabulary_of
+from draft_model.drafts.layers import cast_once
 from draft_model.target.model import Target
 from draft_model.training.optimizer import Gradients
 
@@ -49,8 +50,9 @@ def build(scene: Scene, attention: str) -> Callable[[], torch.Tensor]:
 
     def step() -> torch.Tensor:
         gradients.clear()
-        loss, sums = objective(batch, target.states(batch))
-        loss.backward()
+        with cast_once(draft, scene.dtype):
+            loss, sums = objective(batch, target.states(batch))
+            loss.backward()
         norm = gradients.norm(sums.supervised[0])
         useful = norm.isfinite() & (sums.supervised[0] > 0)
         gradients.update(optimizer, sums.supervised[0], norm, MAX_GRAD_NORM, useful)

@@ -10,8 +10,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from draft_model.drafts import kernels
-from draft_model.drafts.dspark.blocks import place_blocks
+from draft_model.drafts.dspark import objective as objective_of_blocks
+from draft_model.drafts.dspark.blocks import block_mask, place_blocks
+from draft_model.drafts.layers import cast_once
+from draft_model.training.optimizer import Gradients, make_optimizer
+from drafts.dspark.case import DFLASH
 from drafts.dspark.case import random_case as random_blocks
+from drafts.eagle3.case import random_case
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -240,8 +245,6 @@ def test_what_waits_is_seen(wait):
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; a GPU has its own test")
 def test_the_step_asks_for_no_number(monkeypatch):
     from draft_model.drafts.eagle3 import objective as step
-    from draft_model.training.optimizer import Gradients, make_optimizer
-    from drafts.eagle3.case import random_case
 
     case = random_case(0, [9, 14], learnt=lambda length: torch.arange(length) >= length // 2)
     objective, states = case.on("cpu", 3)
@@ -256,11 +259,19 @@ def test_the_step_asks_for_no_number(monkeypatch):
     assert waits.seen == []
 
 
-def test_blocks_ask_for_no_number():
-    case = random_blocks(0, [9, 14])
-    objective = case.objective("tv")
+@pytest.mark.parametrize("form", [{}, {"dpace_alpha": 0.5}, DFLASH])
+def test_a_step_of_blocks_asks_for_no_number(form, monkeypatch):
+    case = random_blocks(0, [9, 14], **form)
+    objective = case.objective("lk", torch.bfloat16)
+    states = [states.bfloat16() for states in case.states]
     blocks = place_blocks(case.batch, objective.draft.config.proposals, 4)  # on the host, where it may ask
-    features = torch.cat(case.states)[:, : -objective.draft.config.hidden_size]
+    monkeypatch.setattr(objective_of_blocks, "place_blocks", lambda *_: blocks)
+    gradients, muon = Gradients(objective.draft.parameters()), make_optimizer("muon", objective.draft, 1e-3)
     with Waits() as waits:
-        objective._propose(blocks, features).sum().backward()
+        block_mask(blocks, objective.draft.config.block_size)
+        with cast_once(objective.draft, torch.bfloat16):
+            loss, sums = objective(case.batch, states)
+            loss.backward()
+        norm = gradients.norm(sums.supervised[0])
+        gradients.update(muon, sums.supervised[0], norm, 0.5, norm.isfinite())
     assert waits.seen == []

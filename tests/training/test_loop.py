@@ -76,3 +76,14 @@ def test_the_target_runs_ahead_in_a_thread_and_no_number_changes(train, monkeypa
     assert ahead.losses == after_one_another.losses
     assert ahead.validations == after_one_another.validations
     assert ahead.read("final/model.safetensors") == after_one_another.read("final/model.safetensors")
+
+
+def test_the_weights_are_cast_once_a_step_and_once_a_validation(train, monkeypatch):
+    casts, copy = [], torch._foreach_copy_
+    monkeypatch.setattr(
+        torch, "_foreach_copy_", lambda copies, weights: casts.append(len(weights)) or copy(copies, weights)
+    )
+    trained = train(compute_dtype="bfloat16", draft_micro_batch_size=1, total_steps=3)
+    assert len(trained.losses) == 3
+    assert len(trained.validations) == 1
+    assert casts == [casts[0]] * 4

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from storage.relay import Relay
 
@@ -20,6 +21,7 @@ from draft_model.errors import DraftModelError
 from draft_model.storage import s3 as transfers
 from draft_model.training import job, lease
 from draft_model.training import output as outputs
+from draft_model.training.job import read_resumed
 from draft_model.training.output import Output
 from draft_model.training.prepare import fetch_inputs
 from training.case import when_logged
@@ -248,6 +250,29 @@ def test_the_first_process_of_a_machine_verifies_the_inputs_and_the_others_trust
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # another start of the job
     assert fetch_inputs(config) == found
     assert len(fetched) == 6
+
+
+def test_the_first_process_of_a_machine_fetches_the_checkpoint_and_the_others_trust_it(train, monkeypatch):
+    trained = train(total_steps=1)
+    config, fetched = train.config(trained.output, resume="true"), []
+    fetch = storage.fetch
+    monkeypatch.setattr(storage, "fetch", lambda uri, into: fetched.append(into) or fetch(uri, into))
+
+    def read():
+        with Output(config.checkpoints, config.work / "rank_0") as output:
+            return read_resumed(config, output)
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    (first, go_on), (second, also) = read(), read()
+    assert fetched == [config.work / "resumed"]
+    assert go_on is also is True
+    assert second.uri == first.uri == f"{trained.output}/{trained.checkpoints[-1]}"
+    assert second.position == first.position
+    assert second.state.keys() == first.state.keys()
+    assert all(torch.equal(second.state[name], tensor) for name, tensor in first.state.items())
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # another start of the job
+    read()
+    assert len(fetched) == 2
 
 
 def test_the_best_of_none_is_none(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,3 +78,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return tensor
     return _STAGING.setdefault(tensor.dtype, _Staging(tensor.dtype)).send(tensor, device)
+
+
+def fields_to_device(record: Any, device: torch.device) -> dict[str, Tensor]:
+    """The tensors, int64 or bool, among a record's fields on another device, by one transfer."""
+    tensors = {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
+    flat = to_device(torch.cat([tensor.flatten().long() for tensor in tensors.values()]), device)
+    parts = flat.split([tensor.numel() for tensor in tensors.values()])
+    return {
+        name: part.view(tensor.shape).to(tensor.dtype)
+        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+    }

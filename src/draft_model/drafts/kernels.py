@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,6 +23,8 @@ from draft_model.errors import DraftModelError
 logger = logging.getLogger(__name__)
 
 LK_DECAY = 3.0  # how fast draft_loss=lk goes from the divergence to the rejection as a position gets better
+
+FLEX_TILE = 128  # queries, and keys, of one tile of a flex_attention's mask
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -74,6 +76,49 @@ def compiled_flex(on_gpu: bool = True, backend: str = "inductor") -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention, dynamic=True, backend=backend) if on_gpu else flex_attention
+
+
+def flex_length(length: int) -> int:
+    """Whole tiles, and two at least: PyTorch compiles anew for a size of one."""
+    return max(-(-length // FLEX_TILE), 2) * FLEX_TILE
+
+
+def flex_rows(x: Tensor) -> Tensor:
+    """[L, heads, d] -> [1, heads, whole tiles, d]."""
+    return functional.pad(x, (0, 0, 0, 0, 0, flex_length(len(x)) - len(x))).transpose(0, 1).unsqueeze(0)
+
+
+def flex_mask(runs: Sequence[tuple[Tensor, Tensor]], keys: int) -> Any:
+    """FlexAttention's mask of queries that see runs of the `keys` keys, padded to whole tiles; nothing sees padding.
+
+    Worked out tile by tile, so that no mask of all queries by all keys is made. A run is the first key and the last + 1
+    that each query sees of it, int64 [Q] both.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    padding = flex_length(len(runs[0][0])) - len(runs[0][0])
+    ends = [(functional.pad(a, (0, padding), value=keys), functional.pad(b, (0, padding))) for a, b in runs]
+
+    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = key < 0
+        for first, last in ends:
+            seen = seen | ((key >= first[query]) & (key < last[query]))
+        return seen
+
+    begin = torch.arange(0, flex_length(keys), FLEX_TILE, device=ends[0][0].device)
+    touched = whole = torch.zeros(1, 1, dtype=torch.bool, device=begin.device)
+    for first, last in ((x.view(-1, FLEX_TILE) for x in run) for run in ends):
+        touched = touched | ((begin < last.amax(1, True)) & (begin + FLEX_TILE > first.amin(1, True)))
+        whole = whole | ((begin >= first.amax(1, True)) & (begin + FLEX_TILE <= last.amin(1, True)))
+
+    def listed(tiles: Tensor) -> tuple[Tensor, Tensor]:
+        order = tiles.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+        return tiles.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
+
+    lengths = (len(ends[0][0]), flex_length(keys))
+    return BlockMask.from_kv_blocks(
+        *listed(touched & ~whole), *listed(whole), BLOCK_SIZE=FLEX_TILE, mask_mod=sees, seq_lengths=lengths
+    )
 
 
 @_in_triton

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +13,58 @@ from torch.nn import functional
 from draft_model.drafts.shape import LayerShape
 
 
+@contextmanager
+def cast_once(draft: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Casts the weights of a draft once for all that is computed with them inside, where nothing may change them."""
+    parameters = [*draft.parameters()]
+    if parameters[0].dtype == dtype:
+        yield
+        return
+    sizes = [parameter.numel() for parameter in parameters]
+    # In one piece, as the gradients are, so that matrices of one product are one.
+    flat = torch.empty(sum(sizes), dtype=dtype, device=parameters[0].device)
+    copies = [part.view_as(parameter) for parameter, part in zip(parameters, flat.split(sizes), strict=True)]
+    with torch.no_grad():
+        torch._foreach_copy_(copies, parameters)
+    for parameter, copy in zip(parameters, copies, strict=True):
+        parameter.copy_in_compute_type = copy
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            del parameter.copy_in_compute_type
+
+
+class _Cast(torch.autograd.Function):
+    """The copy of a float32 weight, with a gradient that is cast back and added to the weight's."""
+
+    @staticmethod
+    def forward(_ctx: Any, _weight: Tensor, copy: Tensor) -> Tensor:
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.float(), None
+
+
+def copy_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The copy in that type by `cast_once`, or the weight itself where there is none; without a gradient."""
+    copy: Tensor = getattr(weight, "copy_in_compute_type", weight)
+    return (copy if copy.dtype == dtype else weight).detach()
+
+
+def cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 weight in the compute type; gradients reach the weight."""
+    copy = copy_of(weight, dtype)
+    if copy.dtype == weight.dtype:
+        return weight.to(dtype)
+    through: Tensor = _Cast.apply(weight, copy)  # type: ignore[no-untyped-call]
+    return through
+
+
 def linear(x: Tensor, module: nn.Linear) -> Tensor:
     """A projection in the type of x; gradients reach the float32 weight."""
-    return functional.linear(x, module.weight.to(x.dtype))
+    return functional.linear(x, cast(module.weight, x.dtype))
 
 
 class Attention(nn.Module):

@@ -93,7 +93,7 @@ class Target:
             Per conversation the features and the hidden states after the final norm, [T_b, nH + H].
         """
         final = self.decoder(input_ids=to_device(batch.tokens, self.device), use_cache=False).last_hidden_state
-        states = torch.cat((self.features(), final), -1)
+        states = torch.cat([*(self._taken[layer] for layer in self.aux_layers), final], -1)
         return [states[row, :length] for row, length in enumerate(batch.lengths.tolist())]
 
 

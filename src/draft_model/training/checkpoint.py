@@ -103,12 +103,16 @@ def read_checkpoint(uri: str, work: Path) -> Loaded:
     Raises:
         DraftModelError: when it is missing, damaged, one of ours without its manifest, or no draft.
     """
+    shutil.rmtree(work, ignore_errors=True)
+    whole = storage.exists(storage.join(uri, storage.MANIFEST))
+    return load_checkpoint(uri, storage.fetch(uri, work) if whole else storage.fetch_tree(uri, work), whole)
+
+
+def load_checkpoint(uri: str, folder: Path, whole: bool = True) -> Loaded:
+    """The same of a folder of this machine that its files were fetched to; `whole`: as the manifest has them."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    shutil.rmtree(work, ignore_errors=True)
-    whole = storage.exists(storage.join(uri, storage.MANIFEST))
-    folder = storage.fetch(uri, work) if whole else storage.fetch_tree(uri, work)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not whole:

@@ -33,12 +33,12 @@ from draft_model.processes import catch_sigterm
 from draft_model.ranks import PeerLost, Ranks, start_ranks
 from draft_model.scratch import working_in
 from draft_model.tracking import Tracker, track
-from draft_model.training.checkpoint import RECORD, STATE, Loaded, read_checkpoint, write_checkpoint
+from draft_model.training.checkpoint import RECORD, STATE, Loaded, load_checkpoint, read_checkpoint, write_checkpoint
 from draft_model.training.config import TrainConfig, TrainResult
 from draft_model.training.lease import Lease, hold, own_run_id
 from draft_model.training.output import CHECKPOINTS_AT_ONCE, Output
 from draft_model.training.plan import STATE_BYTES, context_problem
-from draft_model.training.prepare import fetch_inputs, prepare
+from draft_model.training.prepare import fetch_inputs, once_on_machine, prepare
 from draft_model.training.trainer import Interrupted, Training, train
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def run(config: TrainConfig) -> TrainResult:
         tracking = track(STAGE, p.mlflow_tracking_uri) if ranks.first else nullcontext(Tracker(None))
         keep = (p.keep_checkpoints, p.final_checkpoint == "best")
         with tracking as tracker, Output(config.checkpoints, work, config.output, leases, *keep) as output:
-            resumed, go_on = _checkpoint(config, output, work)
+            resumed, go_on = read_resumed(config, output)
             training = prepare(config, ranks, inputs, resumed, go_on)
             needed = STATE_BYTES * parameters_of(training) * CHECKPOINTS_AT_ONCE + (64 << 20)
             if (free := shutil.disk_usage(work).free) < needed:
@@ -140,14 +140,30 @@ def _leases(config: TrainConfig, ranks: Ranks) -> Iterator[list[Lease]]:
         yield [lease for lease in held if lease]
 
 
+def read_resumed(config: TrainConfig, output: Output) -> tuple[Loaded | None, bool]:
+    """The checkpoint that the parameters mean, and whether to go on from it or to start from its weights.
+
+    It is fetched and verified once on each machine.
+    """
+    mine: list[Loaded | None] = []
+
+    def fetch() -> dict[str, Any]:
+        loaded, go_on = _checkpoint(config, output, config.work / "resumed")
+        mine.append(loaded)
+        return {"uri": loaded and loaded.uri, "folder": loaded and str(loaded.folder), "go_on": go_on}
+
+    known = once_on_machine(config.work, "resumed", fetch)
+    loaded = mine[0] if mine else known["uri"] and load_checkpoint(known["uri"], Path(known["folder"]))
+    return loaded, known["go_on"]
+
+
 def _checkpoint(config: TrainConfig, output: Output, work: Path) -> tuple[Loaded | None, bool]:
-    """The checkpoint that the parameters mean, and whether to go on from it or to start from its weights."""
     p = config.parameters
     any_run = p.resume == "true" or config.again
-    if (any_run or config.run_id) and (newest := output.newest("" if any_run else config.run_id)):
+    if (any_run or config.run_id) and (newest := output.newest(work, "" if any_run else config.run_id)):
         return newest, True
     if p.resume_from_checkpoint:
-        return read_checkpoint(p.resume_from_checkpoint, work / "resumed"), p.resume == "true"
+        return read_checkpoint(p.resume_from_checkpoint, work), p.resume == "true"
     if p.resume == "true":
         raise DraftModelError(
             f"resume: given 'true', but there is no whole checkpoint under {config.checkpoints}, and "

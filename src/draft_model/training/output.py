@@ -118,13 +118,16 @@ class Output:
         if torn:
             self._write_index([name for name in names if name not in torn])
 
-    def newest(self, run_id: str = "") -> Loaded | None:
-        """The newest whole checkpoint, of this run alone where one is named; a damaged one is named and passed over."""
+    def newest(self, work: Path, run_id: str = "") -> Loaded | None:
+        """The newest whole checkpoint, of this run alone where one is named; a damaged one is named and passed over.
+
+        Its files are fetched to the folder `work`.
+        """
         for name in reversed(self.names()):
             try:
                 found = storage.read_manifest(self._at(name), stage=STAGE)
                 if not run_id or found.properties.get("run_id") == run_id:
-                    return read_checkpoint(self._at(name), self.work / "resumed")
+                    return read_checkpoint(self._at(name), work)
             except StoreUnavailable:
                 raise
             except DraftModelError as error:

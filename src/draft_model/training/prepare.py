@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,24 +44,33 @@ class Inputs:
 
 
 def fetch_inputs(config: TrainConfig) -> Inputs:
-    """Fetches model and data set, verified once on each machine.
+    """Fetches model and data set, verified once on each machine."""
 
-    The first of torchrun's processes on a machine downloads and reads every byte, and leaves a marker that the others
-    trust; a later start does not.
+    def fetch() -> dict[str, Any]:
+        model, source = _fetch(config.model, config.work / "model", "import")
+        dataset, properties = _fetch(config.dataset, config.work / "dataset", "dataset")
+        return {"model": model, "dataset": dataset, "source": source, "fingerprint": properties["fingerprint"]}
+
+    known = once_on_machine(config.work, "inputs", fetch)
+    return Inputs(Path(known["model"]), Path(known["dataset"]), known["source"], known["fingerprint"])
+
+
+def once_on_machine(work: Path, name: str, fetch: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `fetch` tells, which the first of torchrun's processes on a machine calls.
+
+    It leaves a marker, `name`.json, that the others trust and a later start does not.
     """
-    marker, start = config.work / "inputs.json", ""
+    marker, start = work / f"{name}.json", ""
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:  # all of them are children of one torchrun
         parent = psutil.Process(os.getppid())
         start = f"{parent.pid} {parent.create_time()} {os.environ.get('TORCHELASTIC_RESTART_COUNT')}"
-    config.work.mkdir(parents=True, exist_ok=True)
-    with FileLock(config.work / "inputs.lock"):
-        known = json.loads(marker.read_text(encoding="utf-8")) if start and marker.exists() else {}
-        if not start or known.pop("start", "") != start:
-            model, source = _fetch(config.model, config.work / "model", "import")
-            dataset, properties = _fetch(config.dataset, config.work / "dataset", "dataset")
-            known = {"model": model, "dataset": dataset, "source": source, "fingerprint": properties["fingerprint"]}
-            marker.write_text(json.dumps({**known, "start": start}), encoding="utf-8")
-    return Inputs(**{**known, "model": Path(known["model"]), "dataset": Path(known["dataset"])})
+    work.mkdir(parents=True, exist_ok=True)
+    with FileLock(work / f"{name}.lock"):
+        known: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8")) if start and marker.exists() else {}
+        if not start or known.get("start") != start:
+            known = {**fetch(), "start": start}
+            marker.write_text(json.dumps(known), encoding="utf-8")
+    return known
 
 
 def _fetch(uri: str, into: Path, stage: str) -> tuple[str, dict[str, Any]]:

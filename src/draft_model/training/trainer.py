@@ -29,6 +29,7 @@ from draft_model.dataset.tokens import Split
 from draft_model.drafts.base import Draft, Objective
 from draft_model.drafts.batch import Batch, collate
 from draft_model.drafts.counts import Counts
+from draft_model.drafts.layers import cast_once
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.ranks import Ranks
@@ -269,10 +270,11 @@ def _losses(
     """
     mine = training.ranks.share(conversations)
     states = chain.from_iterable(islice(passes, _passes(training, conversations)))
-    for start in range(0, len(mine), size):
-        part = mine[start : start + size]
-        batch = _conversations(split, part, draw_keys(training.parameters.seed, step, part))
-        yield training.objective(batch, list(islice(states, len(part))))
+    with cast_once(training.draft, training.objective.dtype):
+        for start in range(0, len(mine), size):
+            part = mine[start : start + size]
+            batch = _conversations(split, part, draw_keys(training.parameters.seed, step, part))
+            yield training.objective(batch, list(islice(states, len(part))))
     for _ in states:  # a group whose last conversations are others' runs the target to the end all the same
         pass
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from draft_model.drafts.eagle3.attention import causal_attention
 from draft_model.drafts.eagle3.plan import Windows, plan_unroll
 from draft_model.drafts.kernels import choose_backend
 from draft_model.errors import DraftModelError
+from drafts.flex import assert_is_mask
 
 from . import reference
 
@@ -209,6 +210,65 @@ def test_flex_attention_is_not_compiled_again_for_other_row_counts(monkeypatch):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for lengths in ([300, 333, 70], [900], [130, 260, 31, 500]):
             run(lengths)
+
+
+@given(seed=st.integers(0, 2**31), lengths=st.lists(st.integers(1, 300), min_size=1, max_size=4),
+       share=st.sampled_from([0.0, 0.1, 1.0]), first=st.sampled_from([0, 100]))  # fmt: skip
+@settings(max_examples=15, deadline=None)
+def test_the_tiles_of_flex_attentions_mask_are_those_of_the_mask(seed, lengths, share, first):
+    windows = random_inputs(seed, lengths, 0, heads=(1, 1), size=2, share=share, first=first).windows
+    mask = attention._block_mask(windows)
+    truth = torch.zeros(mask.seq_lengths, dtype=torch.bool)
+    queries, keys = windows.query_starts.tolist(), windows.key_starts.tolist()
+    for row in range(len(queries) - 1):
+        size, count = queries[row + 1] - queries[row], keys[row + 1] - keys[row]
+        own = truth[queries[row] : queries[row + 1], keys[row] : keys[row + 1]]
+        own.copy_(torch.ones(size, count, dtype=torch.bool).tril(count - size))  # aligned at the end
+    assert_is_mask(mask, truth)
+
+
+def dense_flash(q, k, v, query_starts, key_starts):
+    """Scores of packed conversations, each causal and aligned at its end, and the keys and values of all heads."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    sees = torch.zeros(len(q), len(k), dtype=torch.bool)
+    for first, last, start, end in zip(query_starts, query_starts[1:], key_starts, key_starts[1:], strict=False):
+        sees[first:last, start:end] = torch.ones(last - first, end - start).tril((end - start) - (last - first)) > 0
+    scores = torch.einsum("qhd,khd->hqk", q, k) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~sees, -torch.inf), k, v
+
+
+def flash_forward(q, k, v, query_starts, key_starts, longest_query, longest_key, *_settings):
+    """What PyTorch's flash attention for packed conversations gives."""
+    assert longest_query == query_starts.diff().max()
+    assert longest_key == key_starts.diff().max()
+    scores, _, v = dense_flash(q, k, v, query_starts, key_starts)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v), scores.logsumexp(-1), "seed", "offset", None
+
+
+def flash_backward(grad, q, k, v, out, lse, query_starts, key_starts, *settings):
+    """Its backward, which takes whichever output and log-sum-exp it is given."""
+    assert settings[-2:] == ("seed", "offset")
+    scores, keys, values = dense_flash(q, k, v, query_starts, key_starts)
+    p = (scores - lse.unsqueeze(-1)).exp()
+    d_scores = p * (torch.einsum("qhd,khd->hqk", grad, values) - (grad * out).sum(-1).T.unsqueeze(-1))
+    d_scores *= q.shape[-1] ** -0.5
+    dk, dv = torch.einsum("hqk,qhd->khd", d_scores, q), torch.einsum("hqk,qhd->khd", p, grad)
+    dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
+    return torch.einsum("hqk,khd->qhd", d_scores, keys), dk, dv
+
+
+@shapes
+@example(seed=0, lengths=[3, 2], later=0, heads=(2, 2), size=2, share=0.0, first=0)
+@settings(max_examples=30, deadline=None)
+def test_packed_conversations_equal_each_alone(seed, lengths, later, heads, size, share, first):
+    """The GPU's packing around a dense form of its kernel, which needs one."""
+    inputs = random_inputs(seed, lengths, later, heads=heads, size=size, share=share, first=first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_FlashOnCpu", attention._FlashOnGpu)
+        patch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
+        patch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward)
+        found = inputs.run("sdpa")
+    assert_same(found, inputs.dense(), 1e-5)
 
 
 @pytest.mark.gpu

@@ -243,6 +243,7 @@ def test_splitting_a_global_batch_changes_nothing(parts):
         pieces.append(replace(case, batch=batch, states=states).ours(5))
         start += count
     sums = sum((piece.sums for piece in pieces), Counts.zeros(5))
+    assert float(sum(piece.loss for piece in pieces)) == pytest.approx(float(whole.loss), rel=1e-6)
     for name in COUNTS:
         assert getattr(sums, name).tolist() == getattr(whole.sums, name).tolist()
     count = sums.supervised[0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from draft_model.drafts.batch import Batch, to_device
+from draft_model.drafts.batch import Batch, fields_to_device
 from draft_model.drafts.dspark.model import Attend
-from draft_model.drafts.kernels import compiled_flex
+from draft_model.drafts.kernels import compiled_flex, flex_mask, flex_rows
 
 SCORES = 1 << 23  # scores that exist at once on a CPU: 32 MB in float32
 
@@ -31,7 +30,6 @@ class Blocks:
     steps: int  # K, proposals of a block
     tokens: Tensor  # token ids, int64 [T]
     positions: Tensor  # of each token in its conversation, int64 [T]
-    conversation: Tensor  # of each token, int64 [T]
     anchors: Tensor  # packed positions, ascending, int64 [N]
     places: tuple[int, ...]  # the same on the host
     times: Tensor  # their positions in their conversations, int64 [N]
@@ -39,7 +37,8 @@ class Blocks:
     learnt: Tensor  # which proposals are supervised: those up to the reply's end, bool [N, K]
     teachers: Tensor  # packed positions that teach, ascending, int64 [M]
     pairs: Tensor  # block, proposal and teacher's number of all that is learnt, by teacher, int64 [3, P]
-    chunks: tuple[tuple[int, int, int, int], ...]  # the first and last + 1 pair of each head, and of its teachers
+    taught: tuple[int, ...]  # the teachers' numbers of the pairs, on the host, [P]
+    chunk: int  # pairs of a head
     reply_rows: Tensor  # 0, ..., N - 1: a round of decoding may start at every block
     reply_ends: Tensor  # for each block, which number the first block after its reply has, int64 [N]
     reply_starts: Tensor  # first block of each reply, int64 [replies]
@@ -49,8 +48,10 @@ class Blocks:
     whole: bool  # whether there is a block wherever decoding may start a round
 
     def to(self, device: torch.device) -> Blocks:
-        """The same on another device."""
-        moved: dict[str, Any] = {name: to_device(x, device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        """The same on another device, by a transfer that the host does not wait for."""
+        if device == self.tokens.device:
+            return self
+        moved: dict[str, Any] = fields_to_device(self, device)
         return replace(self, **moved)
 
 
@@ -80,8 +81,6 @@ def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -
     teachers, index = reads[learnt].unique(return_inverse=True)
     order = index.argsort(stable=True)
     pairs = torch.cat((learnt.nonzero().T, index.unsqueeze(0)))[:, order]  # a chunk's teachers follow one another
-    taught = pairs[2].tolist()
-    edges = [*range(0, len(taught), size), len(taught)]
     starts_reply = torch.ones(len(anchors), dtype=torch.bool)
     starts_reply[1:] = anchors[1:] != anchors[:-1] + 1
     sizes = torch.bincount(starts_reply.cumsum(0) - 1) if len(anchors) else torch.zeros(0, dtype=torch.int64)
@@ -92,7 +91,6 @@ def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -
         steps=steps,
         tokens=tokens,
         positions=positions,
-        conversation=conversation,
         anchors=anchors,
         places=tuple(anchors.tolist()),
         times=positions[anchors],
@@ -100,7 +98,8 @@ def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -
         learnt=learnt,
         teachers=teachers,
         pairs=pairs,
-        chunks=tuple((start, end, taught[start], taught[end - 1] + 1) for start, end in pairwise(edges)),
+        taught=tuple(pairs[2].tolist()),
+        chunk=size,
         reply_rows=torch.arange(len(anchors)),
         reply_ends=sizes.cumsum(0).repeat_interleave(sizes),
         reply_starts=starts_reply.nonzero()[:, 0],
@@ -153,24 +152,20 @@ def attend_dense(q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: 
 
 
 def block_mask(blocks: Blocks, size: int) -> Any:
-    """FlexAttention's mask of N S queries over T context positions and N S of the blocks."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """FlexAttention's mask of N S queries over T context positions and N S of the blocks.
 
-    length, of, positions = len(blocks.tokens), blocks.conversation, blocks.positions
-    own, times = of[blocks.anchors], blocks.times
-
-    def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        block, token = query // size, key.clamp(max=length - 1)
-        context = (key < length) & (of[token] == own[block]) & (positions[token] < times[block])
-        return context | ((key >= length) & ((key - length) // size == block))
-
-    queries = len(blocks.anchors) * size
-    return create_block_mask(sees, None, None, queries, length + queries, device=blocks.tokens.device.type)
+    Each query sees the context of its conversation before its anchor, and its own block.
+    """
+    length, count = len(blocks.tokens), len(blocks.anchors)
+    near = length + size * torch.arange(count, device=blocks.anchors.device)
+    runs = (blocks.anchors - blocks.times, blocks.anchors, near, near + size)
+    first, last, near_first, near_last = (end.repeat_interleave(size) for end in runs)
+    return flex_mask([(first, last), (near_first, near_last)], length + count * size)
 
 
 def _flex(mask: Any, q: Tensor, k: Tensor, v: Tensor, context_k: Tensor, context_v: Tensor) -> Tensor:
     keys, values = (torch.cat((far, near.flatten(0, 1))) for far, near in ((context_k, k), (context_v, v)))
-    rows = [x.transpose(0, 1).unsqueeze(0) for x in (q.flatten(0, 1), keys, values)]  # [1, heads, rows, d]
+    rows = [flex_rows(x) for x in (q.flatten(0, 1), keys, values)]
     out: Tensor = compiled_flex(q.is_cuda)(*rows, block_mask=mask, enable_gqa=True)
-    attended: Tensor = out[0].transpose(0, 1).unflatten(0, q.shape[:2])
+    attended: Tensor = out[0, :, : q.shape[:2].numel()].transpose(0, 1).unflatten(0, q.shape[:2])
     return attended

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from draft_model.drafts.dspark.config import BlockConfig
-from draft_model.drafts.layers import Attention, SwiGLU, linear, rotary_table, rotate, start
+from draft_model.drafts.layers import Attention, SwiGLU, cast, linear, rotary_table, rotate, start
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
@@ -38,7 +38,7 @@ class _Norm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        return functional.rms_norm(x, (x.shape[-1],), cast(self.weight, x.dtype), self.eps)
 
 
 class _Attention(Attention):

@@ -69,6 +69,9 @@ class Objective:
         shape = draft.config
         self.rotary = rotary_table(shape, target.device, max_length + shape.block_size, dtype)
         self.decay = torch.exp(-torch.arange(shape.proposals, device=target.device) / shape.loss_decay_gamma)
+        # With room for w2 in the compute type, [V, H + r]; the target's part is copied once.
+        room = target.head.new_empty(len(target.head), shape.markov_rank)
+        self.head = torch.cat((target.head, room), 1) if shape.markov_rank else target.head
 
     def __call__(self, batch: Batch, states: list[Tensor]) -> tuple[Tensor, Counts]:
         """The loss summed over blocks and proposals, to be divided by the global count of blocks; sums per proposal.
@@ -88,14 +91,15 @@ class Objective:
         embedded = weight = None
         if shape.markov_rank:
             embedded = functional.embedding(blocks.previous, draft.markov_head.markov_w1.weight).to(self.dtype)
-            weight = draft.markov_head.markov_w2.weight.to(self.dtype)
+            weight = draft.markov_head.markov_w2.weight
+            self.head[:, shape.hidden_size :].copy_(weight.detach())
         weights = self.decay.expand(blocks.learnt.shape)
         if shape.dpace_alpha and torch.is_grad_enabled():
-            sure = _Teaching(self.target, final, blocks, weights, self.loss, learn=False)
+            sure = _Teaching(self.target, self.head, final, blocks, weights, self.loss, learn=False)
             with torch.no_grad():
                 _Heads.apply(sure, hidden, embedded, weight)  # type: ignore[no-untyped-call]
             weights = dpace_weights(sure.confidence, blocks.learnt, shape.dpace_alpha)
-        teaching = _Teaching(self.target, final, blocks, weights, self.loss, torch.is_grad_enabled())
+        teaching = _Teaching(self.target, self.head, final, blocks, weights, self.loss, torch.is_grad_enabled())
         loss: Tensor = _Heads.apply(teaching, hidden, embedded, weight)  # type: ignore[no-untyped-call]
         if shape.enable_confidence_head:
             read = torch.cat((hidden, embedded), -1).float()  # type: ignore[arg-type]
@@ -137,8 +141,11 @@ def dpace_weights(confidence: Tensor, learnt: Tensor, alpha: float) -> Tensor:
 class _Teaching:
     """The target's side of the heads, and what they found out of the N blocks' K proposals."""
 
-    def __init__(self, target: Target, final: Tensor, blocks: Blocks, weights: Tensor, loss: str, learn: bool) -> None:
+    def __init__(
+        self, target: Target, head: Tensor, final: Tensor, blocks: Blocks, weights: Tensor, loss: str, learn: bool
+    ) -> None:
         self.target, self.blocks, self.loss, self.learn = target, blocks, loss, learn
+        self.head = head  # the draft's in the compute type, beside it w2 where there is one, [V, H or H + r]
         self.final = final  # the target's final hidden states, [T, H]
         self.weights = weights  # of the proposals, float32 [N, K]
         # Losses, the draft's probabilities of the target's favourites, and alpha; float32 [N, K].
@@ -153,27 +160,27 @@ class _Heads(torch.autograd.Function):
     def forward(
         ctx: Any, teaching: _Teaching, hidden: Tensor, embedded: Tensor | None, weight: Tensor | None
     ) -> Tensor:  # fmt: skip
-        blocks, target, learn = teaching.blocks, teaching.target, teaching.learn
-        read, matrix = hidden, target.head
-        if embedded is not None and weight is not None:
-            read, matrix = torch.cat((hidden, embedded), -1), torch.cat((matrix, weight), 1)  # [.., H + r]
+        blocks, target, learn, matrix = teaching.blocks, teaching.target, teaching.learn, teaching.head
+        read = hidden if embedded is None else torch.cat((hidden, embedded), -1)  # [N, K, H or H + r]
         ctx.width = hidden.shape[-1]
         grad = torch.zeros_like(read) if learn else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learn and weight is not None else None
         on_cpu = hidden.device.type == "cpu"
-        for start, end, first, last in blocks.chunks:
+        for start in range(0, len(blocks.taught), blocks.chunk):
+            end = min(start + blocks.chunk, len(blocks.taught))
+            first, last = blocks.taught[start], blocks.taught[end - 1] + 1
             block, number, teacher = blocks.pairs[:, start:end]
             logits = target.logits(teaching.final[blocks.teachers[first:last]])
             top = logits.max(-1).indices  # several times as fast as argmax in bfloat16
             rows = read[block, number]  # [C, H + r]
             z = rows @ matrix.T
             step = CACHED_ROWS if on_cpu else end - start
-            for at in range(0, end - start, step):
-                part = slice(at, at + step)
-                taught = teacher[part] - first
-                low, high = (int(taught[0]), int(taught[-1]) + 1) if on_cpu else (0, last - first)
-                p = torch.softmax(logits[low:high], -1, dtype=torch.float32)[taught - low]  # once for each teacher
-                _distil(teaching, block[part], number[part], p, top[taught], z[part])
+            for at in range(start, end, step):
+                part, past = slice(at - start, at - start + step), min(at + step, end)
+                low, high = blocks.taught[at], blocks.taught[past - 1] + 1
+                p = torch.softmax(logits[low - first : high - first], -1, dtype=torch.float32)  # once for each teacher
+                taught = teacher[part]
+                _distil(teaching, block[part], number[part], p[taught - low], top[taught - first], z[part])
             if grad is not None:
                 grad[block, number] = z @ matrix
                 if grad_weight is not None:

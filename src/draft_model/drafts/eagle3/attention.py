@@ -27,15 +27,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from draft_model.drafts.eagle3.plan import Windows
-from draft_model.drafts.kernels import compiled_flex
+from draft_model.drafts.kernels import compiled_flex, flex_mask, flex_rows
 
 logger = logging.getLogger(__name__)
 
 BLOCK = 64  # queries that the CPU's flash kernel takes at once
-FLEX_BLOCK = 128
 CUDNN_BLOCK = 128
 
 
@@ -88,7 +86,9 @@ def causal_attention(backend: str, windows: Windows, k0: Tensor, v0: Tensor) -> 
 def _spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
     """Rows [N, ...] at their places of [size, ...], zero elsewhere."""
     out = rows.new_zeros(size, *rows.shape[1:])
-    wide = rows.shape[1:].numel() * rows.element_size() % 8 == 0 and rows.is_contiguous()
+    size_of = rows.shape[1:].numel()
+    # A single row may be contiguous whatever its stride.
+    wide = size_of * rows.element_size() % 8 == 0 and rows.is_contiguous() and rows.stride(0) == size_of
     # Eight bytes at a time: the kernel takes as long for an element of two bytes.
     kind = torch.int64 if wide else rows.dtype
     out.flatten(1).view(kind).index_copy_(0, places, rows.flatten(1).view(kind))
@@ -248,29 +248,20 @@ class _FlashOnCpu(CausalAttention):
         return tuple(x.transpose(1, 2).flatten(0, 1).index_select(0, self._keys) for x in self._gradients)
 
 
-def _flex_length(length: int) -> int:
-    """Whole blocks, and two at least: PyTorch compiles anew for a size of one."""
-    return max(-(-length // FLEX_BLOCK), 2) * FLEX_BLOCK
-
-
 class _Flex(CausalAttention):
     """PyTorch's FlexAttention over packed windows under a block mask; for a GPU."""
 
     def __init__(self, windows: Windows, k0: Tensor, v0: Tensor) -> None:
-        self._windows, self._kv = windows, tuple(self._padded(x) for x in (k0, v0))
+        self._windows, self._kv = windows, tuple(flex_rows(x) for x in (k0, v0))
         self._keys = len(k0)
-        self._mask = _block_mask(windows, k0.device)
-
-    def _padded(self, x: Tensor) -> Tensor:
-        """[L, heads, d] -> [1, heads, whole blocks, d]."""
-        return functional.pad(x, (0, 0, 0, 0, 0, _flex_length(len(x)) - len(x))).transpose(0, 1).unsqueeze(0)
+        self._mask = _block_mask(windows)
 
     def forward(self, q: Tensor) -> Attended:
         from torch.nn.attention.flex_attention import AuxRequest
 
         w = self._windows
         spread = q if w.dense else q.new_zeros(w.size, *q.shape[1:]).index_copy_(0, w.places, q)
-        leaves = [x.detach().requires_grad_(x.is_cuda) for x in (self._padded(spread), *self._kv)]
+        leaves = [x.detach().requires_grad_(x.is_cuda) for x in (flex_rows(spread), *self._kv)]
         with torch.enable_grad():
             # return_lse would warn once, for which Dynamo compiles twice.
             aux = AuxRequest(lse=True)
@@ -296,41 +287,12 @@ class _Flex(CausalAttention):
         return tuple(x[0, :, : self._keys].transpose(0, 1).contiguous() for x in self._gradients)
 
 
-def _block_mask(windows: Windows, device: torch.device) -> Any:
-    """Query w of a window sees the keys of its conversation up to its own; worked out block by block."""
-    from torch.nn.attention.flex_attention import BlockMask
-
+def _block_mask(windows: Windows) -> Any:
+    """Query w of a window sees the keys of its conversation up to its own."""
     starts, ends = windows.query_starts, windows.key_starts
-    offsets = ends[1:] - starts[1:]  # key - query where both are at the same position
-    conversations = torch.arange(len(offsets), device=device)
-
-    def padded(values: Tensor, fill: int) -> Tensor:
-        return functional.pad(values, (0, _flex_length(len(values)) - len(values)), value=fill)
-
-    sizes = (starts[1:] - starts[:-1], ends[1:] - ends[:-1])
-    of_query, of_key = (
-        padded(torch.repeat_interleave(conversations, size, output_size=total), fill)
-        for size, total, fill in ((sizes[0], windows.size, -1), (sizes[1], len(windows.key_time), -2))
+    # The first key, and key - query where both are at the same position.
+    first, offset = (
+        torch.repeat_interleave(x, starts.diff(), output_size=windows.size) for x in (ends[:-1], ends[1:] - starts[1:])
     )
-    reaches = torch.arange(len(of_query), device=device) + offsets[of_query.clamp(min=0)]  # last key of each query
-
-    def mask(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (of_query[q] == of_key[k]) & (k <= reaches[q])
-
-    q_blocks, k_blocks = of_query.view(-1, FLEX_BLOCK), of_key.view(-1, FLEX_BLOCK)
-    first_q, last_q = q_blocks[:, 0:1], q_blocks.amax(1, keepdim=True)
-    first_k, last_k = k_blocks[:, 0], k_blocks.amax(1)
-    block = torch.arange(len(k_blocks), device=device) * FLEX_BLOCK
-    reach = reaches.view(-1, FLEX_BLOCK)
-    touched = (first_q <= last_k) & (first_k <= last_q) & (block <= reach.amax(1, keepdim=True))
-    whole = (q_blocks[:, -1:] == first_q) & (k_blocks[:, -1] == first_k) & (first_q == first_k)
-    whole &= block + FLEX_BLOCK - 1 <= reach.amin(1, keepdim=True)
-
-    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-        return blocks.sum(-1, dtype=torch.int32)[None, None], order.to(torch.int32)[None, None]
-
-    lengths = (len(of_query), len(of_key))
-    return BlockMask.from_kv_blocks(
-        *listed(touched & ~whole), *listed(whole), BLOCK_SIZE=FLEX_BLOCK, mask_mod=mask, seq_lengths=lengths
-    )
+    last = torch.arange(1, windows.size + 1, device=first.device) + offset
+    return flex_mask([(first, last)], len(windows.key_time))

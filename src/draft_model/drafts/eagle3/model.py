@@ -7,8 +7,8 @@
 EAGLE-3.1 adds by switches of the configuration: `input_norm` of all features together, `fc_norm` of each of the n, and
 `norm_output`, by which the next step reads norm(h) instead of h.
 
-Parameters carry the names of the checkpoint that engines load. `Weights` is the same model as the maths uses it: cast
-once per pass, and with q, k, v cut into the half that multiplies the embedding and the half that multiplies h. The
+Parameters carry the names of the checkpoint that engines load. `Weights` is the same model as the maths uses it: in the
+compute type, and with q, k, v cut into the half that multiplies the embedding and the half that multiplies h. The
 embedding's half depends on the token alone, so the unroll computes it once and shifts it, and each later step costs
 half the projection.
 """
@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from draft_model.drafts.batch import collate
 from draft_model.drafts.eagle3.config import DraftConfig
-from draft_model.drafts.layers import Attention, SwiGLU, rotary_table, rotate, start
+from draft_model.drafts.layers import Attention, SwiGLU, copy_of, rotary_table, rotate, start
 
 if TYPE_CHECKING:
     from draft_model.target.model import Target
@@ -131,8 +131,7 @@ class Eagle3Draft(nn.Module):
 
     def weights(self, dtype: torch.dtype) -> Weights:
         """The weights in the compute type."""
-        # Cast anew each time: a fused optimizer does not count a tensor's versions, so a cache would not know.
-        return self._arrange([parameter.detach() for parameter in self.parameters()], dtype)
+        return self._arrange([copy_of(parameter, dtype) for parameter in self.parameters()], dtype)
 
     def gradients(self) -> Weights:
         """Views of the parameters' float32 gradients, arranged as the weights are; adding to them changes `.grad`.

@@ -8,12 +8,13 @@ has to be asked how many rows there are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from draft_model.drafts.batch import Batch, to_device
+from draft_model.drafts.batch import Batch, fields_to_device
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,12 @@ class Plan:
         return len(self.rows) == len(self.keys)
 
     def to(self, device: torch.device) -> Plan:
-        """The same on another device, by one transfer that the host does not wait for."""
+        """The same on another device, by transfers that the host does not wait for."""
         if device == self.tokens.device:
             return self
-        parts = [(owner, field.name, getattr(owner, field.name)) for owner in (self, self.windows)
-                 for field in fields(owner) if isinstance(getattr(owner, field.name), Tensor)]  # fmt: skip
-        flat = to_device(torch.cat([tensor.flatten() for _, _, tensor in parts]), device)
-        moved: dict[int, dict[str, Tensor]] = {id(self): {}, id(self.windows): {}}
-        for (owner, name, tensor), part in zip(parts, flat.split([t.numel() for *_, t in parts]), strict=True):
-            moved[id(owner)][name] = part.view(tensor.shape)
-        windows = replace(self.windows, **moved[id(self.windows)])  # type: ignore[arg-type]
-        return replace(self, **moved[id(self)], windows=windows)  # type: ignore[arg-type]
+        moved: dict[str, Any] = fields_to_device(self, device)
+        windows: dict[str, Any] = fields_to_device(self.windows, device)
+        return replace(self, **moved, windows=replace(self.windows, **windows))
 
 
 def plan_unroll(batch: Batch, steps: int) -> Plan:
