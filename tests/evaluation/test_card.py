@@ -100,10 +100,11 @@ def test_a_target_that_is_no_hub_model_is_left_to_the_reader(card, training, eva
 
 @pytest.fixture
 def printed(tmp_path, capsys, monkeypatch):
-    """Prints the summary of a run that measured nothing; returns what was printed."""
+    """Prints the summary of a run; returns what was printed."""
 
-    def of(tracking="", **training):
+    def of(tracking="", evaluation=None, **training):
         (tmp_path / "training.json").write_text(json.dumps({**make_training(), **training}), encoding="utf-8")
+        (tmp_path / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
         print_summary(tmp_path, tmp_path)
         return capsys.readouterr().out
@@ -118,6 +119,13 @@ def test_a_local_store_is_shown_by_a_command_that_needs_nothing_installed(printe
     assert fill == f".venv-mlflow/bin/pip install mlflow=={version('mlflow-skinny')}"
     assert show == ".venv-mlflow/bin/mlflow ui --backend-store-uri sqlite:////runs/mlflow.db"
     assert "mlflow" not in printed("http://127.0.0.1:5000")
+
+
+def test_the_summary_says_the_measured_numbers(printed, evaluation):
+    assert "not measured: see the report" in printed()
+    said = " ".join(printed(evaluation=evaluation).split())
+    for expected in ("1.91 tokens per step", "54%, 26%, 11%", "first reply 1.93, later reply 1.86", "9,631 compared"):
+        assert expected in said
 
 
 def test_printed_commands_are_quoted_and_nothing_reaches_the_terminal_as_code(printed):
