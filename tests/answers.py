@@ -13,6 +13,7 @@ def answering(answer):
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
             status, body = answer(self.path.partition("?")[0])
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
