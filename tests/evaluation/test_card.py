@@ -10,7 +10,6 @@ import sys
 from importlib.metadata import version
 
 import pytest
-import yaml
 from huggingface_hub import ModelCard
 from report_inputs import Json, make_training
 
@@ -18,9 +17,7 @@ from draft_model.evaluation.card import print_summary
 
 
 def _header(markdown: str) -> Json:
-    _, header, _ = markdown.split("---\n", 2)
-    loaded: Json = yaml.safe_load(header)
-    return loaded
+    return ModelCard(markdown).data.to_dict()  # the Hub's own code
 
 
 def commands_of(markdown: str) -> list[list[str]]:
@@ -42,13 +39,6 @@ def test_the_card_has_a_header_for_the_hub(card, training, evaluation, dataset):
     }
     training["target"]["licence"] = "apache-2.0"
     assert _header(card(training, evaluation, dataset))["license"] == "apache-2.0"
-
-
-def test_the_hubs_own_code_reads_the_card(card, training, evaluation, dataset):
-    training["target"]["licence"] = "apache-2.0"
-    data = ModelCard(card(training, evaluation, dataset)).data
-    assert (data.base_model, data.license) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")
-    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
 
 
 def test_the_card_says_the_measured_numbers(card, training, evaluation, dataset):

@@ -102,15 +102,10 @@ ASKED = "<|im_start|>user\namber?<|im_end|>\n"
 PROMPT_LINES = {
     "prompt": ({"prompt": "amber?"}, ASKED),
     "messages": ({"messages": [ASK, SAY]}, ASKED),
-    "without a reply": ({"messages": [ASK]}, ASKED),
     "two turns": ({"conversations": [ASK, SAY, ASK, SAY]}, ASKED + "<|im_start|>assistant\nbirch<|im_end|>\n" + ASKED),
-    "ShareGPT": ({"conversations": [{"from": "human", "value": "amber?"}, {"from": "gpt", "value": "birch"}]}, ASKED),
-    "other role names": ({"conversations": [{"role": "human", "content": "amber?"}]}, ASKED),
-    "content in parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "amber?"}]}, SAY]}, ASKED),
     "system column": (
         {"system": "be brief", "messages": [ASK, SAY]}, "<|im_start|>system\nbe brief<|im_end|>\n" + ASKED,
     ),
-    "prompt null": ({"prompt": None, "messages": [ASK, SAY]}, ASKED),
     "a call": (
         {"messages": [ASK, CALL, {"role": "tool", "content": "3"}, SAY]},
         ASKED + "<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\n3<|im_end|>\n",
@@ -130,9 +125,7 @@ def test_a_line_is_read_as_the_data_sets_reader_reads_it(trained, tmp_path, name
 
 
 BAD_LINES = {
-    "[]": "wrong shape", "{": "not JSON", '{"prompt": ""}': "empty", '{"messages": []}': "empty",
-    '{"prompts": "a"}': "wrong shape", '{"prompt": "amber \\ud83d birch"}': "Unicode",
-    '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "", '{"messages": [{"role": "x"}]}': "role",
+    "{": "not JSON", '{"prompt": ""}': "empty", '{"prompts": "a"}': "wrong shape",
     f'{{"prompt": "a", "tools": [{"[" * 600}{"]" * 600}]}}': "recursion",
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 import uuid
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -33,10 +34,12 @@ def logged(target, object_store, tmp_path_factory):
             env=environment, stdout=log, stderr=log, start_new_session=True, cwd=root,
         )  # fmt: skip
     try:
-        wait_for(address, server, root / "log")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imported
             patch.setenv("MLFLOW_TRACKING_URI", address)
+            import mlflow.transformers  # noqa: F401  # for some seconds, as the server
+
+            wait_for(address, server, root / "log")
             yield log_models(target, f"s3://{object_store.bucket}/{uuid.uuid4().hex}", root)
     finally:
         os.killpg(server.pid, 15)
@@ -130,14 +133,15 @@ def test_a_server_of_2_x_keeps_a_runs_model_among_its_files(model, target, bring
             info |= {"lifecycle_stage": "active", "artifact_uri": f"mlflow-artifacts:/0/{run}/artifacts"}
             return 200, json.dumps({"run": {"info": info, "data": {}}}).encode()
         below = f"0/{run}/artifacts/model"
-        if path.endswith("/mlflow-artifacts/artifacts"):
-            files = [{"path": file.name, "is_dir": False, "file_size": file.stat().st_size} for file in model.iterdir()]
+        if "/mlflow-artifacts/artifacts?" in path:
+            found = model.iterdir() if unquote(path).endswith(f"path={below}") else ()
+            files = [{"path": file.name, "is_dir": False, "file_size": file.stat().st_size} for file in found]
             return 200, json.dumps({"files": files}).encode()
         if f"/artifacts/{below}/" in path:
             return 200, (model / path.rpartition("/")[2]).read_bytes()
         return 404, b"<title>404</title>"
 
-    with answering(answer) as server:
+    with answering(answer, query=True) as server:
         result = bring(mlflow_model_path=f"runs:/{run}/model", mlflow_tracking_uri=server)
     assert same_weights(result.uri, target)
 
