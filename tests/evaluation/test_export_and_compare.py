@@ -367,7 +367,8 @@ def test_a_draft_of_another_family_is_evaluated_compared_and_exported_alike(trai
     same_rounds(trained, tmp_path / "compared", str(final), *(str(folder / form) for form in FORMATS))
 
 
-def test_speculators_own_code_reads_other_families(trained, other_draft, tmp_path):
+@pytest.mark.parametrize("other_draft", ["dspark", "dflash"], indirect=True)
+def test_speculators_own_code_reads_block_drafts(trained, other_draft, tmp_path):
     final, folder = other_draft
     saved = tmp_path / "saved"
     said = by_their_own_code("speculators", "speculators_round_trip.py", folder / "speculators", saved)
