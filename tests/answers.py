@@ -8,12 +8,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @contextmanager
-def answering(answer):
-    """Listens on 127.0.0.1 and answers by a function of the path that gives status and body; yields the address."""
+def answering(answer, query=False):
+    """Listens on 127.0.0.1; a function of the path (and query) gives status and body; yields the address."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            status, body = answer(self.path.partition("?")[0])
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            status, body = answer(self.path if query else self.path.partition("?")[0])
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -31,9 +32,10 @@ def answering(answer):
 
 
 def certified(folder, name="127.0.0.1"):
-    """Makes key.pem and cert.pem, a certificate for 127.0.0.1 that hangs on nothing; gives a server's TLS settings."""
+    """Makes key.pem and cert.pem, a certificate for this machine of nobody; gives a server's TLS settings."""
     key, certificate = folder / "key.pem", folder / "cert.pem"
-    wanted = ["-subj", f"/CN={name}", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    names = "subjectAltName=IP:127.0.0.1,DNS:localhost"
+    wanted = ["-subj", f"/CN={name}", "-addext", names, "-keyout", key, "-out", certificate]
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *wanted], check=True, capture_output=True
     )

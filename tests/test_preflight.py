@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 from answers import answering
-from evaluation.dataset_hub import DatasetHub
-from model_import.hub_server import TOKEN, Hub
+from model_import.hub_server import Hub
 
 from draft_model import preflight, storage, workers
 from draft_model.dataset import files
@@ -248,14 +247,9 @@ def run_model(run, tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
     put(str(tmp_path / "repository"), "config.json", content=b'{"max_position_embeddings": 1024}')
     with Hub(tmp_path / "repository") as server:
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        server.connect(monkeypatch)
         yield server
 
 
@@ -349,12 +343,10 @@ def test_a_tokenizer_that_takes_all_memory_does_so_in_a_limited_process(run_mode
 @pytest.fixture
 def benchmarks(monkeypatch, tmp_path):
     """A Hub that has one benchmark and no model, and an empty cache; the model is a folder."""
-    from huggingface_hub import constants
-
     put(str(tmp_path), "model/config.json")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    with DatasetHub("openai/gsm8k", {}) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    with Hub({}, dataset="openai/gsm8k") as server:
+        server.connect(monkeypatch)
         yield server
 
 
@@ -373,7 +365,7 @@ def test_the_hub_is_asked_whether_it_has_the_benchmarks(benchmarks, run_on):
         for name in ("HuggingFaceH4/mt_bench_prompts", "tatsu-lab/alpaca")
     ]
     assert all("give a file of prompts" in problem for problem in found.problems)
-    assert not any("resolve" in request for request in benchmarks.requests)  # no file
+    assert not any("resolve" in path for _, path, *_ in benchmarks.requests)  # no file
 
 
 def test_benchmarks_that_are_cached_are_not_asked_for(benchmarks, run_on, tmp_path):

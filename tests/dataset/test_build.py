@@ -145,8 +145,8 @@ def test_the_draft_vocabulary_is_that_of_the_training_answers(tmp_path, build, m
 def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path, build, monkeypatch):
     monkeypatch.setattr(stage, "BYTES_PER_PROCESS", 1)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    monkeypatch.setattr(stage, "PIECE_BYTES", 100_000)
-    data = write(tmp_path / "train.jsonl", [*some_rows(1500), b"no"])
+    monkeypatch.setattr(stage, "PIECE_BYTES", 30_000)
+    data = write(tmp_path / "train.jsonl", [*some_rows(400), b"no"])
     for out, processes in (("one", 1), ("again", 1), ("two", 2)):
         given = {"build_dataset_num_proc": processes, "max_length": 150, "max_rejected_fraction": 0.1}
         assert not build(out=out, dataset_train_split=data, **given).reused
@@ -239,7 +239,6 @@ def test_below_a_root_the_content_and_the_settings_say_where(tmp_path, models, m
     monkeypatch.setattr(stage, "Workers", None)
     assert build(learning_rate=0.5) == replace(first, reused=True)
     monkeypatch.undo()
-    assert build(max_length=2000).uri != first.uri
     # What is half there is made again.
     storage.remove_manifest(first.uri)
     assert build() == first
@@ -250,9 +249,6 @@ def test_below_a_root_the_content_and_the_settings_say_where(tmp_path, models, m
     assert storage.read_bytes(f"{first.uri}/{shard.path}") == whole
     storage.remove(first.uri)
     assert build() == first
-    # A changed file at the same URI is seen, also where size and time stay.
-    write(Path(train), some_rows(20, seed=1))
-    assert build().uri != first.uri
 
 
 @pytest.mark.parametrize("together", [True, False])

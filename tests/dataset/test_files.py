@@ -3,11 +3,10 @@
 import gzip
 import http.server
 import re
-import ssl
-import subprocess
 import threading
 
 import pytest
+from answers import certified
 
 from draft_model import storage
 from draft_model.dataset import files
@@ -146,15 +145,8 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def https(tmp_path, monkeypatch):
     """Address of a real HTTPS server here, whose certificate is trusted."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-         "-keyout", key, "-out", certificate, "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    context = certified(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
     monkeypatch.setattr("draft_model.dataset.files._PAUSE", 0.01)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)

@@ -5,7 +5,6 @@ import os
 import stat
 import subprocess
 import sys
-from contextlib import closing
 from dataclasses import asdict, replace
 
 import psutil
@@ -16,7 +15,6 @@ from click.testing import CliRunner
 from draft_model import engine
 from draft_model.cli import cli
 from draft_model.engine import Counts, Job, Measured, Process, compare_replies, explain, sglang, vllm
-from draft_model.engine.generate import Sampling, Settings, VllmGenerator
 from draft_model.errors import DraftModelError
 from draft_model.evaluation import measure, stage
 from draft_model.evaluation.measure import check_engine
@@ -120,15 +118,6 @@ def test_a_process_sees_this_package_and_nothing_that_is_installed_beside_it(pyt
     python('ls -A "${PYTHONPATH%%:*}" >&2; test -f "${PYTHONPATH%%:*}/draft_model/engine/vllm.py" && exit 7')
     with pytest.raises(DraftModelError, match=r"exit status 7: draft_model$"), Process("vllm", JOB) as process:
         process.measure()
-
-
-def test_a_regeneration_that_fails_names_its_own_parameters(python):
-    python("echo 'torch.OutOfMemoryError: CUDA out of memory.' >&2; exit 1")
-    with closing(VllmGenerator(Settings("/target", 64, Sampling(), [2], 1))) as generator:
-        with pytest.raises(DraftModelError, match=r"^regenerate_answers: vllm ran out of memory") as refused:
-            generator.next()
-        assert "a higher tp_size, or lower max_length" in str(refused.value)
-        assert "evaluation" not in str(refused.value)
 
 
 def test_what_an_engine_started_ends_when_its_parent_is_killed(tmp_path):

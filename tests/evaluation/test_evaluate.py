@@ -3,16 +3,13 @@
 import hashlib
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow
 import pytest
 import tiny
-from dataset_hub import DatasetHub
 from mlflow import MlflowClient
+from model_import.hub_server import Hub
 from pyarrow import parquet
 
 from draft_model.dataset.encode import load_tokenizer
@@ -105,15 +102,10 @@ ASKED = "<|im_start|>user\namber?<|im_end|>\n"
 PROMPT_LINES = {
     "prompt": ({"prompt": "amber?"}, ASKED),
     "messages": ({"messages": [ASK, SAY]}, ASKED),
-    "without a reply": ({"messages": [ASK]}, ASKED),
     "two turns": ({"conversations": [ASK, SAY, ASK, SAY]}, ASKED + "<|im_start|>assistant\nbirch<|im_end|>\n" + ASKED),
-    "ShareGPT": ({"conversations": [{"from": "human", "value": "amber?"}, {"from": "gpt", "value": "birch"}]}, ASKED),
-    "other role names": ({"conversations": [{"role": "human", "content": "amber?"}]}, ASKED),
-    "content in parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "amber?"}]}, SAY]}, ASKED),
     "system column": (
         {"system": "be brief", "messages": [ASK, SAY]}, "<|im_start|>system\nbe brief<|im_end|>\n" + ASKED,
     ),
-    "prompt null": ({"prompt": None, "messages": [ASK, SAY]}, ASKED),
     "a call": (
         {"messages": [ASK, CALL, {"role": "tool", "content": "3"}, SAY]},
         ASKED + "<|im_start|>assistant\n<|im_end|>\n<|im_start|>tool\n3<|im_end|>\n",
@@ -133,9 +125,7 @@ def test_a_line_is_read_as_the_data_sets_reader_reads_it(trained, tmp_path, name
 
 
 BAD_LINES = {
-    "[]": "wrong shape", "{": "not JSON", '{"prompt": ""}': "empty", '{"messages": []}': "empty",
-    '{"prompts": "a"}': "wrong shape", '{"prompt": "amber \\ud83d birch"}': "Unicode",
-    '{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}': "", '{"messages": [{"role": "x"}]}': "role",
+    "{": "not JSON", '{"prompt": ""}': "empty", '{"prompts": "a"}': "wrong shape",
     f'{{"prompt": "a", "tools": [{"[" * 600}{"]" * 600}]}}': "recursion",
 }  # fmt: skip
 
@@ -185,34 +175,33 @@ def test_a_benchmarks_rows_become_prompts(name):
     assert (benchmark.text(row), benchmark.category(row)) == (text, category)
 
 
-PROMPTS = """
-import json, sys, urllib.request
-from pathlib import Path
-import datasets, huggingface_hub
-from draft_model.dataset.encode import load_tokenizer
-from draft_model.evaluation.prompts import choose_prompts
-tokenizer = load_tokenizer(Path(sys.argv[1]))
-fetched = choose_prompts("gsm8k", None, tokenizer, "qwen", 4, 400).groups
-urllib.request.urlopen(huggingface_hub.constants.ENDPOINT + "/api/datasets/openai/gsm8k?the_end_of_it").close()
-huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-print(json.dumps([fetched, choose_prompts("gsm8k", None, tokenizer, "qwen", 4, 400).groups]))
-"""
-
-
 def test_a_benchmark_comes_from_the_hub_once_and_from_the_cache_after_that(inputs, tmp_path, monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
     rows = pyarrow.table({"question": ["How many?", "alpha beta"], "answer": ["2", "gamma"]})
     parquet.write_table(rows, written := io.BytesIO())
     card = "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: test\n    path: main/test-*\n---\n"
     files = {"README.md": card.encode(), "main/test-0.parquet": written.getvalue()}
-    with DatasetHub("openai/gsm8k", files) as hub:
-        environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.endpoint}
-        command = [sys.executable, "-c", PROMPTS, inputs.model]
-        fetched, again = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
-        assert [request for request in hub.requests if request.startswith("GET") and ".parquet" in request]
-        assert hub.requests[-1].endswith("the_end_of_it")
+    tokenizer = load_tokenizer(Path(inputs.model))
+
+    def choose():
+        return prompts.choose_prompts("gsm8k", None, tokenizer, "qwen", 4, 400).groups
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    with Hub(files, dataset="openai/gsm8k") as hub:
+        hub.connect(monkeypatch)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
+        fetched = choose()
+        assert hub.got("test-0.parquet")
+        hub.requests.clear()
+        for of in (constants, datasets.config):
+            monkeypatch.setattr(of, "HF_HUB_OFFLINE", True)
+        assert choose() == fetched
+        assert not hub.requests
     assert {category: len(found) for category, found in fetched.items()} == {"gsm8k": 2}
-    assert again == fetched
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache/datasets"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     assert prompts.to_fetch("gsm8k,mt-bench") == ["HuggingFaceH4/mt_bench_prompts"]
 
 

@@ -4,12 +4,12 @@ import json
 import os
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from command import draft_model
 from evaluation.conftest import Trained
 from model_import.hub_server import TOKEN, Hub
 from safetensors.torch import load_file, save_file
@@ -266,23 +266,26 @@ def test_the_speculators_format_must_know_its_target(exported, tmp_path):
         export(str(exported / "specforge"), "speculators", str(tmp_path / "out"), tmp_path / "work")
 
 
-@pytest.fixture
-def pushed(trained, tmp_path):
-    """Runs `draft-model push` on a copy of the draft with a card, against a Hub on this machine."""
-    _, final = trained.evaluate(tmp_path)
+@pytest.fixture(scope="module")
+def with_card(trained, tmp_path_factory):
+    """The draft after an evaluation, with a state of the training beside it."""
+    _, final = trained.evaluate(tmp_path_factory.mktemp("evaluated"))
     final.joinpath("training_state").mkdir()
     final.joinpath("training_state/moments.bin").write_bytes(b"private")
     manifest = storage.read_manifest(str(final))
     storage.publish(final, str(final), stage=manifest.stage, properties=manifest.properties)
+    return final
+
+
+@pytest.fixture
+def pushed(with_card, tmp_path, monkeypatch):
+    """Runs `draft-model push` on a copy of the draft, with a Hub on this machine."""
+    final = shutil.copytree(with_card, tmp_path / "final")
 
     def run(*words, token=TOKEN):
-        (tmp_path / "hub").mkdir(exist_ok=True)
-        with Hub(tmp_path / "hub") as hub:
-            environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": token, "HF_HUB_DISABLE_XET": "1"}
-            program = Path(sysconfig.get_path("scripts")) / "draft-model"
-            command = [program, "push", final, *words]
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
-        return done, hub
+        with Hub({}) as hub:
+            hub.connect(monkeypatch)
+            return draft_model("push", final, *words, HF_TOKEN=token), hub
 
     return run, final
 
@@ -339,12 +342,15 @@ def test_a_flipped_byte_in_a_folder_of_ours_is_refused(trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture(scope="module", params=["dspark", "dflash"])
-def block_draft(request, trained, tmp_path_factory):
-    """A trained block draft, and a folder with its exports."""
+BLOCK = {"num_hidden_layers": 1, "num_anchors": 6}
+OTHERS_SHAPES = {"dspark": {**BLOCK, "markov_rank": 8}, "dflash": {**BLOCK, "markov_rank": 0}, "eagle3.1": {}}
+
+
+@pytest.fixture(scope="module", params=OTHERS_SHAPES)
+def other_draft(request, trained, tmp_path_factory):
+    """A trained draft of another family, and a folder with its exports."""
     folder = tmp_path_factory.mktemp(request.param)
-    shape = {"num_hidden_layers": 1, "num_anchors": 6, "markov_rank": 8 if request.param == "dspark" else 0}
-    (folder / "draft.json").write_text(json.dumps(shape))
+    (folder / "draft.json").write_text(json.dumps(OTHERS_SHAPES[request.param]))
     settings = {"draft_architecture": request.param, "draft_model_config": str(folder / "draft.json"), "num_epochs": 1}
     final = Path(Trainer(trained.inputs, folder / "trained")(**settings).result.final)
     for form in FORMATS:
@@ -352,8 +358,8 @@ def block_draft(request, trained, tmp_path_factory):
     return final, folder
 
 
-def test_a_block_draft_is_evaluated_compared_and_exported_as_any_other(trained, block_draft, tmp_path):
-    final, folder = block_draft
+def test_a_draft_of_another_family_is_evaluated_compared_and_exported_alike(trained, other_draft, tmp_path):
+    final, folder = other_draft
     result, draft = Trained(trained.inputs, final).evaluate(tmp_path)
     assert result.compared_tokens >= 8
     for name in ("report.html", "README.md"):
@@ -361,8 +367,9 @@ def test_a_block_draft_is_evaluated_compared_and_exported_as_any_other(trained, 
     same_rounds(trained, tmp_path / "compared", str(final), *(str(folder / form) for form in FORMATS))
 
 
-def test_speculators_own_code_reads_block_drafts(trained, block_draft, tmp_path):
-    final, folder = block_draft
+@pytest.mark.parametrize("other_draft", ["dspark", "dflash"], indirect=True)
+def test_speculators_own_code_reads_block_drafts(trained, other_draft, tmp_path):
+    final, folder = other_draft
     saved = tmp_path / "saved"
     said = by_their_own_code("speculators", "speculators_round_trip.py", folder / "speculators", saved)
     kind = config(folder / "speculators")["architectures"][0]

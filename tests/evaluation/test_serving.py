@@ -95,15 +95,6 @@ def test_vllms_own_command_line_takes_both(card_commands, container):
     assert card["speculative_config"] == {**SPECULATIVE, "model": "THIS_FOLDER"}
 
 
-def test_sglangs_command_has_its_names(card_commands):
-    # SGLang 0.5.23, srt/arg_groups/fields/: model.py and spec.py.
-    names = {
-        "--model-path", "--revision", "--speculative-algorithm", "--speculative-draft-model-path",
-        "--speculative-num-steps", "--speculative-eagle-topk", "--speculative-num-draft-tokens",
-    }  # fmt: skip
-    assert {word for word in card_commands[1] if word.startswith("--")} == names
-
-
 @pytest.fixture
 def wheel():
     """SGLang's, which `make check-serving` downloads; SGLang itself runs on GPUs only."""

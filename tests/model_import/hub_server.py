@@ -1,4 +1,4 @@
-"""A Hub on 127.0.0.1: the requests that huggingface_hub makes for one repository, answered as huggingface.co does.
+"""A Hub on 127.0.0.1: what huggingface_hub and datasets ask for one repository, answered as huggingface.co does.
 
 Weights are in large-file storage: they are redirected to another host, which knows ranges and must never see a token.
 """
@@ -13,6 +13,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,7 +22,7 @@ TOKEN = "hf_never_shown"
 
 
 class Hub:
-    """Serves the files of a folder as `org/name`.
+    """Serves files, by their names or of a folder, as the model `org/name`, or as a data set.
 
     Attributes:
         requests: method, path, range and whether a token came, of every request.
@@ -36,8 +37,12 @@ class Hub:
         pushed: the files of the commit that was pushed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    def __init__(self, given: Path | Mapping[str, bytes], dataset: str = "") -> None:
+        found = {path.name: path.read_bytes() for path in given.iterdir()} if isinstance(given, Path) else given
+        self.files = dict(found)
+        self.name = dataset or "org/name"
+        self.api = f"/api/{'datasets' if dataset else 'models'}/{self.name}"
+        self.at = f"/datasets/{self.name}" if dataset else f"/{self.name}"
         self.requests: list[tuple[str, str, str, bool]] = []
         self.cuts: list[str] = []
         self.refuses: str | int = ""
@@ -84,6 +89,16 @@ class Hub:
             server.shutdown()
             server.server_close()
 
+    def connect(self, monkeypatch) -> None:
+        """Has huggingface_hub in this process ask it; the library reads its variables when it is imported."""
+        from huggingface_hub import constants
+
+        template = self.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", self.endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+
     def got(self, name: str) -> list[str]:
         """The ranges of the GET requests for a file's bytes."""
         return [span for method, path, span, _ in self.requests if method == "GET" and path.endswith(f"/{name}")]
@@ -96,12 +111,12 @@ class Hub:
         if self.busy and not at_cdn:
             self._send(request, self.busy.pop(0), {"Retry-After": "0"})
         elif at_cdn:
-            self._send_range(request, path.rpartition("/")[2], body)
-        elif match := re.fullmatch(r"/api/models/org/name(?:/revision/(.+))?", path):
+            self._send_range(request, path.removeprefix("/blobs/"), body)
+        elif match := re.fullmatch(f"{self.api}(?:/revision/(.+))?", path):
             self._describe(request, match[1])
-        elif path == f"/api/models/org/name/tree/{COMMIT}":
-            self._send(request, 200, {"Content-Type": "application/json"}, json.dumps(self._tree()).encode())
-        elif match := re.fullmatch(r"/org/name/resolve/([^/]+)/(.+)", path):
+        elif match := re.fullmatch(f"{self.api}/tree/{COMMIT}(?:/(.+))?", path):
+            self._send(request, 200, {"Content-Type": "application/json"}, json.dumps(self._tree(match[1])).encode())
+        elif match := re.fullmatch(f"{self.at}/resolve/([^/]+)/(.+)", path):
             self._resolve(request, *match.groups(), body)
         else:
             self._send(request, 401, {"X-Error-Code": "RepoNotFound"})
@@ -150,18 +165,22 @@ class Hub:
         if revision not in (None, "main", "v1", COMMIT):
             return self._send(request, 404, {"X-Error-Code": "RevisionNotFound"})
         siblings = [self._sibling(name, data) for name, data in sorted(self.files.items())]
-        answer = {"id": "org/name", "modelId": "org/name", "sha": COMMIT, "siblings": siblings, "tags": []}
+        answer = {"id": self.name, "modelId": self.name, "sha": COMMIT, "siblings": siblings, "tags": []}
         answer.pop(self.leaves_out, None)
         return self._send(request, 200, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
-    def _tree(self) -> list[dict]:
-        found = []
-        for name, data in sorted(self.files.items()):
-            entry = {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-            if self._large(name):
+    def _tree(self, folder: str | None) -> list[dict]:
+        """What lies directly in a folder; None is the root."""
+        found = {}
+        for path, data in sorted(self.files.items()):
+            below = f"{folder}/" if folder else ""
+            first, _, more = path.removeprefix(below).partition("/")
+            entry = {"type": "file", "path": path, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            if self._large(path):
                 entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-            found.append(entry)
-        return found
+            if path.startswith(below):
+                found[first] = {**entry, "type": "directory", "path": below + first} if more else entry
+        return list(found.values())
 
     def _sibling(self, name: str, data: bytes) -> dict:
         found = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
@@ -175,7 +194,7 @@ class Hub:
         return not name.endswith((".json", ".jinja", ".md"))
 
     def _resolve(self, request, revision: str, name: str, body: bool) -> None:
-        if revision != COMMIT or name not in self.files:
+        if revision not in ("main", COMMIT) or name not in self.files:
             return self._send(request, 404, {"X-Error-Code": "EntryNotFound"})
         data = self.files[name]
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha1(data).hexdigest()}"'}

@@ -30,12 +30,8 @@ def hub(published, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     with Hub(published) as server:
-        # What HF_ENDPOINT sets, which is read when the library is imported; the command line's test sets that.
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        server.connect(monkeypatch)
         monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
         monkeypatch.setattr(hub_module, "WAIT", 0.0)
         server.arrived = lambda: any(path.stat().st_size for path in (tmp_path / "work").rglob("*.incomplete"))
         yield server

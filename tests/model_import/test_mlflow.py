@@ -7,14 +7,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import urllib.request
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import unquote
 
 import pytest
 import yaml
+from answers import answering
 
 from .case import CANONICAL, TOKENIZER, names, same_weights
 
@@ -35,10 +34,12 @@ def logged(target, object_store, tmp_path_factory):
             env=environment, stdout=log, stderr=log, start_new_session=True, cwd=root,
         )  # fmt: skip
     try:
-        wait_for(address, server, root / "log")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imported
             patch.setenv("MLFLOW_TRACKING_URI", address)
+            import mlflow.transformers  # noqa: F401  # for some seconds, as the server
+
+            wait_for(address, server, root / "log")
             yield log_models(target, f"s3://{object_store.bucket}/{uuid.uuid4().hex}", root)
     finally:
         os.killpg(server.pid, 15)
@@ -122,71 +123,43 @@ def test_the_layouts_of_mlflow(target, places, remote, upload, tmp_path, bring):
     assert names(bring(mlflow_model_path=uri).uri) == set().union(*places.values())
 
 
-@pytest.fixture
-def server():
-    """Starts an HTTP server; `answer(path)` gives the JSON of a request, or None for 404."""
-    started = []
-
-    def start(answer):
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                found = answer(self.path.partition("?")[0], parse_qs(urlsplit(self.path).query))
-                content = b"<title>404</title>" if found is None else found
-                self.send_response(404 if found is None else 200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            do_POST = do_GET
-
-            def log_message(self, *_):
-                pass
-
-        started.append(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
-        threading.Thread(target=started[-1].serve_forever, args=(0.01,), daemon=True).start()
-        return f"http://me:s3cret@127.0.0.1:{started[-1].server_port}"
-
-    yield start
-    for one in started:
-        one.shutdown()
-        one.server_close()
-
-
-def test_a_server_of_2_x_keeps_a_runs_model_among_its_files(model, server, target, bring):
+def test_a_server_of_2_x_keeps_a_runs_model_among_its_files(model, target, bring):
     (model / "MLmodel").write_text("flavors: {transformers: {}}")
     run = "0123456789abcdef0123456789abcdef"
 
-    def answer(path, query):
+    def answer(path):
         if "/runs/get" in path:
             info = {"run_id": run, "run_uuid": run, "experiment_id": "0", "status": "FINISHED"}
             info |= {"lifecycle_stage": "active", "artifact_uri": f"mlflow-artifacts:/0/{run}/artifacts"}
-            return json.dumps({"run": {"info": info, "data": {}}}).encode()
+            return 200, json.dumps({"run": {"info": info, "data": {}}}).encode()
         below = f"0/{run}/artifacts/model"
-        if path.endswith("/mlflow-artifacts/artifacts"):
-            found = model.iterdir() if query.get("path") == [below] else []
+        if "/mlflow-artifacts/artifacts?" in path:
+            found = model.iterdir() if unquote(path).endswith(f"path={below}") else ()
             files = [{"path": file.name, "is_dir": False, "file_size": file.stat().st_size} for file in found]
-            return json.dumps({"files": files}).encode()
+            return 200, json.dumps({"files": files}).encode()
         if f"/artifacts/{below}/" in path:
-            return (model / path.rpartition("/")[2]).read_bytes()
-        return None
+            return 200, (model / path.rpartition("/")[2]).read_bytes()
+        return 404, b"<title>404</title>"
 
-    result = bring(mlflow_model_path=f"runs:/{run}/model", mlflow_tracking_uri=server(answer).replace("me:s3cret@", ""))
+    with answering(answer, query=True) as server:
+        result = bring(mlflow_model_path=f"runs:/{run}/model", mlflow_tracking_uri=server)
     assert same_weights(result.uri, target)
 
 
 @pytest.mark.parametrize("scheme", ["wasbs", "abfss", "sftp", "r2", "nosuch"])
-def test_a_model_in_a_store_whose_client_is_not_installed(server, scheme, refusal, monkeypatch):
-    def answer(path, _query):
+def test_a_model_in_a_store_whose_client_is_not_installed(scheme, refusal, monkeypatch):
+    def answer(path):
         if "get-download-uri" in path:
-            return json.dumps({"artifact_uri": f"{scheme}://u:s3cret@host/m"}).encode()
-        return b'{"registered_model": {"name": "target"}}' if "/registered-models/get" in path else None
+            return 200, json.dumps({"artifact_uri": f"{scheme}://u:s3cret@host/m"}).encode()
+        found = b'{"registered_model": {"name": "target"}}' if "/registered-models/get" in path else b""
+        return 200 if found else 404, found
 
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):  # R2's client is that of S3
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", server(answer))
-    (problem,) = refusal(mlflow_model_path="models:/target/3")
+    with answering(answer) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.replace("//", "//me:s3cret@"))
+        (problem,) = refusal(mlflow_model_path="models:/target/3")
     assert f"it lies at {scheme}://host/m" in problem
     assert "s3cret" not in problem
 

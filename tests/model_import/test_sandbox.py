@@ -69,8 +69,9 @@ def test_a_wall_clock_limit_and_a_tensor_expanded_from_one_number(model, target,
 def test_the_processes_have_no_keys_cannot_reach_the_hub_and_end_with_their_parent():
     program = (
         "import os, pathlib, huggingface_hub\n"
-        "from draft_model.workers import Workers\n"
-        "with Workers() as worker:\n"
+        "from draft_model import workers\n"
+        "workers._PRELOADED.clear()\n"
+        "with workers.Workers() as worker:\n"
         "    found = worker.call(pathlib.Path.read_text, pathlib.Path('/proc/self/environ'))\n"
         "    print('PATH=' in found, 'never shown' in found, worker.call(huggingface_hub.is_offline_mode))\n"
         "    print(os.environ['OTHER_API_KEY'], flush=True)\n"

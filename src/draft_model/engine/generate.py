@@ -120,7 +120,8 @@ def main() -> None:
                 **sampling, max_tokens=request.max_new_tokens, seed=request.seed if sampling["temperature"] else None,
                 stop_token_ids=settings["end_tokens"], detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
             )  # fmt: skip
-            engine.add_request(str(request.id), {"prompt_token_ids": request.prompt}, params)
+            (prompt,) = engine.renderer.render_cmpl([{"prompt_token_ids": request.prompt}])
+            engine.add_request(str(request.id), prompt, params)
             busy = True
         for done in engine.step():
             if done.finished:

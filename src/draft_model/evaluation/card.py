@@ -149,6 +149,9 @@ def print_summary(final: Path, folder: Path) -> None:
             f"without a draft: 1), by {evaluation['engine']}",
             "kept by position": ", ".join(f"{share:.0%}" for share in trained["acceptance_by_position"])
             + " of the 1st, 2nd, ... proposed token",
+            "by kind of prompt": ", ".join(
+                f"{its['category']} {its['acceptance_length']:.2f}" for its in evaluation["by_category"]
+            ),
             "lossless": f"{verdict}: {lossless['compared_tokens']:,} compared on {lossless['prompts']} prompts, "
             f"{len(lossless['ties'])} ties",
         }
