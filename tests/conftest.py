@@ -30,8 +30,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=rank)
 
 
+def pytest_collection_finish():
+    gc.freeze()
+
+
 def pytest_unconfigure():
-    gc.freeze()  # nor are they searched at the end
+    gc.freeze()  # at the end nothing is searched
 
 
 @pytest.fixture(scope="session")

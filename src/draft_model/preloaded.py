@@ -1,6 +1,7 @@
 """What the server of `workers` loads once, before it forks, unseen by the garbage collector there and in the forks."""
 
 import gc
+from contextlib import suppress
 from importlib import import_module
 
 gc.disable()
@@ -9,6 +10,7 @@ for name in (
     "transformers.models.auto.tokenization_auto", "transformers.models.auto.modeling_auto",
     "transformers.models.llama.tokenization_llama", "transformers.models.llama.modeling_llama", "pyarrow.parquet",
 ):  # fmt: skip
-    import_module(name)
+    with suppress(ImportError):  # the image of the data set has no torch
+        import_module(name)
 gc.freeze()
 gc.enable()
