@@ -108,11 +108,13 @@ def test_the_run_that_kfp_made_is_written_to_and_left_to_kfp(client, store, tmp_
 @pytest.mark.parametrize("given", ["", "mlflow:5000", "10.0.0.1:5000/path"])
 def test_without_a_tracking_uri_nothing_is_tracked(uri, tmp_path, monkeypatch, given, caplog):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
-    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     with track("train") as tracker:
         assert not tracker.active
         tracker.metrics(1, {"loss": 2.0})
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
     assert ("put http:// or https:// before it" in caplog.text) == bool(given)
 
 
