@@ -1,11 +1,13 @@
 """Fixtures that tests of several packages share."""
 
+import gc
 import os
 from pathlib import Path
 
 import hypothesis
 import pytest
 
+gc.set_threshold(50_000)  # libraries make a million objects that stay
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors lose by threads, most where others want the cores
 hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("untimed")
@@ -26,6 +28,14 @@ def pytest_collection_modifyitems(items):
         return next((number for number, start in enumerate(LONGEST) if path.startswith(start)), len(LONGEST))
 
     items.sort(key=rank)
+
+
+def pytest_collection_finish():
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.freeze()  # at the end nothing is searched
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from evaluation.report_inputs import make_report
 
 from draft_model.dataset import REPORT_PAGE, DatasetConfig, run
 from draft_model.evaluation.report import write_report
-from draft_model.parameters.rules import validate
+from draft_model.parameters import Parameters
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here; Debian: apt-get install chromium")
 
@@ -67,7 +67,7 @@ def pages(inputs, tmp_path_factory):
     train.write_text("\n".join(rows))
     validation = tiny.write_jsonl(folder / "validation.jsonl", tiny.conversations(9, seed=1))
     data = {"dataset_train_split": str(train), "dataset_validation_split": str(validation), "chat_template": "qwen"}
-    parameters = validate({**data, "max_length": 48, "max_rejected_fraction": 0.2}, ["dataset"])
+    parameters = Parameters(**data, max_length=48, max_rejected_fraction=0.2)
     dataset = folder / "dataset"
     run(DatasetConfig(inputs.model, str(dataset), parameters, folder / "work"))
     return {"evaluation": folder / "evaluation.html", "dataset": dataset / REPORT_PAGE}

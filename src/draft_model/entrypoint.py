@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import io
 import json
 import logging
@@ -43,8 +45,18 @@ class _Lines(logging.Formatter):
         return printable(without_credentials(super().format(record)))
 
 
+def spare_libraries() -> None:
+    """Keeps the garbage collector off the objects of libraries, which stay: a third of a process's start and end.
+
+    `target.load_model` sets the usual threshold again: cycles may hold tensors.
+    """
+    gc.set_threshold(50_000)
+    atexit.register(gc.freeze)
+
+
 def set_up() -> None:
     """Our own log lines to standard error, other libraries' from warnings on; and variables without a line break."""
+    spare_libraries()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines("%(asctime)s %(message)s", "%H:%M:%S"))
     # By force, because KFP's executor has set up its own, which shows every library at INFO.

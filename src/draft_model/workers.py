@@ -28,11 +28,7 @@ T = TypeVar("T")
 Tag = TypeVar("Tag")
 
 _SECRET = re.compile(r"^(AWS_|HF_|MLFLOW_|KFP_)|TOKEN|SECRET|PASSWORD|CREDENTIAL|KEY")
-_PRELOADED = [
-    "draft_model.dataset.encode", "draft_model.model_import.check", "transformers.modeling_utils",
-    "transformers.models.auto.tokenization_auto", "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.tokenization_llama", "transformers.models.llama.modeling_llama", "pyarrow.parquet",
-]  # fmt: skip
+_PRELOADED = ["draft_model.preloaded"]
 
 
 class Limits(NamedTuple):

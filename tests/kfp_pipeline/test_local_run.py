@@ -6,8 +6,8 @@ import re
 import signal
 import subprocess
 import sysconfig
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
 from pathlib import Path
 
 import psutil
@@ -77,24 +77,48 @@ def processes_of(folder):
 
 @pytest.fixture(scope="module")
 def killed(folder, values):
-    """A run whose command was killed: all of its commands before, and the processes that are left."""
-    with endless(folder, values) as process:
+    """A run whose command was killed: all of its commands before, and what waits for its processes and gives the rest.
+
+    They take ORPHAN_SECONDS, in which a test that works elsewhere may run.
+    """
+    with ExitStack() as stack:
+        process = stack.enter_context(endless(folder, values))
         before = [" ".join(each.cmdline()) for each in processes_of(folder)]
         process.kill()
-        process.communicate()  # until the last process that could write there has ended
-        psutil.wait_procs(processes_of(folder), timeout=3 * ORPHAN_SECONDS)
-        return before, processes_of(folder)
+
+        @cache
+        def left():
+            with stack:
+                process.communicate()  # until the last process that could write there has ended
+                psutil.wait_procs(processes_of(folder), timeout=3 * ORPHAN_SECONDS)
+                return processes_of(folder)
+
+        yield before, left
+
+
+@pytest.mark.usefixtures("killed")
+def test_what_a_step_finds_wrong_ends_the_run_with_its_own_sentence(tmp_path, values):
+    (tmp_path / "draft.json").write_text('{"draft_vocab_size": 100000}')
+    with pytest.raises(DraftModelError, match=r"^draft_model_config: .*draft_vocab_size"):
+        run_local({**values, "draft_model_config": str(tmp_path / "draft.json")}, tmp_path / "run")
+    log = (tmp_path / "run/run.log").read_text()
+    assert "Traceback" not in log
+    assert "clean-up" in log
+    assert [step for step in STEPS[1:-1] if step in log] == []
+    assert [left for left in processes_of(tmp_path) if left.pid != os.getpid()] == []
+    assert not (tmp_path / "run/output").exists()
 
 
 def test_kill_9_of_the_command_alone_while_training_ends_everything(killed):
-    before, after = killed
+    before, left = killed
     assert all(any(name in command for command in before) for name in ("weed", "executor_main", "draft_model.training"))
-    assert after == []
+    assert left() == []
 
 
 @pytest.fixture(scope="module")
 def interrupted(killed, folder, values):
     """What Ctrl-C leaves of a run: exit code, what it printed last, processes after."""
+    killed[1]()
     with endless(folder, values) as process:
         os.killpg(process.pid, signal.SIGINT)
         printed, _ = process.communicate()
@@ -118,18 +142,6 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
         pass
     with _alone(tmp_path):
         pass
-
-
-def test_what_a_step_finds_wrong_ends_the_run_with_its_own_sentence(tmp_path, values):
-    (tmp_path / "draft.json").write_text('{"draft_vocab_size": 100000}')
-    with pytest.raises(DraftModelError, match=r"^draft_model_config: .*draft_vocab_size"):
-        run_local({**values, "draft_model_config": str(tmp_path / "draft.json")}, tmp_path / "run")
-    log = (tmp_path / "run/run.log").read_text()
-    assert "Traceback" not in log
-    assert "clean-up" in log
-    assert [step for step in STEPS[1:-1] if step in log] == []
-    assert [left for left in processes_of(tmp_path) if left.pid != os.getpid()] == []
-    assert not (tmp_path / "run/output").exists()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Recurring runs against a KFP API server: what the file says is there once, and a second time changes nothing."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -211,7 +212,7 @@ def test_the_command_of_the_job(api, tmp_path):
     command = [sys.executable, "-m", "kfp_pipeline.recurring", f"--file={path}", f"--version={VERSION}"]
 
     def run(*more: str):
-        environment = {"HOME": str(tmp_path), "PATH": ""}
+        environment = {"HOME": str(tmp_path), "PATH": "", "PYTHONPATH": os.pathsep.join(sys.path)}
         return subprocess.run([*command, *more], env=environment, capture_output=True, text=True)
 
     first = run(f"--host={api.host}", f"--token-file={token}")

@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-import sysconfig
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from kfp_pipeline.compile import COMPILED
 
 pytestmark = pytest.mark.usefixtures("nothing_of_this_machine")
 DOCS = Path(__file__).parents[2] / "docs" / "client.md"
-PROGRAM = Path(sysconfig.get_path("scripts")) / "draft-model"
+PROGRAM = "from kfp_pipeline import watch; watch.PAUSES = 0.05, 0.05; from draft_model.cli import main; main()"
 GIVEN = ["--image", "registry.example/{kind}:1", "--set", "huggingface_id=org/name"]
 GIVEN += ["--set", "dataset_train_split=s3://bucket/train.jsonl"]
 RUNNING = [("RUNNING", {"preflight": "RUNNING"})]
@@ -59,8 +58,9 @@ def started(environment):
 
     def start(*arguments):
         process = subprocess.Popen(
-            [PROGRAM, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-c", PROGRAM, *map(str, arguments)], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
         processes.append(process)
         return process
 

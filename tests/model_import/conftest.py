@@ -9,7 +9,7 @@ import torch
 from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.model_import import ImportConfig, run
-from draft_model.parameters.rules import validate
+from draft_model.parameters import Parameters
 
 torch.set_num_threads(1)
 
@@ -31,7 +31,7 @@ def bring(tmp_path):
 
     def bring(output=None, root="", **source):
         output = output or str(tmp_path / "out")
-        return run(ImportConfig(output, tmp_path / "work", validate(source, ["import"]), root=root))
+        return run(ImportConfig(output, tmp_path / "work", Parameters(**source), root=root))
 
     return bring
 

@@ -13,7 +13,6 @@ from draft_model.model_import import ImportConfig, is_weight, run
 from draft_model.model_import.sources import File, Listing, Source, resolve
 from draft_model.model_import.stage import _licence
 from draft_model.parameters import Parameters
-from draft_model.parameters.rules import validate
 
 from .case import CANONICAL, change_config, names, same_weights
 
@@ -128,7 +127,7 @@ def test_runs_share_models_by_their_content(model, object_store, tmp_path, bring
 
 
 def test_two_runs_at_once_leave_one_whole_model(model, tmp_path):
-    parameters = validate({"pytorch_model_path": str(model)}, ["import"])
+    parameters = Parameters(pytorch_model_path=str(model))
 
     def one(number):
         return run(ImportConfig("", tmp_path / f"work-{number}", parameters, root=str(tmp_path / "root"))).uri

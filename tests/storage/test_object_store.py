@@ -4,12 +4,11 @@ import contextlib
 import hashlib
 import os
 import random
-import ssl
-import subprocess
 import threading
 from pathlib import Path
 
 import pytest
+from answers import certified
 
 from draft_model import storage
 from draft_model.errors import DraftModelError, StoreUnavailable
@@ -243,21 +242,14 @@ def test_what_a_disk_cannot_take_is_told_in_words(prefix, source, tmp_path, monk
 
 
 def test_a_store_behind_a_certificate_of_its_own(object_store, prefix, source, tmp_path, monkeypatch):
-    certificate, key = tmp_path / "ca.pem", tmp_path / "key.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
-         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+    context = certified(tmp_path)
     with Relay(object_store.environment["AWS_ENDPOINT_URL"], context) as relay:
         for name in ENDPOINTS:
             monkeypatch.setenv(name, relay.endpoint)
         monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
         with pytest.raises(DraftModelError, match=r"no trusted TLS connection .* set AWS_CA_BUNDLE"):
             storage.exists(prefix)
-        monkeypatch.setenv("AWS_CA_BUNDLE", f"{certificate}\n")
+        monkeypatch.setenv("AWS_CA_BUNDLE", f"{tmp_path}/cert.pem\n")
         publish(source, prefix)
         assert content(storage.fetch(prefix, tmp_path / "into"), FILES) == FILES
 

@@ -19,11 +19,11 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stages(root):
+def stages(root, store):
     """A client of the store, runs of all stages by name, and the last line that each command printed."""
     from mlflow import MlflowClient
 
-    uri = f"sqlite:///{root}/mlflow.db"
+    uri = store(root / "mlflow.db")
     given = tiny.write_run(
         root, num_epochs=1, log_steps=1, register_model_name="tiny-eagle3", build_dataset_num_proc=1,
         mlflow_tracking_uri=uri, checkpoint_path=f"{root}/checkpoints",

@@ -19,14 +19,14 @@ EXPECTED = [(step, step / 2) for step in range(STEPS)]
 
 
 @pytest.fixture
-def uri(tmp_path, monkeypatch):
+def uri(store, tmp_path, monkeypatch):
     """A store that the environment leads to; no variable of the machine's own is left."""
     for name in list(os.environ):
         if name.startswith("MLFLOW_"):
             monkeypatch.delenv(name)
     monkeypatch.delenv(RUN, raising=False)
     monkeypatch.setattr(tracking, "_DEFAULTS", {"MLFLOW_DISABLE_TELEMETRY": "true"})
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store(tmp_path / "mlflow.db"))
     return os.environ["MLFLOW_TRACKING_URI"]
 
 
@@ -93,14 +93,14 @@ def test_a_stage_that_succeeds_the_second_time_leaves_no_failed_parent(client, m
         assert runs(client, "draft-model")[0].info.status == status
 
 
-def test_the_run_that_kfp_made_is_written_to_and_left_to_kfp(client, uri, monkeypatch):
+def test_the_run_that_kfp_made_is_written_to_and_left_to_kfp(client, store, tmp_path, monkeypatch):
     made = client.create_run(client.create_experiment("of kfp"), run_name="task")
     monkeypatch.setenv("MLFLOW_RUN_ID", made.info.run_id)
     with track("train") as tracker:
         tracker.metrics(1, {"loss": 2.0})
     found = client.get_run(made.info.run_id)
     assert (found.data.metrics, found.info.status) == ({"loss": 2.0}, "RUNNING")
-    with track("train", f"{uri}.other") as tracker:  # the ids of the environment are not those of another server
+    with track("train", store(tmp_path / "other.db")) as tracker:  # the environment's ids are not those of another
         tracker.metrics(1, {"loss": 3.0})
     assert client.get_run(made.info.run_id).data.metrics == {"loss": 2.0}
 
@@ -108,15 +108,17 @@ def test_the_run_that_kfp_made_is_written_to_and_left_to_kfp(client, uri, monkey
 @pytest.mark.parametrize("given", ["", "mlflow:5000", "10.0.0.1:5000/path"])
 def test_without_a_tracking_uri_nothing_is_tracked(uri, tmp_path, monkeypatch, given, caplog):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", given)
-    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     with track("train") as tracker:
         assert not tracker.active
         tracker.metrics(1, {"loss": 2.0})
-    assert list(tmp_path.iterdir()) == []
+    assert list(here.iterdir()) == []
     assert ("put http:// or https:// before it" in caplog.text) == bool(given)
 
 
-def test_a_server_that_comes_back_gets_what_follows(uri, client, tmp_path, monkeypatch, caplog):
+def test_a_server_that_comes_back_gets_what_follows(uri, store, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(tracking, "PAUSE", 0.0)
     monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)
     away = tmp_path / "away"
@@ -127,6 +129,7 @@ def test_a_server_that_comes_back_gets_what_follows(uri, client, tmp_path, monke
             threading.Event().wait(0.01)
         away.unlink()
         away.mkdir()
+        store(away / "mlflow.db")
         tracker.metrics(2, {"loss": 2.0})
     from mlflow import MlflowClient
 

@@ -9,7 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
-from draft_model.entrypoint import ERROR_FILE
+from draft_model.entrypoint import ERROR_FILE, spare_libraries
 from draft_model.processes import end_with_parent
 
 STOP_SECONDS = 600
@@ -26,6 +26,7 @@ def main() -> int:
     Returns:
         0, or what the first process that failed ended with; 128 + the signal's number where a signal ended it.
     """
+    spare_libraries()
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as run

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from draft_model.errors import DraftModelError, Problem, named_parameters
+from draft_model.errors import Problem, named_parameters
 from draft_model.parameters.schema import PARAMETERS, REMOVED, STAGES, Parameters, Stage
 
 MODEL_SOURCES = ("huggingface_id", "pytorch_model_path", "mlflow_model_path")
@@ -116,10 +116,3 @@ def problems_with(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -
     bad, wanted = named_parameters(problems), set(stages)
     broken = _broken_rules(parameters)
     return [*problems, *(problem for stage, names, problem in broken if stage in wanted and bad.isdisjoint(names))]
-
-
-def validate(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parameters:
-    """Turns values by name into `Parameters`; raises DraftModelError with every problem there is."""
-    if problems := problems_with(values, stages):
-        raise DraftModelError(problems)
-    return Parameters.model_validate(dict(values))
