@@ -63,6 +63,7 @@ class Recipe:
     ema: float = 0.0  # decay per step of the averaged weights that are validated
     steps: int = 3  # ttt_length
     step_decay: float = 0.8
+    loss: str = "kl"  # or lk, or tv
     head: float = 1.0  # rate of lm_head and norm, relative
     embedding: float = 1.0  # standard deviation of the embedding's half of q, k and v at the start, relative
     noise: float = 1.0  # of fc beside its identity, relative
@@ -71,7 +72,7 @@ class Recipe:
 
 BASE = Recipe()
 MUON = replace(BASE, muon=2e-2)
-LIGHT = replace(MUON, muon_momentum=0.5)  # as draft_optimizer=muon is now
+LIGHT = replace(MUON, muon_momentum=0.5)
 VARIANTS: dict[str, Recipe] = {
     "base": BASE,
     "batch-1": replace(BASE, batch=1),
@@ -100,9 +101,19 @@ VARIANTS: dict[str, Recipe] = {
     "muon-2e-2-rate-2e-3": replace(MUON, rate=2e-3),
     "muon-2e-2-ns3": replace(MUON, muon_steps=3),
     "muon-2e-2-m0.9": replace(MUON, muon_momentum=0.9),
+    "beta1-0.5": replace(BASE, beta1=0.5),
+    "muon-2e-2-lk": replace(MUON, loss="lk"),
+    "muon-4e-2": replace(MUON, muon=4e-2),
     "muon-2e-2-m0.8": replace(MUON, muon_momentum=0.8),
     "muon-2e-2-m0.5": LIGHT,
+    "muon-2e-2-m0.6": replace(MUON, muon_momentum=0.6),
     "muon-2e-2-m0.3": replace(MUON, muon_momentum=0.3),
+    "muon-2e-2-m0.3-floor-0.1": replace(MUON, muon_momentum=0.3, floor=0.1),
+    "muon-2e-2-m0.5-beta1-0.5": replace(LIGHT, beta1=0.5),
+    "muon-2e-2-m0.5-rate-2e-3": replace(LIGHT, rate=2e-3),
+    "muon-2e-2-m0.5-b1": replace(LIGHT, batch=1),
+    "muon-1e-2-m0.5": replace(LIGHT, muon=1e-2),
+    "muon-3e-2-m0.7": replace(MUON, muon=3e-2, muon_momentum=0.7),
     "muon-2e-2-m0.5-floor-0.1": replace(LIGHT, floor=0.1),
     "muon-2e-2-m0.5-unroll-1": replace(LIGHT, steps=1),
     "muon-2e-2-m0.5-unroll-2": replace(LIGHT, steps=2),
@@ -261,7 +272,7 @@ def run(case: Case, recipe: Recipe, conversations: int, seed: int, train: States
     draft = create(case, recipe, seed)
     target_seconds = time_target(case, train, recipe.batch)
     longest = int(max(train.split.lengths.max(), validation.split.lengths.max()))
-    objective = KeptObjective(draft, case.target, recipe.steps, "sdpa", torch.bfloat16, longest)
+    objective = KeptObjective(draft, case.target, recipe.steps, "sdpa", torch.bfloat16, longest, recipe.loss)
     opts = list(optimizers(recipe, draft))
     peaks = [[group["lr"] for group in opt.param_groups] for opt in opts]
     lengths = train.split.lengths[:conversations]

@@ -213,8 +213,8 @@ def gain(folder: str, work: Path, count: int, steps: int, seeds: list[int], held
             dataset_train_split=train, dataset_validation_split=own.split_uri("validation"), chat_template="qwen",
             draft_model_config=str(EXAMPLES / "draft.json"), max_length=320, ttt_length=3, seed=seed, num_epochs=1,
             total_steps=steps, draft_global_batch_size=2, draft_micro_batch_size=2, training_batch_size=2,
-            draft_optimizer="muon", learning_rate=0.001, warmup_ratio=0.03, log_steps=40, training_backend="local",
-            max_rejected_fraction=0.1,
+            draft_optimizer="muon", momentum=0.95, learning_rate=0.001, warmup_ratio=0.03, log_steps=40,
+            training_backend="local", max_rejected_fraction=0.1,
         )  # fmt: skip
         place = work / f"{name.replace(' ', '-')}-{steps}-{seed}"
         built = dataset.run(dataset.DatasetConfig(model, str(place / "dataset"), settings, place / "work"))

@@ -266,7 +266,7 @@ def test_a_step_of_blocks_asks_for_no_number(form, monkeypatch):
     states = [states.bfloat16() for states in case.states]
     blocks = place_blocks(case.batch, objective.draft.config.proposals, 4)  # on the host, where it may ask
     monkeypatch.setattr(objective_of_blocks, "place_blocks", lambda *_: blocks)
-    gradients, muon = Gradients(objective.draft.parameters()), make_optimizer("muon", objective.draft, 1e-3)
+    gradients, muon = Gradients(objective.draft.parameters()), make_optimizer("muon", objective.draft, 1e-3, 0.9)
     with Waits() as waits:
         block_mask(blocks, objective.draft.config.block_size)
         with cast_once(objective.draft, torch.bfloat16):

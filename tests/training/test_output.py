@@ -275,6 +275,18 @@ def test_the_first_process_of_a_machine_fetches_the_checkpoint_and_the_others_tr
     assert len(fetched) == 2
 
 
+def test_a_start_that_another_machine_caused_looks_for_checkpoints_again(train, monkeypatch):
+    """It has the same restart count, so the marker has to be gone before a checkpoint is written."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    config, known, learn = train.config(), [], job.train
+    monkeypatch.setattr(
+        job, "train", lambda *given: known.append({path.name for path in config.work.iterdir()}) or learn(*given)
+    )
+    job.run(config)
+    assert "inputs.json" in known[0]
+    assert "resumed.json" not in known[0]
+
+
 def test_the_best_of_none_is_none(tmp_path):
     (tmp_path / "checkpoints.json").write_text(json.dumps(["epoch_1"]))
     assert Output(str(tmp_path), tmp_path, newest=1, best=True).best() is None

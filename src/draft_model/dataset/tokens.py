@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,6 +81,7 @@ class Split:
         self._first = np.cumsum([0, *(shard.rows for shard in self._shards)])
         self._open = functools.lru_cache(_OPEN_SHARDS)(lambda shard: pq.ParquetFile(paths[shard], memory_map=True))
         self._group: tuple[tuple[int, int], Any] = ((-1, -1), None)
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -101,7 +103,8 @@ class Split:
         index %= len(self)
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
         group, row = divmod(index - int(self._first[shard]), GROUP_ROWS)
-        if self._group[0] != (shard, group):
-            table = self._open(shard).read_row_group(group, columns=["input_ids", "loss_mask", "line"])
-            self._group = ((shard, group), table.combine_chunks())
-        return self._shards[shard], self._group[1], row
+        with self._lock:  # a training reads in two threads
+            if self._group[0] != (shard, group):
+                table = self._open(shard).read_row_group(group, columns=["input_ids", "loss_mask", "line"])
+                self._group = ((shard, group), table.combine_chunks())
+            return self._shards[shard], self._group[1], row

@@ -137,7 +137,7 @@ def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **setti
             logger.info("the target's FP8 weights are dequantised to %s", str(dtype).removeprefix("torch."))
             quantisation["dequantize"] = True  # FineGrainedFP8Config as an argument would drop modules_to_not_convert
         model = load(folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, **settings)
-        gc.set_threshold(700)  # Python's own; the entry points raise it until the libraries are loaded
+        gc.set_threshold(700)  # as Python has it; the entry points raise it until the libraries are loaded
         return model.to(dtype) if fp8 else model  # what is not quantised keeps its own type otherwise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise DraftModelError(f"the target model in {folder} cannot be loaded: {error}") from error

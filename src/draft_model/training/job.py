@@ -38,12 +38,13 @@ from draft_model.training.config import TrainConfig, TrainResult
 from draft_model.training.lease import Lease, hold, own_run_id
 from draft_model.training.output import CHECKPOINTS_AT_ONCE, Output
 from draft_model.training.plan import STATE_BYTES, context_problem
-from draft_model.training.prepare import fetch_inputs, once_on_machine, prepare
+from draft_model.training.prepare import fetch_inputs, forget, once_on_machine, prepare
 from draft_model.training.trainer import Interrupted, Training, train
 
 logger = logging.getLogger(__name__)
 
 STAGE = "train"
+RESUMED = "resumed"
 _PACKAGES = ("pipeline-draft-model", "torch", "transformers", "tokenizers", "safetensors", "datasets")
 _OTHERS_FIRST = 10.0
 """Seconds that a process waits for torchrun to end it when another is lost, so that the other's end is seen first."""
@@ -83,6 +84,9 @@ def run(config: TrainConfig) -> TrainResult:
                     f"the output need {needed / 1e9:.2f} GB: free some, or run in another folder"
                 )
             ranks.barrier()  # all have read what there was before any of it goes
+            forget(
+                config.work, RESUMED
+            )  # another node's failure restarts this one with the count of restarts as it was
             if ranks.first:
                 output.tidy() if go_on else output.clear()
             announce(training)
@@ -152,7 +156,7 @@ def read_resumed(config: TrainConfig, output: Output) -> tuple[Loaded | None, bo
         mine.append(loaded)
         return {"uri": loaded and loaded.uri, "folder": loaded and str(loaded.folder), "go_on": go_on}
 
-    known = once_on_machine(config.work, "resumed", fetch)
+    known = once_on_machine(config.work, RESUMED, fetch)
     loaded = mine[0] if mine else known["uri"] and load_checkpoint(known["uri"], Path(known["folder"]))
     return loaded, known["go_on"]
 

@@ -73,6 +73,11 @@ def once_on_machine(work: Path, name: str, fetch: Callable[[], dict[str, Any]]) 
     return known
 
 
+def forget(work: Path, name: str) -> None:
+    """Has the next start call `fetch` again; only when all processes have been told."""
+    (work / f"{name}.json").unlink(missing_ok=True)
+
+
 def _fetch(uri: str, into: Path, stage: str) -> tuple[str, dict[str, Any]]:
     properties = storage.read_manifest(uri, stage=stage).properties
     return str(storage.fetch(uri, into)), dict(properties)

@@ -196,7 +196,8 @@ def _target_thread(training: Training) -> Iterator[ThreadPoolExecutor | None]:
 
     Numbers do not change: an operation has as many threads as without it, and the passes keep their order.
     """
-    if training.ranks.device.type == "cuda" or training.ranks.tp > 1 or torch.get_num_threads() == 1:
+    alone = training.ranks.tp == 1 and not training.target.spread  # else its passes talk to other processes
+    if training.ranks.device.type == "cuda" or not alone or torch.get_num_threads() == 1:
         yield None
         return
     thread = ThreadPoolExecutor(1)
@@ -241,8 +242,10 @@ def _target_states(training: Training, split: Split, steps: Iterable[NDArray[np.
         group = ranks.group_share(conversations)
         for start in range(0, _passes(training, conversations) * size, size):
             part = group[start : start + size]
-            states = training.target.states(_conversations(split, part if len(part) else conversations[:1]))
-            yield [state for place, state in enumerate(states[: len(part)], start) if ranks.owns(place)]
+            batch = _conversations(split, part if len(part) else conversations[:1])
+            # No name for all of them, which would keep them through the step.
+            own = enumerate(training.target.states(batch)[: len(part)], start)
+            yield [state for place, state in own if ranks.owns(place)]
 
 
 def _ahead(passes: Iterator[list[Tensor]], thread: ThreadPoolExecutor | None) -> Iterator[list[Tensor]]:
@@ -266,7 +269,7 @@ def _losses(
 ) -> Iterator[tuple[Tensor, Counts]]:
     """Loss and counts of this process's share, `size` conversations at a time; `step` as in `draw_keys`.
 
-    Only as many states are held as a pass of the target and one of the draft need.
+    Only as many states are held as a pass of the target and one of the draft need; on CPUs, of two passes more.
     """
     mine = training.ranks.share(conversations)
     states = chain.from_iterable(islice(passes, _passes(training, conversations)))
