@@ -64,10 +64,8 @@ class Recipe:
     steps: int = 3  # ttt_length
     step_decay: float = 0.8
     loss: str = "kl"  # or lk, or tv
-    head: float = 1.0  # rate of lm_head and norm, relative
     embedding: float = 1.0  # standard deviation of the embedding's half of q, k and v at the start, relative
     noise: float = 1.0  # of fc beside its identity, relative
-    start: str = "target"  # or random: head, norm and layer too
 
 
 BASE = Recipe()
@@ -79,8 +77,6 @@ VARIANTS: dict[str, Recipe] = {
     "batch-4": replace(BASE, batch=4),
     "batch-8": replace(BASE, batch=8),
     "batch-8-rate-3e-3": replace(BASE, batch=8, rate=3e-3),
-    "rate-5e-4": replace(BASE, rate=5e-4),
-    "rate-2e-3": replace(BASE, rate=2e-3),
     "beta2-0.95": replace(BASE, beta2=0.95),
     "warmup-0.1": replace(BASE, warmup=0.1),
     "clip-none": replace(BASE, clip=1e9),
@@ -91,9 +87,6 @@ VARIANTS: dict[str, Recipe] = {
     "unroll-2": replace(BASE, steps=2),
     "unroll-4": replace(BASE, steps=4),
     "step-decay-1.0": replace(BASE, step_decay=1.0),
-    "step-decay-0.6": replace(BASE, step_decay=0.6),
-    "head-0.3": replace(BASE, head=0.3),
-    "start-random": replace(BASE, start="random"),
     "quiet": replace(BASE, embedding=0.0, noise=0.0),
     "muon-1e-2": replace(BASE, muon=1e-2),
     "muon-2e-2": MUON,
@@ -231,13 +224,8 @@ def optimizers(recipe: Recipe, draft: torch.nn.Module) -> Iterator[torch.optim.O
     named = dict(draft.named_parameters())
     matrices = [p for name, p in named.items() if recipe.muon and p.dim() == 2 and name != "lm_head.weight"]
     taken = {id(p) for p in matrices}
-    ends = [named[name] for name in ("lm_head.weight", "norm.weight")]
-    taken |= {id(p) for p in ends}
-    groups = [
-        {"params": [p for p in named.values() if id(p) not in taken], "lr": recipe.rate},
-        {"params": ends, "lr": recipe.rate * recipe.head},
-    ]
-    yield torch.optim.AdamW(groups, betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True)
+    others = [p for p in named.values() if id(p) not in taken]
+    yield torch.optim.AdamW(others, lr=recipe.rate, betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True)
     if matrices:
         yield torch.optim.Muon(
             matrices, lr=recipe.muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw",
@@ -252,10 +240,6 @@ def create(case: Case, recipe: Recipe, seed: int) -> torch.nn.Module:
     draft.initialise(seed, case.target)
     hidden = draft.config.hidden_size
     with torch.no_grad():
-        if recipe.start == "random":
-            generator = torch.Generator().manual_seed(seed)
-            for parameter in draft.parameters():
-                parameter.normal_(0.0, 0.02, generator=generator) if parameter.dim() == 2 else parameter.fill_(1.0)
         attention = draft.midlayer.self_attn
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
             projection.weight[:, :hidden] *= recipe.embedding
