@@ -79,6 +79,19 @@ def test_right_padding_changes_no_real_position(family):
         torch.testing.assert_close(padded[row], alone[0], rtol=1e-4, atol=1e-4)
 
 
+def test_a_cpu_takes_conversations_one_at_a_time_where_they_would_be_padded(family):
+    rows = [torch.arange(length) % 40 for length in (5, 90, 150)]
+    calls = []
+    with family.target.decoder.register_forward_pre_hook(
+        lambda _module, _args, given: calls.append(given["input_ids"].shape), with_kwargs=True
+    ):
+        for some in (rows, [rows[0], rows[0][:3]]):
+            states = family.target.states(collate([(row, row >= 0) for row in some]))
+            alone = [family.target.states(collate([(row, row >= 0)]))[0] for row in some]
+            torch.testing.assert_close(states, alone, rtol=1e-4, atol=1e-4)
+    assert calls == [(1, 5), (1, 90), (1, 150)] * 2 + [(2, 5), (1, 5), (1, 3)]
+
+
 def test_the_final_norm_is_what_the_draft_can_start_from(family):
     """A draft multiplies by its norm's weight; Gemma by 1 + weight."""
     x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(2))
