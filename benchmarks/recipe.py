@@ -63,6 +63,7 @@ class Recipe:
     ema: float = 0.0  # decay per step of the averaged weights that are validated
     steps: int = 3  # ttt_length
     step_decay: float = 0.8
+    length: int = 512  # tokens of a conversation that are learnt from, its first ones
     loss: str = "kl"  # or lk, or tv
     embedding: float = 1.0  # standard deviation of the embedding's half of q, k and v at the start, relative
     noise: float = 1.0  # of fc beside its identity, relative
@@ -112,6 +113,9 @@ VARIANTS: dict[str, Recipe] = {
     "muon-2e-2-m0.5-unroll-2": replace(LIGHT, steps=2),
     "muon-2e-2-m0.5-unroll-4": replace(LIGHT, steps=4),
     "muon-2e-2-m0.5-unroll-5": replace(LIGHT, steps=5),
+    "muon-2e-2-m0.5-length-256": replace(LIGHT, length=256),
+    "muon-2e-2-m0.5-length-192": replace(LIGHT, length=192),
+    "muon-2e-2-m0.5-length-128": replace(LIGHT, length=128),
     "muon-2e-2-wsd": replace(MUON, decay="wsd"),
     "muon-2e-2-floor-0.1": replace(MUON, floor=0.1),
     "muon-2e-2-floor-0.3": replace(MUON, floor=0.3),
@@ -154,7 +158,7 @@ class States:
     """A split's target states, kept on disk; the final state is zero where the target's favourite has no draft id."""
 
     def __init__(self, case: Case, name: str) -> None:
-        self.case, self.split = case, Split(case.data / name)
+        self.case, self.split, self.length = case, Split(case.data / name), case.parameters.max_length
         self.starts = np.concatenate(([0], np.cumsum(self.split.lengths)))
         width = 4 * case.target.config.hidden_size
         path = case.work / f"{name}-states.bin"
@@ -164,12 +168,16 @@ class States:
         self.have = np.load(self.mark) if self.mark.exists() else np.zeros(len(self.split), dtype=bool)
 
     def batch(self, conversations: list[int]) -> Batch:
-        """Conversations as the objective reads them."""
+        """Conversations as the objective reads them, `length` tokens of each at most."""
         rows = [self.split[index] for index in conversations]
-        return collate([(torch.from_numpy(row.input_ids), torch.from_numpy(row.loss_mask)) for row in rows])
+        return collate([
+            (torch.from_numpy(row.input_ids[: self.length]), torch.from_numpy(row.loss_mask[: self.length]))
+            for row in rows
+        ])  # fmt: skip
 
     def fill(self, conversations: list[int]) -> None:
         """Computes what is missing."""
+        self.length = self.case.parameters.max_length
         missing = sorted((i for i in conversations if not self.have[i]), key=lambda i: int(self.split.lengths[i]))
         began = time.monotonic()
         for start in range(0, len(missing), 4):
@@ -187,7 +195,7 @@ class States:
                 print(f"states {start + len(part)}/{len(missing)}, {time.monotonic() - began:.0f} s", flush=True)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.kept[self.starts[index] : self.starts[index + 1]]
+        return self.kept[self.starts[index] : self.starts[index + 1]][: self.length]
 
 
 class KeptObjective(Objective):
@@ -252,14 +260,14 @@ def create(case: Case, recipe: Recipe, seed: int) -> torch.nn.Module:
 def run(case: Case, recipe: Recipe, conversations: int, seed: int, train: States, validation: States) -> dict:
     """Trains and validates once."""
     torch.manual_seed(seed)
-    loss_module.STEP_DECAY = recipe.step_decay
+    loss_module.STEP_DECAY, train.length = recipe.step_decay, recipe.length
     draft = create(case, recipe, seed)
     target_seconds = time_target(case, train, recipe.batch)
     longest = int(max(train.split.lengths.max(), validation.split.lengths.max()))
     objective = KeptObjective(draft, case.target, recipe.steps, "sdpa", torch.bfloat16, longest, recipe.loss)
     opts = list(optimizers(recipe, draft))
     peaks = [[group["lr"] for group in opt.param_groups] for opt in opts]
-    lengths = train.split.lengths[:conversations]
+    lengths = np.minimum(train.split.lengths[:conversations], recipe.length)
     total = conversations // recipe.batch
     average = [p.detach().clone() for p in draft.parameters()] if recipe.ema else []
     parameters = list(draft.parameters())
