@@ -17,12 +17,13 @@ from draft_model.training.optimizer import Gradients, make_optimizer
 from drafts.dspark.case import DFLASH
 from drafts.dspark.case import random_case as random_blocks
 from drafts.eagle3.case import random_case
+from drafts.eagle3.test_loss import EAGLE31, assert_equals_reference
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 runs = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA device, or TRITON_INTERPRET=1")
 DEVICE = "cuda" if CUDA else "cpu"
-DTYPES = [torch.bfloat16, torch.float32] if CUDA else [torch.float32]
+DTYPES = [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels are tested in this process")
@@ -242,7 +243,17 @@ def test_what_waits_is_seen(wait):
     assert waits.seen
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; a GPU has its own test")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; a GPU has its own test")
+
+
+@interpreted
+@pytest.mark.parametrize(("loss", "form"), [("kl", {}), ("lk", EAGLE31[2]), ("tv", EAGLE31[1])])
+def test_a_whole_step_of_the_kernels_is_that_of_the_definition(loss, form):
+    case = random_case(2, [9, 2, 7], learnt=lambda length: torch.arange(length) >= length // 2, **form)
+    assert_equals_reference(case, 3, loss)
+
+
+@interpreted
 def test_the_step_asks_for_no_number(monkeypatch):
     from draft_model.drafts.eagle3 import objective as step
 

@@ -15,7 +15,7 @@ from draft_model.drafts import kernels
 from draft_model.drafts.dspark import blocks as attention
 from draft_model.drafts.dspark import objective
 from draft_model.drafts.dspark.blocks import place_blocks
-from drafts.flex import assert_is_mask
+from drafts.flex import assert_is_mask, dense_flex
 
 from . import reference
 from .case import DFLASH, HIDDEN, VOCABULARY, random_case, relative_error
@@ -72,6 +72,15 @@ def test_flex_attention_computes_the_same_values():
     with torch.no_grad():  # it has no backward on a CPU
         dense, flex = (case.ours(backend=backend)[0] for backend in ("sdpa", "flex_attention"))
     assert float(flex) == pytest.approx(float(dense), rel=1e-5)
+
+
+def test_gradients_around_flex_attention_are_those_of_the_definition(monkeypatch):
+    monkeypatch.setattr(attention, "compiled_flex", lambda _on_gpu: dense_flex)
+    case = random_case(4, [17, 2, 140, 9], num_anchors=6)
+    loss, _, gradients = case.ours("kl", "flex_attention")
+    truth, _, expected = case.theirs("kl")
+    assert float(loss) == pytest.approx(float(truth), rel=2e-6)
+    assert max(relative_error(gradients[name], value) for name, value in expected.items()) < 2e-5
 
 
 @given(
