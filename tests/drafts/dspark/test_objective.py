@@ -248,3 +248,26 @@ def test_a_batch_without_replies_learns_nothing():
     assert float(loss) == 0.0
     assert not sums.tensor().any()
     assert not any(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gpu_computes_the_same_and_never_waits(form):
+    case = random_case(3, [150, 2, 65, 90], num_anchors=20, head_dim=16, **FORMS[form])
+    objective, states = case.objective("kl", device="cuda"), [states.cuda() for states in case.states]
+    draft = objective.draft
+    for mode in ("default", "error"):  # the first time kernels are compiled
+        draft.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            loss, sums = objective(case.batch, states)
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    truth, told, expected = case.theirs("kl")
+    assert float(loss) == pytest.approx(float(truth), rel=1e-3)
+    torch.testing.assert_close(torch.stack((sums.loss, sums.overlap)).cpu(), told[::2], rtol=1e-3, atol=1e-3)
+    for name, weight in draft.named_parameters():
+        assert relative_error(weight.grad.cpu(), expected[name]) < 5e-3, name
