@@ -30,19 +30,22 @@ FORMS = {
 }
 
 
+def assert_is_the_definition(case, kind, backend="sdpa"):
+    loss, sums, gradients = case.ours(kind, backend)
+    truth, told, expected = case.theirs(kind)
+    assert float(loss) == pytest.approx(float(truth), rel=2e-6)
+    torch.testing.assert_close(torch.stack((sums.loss, sums.agree, sums.overlap)), told, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected[name]) < 2e-5, name
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["tv", "kl", "lk"])
 def test_loss_sums_and_gradients_are_those_of_the_definition(form, kind, monkeypatch):
     monkeypatch.setitem(objective.CHUNK_PAIRS, "cpu", 11)
     monkeypatch.setattr(objective, "CACHED_ROWS", 4)
     monkeypatch.setattr(attention, "SCORES", 700)  # several chunks a conversation
-    case = random_case(3, [17, 2, 11, 9], num_anchors=6, **FORMS[form])
-    loss, sums, gradients = case.ours(kind)
-    truth, told, expected = case.theirs(kind)
-    assert float(loss) == pytest.approx(float(truth), rel=2e-6)
-    torch.testing.assert_close(torch.stack((sums.loss, sums.agree, sums.overlap)), told, rtol=1e-5, atol=1e-6)
-    for name, gradient in gradients.items():
-        assert relative_error(gradient, expected[name]) < 2e-5, name
+    assert_is_the_definition(random_case(3, [17, 2, 11, 9], num_anchors=6, **FORMS[form]), kind)
 
 
 class _Rows(TorchDispatchMode):
@@ -76,11 +79,7 @@ def test_flex_attention_computes_the_same_values():
 
 def test_gradients_around_flex_attention_are_those_of_the_definition(monkeypatch):
     monkeypatch.setattr(attention, "compiled_flex", lambda _on_gpu: dense_flex)
-    case = random_case(4, [17, 2, 140, 9], num_anchors=6)
-    loss, _, gradients = case.ours("kl", "flex_attention")
-    truth, _, expected = case.theirs("kl")
-    assert float(loss) == pytest.approx(float(truth), rel=2e-6)
-    assert max(relative_error(gradients[name], value) for name, value in expected.items()) < 2e-5
+    assert_is_the_definition(random_case(4, [17, 2, 140, 9], num_anchors=6), "kl", "flex_attention")
 
 
 @given(
