@@ -312,6 +312,23 @@ def test_padding_for_cudnn_changes_nothing(seed, lengths, later, heads, size, sh
     assert_same(found, inputs.dense(), 1e-5)
 
 
+@pytest.mark.parametrize("kind", [attention._FlashOnGpu, attention._Cudnn])
+def test_pytorchs_operators_for_gpus_take_what_they_are_given(kind):
+    """Without a GPU they know types and shapes, which the stand-ins above may have wrong."""
+    inputs = random_inputs(1, [200, 150], 2, size=64, dtype=torch.bfloat16)
+    windows = replace(inputs.windows, **{
+        name: value.to("meta") for name, value in vars(inputs.windows).items() if isinstance(value, Tensor)
+    })  # fmt: skip
+    q, k0, v0, *_ = (tensor.to("meta") for tensor in inputs.tensors)
+    causal = kind(windows, k0, v0)
+    given = causal.forward(q)
+    assert given.out.shape[1:] == q.shape[1:]
+    assert (given.lse.shape, given.lse.dtype) == ((q.shape[1], len(given.out)), torch.float32)
+    total = given.lse.index_select(1, given.places)
+    assert causal.backward(given, q, torch.empty_like(q), torch.empty_like(q), total).shape == given.out.shape
+    assert [gradient.shape for gradient in causal.key_gradients()] == [k0.shape, v0.shape]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["sdpa", "flex_attention"])
