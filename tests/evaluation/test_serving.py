@@ -243,7 +243,7 @@ FIVE = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4, 5], "norm_before_fc": T
     ("name", "changes", "proposals"), [("eagle3.1", FIVE, 3), ("dflash", {"num_hidden_layers": 2}, 7)]
 )
 def test_vllm_loads_each_family_unchanged_and_counts_what_our_decoder_counts(tmp_path, name, changes, proposals):
-    """vLLM for CPU has no DSpark: its Model Runner V1 refuses it, and V2 needs Triton."""
+    """vLLM for CPU runs no DSpark: its Model Runner V1 refuses it, and V2 needs Triton."""
     its, target, draft = fresh(name, changes, tmp_path)
     prompts = [[3, 5, 7, 1, 2], [0, 4], [1, 2, 3, 4, 5, 6, 7, 0, 5, 1, 3], [6, 6, 2], [2, 7, 1, 0, 2, 4], [7, 3, 3]]
     job = Job(
@@ -256,6 +256,30 @@ def test_vllm_loads_each_family_unchanged_and_counts_what_our_decoder_counts(tmp
     assert theirs.outputs == ours.outputs
     assert theirs.counts == ours.counts
     assert ours.total.accepted > 20
+
+
+@needs_engine
+@pytest.mark.timeout(300)
+def test_vllms_own_class_loads_dspark(tmp_path):
+    _, _, draft = fresh("dspark", {"num_hidden_layers": 2}, tmp_path)
+    shape, script = draft.config, Path(__file__).parent / "engines/load_vllm.py"
+    command = [
+        os.environ[engine.PYTHON],
+        script,
+        tmp_path / "target",
+        tmp_path / "draft",
+        str(shape.proposals),
+        tmp_path,
+    ]
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    command = [os.environ[engine.PYTHON], script, *given]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        # The target's, and one that nothing reads.
+        "not loaded": ["lm_head.weight", "model.embed_tokens.weight", "model.mask_embedding"],
+        "confidence": True, "rank": shape.markov_rank, "block": shape.block_size, "features": len(shape.aux_layers),
+    }  # fmt: skip
 
 
 @needs_engine
