@@ -263,14 +263,7 @@ def test_vllm_loads_each_family_unchanged_and_counts_what_our_decoder_counts(tmp
 def test_vllms_own_class_loads_dspark(tmp_path):
     _, _, draft = fresh("dspark", {"num_hidden_layers": 2}, tmp_path)
     shape, script = draft.config, Path(__file__).parent / "engines/load_vllm.py"
-    command = [
-        os.environ[engine.PYTHON],
-        script,
-        tmp_path / "target",
-        tmp_path / "draft",
-        str(shape.proposals),
-        tmp_path,
-    ]
+    given = tmp_path / "target", tmp_path / "draft", str(shape.proposals), tmp_path
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
     command = [os.environ[engine.PYTHON], script, *given]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
