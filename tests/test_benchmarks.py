@@ -70,8 +70,24 @@ def test_specforge_is_timed_without_emptying_the_cache_too_on_a_gpu(program, mon
         assert ("specforge-cached" in benchmark.arguments().trainer) is cached
 
 
-def test_gpu_check_goes_through_all_its_parts(program, tmp_path, monkeypatch):
+BARE = """
+import importlib.metadata, sys
+absent = "boto3 botocore datasets kfp kubernetes matplotlib mlflow pandas pyarrow"
+sys.modules.update(dict.fromkeys(absent.split()))
+metadata = importlib.metadata.Distribution
+found = metadata.from_name
+metadata.from_name = classmethod(lambda _, name: found("absent" if name == "pipeline-draft-model" else name))
+"""
+
+
+def test_gpu_check_goes_through_all_its_parts_on_a_bare_machine(program, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     check = program("gpu_check")
+    tried = "import importlib.metadata as m; m.version('torch'); m.version('pipeline-draft-model')"
+    assert "PackageNotFoundError" in check.run(["-c", tried], 60)["output"][-1]
+    assert "boto3" in check.run(["-c", "import boto3"], 60)["output"][-1]
+    monkeypatch.setitem(check.FILES, "cpu", [*check.FILES["cuda"], "-m", "gpu"])
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--device", "cpu", "--output", str(tmp_path / "report.json")])
     with pytest.raises(SystemExit) as end:
         check.main()
@@ -84,7 +100,7 @@ def test_gpu_check_goes_through_all_its_parts(program, tmp_path, monkeypatch):
     assert report["profile"][0]["ms"] >= report["profile"][-1]["ms"] > 0
 
 
-def test_gpu_check_ends_a_part_that_takes_too_long_with_all_that_it_started(program):
+def test_gpu_check_ends_a_part_that_takes_too_long_with_all_that_it_started(program, monkeypatch):
     check = program("gpu_check")
     child = "import signal; signal.pause()"
     script = f"import subprocess as s, sys; print(s.Popen([sys.executable, '-c', {child!r}]).pid, flush=True); {child}"
@@ -96,3 +112,5 @@ def test_gpu_check_ends_a_part_that_takes_too_long_with_all_that_it_started(prog
         with suppress(psutil.TimeoutExpired):
             orphan.wait(10)
         assert orphan.status() == psutil.STATUS_ZOMBIE
+    monkeypatch.setattr(check, "STARTED", check.STARTED - 1000)
+    assert check.run(["-c", child], 60)["output"][-1] == "stopped after 0 s"

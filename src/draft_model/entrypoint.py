@@ -40,6 +40,9 @@ _MACHINE = {
 """What to do where the operating system refuses a file."""
 
 
+GC_THRESHOLD = gc.get_threshold()  # as Python has it
+
+
 class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return printable(without_credentials(super().format(record)))
@@ -48,7 +51,7 @@ class _Lines(logging.Formatter):
 def spare_libraries() -> None:
     """Keeps the garbage collector off the objects of libraries, which stay: a third of a process's start and end.
 
-    `target.load_model` sets the usual threshold again: cycles may hold tensors.
+    `target.load_model` sets GC_THRESHOLD again: cycles may hold tensors.
     """
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)

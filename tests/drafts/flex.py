@@ -1,7 +1,8 @@
-"""FlexAttention's masks against the dense mask that they stand for."""
+"""FlexAttention's masks against the dense mask that they stand for, and a dense form with a backward for CPUs."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,3 +27,15 @@ def assert_is_mask(mask: Any, truth: Tensor) -> tuple[Tensor, Tensor]:
     assert not (whole & ~tiles.all(2)).any()
     assert not (tiles.any(2) & ~(partial | whole)).any()
     return partial | whole, tiles.any(2)
+
+
+def dense_flex(q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any, enable_gqa: bool, return_aux: Any = None) -> Any:
+    """What flex_attention computes, for float32 tensors [1, heads, length, d]; on a CPU that one has no backward."""
+    for leaf in (x for x in (q, k, v) if x.is_leaf):
+        leaf.requires_grad_()
+    assert enable_gqa
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    sees = block_mask.mask_mod(None, None, torch.arange(q.shape[2]).unsqueeze(1), torch.arange(k.shape[2]))
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~sees, -1e30)  # padding sees nothing, and nobody reads it
+    out = scores.softmax(-1) @ v
+    return out if return_aux is None else (out, SimpleNamespace(lse=scores.logsumexp(-1)))

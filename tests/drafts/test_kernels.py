@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +17,16 @@ from draft_model.drafts.layers import cast_once
 from draft_model.training.optimizer import Gradients, make_optimizer
 from drafts.dspark.case import DFLASH
 from drafts.dspark.case import random_case as random_blocks
+from drafts.dspark.test_objective import assert_is_the_definition
 from drafts.eagle3.case import random_case
+from drafts.eagle3.test_loss import EAGLE31, assert_equals_reference
+from drafts.flex import dense_flex
 
 CUDA = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 runs = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a CUDA device, or TRITON_INTERPRET=1")
 DEVICE = "cuda" if CUDA else "cpu"
-DTYPES = [torch.bfloat16, torch.float32] if CUDA else [torch.float32]
+DTYPES = [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the kernels are tested in this process")
@@ -190,6 +194,35 @@ def test_distillation(dtype, loss):
 
 @runs
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("loss", ["tv", "kl", "lk"])
+def test_distillation_of_blocks(dtype, loss):
+    from draft_model.drafts.dspark import triton_loss
+
+    logits, z = random(3, 5000, dtype=dtype) * 3, random(5, 5000, dtype=dtype, seed=2) * 3
+    logits[1, 4321], z[3, 4321] = 20, 15  # agrees
+    teachers, weights = torch.tensor([0, 1, 2, 1, 0]), torch.tensor([1.0, 0.5, 0.8, 0.2, 0.3])
+    exact, p = z.cpu().double().requires_grad_(), logits.cpu().double().softmax(-1)[teachers]
+    q, top = exact.softmax(-1), p.argmax(-1)
+    overlap, sure = torch.minimum(p, q).sum(-1), q.gather(1, top.unsqueeze(1))[:, 0]
+    far = torch.exp(-3 * overlap.detach())
+    hard, variation, soft = {"tv": (0.1, 0.9, 0.0), "kl": (0.0, 0.0, 1.0), "lk": (0.0, 1 - far, far)}[loss]
+    losses = -hard * sure.log() + variation * (1 - overlap) - soft * (p * q.log()).sum(-1)
+    (losses * weights).sum().backward()
+    parts, decay = objective_of_blocks.LOSSES.get(loss, (0.0, 0.0, 0.0)), 3.0 if loss == "lk" else 0.0
+    given = logits, teachers.to(DEVICE), weights.to(DEVICE)
+    plain = triton_loss.distil(z, *given, False, parts, decay)
+    assert torch.equal(z.cpu().double(), exact)
+    sums = triton_loss.distil(z, *given, True, parts, decay)
+    assert torch.equal(sums, plain)
+    assert torch.equal(sums[:, 1].cpu() > 0, exact.argmax(-1) == top)
+    assert sums[:, 1].tolist()[3] == 1
+    assert_close(
+        [sums[:, 0], sums[:, 2], sums[:, 3], z], [x.detach() for x in (losses, overlap, sure, exact.grad)], dtype
+    )
+
+
+@runs
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 2])
 def test_rotation_of_the_targets_heads(dtype, batch):
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -203,6 +236,76 @@ def test_rotation_of_the_targets_heads(dtype, batch):
     found = triton_kernels.rotate(q, cos, sin)
     assert found.stride() == q.stride()
     assert_close([found], [truth], dtype)
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """How many variants of each kernel were compiled; without a GPU, Triton compiles for an H100 and launches none."""
+    triton = pytest.importorskip("triton")
+    from triton.runtime import JITFunction, driver
+
+    from draft_model.drafts import triton_kernels
+    from draft_model.drafts.dspark import triton_loss as of_blocks
+    from draft_model.drafts.eagle3 import triton_loss
+
+    all_kernels = {
+        (module.__name__, name): value
+        for module in (triton_kernels, triton_loss, of_blocks)
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction)
+    }
+    if not CUDA:
+        run, target = JITFunction.run, triton.backends.compiler.GPUTarget("cuda", 90, 32)
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(kernels, "fused", lambda _: True)
+        monkeypatch.setattr(JITFunction, "run", lambda *args, **named: run(*args, **{**named, "warmup": True}))
+        fake = {
+            "get_current_target": lambda: target,
+            "get_current_device": lambda: 0,
+            "get_current_stream": lambda _: 0,
+        }
+        monkeypatch.setattr(driver, "_active", SimpleNamespace(**fake))
+    return lambda: {
+        name: sum(len(cache[0]) for cache in kernel.device_caches.values()) for name, kernel in all_kernels.items()
+    }
+
+
+def step_of_each_family(lengths, loss, dtype=torch.bfloat16, **form):
+    chain = random_case(0, lengths, learnt=lambda length: torch.arange(length) >= length // 2, **form)
+    blocks = random_blocks(0, lengths, head_dim=16)
+    backend = "sdpa" if dtype == torch.bfloat16 else "flex_attention"
+    objectives = chain.on(DEVICE, 3, backend, dtype, loss)[0], blocks.objective(loss, dtype, DEVICE)
+    for case, objective in zip((chain, blocks), objectives, strict=True):
+        total, _ = objective(case.batch, [states.to(DEVICE, dtype) for states in case.states])
+        if total.requires_grad:
+            total.backward()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+def test_every_kernel_compiles_for_a_gpu(compiled, monkeypatch):
+    from draft_model.drafts import triton_kernels
+    from draft_model.drafts.eagle3 import attention
+
+    if not CUDA:  # whatever compiled flex_attention does, its kernels are not ours
+        monkeypatch.setattr(attention, "compiled_flex", lambda: dense_flex)
+    for loss, form in (("kl", {}), ("lk", EAGLE31[2]), ("tv", {})):
+        step_of_each_family([9, 14], loss, **form)
+    step_of_each_family([9, 14], "lk", torch.float32)
+    with torch.no_grad():
+        step_of_each_family([9, 14], "tv")
+    for dtype in (torch.bfloat16, torch.float32):
+        triton_kernels.rotate(*(random(*shape, dtype=dtype) for shape in ((2, 3, 5, 8), (1, 5, 8), (1, 5, 8))))
+    assert min(compiled().values()) > 0
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+def test_new_row_counts_compile_nothing(compiled):
+    for lengths in ([64, 50], [33], [129, 40]):
+        step_of_each_family(lengths, "tv", head_dim=16)
+    before = compiled()
+    for lengths in ([65, 51], [34], [96], [17, 18, 19], [200, 3]):
+        step_of_each_family(lengths, "tv", head_dim=16)
+    assert compiled() == before
 
 
 class Waits(TorchDispatchMode):
@@ -242,7 +345,24 @@ def test_what_waits_is_seen(wait):
     assert waits.seen
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; a GPU has its own test")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1; a GPU has its own test")
+
+
+@interpreted
+@pytest.mark.parametrize(("loss", "form"), [("kl", {}), ("lk", EAGLE31[2]), ("tv", EAGLE31[1])])
+def test_a_whole_step_of_the_kernels_is_that_of_the_definition(loss, form):
+    case = random_case(2, [9, 2, 7], learnt=lambda length: torch.arange(length) >= length // 2, **form)
+    assert_equals_reference(case, 3, loss)
+
+
+@interpreted
+@pytest.mark.parametrize("loss", ["tv", "kl", "lk"])
+@pytest.mark.parametrize("form", [{}, {"dpace_alpha": 0.5}, DFLASH])
+def test_a_whole_step_of_blocks_is_that_of_the_definition(loss, form):
+    assert_is_the_definition(random_blocks(3, [9, 2, 8], num_anchors=4, **form), loss)
+
+
+@interpreted
 def test_the_step_asks_for_no_number(monkeypatch):
     from draft_model.drafts.eagle3 import objective as step
 

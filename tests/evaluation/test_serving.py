@@ -3,36 +3,33 @@
 `make check-serving` sets up vLLM for CPU and runs these; without it those that need an engine are skipped.
 """
 
-import __future__
-
 import ast
 import json
-import logging
 import os
-import re
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from numbers import Integral
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 import yaml
 from report_inputs import make_dataset, make_evaluation, make_training
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_card import commands_of
 from training.case import QUICK, build_dataset, make_inputs
 
 from draft_model import engine, evaluation, storage, training
 from draft_model.drafts import family
+from draft_model.drafts.batch import collate
+from draft_model.drafts.dspark.blocks import place_blocks
 from draft_model.drafts.files import save_draft, vocabulary_of
 from draft_model.engine import Job, Process, sglang
 from draft_model.evaluation import greedy
 from draft_model.evaluation.card import write_card
+from draft_model.export import export
 from draft_model.parameters import Parameters
 from draft_model.storage.embedded import EmbeddedStore
 from draft_model.target.model import Target
@@ -104,62 +101,71 @@ def wheel():
     return path
 
 
-PURE = re.compile("DEFAULT|SUPPORTED|logger|[cC]onfig|_cfg|_ids$|_int$|gamma|anchor")  # of SGLang's configuration code
+def fresh(name, changes, folder):
+    """Family, target and new draft, of which no parameter is zero, in the type that is served; both are saved."""
+    model, its = tiny.llama(2, vocab_size=16, hidden_size=64, head_dim=32), family(name)
+    shape = its.adapt(its.default_shape({**model.config.to_dict(), "model_type": "llama"}), changes)
+    target = Target(model, shape.aux_layers)
+    draft = its.create(shape, *vocabulary_of({}, shape))
+    draft.initialise(2, target)
+    for parameter in draft.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(folder / "target")
+    save_draft(folder / "draft", draft)
+    draft.load_state_dict(load_file(folder / "draft/model.safetensors"), strict=False)
+    return its, target, draft
 
 
-class Struct:
-    """What SGLang uses of msgspec's: a frozen dataclass."""
-
-    def __init_subclass__(cls, frozen):
-        dataclass(frozen=frozen)(cls)
-
-
-@pytest.mark.parametrize("name", ["dflash", "dspark"])
-def test_sglangs_own_code_reads_block_drafts(wheel, name):
-    """Its configuration code runs out of the wheel; its models' classes have a place for every tensor of ours."""
-    theirs = {"__name__": __name__, "dataclass": dataclass, "logging": logging, "Integral": Integral,
-              "Sequence": Sequence, "msgspec": SimpleNamespace(Struct=Struct)}  # fmt: skip
-    places = set()
+@needs_engine  # whose Python has what SGLang imports
+@pytest.mark.timeout(400)
+def test_sglangs_own_classes_load_block_drafts_and_compute_what_ours_do(wheel, tmp_path):
+    """Out of the wheel: SGLang itself runs on GPUs only."""
     with zipfile.ZipFile(wheel) as source:
-        for file in ("dflash_utils", "dspark_components/dspark_config"):
-            nodes = ast.parse(source.read(f"sglang/srt/speculative/{file}.py")).body
-            pure = [node for node in nodes if PURE.search(name_of(node))]
-            code = compile(ast.Module(pure, []), file, "exec", flags=__future__.annotations.compiler_flag)
-            exec(code, theirs)
-        for file in ("dflash", "dspark"):
-            for node in ast.walk(ast.parse(source.read(f"sglang/srt/models/{file}.py"))):
-                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                    places.add(node.attr)
-    ours = family(name)
-    shape = ours.default_shape({**tiny.llama_config(num_hidden_layers=8).to_dict(), "model_type": "llama"}, 5)
-    written, options = shape.to_json(), ours.sglang_options(shape.proposals)
-    found = theirs[f"parse_{name}_draft_config"](draft_hf_config=written)
-    # Both count the layers from 0, and mean the hidden states after them.
-    assert found.target_layer_ids == [layer - 1 for layer in shape.aux_layers]
-    assert (found.num_hidden_layers, found.mask_token_id) == (shape.num_hidden_layers, shape.mask_token_id)
-    if name == "dspark":
-        tokens = options["speculative-num-draft-tokens"]
-        settings = theirs["resolve_runtime_config"](
-            draft_hf_config=written, speculative_num_draft_tokens=tokens, target_vocab_size=shape.vocab_size
-        )
-        assert settings.gamma == found.gamma == shape.proposals
-        assert (found.markov_rank, found.markov_head_type) == (shape.markov_rank, "vanilla")
-        assert theirs["get_dspark_sample_from_anchor"](written)
-    else:
-        assert found.block_size == options["speculative-num-draft-tokens"]
-        assert found.projector_type is None
-    stacked = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-               "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}  # fmt: skip
-    draft = ours.create(shape, *vocabulary_of({}, shape))
-    parts = {part for key in draft.state_dict() for part in key.split(".") if not part.isdigit()} - {"weight", "bias"}
-    assert {stacked.get(part, part) for part in parts} <= places
-    assert {"layers", "fc", "hidden_norm", "q_norm"} < parts
-
-
-def name_of(node):
-    """The name that a statement of a module gives a value to."""
-    target = node.targets[0] if isinstance(node, ast.Assign) else node
-    return getattr(target, "name", getattr(target, "id", ""))
+        source.extractall(tmp_path / "sglang")
+    truth, folders = [], []
+    for name in ("dflash", "dspark"):
+        its, target, draft = fresh(name, {"num_hidden_layers": 2}, tmp_path / name)
+        storage.publish(tmp_path / name / "draft", str(tmp_path / name / "final"), stage="train", properties={})
+        folders.append(Path(export(str(tmp_path / name / "final"), "sglang", str(tmp_path / name / "out"), tmp_path)))
+        shape, tokens, length = draft.config, torch.tensor([[3, 5, 7, 1, 2, 9, 11, 4, 6, 0, 2, 8]]), 7
+        batch = collate([(tokens[0], torch.ones(tokens.shape[1]) > 0)])
+        features = target.states(batch)[0][:, : -shape.hidden_size]
+        blocks = place_blocks(batch, shape.proposals, None)
+        objective = its.objective(draft, target, 7, "sdpa", torch.float32, tokens.shape[1], "tv")
+        with torch.no_grad():
+            hidden = objective._propose(blocks, features)[blocks.places.index(length)]
+            proposer = its.proposer(draft, target, length + shape.block_size)
+            seen = torch.ones(1, length, dtype=torch.bool)
+            proposed = proposer.propose(
+                features[None, :length], tokens[:, 1 : length + 1], torch.arange(length)[None], seen,
+                torch.tensor([length - 1]), shape.proposals,
+            )[0]  # fmt: skip
+            found = {"hidden": hidden, "tokens": proposed}
+            if name == "dspark":
+                before = draft.markov_head.markov_w1(torch.cat((tokens[0, length : length + 1], proposed[:-1])))
+                read = torch.cat((hidden, before), -1)
+                found["confidence"] = draft.confidence_head.proj(read).sigmoid().T
+        drafted = its.sglang_options(shape.proposals)["speculative-num-draft-tokens"]
+        save_file({
+            "features": features[:length].contiguous(), "anchor": tokens[0, length].clone(),
+            "embedding": target.embedding.clone(), "head": target.head.clone(), "drafted": torch.tensor(drafted),
+        }, folders[-1] / "case.safetensors")  # fmt: skip
+        # Both count the layers from 0, and mean the hidden states after them.
+        truth.append(({
+            "class": shape.to_json()["architectures"][0], "layers": [layer - 1 for layer in shape.aux_layers],
+            "block": {"dflash": drafted, "dspark": shape.proposals}[name],
+            "numbers": sum(parameter.numel() for parameter in draft.parameters()),
+        }, found))  # fmt: skip
+    command = [os.environ[engine.PYTHON], "-W", "ignore", Path(__file__).parent / "engines/load_sglang.py"]
+    done = subprocess.run([*command, tmp_path / "sglang", *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [said for said, _ in truth]
+    for folder, (_, expected) in zip(folders, truth, strict=True):
+        found = load_file(folder / "found.safetensors")
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_sglangs_own_source_has_every_name_that_is_used_of_it(wheel):
@@ -237,15 +243,8 @@ FIVE = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3, 4, 5], "norm_before_fc": T
     ("name", "changes", "proposals"), [("eagle3.1", FIVE, 3), ("dflash", {"num_hidden_layers": 2}, 7)]
 )
 def test_vllm_loads_each_family_unchanged_and_counts_what_our_decoder_counts(tmp_path, name, changes, proposals):
-    """vLLM for CPU has no DSpark: its Model Runner V1 refuses it, and V2 needs Triton."""
-    model, its = tiny.llama(2, vocab_size=16, hidden_size=64, head_dim=32), family(name)
-    shape = its.adapt(its.default_shape({**model.config.to_dict(), "model_type": "llama"}), changes)
-    target = Target(model, shape.aux_layers)
-    draft = its.create(shape, *vocabulary_of({}, shape))
-    draft.initialise(2, target)
-    model.save_pretrained(tmp_path / "target")
-    save_draft(tmp_path / "draft", draft)
-    draft.load_state_dict(load_file(tmp_path / "draft/model.safetensors"), strict=False)  # in the type that is served
+    """vLLM for CPU runs no DSpark: its Model Runner V1 refuses it, and V2 needs Triton."""
+    its, target, draft = fresh(name, changes, tmp_path)
     prompts = [[3, 5, 7, 1, 2], [0, 4], [1, 2, 3, 4, 5, 6, 7, 0, 5, 1, 3], [6, 6, 2], [2, 7, 1, 0, 2, 4], [7, 3, 3]]
     job = Job(
         str(tmp_path / "target"), str(tmp_path / "draft"), its.vllm_method, {"num_speculative_tokens": proposals},
@@ -257,6 +256,23 @@ def test_vllm_loads_each_family_unchanged_and_counts_what_our_decoder_counts(tmp
     assert theirs.outputs == ours.outputs
     assert theirs.counts == ours.counts
     assert ours.total.accepted > 20
+
+
+@needs_engine
+@pytest.mark.timeout(300)
+def test_vllms_own_class_loads_dspark(tmp_path):
+    _, _, draft = fresh("dspark", {"num_hidden_layers": 2}, tmp_path)
+    shape, script = draft.config, Path(__file__).parent / "engines/load_vllm.py"
+    given = tmp_path / "target", tmp_path / "draft", str(shape.proposals), tmp_path
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+    command = [os.environ[engine.PYTHON], script, *given]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        # The target's, and one that nothing reads.
+        "not loaded": ["lm_head.weight", "model.embed_tokens.weight", "model.mask_embedding"],
+        "confidence": True, "rank": shape.markov_rank, "block": shape.block_size, "features": len(shape.aux_layers),
+    }  # fmt: skip
 
 
 @needs_engine

@@ -1,5 +1,6 @@
 """Which models can be targets is decided by their structure: each family as a tiny random model of transformers'."""
 
+import gc
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from draft_model.entrypoint import GC_THRESHOLD
 from draft_model.model_import.check import inspect
 
 from .case import change_config
@@ -193,7 +195,9 @@ def test_quantised_weights_that_transformers_can_run_are_taken_as_they_are(model
     found = facts(model)
     assert found["problems"] == []
     assert found["quantization"] == method
+    gc.set_threshold(51_000)
     target = load_model(model, torch.float32)
+    assert gc.get_threshold() == GC_THRESHOLD
     loaded = target.state_dict()
     assert method == "mxfp4" or {weight.dtype for weight in loaded.values()} == {torch.float32}
     target(input_ids=torch.ones(1, 3, dtype=torch.long))

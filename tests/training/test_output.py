@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import threading
@@ -264,7 +265,7 @@ def test_the_first_process_of_a_machine_fetches_the_checkpoint_and_the_others_tr
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     (first, go_on), (second, also) = read(), read()
-    assert fetched == [config.work / "resumed"]
+    assert fetched == [config.work / f"resumed_{os.getppid()}"]
     assert go_on is also is True
     assert second.uri == first.uri == f"{trained.output}/{trained.checkpoints[-1]}"
     assert second.position == first.position
@@ -272,7 +273,10 @@ def test_the_first_process_of_a_machine_fetches_the_checkpoint_and_the_others_tr
     assert all(torch.equal(second.state[name], tensor) for name, tensor in first.state.items())
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # another start of the job
     read()
-    assert len(fetched) == 2
+    assert fetched[1:] == fetched[:1]
+    monkeypatch.setattr(os, "getppid", os.getpid)  # another torchrun
+    read()
+    assert len(set(fetched)) == 2
 
 
 def test_a_start_that_another_machine_caused_looks_for_checkpoints_again(train, monkeypatch):

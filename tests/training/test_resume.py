@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
@@ -62,6 +63,8 @@ def test_sigterm_saves_the_step_and_resuming_repeats_the_rest_to_the_bit(train, 
     assert position(f"{output}/{newest[-1]}")["step"] == step
     assert not storage.exists(f"{output}/final")
     resumed = train(output, resume="true")
+    assert torch.are_deterministic_algorithms_enabled(), "on a CPU"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
     assert resumed.losses == plain.losses
     assert resumed.validations == plain.validations
     assert resumed.read("final/model.safetensors") == plain.read("final/model.safetensors")

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from draft_model.drafts import kernels
 from draft_model.drafts.batch import Batch, to_device
+from draft_model.entrypoint import GC_THRESHOLD
 from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **setti
             logger.info("the target's FP8 weights are dequantised to %s", str(dtype).removeprefix("torch."))
             quantisation["dequantize"] = True  # FineGrainedFP8Config as an argument would drop modules_to_not_convert
         model = load(folder, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, **settings)
-        gc.set_threshold(700)  # as Python has it; the entry points raise it until the libraries are loaded
+        gc.set_threshold(*GC_THRESHOLD)  # which the entry points raise until the libraries are loaded
         return model.to(dtype) if fp8 else model  # what is not quantised keeps its own type otherwise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise DraftModelError(f"the target model in {folder} cannot be loaded: {error}") from error

@@ -147,12 +147,12 @@ def _leases(config: TrainConfig, ranks: Ranks) -> Iterator[list[Lease]]:
 def read_resumed(config: TrainConfig, output: Output) -> tuple[Loaded | None, bool]:
     """The checkpoint that the parameters mean, and whether to go on from it or to start from its weights.
 
-    It is fetched and verified once on each machine.
+    It is fetched and verified once on each machine; another torchrun with the same work folder has a copy of its own.
     """
     mine: list[Loaded | None] = []
 
     def fetch() -> dict[str, Any]:
-        loaded, go_on = _checkpoint(config, output, config.work / "resumed")
+        loaded, go_on = _checkpoint(config, output, config.work / f"resumed_{os.getppid()}")
         mine.append(loaded)
         return {"uri": loaded and loaded.uri, "folder": loaded and str(loaded.folder), "go_on": go_on}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -45,14 +46,15 @@ class Case:
     embedding: Tensor
     head: Tensor
 
-    def objective(self, kind: str = "tv", dtype: torch.dtype = torch.float32) -> Objective:
+    def objective(self, kind: str = "tv", dtype: torch.dtype = torch.float32, device: str = "cpu") -> Objective:
         """The code under test."""
-        head = self.head.to(dtype)
+        head = self.head.to(device, dtype)
         target: Any = SimpleNamespace(
-            embedding=self.embedding.to(dtype), head=head, logits=lambda hidden: hidden @ head.T,
-            device=torch.device("cpu"),
+            embedding=self.embedding.to(device, dtype), head=head, logits=lambda hidden: hidden @ head.T,
+            device=torch.device(device),
         )  # fmt: skip
-        return Objective(self.draft, target, 7, "sdpa", dtype, self.batch.tokens.shape[1], kind)
+        draft = self.draft if device == "cpu" else copy.deepcopy(self.draft).to(device)
+        return Objective(draft, target, 7, "flex_attention", dtype, self.batch.tokens.shape[1], kind)
 
     def ours(self, kind: str = "tv", backend: str = "sdpa", dtype: torch.dtype = torch.float32):
         """Its loss, sums and gradients."""

@@ -15,7 +15,7 @@ from draft_model.drafts import kernels
 from draft_model.drafts.dspark import blocks as attention
 from draft_model.drafts.dspark import objective
 from draft_model.drafts.dspark.blocks import place_blocks
-from drafts.flex import assert_is_mask
+from drafts.flex import assert_is_mask, dense_flex
 
 from . import reference
 from .case import DFLASH, HIDDEN, VOCABULARY, random_case, relative_error
@@ -30,19 +30,22 @@ FORMS = {
 }
 
 
+def assert_is_the_definition(case, kind, backend="sdpa"):
+    loss, sums, gradients = case.ours(kind, backend)
+    truth, told, expected = case.theirs(kind)
+    assert float(loss) == pytest.approx(float(truth), rel=2e-6)
+    torch.testing.assert_close(torch.stack((sums.loss, sums.agree, sums.overlap)), told, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, expected[name]) < 2e-5, name
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["tv", "kl", "lk"])
 def test_loss_sums_and_gradients_are_those_of_the_definition(form, kind, monkeypatch):
     monkeypatch.setitem(objective.CHUNK_PAIRS, "cpu", 11)
     monkeypatch.setattr(objective, "CACHED_ROWS", 4)
     monkeypatch.setattr(attention, "SCORES", 700)  # several chunks a conversation
-    case = random_case(3, [17, 2, 11, 9], num_anchors=6, **FORMS[form])
-    loss, sums, gradients = case.ours(kind)
-    truth, told, expected = case.theirs(kind)
-    assert float(loss) == pytest.approx(float(truth), rel=2e-6)
-    torch.testing.assert_close(torch.stack((sums.loss, sums.agree, sums.overlap)), told, rtol=1e-5, atol=1e-6)
-    for name, gradient in gradients.items():
-        assert relative_error(gradient, expected[name]) < 2e-5, name
+    assert_is_the_definition(random_case(3, [17, 2, 11, 9], num_anchors=6, **FORMS[form]), kind)
 
 
 class _Rows(TorchDispatchMode):
@@ -72,6 +75,11 @@ def test_flex_attention_computes_the_same_values():
     with torch.no_grad():  # it has no backward on a CPU
         dense, flex = (case.ours(backend=backend)[0] for backend in ("sdpa", "flex_attention"))
     assert float(flex) == pytest.approx(float(dense), rel=1e-5)
+
+
+def test_gradients_around_flex_attention_are_those_of_the_definition(monkeypatch):
+    monkeypatch.setattr(attention, "compiled_flex", lambda _on_gpu: dense_flex)
+    assert_is_the_definition(random_case(4, [17, 2, 140, 9], num_anchors=6), "kl", "flex_attention")
 
 
 @given(
@@ -239,3 +247,26 @@ def test_a_batch_without_replies_learns_nothing():
     assert float(loss) == 0.0
     assert not sums.tensor().any()
     assert not any(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gpu_computes_the_same_and_never_waits(form):
+    case = random_case(3, [150, 2, 65, 90], num_anchors=20, head_dim=16, **FORMS[form])
+    objective, states = case.objective("kl", device="cuda"), [states.cuda() for states in case.states]
+    draft = objective.draft
+    for mode in ("default", "error"):  # the first time kernels are compiled
+        draft.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            loss, sums = objective(case.batch, states)
+            loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    truth, told, expected = case.theirs("kl")
+    assert float(loss) == pytest.approx(float(truth), rel=1e-3)
+    torch.testing.assert_close(torch.stack((sums.loss, sums.overlap)).cpu(), told[::2], rtol=1e-3, atol=1e-3)
+    for name, weight in draft.named_parameters():
+        assert relative_error(weight.grad.cpu(), expected[name]) < 5e-3, name

@@ -18,7 +18,7 @@ from draft_model.drafts.eagle3.attention import causal_attention
 from draft_model.drafts.eagle3.plan import Windows, plan_unroll
 from draft_model.drafts.kernels import choose_backend
 from draft_model.errors import DraftModelError
-from drafts.flex import assert_is_mask
+from drafts.flex import assert_is_mask, dense_flex
 
 from . import reference
 
@@ -197,6 +197,13 @@ def test_flex_attention_has_the_same_values_on_cpu(monkeypatch, later, heads, fi
     assert_same([out], inputs.dense()[:1], 1e-5)
 
 
+@pytest.mark.parametrize(("lengths", "share"), [([20, 11], 0.7), ([7, 1, 150], 0.3), ([140], 1.0)])
+def test_gradients_around_flex_attention_are_those_of_the_dense_mask(monkeypatch, lengths, share):
+    monkeypatch.setattr(attention, "compiled_flex", lambda: dense_flex)
+    inputs = random_inputs(5, lengths, 3, size=16, share=share, first=2)
+    assert_same(inputs.run("flex_attention"), inputs.dense(), 1e-5)
+
+
 def test_flex_attention_is_not_compiled_again_for_other_row_counts(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(attention, "compiled_flex", lambda: kernels.compiled_flex(True, "eager"))
@@ -269,6 +276,57 @@ def test_packed_conversations_equal_each_alone(seed, lengths, later, heads, size
         patch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward)
         found = inputs.run("sdpa")
     assert_same(found, inputs.dense(), 1e-5)
+
+
+def padded_scores(q, k):
+    """Causal scores of conversations padded to one length, [B, heads, S, S]."""
+    assert q.shape == k.shape
+    assert q.shape[2] % attention.CUDNN_BLOCK == 0
+    sees = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+    return (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~sees, -torch.inf)
+
+
+def cudnn_forward(q, k, v):
+    """What cuDNN's attention gives."""
+    scores = padded_scores(q, k)
+    return scores.softmax(-1) @ v, scores.logsumexp(-1, keepdim=True), "seed", "offset"
+
+
+def cudnn_backward(grad, q, k, v, out, lse, *state):
+    """Its backward, which takes whichever output and log-sum-exp it is given."""
+    assert state == ("seed", "offset")
+    p = (padded_scores(q, k) - lse).exp()
+    d_scores = p * (grad @ v.mT - (grad * out).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    return d_scores @ k, d_scores.mT @ q, p.mT @ grad
+
+
+@shapes
+@settings(max_examples=20, deadline=None)
+def test_padding_for_cudnn_changes_nothing(seed, lengths, later, heads, size, share, first):
+    inputs = random_inputs(seed, lengths, later, heads=heads, size=size, share=share, first=first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_FlashOnCpu", attention._Cudnn)
+        patch.setattr(attention, "_cudnn_forward", cudnn_forward)
+        patch.setattr(attention, "_cudnn_backward", cudnn_backward)
+        found = inputs.run("sdpa")
+    assert_same(found, inputs.dense(), 1e-5)
+
+
+@pytest.mark.parametrize("kind", [attention._FlashOnGpu, attention._Cudnn])
+def test_pytorchs_operators_for_gpus_take_what_they_are_given(kind):
+    """Without a GPU they know types and shapes, which the stand-ins above may have wrong."""
+    inputs = random_inputs(1, [200, 150], 2, size=64, dtype=torch.bfloat16)
+    windows = replace(inputs.windows, **{
+        name: value.to("meta") for name, value in vars(inputs.windows).items() if isinstance(value, Tensor)
+    })  # fmt: skip
+    q, k0, v0, *_ = (tensor.to("meta") for tensor in inputs.tensors)
+    causal = kind(windows, k0, v0)
+    given = causal.forward(q)
+    assert given.out.shape[1:] == q.shape[1:]
+    assert (given.lse.shape, given.lse.dtype) == ((q.shape[1], len(given.out)), torch.float32)
+    total = given.lse.index_select(1, given.places)
+    assert causal.backward(given, q, torch.empty_like(q), torch.empty_like(q), total).shape == given.out.shape
+    assert [gradient.shape for gradient in causal.key_gradients()] == [k0.shape, v0.shape]
 
 
 @pytest.mark.gpu

@@ -203,10 +203,9 @@ def costs(shape: BlockConfig, _steps: int) -> Costs:
             # The draft's head and its gradient by the hidden state; the head itself is not trained, the Markov head is.
             + shape.proposals * vocabulary * (4 * hidden + 6 * rank)
         ),
-        # The gradient of w2, head and w2 as one matrix; logits of target and draft, and four matrices in float32.
+        # The gradient of w2, head and w2 as one matrix; logits of target and draft.
         chunk_bytes=lambda width: (
-            vocabulary
-            * ((4.0 * rank + (hidden + rank) * width if rank else 0.0) + CHUNK_PAIRS["cuda"] * (2 * width + 4 * 4))
+            vocabulary * ((4.0 * rank + (hidden + rank) * width if rank else 0.0) + CHUNK_PAIRS["cuda"] * 2 * width)
         ),
     )
 

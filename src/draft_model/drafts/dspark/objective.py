@@ -18,8 +18,8 @@ that is kept would grow with proposal j, by the draft's confidence q_i in y_i, s
 
 Loss and gradients need z, p and q of one proposal at a time, so the heads run a chunk of (block, proposal) pairs at a
 time, ordered by teacher: one target head and one softmax p of a teacher serve all that it teaches. Head and w2 are one
-matrix over (u, e), and the gradients leave at once: logits of all blocks never exist. On a CPU softmax and loss take a
-few rows at a time, which stay in the cache. Everything below the heads is ordinary autograd.
+matrix over (u, e), and the gradients leave at once: logits of all blocks never exist. Softmax and loss are one kernel
+(triton_loss.py) on a GPU; a CPU takes a few rows at a time, which stay in the cache. Below the heads is plain autograd.
 """
 
 from __future__ import annotations
@@ -165,22 +165,23 @@ class _Heads(torch.autograd.Function):
         ctx.width = hidden.shape[-1]
         grad = torch.zeros_like(read) if learn else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learn and weight is not None else None
-        on_cpu = hidden.device.type == "cpu"
         for start in range(0, len(blocks.taught), blocks.chunk):
             end = min(start + blocks.chunk, len(blocks.taught))
             first, last = blocks.taught[start], blocks.taught[end - 1] + 1
             block, number, teacher = blocks.pairs[:, start:end]
             logits = target.logits(teaching.final[blocks.teachers[first:last]])
-            top = logits.max(-1).indices  # several times as fast as argmax in bfloat16
             rows = read[block, number]  # [C, H + r]
             z = rows @ matrix.T
-            step = CACHED_ROWS if on_cpu else end - start
-            for at in range(start, end, step):
-                part, past = slice(at - start, at - start + step), min(at + step, end)
-                low, high = blocks.taught[at], blocks.taught[past - 1] + 1
-                p = torch.softmax(logits[low - first : high - first], -1, dtype=torch.float32)  # once for each teacher
-                taught = teacher[part]
-                _distil(teaching, block[part], number[part], p[taught - low], top[taught - first], z[part])
+            if kernels.fused(z):
+                _distil_fused(teaching, block, number, logits, teacher - first, z)
+            else:
+                top = logits.max(-1).indices  # several times as fast as argmax in bfloat16
+                for at in range(start, end, CACHED_ROWS):
+                    part, past = slice(at - start, at - start + CACHED_ROWS), min(at + CACHED_ROWS, end)
+                    low, high = blocks.taught[at], blocks.taught[past - 1] + 1
+                    p = torch.softmax(logits[low - first : high - first], -1, dtype=torch.float32)  # once per teacher
+                    taught = teacher[part]
+                    _distil(teaching, block[part], number[part], p[taught - low], top[taught - first], z[part])
             if grad is not None:
                 grad[block, number] = z @ matrix
                 if grad_weight is not None:
@@ -226,6 +227,19 @@ def _distil(teaching: _Teaching, block: Tensor, number: Tensor, p: Tensor, top: 
     if soft is not None:
         gradient -= p.mul_((weight * kl).unsqueeze(1))
     logits.copy_(gradient.scatter_add_(1, top.unsqueeze(1), (-weight * hard).unsqueeze(1)))
+
+
+def _distil_fused(
+    teaching: _Teaching, block: Tensor, number: Tensor, logits: Tensor, teachers: Tensor, z: Tensor
+) -> None:  # fmt: skip
+    """The same for a whole chunk, whose proposals' teachers are rows of `logits`, [M, V]."""
+    from draft_model.drafts.dspark import triton_loss
+
+    at = block, number
+    parts, decay = LOSSES.get(teaching.loss, (0.0,) * 3), kernels.LK_DECAY if teaching.loss == "lk" else 0.0
+    found = triton_loss.distil(z, logits, teachers, teaching.weights[at], teaching.learn, parts, decay)
+    teaching.losses[at], agree, teaching.overlap[at], teaching.confidence[at] = found.unbind(1)
+    teaching.agree[at] = agree > 0
 
 
 def _step_sums(blocks: Blocks, teaching: _Teaching) -> Counts:

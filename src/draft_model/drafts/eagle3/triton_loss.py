@@ -102,7 +102,7 @@ def _distill(
     loss = lse - tl.sum(cross, 0)
     if REJECTION:
         overlap, below = 1.0 - 0.5 * tl.sum(difference, 0), tl.sum(lower, 0)
-        share = tl.exp(-DECAY * overlap) if DECAY else 0.0
+        share = tl.exp(-DECAY * overlap) if DECAY > 0.0 else 0.0
         loss = share * loss + (1.0 - share) * (1.0 - overlap)
         if LEARN:
             for start in range(0, D, BLOCK):
