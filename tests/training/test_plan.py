@@ -249,6 +249,8 @@ def test_a_conversation_of_32_k_tokens_fits_80_gb_since_gate_and_up_are_computed
     [
         (41_500, True, [1.33, 1.48, 1.59]),  # benchmarks/recipe.py, 160 conversations: AdamW, Muon, momentum 0.5
         (102_000, True, [1.60, 1.72, 1.85]),  # 400 conversations, likewise
+        (105_000, True, [1.92]),  # 720 conversations, 192 tokens of each
+        (212_000, True, [1.95, 2.06]),  # the demo, decoded and simulated
         (102_000 * 2, True, [1.66]),  # the demo of 391 conversations, two epochs
         (408_000, True, [1.82]),  # 1,564 conversations, one epoch
         (2_500_000, True, [1.89]),  # speculators #751 and the like: 5,000 conversations

@@ -33,7 +33,7 @@ RUNTIME_BYTES = 2.0 * GIGA
 STATE_BYTES = 14.0
 """Of a checkpoint for each of the draft's parameters: float32 weights, two moments, weights to serve in bfloat16."""
 
-POINTS = ((1e4, 0.17), (4e4, 0.32), (1e5, 0.42), (2e5, 0.47), (4e5, 0.52), (2.5e6, 0.56), (2.5e8, 0.68))
+POINTS = ((1e4, 0.17), (4e4, 0.32), (1e5, 0.44), (2e5, 0.49), (4e5, 0.52), (2.5e6, 0.56), (2.5e8, 0.68))
 """Supervised tokens and p."""
 SPREAD = 0.08  # of p, between recipes, targets and kinds of conversation
 FOREIGN = 0.20  # what p loses where the answers are not the target's own
