@@ -188,7 +188,7 @@ def test_blocks_stand_in_replies_and_learn_up_to_their_ends():
     for anchor, learnt in zip(blocks.anchors.tolist(), blocks.learnt.tolist(), strict=True):
         run = [anchor + 1 + j < 30 and mask[anchor + 1 + j] for j in range(4)]
         assert learnt == [all(run[: j + 1]) for j in range(4)]
-    assert blocks.whole
+    assert blocks.replies
 
 
 def test_acceptance_length_is_that_of_walking_through_the_replies():
@@ -204,7 +204,7 @@ def test_acceptance_length_is_that_of_walking_through_the_replies():
     for limit in range(1, config.proposals + 1):
         at = 0
         while at < len(blocks.anchors):
-            end = int(blocks.reply_ends[at])
+            end = int(blocks.replies.ends[at])
             while at < end:
                 took = min(runs[at], limit)
                 rounds[limit - 1] += 1

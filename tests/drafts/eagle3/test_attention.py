@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from draft_model.drafts import kernels
-from draft_model.drafts.batch import collate
+from draft_model.drafts.batch import collate, move
 from draft_model.drafts.eagle3 import attention
 from draft_model.drafts.eagle3.attention import causal_attention
 from draft_model.drafts.eagle3.plan import Windows, plan_unroll
@@ -89,7 +89,7 @@ def random_inputs(
     active &= torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
     predicted = torch.zeros_like(batch.predicted)
     predicted[:, 1 : 1 + max(lengths)] = active  # position t is taught by t + 1
-    plan = plan_unroll(replace(batch, predicted=predicted), 1).to(torch.device(device))
+    plan = move(plan_unroll(replace(batch, predicted=predicted), 1), torch.device(device))
     count, (query_heads, kv_heads) = len(plan.rows), heads
     kv = (kv_heads, size)
     shapes = [(count, query_heads, size), *[(sum(lengths), *kv)] * 2, *[(later, count, *kv)] * 2]

@@ -411,7 +411,7 @@ def test_what_does_not_change_the_mathematics_is_ignored_with_a_note(default, ca
     tied = {"tie_word_embeddings": True, "model_type": "phi3"}  # SpecForge's for Phi-4-mini
     assert with_overrides(default, tied | {"draft_vocab_size": 16000}).draft_vocab_size == 16000
     assert "one Llama layer: model_type, tie_word_embeddings" in caplog.text
-    with pytest.raises(DraftModelError, match=r"s3://theirs: `use_sliding_window` is not a setting"):
+    with pytest.raises(DraftModelError, match=r"s3://theirs: `use_sliding_window` is True; allowed: False"):
         with_overrides(default, OTHERS | {"use_sliding_window": True}, "s3://theirs")
 
 
@@ -451,7 +451,8 @@ MISFITS = [
     ({LAYER_IDS: 5}, LAYER_IDS, "three"),
     ({LAYER_IDS: [0, 1, 2]}, LAYER_IDS, "lowest is 1"),
     ({LAYER_IDS: [2, 16, 29], "eagle_config": {LAYER_IDS: [2, 16, 29]}}, LAYER_IDS, "give one"),
-    ({"use_sliding_window": True}, "use_sliding_window", "not a setting"),
+    ({"use_sliding_window": True}, "use_sliding_window", "allowed: False"),
+    ({"norm_before_residual": True}, "norm_before_residual", "not a setting"),
     ({"hidden_siez": 4096}, "hidden_siez", "not a setting"),
 ]
 

@@ -32,8 +32,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from draft_model.drafts import kernels
-from draft_model.drafts.batch import Batch
-from draft_model.drafts.counts import Counts, decode_rounds
+from draft_model.drafts.batch import Batch, move
+from draft_model.drafts.counts import Counts
 from draft_model.drafts.dspark.blocks import Blocks, block_attention, place_blocks
 from draft_model.drafts.dspark.model import BlockDraft
 from draft_model.drafts.layers import rotary_table
@@ -82,7 +82,8 @@ class Objective:
         draft, shape = self.draft, self.draft.config
         limit = shape.num_anchors if torch.is_grad_enabled() else None
         device = self.target.device
-        blocks = place_blocks(batch, shape.proposals, limit, CHUNK_PAIRS[device.type]).to(device)
+        blocks = place_blocks(batch, shape.proposals, limit, CHUNK_PAIRS[device.type])
+        blocks = move(blocks, device)
         if not len(blocks.anchors):
             nothing = sum(parameter.sum() for parameter in draft.parameters()) * 0.0
             return torch.as_tensor(nothing), self.no_counts()
@@ -106,7 +107,9 @@ class Objective:
             confidence = draft.confidence_head.proj(read)[..., 0]  # [N, K]
             error = functional.binary_cross_entropy_with_logits(confidence, teaching.overlap, reduction="none")
             loss = loss + (error * blocks.learnt * self.decay).sum()
-        return loss, _step_sums(blocks, teaching)
+        parts = torch.stack((teaching.losses, blocks.learnt, teaching.agree, teaching.overlap)) * blocks.learnt
+        sums = parts.sum(1, dtype=torch.float64)
+        return loss, Counts.of(sums, blocks.learnt.T, teaching.agree.T, blocks.replies)
 
     def no_counts(self) -> Counts:
         """The counts of no conversation, on the device."""
@@ -226,17 +229,3 @@ def _distil(teaching: _Teaching, block: Tensor, number: Tensor, p: Tensor, top: 
     if soft is not None:
         gradient -= p.mul_((weight * kl).unsqueeze(1))
     logits.copy_(gradient.scatter_add_(1, top.unsqueeze(1), (-weight * hard).unsqueeze(1)))
-
-
-def _step_sums(blocks: Blocks, teaching: _Teaching) -> Counts:
-    """The sums per proposal, on the device."""
-    agreed = (teaching.agree & blocks.learnt).cummin(1).values  # [N, K]
-    before = torch.cat((torch.ones_like(agreed[:, :1]), agreed[:, :-1]), 1) & blocks.learnt
-    chains = torch.stack((blocks.learnt, before, agreed)).sum(1, dtype=torch.float64)
-    parts = torch.stack((teaching.losses, blocks.learnt, teaching.agree, teaching.overlap))
-    sums = (parts * blocks.learnt).sum(1, dtype=torch.float64)
-    if blocks.whole:
-        rounds = torch.stack(decode_rounds(blocks, agreed.sum(1)))
-    else:  # blocks at random: the mean over where they stand
-        rounds = torch.stack((torch.full_like(chains[2], len(agreed)), chains[2].cumsum(0)))
-    return Counts.from_tensor(torch.cat((sums, chains, rounds)))

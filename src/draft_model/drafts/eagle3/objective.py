@@ -33,8 +33,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from draft_model.drafts import kernels
-from draft_model.drafts.batch import Batch
-from draft_model.drafts.counts import Counts, decode_rounds
+from draft_model.drafts.batch import Batch, move
+from draft_model.drafts.counts import Counts
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.plan import Plan, plan_unroll
 from draft_model.drafts.eagle3.unroll import Unroll
@@ -109,7 +109,7 @@ class _Loss(torch.autograd.Function):
         if not len(plan.rows):
             outcome.append(objective.no_counts())
             return packed.new_zeros((), dtype=torch.float32)
-        plan = plan.to(packed.device)
+        plan = move(plan, packed.device)
         weights = objective.draft.weights(objective.dtype)
         hidden = weights.config.hidden_size
         features, final = packed.split((packed.shape[1] - hidden, hidden), -1)
@@ -268,12 +268,9 @@ class Heads:
         """The sums per step, on the device."""
         plan = self._plan
         exists = plan.teacher_of >= 0  # [steps, N]
-        agrees = self.agree.gather(1, plan.teacher_of.clamp(min=0)) & exists if len(plan.teachers) else exists
+        agrees = self.agree.gather(1, plan.teacher_of.clamp(min=0)) if len(plan.teachers) else exists
         # A chain that starts in the prompt has no first step that could agree, so it gets nowhere.
-        agreed = agrees.cummin(0).values
-        before = torch.cat((torch.ones_like(agrees[:1]), agreed[:-1])) & exists
-        chains = torch.stack((exists, before, before & agrees)).sum(-1, dtype=torch.float64)
-        return Counts.from_tensor(torch.cat((self.sums, chains, torch.stack(decode_rounds(plan, agreed.sum(0))))))
+        return Counts.of(self.sums, exists, agrees, plan.replies)
 
 
 def _rejection_gradient(p: Tensor, q: Tensor, out: Tensor) -> Tensor:
