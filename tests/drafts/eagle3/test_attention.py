@@ -156,19 +156,6 @@ def test_large_scores_do_not_overflow():
     assert_same(inputs.run("sdpa"), inputs.dense(), 1e-4)  # scores of hundreds: their rounding shows
 
 
-def test_no_query_sees_another_conversation():
-    inputs = random_inputs(3, [9, 4, 6], 3, share=1.0)
-    first = inputs.run("sdpa")
-    others = inputs.windows.conversation != 1
-    for tensor in inputs.tensors[1:3]:
-        tensor[others] = 1e4
-    second = inputs.run("sdpa")
-    rows = inputs.windows.row_conversation == 1
-    assert torch.equal(first[0][rows], second[0][rows])
-    assert torch.equal(first[1][rows], second[1][rows])
-    assert torch.equal(first[2][~others], second[2][~others])
-
-
 def test_a_backend_that_cannot_run_becomes_sdpa_with_one_line_or_is_refused(caplog):
     with caplog.at_level(logging.INFO):
         assert choose_backend("sdpa", CPU, torch.float32) == "sdpa"

@@ -28,7 +28,6 @@ SCORES = 1 << 23  # scores that exist at once on a CPU: 32 MB in float32
 class Blocks:
     """N blocks of a batch of T packed tokens."""
 
-    steps: int  # K, proposals of a block
     tokens: Tensor  # token ids, int64 [T]
     positions: Tensor  # of each token in its conversation, int64 [T]
     anchors: Tensor  # packed positions, ascending, int64 [N]
@@ -39,17 +38,13 @@ class Blocks:
     teachers: Tensor  # packed positions that teach, ascending, int64 [M]
     pairs: Tensor  # block, proposal and teacher's number of all that is learnt, by teacher, int64 [3, P]
     taught: tuple[int, ...]  # the teachers' numbers of the pairs, on the host, [P]
-    chunk: int  # pairs of a head
     replies: Replies | None  # of the blocks; None unless there is one wherever decoding may start a round
     # of each conversation with blocks: its first and last + 1 block, and its first packed token
     spans: tuple[tuple[int, int, int], ...]
 
 
-def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -> Blocks:
-    """Chooses the anchors, at most `limit` of a conversation, and works the indices out for K proposals.
-
-    Heads take the pairs in chunks of `size`.
-    """
+def place_blocks(batch: Batch, steps: int, limit: int | None) -> Blocks:
+    """Chooses the anchors, at most `limit` of a conversation, and works the indices out for K proposals."""
     real = torch.arange(batch.tokens.shape[1]) < batch.lengths.unsqueeze(1)
     predicted = batch.predicted & real
     begins = predicted.clone()
@@ -76,7 +71,6 @@ def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -
     counts = torch.bincount(of, minlength=len(batch.lengths)).tolist()
     ends = np.cumsum(counts).tolist()
     return Blocks(
-        steps=steps,
         tokens=tokens,
         positions=positions,
         anchors=anchors,
@@ -87,7 +81,6 @@ def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -
         teachers=teachers,
         pairs=pairs,
         taught=tuple(pairs[2].tolist()),
-        chunk=size,
         replies=Replies.of(numbers, anchors - numbers) if torch.equal(chosen, begins) else None,
         spans=tuple((end - n, end, start) for end, n, start in zip(ends, counts, starts.tolist(), strict=True) if n),
     )

@@ -122,8 +122,9 @@ def adapt(default: BlockConfig, given: Mapping[str, Any], source: str = USER) ->
     values |= {key: nested[key] for key in ("mask_token_id", "target_layer_ids") if key in nested}
     if source == USER and values.pop("draft_vocab_size", default.vocab_size) != default.vocab_size:
         logger.info("%s: `draft_vocab_size` is without effect; a block draft knows the whole vocabulary", source)
-    problems, reads = [], values.get("confidence_head_with_markov", True)
-    if default.markov_rank and values.get("enable_confidence_head", True) and not reads:
+    problems = []
+    without_markov = not values.get("confidence_head_with_markov", True)
+    if default.markov_rank and without_markov and values.get("enable_confidence_head", True):
         problems.append("`confidence_head_with_markov` is false; the confidence head reads the Markov head's embedding")
     sizes = adapt_layers(default, values, source, _rules(default), problems)
     own = {key: values[key] for key in _OWN if key in values}

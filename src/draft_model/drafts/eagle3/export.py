@@ -67,21 +67,16 @@ def exported(
             f"`{LAYER_IDS}`, as after {nested_ids} layers of DeepSeek's targets, and after {layers} of others: give "
             "model_type of the target's config.json, such as llama or deepseek_v3"
         )
-    if form == "speculators":
-        renamed = {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in tensors.items()}
-        return _speculators(config, layers, target), renamed
-    outside = {key: value for key, value in config.items() if key not in (LAYER_IDS, "eagle_config")}
-    nested: dict[str, Any] = {"use_aux_hidden_state": True}
-    if layers and form == "sglang":
-        nested[LAYER_IDS] = to_sglang(tuple(layers), str(config.get("target_model_type", "")))
-    elif layers:
-        outside[LAYER_IDS] = layers
-    return outside | {"eagle_config": nested}, dict(tensors)
-
-
-def _speculators(config: Mapping[str, Any], layers: list[int] | None, target: Mapping[str, Any]) -> dict[str, Any]:
-    """Configuration of a draft in the format of speculators 0.9 (models/eagle3/config.py, config.py)."""
-    return {
+    if form != "speculators":
+        outside = {key: value for key, value in config.items() if key not in (LAYER_IDS, "eagle_config")}
+        nested: dict[str, Any] = {"use_aux_hidden_state": True}
+        if layers and form == "sglang":
+            nested[LAYER_IDS] = to_sglang(tuple(layers), str(config.get("target_model_type", "")))
+        elif layers:
+            outside[LAYER_IDS] = layers
+        return outside | {"eagle_config": nested}, dict(tensors)
+    keys = (*files.LAYER_KEYS, *_LAYER_KEYS, "tie_word_embeddings")
+    return {  # of speculators 0.9, models/eagle3/config.py and config.py
         "architectures": ["Eagle3DraftModel"],
         **files.speculators_config("eagle3", target),
         "has_no_defaults_at_init": False,
@@ -94,7 +89,5 @@ def _speculators(config: Mapping[str, Any], layers: list[int] | None, target: Ma
         "embed_requires_grad": False,
         "tie_word_embeddings": False,
         "dtype": config.get("dtype", "bfloat16"),
-        files.LAYER: {
-            key: config[key] for key in (*files.LAYER_KEYS, *_LAYER_KEYS, "tie_word_embeddings") if key in config
-        },
-    }
+        files.LAYER: {key: config[key] for key in keys if key in config},
+    }, {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in tensors.items()}
