@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +34,7 @@ from draft_model.dataset.tokens import Split
 from draft_model.drafts.batch import Batch, collate
 from draft_model.drafts.counts import Counts
 from draft_model.drafts.eagle3 import objective as loss_module
-from draft_model.drafts.eagle3.objective import Objective, Teacher
-from draft_model.drafts.eagle3.plan import Plan
+from draft_model.drafts.eagle3.objective import Objective
 from draft_model.parameters import Parameters
 from draft_model.target.model import Target, load_target
 from draft_model.training.order import plan_steps
@@ -201,8 +201,8 @@ class States:
 class KeptObjective(Objective):
     """The objective on kept states: the teacher's head has the draft's rows alone, and a column for all others."""
 
-    def teacher(self, final: Tensor, plan: Plan) -> Teacher:
-        """As the product's, without logits that nobody reads."""
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
         head = self.target.head[self.target_ids]
         count = len(head)
 
@@ -212,9 +212,8 @@ class KeptObjective(Objective):
             out[:, count] = torch.where((states == 0).all(-1), 1e9, -1e9)
             return out
 
-        ids = torch.arange(count)
-        draft_ids = torch.cat((ids, torch.tensor([-1])))
-        return Teacher(final.index_select(0, plan.teachers), logits, ids, draft_ids, self.draft.config.rms_norm_eps)
+        self.teacher_head, self.target_ids = logits, torch.arange(count)
+        self.draft_ids = torch.cat((self.target_ids, torch.tensor([-1])))
 
 
 def rate_at(recipe: Recipe, step: int, total: int) -> float:

@@ -84,29 +84,17 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Scene:
-    """A random target and one batch.
-
-    Attributes:
-        shape: of both.
-        model: the target, frozen.
-        tokens: int64 [B, T].
-        loss_mask: bool [B, T], True on the assistant's tokens: all after the prompt.
-        t2d: bool [V].
-        d2t: offsets, int64 [D].
-        device: of all of these.
-        dtype: of the target.
-        family: eagle3, dflash or dspark.
-    """
+    """A random target and one batch."""
 
     shape: Shape
-    model: Any
-    tokens: Tensor
-    loss_mask: Tensor
-    t2d: Tensor
-    d2t: Tensor
-    device: torch.device
-    dtype: torch.dtype
-    family: str
+    model: Any  # the target, frozen
+    tokens: Tensor  # int64 [B, T]
+    loss_mask: Tensor  # bool [B, T], True on the assistant's tokens: all after the prompt
+    t2d: Tensor  # bool [V]
+    d2t: Tensor  # offsets, int64 [D]
+    device: torch.device  # of all of these
+    dtype: torch.dtype  # of the target
+    family: str  # eagle3, dflash or dspark
 
     @property
     def block_size(self) -> int:

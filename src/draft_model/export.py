@@ -13,15 +13,21 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from draft_model import drafts, storage
+from draft_model.drafts.base import WEIGHTS
 from draft_model.errors import DraftModelError
 
 Format = Literal["vllm", "sglang", "speculators"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-_WEIGHTS = "model.safetensors"
 _LEFT_OUT = (
-    "config.json", _WEIGHTS, storage.MANIFEST, "report.html", "report.json", "evaluation.json", "training_state"
-)  # fmt: skip
+    "config.json",
+    WEIGHTS,
+    storage.MANIFEST,
+    "report.html",
+    "report.json",
+    "evaluation.json",
+    "training_state",
+)
 
 
 def export(draft: str, form: Format, output: str, work: Path, target: str = "", target_type: str = "") -> str:
@@ -36,8 +42,7 @@ def export(draft: str, form: Format, output: str, work: Path, target: str = "", 
             training.json names.
         target_type: `model_type` of the target; used where the draft does not name it.
     """
-    from safetensors.torch import save_file
-
+    from draft_model.drafts.files import write_draft
     from draft_model.training.checkpoint import read_checkpoint
 
     loaded = read_checkpoint(draft, work / "draft")
@@ -53,10 +58,7 @@ def export(draft: str, form: Format, output: str, work: Path, target: str = "", 
         raise DraftModelError(
             f"{draft}: its config.json lacks, or has in another form, what {form} needs: {error}"
         ) from error
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps(config, indent=2, sort_keys=True)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_draft(folder, config, tensors)
     storage.publish(folder, output, stage="export", properties={"format": form, "draft": draft})
     return output
 

@@ -351,7 +351,7 @@ def test_all_unusable_inputs_are_told_at_once(tmp_path, build):
     told = "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 3
     for said in ("dataset_train_split", "absent.jsonl", "dataset_validation_split",
-                 "draft_model_config: `draft_vocab_size` is 1000000; the target's vocabulary has"):  # fmt: skip
+                 "draft_model_config: `draft_vocab_size` is 1000000; allowed: a whole number >= 1"):  # fmt: skip
         assert said in told
 
 

@@ -1,4 +1,4 @@
-"""Weights cast once for several micro-batches: the numbers of casts anew, to the bit."""
+"""Weights cast once for several micro-batches: the numbers of casts anew, to the bit; records on their way to a GPU."""
 
 from contextlib import nullcontext
 
@@ -8,6 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from draft_model.drafts import batch
+from draft_model.drafts.eagle3.plan import plan_unroll
 from draft_model.drafts.layers import cast_once
 from draft_model.training.optimizer import Gradients
 from drafts.dspark import case as blocks
@@ -90,3 +92,18 @@ def test_in_float32_nothing_is_copied():
     draft = nn.Linear(3, 2)
     with cast_once(draft, torch.float32):
         assert not hasattr(draft.weight, "copy_in_compute_type")
+
+
+def test_a_record_moves_in_one_transfer(monkeypatch):
+    sent = []
+    monkeypatch.setattr(batch, "to_device", lambda tensor, _device: sent.append(tensor) or tensor)
+    plan = plan_unroll(chains.random_case(1, [17, 9, 12]).batch, 3)
+    moved = batch.move(plan, torch.device("meta"))
+    assert len(sent) == 1
+    assert moved.windows.places is not plan.windows.places
+    for one, other in ((plan, moved), (plan.windows, moved.windows), (plan.replies, moved.replies)):
+        for name, value in vars(one).items():
+            found = getattr(other, name)
+            same = isinstance(value, torch.Tensor) and torch.equal(value, found) and value.dtype == found.dtype
+            assert same or name in ("windows", "replies") or value == found
+    assert batch.move(plan, torch.device("cpu")) is plan

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 BUFFERS = 8  # transfers that may be on their way at once
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,21 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return _STAGING.setdefault(tensor.dtype, _Staging(tensor.dtype)).send(tensor, device)
 
 
-def fields_to_device(record: Any, device: torch.device) -> dict[str, Tensor]:
-    """The tensors, int64 or bool, among a record's fields on another device, by one transfer."""
-    tensors = {name: value for name, value in vars(record).items() if isinstance(value, Tensor)}
-    flat = to_device(torch.cat([tensor.flatten().long() for tensor in tensors.values()]), device)
-    parts = flat.split([tensor.numel() for tensor in tensors.values()])
-    return {
-        name: part.view(tensor.shape).to(tensor.dtype)
-        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
-    }
+def move(record: Record, device: torch.device) -> Record:
+    """A record with its tensors, int64 or bool, and those of records in it on another device, by one transfer."""
+    tensors: list[Tensor] = []
+    _map_tensors(record, tensors.append)
+    if tensors[0].device == device:
+        return record
+    flat = to_device(torch.cat([tensor.flatten().long() for tensor in tensors]), device)
+    parts = iter(flat.split([tensor.numel() for tensor in tensors]))
+    moved: Record = _map_tensors(record, lambda tensor: next(parts).view(tensor.shape).to(tensor.dtype))
+    return moved
+
+
+def _map_tensors(record: Any, change: Callable[[Tensor], Any]) -> Any:
+    if isinstance(record, Tensor):
+        return change(record)
+    if is_dataclass(record) and not isinstance(record, type):
+        return replace(record, **{name: _map_tensors(value, change) for name, value in vars(record).items()})
+    return record

@@ -41,6 +41,26 @@ class Counts:
         """The inverse of `tensor`; also of the same numbers in one row."""
         return cls(*sums.view(len(fields(cls)), -1).unbind(0))
 
+    @classmethod
+    def of(cls, sums: Tensor, exists: Tensor, agrees: Tensor, replies: Replies | None) -> Self:
+        """Counts of a batch's N rows.
+
+        Args:
+            sums: loss, supervised, agree and overlap, float64 [4, n].
+            exists: of each entry and row, whether its token is the assistant's, bool [n, N].
+            agrees: whether the draft's top token is the target's there, bool [n, N].
+            replies: where rounds of decoding start; None where the rows are a random choice of those places: the mean
+                over them is taken.
+        """
+        agreed = (agrees & exists).cummin(0).values
+        before = torch.cat((torch.ones_like(agreed[:1]), agreed[:-1])) & exists
+        chains = torch.stack((exists, before, before & agrees)).sum(-1, dtype=torch.float64)
+        if replies:
+            rounds = replies.decode(agreed.sum(0), len(agreed))
+        else:
+            rounds = torch.stack((torch.full_like(chains[2], exists.shape[1]), chains[2].cumsum(0)))
+        return cls.from_tensor(torch.cat((sums, chains, rounds)))
+
     def cpu(self) -> Self:
         """The same on the host."""
         return self.from_tensor(self.tensor().cpu())
@@ -85,31 +105,47 @@ class Counts:
         }
 
 
-def decode_rounds(plan: Any, agreed: Tensor) -> tuple[Tensor, Tensor]:
-    """Walks through every reply as decoding would, for 1, 2, ... proposals per round.
+@dataclass(frozen=True)
+class Replies:
+    """Rows from which a round of decoding may start, reply after reply. Q rows, all indices int64."""
 
-    A round at a row keeps as many proposals as agree there and goes on behind the token after them. The walk is done
-    for all rows at once by doubling: after n rounds of it, each row knows the sums of its next 2^n rounds.
+    rows: Tensor  # numbers of the rows, [Q]
+    ends: Tensor  # for each of these, where its reply ends among the Q, [Q]
+    starts: Tensor  # where the replies begin among the Q, [replies]
+    longest: int  # rows of the longest reply
 
-    Args:
-        plan: with reply_rows, reply_ends, reply_starts, longest_reply and steps, as the families' plans have them.
-        agreed: leading steps of each row that agree, int64 [N].
+    @classmethod
+    def of(cls, rows: Tensor, reply: Tensor) -> Self:
+        """From the rows, and which reply each is of: numbers that differ between neighbours, [Q]."""
+        sizes = reply.unique_consecutive(return_counts=True)[1]
+        ends = sizes.cumsum(0)
+        longest = int(sizes.max()) if len(sizes) else 0
+        return cls(rows, ends.repeat_interleave(sizes), ends - sizes, longest)
 
-    Returns:
-        Rounds and kept proposals, float64 [steps] each.
-    """
-    count, steps = len(plan.reply_rows), plan.steps
-    limit = torch.arange(1, steps + 1, device=agreed.device).unsqueeze(1)
-    kept = torch.zeros(steps, count + 1, dtype=torch.int64, device=agreed.device)  # the last entry is the end
-    kept[:, :count] = agreed[plan.reply_rows].clamp(max=limit)
-    rounds = torch.ones_like(kept)
-    rounds[:, count] = 0
-    following = torch.arange(count + 1, device=agreed.device) + kept + 1
-    ends = torch.cat((plan.reply_ends, plan.reply_ends.new_zeros(1)))
-    following = torch.where(following < ends, following, count)
-    for _ in range(math.ceil(math.log2(plan.longest_reply + 1))):
-        rounds = rounds + rounds.gather(1, following)
-        kept = kept + kept.gather(1, following)
-        following = following.gather(1, following)
-    begin = plan.reply_starts
-    return rounds[:, begin].sum(1, dtype=torch.float64), kept[:, begin].sum(1, dtype=torch.float64)
+    def decode(self, agreed: Tensor, steps: int) -> Tensor:
+        """Walks through every reply as decoding would, for 1, 2, ... proposals per round.
+
+        A round at a row keeps as many proposals as agree there and goes on behind the token after them. The walk is
+        done for all rows at once by doubling: after n rounds of it, each row knows the sums of its next 2^n rounds.
+
+        Args:
+            agreed: leading steps of each row that agree, int64 [N].
+            steps: most proposals.
+
+        Returns:
+            Rounds and kept proposals, float64 [2, steps].
+        """
+        count = len(self.rows)
+        limit = torch.arange(1, steps + 1, device=agreed.device).unsqueeze(1)
+        kept = torch.zeros(steps, count + 1, dtype=torch.int64, device=agreed.device)  # the last entry is the end
+        kept[:, :count] = agreed[self.rows].clamp(max=limit)
+        rounds = torch.ones_like(kept)
+        rounds[:, count] = 0
+        following = torch.arange(count + 1, device=agreed.device) + kept + 1
+        ends = torch.cat((self.ends, self.ends.new_zeros(1)))
+        following = torch.where(following < ends, following, count)
+        for _ in range(math.ceil(math.log2(self.longest + 1))):
+            rounds = rounds + rounds.gather(1, following)
+            kept = kept + kept.gather(1, following)
+            following = following.gather(1, following)
+        return torch.stack((rounds, kept))[:, :, self.starts].sum(2, dtype=torch.float64)

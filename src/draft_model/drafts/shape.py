@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,21 +12,20 @@ from draft_model.errors import DraftModelError
 
 USER = "draft_model_config"
 DEFAULT_DRAFT_VOCAB_SIZE = 32_000
-# What changes nothing in the layer that engines load.
-_NEUTRAL: dict[str, Any] = {"partial_rotary_factor": 1, "logit_scale": 1}
-# What engines and trainers write and no engine's Llama layer reads.
+# What engines and trainers write and no engine's Llama layer reads, and what is looked at elsewhere.
 _IGNORED = {
-    "_name_or_path", "attention_dropout", "auto_map", "bos_token_id", "decoder_sparse_step", "dtype", "eagle_config",
-    "embd_pdrop", "eos_token_id", "initializer_range", "max_window_layers",
-    "mlp_only_layers", "moe_intermediate_size", "n_routed_experts", "norm_topk_prob", "num_aux_hidden_states",
+    "_name_or_path", "attention_dropout", "auto_map", "bos_token_id", "decoder_sparse_step", "dtype",
+    "eagle_aux_hidden_state_layer_ids", "eagle_config",
+    "embd_pdrop", "eos_token_id", "initializer_range", "max_window_layers", "mlp_only_layers", "model_type",
+    "moe_intermediate_size", "n_routed_experts", "norm_topk_prob", "num_aux_hidden_states",
     "num_experts", "num_experts_per_tok", "num_local_experts", "original_max_position_embeddings",
-    "output_router_logits", "pad_token_id", "pretraining_tp", "resid_pdrop", "rope_scaling", "rope_theta",
-    "router_aux_loss_coef", "shared_expert_intermediate_size", "sliding_window", "torch_dtype",
-    "transformers_version", "use_cache",
+    "output_router_logits", "pad_token_id", "pretraining_tp", "resid_pdrop", "rope_parameters", "rope_scaling",
+    "rope_theta", "router_aux_loss_coef", "shared_expert_intermediate_size", "sliding_window", "target_model_type",
+    "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 _SIZES = (
     "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "draft_vocab_size",
-    "max_position_embeddings",
+    "max_position_embeddings", "rms_norm_eps",
 )  # fmt: skip
 _ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 # The draft is trained with its own rotary embedding, so it can do without what engines' Llama layer has no code for:
@@ -33,6 +33,27 @@ _ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _ROPE_ALIASES = {"su": "longrope", "mrope": "default", "proportional": "default"}
 _ROPE_OF_TARGETS = ("mrope_section", "mrope_interleaved", "partial_rotary_factor", "type")
 _WIDEST = 16  # times the hidden size: published ones are at most 8 times as wide
+
+Rule = tuple[str, Callable[[Any], bool]]
+"""Of a setting: what is allowed, in words, and whether a value is."""
+FLAG: Rule = ("true, false", lambda given: type(given) is bool)
+POSITIVE: Rule = ("a number > 0", lambda given: type(given) in (int, float) and given > 0)
+
+
+def only(value: Any, why: str = "") -> Rule:
+    """One value."""
+    return f"{value!r}{why}", lambda given: given == value
+
+
+def whole(least: int, most: float = math.inf, why: str = "") -> Rule:
+    """A whole number."""
+    allowed = f"a whole number >= {least}" + (f", at most {most}" if most < math.inf else "")
+    return allowed + why, lambda given: type(given) is int and least <= given <= most
+
+
+def among(*names: str) -> Rule:
+    """A list of nothing but these names."""
+    return " or ".join(names), lambda given: isinstance(given, list) and all(name in names for name in given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +71,7 @@ class LayerShape(Shape):
     def layer_json(self) -> dict[str, Any]:
         """These settings in config.json, the rotary ones also as transformers 4 named them."""
         config = {field.name: getattr(self, field.name) for field in fields(LayerShape) if field.name != "aux_layers"}
+        config |= {"attention_bias": False, "dtype": "bfloat16", "hidden_act": "silu", "tie_word_embeddings": False}
         config["rope_theta"] = self.rope_parameters["rope_theta"]
         if self.rope_parameters.get("rope_type", "default") != "default":
             config["rope_scaling"] = {key: value for key, value in self.rope_parameters.items() if key != "rope_theta"}
@@ -121,83 +143,65 @@ def target_layers(target: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def layer_values(default: LayerShape, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a configuration without `layer_problems` makes of the default's fields.
+def adapt_layers(
+    default: LayerShape, given: Mapping[str, Any], source: str, rules: Mapping[str, Rule], problems: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Sizes and rotary settings as the user's draft_model_config, or a checkpoint's config.json, changes the default's.
 
-    What is null counts as not given, except that `rope_scaling: null` means none.
+    What is null counts as not given, except that `rope_scaling: null` means none. Of a checkpoint (`source` is not
+    USER), settings that no engine reads are ignored. `rules` are the family's, `problems` what it has found besides.
+
+    Raises:
+        DraftModelError: with everything that no draft of this target can have; names the source.
     """
-    values = {key: given[key] for key in (*_SIZES, "rms_norm_eps") if given.get(key) is not None}
-    theta = given.get("rope_theta") or default.rope_parameters["rope_theta"]
+    hidden, values = default.hidden_size, {key: value for key, value in given.items() if value is not None}
+    rules = {
+        **dict.fromkeys(("hidden_size", "target_hidden_size"), only(hidden, ", the target's")),
+        "vocab_size": only(default.vocab_size, ", the target's"),
+        "draft_vocab_size": whole(1, default.vocab_size, ", the target's vocabulary"),
+        "intermediate_size": whole(1, _WIDEST * hidden), "num_attention_heads": whole(1),
+        "num_key_value_heads": whole(1), "max_position_embeddings": whole(1), "rms_norm_eps": POSITIVE,
+        "head_dim": ("an even whole number >= 2", lambda size: type(size) is int and size > 0 and size % 2 == 0),
+        "partial_rotary_factor": only(1), "logit_scale": only(1),
+        "layer_types": among("full_attention"), "use_sliding_window": only(False), "attention_bias": only(False),
+        "mlp_bias": only(False), "hidden_act": only("silu"), **rules,
+    }  # fmt: skip
+    bad = [key for key, (_, allows) in rules.items() if key in values and not allows(values[key])]
+    found = [f"`{key}` is {values[key]!r}; allowed: {rules[key][0]}" for key in bad]
+    sizes = {key: getattr(default, key) if key in bad else values.get(key, getattr(default, key)) for key in _SIZES}
+    # What is switched off changes nothing; published drafts have many such settings.
+    unknown = sorted(key for key in values.keys() - rules.keys() - _IGNORED if values[key] is not False)
+    if source != USER:  # its tensors are ours to the last name, and engines read no other settings than those checked
+        unknown = [key for key in unknown if key.startswith(("norm_", "fc_norm", "quant"))]
+    found += [*_head_problems(hidden, sizes, values), *_rope_problems(values), *problems]
+    found += [f"`{key}` is not a setting of the draft" for key in unknown]
+    if found:
+        raise DraftModelError([f"{source}: {problem}" for problem in found])
+    theta = values.get("rope_theta") or default.rope_parameters["rope_theta"]
     rope = {**default.rope_parameters, "rope_theta": theta}
-    if given.get("rope_parameters") is not None:
-        rope = {"rope_theta": theta, **given["rope_parameters"]}
-    elif "rope_scaling" in given:
-        rope = {"rope_theta": theta, **(given["rope_scaling"] or {})}
-    original = {"original_max_position_embeddings": given.get("original_max_position_embeddings")}
-    values["rope_parameters"] = _rope_parameters(
-        {"rope_parameters": rope, **original}, values.get("head_dim", default.head_dim)
-    )
-    return values
+    if "rope_parameters" in values or "rope_scaling" in given:
+        rope = {"rope_theta": theta, **values.get("rope_parameters", values.get("rope_scaling", {}))}
+    text = {"rope_parameters": rope, "original_max_position_embeddings": given.get("original_max_position_embeddings")}
+    return {**sizes, "rope_parameters": _rope_parameters(text, sizes["head_dim"])}
 
 
-def layer_problems(
-    default: LayerShape, given: Mapping[str, Any], fixed: Mapping[str, Any], own: Iterable[str], foreign: bool
-) -> list[str]:
-    """What in a configuration (without nulls) no draft of this target can have.
-
-    `fixed` are settings with one possible value, `own` names of the family's other settings, which are not looked at;
-    a `foreign` one is a checkpoint's, whose settings that no engine reads are ignored.
-    """
-    fixed = {**_NEUTRAL, **fixed}
-    problems = [
-        f"`{key}` is {value!r}; allowed: {fixed[key]!r}"
-        for key, value in given.items()
-        if key in fixed and value != fixed[key]
-    ]
-    target = {"hidden_size": default.hidden_size, "target_hidden_size": default.hidden_size}
-    problems += [
-        f"`{key}` is {given[key]!r}; the target has {value}"
-        for key, value in (target | {"vocab_size": default.vocab_size}).items()
-        if given.get(key, value) != value
-    ]
-    problems += _size_problems(default, given) + _rope_problems(given)
-    known = {field.name for field in fields(LayerShape)} - {"aux_layers"} | target.keys() | fixed.keys()
-    # What is switched off changes nothing: `use_sliding_window: false` stands in many published drafts.
-    unknown = sorted(key for key in given.keys() - known - _IGNORED - set(own) if given[key] is not False)
-    if foreign:  # its tensors are ours to the last name, and engines read no other settings than the ones checked
-        unknown = [key for key in unknown if key.startswith(("use_sliding", "norm_", "fc_norm", "quant"))]
-    return problems + [f"`{key}` is not a setting of the draft" for key in unknown]
+def _head_problems(hidden: int, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    wide = heads * sizes["head_dim"]
+    wrong = {
+        f"`num_attention_heads` x `head_dim` is {wide}; allowed: at most {_WIDEST * hidden}":
+            wide > _WIDEST * hidden and not given.keys().isdisjoint({"num_attention_heads", "head_dim"}),
+        f"`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}": heads % kv_heads,
+        f"`num_attention_heads` is {heads}; engines load a Llama configuration, whose hidden size (the target's, "
+        f"{hidden}) is a multiple of it": given.get("num_attention_heads") == heads and hidden % heads,
+    }  # fmt: skip
+    return [sentence for sentence, is_so in wrong.items() if is_so]
 
 
 def is_ascending(ids: Any) -> bool:
     """Whether a setting is a list of layer numbers, each higher than the one before."""
     whole = isinstance(ids, list | tuple) and bool(ids) and all(type(number) is int for number in ids)
     return whole and list(ids) == sorted(set(ids))
-
-
-def _size_problems(default: LayerShape, given: Mapping[str, Any]) -> list[str]:
-    bad = [key for key in _SIZES if key in given and (type(given[key]) is not int or given[key] < 1)]
-    problems = [f"`{key}` is {given[key]!r}; allowed: a whole number >= 1" for key in bad]
-    heads, kv_heads, head_dim, size, eps = (
-        getattr(default, key) if key in bad else given.get(key, getattr(default, key))
-        for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "draft_vocab_size", "rms_norm_eps")
-    )
-    inner, wide = 1 if "intermediate_size" in bad else given.get("intermediate_size", 1), heads * head_dim
-    hidden, most = default.hidden_size, _WIDEST * default.hidden_size
-    good_heads = {"num_attention_heads", "num_key_value_heads"}.isdisjoint(bad)
-    wrong = {
-        f"`intermediate_size` is {inner}; allowed: at most {most}": inner > most,
-        f"`num_attention_heads` x `head_dim` is {wide}; allowed: at most {most}":
-            wide > most and not given.keys().isdisjoint({"intermediate_size", "num_attention_heads", "head_dim"}),
-        f"`num_attention_heads` {heads} is not a multiple of `num_key_value_heads` {kv_heads}":
-            good_heads and heads % kv_heads,
-        f"`num_attention_heads` is {heads}; engines load a Llama configuration, whose hidden size (the target's, "
-        f"{hidden}) is a multiple of it": good_heads and "num_attention_heads" in given and hidden % heads,
-        f"`head_dim` is {head_dim}; rotary embedding needs an even one": "head_dim" in given and head_dim % 2,
-        f"`draft_vocab_size` is {size}; the target's vocabulary has {default.vocab_size}": size > default.vocab_size,
-        f"`rms_norm_eps` is {eps!r}; allowed: a number > 0": type(eps) not in (int, float) or not eps > 0,
-    }  # fmt: skip
-    return problems + [sentence for sentence, is_so in wrong.items() if is_so]
 
 
 def _rope_problems(given: Mapping[str, Any]) -> list[str]:

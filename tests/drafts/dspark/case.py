@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from draft_model.drafts.batch import Batch, collate
-from draft_model.drafts.dspark.blocks import place_blocks
+from draft_model.drafts.batch import collate
+from draft_model.drafts.dspark.blocks import Blocks, place_blocks
 from draft_model.drafts.dspark.config import BlockConfig
 from draft_model.drafts.dspark.model import BlockDraft
 from draft_model.drafts.dspark.objective import Objective
+from drafts.step import Step, randomise
 
 from . import reference
 
@@ -36,24 +37,13 @@ def small_config(**changes: Any) -> BlockConfig:
 DFLASH = {"markov_rank": 0, "enable_confidence_head": False, "sample_from_anchor": False}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A draft, a batch and what a target said about it: features and final hidden states, [T_b, (n + 1) H]."""
-
-    draft: BlockDraft
-    batch: Batch
-    states: list[Tensor]
-    embedding: Tensor
-    head: Tensor
+class Case(Step):
+    """One of a block draft's."""
 
     def objective(self, kind: str = "tv", dtype: torch.dtype = torch.float32, device: str = "cpu") -> Objective:
         """The code under test."""
-        head = self.head.to(device, dtype)
-        target: Any = SimpleNamespace(
-            embedding=self.embedding.to(device, dtype), head=head, logits=lambda hidden: hidden @ head.T,
-            device=torch.device(device),
-        )  # fmt: skip
         draft = self.draft if device == "cpu" else copy.deepcopy(self.draft).to(device)
+        target = self.target(device, dtype)
         return Objective(draft, target, 7, "flex_attention", dtype, self.batch.tokens.shape[1], kind)
 
     def ours(self, kind: str = "tv", backend: str = "sdpa", dtype: torch.dtype = torch.float32):
@@ -66,33 +56,30 @@ class Case:
             loss.backward()
         return loss.detach(), sums, {name: weight.grad for name, weight in self.draft.named_parameters()}
 
-    def theirs(self, kind: str = "tv"):
-        """Loss, sums of loss, agreement and overlap [3, K], and gradients, in float64, on the same anchors."""
-        config, batch = self.draft.config, self.batch
-        weights = {name: w.detach().double().requires_grad_() for name, w in self.draft.named_parameters()}
-        blocks = place_blocks(batch, config.proposals, config.num_anchors)
-        total, sums = torch.zeros((), dtype=torch.float64), torch.zeros(3, config.proposals, dtype=torch.float64)
+    def by_reference(self, kind: str, blocks: Blocks, weights: dict[str, Tensor]) -> Iterator[tuple[Tensor, list[Any]]]:
+        """Each block's weighted loss, and of each learnt proposal its loss, whether it agrees, and its overlap."""
+        batch, head = self.batch, self.head.double()
         starts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
         for anchor in blocks.anchors.tolist():
             row = max(index for index, start in enumerate(starts) if start <= anchor)
             length, states = int(batch.lengths[row]), self.states[row].double()
-            loss, told = reference.block_loss(
-                weights, config, kind, batch.tokens[row, :length], states[:, :-HIDDEN],
-                states[:, -HIDDEN:] @ self.head.double().T, batch.predicted[row, :length].tolist(),
-                self.embedding.double(), self.head.double(), anchor - starts[row],
+            yield reference.block_loss(
+                weights, self.draft.config, kind, batch.tokens[row, :length], states[:, :-HIDDEN],
+                states[:, -HIDDEN:] @ head.T, batch.predicted[row, :length].tolist(), self.embedding.double(), head,
+                anchor - starts[row],
             )  # fmt: skip
+
+    def theirs(self, kind: str = "tv"):
+        """Loss, sums of loss, agreement and overlap [3, K], and gradients, in float64, on the same anchors."""
+        config, weights = self.draft.config, self.exact_weights()
+        total, sums = torch.zeros((), dtype=torch.float64), torch.zeros(3, config.proposals, dtype=torch.float64)
+        blocks = place_blocks(self.batch, config.proposals, config.num_anchors)
+        for loss, told in self.by_reference(kind, blocks, weights):
             total = total + loss
             for number, one in enumerate(told):
                 sums[:, number] += torch.tensor(one, dtype=torch.float64)
         gradients = torch.autograd.grad(total, list(weights.values()), allow_unused=True)
         return total.detach(), sums, dict(zip(weights, gradients, strict=True))
-
-    def only(self, rows: list[int]) -> Case:
-        """The same with some of the conversations."""
-        width = int(self.batch.lengths[rows].max())
-        batch = self.batch
-        kept = Batch(batch.tokens[rows, :width], batch.lengths[rows], batch.predicted[rows, :width], batch.keys[rows])
-        return replace(self, batch=kept, states=[self.states[row] for row in rows])
 
 
 def random_case(seed: int, lengths: list[int], *, learnt: float = 0.8, **changes: Any) -> Case:
@@ -100,11 +87,7 @@ def random_case(seed: int, lengths: list[int], *, learnt: float = 0.8, **changes
     generator = torch.Generator().manual_seed(seed)
     config = small_config(**changes)
     everything = torch.ones(VOCABULARY, dtype=torch.bool), torch.zeros(VOCABULARY, dtype=torch.int64)
-    draft = BlockDraft(config, *everything)
-    with torch.no_grad():
-        for weight in draft.parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(noise / weight.shape[1] ** 0.5 if weight.dim() == 2 else 1 + 0.3 * noise)
+    draft = randomise(BlockDraft(config, *everything), generator)
     rows = [
         (torch.randint(VOCABULARY, (length,), generator=generator), torch.rand(length, generator=generator) < learnt)
         for length in lengths
@@ -115,9 +98,3 @@ def random_case(seed: int, lengths: list[int], *, learnt: float = 0.8, **changes
         torch.randn(VOCABULARY, HIDDEN, generator=generator),
         torch.randn(VOCABULARY, HIDDEN, generator=generator) / HIDDEN**0.5,
     )  # fmt: skip
-
-
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the norm of the truth; 0 where both are zero."""
-    difference = float((value.double() - truth.double()).norm())
-    return difference / float(truth.double().norm()) if difference else 0.0

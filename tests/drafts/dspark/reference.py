@@ -8,18 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-
-
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Heads [N, heads, d] at their positions [N]."""
-    half = x.shape[-1] // 2
-    angle = positions.double().unsqueeze(1) * theta ** (-torch.arange(half, dtype=torch.float64) / half)
-    cos, sin = angle.cos().unsqueeze(1), angle.sin().unsqueeze(1)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+from drafts.eagle3.reference import rms_norm as norm
+from drafts.eagle3.reference import rope
 
 
 def hidden_states(w: dict[str, Tensor], config, features: Tensor, embedding: Tensor, anchor: int, token: int) -> Tensor:
@@ -27,7 +17,7 @@ def hidden_states(w: dict[str, Tensor], config, features: Tensor, embedding: Ten
     eps, theta, size = config.rms_norm_eps, config.rope_parameters["rope_theta"], config.block_size
     context = norm(features[:anchor] @ w["fc.weight"].T, w["hidden_norm.weight"], eps)
     x = embedding[[token] + [config.mask_token_id] * (size - 1)]
-    positions = torch.arange(anchor + size)
+    positions = list(range(anchor + size))
     for index in range(config.num_hidden_layers):
         p = {name.removeprefix(f"layers.{index}."): tensor for name, tensor in w.items()}
         own = norm(x, p["input_layernorm.weight"], eps)
@@ -36,8 +26,8 @@ def hidden_states(w: dict[str, Tensor], config, features: Tensor, embedding: Ten
             (source @ p[f"self_attn.{name}_proj.weight"].T).unflatten(-1, (-1, config.head_dim))
             for name, source in (("q", own), ("k", rows), ("v", rows))
         )
-        q = rotate(norm(q, p["self_attn.q_norm.weight"], eps), positions[anchor:], theta)
-        k = rotate(norm(k, p["self_attn.k_norm.weight"], eps), positions, theta)
+        q = rope(norm(q, p["self_attn.q_norm.weight"], eps), positions[anchor:], theta)
+        k = rope(norm(k, p["self_attn.k_norm.weight"], eps), positions, theta)
         group = config.num_attention_heads // config.num_key_value_heads
         heads = [
             torch.softmax(q[:, head] @ k[:, head // group].T / math.sqrt(config.head_dim), -1) @ v[:, head // group]

@@ -16,9 +16,9 @@ from draft_model.drafts.dspark import blocks as attention
 from draft_model.drafts.dspark import objective
 from draft_model.drafts.dspark.blocks import place_blocks
 from drafts.flex import assert_is_mask, dense_flex
+from drafts.step import relative_error
 
-from . import reference
-from .case import DFLASH, HIDDEN, VOCABULARY, random_case, relative_error
+from .case import DFLASH, HIDDEN, VOCABULARY, random_case
 
 FORMS = {
     "dspark": {},
@@ -196,7 +196,7 @@ def test_blocks_stand_in_replies_and_learn_up_to_their_ends():
     for anchor, learnt in zip(blocks.anchors.tolist(), blocks.learnt.tolist(), strict=True):
         run = [anchor + 1 + j < 30 and mask[anchor + 1 + j] for j in range(4)]
         assert learnt == [all(run[: j + 1]) for j in range(4)]
-    assert blocks.whole
+    assert blocks.replies
 
 
 def test_acceptance_length_is_that_of_walking_through_the_replies():
@@ -208,11 +208,12 @@ def test_acceptance_length_is_that_of_walking_through_the_replies():
     config = case.draft.config
     rounds, kept = [0] * config.proposals, [0] * config.proposals
     blocks = place_blocks(case.batch, config.proposals, None)
-    runs = _runs(case, blocks)
+    told = (told for _, told in case.by_reference("tv", blocks, case.exact_weights()))
+    runs = [[*(agrees for _, agrees, _ in each), False].index(False) for each in told]
     for limit in range(1, config.proposals + 1):
         at = 0
         while at < len(blocks.anchors):
-            end = int(blocks.reply_ends[at])
+            end = int(blocks.replies.ends[at])
             while at < end:
                 took = min(runs[at], limit)
                 rounds[limit - 1] += 1
@@ -221,24 +222,6 @@ def test_acceptance_length_is_that_of_walking_through_the_replies():
             at = end
     assert sums.rounds.tolist() == rounds
     assert sums.kept.tolist() == kept
-
-
-def _runs(case, blocks):
-    """Leading proposals of each block that agree, by the reference."""
-    runs = []
-    for index in range(len(blocks.anchors)):
-        anchor = int(blocks.anchors[index])
-        row, start = (1, 40) if anchor >= 40 else (0, 0)
-        length = int(case.batch.lengths[row])
-        states, head = case.states[row].double(), case.head.double()
-        _, told = reference.block_loss(
-            {name: w.detach().double() for name, w in case.draft.named_parameters()}, case.draft.config, "tv",
-            case.batch.tokens[row, :length], states[:, :-HIDDEN], states[:, -HIDDEN:] @ head.T,
-            case.batch.predicted[row, :length].tolist(), case.embedding.double(), head, anchor - start,
-        )  # fmt: skip
-        agrees = [one[1] for one in told] + [False]
-        runs.append(agrees.index(False))
-    return runs
 
 
 def test_a_batch_without_replies_learns_nothing():

@@ -5,44 +5,31 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from draft_model.drafts.batch import Batch, collate
+from draft_model.drafts.batch import collate
 from draft_model.drafts.counts import Counts
 from draft_model.drafts.eagle3.config import DraftConfig
 from draft_model.drafts.eagle3.model import Eagle3Draft
 from draft_model.drafts.eagle3.objective import Objective
+from drafts.step import Step, randomise
 
 from . import reference
 
-HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, THETA, EPS = 20, 28, 4, 2, 6, 50.0, 1e-5
+HIDDEN = 20
 
 
-@dataclass(frozen=True)
-class Case:
-    """A draft, a batch and what a target said about it."""
-
-    draft: Eagle3Draft  # random float32 weights, large enough that every part of the layer matters
-    batch: Batch  # B conversations
-    states: list[Tensor]  # per conversation the target's features and final hidden states, [T_b, (n + 1) H]
-    embedding: Tensor  # the target's, [V, H]
-    head: Tensor  # the target's, [V, H]
+class Case(Step):
+    """One of EAGLE-3's."""
 
     def on(
         self, device: str, steps: int, backend: str = "sdpa", dtype: torch.dtype = torch.float32, loss: str = "kl"
     ) -> tuple[Objective, list[Tensor]]:
         """The code under test, taught by this case's states instead of a model's, and these states."""
-        head = self.head.to(device, dtype)
-        target: Any = SimpleNamespace(
-            embedding=self.embedding.to(device, dtype),
-            logits=lambda hidden: hidden @ head.T,
-            device=torch.device(device),
-        )
         draft = copy.deepcopy(self.draft).to(device) if device != "cpu" else self.draft
+        target = self.target(device, dtype)
         objective = Objective(draft, target, steps, backend, dtype, self.batch.tokens.shape[1], loss)
         return objective, [states.to(device, dtype) for states in self.states]
 
@@ -64,8 +51,7 @@ class Case:
 
     def theirs(self, steps: int, loss: str = "kl") -> tuple[reference.Sums, dict[str, Tensor]]:
         """The same by the reference, in float64."""
-        weights = {name: w.detach().double().requires_grad_() for name, w in self.draft.named_parameters()}
-        config = self.draft.config
+        weights, config = self.exact_weights(), self.draft.config
         conversations = [
             reference.Conversation(
                 tokens=self.batch.tokens[row, :length],
@@ -75,32 +61,14 @@ class Case:
             )
             for row, length in enumerate(self.batch.lengths.tolist())
         ]
-        shape = reference.Geometry(
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-            config.rms_norm_eps,
-            config.rope_parameters["rope_theta"],
-            config.norm_output,
-        )
         sums = reference.training_step(
-            weights, shape, conversations, self.embedding.double(), self.draft.target_ids, steps, loss
+            weights, config, conversations, self.embedding.double(), self.draft.target_ids, steps, loss
         )
         gradients = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         if sums.total.requires_grad:
             found = torch.autograd.grad(sums.total, list(weights.values()), allow_unused=True)
             gradients |= {name: g for name, g in zip(weights, found, strict=True) if g is not None}
         return sums, gradients
-
-    def only(self, rows: Sequence[int]) -> Case:
-        """The same with some of the conversations."""
-        batch = self.batch
-        index = torch.tensor(rows)
-        width = int(batch.lengths[index].max())
-        kept = Batch(
-            batch.tokens[index, :width], batch.lengths[index], batch.predicted[index, :width], batch.keys[index]
-        )
-        return replace(self, batch=kept, states=[self.states[row] for row in rows])
 
 
 @dataclass(frozen=True)
@@ -115,19 +83,10 @@ class Outcome:
 def small_config(vocab: int, draft_vocab: int, **changes: object) -> DraftConfig:
     """A draft whose head_dim is not hidden / heads."""
     config = DraftConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=HEAD_DIM,
-        rms_norm_eps=EPS,
-        vocab_size=vocab,
-        draft_vocab_size=draft_vocab,
-        max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
-        aux_layers=(2, 4, 5),
-        target_model_type="llama",
-    )
+        hidden_size=HIDDEN, intermediate_size=28, num_attention_heads=4, num_key_value_heads=2, head_dim=6,
+        rms_norm_eps=1e-5, vocab_size=vocab, draft_vocab_size=draft_vocab, max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 50.0}, aux_layers=(2, 4, 5), target_model_type="llama",
+    )  # fmt: skip
     return replace(config, **changes)
 
 
@@ -137,12 +96,7 @@ def random_draft(config: DraftConfig, generator: torch.Generator) -> Eagle3Draft
     ids = torch.randperm(vocab, generator=generator)[:known].sort().values
     t2d = torch.zeros(vocab, dtype=torch.bool)
     t2d[ids] = True
-    draft = Eagle3Draft(config, t2d, ids - torch.arange(known))
-    with torch.no_grad():
-        for weight in draft.parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            weight.copy_(noise / weight.shape[1] ** 0.5 if weight.dim() == 2 else 1 + 0.3 * noise)
-    return draft
+    return randomise(Eagle3Draft(config, t2d, ids - torch.arange(known)), generator)
 
 
 def random_case(
@@ -154,16 +108,7 @@ def random_case(
     learnt: float | Callable[[int], Tensor] = 0.6,
     **changes: object,
 ) -> Case:
-    """A random step.
-
-    Args:
-        seed: of everything.
-        lengths: tokens of each conversation.
-        vocab: V.
-        draft_vocab: D.
-        learnt: the loss mask of a conversation of so many tokens, or the share of tokens in it.
-        changes: settings of the draft.
-    """
+    """A random step; `learnt`: the loss mask of a conversation of so many tokens, or the share of tokens in it."""
     generator = torch.Generator().manual_seed(seed)
     draft = random_draft(small_config(vocab, draft_vocab, **changes), generator)
     hidden = draft.config.hidden_size
@@ -179,9 +124,3 @@ def random_case(
         embedding=torch.randn(vocab, hidden, generator=generator),
         head=torch.randn(vocab, hidden, generator=generator) / hidden**0.5,
     )
-
-
-def relative_error(value: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the norm of the truth; 0 where both are zero."""
-    difference = float((value.detach().double() - truth.detach().double()).norm())
-    return difference / float(truth.detach().double().norm()) if difference else 0.0

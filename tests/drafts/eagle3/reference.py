@@ -10,22 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What the weights' shapes do not say."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
-    theta: float
-    norm_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,23 +27,13 @@ class Conversation:
     predicted: Tensor  # bool [T]; True at p where token p+1 is to be learnt
 
 
-@dataclass
 class Sums:
-    """Per step; `loss` a differentiable sum, the others counts and sums."""
+    """Per step; `total` is a differentiable sum, the others are counts and sums."""
 
-    steps: int
-    total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    loss: list[float] = field(default_factory=list)
-    supervised: list[int] = field(default_factory=list)
-    agree: list[int] = field(default_factory=list)
-    overlap: list[float] = field(default_factory=list)
-    candidates: list[int] = field(default_factory=list)
-    reached: list[int] = field(default_factory=list)
-    accepted: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        for name in ("loss", "supervised", "agree", "overlap", "candidates", "reached", "accepted"):
-            setattr(self, name, [0] * self.steps)
+    def __init__(self, steps: int) -> None:
+        self.total = torch.zeros((), dtype=torch.float64)
+        self.loss, self.supervised, self.agree, self.overlap = ([0] * steps for _ in range(4))
+        self.candidates, self.reached, self.accepted = ([0] * steps for _ in range(3))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -95,44 +74,44 @@ def dense_attention(q: Tensor, blocks_k: list[Tensor], blocks_v: list[Tensor]) -
 
 
 def layer_outputs(
-    weights: Mapping[str, Tensor], shape: Geometry, conversation: Conversation, embedding: Tensor, steps: int
+    weights: Mapping[str, Tensor], config: Any, conversation: Conversation, embedding: Tensor, steps: int
 ) -> list[Tensor]:
     """The layer's output of each step, before the final norm: [T-2-i, H]; fewer steps where T is short."""
     layer = {name.removeprefix("midlayer."): w for name, w in weights.items() if name.startswith("midlayer.")}
-    length = len(conversation.tokens)
+    length, eps, theta = len(conversation.tokens), config.rms_norm_eps, config.rope_parameters["rope_theta"]
     keys: list[Tensor] = []
     values: list[Tensor] = []
     outputs: list[Tensor] = []
     features = conversation.features[: max(length - 2, 0)]
     if "input_norm.weight" in weights:
-        features = rms_norm(features, weights["input_norm.weight"], shape.eps)
+        features = rms_norm(features, weights["input_norm.weight"], eps)
     if own := [w for name, w in weights.items() if name.startswith("fc_norm.")]:
         size = features.shape[1] // len(own)
         parts = [features[:, place * size : (place + 1) * size] for place in range(len(own))]
-        features = torch.cat([rms_norm(part, w, shape.eps) for part, w in zip(parts, own, strict=True)], -1)
+        features = torch.cat([rms_norm(part, w, eps) for part, w in zip(parts, own, strict=True)], -1)
     hidden = features @ weights["fc.weight"].T
     for step in range(min(steps, max(length - 2, 0))):
         count = length - 2 - step
         hidden = hidden[:count]
-        if step and shape.norm_output:
-            hidden = rms_norm(hidden, weights["norm.weight"], shape.eps)
+        if step and config.norm_output:
+            hidden = rms_norm(hidden, weights["norm.weight"], eps)
         token = embedding[conversation.tokens[1 + step : 1 + step + count]]
         x = torch.cat(
             (
-                rms_norm(token, layer["input_layernorm.weight"], shape.eps),
-                rms_norm(hidden, layer["hidden_norm.weight"], shape.eps),
+                rms_norm(token, layer["input_layernorm.weight"], eps),
+                rms_norm(hidden, layer["hidden_norm.weight"], eps),
             ),
             -1,
         )
-        q = (x @ layer["self_attn.q_proj.weight"].T).view(count, shape.heads, shape.head_dim)
-        k = (x @ layer["self_attn.k_proj.weight"].T).view(count, shape.kv_heads, shape.head_dim)
-        v = (x @ layer["self_attn.v_proj.weight"].T).view(count, shape.kv_heads, shape.head_dim)
+        q = (x @ layer["self_attn.q_proj.weight"].T).view(count, config.num_attention_heads, config.head_dim)
+        k = (x @ layer["self_attn.k_proj.weight"].T).view(count, config.num_key_value_heads, config.head_dim)
+        v = (x @ layer["self_attn.v_proj.weight"].T).view(count, config.num_key_value_heads, config.head_dim)
         positions = [t + step for t in range(count)]
-        keys.append(rope(k, positions, shape.theta))
+        keys.append(rope(k, positions, theta))
         values.append(v)
-        attended = dense_attention(rope(q, positions, shape.theta), keys, values).reshape(count, -1)
+        attended = dense_attention(rope(q, positions, theta), keys, values).reshape(count, -1)
         hidden = hidden + attended @ layer["self_attn.o_proj.weight"].T
-        normed = rms_norm(hidden, layer["post_attention_layernorm.weight"], shape.eps)
+        normed = rms_norm(hidden, layer["post_attention_layernorm.weight"], eps)
         gate, up = normed @ layer["mlp.gate_proj.weight"].T, normed @ layer["mlp.up_proj.weight"].T
         hidden = hidden + (gate / (1 + torch.exp(-gate)) * up) @ layer["mlp.down_proj.weight"].T
         outputs.append(hidden)
@@ -140,31 +119,20 @@ def layer_outputs(
 
 
 def training_step(
-    weights: Mapping[str, Tensor],
-    shape: Geometry,
-    conversations: list[Conversation],
-    embedding: Tensor,
-    target_ids: Tensor,
-    steps: int,
-    kind: str = "kl",
-) -> Sums:
+    weights: Mapping[str, Tensor], config: Any, conversations: list[Conversation], embedding: Tensor,
+    target_ids: Tensor, steps: int, kind: str = "kl",
+) -> Sums:  # fmt: skip
     """The un-normalised loss of a batch, sum over steps of 0.8^i loss_i, and all that is counted on the way.
 
-    Args:
-        weights: float64, by checkpoint name; those that require it get gradients through `Sums.total`.
-        shape: the draft's geometry.
-        conversations: the batch.
-        embedding: the target's, [V, H].
-        target_ids: target id of each draft token, [D].
-        steps: unroll length.
-        kind: of the loss: soft cross-entropy (kl), 1 - alpha (tv), or both by exp(-3 alpha), held constant (lk).
+    Weights, by checkpoint name, get gradients through `Sums.total`. The loss is soft cross-entropy (kl), 1 - alpha (tv)
+    or both by exp(-3 alpha), held constant (lk).
     """
     sums = Sums(steps)
     known = target_ids.tolist()
     for conversation in conversations:
         candidate: dict[tuple[int, int], bool] = {}  # (position, step): is the draft's top token the target's?
-        for step, output in enumerate(layer_outputs(weights, shape, conversation, embedding, steps)):
-            logits = rms_norm(output, weights["norm.weight"], shape.eps) @ weights["lm_head.weight"].T
+        for step, output in enumerate(layer_outputs(weights, config, conversation, embedding, steps)):
+            logits = rms_norm(output, weights["norm.weight"], config.rms_norm_eps) @ weights["lm_head.weight"].T
             for t, row in enumerate(logits):
                 teacher_at = t + 1 + step
                 if not conversation.predicted[teacher_at]:

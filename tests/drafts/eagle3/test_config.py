@@ -14,50 +14,19 @@ from typing import Any
 import pytest
 import torch
 
-from draft_model.drafts.eagle3.config import (
-    DraftConfig,
-    choose_aux_layers,
-    draft_config_for,
-    layers_of,
-    with_overrides,
-)
+from draft_model.drafts.eagle3.config import DraftConfig, choose_aux_layers, draft_config_for, layers_of, with_overrides
 from draft_model.errors import DraftModelError
 
-from .families import (
-    FAMILIES,
-    HEADS,
-    HIDDEN,
-    INTERMEDIATE,
-    KV_HEADS,
-    LAYERS,
-    POSITIONS,
-    ROPES,
-    VOCAB,
-    config_json,
-)
+from .families import FAMILIES, HEADS, HIDDEN, INTERMEDIATE, KV_HEADS, LAYERS, POSITIONS, ROPES, VOCAB, config_json
 
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 
 LLAMA = {  # as the Hub has it: the style before transformers 5
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 32,
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-}
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": 32, "vocab_size": 128256,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-05, "rope_theta": 500000.0,
+    "rope_scaling": {**ROPES["llama3"], "original_max_position_embeddings": 8192},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -192,35 +161,15 @@ def test_a_partial_configuration_changes_what_it_names(default):
 
 def test_a_whole_configuration_of_another_trainer(default):
     given = {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-        "hidden_act": "silu",
-        "hidden_size": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": 14336,
-        "max_position_embeddings": 2048,
-        "max_window_layers": 32,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 1,
-        "num_key_value_heads": 8,
-        "pad_token_id": None,
-        "pretraining_tp": 1,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": None,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "transformers_version": "4.28.1",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vocab_size": 128256,
-        "draft_vocab_size": 32000,
-    }
+        "architectures": ["LlamaForCausalLMEagle3"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 128000, "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096,
+        "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 2048,
+        "max_window_layers": 32, "mlp_bias": False, "model_type": "llama", "num_attention_heads": 32,
+        "num_hidden_layers": 1, "num_key_value_heads": 8, "pad_token_id": None, "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05, "rope_scaling": None, "sliding_window": None, "tie_word_embeddings": False,
+        "torch_dtype": "float16", "transformers_version": "4.28.1", "use_cache": True, "use_sliding_window": False,
+        "vocab_size": 128256, "draft_vocab_size": 32000,
+    }  # fmt: skip
     theta = default.rope_parameters["rope_theta"]
     expected = {"rope_type": "default", "rope_theta": theta}
     assert with_overrides(default, given) == replace(default, max_position_embeddings=2048, rope_parameters=expected)
@@ -229,15 +178,9 @@ def test_a_whole_configuration_of_another_trainer(default):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        (
-            {"rope_theta": 7.0},
-            {**ROPES["llama3"], "original_max_position_embeddings": 8192, "rope_theta": 7.0},
-        ),
+        ({"rope_theta": 7.0}, {**LLAMA["rope_scaling"], "rope_theta": 7.0}),
         ({"rope_scaling": None}, {"rope_type": "default", "rope_theta": 5e5}),
-        (
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-            {**ROPES["linear"], "factor": 2.0, "rope_theta": 5e5},
-        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {**ROPES["linear"], "factor": 2.0, "rope_theta": 5e5}),
         ({"rope_scaling": ROPES["yarn"], "rope_theta": 7.0}, {**ROPES["yarn"], "rope_theta": 7.0}),
         ({"rope_parameters": ROPES["linear"]}, {**ROPES["linear"], "rope_theta": 5e5}),
         ({"rope_parameters": {**ROPES["linear"], "rope_theta": 7.0}}, {**ROPES["linear"], "rope_theta": 7.0}),
@@ -411,7 +354,7 @@ def test_what_does_not_change_the_mathematics_is_ignored_with_a_note(default, ca
     tied = {"tie_word_embeddings": True, "model_type": "phi3"}  # SpecForge's for Phi-4-mini
     assert with_overrides(default, tied | {"draft_vocab_size": 16000}).draft_vocab_size == 16000
     assert "one Llama layer: model_type, tie_word_embeddings" in caplog.text
-    with pytest.raises(DraftModelError, match=r"s3://theirs: `use_sliding_window` is not a setting"):
+    with pytest.raises(DraftModelError, match=r"s3://theirs: `use_sliding_window` is True; allowed: False"):
         with_overrides(default, OTHERS | {"use_sliding_window": True}, "s3://theirs")
 
 
@@ -451,7 +394,8 @@ MISFITS = [
     ({LAYER_IDS: 5}, LAYER_IDS, "three"),
     ({LAYER_IDS: [0, 1, 2]}, LAYER_IDS, "lowest is 1"),
     ({LAYER_IDS: [2, 16, 29], "eagle_config": {LAYER_IDS: [2, 16, 29]}}, LAYER_IDS, "give one"),
-    ({"use_sliding_window": True}, "use_sliding_window", "not a setting"),
+    ({"use_sliding_window": True}, "use_sliding_window", "allowed: False"),
+    ({"norm_before_residual": True}, "norm_before_residual", "not a setting"),
     ({"hidden_siez": 4096}, "hidden_siez", "not a setting"),
 ]
 

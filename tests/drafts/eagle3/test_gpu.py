@@ -18,8 +18,9 @@ from draft_model.target.model import Target
 from draft_model.training.checkpoint import Loaded, optimizer_tensors
 from draft_model.training.optimizer import Gradients
 from draft_model.training.trainer import Training, train
+from drafts.step import relative_error
 
-from .case import random_case, random_draft, relative_error, small_config
+from .case import random_case, random_draft, small_config
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "hidden_size": 64, "intermediate_size": 96}

@@ -24,18 +24,8 @@ from .case import random_draft, small_config
 from .families import FAMILIES, ROPES, config_json, target_config
 
 CPU = torch.device("cpu")
-MIDLAYER = {
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-    "hidden_norm",
-    "input_layernorm",
-    "post_attention_layernorm",
-}
+MIDLAYER = {*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
+            "hidden_norm", "input_layernorm", "post_attention_layernorm"}  # fmt: skip
 NAMES = {"fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d"} | {f"midlayer.{x}.weight" for x in MIDLAYER}
 
 
@@ -50,12 +40,7 @@ def test_rotation_equals_transformers_llama(kind, positions):
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
     rope = {**ROPES[kind], "rope_theta": 500.0}
-    shape = {
-        "max_position_embeddings": 256,
-        "head_dim": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
+    shape = {"max_position_embeddings": 256, "head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
     table = rotary_table(small_config(9, 9, rope_parameters=rope, **shape), CPU, positions, torch.float32)
     q, k = heads(positions, 4, 8), heads(positions, 2, 8)
     embedding = LlamaRotaryEmbedding(LlamaConfig(hidden_size=32, rope_parameters=rope, **shape))

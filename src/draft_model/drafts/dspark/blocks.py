@@ -8,7 +8,7 @@ after the other. A conversation of more anchors than are wanted gets a random ch
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from draft_model.drafts.batch import Batch, fields_to_device
+from draft_model.drafts.batch import Batch
+from draft_model.drafts.counts import Replies
 from draft_model.drafts.dspark.model import Attend
 from draft_model.drafts.kernels import compiled_flex, flex_mask, flex_rows
 
@@ -27,7 +28,6 @@ SCORES = 1 << 23  # scores that exist at once on a CPU: 32 MB in float32
 class Blocks:
     """N blocks of a batch of T packed tokens."""
 
-    steps: int  # K, proposals of a block
     tokens: Tensor  # token ids, int64 [T]
     positions: Tensor  # of each token in its conversation, int64 [T]
     anchors: Tensor  # packed positions, ascending, int64 [N]
@@ -38,28 +38,13 @@ class Blocks:
     teachers: Tensor  # packed positions that teach, ascending, int64 [M]
     pairs: Tensor  # block, proposal and teacher's number of all that is learnt, by teacher, int64 [3, P]
     taught: tuple[int, ...]  # the teachers' numbers of the pairs, on the host, [P]
-    chunk: int  # pairs of a head
-    reply_rows: Tensor  # 0, ..., N - 1: a round of decoding may start at every block
-    reply_ends: Tensor  # for each block, which number the first block after its reply has, int64 [N]
-    reply_starts: Tensor  # first block of each reply, int64 [replies]
-    longest_reply: int  # most blocks of a reply
+    replies: Replies | None  # of the blocks; None unless there is one wherever decoding may start a round
     # of each conversation with blocks: its first and last + 1 block, and its first packed token
     spans: tuple[tuple[int, int, int], ...]
-    whole: bool  # whether there is a block wherever decoding may start a round
-
-    def to(self, device: torch.device) -> Blocks:
-        """The same on another device, by a transfer that the host does not wait for."""
-        if device == self.tokens.device:
-            return self
-        moved: dict[str, Any] = fields_to_device(self, device)
-        return replace(self, **moved)
 
 
-def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -> Blocks:
-    """Chooses the anchors, at most `limit` of a conversation, and works the indices out for K proposals.
-
-    Heads take the pairs in chunks of `size`.
-    """
+def place_blocks(batch: Batch, steps: int, limit: int | None) -> Blocks:
+    """Chooses the anchors, at most `limit` of a conversation, and works the indices out for K proposals."""
     real = torch.arange(batch.tokens.shape[1]) < batch.lengths.unsqueeze(1)
     predicted = batch.predicted & real
     begins = predicted.clone()
@@ -81,14 +66,11 @@ def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -
     teachers, index = reads[learnt].unique(return_inverse=True)
     order = index.argsort(stable=True)
     pairs = torch.cat((learnt.nonzero().T, index.unsqueeze(0)))[:, order]  # a chunk's teachers follow one another
-    starts_reply = torch.ones(len(anchors), dtype=torch.bool)
-    starts_reply[1:] = anchors[1:] != anchors[:-1] + 1
-    sizes = torch.bincount(starts_reply.cumsum(0) - 1) if len(anchors) else torch.zeros(0, dtype=torch.int64)
+    numbers = torch.arange(len(anchors))
     of = conversation[anchors]
     counts = torch.bincount(of, minlength=len(batch.lengths)).tolist()
     ends = np.cumsum(counts).tolist()
     return Blocks(
-        steps=steps,
         tokens=tokens,
         positions=positions,
         anchors=anchors,
@@ -99,13 +81,8 @@ def place_blocks(batch: Batch, steps: int, limit: int | None, size: int = 256) -
         teachers=teachers,
         pairs=pairs,
         taught=tuple(pairs[2].tolist()),
-        chunk=size,
-        reply_rows=torch.arange(len(anchors)),
-        reply_ends=sizes.cumsum(0).repeat_interleave(sizes),
-        reply_starts=starts_reply.nonzero()[:, 0],
-        longest_reply=int(sizes.max()) if len(anchors) else 0,
+        replies=Replies.of(numbers, anchors - numbers) if torch.equal(chosen, begins) else None,
         spans=tuple((end - n, end, start) for end, n, start in zip(ends, counts, starts.tolist(), strict=True) if n),
-        whole=bool((chosen == begins).all()),
     )
 
 

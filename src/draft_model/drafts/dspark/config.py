@@ -9,8 +9,19 @@ from functools import partial
 from typing import Any
 
 from draft_model.drafts.base import Costs, Family, later
-from draft_model.drafts.shape import USER, LayerShape, is_ascending, layer_problems, layer_values, target_layers
-from draft_model.errors import DraftModelError
+from draft_model.drafts.shape import (
+    FLAG,
+    POSITIVE,
+    USER,
+    LayerShape,
+    Rule,
+    adapt_layers,
+    among,
+    is_ascending,
+    only,
+    target_layers,
+    whole,
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -18,17 +29,6 @@ DEFAULT_LAYERS = 5
 DEFAULT_PROPOSALS = 7
 ARCHITECTURES = {"dspark": "Qwen3DSparkModel", "dflash": "DFlashDraftModel"}
 ALIASES = {"dspark": {"DSparkDraftModel", "DSparkSpeculator"}, "dflash": {"DFlashSpeculator"}}
-_LAYER_TYPE = "full_attention"
-_LEAST = {"num_hidden_layers": 1, "block_size": 2, "num_anchors": 1, "markov_rank": 0, "mask_token_id": 0}
-# With one possible value each; the other Markov heads have tensors that this draft does not.
-_FIXED = {
-    "markov_head_type": "vanilla", "attention_bias": False, "mlp_bias": False, "is_causal": False, "hidden_act": "silu",
-}  # fmt: skip
-# Looked at by `_problems`, or without a meaning for a draft that holds neither embedding nor head.
-_DERIVED = (
-    "architectures", "model_type", "layer_types", "dflash_config", "confidence_head_with_markov", "target_layer_ids",
-    "use_sliding_window", "tie_word_embeddings",
-)  # fmt: skip
 _CHAINS = ("fc_norm", "norm_before_fc", "norm_output", "eagle_aux_hidden_state_layer_ids", "eagle_config")
 
 
@@ -68,9 +68,8 @@ class BlockConfig(LayerShape):
         """config.json as both engines read it; feature layers are 0-based there: our "after n layers" minus 1."""
         layers = {"target_layer_ids": [layer - 1 for layer in self.aux_layers], "mask_token_id": self.mask_token_id}
         config = self.layer_json() | {name: getattr(self, name) for name in _OWN} | {
-            "architectures": [ARCHITECTURES[self.family]], "model_type": "qwen3", "dtype": "bfloat16",
-            "attention_bias": False, "hidden_act": "silu", "tie_word_embeddings": False,
-            "layer_types": [_LAYER_TYPE] * self.num_hidden_layers,
+            "architectures": [ARCHITECTURES[self.family]], "model_type": "qwen3",
+            "layer_types": ["full_attention"] * self.num_hidden_layers,
         }  # fmt: skip
         del config["draft_vocab_size"]
         if self.family == "dspark":
@@ -117,64 +116,45 @@ def default_config(name: str, target: Mapping[str, Any], proposals: int = DEFAUL
 
 
 def adapt(default: BlockConfig, given: Mapping[str, Any], source: str = USER) -> BlockConfig:
-    """Applies the user's draft_model_config, or a checkpoint's config.json, to the default of the target.
-
-    What is null counts as not given.
-
-    Raises:
-        DraftModelError: with everything in it that does not fit the target or the architecture; names the source.
-    """
-    values = {key: value for key, value in given.items() if value is not None}
+    """Applies the user's draft_model_config, or a checkpoint's config.json, to the default; see `adapt_layers`."""
+    values = {key: value for key, value in given.items() if value is not None or key == "rope_scaling"}
     nested = values.get("dflash_config") or {}
     values |= {key: nested[key] for key in ("mask_token_id", "target_layer_ids") if key in nested}
     if source == USER and values.pop("draft_vocab_size", default.vocab_size) != default.vocab_size:
         logger.info("%s: `draft_vocab_size` is without effect; a block draft knows the whole vocabulary", source)
-    problems = layer_problems(default, values, _FIXED, (*_OWN, *_DERIVED, *_CHAINS), source != USER)
-    if problems := problems + _problems(default, values):
-        raise DraftModelError([f"{source}: {problem}" for problem in problems])
+    problems = []
+    without_markov = not values.get("confidence_head_with_markov", True)
+    if default.markov_rank and without_markov and values.get("enable_confidence_head", True):
+        problems.append("`confidence_head_with_markov` is false; the confidence head reads the Markov head's embedding")
+    sizes = adapt_layers(default, values, source, _rules(default), problems)
     own = {key: values[key] for key in _OWN if key in values}
     if "target_layer_ids" in values:
         own["aux_layers"] = tuple(layer + 1 for layer in values["target_layer_ids"])
-    sizes = layer_values(default, {**given, "draft_vocab_size": default.vocab_size})
     return replace(default, **sizes, **own)
 
 
-def _problems(default: BlockConfig, given: Mapping[str, Any]) -> list[str]:
-    """What in a configuration's own settings no block draft of this target can have."""
-    name, depth, vocabulary = default.family, default.num_target_layers, default.vocab_size
-    bad = [key for key, least in _LEAST.items() if key in given and (type(given[key]) is not int or given[key] < least)]
-    problems = [f"`{key}` is {given[key]!r}; allowed: a whole number >= {_LEAST[key]}" for key in bad]
-    problems += [f"`{key}` is not a setting of a block draft" for key in _CHAINS if given.get(key)]
-    for key in ("sample_from_anchor", "enable_confidence_head"):
-        if type(given.get(key, False)) is not bool:
-            problems.append(f"`{key}` is {given[key]!r}; allowed: true, false")
-        elif name == "dflash" and given.get(key):
-            problems.append(f"`{key}` is true; DFlash has none")
-    kinds, rank, size = (given.get(key) for key in ("architectures", "markov_rank", "draft_vocab_size"))
-    mask, layers, ids = (given.get(key) for key in ("mask_token_id", "num_target_layers", "target_layer_ids"))
-    gamma, alpha = given.get("loss_decay_gamma", 1.0), given.get("dpace_alpha", 0.0)
-    reads_markov = given.get("confidence_head_with_markov", True) or not given.get("enable_confidence_head", True)
-    other_layers = set(given.get("layer_types", ())) - {_LAYER_TYPE} or given.get("use_sliding_window")
-    wrong = {
-        f"`architectures` is {kinds!r}; a {name} draft has {ARCHITECTURES[name]}":
-            not set(kinds or ()) <= {ARCHITECTURES[name], *ALIASES[name]},
-        f"`markov_rank` is {rank!r}; DFlash has 0, and DSpark more":
-            bool(default.markov_rank if rank is None else rank) != (name == "dspark"),
-        "`confidence_head_with_markov` is false; the confidence head reads the Markov head's embedding":
-            name == "dspark" and not reads_markov,
-        "`layer_types`: only full_attention is trained here": other_layers,
-        f"`mask_token_id` is {mask}; the target's vocabulary has {vocabulary} tokens":
-            type(mask) is int and mask >= vocabulary,
-        f"`draft_vocab_size` is {size}; a block draft knows the whole vocabulary of {vocabulary}":
-            size not in (None, vocabulary),
-        f"`num_target_layers` is {layers!r}; the target has {depth}": layers not in (None, depth),
-        f"`target_layer_ids` is {ids!r}; allowed: ascending numbers from 0 to {depth - 2}":
-            ids is not None and not (is_ascending(ids) and ids[0] >= 0 and ids[-1] <= depth - 2),
-        f"`loss_decay_gamma` is {gamma!r}; allowed: a number > 0": type(gamma) not in (int, float) or not gamma > 0,
-        f"`dpace_alpha` is {alpha!r}; allowed: 0 (off) to 1":
-            type(alpha) not in (int, float) or not 0 <= alpha <= 1,
+def _rules(default: BlockConfig) -> dict[str, Rule]:
+    depth, vocabulary, has_heads = default.num_target_layers, default.vocab_size, default.family == "dspark"
+    switch = FLAG if has_heads else ("false, for DFlash has none", lambda given: given is False)
+    rank = whole(1) if has_heads else only(0)
+    return {
+        "architectures": among(ARCHITECTURES[default.family], *ALIASES[default.family]),
+        "num_hidden_layers": whole(1), "block_size": whole(2), "num_anchors": whole(1),
+        "mask_token_id": whole(0, vocabulary - 1), "num_target_layers": only(depth),
+        "draft_vocab_size": (f"the whole vocabulary of {vocabulary}", only(vocabulary)[1]),
+        "markov_rank": (f"{rank[0]}; DFlash has 0, and DSpark more", rank[1]), "enable_confidence_head": switch,
+        "sample_from_anchor": switch, "loss_decay_gamma": POSITIVE,
+        "dpace_alpha": ("0 (off) to 1", lambda given: type(given) in (int, float) and 0 <= given <= 1),
+        "target_layer_ids": (
+            f"ascending numbers from 0 to {depth - 2}",
+            lambda ids: is_ascending(ids) and ids[0] >= 0 and ids[-1] <= depth - 2,
+        ),
+        # The other Markov heads have tensors that this draft does not.
+        "markov_head_type": only("vanilla"), "is_causal": only(False),
+        # Without a meaning for a draft that holds neither embedding nor head, or looked at elsewhere.
+        **dict.fromkeys(("confidence_head_with_markov", "dflash_config", "tie_word_embeddings"), ("", lambda _: True)),
+        **dict.fromkeys(_CHAINS, ("nothing, for it is no setting of a block draft", lambda given: not given)),
     }  # fmt: skip
-    return problems + [sentence for sentence, is_so in wrong.items() if is_so]
 
 
 def costs(shape: BlockConfig, _steps: int) -> Costs:

@@ -6,6 +6,7 @@ the layers' in `transformer_layer_config`; its feature layers are counted as our
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,17 +17,12 @@ from draft_model.drafts import files
 from draft_model.errors import DraftModelError
 
 _OF_TARGET = ("embed_tokens.", "lm_head.", "verifier_lm_head.", "verifier_norm.", "rotary_emb.")
-_KNOWN = (
-    "layers.", "fc.weight", "norm.weight", "hidden_norm.weight", "markov_head.markov_w", "confidence_head.proj.",
-)  # fmt: skip
-_BIAS = "confidence_head.proj.bias"
+_KNOWN = re.compile(
+    r"layers\.\d+\.(?!.*proj\.bias).*|(fc|norm|hidden_norm)\.weight|markov_head\.markov_w.*|confidence_head\.proj\..*"
+)
 _OUTSIDE = (
     "block_size", "mask_token_id", "sample_from_anchor", "markov_rank", "markov_head_type", "enable_confidence_head",
     "confidence_head_with_markov", "draft_vocab_size", "architectures",
-)  # fmt: skip
-_LAYER_KEYS = (
-    "head_dim", "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
-    "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters", "vocab_size", "layer_types",
 )  # fmt: skip
 
 
@@ -36,16 +32,14 @@ def canonical(
     """A draft of any trainer as our own checkpoints have it; `Family.read`."""
     named = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     kept = {name: tensor for name, tensor in named.items() if not name.startswith(_OF_TARGET)}
-    strange = {name for name in kept if not name.startswith(_KNOWN) or name.endswith("proj.bias")} - {_BIAS}
-    if strange:
-        raise DraftModelError(f"{uri}: the draft trained here has no place for {', '.join(sorted(strange))}")
+    if strange := sorted(name for name in kept if not _KNOWN.fullmatch(name)):
+        raise DraftModelError(f"{uri}: the draft trained here has no place for {', '.join(strange)}")
     if "confidence_head.proj.weight" in kept:
-        kept.setdefault(_BIAS, torch.zeros(1))
+        kept.setdefault("confidence_head.proj.bias", torch.zeros(1))
     if files.LAYER not in config:
         return dict(config), kept
-    outside = {key: config[key] for key in _OUTSIDE if config.get(key) is not None}
-    outside["target_layer_ids"] = [layer - 1 for layer in config.get("aux_hidden_state_layer_ids") or []]
-    return files.speculators_layer(config, _LAYER_KEYS, "qwen3") | outside, kept
+    layers = [layer - 1 for layer in config.get("aux_hidden_state_layer_ids") or []]
+    return files.speculators_layer(config, ["layer_types"], "qwen3", _OUTSIDE) | {"target_layer_ids": layers}, kept
 
 
 def exported(
@@ -63,5 +57,5 @@ def exported(
         "draft_vocab_size": config["vocab_size"],
         "mask_token_id": layers["mask_token_id"],
         "aux_hidden_state_layer_ids": [layer + 1 for layer in layers["target_layer_ids"]],
-        files.LAYER: {"model_type": "qwen3"} | {key: config[key] for key in _LAYER_KEYS},
+        files.LAYER: {"model_type": "qwen3"} | {key: config[key] for key in (*files.LAYER_KEYS, "layer_types")},
     }, dict(tensors)

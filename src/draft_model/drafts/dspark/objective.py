@@ -32,8 +32,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from draft_model.drafts import kernels
-from draft_model.drafts.batch import Batch
-from draft_model.drafts.counts import Counts, decode_rounds
+from draft_model.drafts.batch import Batch, move
+from draft_model.drafts.counts import Counts
 from draft_model.drafts.dspark.blocks import Blocks, block_attention, place_blocks
 from draft_model.drafts.dspark.model import BlockDraft
 from draft_model.drafts.layers import rotary_table
@@ -81,8 +81,7 @@ class Objective:
         """
         draft, shape = self.draft, self.draft.config
         limit = shape.num_anchors if torch.is_grad_enabled() else None
-        device = self.target.device
-        blocks = place_blocks(batch, shape.proposals, limit, CHUNK_PAIRS[device.type]).to(device)
+        blocks = move(place_blocks(batch, shape.proposals, limit), self.target.device)
         if not len(blocks.anchors):
             nothing = sum(parameter.sum() for parameter in draft.parameters()) * 0.0
             return torch.as_tensor(nothing), self.no_counts()
@@ -95,18 +94,21 @@ class Objective:
             self.head[:, shape.hidden_size :].copy_(weight.detach())
         weights = self.decay.expand(blocks.learnt.shape)
         if shape.dpace_alpha and torch.is_grad_enabled():
-            sure = _Teaching(self.target, self.head, final, blocks, weights, self.loss, learn=False)
+            sure = _Teaching(self, final, blocks, weights, learn=False)
             with torch.no_grad():
                 _Heads.apply(sure, hidden, embedded, weight)  # type: ignore[no-untyped-call]
-            weights = dpace_weights(sure.confidence, blocks.learnt, shape.dpace_alpha)
-        teaching = _Teaching(self.target, self.head, final, blocks, weights, self.loss, torch.is_grad_enabled())
+            smooth = (1.0 - shape.dpace_alpha) * sure.confidence + shape.dpace_alpha
+            weights = (smooth.cumprod(1) * blocks.learnt).flip(1).cumsum(1).flip(1)
+        teaching = _Teaching(self, final, blocks, weights, torch.is_grad_enabled())
         loss: Tensor = _Heads.apply(teaching, hidden, embedded, weight)  # type: ignore[no-untyped-call]
         if shape.enable_confidence_head:
             read = torch.cat((hidden, embedded), -1).float()  # type: ignore[arg-type]
             confidence = draft.confidence_head.proj(read)[..., 0]  # [N, K]
             error = functional.binary_cross_entropy_with_logits(confidence, teaching.overlap, reduction="none")
             loss = loss + (error * blocks.learnt * self.decay).sum()
-        return loss, _step_sums(blocks, teaching)
+        parts = torch.stack((teaching.losses, blocks.learnt, teaching.agree, teaching.overlap)) * blocks.learnt
+        sums = parts.sum(1, dtype=torch.float64)
+        return loss, Counts.of(sums, blocks.learnt.T, teaching.agree.T, blocks.replies)
 
     def no_counts(self) -> Counts:
         """The counts of no conversation, on the device."""
@@ -129,23 +131,12 @@ class Objective:
         return hidden
 
 
-def dpace_weights(confidence: Tensor, learnt: Tensor, alpha: float) -> Tensor:
-    """D-PACE's weights, [N, K], from the draft's confidence in what the target would choose, float32 [N, K].
-
-    `learnt` says which proposals are supervised, a leading run of each block, bool [N, K]; alpha smooths.
-    """
-    kept: Tensor = ((1.0 - alpha) * confidence + alpha).cumprod(1) * learnt
-    return kept.flip(1).cumsum(1).flip(1)
-
-
 class _Teaching:
     """The target's side of the heads, and what they found out of the N blocks' K proposals."""
 
-    def __init__(
-        self, target: Target, head: Tensor, final: Tensor, blocks: Blocks, weights: Tensor, loss: str, learn: bool
-    ) -> None:
-        self.target, self.blocks, self.loss, self.learn = target, blocks, loss, learn
-        self.head = head  # the draft's in the compute type, beside it w2 where there is one, [V, H or H + r]
+    def __init__(self, objective: Objective, final: Tensor, blocks: Blocks, weights: Tensor, learn: bool) -> None:
+        self.logits, self.loss, self.blocks, self.learn = objective.target.logits, objective.loss, blocks, learn
+        self.head = objective.head  # the draft's in the compute type, beside it w2 where there is one, [V, H or H + r]
         self.final = final  # the target's final hidden states, [T, H]
         self.weights = weights  # of the proposals, float32 [N, K]
         # Losses, the draft's probabilities of the target's favourites, and alpha; float32 [N, K].
@@ -160,16 +151,17 @@ class _Heads(torch.autograd.Function):
     def forward(
         ctx: Any, teaching: _Teaching, hidden: Tensor, embedded: Tensor | None, weight: Tensor | None
     ) -> Tensor:  # fmt: skip
-        blocks, target, learn, matrix = teaching.blocks, teaching.target, teaching.learn, teaching.head
+        blocks, learn, matrix = teaching.blocks, teaching.learn, teaching.head
         read = hidden if embedded is None else torch.cat((hidden, embedded), -1)  # [N, K, H or H + r]
         ctx.width = hidden.shape[-1]
         grad = torch.zeros_like(read) if learn else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learn and weight is not None else None
-        for start in range(0, len(blocks.taught), blocks.chunk):
-            end = min(start + blocks.chunk, len(blocks.taught))
+        size = CHUNK_PAIRS[hidden.device.type]
+        for start in range(0, len(blocks.taught), size):
+            end = min(start + size, len(blocks.taught))
             first, last = blocks.taught[start], blocks.taught[end - 1] + 1
             block, number, teacher = blocks.pairs[:, start:end]
-            logits = target.logits(teaching.final[blocks.teachers[first:last]])
+            logits = teaching.logits(teaching.final[blocks.teachers[first:last]])
             rows = read[block, number]  # [C, H + r]
             z = rows @ matrix.T
             if kernels.fused(z):
@@ -240,17 +232,3 @@ def _distil_fused(
     found = triton_loss.distil(z, logits, teachers, teaching.weights[at], teaching.learn, parts, decay)
     teaching.losses[at], agree, teaching.overlap[at], teaching.confidence[at] = found.unbind(1)
     teaching.agree[at] = agree > 0
-
-
-def _step_sums(blocks: Blocks, teaching: _Teaching) -> Counts:
-    """The sums per proposal, on the device."""
-    agreed = (teaching.agree & blocks.learnt).cummin(1).values  # [N, K]
-    before = torch.cat((torch.ones_like(agreed[:, :1]), agreed[:, :-1]), 1) & blocks.learnt
-    chains = torch.stack((blocks.learnt, before, agreed)).sum(1, dtype=torch.float64)
-    parts = torch.stack((teaching.losses, blocks.learnt, teaching.agree, teaching.overlap))
-    sums = (parts * blocks.learnt).sum(1, dtype=torch.float64)
-    if blocks.whole:
-        rounds = torch.stack(decode_rounds(blocks, agreed.sum(1)))
-    else:  # blocks at random: the mean over where they stand
-        rounds = torch.stack((torch.full_like(chains[2], len(agreed)), chains[2].cumsum(0)))
-    return Counts.from_tensor(torch.cat((sums, chains, rounds)))

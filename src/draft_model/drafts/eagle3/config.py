@@ -9,7 +9,17 @@ from functools import partial
 from typing import Any
 
 from draft_model.drafts.base import Costs, Family, later
-from draft_model.drafts.shape import USER, LayerShape, is_ascending, layer_problems, layer_values, target_layers
+from draft_model.drafts.shape import (
+    FLAG,
+    USER,
+    LayerShape,
+    Rule,
+    adapt_layers,
+    among,
+    is_ascending,
+    only,
+    target_layers,
+)
 from draft_model.errors import DraftModelError
 
 logger = logging.getLogger(__name__)
@@ -21,15 +31,11 @@ MIN_TARGET_LAYERS = 4
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
 SWITCHES = ("fc_norm", "norm_before_fc", "norm_output")  # of EAGLE-3.1; all off is EAGLE-3
 
-# Settings with one possible value: the draft is one Llama layer with its own head and no biases.
-_FIXED: dict[str, Any] = {
-    "architectures": [ARCHITECTURE],
-    "num_hidden_layers": 1,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-}
+# The draft is one Llama layer with its own head.
+_RULES: dict[str, Rule] = {
+    "architectures": among(ARCHITECTURE, "Eagle3LlamaForCausalLM"), "num_hidden_layers": only(1),
+    "tie_word_embeddings": only(False), **dict.fromkeys(SWITCHES, FLAG),
+}  # fmt: skip
 SGLANG_DEEPSEEK = (
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "kimi_k25",
 )  # fmt: skip
@@ -51,8 +57,10 @@ class DraftConfig(LayerShape):
     def to_json(self) -> dict[str, Any]:
         """config.json of the checkpoint, with the keys of vLLM and of SGLang and without nulls."""
         config = {
-            **_FIXED,
             **self.layer_json(),
+            "architectures": [ARCHITECTURE],
+            "num_hidden_layers": 1,
+            "mlp_bias": False,
             **{switch: True for switch in SWITCHES if getattr(self, switch)},
             "model_type": "llama",
             "target_hidden_size": self.hidden_size,
@@ -61,7 +69,6 @@ class DraftConfig(LayerShape):
                 "use_aux_hidden_state": True,
                 LAYER_IDS: to_sglang(self.aux_layers, self.target_model_type),
             },
-            "dtype": "bfloat16",
         }
         return config if len(self.aux_layers) == 3 else config | {"num_aux_hidden_states": len(self.aux_layers)}
 
@@ -151,36 +158,21 @@ def _choose_layers(default: DraftConfig, given: Mapping[str, Any]) -> tuple[tupl
 
 
 def with_overrides(default: DraftConfig, given: Mapping[str, Any], source: str = USER) -> DraftConfig:
-    """Applies the user's draft_model_config, or a checkpoint's config.json, to the default of the target.
-
-    What is null counts as not given, except that `rope_scaling: null` means none; settings of a checkpoint that no
-    engine reads are ignored.
-
-    Raises:
-        DraftModelError: with everything in it that does not fit the target or the one architecture; names the source.
-    """
+    """Applies the user's draft_model_config, or a checkpoint's config.json, to the default; see `adapt_layers`."""
     values = {key: value for key, value in given.items() if value is not None}
-    if values.get("architectures") == ["Eagle3LlamaForCausalLM"]:  # vLLM's other name for the same class
-        values["architectures"] = [ARCHITECTURE]
-    if isinstance(values.get("layer_types"), list):  # one for each of the target's layers
-        values["layer_types"] = sorted(set(values["layer_types"]))
-    own = {*SWITCHES, LAYER_IDS, "model_type"}
     size = values.get("draft_vocab_size", default.draft_vocab_size)
-    untied = values.get("tie_word_embeddings") is True and type(size) is int and size < default.vocab_size
-    if untied:  # a copy of the target's setting: a head of fewer tokens cannot be the embedding
-        values["tie_word_embeddings"] = False
-    problems = layer_problems(default, values, _FIXED | {"layer_types": ["full_attention"]}, own, source != USER)
-    problems += [f"`{key}` is {values[key]!r}; allowed: true, false"
-                 for key in SWITCHES if type(values.get(key, False)) is not bool]  # fmt: skip
-    layers, wrong = _choose_layers(default, values)
-    if problems := problems + wrong:
-        raise DraftModelError([f"{source}: {problem}" for problem in problems])
-    ignored = ["tie_word_embeddings"] if untied else []
-    if ignored := [key for key in ("model_type", "sliding_window") if values.get(key) not in (None, "llama")] + ignored:
+    ignored = [key for key in ("model_type", "sliding_window") if values.get(key) not in (None, "llama")]
+    # A copy of the target's setting: a head of fewer tokens cannot be the embedding.
+    if values.get("tie_word_embeddings") is True and type(size) is int and size < default.vocab_size:
+        ignored.append("tie_word_embeddings")
+    layers, problems = _choose_layers(default, values)
+    left = {key: value for key, value in given.items() if key not in ignored}
+    sizes = adapt_layers(default, left, source, _RULES, problems)
+    if ignored:
         logger.info("%s: ignored, for the draft is one Llama layer: %s", source, ", ".join(ignored))
     # In a checkpoint, what is not there is off.
     switches = {key: values.get(key, False) for key in SWITCHES if key in values or source != USER}
-    return replace(default, **layer_values(default, given), **switches, aux_layers=layers)
+    return replace(default, **sizes, **switches, aux_layers=layers)
 
 
 def costs(shape: DraftConfig, steps: int) -> Costs:

@@ -6,6 +6,7 @@ and a configuration that holds the layer's in `transformer_layer_config`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,49 +18,37 @@ from draft_model.drafts.eagle3.config import ARCHITECTURE, LAYER_IDS, SGLANG_DEE
 from draft_model.errors import DraftModelError
 
 _OF_TARGET = ("embed_tokens.weight", "verifier_lm_head.weight", "verifier_norm.weight")
-_TENSORS = {
-    "fc.weight", "norm.weight", "lm_head.weight", "d2t", "t2d",
-    *(f"midlayer.self_attn.{name}_proj.weight" for name in "qkvo"),
-    *(f"midlayer.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
-    *(f"midlayer.{name}.weight" for name in ("hidden_norm", "input_layernorm", "post_attention_layernorm")),
-}  # fmt: skip
-_LAYER_KEYS = {
-    "attention_bias", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "max_position_embeddings",
-    "mlp_bias", "model_type", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps",
-    "rope_parameters", "vocab_size",
-}  # fmt: skip
+_KNOWN = (
+    r"(fc|norm|lm_head)\.weight|[dt]2[dt]|midlayer\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj|hidden_norm"
+    r"|input_layernorm|post_attention_layernorm)\.weight"
+)
+_LAYER_KEYS = ("attention_bias", "hidden_act", "mlp_bias", "model_type")  # besides files.LAYER_KEYS
 
 
 def canonical(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], uri: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A draft of any trainer as our own checkpoints have it; `Family.read`."""
-    renamed = {
-        name.replace("layers.0.", "midlayer.", 1) if name.startswith("layers.0.") else name: tensor
-        for name, tensor in tensors.items()
-        if name not in _OF_TARGET
-    }
     nested = config.get("eagle_config") or {}
     switches = {name: True for name in SWITCHES if config.get(name) or nested.get(name)}
+    known = _KNOWN + r"|input_norm\.weight" * ("norm_before_fc" in switches) + r"|fc_norm\..*" * ("fc_norm" in switches)
+    renamed = {re.sub(r"^layers\.0\.", "midlayer.", name): tensor for name, tensor in tensors.items()}
+    kept = {name: tensor for name, tensor in renamed.items() if name not in _OF_TARGET}
     problems = []
+    if strange := sorted(name for name in kept if not re.fullmatch(known, name)):
+        problems.append(f"{uri}: the draft trained here has no place for {', '.join(strange)}")
     if config.get("norm_before_residual") or nested.get("norm_before_residual"):
         problems.append(f"{uri}: `norm_before_residual` is set, and the draft trained here has no such step")
-    known = _TENSORS | ({"input_norm.weight"} if "norm_before_fc" in switches else set())
-    if "fc_norm" in switches:
-        known |= {name for name in renamed if name.startswith("fc_norm.")}
-    if strange := sorted(renamed.keys() - known):
-        problems.append(f"{uri}: the draft trained here has no place for {', '.join(strange)}")
     if problems:
         raise DraftModelError(problems)
     for name, dtype in (("t2d", torch.bool), ("d2t", torch.int64)):
-        if name in renamed:
-            renamed[name] = renamed[name].to(dtype)
+        if name in kept:
+            kept[name] = kept[name].to(dtype)
     if files.LAYER not in config:
-        return {**config, **switches}, renamed
-    kept = files.speculators_layer(config, _LAYER_KEYS, "llama")
-    outside = {key: config.get(key) for key in ("draft_vocab_size", LAYER_IDS, "target_hidden_size")}
-    outside["architectures"] = [ARCHITECTURE]
-    return kept | switches | {key: value for key, value in outside.items() if value is not None}, renamed
+        return {**config, **switches}, kept
+    outside = ("draft_vocab_size", LAYER_IDS, "target_hidden_size")
+    flat = files.speculators_layer(config, _LAYER_KEYS, "llama", outside)
+    return flat | switches | {"architectures": [ARCHITECTURE]}, kept
 
 
 def exported(
@@ -78,21 +67,16 @@ def exported(
             f"`{LAYER_IDS}`, as after {nested_ids} layers of DeepSeek's targets, and after {layers} of others: give "
             "model_type of the target's config.json, such as llama or deepseek_v3"
         )
-    if form == "speculators":
-        renamed = {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in tensors.items()}
-        return _speculators(config, layers, target), renamed
-    outside = {key: value for key, value in config.items() if key not in (LAYER_IDS, "eagle_config")}
-    nested: dict[str, Any] = {"use_aux_hidden_state": True}
-    if layers and form == "sglang":
-        nested[LAYER_IDS] = to_sglang(tuple(layers), str(config.get("target_model_type", "")))
-    elif layers:
-        outside[LAYER_IDS] = layers
-    return outside | {"eagle_config": nested}, dict(tensors)
-
-
-def _speculators(config: Mapping[str, Any], layers: list[int] | None, target: Mapping[str, Any]) -> dict[str, Any]:
-    """Configuration of a draft in the format of speculators 0.9 (models/eagle3/config.py, config.py)."""
-    return {
+    if form != "speculators":
+        outside = {key: value for key, value in config.items() if key not in (LAYER_IDS, "eagle_config")}
+        nested: dict[str, Any] = {"use_aux_hidden_state": True}
+        if layers and form == "sglang":
+            nested[LAYER_IDS] = to_sglang(tuple(layers), str(config.get("target_model_type", "")))
+        elif layers:
+            outside[LAYER_IDS] = layers
+        return outside | {"eagle_config": nested}, dict(tensors)
+    keys = (*files.LAYER_KEYS, *_LAYER_KEYS, "tie_word_embeddings")
+    return {  # of speculators 0.9, models/eagle3/config.py and config.py
         "architectures": ["Eagle3DraftModel"],
         **files.speculators_config("eagle3", target),
         "has_no_defaults_at_init": False,
@@ -105,5 +89,5 @@ def _speculators(config: Mapping[str, Any], layers: list[int] | None, target: Ma
         "embed_requires_grad": False,
         "tie_word_embeddings": False,
         "dtype": config.get("dtype", "bfloat16"),
-        files.LAYER: {key: config[key] for key in sorted(_LAYER_KEYS | {"tie_word_embeddings"}) if key in config},
-    }
+        files.LAYER: {key: config[key] for key in keys if key in config},
+    }, {name.replace("midlayer.", "layers.0.", 1): tensor for name, tensor in tensors.items()}

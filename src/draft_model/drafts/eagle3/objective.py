@@ -23,8 +23,6 @@ over ranks or micro-batches changes nothing. They also stay on the device until 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,9 +31,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from draft_model.drafts import kernels
-from draft_model.drafts.batch import Batch
-from draft_model.drafts.counts import Counts, decode_rounds
-from draft_model.drafts.eagle3.model import Eagle3Draft
+from draft_model.drafts.batch import Batch, move
+from draft_model.drafts.counts import Counts
+from draft_model.drafts.eagle3.model import Eagle3Draft, Weights
 from draft_model.drafts.eagle3.plan import Plan, plan_unroll
 from draft_model.drafts.eagle3.unroll import Unroll
 from draft_model.drafts.layers import rotary_table
@@ -47,8 +45,6 @@ STEP_DECAY = 0.8
 CHUNK_ROWS = {"cpu": 512, "cuda": 2048}
 """Teacher positions in one head. On a CPU one step at a time: 512 x 32,000 float32 logits are 64 MB; on a GPU all steps
 at once: 7 x 2048 x 32,000 bfloat16 logits are 0.9 GB."""
-
-TeacherHead = Callable[[Tensor], Tensor]  # from target hidden states [C, H] to logits [C, V]
 
 
 class Objective:
@@ -70,7 +66,9 @@ class Objective:
         self.draft, self.target, self.steps, self.dtype, self.kind = draft, target, steps, dtype, loss
         self.backend = kernels.choose_backend(attention_backend, target.device, dtype)
         self.rotary = rotary_table(draft.config, target.device, max_length + steps, dtype)
-        self.target_ids = draft.target_ids
+        self.teacher_head = target.logits  # from the target's final hidden states [C, H] to logits [C, V]
+        self.target_ids = draft.target_ids  # target id of each draft token, int64 [D]
+        # Draft id of each target token, -1 where it has none, int64 [V].
         self.draft_ids = torch.full((draft.config.vocab_size,), -1, device=target.device)
         self.draft_ids[self.target_ids] = torch.arange(len(self.target_ids), device=target.device)
 
@@ -86,16 +84,6 @@ class Objective:
         """Sums over no position, on the device."""
         return Counts.zeros(self.steps, self.target.device)
 
-    def teacher(self, final: Tensor, plan: Plan) -> Teacher:
-        """The target's side of a batch, from its final hidden states [T, H]."""
-        return Teacher(
-            final.index_select(0, plan.teachers),
-            self.target.logits,
-            self.target_ids,
-            self.draft_ids,
-            self.draft.config.rms_norm_eps,
-        )
-
 
 class _Loss(torch.autograd.Function):
     """The whole step as one function of the draft's parameters, whose gradients it adds up itself."""
@@ -109,14 +97,14 @@ class _Loss(torch.autograd.Function):
         if not len(plan.rows):
             outcome.append(objective.no_counts())
             return packed.new_zeros((), dtype=torch.float32)
-        plan = plan.to(packed.device)
+        plan = move(plan, packed.device)
         weights = objective.draft.weights(objective.dtype)
         hidden = weights.config.hidden_size
         features, final = packed.split((packed.shape[1] - hidden, hidden), -1)
         unroll = Unroll(weights, objective.rotary, plan, objective.backend)
         embeddings = functional.embedding(plan.tokens, objective.target.embedding)
         outputs = unroll.forward(embeddings, features, learn)
-        heads = Heads(objective.teacher(final, plan), weights.norm, weights.head, outputs, plan, learn, objective.kind)
+        heads = Heads(objective, final, weights, outputs, plan, learn)
         outcome.append(heads.step_sums())
         if learn:
             ctx.learnt = unroll, heads
@@ -142,29 +130,18 @@ class _Loss(torch.autograd.Function):
         return None, None, None, d_packed, *nothing
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """The target's side of the loss."""
-
-    states: Tensor  # the target's final hidden states at the plan's teacher positions, [M, H]
-    head: TeacherHead  # the target's head
-    target_ids: Tensor  # target id of each draft token, int64 [D]
-    draft_ids: Tensor  # draft id of each target token, -1 where it has none, int64 [V]
-    eps: float  # of the norm before the draft's head
-
-
 class Heads:
     """All steps' heads and losses over one batch: sums, agreements and, with `learn`, gradients.
 
-    `norm` is the weight of the norm before the draft's head, [H]; `weight` that head in the compute type, [D, H];
-    `outputs` the layer's output of each step, [steps, N, H]; `loss` is kl, lk or tv.
+    `final` are the target's final hidden states, [T, H]; `outputs` the layer's output of each step, [steps, N, H].
     """
 
     def __init__(
-        self, teacher: Teacher, norm: Tensor, weight: Tensor, outputs: Tensor, plan: Plan, learn: bool, loss: str
+        self, objective: Objective, final: Tensor, weights: Weights, outputs: Tensor, plan: Plan, learn: bool
     ) -> None:  # fmt: skip
-        self._teacher, self._norm, self._weight, self._plan, self._learn = teacher, norm, weight, plan, learn
-        self._kind = loss
+        self._objective, self._plan, self._learn, self._kind = objective, plan, learn, objective.kind
+        self._norm, self._weight, self._eps = weights.norm, weights.head, weights.config.rms_norm_eps
+        weight, states = weights.head, final.index_select(0, plan.teachers)
         self._outputs = outputs.flatten(0, 1)  # [steps * N, H]
         self._decay = STEP_DECAY ** torch.arange(plan.steps, device=weight.device, dtype=torch.float32)
         teachers = len(plan.teachers)
@@ -173,7 +150,7 @@ class Heads:
         self.agree = torch.zeros(plan.steps, teachers, dtype=torch.bool, device=weight.device)
         if learn:
             self.grads = torch.zeros_like(outputs)
-            self.grad_norm = torch.zeros_like(norm, dtype=torch.float32)
+            self.grad_norm = torch.zeros_like(weights.norm, dtype=torch.float32)
             self.grad_head = torch.zeros_like(weight, dtype=torch.float32)
         size = min(CHUNK_ROWS[weight.device.type], teachers)
         fused = kernels.fused(weight)
@@ -182,7 +159,7 @@ class Heads:
             self._p, self._q, self._z = (weight.new_empty(size, len(weight), dtype=torch.float32) for _ in range(3))
             self._typed = self._z if weight.dtype == torch.float32 else weight.new_empty(size, len(weight))
         for start in range(0, teachers, size):
-            logits = teacher.head(teacher.states[start : start + size])
+            logits = objective.teacher_head(states[start : start + size])
             (self._teach_fused if fused else self._teach)(start, logits, plan.students[:, start : start + size])
 
     @property
@@ -195,13 +172,13 @@ class Heads:
         from draft_model.drafts.eagle3 import triton_loss
 
         steps, count = students.shape
-        taught = triton_loss.teach(logits, self._teacher.target_ids, self._teacher.draft_ids)
+        taught = triton_loss.teach(logits, self._objective.target_ids, self._objective.draft_ids)
         del logits
         first = torch.arange(steps, device=students.device).unsqueeze(1) * len(self._plan.rows)
         rows = torch.where(students >= 0, students + first, -1).flatten()
         weights = torch.where(students >= 0, self._decay.unsqueeze(1), 0.0).flatten()
         teachers = torch.arange(count, device=students.device).repeat(steps)
-        unit, scale = kernels.rms_norm(self._outputs, self._norm, self._teacher.eps, rows)
+        unit, scale = kernels.rms_norm(self._outputs, self._norm, self._eps, rows)
         z = unit @ self._weight.T  # [steps * C, D]
         sums = triton_loss.distill(z, taught, teachers, weights, self._learn, self._kind).view(steps, count, 4)
         self.sums += sums.sum(1, dtype=torch.float64).T
@@ -216,11 +193,11 @@ class Heads:
 
     def _teach(self, start: int, logits: Tensor, students: Tensor) -> None:
         """The same, one step at a time, on the positions alone whose favourite the draft vocabulary has."""
-        top = self._teacher.draft_ids[logits.max(-1).indices]  # max is several times as fast as argmax in bfloat16
+        top = self._objective.draft_ids[logits.max(-1).indices]  # max is several times as fast as argmax in bfloat16
         known = (top >= 0).nonzero()[:, 0]
         if not len(known):
             return
-        chosen = torch.index_select(logits, 1, self._teacher.target_ids, out=self._typed[: len(logits)])
+        chosen = torch.index_select(logits, 1, self._objective.target_ids, out=self._typed[: len(logits)])
         chosen = chosen if len(known) == len(chosen) else chosen[known]
         p = torch.softmax(chosen, -1, dtype=torch.float32, out=self._p[: len(known)])  # [C, D]
         for step, rows in enumerate(students[:, known]):
@@ -233,7 +210,7 @@ class Heads:
     def _learn_step(self, step: int, rows: Tensor, p: Tensor, top: Tensor, teachers: Tensor) -> None:
         """One step's loss against the softmax p [C, D] of C teachers."""
         rows = rows + step * len(self._plan.rows)
-        unit, scale = kernels.rms_norm(self._outputs, self._norm, self._teacher.eps, rows)
+        unit, scale = kernels.rms_norm(self._outputs, self._norm, self._eps, rows)
         z = torch.mm(unit, self._weight.T, out=self._typed[: len(unit)])
         z = z if z.dtype == torch.float32 else self._z[: len(unit)].copy_(z)
         q = torch.softmax(z, -1, out=self._q[: len(unit)])  # [C, D]
@@ -242,7 +219,11 @@ class Heads:
         normaliser = z.gather(-1, favourite.unsqueeze(-1)).squeeze(-1) - highest.log()
         losses = normaliser - torch.bmm(p.unsqueeze(1), z.unsqueeze(2)).flatten()
         agrees = favourite == top
-        rejection = _rejection_gradient(p, q, z) if self._learn and self._kind != "kl" else None
+        rejection = None
+        if self._learn and self._kind != "kl":  # the gradient of 1 - sum min(p, q); z is used up
+            lower = q < p
+            below = torch.mul(q, lower, out=z).sum(-1, keepdim=True)
+            rejection = torch.where(lower, below - 1.0, below, out=z).mul_(q)
         difference = q.sub_(p)
         overlap = 1.0 - 0.5 * torch.linalg.vector_norm(difference, 1, dim=-1)  # sum min(p, q)
         if self._kind != "kl":
@@ -268,16 +249,6 @@ class Heads:
         """The sums per step, on the device."""
         plan = self._plan
         exists = plan.teacher_of >= 0  # [steps, N]
-        agrees = self.agree.gather(1, plan.teacher_of.clamp(min=0)) & exists if len(plan.teachers) else exists
+        agrees = self.agree.gather(1, plan.teacher_of.clamp(min=0)) if len(plan.teachers) else exists
         # A chain that starts in the prompt has no first step that could agree, so it gets nowhere.
-        agreed = agrees.cummin(0).values
-        before = torch.cat((torch.ones_like(agrees[:1]), agreed[:-1])) & exists
-        chains = torch.stack((exists, before, before & agrees)).sum(-1, dtype=torch.float64)
-        return Counts.from_tensor(torch.cat((self.sums, chains, torch.stack(decode_rounds(plan, agreed.sum(0))))))
-
-
-def _rejection_gradient(p: Tensor, q: Tensor, out: Tensor) -> Tensor:
-    """Of 1 - sum min(p, q) by the draft's logits, for softmaxes p and q [C, D]; `out` is overwritten."""
-    lower = q < p
-    share = torch.mul(q, lower, out=out).sum(-1, keepdim=True)
-    return torch.where(lower, share - 1.0, share, out=out).mul_(q)
+        return Counts.of(self.sums, exists, agrees, plan.replies)

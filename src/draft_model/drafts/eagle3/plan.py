@@ -8,13 +8,13 @@ has to be asked how many rows there are.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from draft_model.drafts.batch import Batch, fields_to_device
+from draft_model.drafts.batch import Batch
+from draft_model.drafts.counts import Replies
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,13 @@ class Plan:
     teachers: Tensor  # packed positions that teach, int64 [M]
     students: Tensor  # for each step and teacher the row that learns from it, -1 for none, int64 [steps, M]
     teacher_of: Tensor  # for each step and row its teacher among the M, -1 for none, int64 [steps, N]
-    reply_rows: Tensor  # rows from which a round of decoding may start, reply after reply, int64 [Q]
-    reply_ends: Tensor  # for each of these, where its reply ends among the Q, int64 [Q]
-    reply_starts: Tensor  # where the replies begin among the Q, int64 [replies]
-    longest_reply: int  # rows of the longest reply
+    replies: Replies  # of the rows; a reply's first token is the target's own, so no round starts before its second row
     windows: Windows  # for the attention
 
     @property
     def everywhere(self) -> bool:
         """Whether every key has a query."""
         return len(self.rows) == len(self.keys)
-
-    def to(self, device: torch.device) -> Plan:
-        """The same on another device, by transfers that the host does not wait for."""
-        if device == self.tokens.device:
-            return self
-        moved: dict[str, Any] = fields_to_device(self, device)
-        windows: dict[str, Any] = fields_to_device(self.windows, device)
-        return replace(self, **moved, windows=replace(self.windows, **windows))
 
 
 def plan_unroll(batch: Batch, steps: int) -> Plan:
@@ -104,37 +93,23 @@ def plan_unroll(batch: Batch, steps: int) -> Plan:
     teacher_of = torch.full((steps, len(row_time)), -1)
     step_of, place = (students >= 0).nonzero(as_tuple=True)
     teacher_of[step_of, students[step_of, place]] = place
-    keys = starts[key_batch] + key_time
-    reply_rows, reply_ends, reply_starts = _replies(teacher_of[0] >= 0, row_batch, row_time)
+    keys, placed = starts[key_batch] + key_time, starts[row_batch] + row_time
+    begins = (teacher_of[0] >= 0).nonzero()[:, 0]
+    reply = placed[begins] - torch.arange(len(begins))  # alike for neighbours
+    follows = torch.zeros(len(begins), dtype=torch.bool)
+    follows[1:] = reply[1:] == reply[:-1]
     return Plan(
         steps=steps,
         tokens=batch.tokens[position < lengths.unsqueeze(1)],
         keys=keys,
-        rows=torch.searchsorted(keys, starts[row_batch] + row_time),
+        rows=torch.searchsorted(keys, placed),
         row_tokens=torch.where(reads < lengths[row_batch], starts[row_batch] + reads, -1),
         teachers=starts[teacher_batch] + teacher_time,
         students=students,
         teacher_of=teacher_of,
-        reply_rows=reply_rows,
-        reply_ends=reply_ends,
-        reply_starts=reply_starts,
-        longest_reply=int((reply_ends[reply_starts] - reply_starts).max()) if len(reply_starts) else 0,
+        replies=Replies.of(begins[follows], reply[follows]),
         windows=_windows(lengths, key_batch, key_time, row_batch, row_time),
     )
-
-
-def _replies(begins: Tensor, row_batch: Tensor, row_time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs of neighbouring rows whose first proposal is the assistant's, each without its first row.
-
-    A reply's first token is the target's own, so no round of decoding starts before the second row.
-    """
-    rows = begins.nonzero()[:, 0]
-    follows = torch.zeros(len(rows), dtype=torch.bool)
-    follows[1:] = (row_batch[rows[1:]] == row_batch[rows[:-1]]) & (row_time[rows[1:]] == row_time[rows[:-1]] + 1)
-    reply = (~follows).cumsum(0)[follows]
-    sizes = torch.unique_consecutive(reply, return_counts=True)[1]
-    ends = sizes.cumsum(0)
-    return rows[follows], ends.repeat_interleave(sizes), ends - sizes
 
 
 def _windows(
