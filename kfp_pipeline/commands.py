@@ -157,12 +157,12 @@ def logs_command(run: str, step: str, **where: Any) -> None:
     \b
     draft-model logs --host http://127.0.0.1:8080 4f2c3c8e-5a0f-4f6c-9d5c-0d3f6f3f2a11 train-draft-model
     """  # noqa: D301
-    from kfp_pipeline import logs
     from kfp_pipeline.client import connect
+    from kfp_pipeline.watch import own_lines, pods_of, read_log, reason
 
     server = connect(**where)
     server.client.get_run(run)
-    pods = logs.pods(logs.workflow(server, run))
+    pods = pods_of(server, run)
     if not pods or (step and step not in pods):
         known = f"its steps so far: {', '.join(pods)}" if pods else f"for its pods' logs: {_kubectl(server, run)}"
         raise DraftModelError(f"{step or run}: the server shows no pods of it; {known}")
@@ -170,9 +170,9 @@ def logs_command(run: str, step: str, **where: Any) -> None:
     if not chosen:
         click.echo(f"no step has failed; its steps: {', '.join(pods)}", err=True)
     for pod in chosen:
-        lines = logs.read(server, run, pod)
-        why = [f"{pod.step}: {pod.message or pod.phase}", *(f"  {line}" for line in logs.reason(pod, lines))]
-        click.echo(printable("\n".join(logs.own_lines(lines) if step and not pod.driver else why)))
+        lines = read_log(server, run, pod)
+        why = [f"{pod.step}: {pod.message or pod.phase}", *(f"  {line}" for line in reason(pod, lines))]
+        click.echo(printable("\n".join(own_lines(lines) if step and not pod.driver else why)))
 
 
 @click.command("terminate", cls=Command)

@@ -73,7 +73,7 @@ def check_cluster(parameters: Parameters, nodes: Mapping[Stage, Compute]) -> tup
     except DraftModelError as error:
         return error.problems, []
     except Unavailable as error:
-        return [f"training_backend: the API server does not answer ({error}): start the run again later"], []
+        return [f"training_backend: {error}: start the run again later"], []
 
 
 def complete(cluster: Cluster, job: Job) -> Job:
