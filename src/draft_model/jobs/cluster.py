@@ -37,7 +37,7 @@ _CLOCK_SKEW = 60  # seconds
 Answer = TypeVar("Answer")
 
 
-class Unavailable(Exception):
+class Unavailable(DraftModelError):
     """The API server does not answer now, or not sensibly; the same question may be asked again."""
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from draft_model.entrypoint import printable
 from draft_model.errors import DraftModelError
 from draft_model.jobs.backends import Backend
-from draft_model.jobs.cluster import Unavailable, patiently
+from draft_model.jobs.cluster import patiently
 from draft_model.jobs.spec import Job
 from draft_model.jobs.states import Failure, Pod, State, Status, classify, never_starts
 
@@ -86,7 +86,7 @@ class LogStreams:
                         file.write(line + "\n")
                         self.tails[pod.name].append(line)
                         print(prefixed(line, pod.node), file=sys.stderr, flush=True)
-                except (Unavailable, DraftModelError):
+                except DraftModelError:
                     pass
                 file.flush()
                 self._closed.wait(0.0 if ended else LOG_SECONDS)
@@ -118,7 +118,7 @@ class Follower:
             try:  # an event that is lost costs seconds and nothing else
                 self._backend.wait(self._job, POLL_SECONDS)
                 watching = True
-            except (Unavailable, DraftModelError) as error:
+            except DraftModelError as error:
                 if watching:
                     logger.info("no watch now, so the job is read every %.0f s (%s)", POLL_ALONE_SECONDS, error)
                 watching = False
