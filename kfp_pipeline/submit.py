@@ -6,6 +6,7 @@ GitOps applied under that name is used too.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -23,7 +24,7 @@ from draft_model.jobs.context import nodes_of, on_cluster
 from draft_model.parameters import PARAMETERS, Parameters
 from draft_model.parameters.rules import problems_with, valid_values
 from draft_model.storage import is_remote
-from kfp_pipeline.client import Server, by_name
+from kfp_pipeline.client import Server
 from kfp_pipeline.compile import as_text, compile_documents, version_name
 from kfp_pipeline.pipeline import NAME
 
@@ -81,11 +82,13 @@ def submit(
 
 def find_version(server: Server, version: str) -> tuple[str, str]:
     """Ids of the pipeline and of its version; empty where the server does not have it."""
-    pipelines = server.client.list_pipelines(namespace=server.namespace or None, filter=by_name(NAME)).pipelines
+    equals = {"operation": 1, "key": "display_name"}
+    pipeline, named = (json.dumps({"predicates": [{**equals, "stringValue": name}]}) for name in (NAME, version))
+    pipelines = server.client.list_pipelines(namespace=server.namespace or None, filter=pipeline).pipelines
     if not pipelines:
         return "", ""
     pipeline_id = pipelines[0].pipeline_id
-    versions = server.client.list_pipeline_versions(pipeline_id, filter=by_name(version)).pipeline_versions
+    versions = server.client.list_pipeline_versions(pipeline_id, filter=named).pipeline_versions
     return pipeline_id, versions[0].pipeline_version_id if versions else ""
 
 

@@ -133,13 +133,13 @@ def states(run: Any) -> list[tuple[str, str, str]]:
 
 
 def _what_it_waits_for(server: Server, run: Any) -> str:
-    workflow = _workflow(server, run.run_id)
-    if workflow.get("status", {}).get("compressedNodes"):
+    argos = workflow(server, run.run_id)
+    if argos.get("status", {}).get("compressedNodes"):
         return (
             "KFP's server shows no further progress: the run's Workflow is longer than 1 MiB, and the server does not "
             "read its packed status. The run itself goes on; its end is seen here, its steps in the UI's graph"
         )
-    waiting = [pod for pod in _pods(workflow).values() if pod.phase == "Pending" and pod.message]
+    waiting = [pod for pod in pods(argos).values() if pod.phase == "Pending" and pod.message]
     given = (run.runtime_config and run.runtime_config.parameters) or {}
     limit = timedelta(minutes=int(given.get("start_limit", Parameters().start_limit)))
     for pod in waiting:
@@ -155,7 +155,7 @@ def explain(server: Server, run: Any) -> Ended:
     """Says how an ended run ended, from the logs of its steps."""
     if run.state == SUCCEEDED:
         return Ended(run.state, "succeeded")
-    found = pods_of(server, run.run_id)
+    found = pods(workflow(server, run.run_id))
     ended = Ended(run.state, "failed", {name: [] for name, state, _ in states(run) if state == "FAILED"})
     ended.explained, checkpoints = bool(found), []
     for pod in found.values():
@@ -186,7 +186,7 @@ def explain(server: Server, run: Any) -> Ended:
     return ended
 
 
-def _workflow(server: Server, run_id: str) -> dict[str, Any]:
+def workflow(server: Server, run_id: str) -> dict[str, Any]:
     """The run's Argo Workflow with its nodes; empty where the server does not give it."""
     try:
         answer = json.loads(server.get(f"/apis/v1beta1/runs/{run_id}"))
@@ -198,12 +198,8 @@ def _workflow(server: Server, run_id: str) -> dict[str, Any]:
         return {}
 
 
-def pods_of(server: Server, run_id: str) -> dict[str, Pod]:
-    """The last pod of each step by its name, in the order in which they began; none where the server shows none."""
-    return _pods(_workflow(server, run_id))
-
-
-def _pods(workflow: dict[str, Any]) -> dict[str, Pod]:
+def pods(workflow: dict[str, Any]) -> dict[str, Pod]:
+    """The last pod of each step of a Workflow, by the step's name, in the order in which they began."""
     last: dict[str, Pod] = {}
     metadata, nodes = workflow.get("metadata", {}), workflow.get("status", {}).get("nodes") or {}
     for node in sorted(nodes.values(), key=lambda node: node.get("startedAt") or ""):

@@ -92,18 +92,6 @@ def test_a_namespace_that_is_missing_unknown_or_too_much(api, shared):
     assert not shared.runs
 
 
-def test_the_tokens_file_is_read_again_for_each_request(api, tmp_path):
-    file = tmp_path / "token"
-    for token in ("first-token", "second-token"):
-        api.token = token
-        file.write_text(f"{token}\n")
-        if token == "first-token":
-            server = connect(api.host, token_file=file)
-        submit(server, VALUES)
-    assert {authorization for *_, authorization in api.requests} == {"Bearer first-token", "Bearer second-token"}
-    assert len(api.runs) == 2
-
-
 def test_who_is_not_known_is_told_how_to_be(api, tmp_path):
     api.token = "the-right-one"
     (tmp_path / "token").write_text("the-wrong-one")
@@ -111,22 +99,6 @@ def test_who_is_not_known_is_told_how_to_be(api, tmp_path):
         with pytest.raises(NotLetIn, match=r"401: Request header error.*--token-file") as caught:
             connect(api.host, **options)
         assert "the-wrong-one" not in str(caught.value)
-
-
-def test_the_address_may_come_from_the_environment_and_links_go_to_the_ui(api, monkeypatch):
-    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", api.host)
-    monkeypatch.setenv("KF_PIPELINES_UI_ENDPOINT", "https://kubeflow.example/pipeline/")
-    assert submit(connect(), VALUES).link.startswith("https://kubeflow.example/pipeline/#/runs/details/")
-
-
-def test_all_that_is_wrong_with_a_connection_is_told_at_once(tmp_path):
-    (tmp_path / "empty").touch()
-    with pytest.raises(DraftModelError) as caught:
-        connect(token_file=tmp_path / "empty", ca_file=tmp_path / "none")
-    token, ca, host = caught.value.problems
-    assert token == f"--token-file: {tmp_path / 'empty'} is empty"
-    assert ca == f"--ca-file: {tmp_path / 'none'} cannot be read: No such file or directory"
-    assert host.startswith("--host: not given, and neither KF_PIPELINES_ENDPOINT nor a kubeconfig")
 
 
 def test_a_server_that_is_not_there_or_fails(api):
@@ -176,13 +148,6 @@ def test_a_terminated_run_is_told_from_a_failed_one(api, history, outcome):
     api.story = [("FAILED", {})]
     api.runs[run_id]["state_history"] = [{"state": state} for state in history.split()]
     assert watch(server, run_id).outcome == outcome
-
-
-def test_a_run_whose_version_is_gone_is_followed_all_the_same(api):
-    server = connect(api.host)
-    run_id = submit(server, VALUES).run_id
-    api.versions.clear()
-    assert watch(server, run_id).state == "SUCCEEDED"
 
 
 @pytest.mark.parametrize(
