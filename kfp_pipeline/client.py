@@ -38,7 +38,6 @@ _ADVICE = {
     403: "; is --namespace right, and is the token's account, or yours, a contributor of it?",
     404: "; where the server has nothing at all, --host lacks a path such as /pipeline, or KFP is older than 2.16.1",
     409: "; somebody else may have made it a moment ago: start again",
-    "tls": "--ca-file names the certificate of its authority",
 }
 
 
@@ -92,11 +91,6 @@ class Server:
                     path, "GET", auth_settings=["Bearer"], _preload_content=False, _return_http_data_only=True
                 ).data.decode(errors="replace")
             )
-
-
-def by_name(name: str) -> str:
-    """Filter of a list: the display name is this one."""
-    return json.dumps({"predicates": [{"operation": 1, "key": "display_name", "stringValue": name}]})  # 1: EQUALS
 
 
 def connect(host: str = "", namespace: str = "", token_file: Path | None = None, ca_file: Path | None = None) -> Server:
@@ -182,7 +176,11 @@ def _explained(host: str) -> Iterator[None]:
         reason = getattr(error, "reason", None) or error
         cause = str(reason).partition("): ")[2] or str(reason) or type(reason).__name__  # without urllib3's objects
         tls = isinstance(reason, urllib3.exceptions.SSLError)
-        advice = _ADVICE["tls"] if tls else f"is it right, and does the port-forward run (`{_PORT_FORWARD}`)?"
+        advice = (
+            "--ca-file names the certificate of its authority"
+            if tls
+            else f"is it right, and does the port-forward run (`{_PORT_FORWARD}`)?"
+        )
         raise ServerAway(
             f"--host: {host} {'is not trusted' if tls else 'does not answer'}: {cause}; {advice}"
         ) from error

@@ -157,22 +157,22 @@ def logs_command(run: str, step: str, **where: Any) -> None:
     \b
     draft-model logs --host http://127.0.0.1:8080 4f2c3c8e-5a0f-4f6c-9d5c-0d3f6f3f2a11 train-draft-model
     """  # noqa: D301
-    from kfp_pipeline import logs
     from kfp_pipeline.client import connect
+    from kfp_pipeline.watch import own_lines, pods, read_log, reason, workflow
 
     server = connect(**where)
     server.client.get_run(run)
-    pods = logs.pods(logs.workflow(server, run))
-    if not pods or (step and step not in pods):
-        known = f"its steps so far: {', '.join(pods)}" if pods else f"for its pods' logs: {_kubectl(server, run)}"
+    found = pods(workflow(server, run))
+    if not found or (step and step not in found):
+        known = f"its steps so far: {', '.join(found)}" if found else f"for its pods' logs: {_kubectl(server, run)}"
         raise DraftModelError(f"{step or run}: the server shows no pods of it; {known}")
-    chosen = [pods[step]] if step else [pod for pod in pods.values() if pod.failed]
+    chosen = [found[step]] if step else [pod for pod in found.values() if pod.failed]
     if not chosen:
-        click.echo(f"no step has failed; its steps: {', '.join(pods)}", err=True)
+        click.echo(f"no step has failed; its steps: {', '.join(found)}", err=True)
     for pod in chosen:
-        lines = logs.read(server, run, pod)
-        why = [f"{pod.step}: {pod.message or pod.phase}", *(f"  {line}" for line in logs.reason(pod, lines))]
-        click.echo(printable("\n".join(logs.own_lines(lines) if step and not pod.driver else why)))
+        lines = read_log(server, run, pod)
+        why = [f"{pod.step}: {pod.message or pod.phase}", *(f"  {line}" for line in reason(pod, lines))]
+        click.echo(printable("\n".join(own_lines(lines) if step and not pod.driver else why)))
 
 
 @click.command("terminate", cls=Command)

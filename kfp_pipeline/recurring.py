@@ -92,8 +92,9 @@ def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
         )
     with contextlib.redirect_stdout(io.StringIO()):  # kfp.Client prints a link
         experiment_id = client.create_experiment(wanted.experiment, namespace=server.namespace or None).experiment_id
-    existing = list(_pages(client.list_recurring_runs, "recurring_runs", experiment_id))
-    if foreign := sorted({run.display_name for run in existing if not _mark(run)} & wanted.runs.keys()):
+    existing = [(run, found[1] if (found := _MARK.search(run.description or "")) else "")
+                for run in _pages(client.list_recurring_runs, "recurring_runs", experiment_id)]  # fmt: skip
+    if foreign := sorted({run.display_name for run, mark in existing if not mark} & wanted.runs.keys()):
         raise DraftModelError(
             f"runs: {', '.join(foreign)}: a recurring run of this name exists that no file made: delete it in KFP, or "
             "choose another name"
@@ -103,9 +104,9 @@ def apply(server: Server, wanted: Schedules, version: str) -> list[str]:
         content = json.dumps([schedule.model_dump(), wanted.service_account, version], sort_keys=True)
         marks[name] = hashlib.sha256(content.encode()).hexdigest()[:12]
     done, kept = [], set()
-    for run in filter(_mark, existing):
+    for run, mark in (each for each in existing if each[1]):
         name, run_id = run.display_name, run.recurring_run_id
-        if marks.get(name) == _mark(run) and name not in kept:
+        if marks.get(name) == mark and name not in kept:
             kept.add(name)
             if wanted.runs[name].enabled and run.mode == "DISABLE":
                 client.enable_recurring_run(run_id)
@@ -142,11 +143,6 @@ def _pages(ask: Callable[..., Any], kind: str, experiment_id: str) -> Iterator[A
         yield from getattr(page, kind) or ()
         if not (token := page.next_page_token or ""):
             return
-
-
-def _mark(run: Any) -> str:
-    found = _MARK.search(run.description or "")
-    return found[1] if found else ""
 
 
 @click.command()

@@ -6,6 +6,7 @@ GitOps applied under that name is used too.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import redirect_stdout
@@ -23,7 +24,7 @@ from draft_model.jobs.context import nodes_of, on_cluster
 from draft_model.parameters import PARAMETERS, Parameters
 from draft_model.parameters.rules import problems_with, valid_values
 from draft_model.storage import is_remote
-from kfp_pipeline.client import Server, by_name
+from kfp_pipeline.client import Server
 from kfp_pipeline.compile import as_text, compile_documents, version_name
 from kfp_pipeline.pipeline import NAME
 
@@ -37,12 +38,10 @@ _URIS = [p.name for p in PARAMETERS if p.kind.startswith("uri_") or p.kind in ("
 
 
 class Submitted(NamedTuple):
-    """A run that a server has accepted: its id, its address in the UI, and its pipeline's version, which may be new."""
+    """A run that a server has accepted."""
 
     run_id: str
-    link: str
-    version: str
-    uploaded: bool
+    link: str  # to the UI
 
 
 def submit(
@@ -54,22 +53,19 @@ def submit(
     The experiment is made where it is missing; a run without a name has the target's and the time. DraftModelError
     tells all bad parameters at once, before any request, and what the server refuses.
     """
-    parameters = check(values)
-    documents = compile_documents()
-    version = version_name(documents)
-    client, namespace = server.client, server.namespace or None
+    parameters, documents = check(values), compile_documents()
+    client, namespace, version = server.client, server.namespace or None, version_name(documents)
     pipeline_id, version_id = find_version(server, version)
-    uploaded = not version_id
+    logger.info("pipeline: %s, %s", version, "already on the server" if version_id else "to be uploaded")
     if not pipeline_id:
         new = kfp_server_api.V2beta1Pipeline(name=NAME, display_name=NAME, namespace=namespace)
         pipeline_id = client.pipelines.pipeline_service_create_pipeline(new).pipeline_id
-    if uploaded:
+    if not version_id:
         names = {"name": version, "display_name": version, "pipelineid": pipeline_id}
         with TemporaryDirectory() as folder:
             file = Path(folder, "pipeline.yaml")
             file.write_text(as_text(documents), encoding="utf-8")
             version_id = client.pipeline_uploads.upload_pipeline_version(str(file), **names).pipeline_version_id
-    logger.info("pipeline: %s, %s", version, "uploaded" if uploaded else "already on the server")
     source = parameters.huggingface_id or parameters.pytorch_model_path or parameters.mlflow_model_path
     run_name = run_name or f"{source.rstrip('/').rpartition('/')[2]} {datetime.now():%Y-%m-%d %H:%M:%S}"
     with redirect_stdout(StringIO()):  # kfp.Client prints links
@@ -81,16 +77,18 @@ def submit(
         ).run_id  # fmt: skip
     if not run_id:
         raise DraftModelError(f"--host: {server.host} accepted a run and named none: this is not KFP's API")
-    return Submitted(run_id, server.run_link(run_id), version, uploaded)
+    return Submitted(run_id, server.run_link(run_id))
 
 
 def find_version(server: Server, version: str) -> tuple[str, str]:
     """Ids of the pipeline and of its version; empty where the server does not have it."""
-    pipelines = server.client.list_pipelines(namespace=server.namespace or None, filter=by_name(NAME)).pipelines
+    equals = {"operation": 1, "key": "display_name"}
+    pipeline, named = (json.dumps({"predicates": [{**equals, "stringValue": name}]}) for name in (NAME, version))
+    pipelines = server.client.list_pipelines(namespace=server.namespace or None, filter=pipeline).pipelines
     if not pipelines:
         return "", ""
     pipeline_id = pipelines[0].pipeline_id
-    versions = server.client.list_pipeline_versions(pipeline_id, filter=by_name(version)).pipeline_versions
+    versions = server.client.list_pipeline_versions(pipeline_id, filter=named).pipeline_versions
     return pipeline_id, versions[0].pipeline_version_id if versions else ""
 
 

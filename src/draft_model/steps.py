@@ -217,7 +217,9 @@ def _perform(
     from draft_model import jobs
     from draft_model.jobs.context import wants_cluster
 
-    here = [name for name in _FILES.get(stage, ()) if _is_path(getattr(p, name))]
+    files = {name: getattr(p, name) for name in _FILES.get(stage, ())}
+    here = [name for name, value in files.items()
+            if value.startswith("file:") or (":/" not in value and ("/" in value or "." in value))]  # fmt: skip
     if wants_cluster(p) and not here:
         root = uris.get("root")
         beside = beside or (storage.join(root, "jobs", run_id) if root else uris["output"])
@@ -225,13 +227,9 @@ def _perform(
         return jobs.run_stage(stage, p, {name: uri for name, uri in uris.items() if uri}, beside, run_id, work, nodes)
     if importlib.util.find_spec("transformers") is None:
         if here:
-            raise jobs.coordinates_only(f"{here[0]}: given {getattr(p, here[0])!r}, which no job's pod sees", "a URI")
+            raise jobs.coordinates_only(f"{here[0]}: given {files[here[0]]!r}, which no job's pod sees", "a URI")
         raise jobs.coordinates_only("training_backend: given 'local'", "pytorchjob or trainjob")
     return {"run_id": run_id, **RUNS[stage](p, work, **uris)}
-
-
-def _is_path(value: str) -> bool:
-    return value.startswith("file:") or (":/" not in value and ("/" in value or "." in value))
 
 
 def _run_import(p: Parameters, work: Path, **uris: str) -> dict[str, Any]:

@@ -263,7 +263,7 @@ def test_machines_that_fail_are_followed_by_another_attempt_and_not_for_ever(beg
 def test_the_api_server_may_be_away_while_a_job_runs(begin, server, jobs_there, operator):
     run = begin()
     server.stop()
-    run.says("does not answer")
+    run.says("asking again")  # a watch that breaks says why, too
     server.start()
     run.says("answers again")
     let_end(run)

@@ -3,7 +3,7 @@
 import pytest
 from training.conftest import _process_as_before, train
 
-from draft_model.jobs import coordinate, follow
+from draft_model.jobs import cluster, follow
 
 __all__ = ["_process_as_before", "train"]
 
@@ -12,4 +12,4 @@ __all__ = ["_process_as_before", "train"]
 def at_once(monkeypatch):
     for name in ("POLL_SECONDS", "POLL_ALONE_SECONDS", "LOG_SECONDS"):
         monkeypatch.setattr(follow, name, 0.001)
-    monkeypatch.setattr(coordinate, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(cluster, "AGAIN_SECONDS", 0.0)

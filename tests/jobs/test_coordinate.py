@@ -111,7 +111,7 @@ def test_auto_takes_the_other_kind_where_an_operator_does_not_run(coordinate_, c
 
     monkeypatch.setattr(cluster, "has", has)
     parameters = GOLDEN["1x1"].parameters
-    record = coordinate_(*[{}] * 3, status("Complete"))
+    record = coordinate_({}, {}, status("Complete"))
     assert record["state"] == "SUCCEEDED"
     assert "its operator does not run" in caplog.text
     fixed = parameters.model_copy(update={"training_backend": "pytorchjob"})

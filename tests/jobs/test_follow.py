@@ -28,7 +28,7 @@ def follow(tmp_path, at_once):
         job = backend.create_or_adopt(wanted or GOLDEN["1x1"])
         if prepare:
             prepare(cluster)
-        streams = LogStreams(backend.logs, tmp_path, lambda line: None)
+        streams = LogStreams(backend, tmp_path)
         return Follower(backend, job, streams, clock).follow(), cluster
 
     return follow

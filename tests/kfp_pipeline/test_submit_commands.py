@@ -172,15 +172,17 @@ def test_a_server_that_gives_no_logs(api):
 
 
 def test_all_problems_at_once_and_nothing_is_sent(api, tmp_path):
+    (tmp_path / "token").touch()
     (tmp_path / "run.yaml").write_text("num-epochs: 2\nlerning_rate: 1\ndataset_train_split: data.jsonl\n")
     done = draft_model(
         "submit", "--params", tmp_path / "run.yaml", "--set", "num_epochs=none", "--set", "seed",
-        "--set", "chat_tempate=qwen", "--token-file", tmp_path / "token",
+        "--set", "chat_tempate=qwen", "--token-file", tmp_path / "token", "--ca-file", tmp_path / "run.yaml/empty",
     )  # fmt: skip
     assert done.returncode == 2
-    assert done.stderr.startswith("error: 8 problems:\n")
+    assert done.stderr.startswith("error: 9 problems:\n")
     for told in (
-        f"--token-file: {tmp_path / 'token'} cannot be read: No such file or directory",
+        f"--token-file: {tmp_path / 'token'} is empty",
+        f"--ca-file: {tmp_path / 'run.yaml/empty'} cannot be read: Not a directory",
         "--host: not given, and neither KF_PIPELINES_ENDPOINT nor a kubeconfig says where KFP is",
         "--image: not given; ",
         "--set: given 'seed'; allowed: NAME=VALUE",
@@ -199,8 +201,10 @@ def test_the_environment_can_say_who_where_and_what(api, tmp_path):
     done = draft_model(
         "submit", *GIVEN[2:], DRAFT_MODEL_IMAGES="importer=a:1 b/{kind}:1", KF_PIPELINES_ENDPOINT=api.host,
         KF_PIPELINES_SA_TOKEN_PATH=str(tmp_path / "token"), KF_PIPELINES_DEFAULT_EXPERIMENT_NAME="nightly",
+        KF_PIPELINES_UI_ENDPOINT="https://kubeflow.example/pipeline/",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "https://kubeflow.example/pipeline/#/runs/details/" in done.stderr
     assert not any(method == "GET" and "/runs/" in path for method, path, _ in api.requests), "nobody watches"
     assert [experiment["display_name"] for experiment in api.experiments.values()] == ["nightly"]
     assert "never-shown" not in done.stdout + done.stderr

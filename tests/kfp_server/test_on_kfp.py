@@ -17,10 +17,9 @@ import tiny
 
 from draft_model import storage
 from draft_model.errors import DraftModelError
-from kfp_pipeline import logs
 from kfp_pipeline.client import connect
 from kfp_pipeline.submit import submit
-from kfp_pipeline.watch import ENDS, STEPS, SUCCEEDED, explain, states, watch
+from kfp_pipeline.watch import ENDS, STEPS, SUCCEEDED, explain, own_lines, pods, read_log, states, watch, workflow
 
 logger = logging.getLogger(__name__)
 ENDPOINT, STORE = os.environ.get("KFP_ENDPOINT", ""), os.environ.get("KFP_STORE", "")
@@ -73,7 +72,7 @@ def start(server, tmp_path_factory):
 
 
 def workflow_of(server, run_id):
-    found = logs.workflow(server, run_id)
+    found = workflow(server, run_id)
     assert found, f"{server.host} gives no Workflow: GET /apis/v1beta1/runs/{run_id}"
     return found
 
@@ -87,8 +86,8 @@ def succeeds(server, run_id):
     assert {name: state for name, state, _ in states(run)} == dict.fromkeys(STEPS, SUCCEEDED)
     found = workflow_of(server, run_id)
     assert "compressedNodes" not in found["status"]
-    assert {pod.phase for pod in logs.pods(found).values()} == {"Succeeded"}
-    return logs.pods(found)
+    assert {pod.phase for pod in pods(found).values()} == {"Succeeded"}
+    return pods(found)
 
 
 def drafts(uri):
@@ -106,7 +105,7 @@ def test_a_whole_run(server, finished):
     run_id, uri, pods = finished
     assert drafts(uri)
     for pod in pods.values():  # from the pod, or from the archive
-        assert pod.driver or logs.own_lines(logs.read(server, run_id, pod)) != []
+        assert pod.driver or own_lines(read_log(server, run_id, pod)) != []
 
 
 def test_a_second_run_reuses_model_and_dataset(server, start, finished):
@@ -150,15 +149,15 @@ def wait_for(server, run_id, words):
     """Waits until a running step has logged the words; just after a Retry, KFP may still show the end before it."""
     deadline, ended = time.monotonic() + LIMIT / 3, 0
     while time.monotonic() < deadline and ended < 12:
-        for pod in logs.pods(workflow_of(server, run_id)).values():
+        for pod in pods(workflow_of(server, run_id)).values():
             if pod.phase == "Running" and not pod.driver:
                 with suppress(DraftModelError):  # the container may not have started yet
-                    if any(words in line for line in logs.read(server, run_id, pod)):
+                    if any(words in line for line in read_log(server, run_id, pod)):
                         return
         ended = ended + 1 if server.client.get_run(run_id).state in ENDS else 0
         time.sleep(5)
     run = server.client.get_run(run_id)
-    why = explain(server, run).failures if run.state in ENDS else logs.pods(workflow_of(server, run_id))
+    why = explain(server, run).failures if run.state in ENDS else pods(workflow_of(server, run_id))
     pytest.fail(f"no step says {words!r}; the run is {run.state}: {why}")
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
-from importlib.metadata import packages_distributions
+from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
-from packaging.utils import canonicalize_name
 
 from draft_model.jobs import compute
 from draft_model.parameters import Parameters
-from kfp_pipeline.compile import MANIFEST
+from kfp_pipeline.compile import COMPILED, MANIFEST
 from kfp_pipeline.pipeline import HUB
 from kfp_pipeline.recurring import read
 from manifests.kustomize import (
@@ -35,7 +32,7 @@ pytestmark = needs_kubectl
 FOLDERS = [MANIFESTS / name for name in ("base", "pipelines", "argocd", "examples")] + [
     MANIFESTS / "overlays" / name for name in OVERLAYS
 ]
-VERSIONS = ("1.28", "1.31", "1.34", kubernetes_validate.latest_version())
+VERSIONS = ("1.28", kubernetes_validate.latest_version())
 LIKE = {"draft-model-recurring-runs": "preflight"}
 """Steps with the images of our own pods."""
 CUSTOM = {"argoproj.io", "kueue.x-k8s.io", "pipelines.kubeflow.org", "serving.kserve.io"}
@@ -195,10 +192,11 @@ def test_no_secret_value_is_anywhere(name):
 
 
 def test_what_is_committed_looks_like_no_credential():
-    pattern = re.compile(r"(?i)AKIA[0-9A-Z]{16}|-----BEGIN|hf_[A-Za-z0-9]{20}|(password|secretkey|token): *[\"']?\w{8}")
-    for file in MANIFESTS.rglob("*.yaml"):
-        if file != MANIFEST:
-            assert not pattern.search(file.read_text()), file
+    key = r"(?i)A[KS]IA[0-9A-Z]{16}|-----BEGIN|hf_[A-Za-z0-9]{16}"
+    by_hand = re.compile(rf"{key}|(password|secretkey|token): *[\"']?\w{{8}}")
+    written = re.compile(rf"{key}|(password|api_?key|access_?key)\w*\s*[:=]\s*\S|{ROOT}|/tmp/|{Path.home()}/")
+    for file in (*MANIFESTS.rglob("*.yaml"), COMPILED):
+        assert not (written if file in (MANIFEST, COMPILED) else by_hand).search(file.read_text()), file
 
 
 def test_the_version_comes_through_unchanged():
@@ -264,18 +262,3 @@ def test_another_store_is_no_key_to_another_role(tmp_path):
     folder.mkdir()
     with pytest.raises(AssertionError, match="test"):
         build(write(folder, "mine", [base], ("external-s3",)))
-
-
-def printed(*command) -> str:
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout
-
-
-def test_our_own_pod_needs_no_more_than_its_image_has():
-    listed = printed(ROOT / "containers/requirements.py", "dataset", "cpu").splitlines()
-    there = {canonicalize_name(line.partition("==")[0]) for line in listed} | {"pipeline-draft-model"}
-    absent = [
-        n for n, packages in packages_distributions().items() if not there & set(map(canonicalize_name, packages))
-    ]
-    assert "torch" in absent
-    program = f"import sys; sys.modules.update(dict.fromkeys({absent})); import kfp_pipeline.recurring"
-    printed("-c", f"{program}, draft_model.jobs.cluster; from kfp import Client")

@@ -120,8 +120,9 @@ def run_stage(
 
 def run_job(job: Job, work: Path) -> None:
     """Runs a job of a run on the cluster to its end; raises DraftModelError where its output is not whole."""
+    from draft_model.jobs.cluster import patiently
     from draft_model.jobs.context import complete, connect
-    from draft_model.jobs.coordinate import Coordinator, patiently
+    from draft_model.jobs.coordinate import Coordinator
 
     logger.info("the %s job runs on the cluster; this process coordinates it", job.stage)
     raise_on_sigterm()

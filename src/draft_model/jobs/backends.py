@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -20,7 +19,6 @@ from draft_model.parameters import Stage
 logger = logging.getLogger(__name__)
 
 _KUEUE = "kueue.x-k8s.io"
-_GOING_SECONDS = 360  # an object under deletion is gone by then, its pods' grace period included
 _BY_KUEUE = ("suspend", "nodeSelector", "tolerations", "labels", "annotations")
 """Fields that Kueue changes when it admits a job."""
 _DEFAULTS = (*_BY_KUEUE, "managedBy", "ports", "dnsPolicy", "schedulerName", "apiGroup", "successPolicy", "network",
@@ -54,32 +52,24 @@ class Backend:
 
     def __init__(self, cluster: Cluster, name: str) -> None:
         self.cluster, self.name = cluster, name
-        self.kinds, self.render, self._container, self._name_label, self._rank_label = _TYPES[name]
+        self.kinds, self.render, self.container, self._name_label, self._rank_label = _TYPES[name]
         self.kind, self._version = self.kinds[-1], ""
 
     def create_or_adopt(self, job: Job) -> Job:
-        """Creates the job's objects, or adopts those of the same run and specification."""
-        for kind, manifest in zip(self.kinds, self.render(job), strict=True):
-            found, adopted = self._create_or_adopt(kind, manifest)
-        return replace(job, uid=found["metadata"]["uid"], adopted=adopted)
+        """Creates the job's objects, or adopts those of the same run and specification.
 
-    def _create_or_adopt(self, kind: Kind, manifest: Manifest) -> tuple[Manifest, bool]:
-        name, started, waiting = manifest["metadata"]["name"], time.monotonic(), False
-        while True:
-            if created := self.cluster.create(kind, manifest):
-                return created, False
-            existing = self.cluster.get(kind, name)
-            if existing is None:
-                continue
-            if "deletionTimestamp" not in existing["metadata"]:
-                _refuse_other(kind, existing, manifest)
-                return existing, True
-            if time.monotonic() > started + _GOING_SECONDS:
-                raise DraftModelError(f"{kind.kind} {name} is being deleted and does not go: see its finalizers")
-            if not waiting:
-                logger.info("waiting until the deleted %s %s is gone", kind.kind, name)
-                waiting = True
-            time.sleep(1)
+        Raises:
+            Unavailable: while an object of the name is being deleted.
+        """
+        for kind, manifest in zip(self.kinds, self.render(job), strict=True):
+            made = self.cluster.create(kind, manifest)
+            there = made or self.cluster.get(kind, job.name)
+            if there is None or "deletionTimestamp" in there["metadata"]:
+                raise Unavailable(f"{kind.kind} {job.name} is being deleted; if it does not go, see its finalizers")
+            if not made:
+                _refuse_other(kind, there, manifest)
+            job = replace(job, uid=there["metadata"]["uid"], adopted=not made)
+        return job
 
     def read(self, job: Job) -> tuple[Status, list[Pod], list[str]]:
         """The job's status, its pods by node, and the names of pods that earlier jobs of its run still have."""
@@ -106,15 +96,7 @@ class Backend:
 
     def pods_of_run(self, job: Job) -> list[Manifest]:
         """Pods of all attempts of the run's job."""
-        stage = f"app.kubernetes.io/component={job.stage}"
-        return self.cluster.pods(f"{RUN_ID}={job.run_id},{stage}")
-
-    def logs(self, pod: str, since: str) -> Iterator[tuple[str, str]]:
-        """Time and text of each line that a pod writes after a time, until its container ends."""
-        for line in self.cluster.log(pod, self._container, since):
-            moment, _, text = line.partition(" ")
-            if moment > since:
-                yield moment, text
+        return self.cluster.pods(f"{RUN_ID}={job.run_id},app.kubernetes.io/component={job.stage}")
 
     def delete(self, job: Job) -> None:
         """Deletes the attempt's objects, where they are this run's."""
@@ -123,22 +105,11 @@ class Backend:
             if found and found["metadata"].get("labels", {}).get(RUN_ID) == job.run_id:
                 self.cluster.delete(kind, job.name)
 
-    def warnings(self, job: Job) -> list[str]:
-        """The warning events of the job and of its pods, a line each."""
-        lines, name = [], job.name
-        for event in self.cluster.warnings():
-            about = event.get("involvedObject", {}).get("name", "")
-            if about == name or about.startswith(f"{name}-"):
-                lines.append(f"{about}: {event.get('reason', '')}: {event.get('message', '')}")
-        return lines
-
     def workload(self, job: Job) -> str | None:
         """What Kueue says of the job in its queue; None where Kueue does not know the job."""
         version = self.cluster.groups().get(_KUEUE)
-        if version is None:
-            return None
         try:
-            workloads = self.cluster.objects(Kind(_KUEUE, version, "workloads", "Workload"))
+            workloads = self.cluster.objects(Kind(_KUEUE, version, "workloads", "Workload")) if version else []
         except Forbidden as error:
             logger.info("Kueue's workloads cannot be read: %s", error)
             return ""
@@ -158,9 +129,8 @@ def _refuse_other(kind: Kind, existing: Manifest, wanted: Manifest) -> None:
             f"{kind.kind} {name} exists and {whose}, not to the run {run_id}: it is left alone; delete it, or start "
             "the run again, which gives it another id"
         )
-    digest = existing["metadata"].get("annotations", {}).get(SPEC_HASH)
-    field = _difference(existing["spec"], wanted["spec"])
-    if field or digest != wanted["metadata"]["annotations"][SPEC_HASH]:
+    digests = [each["metadata"].get("annotations", {}).get(SPEC_HASH) for each in (existing, wanted)]
+    if (field := _difference(existing["spec"], wanted["spec"])) or digests[0] != digests[1]:
         raise DraftModelError(
             f"{kind.kind} {name} exists, of this run but with other settings ({field or SPEC_HASH}): delete it, and "
             "run this step again"
@@ -205,15 +175,14 @@ def choose(cluster: Cluster, wanted: str, run_id: str = "", without: str = "") -
 
 def jobs_of_run(cluster: Cluster, run_id: str) -> list[tuple[Kind, Manifest]]:
     """All objects of a run's jobs; of the kinds that this account may list, since it has made no others."""
-    found, listed, refused = [], False, None
-    for kind in filter(cluster.has, ALL_KINDS):
+    found, refused, kinds = [], [], [kind for kind in ALL_KINDS if cluster.has(kind)]
+    for kind in kinds:
         try:
             found += [(kind, each) for each in cluster.objects(kind, f"{RUN_ID}={run_id}")]
-            listed = True
         except Forbidden as error:
-            refused = error
-    if refused and not listed:
-        raise refused
+            refused.append(error)
+    if refused and len(refused) == len(kinds):
+        raise refused[0]
     return found
 
 
@@ -232,8 +201,7 @@ def check(cluster: Cluster, wanted: str, nodes: Mapping[Stage, Compute]) -> tupl
     for queue in sorted({node.queue for node in nodes.values() if node.queue}):
         stages = ", ".join(stage for stage, node in nodes.items() if node.queue == queue)
         start = f"compute_map: the jobs of {stages} wait in the queue {queue}"
-        version = cluster.groups().get(_KUEUE)
-        if version is None:
+        if (version := cluster.groups().get(_KUEUE)) is None:
             problems.append(f"{start}, but this cluster has no Kueue: install it, or choose a compute without a queue")
         elif not cluster.may("get", _KUEUE, "localqueues"):
             notes[f"{start}; whether it exists cannot be seen with this service account's rights"] = None

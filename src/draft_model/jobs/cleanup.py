@@ -8,9 +8,8 @@ import re
 from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.jobs.backends import jobs_of_run
-from draft_model.jobs.cluster import Cluster
+from draft_model.jobs.cluster import Cluster, patiently
 from draft_model.jobs.context import connect, on_cluster, own_pod, owner_of, run_ended, wants_cluster
-from draft_model.jobs.coordinate import patiently
 from draft_model.jobs.spec import RUNTIME
 from draft_model.parameters import Parameters
 from draft_model.training.config import list_checkpoints

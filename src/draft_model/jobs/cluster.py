@@ -10,33 +10,64 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import urllib3
 from kubernetes import client, config, watch
 from kubernetes.config.incluster_config import InClusterConfigLoader
 
-from draft_model.errors import DraftModelError
+from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.jobs.spec import Kind, Manifest
 
+logger = logging.getLogger(__name__)
+
+AGAIN_SECONDS = 2.0
+_AWAY_SECONDS = 15 * 60.0  # that an object store or an API server may be away
 _POD_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 ACCOUNT = Path("/var/run/secrets/draft-model/coordinator")
 """Where a step that manages jobs has the token of the account that may; other steps have their pod's own account."""
 _TIMEOUT = (5, 30)  # seconds to connect, and between two bytes
 _LOG_SILENCE = 120  # seconds without a line after which the connection is made anew
 _CLOCK_SKEW = 60  # seconds
+Answer = TypeVar("Answer")
 
 
-class Unavailable(Exception):
+class Unavailable(DraftModelError):
     """The API server does not answer now, or not sensibly; the same question may be asked again."""
 
 
 class Forbidden(DraftModelError):
     """The service account lacks a right; for some seconds after its start an API server says so of everything."""
+
+
+def patiently(
+    ask: Callable[[], Answer], seconds: float = _AWAY_SECONDS, forbidden: float = -1.0,
+    clock: Callable[[], float] = time.monotonic,
+) -> Answer:  # fmt: skip
+    """Asks an object store or an API server again while it is away, and for so many seconds while it forbids."""
+    started, told = clock(), False
+    while True:
+        try:
+            answer = ask()
+        except (StoreUnavailable, Unavailable, Forbidden) as error:
+            away = clock() - started
+            if isinstance(error, Forbidden) and away > forbidden:
+                raise
+            if away > seconds:
+                raise DraftModelError(f"no answer for {seconds / 60:.0f} minutes: {error}") from error
+            if not told:
+                logger.warning("%s: asking again; a job goes on without it", error)
+            told = True
+            time.sleep(AGAIN_SECONDS)
+        else:
+            if told:
+                logger.info("the server answers again")
+            return answer
 
 
 class Cluster:
@@ -84,7 +115,7 @@ class Cluster:
         try:
             found = self._call(f"list resources of {kind.group}", "", resources, kind.group, kind.version)
         except Unavailable as error:
-            if str(error).startswith("404"):  # the group, in other versions only
+            if "(404 " in str(error):  # the group, in other versions only
                 return False
             raise
         return any(resource["name"] == kind.plural for resource in (found or {}).get("resources") or ())
@@ -147,8 +178,8 @@ class Cluster:
         )  # fmt: skip
         next(self._streamed(f"watch {kind.plural}", stream), None)
 
-    def log(self, pod: str, container: str, since: str) -> Iterator[str]:
-        """Lines of a container's log after their times, until it ends; from a line's time on, some come again."""
+    def log(self, pod: str, container: str, since: str) -> Iterator[tuple[str, str]]:
+        """Time and text of each line that a container writes after a time, until it ends."""
         limit = {}
         if since:
             age = datetime.now(UTC) - datetime.fromisoformat(since[:19] + "+00:00")
@@ -157,7 +188,10 @@ class Cluster:
             self._core.read_namespaced_pod_log, pod, self.namespace, container=container, timestamps=True,
             _request_timeout=(_TIMEOUT[0], _LOG_SILENCE), **limit,
         )  # fmt: skip
-        yield from self._streamed("get pods/log", stream)
+        for line in self._streamed("get pods/log", stream):
+            moment, _, text = line.partition(" ")
+            if moment > since:
+                yield moment, text
 
     def _of(self, kind: Kind) -> tuple[str, str, str, str]:
         return kind.group, kind.version, self.namespace, kind.plural
@@ -180,7 +214,7 @@ class Cluster:
                 return None
             raise self._refused(error, verb, name) from None
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise Unavailable(str(getattr(error, "reason", error))) from error
+            raise Unavailable(f"the API server does not answer ({getattr(error, 'reason', error)})") from error
 
     def _streamed(self, verb: str, stream: Iterator[Any]) -> Iterator[Any]:
         try:
@@ -188,7 +222,7 @@ class Cluster:
         except client.ApiException as error:
             raise self._refused(error, verb, "") from None
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
-            raise Unavailable(str(error)) from error
+            raise Unavailable(f"the API server does not answer ({error})") from error
 
     def _refused(self, error: client.ApiException, verb: str, name: str) -> Exception:
         said = _status(error).get("message") or str(error.body or error.reason)
@@ -200,7 +234,7 @@ class Cluster:
         if error.status in (400, 422):
             return DraftModelError(f"Kubernetes refuses to {verb} {name}: {said}")
         # 404 without a name: a server that has just been started does not know its custom resources yet.
-        return Unavailable(f"{error.status} {said}")
+        return Unavailable(f"the API server does not answer ({error.status} {said})")
 
 
 def _status(error: client.ApiException) -> Manifest:

@@ -196,10 +196,9 @@ def _find(names: Iterable[str], wanted: str) -> str | None:
 
 
 def _some(names: Iterable[str], wanted: str) -> str:
-    """The names, those that are like the wanted one first."""
-    by_lower = {name.lower(): name for name in names}
-    near = [by_lower[name] for name in difflib.get_close_matches(wanted.lower(), by_lower, n=3)]
-    ordered = list(dict.fromkeys([*near, *by_lower.values()]))
+    """The names, the one that is most like the wanted one first."""
+    likeness = {name: difflib.SequenceMatcher(None, name.lower(), wanted.lower()).ratio() for name in names}
+    ordered = sorted(likeness, key=likeness.__getitem__, reverse=True)
     more = f" and {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else ""
     return (", ".join(ordered[:_SHOWN]) or "none") + more
 

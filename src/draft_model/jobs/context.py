@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from draft_model import storage
-from draft_model.errors import DraftModelError, Problems
+from draft_model.errors import DraftModelError, Problem, Problems
 from draft_model.jobs import compute
 from draft_model.jobs.compute import Compute
 from draft_model.jobs.spec import WORKFLOW, Job, Manifest
@@ -66,14 +66,11 @@ def nodes_of(p: Parameters, *, jobs: bool) -> dict[Stage, Compute]:
 def check_cluster(parameters: Parameters, nodes: Mapping[Stage, Compute]) -> tuple[list[str], list[str]]:
     """What keeps a run's jobs from running on the cluster, and what is worth knowing; creates nothing."""
     from draft_model.jobs.backends import check
-    from draft_model.jobs.cluster import Unavailable
 
     try:
         return check(connect(), parameters.training_backend, nodes)
     except DraftModelError as error:
-        return error.problems, []
-    except Unavailable as error:
-        return [f"training_backend: the API server does not answer ({error}): start the run again later"], []
+        return [Problem.of("training_backend", problem) for problem in error.problems], []
 
 
 def complete(cluster: Cluster, job: Job) -> Job:
@@ -127,10 +124,12 @@ def inherited(environment: Mapping[str, str]) -> dict[str, str]:
 
 def own_pod(cluster: Cluster) -> Manifest | None:
     """The pod of this process; None where it is in none, or may not see it."""
+    from draft_model.jobs.cluster import Forbidden
+
     name = os.environ.get("KFP_POD_NAME") or (os.environ.get("HOSTNAME") if on_cluster() else None)
     try:
         return cluster.pod(name) if name else None
-    except DraftModelError as error:
+    except Forbidden as error:
         logger.warning("%s", error)
         return None
 
@@ -158,15 +157,13 @@ def run_ended(cluster: Cluster, owner: Manifest | None) -> bool | None:
     Returns:
         None where that cannot be seen. A process that no Workflow owns was started, and is ended, by a person.
     """
-    from draft_model.jobs.cluster import Unavailable
-
     if owner is None:
         return True
     if owner["kind"] != WORKFLOW.kind:
         return None
     try:
         workflow = cluster.get(WORKFLOW, owner["name"])
-    except (Unavailable, DraftModelError):
+    except DraftModelError:
         return None
     if workflow is None or "deletionTimestamp" in workflow["metadata"]:
         return True

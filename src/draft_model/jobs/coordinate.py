@@ -13,16 +13,15 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from draft_model import storage
 from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.jobs.backends import Backend, choose
-from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable
+from draft_model.jobs.cluster import Cluster, Forbidden, Unavailable, patiently
 from draft_model.jobs.context import run_ended
 from draft_model.jobs.follow import Follower, LogStreams
 from draft_model.jobs.spec import GRACE_SECONDS, SPEC_HASH, Job, pytorchjob
@@ -30,12 +29,8 @@ from draft_model.jobs.states import Failure, State
 
 logger = logging.getLogger(__name__)
 
-AGAIN_SECONDS = 2.0
-_AWAY_SECONDS = 15 * 60.0  # that an object store or an API server may be away
 _DELETE_SECONDS = 120.0  # that an API server may be away while a job is to be deleted
 _GONE_SECONDS = GRACE_SECONDS + 30.0
-_WAITING_SECONDS = 60.0  # between two lines about what is waited for
-Answer = TypeVar("Answer")
 
 
 @dataclass
@@ -53,8 +48,8 @@ class Coordinator:
 
     def __init__(self, cluster: Cluster, job: Job, work: Path, *, retried: bool = False) -> None:
         self._cluster, self._job, self._work, self._retried = cluster, job, work, retried
-        self._wanted, self._output = job.parameters.training_backend, job.output
-        self._file = storage.join(self._output, f"{job.stage}_job.json")
+        self._file = storage.join(job.output, f"{job.stage}_job.json")
+        self._wanted: str = job.parameters.training_backend
         self._backend = choose(cluster, self._wanted, job.run_id)
 
     def run(self) -> None:
@@ -63,28 +58,16 @@ class Coordinator:
         digest = pytorchjob(self._job)[0]["metadata"]["annotations"][SPEC_HASH]
         record = patiently(lambda: self._load(digest))
         if record and record.state is State.SUCCEEDED:
-            logger.info("the %s job of this run has succeeded already: %s", self._job.stage, self._output)
-            return
-        if record and record.state is State.FAILED and self._retried:
-            raise DraftModelError(record.attempts[-1]["problems"])
-        if record is None or record.state is State.FAILED:
+            logger.info("the %s job of this run has succeeded already: %s", self._job.stage, self._job.output)
+        if record is None or (record.state is State.FAILED and not self._retried):
             again = record is not None
             patiently(lambda: self._job.prepare(again=again))
             record = Record(self._job.run_id, digest)
             self._save(record)
-        while failure := self._attempt(replace(self._job, attempt=len(record.attempts)), record):
-            if failure.reason == "NoOperator" and record.state is not State.FAILED:
-                logger.warning("%s", failure.problems[0])
-                self._backend = self._other() or self._backend
-            elif record.state is State.FAILED:
-                tried = f"training_attempts: this was attempt {len(record.attempts)} of as many: raise it, or look why"
-                raise DraftModelError([*failure.problems, *([f"{tried} the machines fail"] * failure.retryable)])
-
-    def _other(self) -> Backend | None:
-        """The other back end, where `auto` may take it and the cluster has it."""
-        with suppress(DraftModelError):
-            return patiently(lambda: choose(self._cluster, self._wanted, without=self._backend.name))
-        return None
+        while record.state not in (State.SUCCEEDED, State.FAILED):
+            self._attempt(replace(self._job, attempt=len(record.attempts)), record)
+        if record.state is State.FAILED:
+            raise DraftModelError(record.attempts[-1]["problems"])
 
     def _load(self, digest: str) -> Record | None:
         """The record of this run under these settings; a damaged one is no reason not to begin."""
@@ -101,36 +84,33 @@ class Coordinator:
         data = json.dumps(asdict(record), indent=1).encode()
         patiently(lambda: storage.write_bytes(self._file, data))
 
-    def _attempt(self, job: Job, record: Record) -> Failure | None:
-        """One attempt and its end; gives why it failed. A job whose end is not known is not deleted."""
-        created, ended = None, False
-        logs = LogStreams(self._backend.logs, self._work / "logs" / job.name)
+    def _attempt(self, job: Job, record: Record) -> None:
+        """One attempt and its end, which it records. A job whose end is not known is not deleted."""
+        backend, created, ended = self._backend, None, False
+        logs = LogStreams(backend, self._work / "logs" / job.name)
         try:
-            created = patiently(lambda: self._backend.create_or_adopt(job))
+            created = patiently(lambda: backend.create_or_adopt(job))
             begun = "took over the" if created.adopted else "created the"
-            logger.info(
-                "%s: %s %s, %d pod(s) x %d process(es)", job.name, begun, self._backend.kind.kind, job.nodes,
-                job.processes,
-            )  # fmt: skip
-            failure = Follower(self._backend, created, logs).follow()
+            pods = f"{job.nodes} pod(s) x {job.processes} process(es)"
+            logger.info("%s: %s %s, %s", job.name, begun, backend.kind.kind, pods)
+            failure = Follower(backend, created, logs).follow()
             ended = True
             if failure is None and (lacks := patiently(job.check)):
                 problems = [f"{job.name} ended with success, but without its output: {each}" for each in lacks]
                 failure = Failure("NoOutput", False, problems)
             self._note(record, job, failure)
-            return failure
         except BaseException as error:
             # Terminated by a person, or lost: evicted, drained, or refused by an API server that has lost its Roles.
             ended = ended or isinstance(error, KeyboardInterrupt) or bool(run_ended(self._cluster, job.owner))
             raise
         finally:
             if created and ended:
-                self._delete(job)  # first, since a terminated run leaves this process about a second
+                _delete(backend, job)  # first, since a terminated run leaves this process about a second
             elif created:
                 logger.warning("%s runs on without this step, which adopts it when it is started again", job.name)
             logs.finish(0)
             if logs.folder.is_dir():
-                uri = storage.join(self._output, "logs", job.name)
+                uri = storage.join(job.output, "logs", job.name)
                 try:
                     storage.publish(logs.folder, uri, stage="logs", properties={"job": job.name})
                     logger.info("the whole logs: %s", uri)
@@ -139,54 +119,45 @@ class Coordinator:
 
     def _note(self, record: Record, job: Job, failure: Failure | None) -> None:
         """Records how an attempt ended before its job is deleted, so that it is not repeated."""
-        attempts, limit = len(record.attempts) + 1, job.parameters.training_attempts
-        if failure and failure.reason == "NoOperator" and self._other():
-            return  # it follows at once
-        record.state = State.SUCCEEDED
+        if failure and failure.reason == "NoOperator":
+            with suppress(DraftModelError):  # `auto` takes the other one, where the cluster has it
+                self._backend = patiently(lambda: choose(self._cluster, self._wanted, without=self._backend.name))
+                self._wanted = self._backend.name
+                logger.warning("%s", failure.problems[0])
+                return
+        number, limit = len(record.attempts) + 1, job.parameters.training_attempts
+        reason, problems, record.state = "", list[str](), State.SUCCEEDED
         if failure:
-            record.state = State.RESTARTING if failure.retryable and attempts < limit else State.FAILED
-        why = {"reason": failure.reason if failure else "", "problems": failure.problems if failure else []}
-        record.attempts.append({"name": job.name, "state": record.state.value, **why})
-        self._save(record)
-        if failure and record.state is State.RESTARTING:
+            reason, problems, record.state = failure.reason, failure.problems, State.FAILED
+        if failure and failure.retryable and number < limit:
+            record.state = State.RESTARTING
             begins = ", from the newest checkpoint" if job.stage == "train" else ""
             logger.warning(
-                "%s failed (%s): attempt %d of %d follows%s: %s", job.name, failure.reason, attempts + 1, limit,
-                begins, failure.problems[0].removesuffix("; its last lines:"),
+                "%s failed (%s): attempt %d of %d follows%s: %s", job.name, reason, number + 1, limit, begins,
+                problems[0].removesuffix("; its last lines:"),
             )  # fmt: skip
-
-    def _delete(self, job: Job) -> None:
-        """Deletes the job and waits until its pods are gone: their GPUs are free, and nothing writes any more."""
-        try:
-            patiently(lambda: self._backend.delete(job), _DELETE_SECONDS, (Unavailable, Forbidden))
-        except DraftModelError as error:
-            logger.warning("%s could not be deleted (%s): its deadline will end it", job.name, error)
-            return
-        now = time.monotonic()
-        next_line, last = now + 5, now + _GONE_SECONDS
-        while (now := time.monotonic()) < last:
-            with suppress(Unavailable, Forbidden):
-                if not (pods := [pod["metadata"]["name"] for pod in self._backend.pods_of_run(job)]):
-                    return
-                if now > next_line:
-                    logger.info("%s is deleted; waiting for its pods, which still hold their GPUs: %s; they have %d s "
-                                "to save what they can", job.name, ", ".join(pods), GRACE_SECONDS)  # fmt: skip
-                    next_line = now + _WAITING_SECONDS
-            time.sleep(0.5)
-        logger.warning("%s is deleted, but its pods still exist", job.name)
+        elif failure and failure.retryable:
+            tried = f"training_attempts: this was attempt {number} of as many: raise it, or look why the machines fail"
+            problems = [*problems, tried]
+        record.attempts.append({"name": job.name, "state": record.state, "reason": reason, "problems": problems})
+        self._save(record)
 
 
-def patiently(
-    ask: Callable[[], Answer], seconds: float = _AWAY_SECONDS,
-    away: tuple[type[Exception], ...] = (StoreUnavailable, Unavailable),
-) -> Answer:  # fmt: skip
-    """Asks an object store or an API server again while it is away: minutes of it are no reason to lose hours."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            return ask()
-        except away as error:
-            if time.monotonic() > deadline:
-                raise DraftModelError(f"no answer for {seconds / 60:.0f} minutes: {error}") from error
-            logger.warning("no answer (%s): asking again", error)
-            time.sleep(AGAIN_SECONDS)
+def _delete(backend: Backend, job: Job) -> None:
+    """Deletes the job and waits until its pods are gone: their GPUs are free, and nothing writes any more."""
+    try:
+        patiently(lambda: backend.delete(job), _DELETE_SECONDS, _DELETE_SECONDS)
+    except DraftModelError as error:
+        logger.warning("%s could not be deleted (%s): its deadline will end it", job.name, error)
+        return
+    started, told = time.monotonic(), False
+    while (waited := time.monotonic() - started) < _GONE_SECONDS:
+        with suppress(Unavailable, Forbidden):
+            if not (pods := [pod["metadata"]["name"] for pod in backend.pods_of_run(job)]):
+                return
+            if waited > 5 and not told:
+                logger.info("%s is deleted; waiting for its pods, which still hold their GPUs: %s; they have %d s to "
+                            "save what they can", job.name, ", ".join(pods), GRACE_SECONDS)  # fmt: skip
+                told = True
+        time.sleep(0.5)
+    logger.warning("%s is deleted, but its pods still exist", job.name)

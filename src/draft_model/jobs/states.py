@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -163,32 +164,27 @@ def classify(
 
 
 def _of_pod(pod: Pod, stage: Stage, tail: Iterable[str]) -> Failure:
-    text, last = "\n".join([*tail, pod.message]), [f"  {line}" for line in list(tail)[-_LINES:]]
-    if pod.exit_code == 2:
-        try:  # the process's own sentences, as jobs/torchrun.py left them
+    """The reasons of docs/kubernetes.md, the first that holds."""
+    code, text = pod.exit_code, "\n".join([*tail, pod.message])
+    last = [f"  {line}" for line in (list(tail) or pod.message.splitlines())[-_LINES:]]
+    if code == 2:
+        with suppress(ValueError, KeyError, TypeError):  # the process's own sentences, as jobs/torchrun.py left them
             return Failure("UserError", False, [str(problem) for problem in json.loads(pod.message)["problems"]])
-        except (ValueError, KeyError, TypeError):
-            pass
     smaller = _SMALLER.get(stage, "lower what it processes at once")
-    if pod.reason == "OOMKilled":
-        problem = f"{pod.name} used more memory than its limit (OOMKilled): {smaller}, or choose a larger instance type"
-        return Failure("OOMKilled", False, [problem])
-    if _MACHINE.fullmatch(pod.reason):
-        return Failure(pod.reason, True, [f"{pod.name} lost its machine ({pod.reason}): {pod.message or 'no details'}"])
-    if _GPU_BROKEN.search(text):
-        return Failure("GPU", True, [f"{pod.name}: a GPU or its driver failed: {pod.message or 'see its log'}", *last])
-    if _GPU_MEMORY.search(text):
-        problem = f"{pod.name} has too little GPU memory: {smaller}, or choose GPUs with more"
-        return Failure("GPUMemory", False, [problem, *last])
-    if pod.exit_code in (137, 143):
-        problem = f"{pod.name} was killed (exit code {pod.exit_code}): a preempted or overcommitted machine"
-        return Failure("Killed", True, [problem])
-    if _PEERS.search(text):
-        problem = f"{pod.name} lost its peers or waited for them longer than dist_timeout"
-        return Failure("Collective", True, [problem, *last])
-    code = "" if pod.exit_code is None else f" with exit code {pod.exit_code}"
-    last = last or [f"  {line}" for line in pod.message.splitlines()[-_LINES:]]
-    return Failure("Error", False, [f"{pod.name} failed{code}; its last lines:", *last])
+    why, ended = pod.message, "" if code is None else f" with exit code {code}"
+    causes: list[tuple[object, str, bool, str, list[str]]] = [
+        (pod.reason == "OOMKilled", "OOMKilled", False,
+         f" used more memory than its limit (OOMKilled): {smaller}, or choose a larger instance type", []),
+        (_MACHINE.fullmatch(pod.reason), pod.reason, True,
+         f" lost its machine ({pod.reason}): {why or 'no details'}", []),
+        (_GPU_BROKEN.search(text), "GPU", True, f": a GPU or its driver failed: {why or 'see its log'}", last),
+        (_GPU_MEMORY.search(text), "GPUMemory", False,
+         f" has too little GPU memory: {smaller}, or choose GPUs with more", last),
+        (code in (137, 143), "Killed", True, f" was killed{ended}: a preempted or overcommitted machine", []),
+        (_PEERS.search(text), "Collective", True, " lost its peers or waited for them longer than dist_timeout", last),
+        (True, "Error", False, f" failed{ended}; its last lines:", last),
+    ]  # fmt: skip
+    return next(Failure(name, again, [pod.name + said, *more]) for holds, name, again, said, more in causes if holds)
 
 
 def never_starts(pods: Sequence[Pod]) -> Failure | None:
