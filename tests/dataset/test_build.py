@@ -429,7 +429,7 @@ def test_the_report_shows_three_conversations_coloured_and_runs_no_markup_of_the
         assert f"{HOSTILE} {number}<|im_end|>" in whole
     text = " ".join(seen.text.split())
     for told in (
-        "rows in 6", "kept 5", "rejected 1", "unknown role", "1 5", "100.00 %", "<b>x<b>.jsonl", "Lengths in tokens",
+        "rows in 6", "kept 5", "rejected 1", "unknown role", "1 5", "100.00%", "<b>x<b>.jsonl", "Lengths in tokens",
         "Assistant turns", "cut to the longest length 0", "Draft vocabulary by size",
     ):  # fmt: skip
         assert told in text

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from draft_model.dataset.encode import Encoded
 from draft_model.dataset.vocabulary import coverage_by_size
+from draft_model.markdown import render
 
 REPORT, REPORT_PAGE, REJECTED = "report.json", "report.html", "rejected.jsonl"
 _SHOWN_CHARACTERS = 6000
@@ -145,15 +146,6 @@ def make_report(
 
 def write_report(package: str, report: Mapping[str, Any], folder: Path) -> None:
     """Writes a report as JSON, and as the page that a package's report.html.j2 makes of it; text in it is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("draft_model", package), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["count"] = lambda number: f"{number:,}"
-    environment.filters["percent"] = lambda share, digits=2: "-" if share is None else f"{100 * share:.{digits}f} %"
-    page = environment.get_template("report.html.j2").render(report=report)
-    (folder / REPORT_PAGE).write_text(page, encoding="utf-8")
+    (folder / REPORT_PAGE).write_text(render(f"{package}/report.html.j2", report=report), encoding="utf-8")
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")
