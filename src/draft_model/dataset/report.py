@@ -129,11 +129,7 @@ def colour(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> list[tup
 def make_report(
     properties: Mapping[str, Any], sources: Mapping[str, Any], tallies: Mapping[str, Tally], samples: Any
 ) -> dict[str, Any]:
-    """Returns what the page shows.
-
-    `properties` are the manifest's, `sources` the names of each split's files, `samples` what `colour` makes of
-    conversations of the training split.
-    """
+    """Returns what the page shows: the manifest's properties, names of each split's files, coloured conversations."""
     train, validation = tallies["train"], tallies.get("validation")
     return {
         **properties,
