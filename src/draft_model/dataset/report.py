@@ -5,10 +5,12 @@ The counts' size does not depend on the input's. The page has no scripts, and te
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +113,12 @@ class Tally:
 def colour(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, bool]]:
     """Returns a conversation as pairs of text and supervision, to check by eye; stops after some pages."""
     pairs: list[tuple[str, bool]] = []
-    waiting: list[int] = []
     left = _SHOWN_CHARACTERS
-    for position, (token, supervised) in enumerate(zip(ids, mask, strict=True)):
-        waiting.append(token)  # tokens that only together make up a character share a pair
-        text = tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        ends = position + 1 == len(ids) or mask[position + 1] != supervised
-        if ends or not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            pairs.append((text, supervised))
-            waiting = []
-            left -= len(text)
-        if left < 0:
+    for supervised, run in itertools.groupby(zip(ids, mask, strict=True), key=itemgetter(1)):
+        tokens = [token for token, _ in itertools.islice(run, left)]
+        text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        pairs.append((text[:left], supervised))
+        if (left := left - len(text)) <= 0:
             break
     return pairs
 

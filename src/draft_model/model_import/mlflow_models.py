@@ -80,14 +80,18 @@ def _run_location(client: Any, uri: str) -> str:
 
     run_id, _, name = uri.removeprefix("runs:/").rstrip("/").partition("/")
     info = client.get_run(run_id).info
-    if name and "/" not in name:
-        wanted = f"name = '{name}' AND source_run_id = '{run_id}'"
+    token: str | None = None
+    while name and "/" not in name:
         try:
-            if found := client.search_logged_models([info.experiment_id], filter_string=wanted):
-                return str(found[0].artifact_location)
+            page = client.search_logged_models([info.experiment_id], filter_string=f"name = '{name}'", page_token=token)
         except MlflowException as error:
-            if error.get_http_status_code() not in (404, 405, 501):  # a server of 2.x knows no logged models
-                raise
+            if error.get_http_status_code() in (404, 405, 501):  # a server of 2.x knows no logged models
+                break
+            raise
+        if found := next((model for model in page if model.source_run_id == run_id), None):
+            return str(found.artifact_location)
+        if not (token := page.token):
+            break
     return f"{info.artifact_uri.rstrip('/')}/{name}".rstrip("/")
 
 

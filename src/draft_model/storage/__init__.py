@@ -224,8 +224,7 @@ def fetch(uri: str, into: Path, *, only: Callable[[str], bool] | None = None) ->
             source.get(sizes, local, accept)
             return into
     if problems := [*filter(None, found)]:
-        more = [f"{uri}: {len(problems) - 20} more files are damaged or missing"] if len(problems) > 20 else []
-        raise DraftModelError(problems[:20] + more)
+        raise DraftModelError(problems)
     return source.path
 
 

@@ -184,11 +184,6 @@ class LocalFolder:
 
     def put(self, path: Path, record: FileRecord) -> None:
         """Copies a local file to its name in the folder."""
-        try:
-            with self._written(record.path, path) as (partial, target):
-                partial.replace(target)
-        except FileNotFoundError as error:
-            if not path.exists():
-                raise
-            raise DraftModelError(f"{self.uri} was removed while it was written: does another run use it?") from error
+        with self._written(record.path, path) as (partial, target):
+            partial.replace(target)
         progress()(record.size)

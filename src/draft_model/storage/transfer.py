@@ -26,6 +26,7 @@ PATIENCE = ContextVar("PATIENCE", default=600.0)
 _DENIED = "permission denied; give this user access or choose another folder"
 _NO_FOLDER = "a folder is needed where there is a file; remove the file or choose another folder"
 _SENTENCES = {
+    errno.ENOENT: "it was removed while it was used: does another run use it",
     errno.ENOSPC: "the disk is full (or has no inodes left); free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",
