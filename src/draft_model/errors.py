@@ -26,7 +26,7 @@ class Problem(str):
         return problem
 
     def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]  # exceptions are pickled between processes
-        """The arguments that make a copy."""
+        """The arguments of a copy."""
         return self.parameter, self.message
 
     @classmethod

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 
@@ -38,12 +38,9 @@ def scratch_folder(stage: str, parent: str | None = None) -> Iterator[Path]:
 def working_in(folder: Path) -> Iterator[None]:
     """Keeps the scratch folder around a folder from being swept while this process works there."""
     locks = (path / LOCK for path in (folder, *folder.parents))
-    found = next((lock for lock in locks if lock.is_file()), None)
-    if found is None:  # a folder that the user named
-        yield
-        return
-    with found.open("rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+    with ExitStack() as stack:
+        if found := next((lock for lock in locks if lock.is_file()), None):  # else the user named the folder
+            fcntl.flock(stack.enter_context(found.open("rb")), fcntl.LOCK_SH)
         yield
 
 

@@ -49,13 +49,7 @@ STOPPED = (
 
 
 class Workers:
-    """Processes for the length of a `with` block.
-
-    Args:
-        processes: how many.
-        limits: of each; LIMITS where not given.
-        stopped: the sentence where one was stopped, with the names of the limits in braces.
-    """
+    """Processes for the length of a `with` block; `stopped` is the sentence where one was stopped, limits in braces."""
 
     def __init__(self, processes: int = 1, limits: Limits | None = None, stopped: str = STOPPED) -> None:
         context = multiprocessing.get_context("forkserver")  # a fork of this process, with its threads, could hang
@@ -84,15 +78,7 @@ class Workers:
     ) -> Iterator[tuple[Tag, T | None]]:
         """Calls a function many times, only a few calls ahead, so that memory stays flat.
 
-        Args:
-            work: what to call.
-            calls: a tag and the arguments of each call; None where nothing is to be called.
-
-        Yields:
-            The tags with their results, in order.
-
-        Raises:
-            DraftModelError: a call exceeded a limit, or memory is short.
+        `calls` are tags with arguments, None where nothing is to be called. Yields the tags with results, in order.
         """
         pending: deque[tuple[Tag, Callable[[], T | None]]] = deque()
         seconds = self._limits.cpu, self._limits.wall

@@ -4,12 +4,13 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,25 +122,19 @@ def test_the_draft_vocabulary_is_that_of_the_training_answers(tmp_path, build, m
     train = write(tmp_path / "train.jsonl", some_rows(60))
     validation = write(tmp_path / "validation.jsonl", [row("?", "the zebra! 你好")])
     vocab_size = json.loads((models["qwen2"] / "config.json").read_text())["vocab_size"]
-    for size in (40, vocab_size):
-        config.write_text(json.dumps({"draft_vocab_size": size}))
-        result = build(
-            dataset_train_split=train, dataset_validation_split=validation, draft_model_config=str(config),
-            out=f"out-{size}",
-        )  # fmt: skip
-        folder = tmp_path / f"out-{size}"
-        t2d, d2t = load_vocabulary(folder)
-        split = Split(folder / "train")
-        supervised = np.concatenate([split[i].input_ids[split[i].loss_mask] for i in range(len(split))])
-        counts = Counter(supervised.tolist())
-        ranked = sorted(range(vocab_size), key=lambda token: (-counts[token], token))[:size]
-        assert [index + offset for index, offset in enumerate(d2t.tolist())] == sorted(ranked)
-        assert t2d.shape == (vocab_size,)
-        assert t2d.sum() == result.draft_vocab_size == size
-        covered = sum(counts[token] for token in ranked) / len(supervised)
-        assert result.train.coverage == pytest.approx(covered, abs=1e-6)
-        assert result.validation.coverage <= 1
-    assert result.validation.coverage == 1
+    config.write_text('{"draft_vocab_size": 40}')
+    result = build(dataset_train_split=train, dataset_validation_split=validation, draft_model_config=str(config))
+    t2d, d2t = load_vocabulary(tmp_path / "out")
+    split = Split(tmp_path / "out" / "train")
+    supervised = np.concatenate([split[i].input_ids[split[i].loss_mask] for i in range(len(split))])
+    counts = Counter(supervised.tolist())
+    ranked = sorted(range(vocab_size), key=lambda token: (-counts[token], token))[:40]
+    assert [index + offset for index, offset in enumerate(d2t.tolist())] == sorted(ranked)
+    assert (t2d.shape, t2d.nonzero().flatten().tolist()) == ((vocab_size,), sorted(ranked))
+    assert result.draft_vocab_size == 40
+    covered = sum(counts[token] for token in ranked) / len(supervised)
+    assert result.train.coverage == pytest.approx(covered, abs=1e-6)
+    assert result.validation.coverage < 1
 
 
 def test_the_same_inputs_give_the_same_bytes_on_any_number_of_processes(tmp_path, build, monkeypatch):
@@ -417,47 +412,19 @@ def test_the_report_shows_three_conversations_coloured_and_runs_no_markup_of_the
     bad = json.dumps({"messages": [{"role": HOSTILE, "content": "a"}]}).encode()
     build(dataset_train_split=write(tmp_path / name.replace("/", ""), [*rows, bad]), max_rejected_fraction=0.5)
     page = (tmp_path / "out" / "report.html").read_text()
-    seen = Page()
-    seen.feed(page)
-    assert seen.tags <= {
-        "html", "head", "meta", "link", "title", "style", "body", "h1", "h2", "h3", "p", "table", "tr", "th", "td", "i",
-        "pre", "mark",
-    }  # fmt: skip
-    assert len(seen.pre) == 3
-    for number, (whole, marked) in enumerate(zip(seen.pre, seen.marked, strict=True)):
-        assert marked == f"answer {number} {HOSTILE}<|im_end|>"
-        assert f"{HOSTILE} {number}<|im_end|>" in whole
-    text = " ".join(seen.text.split())
+    assert not re.search(r"<(script|img|b)\b|</mark>' <", page)
+    shown = re.findall("<pre>(.*?)</pre>", page, re.DOTALL)
+    assert len(shown) == 3
+    for number, conversation in enumerate(shown):
+        marked = "".join(re.findall("<mark>(.*?)</mark>", conversation, re.DOTALL))
+        assert unescape(marked) == f"answer {number} {HOSTILE}<|im_end|>"
+        assert f"{HOSTILE} {number}<|im_end|>" in unescape(conversation)
+    text = " ".join(unescape(re.sub("<[^>]*>", " ", page)).split())
     for told in (
-        "rows in 6", "kept 5", "rejected 1", "unknown role", "1 5", "100.00 %", "<b>x<b>.jsonl", "Lengths in tokens",
+        "rows in 6", "kept 5", "rejected 1", "unknown role", "1 5", "100.00%", "<b>x<b>.jsonl", "Lengths in tokens",
         "Assistant turns", "cut to the longest length 0", "Draft vocabulary by size",
     ):  # fmt: skip
         assert told in text
-
-
-class Page(HTMLParser):
-    """What a browser sees: tags, text, and the three conversations."""
-
-    def __init__(self):
-        super().__init__()
-        self.tags, self.text, self.pre, self.marked, self.open = set(), "", [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        if tag not in ("meta", "link"):
-            self.open.append(tag)
-        if tag == "pre":
-            self.pre.append("")
-            self.marked.append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += f"{data} "  # cells stand apart
-        if "pre" in self.open:
-            self.pre[-1] += data
-            self.marked[-1] += data if "mark" in self.open else ""
 
 
 def test_a_line_of_20_megabytes_is_cut_without_tokenising_it_all(tmp_path, build, models, monkeypatch):

@@ -4,7 +4,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,8 +11,6 @@ from draft_model.dataset.vocabulary import (
     choose,
     coverage,
     coverage_by_size,
-    load_vocabulary,
-    save_vocabulary,
 )
 
 
@@ -28,15 +25,6 @@ def test_the_most_frequent_are_chosen_ties_and_filling_go_by_id(counts, data):
     assert chosen.tolist() == expected
     share = sum(supervised[token] for token in expected) / max(1, sum(counts))
     assert coverage(np.array(counts), chosen) == pytest.approx(share, abs=1e-6)
-
-
-@pytest.mark.parametrize("ids", [[0, 3, 4, 9], list(range(10)), [9]])
-def test_offsets_and_membership_agree(tmp_path, ids):
-    save_vocabulary(np.array(ids), 10, tmp_path / "vocabulary.safetensors")
-    t2d, d2t = load_vocabulary(tmp_path)
-    assert (t2d.dtype, d2t.dtype) == (torch.bool, torch.int64)
-    assert t2d.nonzero().flatten().tolist() == ids
-    assert (torch.arange(len(ids)) + d2t).tolist() == ids
 
 
 def test_coverage_grows_with_size_to_all_of_it():

@@ -162,11 +162,3 @@ def test_a_model_in_a_store_whose_client_is_not_installed(scheme, refusal, monke
         (problem,) = refusal(mlflow_model_path="models:/target/3")
     assert f"it lies at {scheme}://host/m" in problem
     assert "s3cret" not in problem
-
-
-def test_a_password_in_the_servers_uri_stays_out_of_errors(refusal, monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cret@127.0.0.1:9")
-    (problem,) = refusal(mlflow_model_path="models:/target/3")
-    assert "127.0.0.1" in problem
-    assert "s3cret" not in problem

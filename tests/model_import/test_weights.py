@@ -66,11 +66,6 @@ def test_pytorch_shards(model, target, bring):
     assert same_weights(result.uri, target)
 
 
-def test_safetensors_are_taken_where_there_are_both(model, tmp_path, bring):
-    (model / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(str(tmp_path / "was run"))))
-    assert bring(pytorch_model_path=str(model)).conversion == ""
-
-
 @pytest.mark.parametrize("form", ["plain pickle", "in a state_dict", "old"])
 def test_a_pickle_that_wants_to_run_code_is_refused_and_nothing_of_it_runs(model, form, tmp_path):
     path, made = model / "pytorch_model.bin", tmp_path / "was run"

@@ -9,7 +9,6 @@ import sys
 import sysconfig
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import psutil
 import pytest
@@ -110,16 +109,6 @@ def test_nothing_answers_a_request_without_keys(object_store, method):
         assert refused.value.code in (400, 401, 403, 404, 405), url
         assert "Access-Control-Allow-Origin" not in refused.value.headers
     assert storage.read_bytes(f"s3://{object_store.bucket}/secret/a") == data
-
-
-def test_sockets_of_killed_stores_are_removed(object_store, monkeypatch):
-    path = Path(f"/tmp/seaweedfs-test-{os.getpid()}.sock")
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(path))
-    monkeypatch.setattr(embedded, "_SOCKET_AGE", -1)
-    embedded._remove_old_sockets()
-    assert not path.exists()
-    assert not storage.exists(f"s3://{object_store.bucket}")  # its own sockets stay, and it answers
 
 
 def test_a_folder_that_is_in_use_is_refused(object_store):

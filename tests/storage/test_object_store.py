@@ -95,16 +95,6 @@ def test_a_publication_that_broke_off_leaves_no_manifest_and_is_resumed(prefix, 
     assert storage.read_bytes(join(prefix, "sub/c")) == b"new"
 
 
-def test_a_failed_upload_leaves_no_parts_behind(object_store, prefix, relay, source, monkeypatch):
-    make(source, {"large": LARGE})
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    relay.cuts["PUT", "large"] = 100
-    with pytest.raises(DraftModelError, match="cannot be reached"):
-        storage.put_file(source / "large", prefix, "large")
-    left = s3.store().client.list_multipart_uploads(Bucket=object_store.bucket).get("Uploads", [])
-    assert not [upload for upload in left if upload["Key"] in prefix]
-
-
 def attempts(uri, source, into):
     return [
         lambda: publish(source, uri),
@@ -274,10 +264,6 @@ def test_a_bucket_of_aws_has_its_own_host_and_minio_without_endpoint_means_kubef
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-central-1")
     assert address_of("s3", "some-bucket") == "https://some-bucket.s3.eu-central-1.amazonaws.com/key"
     assert address_of("minio", "mlpipeline") == "http://minio-service.kubeflow:9000/mlpipeline/key"
-
-
-def test_minio_with_an_endpoint_is_another_name_for_s3(prefix, source):
-    assert publish(source, prefix.replace("s3://", "minio://")) == storage.read_manifest(prefix)
 
 
 @pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", *ENDPOINTS])

@@ -103,8 +103,3 @@ def test_an_allowed_name_stays_below_its_folder_on_every_system(name):
         assert posixpath.normpath(posixpath.join("/top", name)).startswith("/top/")
         assert ntpath.normpath(ntpath.join("C:\\top", name)).startswith("C:\\top\\")
         assert parse(f"s3://bucket/{name}") == ObjectAddress("bucket", name) or "?" in name
-
-
-@given(st.lists(st.from_regex(r"[A-Za-z0-9_-][A-Za-z0-9_. =-]*", fullmatch=True), min_size=1, max_size=4))
-def test_an_ordinary_name_is_allowed(segments):
-    assert name_problem("/".join(segments)) is None

@@ -106,10 +106,7 @@ class _Inputs:
 
 @tracked("dataset", "dataset")
 def run(config: DatasetConfig) -> DatasetResult:
-    """Builds and publishes the data set, or finds it built; shards that are whole already are used.
-
-    Raises DraftModelError with the problems of both splits where an input is missing, unreadable or too faulty.
-    """
+    """Builds and publishes the data set, or finds it built; shards that are whole already are used."""
     try:
         config.work.mkdir(parents=True, exist_ok=True)
         inputs = _read_inputs(config)
@@ -140,7 +137,12 @@ def _read_inputs(config: DatasetConfig) -> _Inputs:
     with problems.collect("model"):
         tokenizer, vocab_size, hashes, target = _fetch_model(config.model, config.work / "model")
         with problems.collect("draft_model_config"):
-            size = _draft_vocab_size(parameters, target, config.work)
+            family = drafts.family(parameters.draft_architecture)
+            shape = family.default_shape(target)
+            if uri := parameters.draft_model_config:
+                given = _json(storage.fetch_file(uri, config.work / "draft_model_config"), uri)
+                shape = family.adapt(shape, given)
+            size = int(shape.draft_vocab_size)
     for split in _SPLITS:
         if uri := getattr(parameters, f"dataset_{split}_split"):
             with problems.collect(f"dataset_{split}_split"):
@@ -177,14 +179,6 @@ def _fetch_model(uri: str, into: Path) -> tuple[Path, int, dict[str, str], dict[
         raise DraftModelError(f"config.json of {uri} has no vocab_size; import a text-generation model")
     hashes = {file.path: file.sha256 for file in manifest.files if file.path.startswith(_MODEL_FILES)}
     return folder, vocab_size, hashes, config
-
-
-def _draft_vocab_size(parameters: Parameters, target: Mapping[str, Any], work: Path) -> int:
-    family, uri = drafts.family(parameters.draft_architecture), parameters.draft_model_config
-    shape = family.default_shape(target)
-    if uri:
-        shape = family.adapt(shape, _json(storage.fetch_file(uri, work / "draft_model_config"), uri))
-    return int(shape.draft_vocab_size)
 
 
 def _json(path: Path, name: str) -> dict[str, Any]:
@@ -302,7 +296,7 @@ def _colour(settings: EncoderSettings, samples: list[Any]) -> list[list[tuple[st
 
 def _check_rejected(parameters: Parameters, tallies: Mapping[str, Tally]) -> None:
     """Refuses splits that are empty, or have too many unusable lines."""
-    problems, allowed = [], parameters.max_rejected_fraction
+    problems, allowed = Problems(), parameters.max_rejected_fraction
     for split, tally in tallies.items():
         name = f"dataset_{split}_split: {getattr(parameters, f'dataset_{split}_split')}"
         kept, rejected = int(tally.lengths.sum()), tally.reasons.total()
@@ -314,8 +308,7 @@ def _check_rejected(parameters: Parameters, tallies: Mapping[str, Tally]) -> Non
                 f"allows {allowed:.1%}{'' if kept else ', but one row must be left'}); correct them, or raise "
                 f"max_rejected_fraction; the first are: {'; '.join(tally.first_rejected)}"
             )
-    if problems:
-        raise DraftModelError(problems)
+    problems.raise_all()
 
 
 def _describe(

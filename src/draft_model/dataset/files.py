@@ -126,9 +126,7 @@ def read_errors(uri: str, parameter: str = "") -> Iterator[None]:
 def find(given: str) -> list[File]:
     """Finds the files of a split, at least one, sorted by name.
 
-    Args:
-        given: path or URI of a file, of a folder (all files below it with one of ENDINGS) or a glob (`**` for
-            any depth). Any scheme of fsspec whose package is installed.
+    `given` is the path or URI of a file, of a folder (all below it with one of ENDINGS) or a glob (`**` for any depth).
     """
     scheme = given.partition("://")[0].lower() if "://" in given else "file"
     if scheme == "https":

@@ -307,10 +307,8 @@ _PROBE: list[Message] = [{"role": "user", "content": "probing question"}, {"role
 def check_fit(tokenizer: Any, template: Template) -> None:
     """Checks on a probe conversation that a tokenizer and the template that chat_template names belong together.
 
-    Raises:
-        DraftModelError: the tokenizer lacks the template's turn markers, or its own chat template writes other ones;
-            says what was found and which name fits. Or it makes other tokens of a prompt alone than of prompt and
-            answer, so that no mask over the whole would be what is served.
+    Refused is a tokenizer that makes other tokens of a prompt alone than of prompt and answer, too: no mask over the
+    whole would be what is served.
     """
     text, spans, fits = _probe(tokenizer, template)
     if fits:

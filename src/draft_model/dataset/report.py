@@ -5,10 +5,12 @@ The counts' size does not depend on the input's. The page has no scripts, and te
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 
 from draft_model.dataset.encode import Encoded
 from draft_model.dataset.vocabulary import coverage_by_size
+from draft_model.markdown import render
 
 REPORT, REPORT_PAGE, REJECTED = "report.json", "report.html", "rejected.jsonl"
 _SHOWN_CHARACTERS = 6000
@@ -110,17 +113,12 @@ class Tally:
 def colour(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> list[tuple[str, bool]]:
     """Returns a conversation as pairs of text and supervision, to check by eye; stops after some pages."""
     pairs: list[tuple[str, bool]] = []
-    waiting: list[int] = []
     left = _SHOWN_CHARACTERS
-    for position, (token, supervised) in enumerate(zip(ids, mask, strict=True)):
-        waiting.append(token)  # tokens that only together make up a character share a pair
-        text = tokenizer.decode(waiting, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        ends = position + 1 == len(ids) or mask[position + 1] != supervised
-        if ends or not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            pairs.append((text, supervised))
-            waiting = []
-            left -= len(text)
-        if left < 0:
+    for supervised, run in itertools.groupby(zip(ids, mask, strict=True), key=itemgetter(1)):
+        tokens = [token for token, _ in itertools.islice(run, left)]
+        text = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        pairs.append((text[:left], supervised))
+        if (left := left - len(text)) <= 0:
             break
     return pairs
 
@@ -128,11 +126,7 @@ def colour(tokenizer: Any, ids: Sequence[int], mask: Sequence[bool]) -> list[tup
 def make_report(
     properties: Mapping[str, Any], sources: Mapping[str, Any], tallies: Mapping[str, Tally], samples: Any
 ) -> dict[str, Any]:
-    """Returns what the page shows.
-
-    `properties` are the manifest's, `sources` the names of each split's files, `samples` what `colour` makes of
-    conversations of the training split.
-    """
+    """Returns what the page shows: the manifest's properties, names of each split's files, coloured conversations."""
     train, validation = tallies["train"], tallies.get("validation")
     return {
         **properties,
@@ -145,15 +139,6 @@ def make_report(
 
 def write_report(package: str, report: Mapping[str, Any], folder: Path) -> None:
     """Writes a report as JSON, and as the page that a package's report.html.j2 makes of it; text in it is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("draft_model", package), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["count"] = lambda number: f"{number:,}"
-    environment.filters["percent"] = lambda share, digits=2: "-" if share is None else f"{100 * share:.{digits}f} %"
-    page = environment.get_template("report.html.j2").render(report=report)
-    (folder / REPORT_PAGE).write_text(page, encoding="utf-8")
+    (folder / REPORT_PAGE).write_text(render(f"{package}/report.html.j2", report=report), encoding="utf-8")
     text = json.dumps(report, indent=1, sort_keys=True, ensure_ascii=False)
     (folder / REPORT).write_text(text + "\n", encoding="utf-8")

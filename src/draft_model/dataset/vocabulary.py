@@ -1,6 +1,7 @@
 """The draft vocabulary: the D target tokens that are supervised most often, a row each in the draft's lm_head.
 
-`t2d` says which target tokens those are; `d2t` leads back, as an OFFSET: target id = draft id + d2t[draft id].
+`t2d` says which target tokens those are; `d2t` leads back, as an OFFSET: target id = draft id + d2t[draft id]. Counts,
+int64 [V], say how often each target token is supervised.
 """
 
 from __future__ import annotations
@@ -18,32 +19,23 @@ FILE = "vocabulary.safetensors"
 
 
 def choose(counts: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """Picks the draft vocabulary: the target ids (int64 [D], ascending) that are supervised most often, then the lower.
-
-    `counts`, int64 [V], says how often each target token is supervised; `size` is D, at most V.
-    """
-    return np.sort(_by_frequency(counts)[:size])
-
-
-def _by_frequency(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.argsort(-counts, kind="stable").astype(np.int64)
+    """Picks the `size` most frequent target ids, of equal ones the lower: int64 [D], ascending."""
+    return np.sort(np.argsort(-counts, kind="stable")[:size]).astype(np.int64)
 
 
 def coverage(counts: NDArray[np.int64], ids: NDArray[np.int64]) -> float:
-    """Returns the share of supervised tokens (counts, int64 [V]) that lies in a vocabulary (ids, int64 [D])."""
+    """Returns the share of supervised tokens that lies in a vocabulary (ids, int64 [D])."""
     return round(float(counts[ids].sum() / max(1, counts.sum())), 6)
 
 
 def coverage_by_size(train: NDArray[np.int64], validation: NDArray[np.int64] | None) -> list[dict[str, Any]]:
-    """Returns what vocabularies of other sizes, powers of two from 1,024 and V, chosen from `train` would cover.
-
-    Both arguments say how often each target token is supervised, int64 [V].
-    """
-    order, counts = _by_frequency(train), {"train": train, "validation": validation}
+    """Returns what vocabularies of other sizes, powers of two from 1,024 and V, chosen from `train` would cover."""
+    counts = {"train": train, "validation": validation}
     sizes = [*(1 << power for power in range(10, 31) if 1 << power < len(train)), len(train)]
     return [
-        {"size": size, **{split: None if of is None else coverage(of, order[:size]) for split, of in counts.items()}}
+        {"size": size, **{split: None if of is None else coverage(of, ids) for split, of in counts.items()}}
         for size in sizes
+        for ids in [choose(train, size)]
     ]
 
 

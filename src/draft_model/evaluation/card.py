@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import shlex
 import sys
 from collections.abc import Mapping
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draft_model.drafts import family_of
-from draft_model.errors import without_credentials
+from draft_model.markdown import render
 
 if TYPE_CHECKING:
     from draft_model.drafts.base import Family
@@ -61,11 +58,6 @@ def best_proposals(training: Json, evaluation: Json | None) -> int:
     return int(best or training["parameters"].get("num_speculative_tokens") or 3)
 
 
-def plain(text: object) -> str:
-    """Text that Markdown shows as it is, also in a table's cell; line breaks become spaces."""
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(text).split()))
-
-
 def write_card(path: Path, training: Json, evaluation: Json | None, dataset: Json, *, name: str) -> None:
     """Writes the card from training.json, evaluation.json (None: nothing was measured) and the data's report.json."""
     from huggingface_hub import ModelCard, ModelCardData
@@ -80,39 +72,12 @@ def write_card(path: Path, training: Json, evaluation: Json | None, dataset: Jso
         tags=[family.vllm_method, "speculative-decoding"],
     )
     body = render(
-        "card.md.j2", name=name, family=family, training=training, target=target, given=training["parameters"],
-        evaluation=evaluation, dataset=dataset, split=dataset["splits"]["train"], hub_id=hub_id,
-        target_name=target_name(training), folder_note=FOLDER_NOTE,
+        "evaluation/templates/card.md.j2", name=name, family=family, training=training, target=target,
+        given=training["parameters"], evaluation=evaluation, dataset=dataset,
+        split=dataset["splits"]["train"], hub_id=hub_id, target_name=target_name(training), folder_note=FOLDER_NOTE,
         commands=serve_commands(hub_id or "TARGET", revision, FOLDER, best_proposals(training, evaluation), family),
     )  # fmt: skip
     ModelCard(f"---\n{header.to_yaml()}\n---\n{body}").save(path)
-
-
-def render(template: str, **content: Any) -> str:
-    """A page of a template; those of HTML escape what is put in, those of Markdown where they say `md`."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("draft_model", "evaluation/templates"),
-        autoescape=template.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "count": partial(_number, digits=0),
-        "decimal": _number,
-        "percent": partial(_number, digits=1, kind="%"),
-        "compact": lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False),
-        "md": plain,
-        "line": lambda text: " ".join(str(text).split()),
-        "uri": lambda uri: plain(without_credentials(uri)),
-    }
-    return environment.get_template(template).render(**content)
-
-
-def _number(value: float | None, digits: int = 2, kind: str = "f") -> str:
-    return f"{value:,.{digits}{kind}}" if value is not None and math.isfinite(value) else "–"
 
 
 def markup(text: object) -> str:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from draft_model.drafts import family_of
-from draft_model.evaluation.card import render, target_name
+from draft_model.evaluation.card import target_name
 from draft_model.evaluation.prompts import VALIDATION
+from draft_model.markdown import render
 from draft_model.parameters import PARAMETERS
 from draft_model.training.plan import expectation
 
@@ -37,7 +38,7 @@ def write_report(path: Path, content: Json) -> None:
     speed_chart, charts = _charts(training, evaluation)
     family = family_of(training["draft"])
     page = render(
-        "report.html.j2",
+        "evaluation/templates/report.html.j2",
         **content,
         target=target_name(training),
         family=family.title,
@@ -69,7 +70,7 @@ def findings(training: Json, evaluation: Json | None, dataset: Json) -> list[tup
     """What in a run should be checked and what to do about it; arguments as in `write_report`'s content."""
     diverged = sum(not all(x is not None and math.isfinite(x) for x in entry["loss"]) for entry in training["log"])
     content = {"training": training, "evaluation": evaluation, "dataset": dataset, "diverged": diverged}
-    page = render("findings.txt.j2", **content, validation_split=VALIDATION)
+    page = render("evaluation/templates/findings.txt.j2", **content, validation_split=VALIDATION)
     lines = [line.split(" => ", 1) for line in page.splitlines() if line]
     return [(title, advice) for title, advice in lines]
 

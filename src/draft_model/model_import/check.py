@@ -44,16 +44,10 @@ _LACK = "its weights lack {}; save the whole model again"
 
 
 def inspect(folder: Path, weights: list[str]) -> dict[str, Any]:
-    """Checks configuration, structure, tokenizer, chat templates and, where they are there, weights.
+    """Checks configuration, structure, tokenizer, chat templates and the named weight files of a folder.
 
-    Rewrites JSON files that name code to run; writes an index where several weight files have none.
-
-    Args:
-        folder: configuration and tokenizer files, and the weight files or their headers with holes for the tensors.
-        weights: safetensors files in the folder; empty: they are not here yet.
-
-    Returns:
-        `problems`, and where there are none `architecture`, `parameter_count`, `quantization`, `max_positions`.
+    Weights may be headers with holes for the tensors, or not here yet. JSON files that name code to run are rewritten;
+    several weight files without an index get one. Returns `problems`, and where there are none what ImportResult says.
     """
     model = None
     try:
@@ -121,7 +115,7 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
 
 def _end_problems(read: dict[str, dict[str, Any]]) -> list[str]:
     """Whether the evaluation will know which tokens end a reply."""
-    ends = {name: read.get(name, {}).get("eos_token_id") for name in ("generation_config.json", "config.json")}
+    ends = {name: content.get("eos_token_id") for name, content in read.items() if name != "tokenizer_config.json"}
     return [
         f"its {name} has the eos_token_id {value!r:.40}; allowed: a token's id, a list of such, or null"
         for name, value in ends.items()

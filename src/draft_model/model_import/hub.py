@@ -37,10 +37,7 @@ def hub_address() -> str:
 
 
 def find(name: str, scratch: Path, seconds: float | None = None) -> Listing:
-    """Lists a repository (`org/name` or `org/name@revision`) at one commit; downloads nothing yet.
-
-    Waits for an answer for so many seconds, retries included, or some minutes, and then raises Unreachable.
-    """
+    """Lists a repository (`org/name` or `org/name@revision`) at one commit; raises Unreachable after `seconds`."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import HfApi, snapshot_download
 
@@ -73,15 +70,16 @@ def _request(name: str, request: Callable[[], Result], seconds: float | None = N
     """Repeats a request that failed on the way, or that a busy Hub put off; says in words what the Hub refuses."""
     from huggingface_hub import errors
 
-    began, wait = time.monotonic(), WAIT
-    for attempt in range(1, TRIES + 1):
+    began, attempt = time.monotonic(), 0
+    while True:
+        attempt += 1
         try:
             return request()
         except (errors.HTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError) as error:  # type: ignore[attr-defined]
             cause: Any = error.__cause__ or error if isinstance(error, errors.LocalEntryNotFoundError) else error
             answer = getattr(cause, "response", None) if isinstance(cause, errors.HfHubHTTPError) else None
             status, asked = (answer.status_code, answer.headers.get("Retry-After", "")) if answer else (0, "")
-            pause = min(float(asked) if asked.isdecimal() else wait, LONGEST_WAIT)
+            pause = min(float(asked) if asked.isdecimal() else WAIT * 2 ** (attempt - 1), LONGEST_WAIT)
             late = seconds is not None and time.monotonic() - began + pause > seconds
             if refusal := _refusal(cause, status):
                 raise DraftModelError(f"huggingface_id: {name} cannot be downloaded: {refusal}") from error
@@ -92,8 +90,6 @@ def _request(name: str, request: Callable[[], Result], seconds: float | None = N
                 raise Unreachable(told) from error
             logger.warning("%s: %s %s; trying again in %.0f s", name, hub_address(), reason, pause)
             time.sleep(pause)
-            wait *= 2
-    raise AssertionError
 
 
 def _refusal(cause: Exception, status: int) -> str:

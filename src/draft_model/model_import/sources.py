@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -90,7 +90,7 @@ def resolve(parameters: Parameters, work: Path) -> Source:
         raise DraftModelError(
             f"pytorch_model_path: {uri} is an MLflow model (it has an MLmodel file): use mlflow_model_path"
         )
-    below = _model_folder(listing.files)
+    below = next((folder for folder in _BELOW if f"{folder}config.json" in listing.files), None)
     if below is None:
         folders = ", ".join(f"`{folder}`" for folder in _BELOW[1:])
         gguf = "; GGUF files are not taken" if any(name.endswith(".gguf") for name in listing.files) else ""
@@ -121,7 +121,8 @@ def _from_mlflow(uri: str, scratch: Path, server: str) -> Source:
         raise DraftModelError(f"{start} has the flavours {', '.join(flavours) or 'none'}; allowed: transformers")
     found = {CARD: CARD} if CARD in files else {}
     found |= _inside(files, "data/config/")
-    below = _model_folder({*files, *(f"data/model/{name}" for name in found)})
+    names = {*files, *(f"data/model/{name}" for name in found)}
+    below = next((folder for folder in _BELOW if f"{folder}config.json" in names), None)
     if below is None:
         raise DraftModelError(f"{start} holds no model with a config.json below its MLmodel")
     found |= _inside(files, below)
@@ -138,10 +139,6 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has YAML aliases")
         return super().compose_node(parent, index)
-
-
-def _model_folder(names: Collection[str]) -> str | None:
-    return next((folder for folder in _BELOW if f"{folder}config.json" in names), None)
 
 
 def _inside(files: Iterable[str], folder: str) -> dict[str, str]:

@@ -18,16 +18,8 @@ from typing import Any
 from draft_model import storage
 from draft_model.errors import DraftModelError
 from draft_model.markdown import table
-from draft_model.model_import.sources import (
-    CARD,
-    INDEX,
-    Source,
-    Weights,
-    check_small,
-    choose_weights,
-    description,
-    resolve,
-)
+from draft_model.model_import import sources
+from draft_model.model_import.sources import CARD, INDEX, Source, Weights
 from draft_model.parameters import Parameters
 from draft_model.storage.transfer import check_free_disk
 from draft_model.tracking import tracked
@@ -91,12 +83,9 @@ def is_weight(name: str) -> bool:
 
 @tracked("import", "model")
 def run(config: ImportConfig) -> ImportResult:
-    """Imports the target model; where the same content is there already, whole, copies nothing.
-
-    Raises DraftModelError where the source cannot be read or the model cannot be used; nothing is published then.
-    """
+    """Imports the target model; where the same content is there already, whole, copies nothing."""
     config.work.mkdir(parents=True, exist_ok=True)
-    source = resolve(config.parameters, config.work)
+    source = sources.resolve(config.parameters, config.work)
     files = sorted((name, file.size, file.stamp) for name, file in source.files.items())
     key = storage.content_key(_FORMAT, source.parameter, source.name, source.listing.revision, files)[:32]
     uri = storage.join(config.root, "models", key) if config.root else config.output
@@ -108,10 +97,10 @@ def run(config: ImportConfig) -> ImportResult:
     except DraftModelError as error:
         start = f"target model {source.name}: "
         raise DraftModelError([p if p.startswith(source.parameter) else start + p for p in error.problems]) from error
-    if config.root and (before := _imported_before(uri, key)) is not None:  # by a run beside this one
-        return before
-    if not config.root:  # below a root, another run may be reading the same content
+    if not config.root:
         storage.remove_manifest(uri)
+    elif (before := _imported_before(uri, key)) is not None:  # by a run beside this one, and may be read already
+        return before
     properties = {
         **facts, "source": source.name, "revision": source.listing.revision, "digest": key,
         "licence": _licence(source), "parameters": config.parameters.of_stage("import"),
@@ -139,17 +128,16 @@ def _result(uri: str, manifest: storage.Manifest, *, reused: bool) -> ImportResu
 def prepare(source: Source, work: Path, uri: str) -> tuple[Path, list[str], dict[str, Any]]:
     """Checks the model and makes its canonical folder in the scratch folder, where weights are links.
 
-    Returns the folder, the weight files that their object store is still to copy to `uri`, and what is known of the
-    model.
+    Returns the folder, the weight files that an object store is still to copy to `uri`, and what is known of the model.
     """
-    names = [*description(source.paths), *([CARD] if CARD in source.files else [])]
-    check_small(names, source.files)
+    names = [*sources.description(source.paths), *([CARD] if CARD in source.files else [])]
+    sources.check_small(names, source.files)
     folder = work / "model"
     shutil.rmtree(folder, ignore_errors=True)
     for name, path in source.bring(names).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / name)
-    weights = choose_weights(source)
+    weights = sources.choose_weights(source)
     if problems := weights.problems + in_sandbox("inspect", folder, [])["problems"]:
         raise DraftModelError(problems)
     if weights.kind == "safetensors" and weights.index:

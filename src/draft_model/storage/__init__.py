@@ -32,7 +32,6 @@ __all__ = [
     "publish", "put_file", "read_bytes", "read_file", "read_manifest", "read_range", "read_versioned", "remove",
     "remove_manifest", "replace", "write_bytes", "write_manifest",
 ]  # fmt: skip
-_PROBLEMS_SHOWN = 20
 FILE_LIMIT = 2**28
 """Bytes of a file that is read whole: somebody else may have written an index or a lease in a shared folder."""
 
@@ -63,15 +62,16 @@ def publish(
     with local_errors(str(folder)):
         sources = manifest.files_below(folder)
     manifest.make_manifest(stage, (), properties)  # wrong properties are reported before anything is touched
-    target, address = _folder(uri), parse(uri)
-    in_place = isinstance(address, Path) and address.resolve() == folder.resolve()
-    if isinstance(address, Path) and not in_place and address.resolve().is_relative_to(folder.resolve()):
+    target = _folder(uri)
+    place = target.path.resolve() if isinstance(target, LocalFolder) else None
+    if place and folder.resolve() in place.parents:
         raise DraftModelError(f"{uri} is inside {folder}, which is to be published there; choose another folder")
-    _take_down(target, keep=None if in_place else sources.keys())
-    if in_place:
+    if place == folder.resolve():
+        target.remove(MANIFEST)
         with local_errors(str(folder)):
             records = in_parallel(lambda name: manifest.record_of(sources[name], name), sources)
     else:
+        _take_down(target, sources.keys())
         records = _put(target, sources)
     if check is not None:
         check()
@@ -105,11 +105,11 @@ def _put(folder: LocalFolder | S3Folder, sources: Mapping[str, Path]) -> list[Fi
         return in_parallel(send, sources, f"to {folder.uri}", size)
 
 
-def _take_down(folder: LocalFolder | S3Folder, keep: Set[str] | None) -> None:
-    """Removes a manifest that is to be replaced, then the files that it lists but for some; None keeps them all."""
+def _take_down(folder: LocalFolder | S3Folder, keep: Set[str]) -> None:
+    """Removes a manifest that is to be replaced, then the files that it lists but for some."""
     found = folder.read(MANIFEST, MANIFEST_LIMIT)
     folder.remove(MANIFEST)
-    if found and keep is not None:
+    if found:
         with suppress(manifest.UnreadableManifest):
             listed = {file.path for file in manifest.from_bytes(found[0]).files}
             in_parallel(folder.remove, sorted(listed - keep))
@@ -131,7 +131,7 @@ def put_file(path: Path, uri: str, name: str) -> FileRecord:
 def write_manifest(uri: str, stage: str, files: Iterable[FileRecord], properties: Mapping[str, Any]) -> Manifest:
     """Makes a folder whole whose files were uploaded before; others that an older manifest lists are removed."""
     folder, records = _folder(uri), list(files)
-    _take_down(folder, keep={file.path for file in records})
+    _take_down(folder, {file.path for file in records})
     return _seal(folder, stage, records, properties)
 
 
@@ -209,13 +209,13 @@ def fetch(uri: str, into: Path, *, only: Callable[[str], bool] | None = None) ->
     records = {file.path: file for file in read_manifest(uri).files if only is None or only(file.path)}
     local = source if isinstance(source, LocalFolder) else LocalFolder(into.resolve(), str(into))
 
-    def damage(name: str, path: Path) -> list[str]:
+    def damage(name: str, path: Path) -> str:
         problem = manifest.problem(path, records[name])
-        return [f"{uri}: {name} {problem}; run the stage that writes the folder again"] if problem else []
+        return f"{uri}: {name} {problem}; run the stage that writes the folder again" if problem else ""
 
     def accept(name: str, path: Path) -> None:
-        if problems := damage(name, path):
-            raise DraftModelError(problems)
+        if problem := damage(name, path):
+            raise DraftModelError(problem)
 
     with local_errors(local.uri):
         found = in_parallel(lambda name: damage(name, local.inside(name)), records)
@@ -223,10 +223,8 @@ def fetch(uri: str, into: Path, *, only: Callable[[str], bool] | None = None) ->
             sizes = {name: records[name].size for name, problem in zip(records, found, strict=True) if problem}
             source.get(sizes, local, accept)
             return into
-    if problems := [problem for its in found for problem in its]:
-        rest = len(problems) - _PROBLEMS_SHOWN
-        more = [f"{uri}: {rest} more files are damaged or missing"] if rest > 0 else []
-        raise DraftModelError(problems[:_PROBLEMS_SHOWN] + more)
+    if problems := [*filter(None, found)]:
+        raise DraftModelError(problems)
     return source.path
 
 
@@ -300,8 +298,7 @@ def _one_file(uri: str) -> dict[str, Stat]:
     if not (address.name if isinstance(address, Path) else address.key):  # the root of a disk, or a bucket
         return {}
     folder, name = _file(uri)
-    stat = folder.stat(name)
-    return {name: stat} if stat else {}
+    return {name: stat} if (stat := folder.stat(name)) else {}
 
 
 def exists(uri: str) -> bool:
@@ -330,17 +327,13 @@ def read_file(uri: str) -> bytes | None:
 
 def read_bytes(uri: str) -> bytes:
     """Content of a small file; raises DraftModelError where there is no such file."""
-    data = read_file(uri)
-    if data is None:
+    if (found := read_versioned(uri)) is None:
         raise DraftModelError(f"{uri}: there is no such file; check the URI")
-    return data
+    return found[0]
 
 
 def read_range(uri: str, offset: int, length: int, version: str = "") -> bytes:
-    """Bytes [offset, offset + length) of an object, fewer at its end.
-
-    One that has another version by now than `version`, a stamp of `list_files`, is refused.
-    """
+    """Bytes [offset, offset + length) of an object, fewer at its end; `version` is a stamp that it must still have."""
     folder, name = _file(uri)
     assert not isinstance(folder, LocalFolder)  # those of a disk are read as files
     return folder.read_range(name, offset, length, version)

@@ -38,7 +38,6 @@ _STARTS = 5
 _READY_SECONDS = 60.0
 _STOP_SECONDS = 5.0
 """Its volume server waits long where one of its own connections was opened and never used; all is on the disk."""
-_SOCKET_AGE = 60.0  # seconds; a younger socket may be one of a store that starts just now
 _TOKENS = ("jwt.signing", "jwt.signing.read", "jwt.filer_signing", "jwt.filer_signing.read")
 _KEY_NAMES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
@@ -82,7 +81,6 @@ class EmbeddedStore:
             tokens = "".join(f'[{name}]\nkey = "{secrets.token_hex(20)}"\n' for name in _TOKENS)
             _write_private(self.data / "security.toml", tokens)
             (self.data / "objects").mkdir(exist_ok=True)
-            _remove_old_sockets()
             for _ in range(_STARTS):
                 self._ports = _free_ports()
                 self.environment = _environment(self._ports["s3.port"]) | keys
@@ -128,16 +126,18 @@ class EmbeddedStore:
             )  # fmt: skip
 
     def _becomes_ready(self, process: subprocess.Popen[bytes]) -> bool:
-        import boto3.session
+        import boto3
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError, ClientError
 
         once: Any = {"total_max_attempts": 1}
         path: Any = {"addressing_style": "path"}  # another process that took the port may never answer
         config = Config(s3=path, retries=once, proxies={}, connect_timeout=2, read_timeout=2)
-        key, secret = (self.environment[name] for name in _KEY_NAMES)
-        session = boto3.session.Session(aws_access_key_id=key, aws_secret_access_key=secret, region_name=REGION)
-        client = session.client("s3", endpoint_url=self.environment["AWS_ENDPOINT_URL"], config=config)
+        key, secret, endpoint = (self.environment[name] for name in (*_KEY_NAMES, "AWS_ENDPOINT_URL"))
+
+        client = boto3.session.Session(key, secret, region_name=REGION).client(
+            "s3", endpoint_url=endpoint, config=config
+        )
         deadline = time.monotonic() + _READY_SECONDS
         while process.poll() is None and time.monotonic() < deadline:
             try:
@@ -157,25 +157,9 @@ def _stop(process: subprocess.Popen[bytes], ports: dict[str, int]) -> None:
     finally:
         process.kill()
         process.wait()
-        for leftover in _sockets():
+        for leftover in Path("/tmp").glob("seaweedfs-*.sock"):  # noqa: S108
             if leftover.stem.rpartition("-")[2] in map(str, ports.values()):
                 leftover.unlink(missing_ok=True)
-
-
-def _sockets() -> list[Path]:
-    return list(Path("/tmp").glob("seaweedfs-*.sock"))  # noqa: S108
-
-
-def _remove_old_sockets() -> None:
-    """Removes the sockets that stores of this user left when they were killed."""
-    for path in _sockets():
-        with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as client:
-            found = path.stat()
-            if found.st_uid == os.getuid() and time.time() - found.st_mtime > _SOCKET_AGE:
-                try:
-                    client.connect(str(path))
-                except ConnectionRefusedError:
-                    path.unlink()
 
 
 def _write_private(file: Path, text: str) -> None:

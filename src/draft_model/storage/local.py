@@ -46,11 +46,6 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _stat(path: Path) -> Stat:
-    stat = path.stat()
-    return Stat(stat.st_size, f"{stat.st_mtime_ns}-{stat.st_size}", stat.st_mtime)
-
-
 class LocalFolder:
     """A local folder to publish to, made when something is written; `uri` is its name in messages."""
 
@@ -73,15 +68,12 @@ class LocalFolder:
         """Content of a file and its version (its SHA-256), or None where there is no such file."""
         with local_errors(self.uri):
             path = self.inside(name) if name == MANIFEST else self.path / name  # a file that a user names may be a link
-            try:
-                if not path.is_file():
-                    return None
-                if path.stat().st_size > limit:
-                    raise DraftModelError(f"{path} is larger than {limit} bytes, so it is not what it should be")
-                data = path.read_bytes()
-            except (FileNotFoundError, NotADirectoryError):
-                return None
-        return data, hashlib.sha256(data).hexdigest()
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if path.is_file():
+                    if path.stat().st_size > limit:
+                        raise DraftModelError(f"{path} is larger than {limit} bytes, so it is not what it should be")
+                    return (data := path.read_bytes()), hashlib.sha256(data).hexdigest()
+        return None
 
     def has(self, record: FileRecord) -> bool:
         """Whether a file, and no link, is there with the content of its record."""
@@ -172,8 +164,10 @@ class LocalFolder:
     def stat(self, name: str) -> Stat | None:
         """Size, stamp and time of a file, or None where there is no such file."""
         with local_errors(self.uri):
-            path = self.path / name
-            return _stat(path) if path.is_file() else None
+            if not (path := self.path / name).is_file():
+                return None
+            stat = path.stat()
+            return Stat(stat.st_size, f"{stat.st_mtime_ns}-{stat.st_size}", stat.st_mtime)
 
     def files(self) -> dict[str, Stat]:
         """What `stat` says of every file below the folder, by their relative names."""
@@ -185,15 +179,11 @@ class LocalFolder:
         with local_errors(self.uri):
             walk = os.walk(self.path, onerror=fail) if not self.path.is_file() else ()
             paths = [Path(parent, name) for parent, _, names in walk for name in names if PARTIAL not in name]
-            return {path.relative_to(self.path).as_posix(): _stat(path) for path in paths if path.is_file()}
+            names = [path.relative_to(self.path).as_posix() for path in paths]
+            return {name: stat for name in names if (stat := self.stat(name))}
 
     def put(self, path: Path, record: FileRecord) -> None:
         """Copies a local file to its name in the folder."""
-        try:
-            with self._written(record.path, path) as (partial, target):
-                partial.replace(target)
-        except FileNotFoundError as error:
-            if not path.exists():
-                raise
-            raise DraftModelError(f"{self.uri} was removed while it was written: does another run use it?") from error
+        with self._written(record.path, path) as (partial, target):
+            partial.replace(target)
         progress()(record.size)

@@ -110,8 +110,7 @@ def problem(path: Path, record: FileRecord) -> str | None:
         return "is missing"
     if (size := path.stat().st_size) != record.size:
         return f"has {size} bytes where its manifest says {record.size}"
-    same = record_of(path, record.path).sha256 == record.sha256
-    return None if same else "has another checksum than its manifest says"
+    return None if record_of(path, record.path) == record else "has another checksum than its manifest says"
 
 
 def files_below(folder: Path) -> dict[str, Path]:

@@ -136,10 +136,10 @@ class Store:
         self.client.meta.events.register("after-call.s3", _check_answer)
 
     def request(self, uri: str, work: Callable[[S3Client], Result]) -> Result:
-        """Calls `work`, whose requests may be repeated, and again while the store is away or too busy.
+        """Calls `work`, and again while the store is away or too busy; with AWS_MAX_ATTEMPTS=1 only once.
 
-        With AWS_MAX_ATTEMPTS=1 only once. Raises DraftModelError about the URI where the store refuses, whose answer is
-        the cause, and StoreUnavailable where it stays away.
+        Raises DraftModelError about the URI where the store refuses, whose answer is the cause, and StoreUnavailable
+        where it stays away.
         """
         began, pause = time.monotonic(), _PAUSES[0]
         while True:
@@ -349,16 +349,17 @@ class S3Folder:
     def files(self) -> dict[str, Stat]:
         """What `stat` says of every object below the folder, by their relative names."""
 
-        def list_all(client: S3Client) -> list[Any]:
+        def list_all(client: S3Client) -> dict[str, Stat]:
             pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix)
-            return [item for page in pages for item in page.get("Contents", [])]
+            return {
+                name: Stat(item["Size"], item["ETag"], item["LastModified"].timestamp())
+                for page in pages
+                for item in page.get("Contents", [])
+                # Consoles make empty objects that end with a slash to show a folder.
+                if (name := item["Key"].removeprefix(self.prefix)) and not name.endswith("/")
+            }
 
-        found = {item["Key"].removeprefix(self.prefix): item for item in self.store.request(self.uri, list_all)}
-        return {
-            name: Stat(item["Size"], item["ETag"], item["LastModified"].timestamp())
-            for name, item in found.items()
-            if name and not name.endswith("/")  # consoles make such empty objects to show a folder
-        }
+        return self.store.request(self.uri, list_all)
 
     def put(self, path: Path, record: FileRecord) -> None:
         """Uploads a local file to its name in the folder."""

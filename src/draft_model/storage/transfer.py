@@ -26,6 +26,7 @@ PATIENCE = ContextVar("PATIENCE", default=600.0)
 _DENIED = "permission denied; give this user access or choose another folder"
 _NO_FOLDER = "a folder is needed where there is a file; remove the file or choose another folder"
 _SENTENCES = {
+    errno.ENOENT: "it was removed while it was used: does another run use it",
     errno.ENOSPC: "the disk is full (or has no inodes left); free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",
@@ -65,7 +66,7 @@ class Stopped(Exception):
 class Advance:
     """Progress of transfers: called with a number of bytes, from any thread; raises Stopped once `stop` is set."""
 
-    def __init__(self, update: Callable[[float], object]) -> None:
+    def __init__(self, update: Callable[[float], object] = lambda _: None) -> None:
         self._update, self._lock, self.stop = update, threading.Lock(), threading.Event()
 
     def __call__(self, count: float) -> None:
@@ -81,23 +82,18 @@ _PROGRESS: ContextVar[Advance] = ContextVar("_PROGRESS")
 
 def progress() -> Advance:
     """Progress of the transfer that this thread works for."""
-    return _PROGRESS.get(None) or Advance(lambda _: None)
+    return _PROGRESS.get(None) or Advance()
 
 
 def in_parallel(work: Callable[[Item], Result], items: Iterable[Item], what: str = "", size: int = 0) -> list[Result]:
-    """Calls `work` on each item in threads; the first failure, or Ctrl-C, ends all of them.
+    """Calls `work` on each item in threads, results in order; the first failure, or Ctrl-C, ends all of them.
 
-    Args:
-        work: gets an item; may report to `progress()`.
-        items: files or names, in the order of the results.
-        what: label of the progress bar.
-        size: bytes of all items; a bar is shown for a large transfer.
+    `work` may report bytes to `progress()`; of many (`size`) a bar with the label `what` is shown.
     """
     from tqdm import tqdm
 
-    shown = size >= SHOW_PROGRESS_FROM
-    every = 0.1 if sys.stderr.isatty() else 10
-    bar = tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=not shown, mininterval=every)
+    hidden, every = size < SHOW_PROGRESS_FROM, 0.1 if sys.stderr.isatty() else 10
+    bar = tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=hidden, mininterval=every)
     with bar, ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         advance = Advance(bar.update)
         (context := copy_context()).run(_PROGRESS.set, advance)

@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 from draft_model.errors import DraftModelError, without_credentials
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
-_ONE_SLASH = re.compile(r"(?:s3a?|minio|gs|hf|file|https?):", re.IGNORECASE)
+_ONE_SLASH = re.compile(r"(?:s3a?|minio|gs|hf|file|https?):(?!//)", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _ALLOWED = "allowed: a local path, file:///path, s3://bucket/key or minio://bucket/key"
 
@@ -29,21 +29,16 @@ class ObjectAddress(NamedTuple):
 
 
 def parse(uri: str) -> Path | ObjectAddress:
-    """Takes a URI apart: a path for what is local (`~` is the home folder), an address for an object store.
-
-    Raises:
-        DraftModelError: the URI has another scheme, or its key would leave its folder.
-    """
+    """Takes a URI apart: a path for what is local (`~` is the home folder), an address for an object store."""
     if not uri:
         raise DraftModelError(f"given {uri!r} as a path or URI; {_ALLOWED}")
     if _CONTROL.search(uri):
         raise DraftModelError(
             f"given {uri!r}, which has a line break or control character; write it on one line (in YAML without `|`)"
         )
-    match = _SCHEME.match(uri)
-    if match is None:
-        if _ONE_SLASH.match(uri):
-            raise DraftModelError(f"given {uri!r}, without two slashes after the scheme; {_ALLOWED}")
+    if _ONE_SLASH.match(uri):
+        raise DraftModelError(f"given {uri!r}, without two slashes after the scheme; {_ALLOWED}")
+    if (match := _SCHEME.match(uri)) is None:
         return Path(uri).expanduser()
     scheme, rest = match[1].lower(), uri[match.end() :]
     if scheme == "file":
