@@ -82,7 +82,7 @@ LOGS = {
 @pytest.mark.parametrize("name", LOGS)
 def test_a_failed_process_is_explained(name):
     code, log, expected = LOGS[name]
-    assert expected in explain(code, log)
+    assert expected in explain(code, log, "gpus", "length")
 
 
 @pytest.fixture
