@@ -361,7 +361,7 @@ def other_draft(request, trained, tmp_path_factory):
 def test_a_draft_of_another_family_is_evaluated_compared_and_exported_alike(trained, other_draft, tmp_path):
     final, folder = other_draft
     result, draft = Trained(trained.inputs, final).evaluate(tmp_path)
-    assert result.compared_tokens >= 8
+    assert result.metrics["compared_tokens"] >= 8
     for name in ("report.html", "README.md"):
         assert drafts.family_of(config(final)).title in (draft / name).read_text(encoding="utf-8")
     same_rounds(trained, tmp_path / "compared", str(final), *(str(folder / form) for form in FORMATS))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draft_model.drafts import family_of
+from draft_model.entrypoint import printable
 from draft_model.errors import without_credentials
 
 if TYPE_CHECKING:
@@ -115,19 +116,8 @@ def _number(value: float | None, digits: int = 2, kind: str = "f") -> str:
     return f"{value:,.{digits}{kind}}" if value is not None and math.isfinite(value) else "–"
 
 
-def markup(text: object) -> str:
-    """Text that rich prints as it is: its markup escaped, control characters replaced."""
-    from rich.markup import escape
-
-    return escape("".join(c if c.isprintable() or c == " " else "\N{REPLACEMENT CHARACTER}" for c in str(text)))
-
-
-def print_summary(final: Path, folder: Path) -> None:
+def print_summary(final: Path) -> None:
     """Prints what a local run reached, and what to type next; `final` is the folder of the draft."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(emoji=False)
     training = json.loads((final / "training.json").read_text(encoding="utf-8"))
     file = final / "evaluation.json"
     evaluation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
@@ -156,16 +146,9 @@ def print_summary(final: Path, folder: Path) -> None:
             f"{len(lossless['ties'])} ties",
         }
     family = family_of(training["draft"])
-    table = Table(title=f"{family.title} draft model", show_header=False, title_style="bold")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, markup(value))
-    console.print(table)
     hub_id, revision = hub_source(training)
     target = hub_id or source
-    proposals = best_proposals(training, evaluation)
-    commands = serve_commands(target, revision, str(final), proposals, family)
+    commands = serve_commands(target, revision, str(final), best_proposals(training, evaluation), family)
     steps = {"open the report": str(final / "report.html")}
     steps |= {f"serve it in {engine}": command for engine, command in commands.items()}
     if (tracking := os.environ.get("MLFLOW_TRACKING_URI", "")).startswith("sqlite:"):
@@ -175,6 +158,7 @@ def print_summary(final: Path, folder: Path) -> None:
         show = shlex.join([".venv-mlflow/bin/mlflow", "ui", "--backend-store-uri", tracking])
         steps["see the curves"] = f"{install} && {fill} && {show}"
     steps["run on a cluster"] = "upload kfp_pipeline/compiled/pipeline_draft_model.yaml in the KFP UI"
-    console.print("\n[bold]Next[/bold]")
-    for what, command in steps.items():
-        console.print(f"  {what:<19} {markup(command)}", soft_wrap=True, highlight=False)
+    for title, lines in ((f"{family.title} draft model", rows), ("Next", steps)):
+        print(f"\n{title}")
+        for name, value in lines.items():
+            print(f"  {name:<19} {printable(value)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from draft_model.errors import DraftModelError
 from draft_model.evaluation import greedy
 from draft_model.evaluation.prompts import Prompts, choose_prompts
 from draft_model.parameters import Parameters
+from draft_model.ranks import hardware
 from draft_model.target.model import Target, load_target
 from draft_model.workers import Workers
 
@@ -255,15 +255,12 @@ def _by_our_decoder(case: Case, candidates: Sequence[Candidate]) -> Results:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers = [candidate.draft.config.aux_layers for candidate in candidates]
     target = load_target(case.model, layers[0], torch.float32, device)
-    hardware = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
     proposals = case.parameters.num_speculative_tokens
-    alone = greedy.run(job_of(case, None, proposals), target, None, "target alone", hardware)
+    alone = greedy.run(job_of(case, None, proposals), target, None, "target alone", hardware(device))
     drafts = [
         greedy.run(
             job_of(case, candidate, proposals), Target(target.model, its), candidate.draft.to(device),
-            f"with {candidate.name}", hardware,
+            f"with {candidate.name}", hardware(device),
         )
         for candidate, its in zip(candidates, layers, strict=True)
     ]  # fmt: skip

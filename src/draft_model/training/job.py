@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -30,7 +29,7 @@ from draft_model.drafts.files import save_draft
 from draft_model.errors import DraftModelError
 from draft_model.model_import import is_weight
 from draft_model.processes import catch_sigterm
-from draft_model.ranks import PeerLost, Ranks, start_ranks
+from draft_model.ranks import PeerLost, Ranks, hardware, start_ranks
 from draft_model.scratch import working_in
 from draft_model.tracking import Tracker, track
 from draft_model.training.checkpoint import RECORD, STATE, Loaded, load_checkpoint, read_checkpoint, write_checkpoint
@@ -209,7 +208,7 @@ def announce(training: Training) -> None:
     logger.info(
         "%d process(es) on %s: tensor parallel %d, data parallel %d; %d conversations per step = %d processes x "
         "micro-batch %d x accumulation %d, about %d tokens",
-        world, hardware(training.ranks), p.tp_size, training.ranks.dp, p.draft_global_batch_size, world,
+        world, hardware(training.ranks.device), p.tp_size, training.ranks.dp, p.draft_global_batch_size, world,
         p.draft_micro_batch_size, p.accumulation_steps, tokens,
     )  # fmt: skip
     logger.info(
@@ -226,13 +225,6 @@ def announce(training: Training) -> None:
 def parameters_of(training: Training) -> int:
     """Parameters that are trained."""
     return sum(parameter.numel() for parameter in training.draft.parameters())
-
-
-def hardware(ranks: Ranks) -> str:
-    """What a process computes on."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.get_device_name(ranks.device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def record(training: Training, source: Mapping[str, Any], dataset: Path, step: int) -> dict[str, Any]:
@@ -262,7 +254,7 @@ def record(training: Training, source: Mapping[str, Any], dataset: Path, step: i
         "validation": history.validation,
         "skipped": history.skipped,
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _PACKAGES}},
-        "hardware": hardware(training.ranks),
+        "hardware": hardware(training.ranks.device),
     }
 
 
