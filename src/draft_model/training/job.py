@@ -37,7 +37,7 @@ from draft_model.training.config import TrainConfig, TrainResult
 from draft_model.training.lease import Lease, hold, own_run_id
 from draft_model.training.output import CHECKPOINTS_AT_ONCE, Output
 from draft_model.training.plan import STATE_BYTES, context_problem
-from draft_model.training.prepare import fetch_inputs, forget, once_on_machine, prepare
+from draft_model.training.prepare import fetch_inputs, once_on_machine, prepare
 from draft_model.training.trainer import Interrupted, Training, train
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def run(config: TrainConfig) -> TrainResult:
         shutil.rmtree(work, ignore_errors=True)  # what a killed attempt left
         work.mkdir(parents=True)
         inputs = fetch_inputs(config)
-        tracking = track(STAGE, p.mlflow_tracking_uri) if ranks.first else nullcontext(Tracker(None))
+        tracking = track(STAGE, p.mlflow_tracking_uri) if ranks.first else nullcontext(Tracker())
         keep = (p.keep_checkpoints, p.final_checkpoint == "best")
         with tracking as tracker, Output(config.checkpoints, work, config.output, leases, *keep) as output:
             resumed, go_on = read_resumed(config, output)
@@ -83,9 +83,8 @@ def run(config: TrainConfig) -> TrainResult:
                     f"the output need {needed / 1e9:.2f} GB: free some, or run in another folder"
                 )
             ranks.barrier()  # all have read what there was before any of it goes
-            forget(
-                config.work, RESUMED
-            )  # another node's failure restarts this one with the count of restarts as it was
+            # Another node's failure restarts this one with the count of restarts as it was.
+            (config.work / f"{RESUMED}.json").unlink(missing_ok=True)
             if ranks.first:
                 output.tidy() if go_on else output.clear()
             announce(training)
@@ -129,16 +128,11 @@ def run(config: TrainConfig) -> TrainResult:
 @contextmanager
 def _leases(config: TrainConfig, ranks: Ranks) -> Iterator[list[Lease]]:
     """The leases on the folders that a training writes to, in the process that writes."""
-    run_id = config.run_id or own_run_id()
-    folders = {config.output: "output"}
-    if config.parameters.checkpoint_path:
-        folders[config.checkpoints] = "checkpoint_path"
+    run_id, own = config.run_id or own_run_id(), config.parameters.checkpoint_path
+    folders = {"output": config.output if own != config.output else "", "checkpoint_path": own}
     with ExitStack() as stack:
-        held = [
-            stack.enter_context(hold(uri, run_id, outermost=False, parameter=parameter))
-            for uri, parameter in folders.items()
-            if ranks.first
-        ]
+        leases = (hold(uri, run_id, outermost=False, parameter=name) for name, uri in folders.items() if ranks.first)
+        held = [stack.enter_context(lease) for lease in leases]
         ranks.barrier()  # no process reads what is there while another run may change it
         yield [lease for lease in held if lease]
 
@@ -148,31 +142,26 @@ def read_resumed(config: TrainConfig, output: Output) -> tuple[Loaded | None, bo
 
     It is fetched and verified once on each machine.
     """
+    p, work = config.parameters, config.work / RESUMED
     mine: list[Loaded | None] = []
 
     def fetch() -> dict[str, Any]:
-        loaded, go_on = _checkpoint(config, output, config.work / "resumed")
+        any_run = p.resume == "true" or config.again
+        loaded = output.newest(work, "" if any_run else config.run_id) if any_run or config.run_id else None
+        go_on = loaded is not None or p.resume == "true"
+        if loaded is None and p.resume_from_checkpoint:
+            loaded = read_checkpoint(p.resume_from_checkpoint, work)
+        if loaded is None and go_on:
+            raise DraftModelError(
+                f"resume: given 'true', but there is no whole checkpoint under {config.checkpoints}, and "
+                "resume_from_checkpoint is not given: name one there, or use resume=false"
+            )
         mine.append(loaded)
         return {"uri": loaded and loaded.uri, "folder": loaded and str(loaded.folder), "go_on": go_on}
 
     known = once_on_machine(config.work, RESUMED, fetch)
     loaded = mine[0] if mine else known["uri"] and load_checkpoint(known["uri"], Path(known["folder"]))
     return loaded, known["go_on"]
-
-
-def _checkpoint(config: TrainConfig, output: Output, work: Path) -> tuple[Loaded | None, bool]:
-    p = config.parameters
-    any_run = p.resume == "true" or config.again
-    if (any_run or config.run_id) and (newest := output.newest(work, "" if any_run else config.run_id)):
-        return newest, True
-    if p.resume_from_checkpoint:
-        return read_checkpoint(p.resume_from_checkpoint, work), p.resume == "true"
-    if p.resume == "true":
-        raise DraftModelError(
-            f"resume: given 'true', but there is no whole checkpoint under {config.checkpoints}, and "
-            "resume_from_checkpoint is not given: name one there, or use resume=false"
-        )
-    return None, False
 
 
 def _publish_final(output: Output, training: Training, complete: Callable[[Path, int], None], work: Path) -> int:
