@@ -5,9 +5,11 @@ import json
 import pytest
 from dataset.conftest import KINDS, models  # noqa: F401
 
+from draft_model.dataset.encode import load_tokenizer
 from draft_model.dataset.reader import parse
 from draft_model.engine.generate import Answer
-from draft_model.regenerate.conversation import Outcome, Writer, WriterSettings, drive
+from draft_model.regenerate import conversation
+from draft_model.regenerate.conversation import Outcome, WriterSettings, drive
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 CALL = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}]
@@ -30,10 +32,9 @@ CHANNELS = "<|channel|>analysis<|message|>I look.<|end|><|start|>assistant"
 def converse(models):  # noqa: F811
     def converse(kind, answers, context=1000, **row):
         """The outcome and all prompts, where the target says these answers; `...` at an end: it was cut there."""
-        writer = Writer(WriterSettings(models[kind], KINDS[kind][0], context, 50))
-        tokenizer = writer._tokenizer
+        settings, tokenizer = WriterSettings(models[kind], KINDS[kind][0], context, 50), load_tokenizer(models[kind])
         prompts, given, line = [], [], json.dumps(row).encode()
-        while not isinstance(reached := writer.converse(line, "", "line-7", given), Outcome):
+        while not isinstance(reached := conversation.converse(settings, line, "", "line-7", given), Outcome):
             prompts.append(tokenizer.decode(reached[0]))
             said = answers[len(given)]
             tokens = tokenizer(said.removesuffix("..."), add_special_tokens=False)["input_ids"]

@@ -43,11 +43,7 @@ class Inputs:
 
 def make_inputs(folder: Path) -> Inputs:
     """The stages before the training, on a tiny target."""
-    source = tiny.write_target(folder / "source")
-    imported = model_import.ImportConfig(
-        str(folder / "model"), folder / "work", Parameters(pytorch_model_path=str(source))
-    )
-    model = model_import.run(imported).uri
+    model = import_model(folder, tiny.write_target(folder / "source"))
     draft_config = folder / "draft.json"
     draft_config.write_text(json.dumps({"draft_vocab_size": DRAFT_VOCABULARY}))
     rows = tiny.conversations(CONVERSATIONS)
@@ -64,6 +60,12 @@ def make_inputs(folder: Path) -> Inputs:
         build_dataset(folder / "other", model, shouted, **split),
         str(draft_config),
     )
+
+
+def import_model(folder: Path, source: Path) -> str:
+    """The import stage on a Transformers folder; gives the URI of what it wrote."""
+    p = Parameters(pytorch_model_path=str(source))
+    return model_import.run(model_import.ImportConfig(str(folder / "model"), folder / "work", p)).uri
 
 
 def build_dataset(folder: Path, model: str, rows: list[dict], **parameters: str) -> str:

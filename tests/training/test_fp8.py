@@ -7,8 +7,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from draft_model import evaluation, model_import
+from draft_model import evaluation, storage
 from draft_model.parameters import Parameters
+from training.case import import_model
 
 QUANTISED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 
@@ -29,10 +30,9 @@ def model(tmp_path_factory):
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"quantization_config": QUANTISED, "dtype": "bfloat16"}))
-    parameters = Parameters(pytorch_model_path=str(source))
-    imported = model_import.run(model_import.ImportConfig(str(folder / "model"), folder / "work", parameters))
-    assert imported.quantization == "fp8"
-    return imported.uri
+    model = import_model(folder, source)
+    assert storage.read_manifest(model).properties["quantization"] == "fp8"
+    return model
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -52,12 +52,6 @@ class Case:
     work: Path
 
     @property
-    def batch_sizes(self) -> list[int]:
-        """Requests at once at which an engine is timed."""
-        sizes = [int(size) for size in self.parameters.evaluation_batch_sizes.split(",") if size]
-        return sizes if self.gpus else [size for size in sizes if size <= CPU_BATCH_SIZE]
-
-    @property
     def target_bytes(self) -> int:
         """Of the target's weights on disk."""
         return sum(path.stat().st_size for path in self.model.glob("*.safetensors"))
@@ -145,7 +139,9 @@ def measure(case: Case, candidates: Sequence[Candidate]) -> Results:
 
 def _in_engine(case: Case, candidates: Sequence[Candidate]) -> Results:
     """One engine process per draft and number of proposals, beside one of the target alone where memory holds both."""
-    usual, sizes, problems = case.parameters.num_speculative_tokens, case.batch_sizes, list[str]()
+    usual, problems = case.parameters.num_speculative_tokens, list[str]()
+    sizes = [int(size) for size in case.parameters.evaluation_batch_sizes.split(",") if size]
+    sizes = [size for size in sizes if case.gpus or size <= CPU_BATCH_SIZE]
     both = bool(sizes) and _holds_two_targets(case)
 
     def process(candidate: Candidate | None, proposals: int) -> Process:

@@ -80,21 +80,8 @@ class Writer:
         self._tokenizer = load_tokenizer(settings.model)
         self._renderers = [Renderer(self._tokenizer, self._template, tools=tools) for tools in (False, True)]
 
-    def converse(self, line: bytes, suffix: str, number: str, answers: Sequence[Answer]) -> Reached:
-        """Where a line of the input stands with these answers; see the function `converse`."""
-        turns: list[Turn] = []
-        try:
-            row = parse(line)
-            if row.text:
-                raise Rejected("rendered text", "`text` is one piece; give `conversations` or `messages`")
-            return self._regenerate(row, suffix, number, answers, turns)
-        except RecursionError:
-            return Outcome(reason="wrong shape", detail="the line is nested too deeply", faulty=True)
-        except Rejected as refusal:
-            faulty = not turns and not refusal.reason.startswith(_ANSWER)
-            return Outcome(reason=refusal.reason, detail=refusal.detail, faulty=faulty)
-
-    def _regenerate(self, row: Row, suffix: str, number: str, answers: Sequence[Answer], turns: list[Turn]) -> Reached:
+    def regenerate(self, row: Row, suffix: str, number: str, answers: Sequence[Answer], turns: list[Turn]) -> Reached:
+        """Where a row stands with these answers; adds the turns that they made, and raises what leaves it without."""
         renderer = self._renderers[bool(row.tools)]
         messages: list[Message] = []
         cut, ignored, end = list[bool](), list[bool](), Rejected("", "")
@@ -176,7 +163,17 @@ def converse(settings: WriterSettings, line: bytes, suffix: str, number: str, an
 
     A suffix is added to the line's id; `number` is the id of a line that has none.
     """
-    return _writer(settings).converse(line, suffix, number, answers)
+    turns: list[Turn] = []
+    try:
+        row = parse(line)
+        if row.text:
+            raise Rejected("rendered text", "`text` is one piece; give `conversations` or `messages`")
+        return _writer(settings).regenerate(row, suffix, number, answers, turns)
+    except RecursionError:
+        return Outcome(reason="wrong shape", detail="the line is nested too deeply", faulty=True)
+    except Rejected as refusal:
+        faulty = not turns and not refusal.reason.startswith(_ANSWER)
+        return Outcome(reason=refusal.reason, detail=refusal.detail, faulty=faulty)
 
 
 def drive(
