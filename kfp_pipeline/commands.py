@@ -50,7 +50,7 @@ def run_command(params: Path | None, settings: tuple[str, ...], folder: Path) ->
     from draft_model.evaluation.card import print_summary
     from kfp_pipeline.local import run_local
 
-    print_summary(run_local(values, folder.resolve()), folder)
+    print_summary(run_local(values, folder.resolve()))
 
 
 @click.command("compile", cls=Command)

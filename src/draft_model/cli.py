@@ -264,7 +264,7 @@ def _print_table(
     from rich.markup import escape
     from rich.table import Table
 
-    shown = Table(*heads, title=escape(title), show_header=bool(heads))
+    shown = Table(*(escape(printable(head)) for head in heads), title=escape(title), show_header=bool(heads))
     for row in rows:
         shown.add_row(*(escape(printable(value)) for value in row))
     Console(width=width, emoji=False).print(shown)

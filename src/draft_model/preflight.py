@@ -89,7 +89,7 @@ def check(values: Mapping[str, Any], stages: Iterable[Stage] = STAGES) -> Parame
     if "train" in stages:
         readers["checkpoint_path"] = partial(_read_checkpoints, parameters)
     if "evaluate" in stages:  # a line that is no prompt must not be found after the training
-        readers["evaluation_prompts"] = lambda _, uri: prompts.check(uri, parameters.evaluation_conversations)
+        readers["evaluation_prompts"] = lambda *_: prompts.check(parameters)
     bad = named_parameters(problems)
     for name, reader in readers.items():
         if (uri := getattr(parameters, name)) and name not in bad:
@@ -180,7 +180,7 @@ def _inspect_prompts(parameters: Parameters, files: Mapping[str, Path], work: Pa
     except DraftModelError:  # the data set says what is wrong with a tokenizer
         return
     with report.problems.collect("evaluation_prompts"):
-        prompts.check_template(parameters, tokenizer)
+        prompts.check(parameters, tokenizer)
 
 
 def _inspect_benchmarks(parameters: Parameters, report: Report) -> None:

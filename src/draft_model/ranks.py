@@ -8,6 +8,7 @@ trains the draft on its own share, so no process repeats another's work.
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,13 @@ class Ranks:
         parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.world)]
         distributed.all_gather(parts, tensor.to(self.device))
         return [part.cpu() for part in parts]
+
+
+def hardware(device: torch.device) -> str:
+    """What a process computes on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 @contextmanager

@@ -270,20 +270,14 @@ def _run_evaluate(p: Parameters, work: Path, **uris: str) -> dict[str, Any]:
     from draft_model.evaluation import EvaluateConfig, run
 
     result = run(EvaluateConfig(work=work, parameters=p, final=uris.pop("draft"), **uris))
-    done, beside = {"uri": result.final, "written_by": "train"}, f"report beside {result.final}"
-    if not result.measured:
-        why = f"acceptance length not measured: there was no prompt to decode; {beside}"
-        return {**done, "metrics": {}, "sentence": why}
-    metrics = {
-        "acceptance_length": result.acceptance_length, "compared_tokens": result.compared_tokens,
-        "untrained_acceptance_length": result.untrained_acceptance_length,
-        **{f"acceptance_at_position_{k}": x for k, x in enumerate(result.acceptance_by_position, start=1)},
+    said = "acceptance length not measured: there was no prompt to decode"
+    if its := result.metrics:
+        lengths = "acceptance length {acceptance_length:.2f} (untrained {untrained_acceptance_length:.2f})"
+        said = lengths.format_map(its) + f", {its['compared_tokens']} tokens equal to the target's own"
+    return {
+        "uri": result.final, "written_by": "train", "metrics": dict(result.metrics),
+        "sentence": f"{said}; report beside {result.final}",
     }  # fmt: skip
-    sentence = (
-        f"acceptance length {result.acceptance_length:.2f} (untrained {result.untrained_acceptance_length:.2f}), "
-        f"{result.compared_tokens} tokens equal to the target's own; {beside}"
-    )
-    return {**done, "metrics": metrics, "sentence": sentence}
 
 
 RUNS: dict[Stage, Callable[..., dict[str, Any]]] = {

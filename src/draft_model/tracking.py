@@ -51,11 +51,10 @@ def forwarded(environment: Mapping[str, str]) -> dict[str, str]:
 class Tracker:
     """Reports a stage to the server or store at a URI, if any. Its methods return at once and raise nothing."""
 
-    def __init__(self, stage: str | None = None, uri: str = "") -> None:
+    def __init__(self, stage: str = "", uri: str = "") -> None:
         self._stage, self._uri, self.active = stage, uri, bool(uri)
-        self._queue: SimpleQueue[Callable[[], Any] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[Callable[[], Any], bool]] = SimpleQueue()  # requests, and which is the last
         self._client: Any = None
-        self._last: Callable[[], Any] | None = None
         self._parent, self._lost, self._failed_at = "", 0, -math.inf
         # Ids in the environment are those of the environment's server.
         here = os.environ if uri == os.environ.get("MLFLOW_TRACKING_URI") else {}
@@ -113,12 +112,14 @@ class Tracker:
 
     def _send(self, request: Callable[[], Any]) -> None:
         if self.active:
-            self._queue.put(request)
+            self._queue.put((request, False))
 
     def work(self) -> None:
         """Sends what is reported, until the end; runs in a thread of its own."""
-        for request in iter(self._queue.get, None):
-            if request is not self._last and time.monotonic() < self._failed_at + PAUSE:
+        last = False
+        while not last:
+            request, last = self._queue.get()
+            if not last and time.monotonic() < self._failed_at + PAUSE:
                 self._lost += 1
                 continue
             try:
@@ -132,12 +133,9 @@ class Tracker:
 
     def end(self, status: str, thread: threading.Thread) -> None:
         """Says how the stage ended, and waits a little for the server."""
-        self._last = lambda: self._end(status)
-        self._queue.put(self._last)
-        self._queue.put(None)
+        self._queue.put((lambda: self._end(status), True))
         thread.join(END_SECONDS if status == "FINISHED" else FAILED_SECONDS)
-        lost = self._lost + max(self._queue.qsize() - 1, 0)
-        if lost or thread.is_alive():
+        if (lost := self._lost + self._queue.qsize()) or thread.is_alive():
             self._warn(f"has not taken {max(lost, 1)} records; their numbers are in the stage's output")
 
     def _warn(self, what: str) -> None:
@@ -152,10 +150,10 @@ class Tracker:
         if self._run:
             return
         client, group = self._client, os.environ.get(RUN, "")
-        if not self._experiment:
-            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "draft-model")
-            found = client.get_experiment_by_name(name)
-            self._experiment = found.experiment_id if found else client.create_experiment(name)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "draft-model")
+        if not self._experiment and (found := client.get_experiment_by_name(name)):
+            self._experiment = found.experiment_id
+        self._experiment = self._experiment or client.create_experiment(name)
         if group and not self._parent:
             parents = self._oldest_first(f"tags.`draft_model.run` = '{group}'")
             tags = {"draft_model.run": group}

@@ -7,7 +7,7 @@ import pytest
 
 from draft_model import workers
 from draft_model.errors import DraftModelError
-from draft_model.regenerate.conversation import WriterSettings, converse_in
+from draft_model.regenerate.conversation import WriterSettings, converse
 from draft_model.workers import Workers
 
 SENTENCE = (
@@ -23,9 +23,9 @@ def test_a_template_that_never_ends_stops_the_regeneration(models, tmp_path):
     settings = WriterSettings(model, "qwen", 100, 10)
     line = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "yes"}]}'
     with Workers(limits=workers.Limits(cpu=1)) as worker:
-        assert next(converse_in(worker, settings, (line % "good").encode(), "", "1"))[1] == 10
+        assert worker.call(converse, settings, (line % "good").encode(), "", "1", [])[1] == 10
         with pytest.raises(DraftModelError, match=SENTENCE.format(1, 1200)):
-            next(converse_in(worker, settings, (line % "evil").encode(), "", "2"))
+            worker.call(converse, settings, (line % "evil").encode(), "", "2", [])
 
 
 def test_whoever_stops_a_run_does_not_wait_for_a_call_to_end():

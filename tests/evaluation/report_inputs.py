@@ -10,6 +10,7 @@ import numpy as np
 
 from draft_model.dataset import vocabulary
 from draft_model.dataset.report import Tally
+from draft_model.engine import Counts
 from draft_model.parameters import Parameters
 
 Json = dict[str, Any]
@@ -46,16 +47,11 @@ def make_training() -> Json:
         draft_model_config="examples/smollm2/draft.json",
         num_epochs=4, max_length=512, chat_template="qwen", learning_rate=0.001,
     )  # fmt: skip
-    layers = {"eagle_aux_hidden_state_layer_ids": [2, 15, 27]}
     return {
         "parameters": parameters.model_dump(),
         "draft": {
-            "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "num_hidden_layers": 1,
-            "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
-            "head_dim": 64, "rms_norm_eps": 1e-05, "vocab_size": 49152, "draft_vocab_size": 8192,
-            "max_position_embeddings": 8192,
-            "rope_parameters": {"rope_theta": 100000.0, "rope_type": "default"},
-            "tie_word_embeddings": False, **layers, "eagle_config": layers, "dtype": "bfloat16",
+            "architectures": ["LlamaForCausalLMEagle3"], "model_type": "llama", "vocab_size": 49152,
+            "draft_vocab_size": 8192, "eagle_aux_hidden_state_layer_ids": [2, 15, 27],
         },
         "target": {
             "source": "HuggingFaceTB/SmolLM2-135M-Instruct@12fd25f", "architecture": "LlamaForCausalLM",
@@ -88,16 +84,8 @@ def make_evaluation() -> Json:
     return {
         "engine": "vLLM 0.32.0", "hardware": hardware, "dtype": "float32", "seconds": 412.6,
         "num_speculative_tokens": 3, "prompts": 40, "max_new_tokens": 128, "prompts_source": "the validation split",
-        "trained": {
-            "acceptance_length": 1.9137, "rounds": 2526, "drafted": 7578, "accepted": 2308, "tokens": 4834,
-            "acceptance_by_position": [0.5412, 0.2613, 0.1112],
-            "conditional_acceptance_by_position": [0.5412, 0.4828, 0.4256],
-        },
-        "untrained": {
-            "acceptance_length": 1.0274, "rounds": 4705, "drafted": 14115, "accepted": 129,
-            "acceptance_by_position": [0.0264, 0.001, 0.0],
-            "conditional_acceptance_by_position": [0.0264, 0.0379, None],
-        },
+        "trained": Counts(2526, 7578, 2308, [1367, 660, 281]).report() | {"tokens": 4834},
+        "untrained": Counts(4705, 14115, 129, [124, 5, 0]).report(),
         "by_category": [
             {"category": "first reply", "prompts": 30, "rounds": 1900, "acceptance_length": 1.9311},
             {"category": "later reply", "prompts": 10, "rounds": 626, "acceptance_length": 1.8612},

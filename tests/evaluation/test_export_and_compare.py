@@ -154,10 +154,16 @@ def test_speculators_own_code_reads_its_format(trained, by_speculators):
     }  # fmt: skip
 
 
+def compared(trained, work, *drafts, model="", **settings):
+    """The comparison of drafts on the validation split's prompts."""
+    model = model or trained.inputs.model
+    return compare(CompareConfig(str(model), trained.inputs.dataset, tuple(drafts), work, Parameters(**settings)))
+
+
 def same_rounds(trained, tmp_path, *drafts):
     """Compares drafts on the same prompts; they must be the same draft."""
-    parameters = Parameters(evaluation_conversations=3, evaluation_max_new_tokens=8, num_speculative_tokens=2)
-    records = compare(CompareConfig(trained.inputs.model, trained.inputs.dataset, drafts, tmp_path, parameters))
+    settings = {"evaluation_conversations": 3, "evaluation_max_new_tokens": 8, "num_speculative_tokens": 2}
+    records = compared(trained, tmp_path, *drafts, **settings)
     assert [record["draft"] for record in records] == list(drafts)
     alike = [{key: record[key] for key in ("rounds", "accepted", "identical")} for record in records]
     assert alike == alike[:1] * len(drafts)
@@ -186,14 +192,13 @@ def test_a_target_that_was_not_imported_is_looked_at_as_the_import_does(trained,
     (stranger / "manifest.json").unlink()
     spoilt = json.dumps({**config(stranger), "attn_implementation": "org/kernel", "auto_map": {"AutoConfig": "x.Y"}})
     (stranger / "config.json").write_text(spoilt)
-    parameters = Parameters(evaluation_conversations=2, evaluation_max_new_tokens=4)
-    given = CompareConfig(str(stranger), trained.inputs.dataset, (str(trained.final),), tmp_path / "w", parameters)
-    (record,) = compare(given)
+    given = {"model": stranger, "evaluation_conversations": 2, "evaluation_max_new_tokens": 4}
+    (record,) = compared(trained, tmp_path / "w", str(trained.final), **given)
     assert record["identical"]
     assert (stranger / "config.json").read_text() == spoilt
     (stranger / "tokenizer.json").write_text("{")
     with pytest.raises(DraftModelError, match=r"--model: given .* its tokenizer cannot be loaded"):
-        compare(given)
+        compared(trained, tmp_path / "w", str(trained.final), **given)
 
 
 def test_the_command_shows_two_drafts_side_by_side(trained, exported, tmp_path):
@@ -220,9 +225,7 @@ def test_a_draft_of_another_target_is_refused(trained, exported, tmp_path):
     shutil.copytree(exported / "specforge", other)
     (other / "config.json").write_text(json.dumps({**config(other), "vocab_size": 7, "draft_vocab_size": 7}))
     with pytest.raises(DraftModelError, match=r"other: `vocab_size` is 7; the target has"):
-        compare(
-            CompareConfig(trained.inputs.model, trained.inputs.dataset, (str(other),), tmp_path / "w", Parameters())
-        )
+        compared(trained, tmp_path / "w", str(other))
 
 
 @pytest.mark.parametrize("layers", ["nested", "absent"])
@@ -314,10 +317,7 @@ def test_a_draft_goes_to_the_hub_with_a_card_that_names_the_repository(pushed, t
 
 def test_what_cannot_be_pushed_is_one_sentence(pushed):
     run, final = pushed
-    refused = {
-        "org": run("org"),
-        "HF_TOKEN": run("org/name", token="hf_wrong"),
-    }
+    refused = {"org": run("org"), "HF_TOKEN": run("org/name", token="hf_wrong")}
     (final / "model.safetensors").write_bytes(b"other")
     refused["model.safetensors"] = run("org/name")
     for word, (done, hub) in refused.items():
@@ -334,11 +334,8 @@ def test_a_flipped_byte_in_a_folder_of_ours_is_refused(trained, tmp_path):
     (folder / "model.safetensors").write_bytes(data)
     with pytest.raises(DraftModelError, match=r"model\.safetensors"):
         export(str(folder), "vllm", str(tmp_path / "out"), tmp_path / "work")
-    parameters = Parameters(evaluation_conversations=1)
     with pytest.raises(DraftModelError, match=r"model\.safetensors"):
-        compare(
-            CompareConfig(trained.inputs.model, trained.inputs.dataset, (str(folder),), tmp_path / "work", parameters)
-        )
+        compared(trained, tmp_path / "work", str(folder), evaluation_conversations=1)
     assert not (tmp_path / "out").exists()
 
 
@@ -361,7 +358,7 @@ def other_draft(request, trained, tmp_path_factory):
 def test_a_draft_of_another_family_is_evaluated_compared_and_exported_alike(trained, other_draft, tmp_path):
     final, folder = other_draft
     result, draft = Trained(trained.inputs, final).evaluate(tmp_path)
-    assert result.compared_tokens >= 8
+    assert result.metrics["compared_tokens"] >= 8
     for name in ("report.html", "README.md"):
         assert drafts.family_of(config(final)).title in (draft / name).read_text(encoding="utf-8")
     same_rounds(trained, tmp_path / "compared", str(final), *(str(folder / form) for form in FORMATS))

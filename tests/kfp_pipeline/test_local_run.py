@@ -232,7 +232,7 @@ def test_the_log_is_kept_without_keys(whole):
 
 def test_the_summary_shows_the_result_and_what_to_type_next(whole, values, capsys):
     final = whole[1]
-    print_summary(final, whole[0])
+    print_summary(final)
     printed = capsys.readouterr().out
     reached = json.loads((final / "evaluation.json").read_text())["trained"]["acceptance_length"]
     assert f"{reached:.2f} tokens per step" in printed

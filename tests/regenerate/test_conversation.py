@@ -8,7 +8,8 @@ from dataset.conftest import KINDS, models  # noqa: F401
 from draft_model.dataset.encode import load_tokenizer
 from draft_model.dataset.reader import parse
 from draft_model.engine.generate import Answer
-from draft_model.regenerate.conversation import Outcome, Writer, WriterSettings, drive
+from draft_model.regenerate import conversation
+from draft_model.regenerate.conversation import Outcome, WriterSettings, drive
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 CALL = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}]
@@ -29,26 +30,17 @@ CHANNELS = "<|channel|>analysis<|message|>I look.<|end|><|start|>assistant"
 
 @pytest.fixture(scope="module")
 def converse(models):  # noqa: F811
-    writers = {}
-
     def converse(kind, answers, context=1000, **row):
         """The outcome and all prompts, where the target says these answers; `...` at an end: it was cut there."""
-        if kind not in writers:
-            writers[kind] = load_tokenizer(models[kind])
-        tokenizer = writers[kind]
-        settings = WriterSettings(models[kind], KINDS[kind][0], context, 50)
-        chat = Writer(settings).converse(json.dumps(row).encode(), "", "line-7")
-        prompts, given = [], iter(answers)
-        try:
-            prompt, _ = next(chat)
-            while True:
-                prompts.append(tokenizer.decode(prompt))
-                said = next(given)
-                tokens = tokenizer(said.removesuffix("..."), add_special_tokens=False)["input_ids"]
-                prompt, _ = chat.send(Answer(0, tokens, "length" if said.endswith("...") else "stop"))
-        except StopIteration as end:
-            assert next(given, None) is None, "the target was asked less often"
-            return end.value, prompts
+        settings, tokenizer = WriterSettings(models[kind], KINDS[kind][0], context, 50), load_tokenizer(models[kind])
+        prompts, given, line = [], [], json.dumps(row).encode()
+        while not isinstance(reached := conversation.converse(settings, line, "", "line-7", given), Outcome):
+            prompts.append(tokenizer.decode(reached[0]))
+            said = answers[len(given)]
+            tokens = tokenizer(said.removesuffix("..."), add_special_tokens=False)["input_ids"]
+            given.append(Answer(0, tokens, "length" if said.endswith("...") else "stop"))
+        assert len(given) == len(answers), "the target was asked less often"
+        return reached, prompts
 
     return converse
 
@@ -172,12 +164,10 @@ class Echo:
 
 @pytest.mark.parametrize(("share", "most"), [(3, 3), (9, 5)])
 def test_an_engine_gets_what_it_takes_and_no_more_than_its_share(share, most):
-    def chat(turns):
-        for _ in range(turns):
-            yield [1], 8
-        return Outcome()
+    def reach(key, answers):
+        return ([1], 8) if len(answers) < key % 3 else Outcome()
 
     engine = Echo()
-    done = drive(engine, ((key, chat(key % 3)) for key in range(20)), lambda key, turn: 0, share)
+    done = drive(engine, iter(range(20)), reach, lambda key, turn: 0, share)
     assert sorted(key for key, _ in done) == list(range(20))
     assert engine.most == most

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+from click.testing import CliRunner
+from training.case import import_model
 from training.processes import start
 
-from draft_model import dataset, model_import, storage, workers
+from draft_model import dataset, storage, workers
+from draft_model.cli import cli
 from draft_model.dataset.tokens import Split
 from draft_model.engine.generate import Request, Sampling, Settings
 from draft_model.errors import DraftModelError
@@ -41,10 +44,7 @@ def model(tmp_path_factory):
     (source / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [1, BAR], "temperature": 0.7, "top_k": 5})
     )
-    settings = model_import.ImportConfig(
-        str(folder / "model"), folder / "work", Parameters(pytorch_model_path=str(source))
-    )
-    return model_import.run(settings).uri
+    return import_model(folder, source)
 
 
 @pytest.fixture(autouse=True)
@@ -275,10 +275,8 @@ def test_too_little_memory_is_one_sentence(model):
 
 
 def test_what_cannot_be_used_is_put_aside_with_its_line(regenerate, tmp_path):
-    long = {
-        "id": "long",
-        "conversations": [{"role": "user", "content": "alpha " * 200}, {"role": "assistant", "content": "x"}],
-    }
+    ask, say = {"role": "user", "content": "alpha " * 200}, {"role": "assistant", "content": "x"}
+    long = {"id": "long", "conversations": [ask, say]}
     text = {"text": "<|im_start|>assistant\nhello<|im_end|>"}
     later = {"id": "later", "conversations": [*ROWS[0]["conversations"][:2], *long["conversations"]]}
     rows = [*ROWS, long, text, {"conversations": []}, later]
@@ -293,11 +291,8 @@ def test_what_cannot_be_used_is_put_aside_with_its_line(regenerate, tmp_path):
     assert counts["put_aside"] == {"prompt too long": 1, "rendered text": 1, "empty": 1}
     assert counts["ended_early"]["prompt too long"] == 1
     aside = [json.loads(line) for line in Path(made.uri, "rejected.jsonl").read_text().splitlines()]
-    assert [(it["line"], it["reason"]) for it in aside] == [
-        (12, "prompt too long"),
-        (13, "rendered text"),
-        (14, "empty"),
-    ]
+    reasons = ["prompt too long", "rendered text", "empty"]
+    assert [(it["line"], it["reason"]) for it in aside] == [*enumerate(reasons, 12)]
     page = Path(made.uri, "report.html").read_text()
     assert "gamma" in page
     assert "prompt too long" in page
@@ -306,10 +301,8 @@ def test_what_cannot_be_used_is_put_aside_with_its_line(regenerate, tmp_path):
 
 
 def test_limit_and_splits(regenerate, tmp_path):
-    given = {
-        "dataset_validation_split": str(tiny.write_jsonl(tmp_path / "held.jsonl", ROWS[:2])),
-        "regenerate_limit": 5,
-    }
+    held = tiny.write_jsonl(tmp_path / "held.jsonl", ROWS[:2])
+    given = {"dataset_validation_split": str(held), "regenerate_limit": 5}
     both = regenerate("both", **given)
     assert {split: counts["conversations"] for split, counts in both.splits.items()} == {"train": 5, "validation": 2}
     assert len(lines(both.uri, "validation")) == 2
@@ -340,20 +333,11 @@ def test_an_engine_that_dies_is_one_sentence_and_the_next_run_goes_on(regenerate
 
 
 def test_the_command_line(model, tmp_path):
-    from click.testing import CliRunner
-
-    from draft_model.cli import cli
-
     data = tiny.write_jsonl(tmp_path / "train.jsonl", ROWS[:2])
     options = [f"--{name}={value}" for name, value in {**GREEDY, "dataset_train_split": data}.items()]
-    done = CliRunner().invoke(
-        cli, ["regenerate", f"--model={model}", f"--output={tmp_path / 'out'}", *options], catch_exceptions=False
-    )
-    assert done.stdout.strip() == str(tmp_path / "out")
-    assert (
-        storage.read_manifest(str(tmp_path / "out"), stage="regenerate").properties["splits"]["train"]["conversations"]
-        == 2
-    )
+    words = ["regenerate", f"--model={model}", f"--output={tmp_path / 'out'}", *options]
+    assert CliRunner().invoke(cli, words, catch_exceptions=False).stdout.strip() == str(tmp_path / "out")
+    assert len(lines(tmp_path / "out")) == 2
 
 
 def test_the_pipelines_data_set_is_made_of_the_targets_answers(model, tmp_path, monkeypatch):
@@ -384,11 +368,7 @@ def test_the_pipelines_data_set_is_made_of_the_targets_answers(model, tmp_path, 
 def test_vllm_gives_the_answers_of_transformers(tmp_path, monkeypatch):
     """In float32 on a CPU: the same greedy answers, whatever batches they were in."""
     # vLLM's attention on a CPU has no heads smaller than 32.
-    source = tiny.write_target(tmp_path / "source", seed=3, head_dim=32)
-    settings = model_import.ImportConfig(
-        str(tmp_path / "model"), tmp_path / "w", Parameters(pytorch_model_path=str(source))
-    )
-    model = model_import.run(settings).uri
+    model = import_model(tmp_path, tiny.write_target(tmp_path / "source", seed=3, head_dim=32))
     data = tiny.write_jsonl(tmp_path / "train.jsonl", tiny.conversations(11))
     p = Parameters(
         dataset_train_split=str(data), **{**GREEDY, "regenerate_answers": "train", "max_rejected_fraction": 0.5}

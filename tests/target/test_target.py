@@ -48,21 +48,13 @@ def family(request, tmp_path_factory) -> Family:
     return Family(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def test_features_are_the_residual_streams_after_the_chosen_layers(family):
-    states = family.target.states(family.batch())
+def test_states_are_the_residual_streams_after_the_chosen_layers_and_the_normed_last_which_gives_the_logits(family):
     assert family.target.aux_layers == (2, LAYERS // 2, LAYERS - 3)
-    for tokens, state in zip(family.tokens, states, strict=True):
-        assert state.shape == (len(tokens), 4 * HIDDEN)
-        hidden = family.outputs(tokens).hidden_states
-        expected = torch.cat([hidden[layer][0] for layer in (2, 4, 5)], -1)
-        torch.testing.assert_close(state[:, : 3 * HIDDEN], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_the_last_states_are_normed_and_give_the_models_logits(family):
     for tokens, state in zip(family.tokens, family.target.states(family.batch()), strict=True):
         outputs = family.outputs(tokens)
+        expected = torch.cat([outputs.hidden_states[layer][0] for layer in (2, 4, 5, -1)], -1)
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-4)
         final = state[:, 3 * HIDDEN :]
-        torch.testing.assert_close(final, outputs.hidden_states[-1][0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(family.target.logits(final), outputs.logits[0], rtol=1e-4, atol=1e-4)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import tiny
+from safetensors.torch import load_file, save_file
 
 from draft_model import dataset, model_import, storage
 from draft_model.parameters import Parameters
@@ -41,11 +43,7 @@ class Inputs:
 
 def make_inputs(folder: Path) -> Inputs:
     """The stages before the training, on a tiny target."""
-    source = tiny.write_target(folder / "source")
-    imported = model_import.ImportConfig(
-        str(folder / "model"), folder / "work", Parameters(pytorch_model_path=str(source))
-    )
-    model = model_import.run(imported).uri
+    model = import_model(folder, tiny.write_target(folder / "source"))
     draft_config = folder / "draft.json"
     draft_config.write_text(json.dumps({"draft_vocab_size": DRAFT_VOCABULARY}))
     rows = tiny.conversations(CONVERSATIONS)
@@ -64,6 +62,12 @@ def make_inputs(folder: Path) -> Inputs:
     )
 
 
+def import_model(folder: Path, source: Path) -> str:
+    """The import stage on a Transformers folder; gives the URI of what it wrote."""
+    p = Parameters(pytorch_model_path=str(source))
+    return model_import.run(model_import.ImportConfig(str(folder / "model"), folder / "work", p)).uri
+
+
 def build_dataset(folder: Path, model: str, rows: list[dict], **parameters: str) -> str:
     """The dataset stage on some conversations; gives the URI of what it built."""
     folder.mkdir(exist_ok=True)
@@ -74,6 +78,26 @@ def build_dataset(folder: Path, model: str, rows: list[dict], **parameters: str)
         **parameters,
     )
     return dataset.run(dataset.DatasetConfig(model, str(folder / "built"), given, folder / "work")).uri
+
+
+def changed(uri: str, to: Path, change) -> str:
+    """A copy of a stage's folder that `change` has worked on, and that is whole again."""
+    manifest, folder = storage.read_manifest(uri), shutil.copytree(uri, to)
+    change(folder)
+    storage.publish(folder, str(folder), stage=manifest.stage, properties=manifest.properties)
+    return str(folder)
+
+
+def with_weight(model: str, to: Path, name: str, row: int, value: float) -> str:
+    """A copy of an imported target, a row of one of whose weights has this value."""
+
+    def change(folder):
+        (weights,) = folder.glob("*.safetensors")
+        tensors = load_file(weights)
+        tensors[name][row] = value
+        save_file(tensors, weights, metadata={"format": "pt"})
+
+    return changed(model, to, change)
 
 
 @dataclass(frozen=True)

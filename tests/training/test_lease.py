@@ -4,14 +4,13 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import uuid
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -26,7 +25,6 @@ from draft_model.training.trainer import Interrupted
 from training.case import Trained, when_logged
 from training.processes import start, train_all, train_killed_in
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 SHORT = 0.4
 """Seconds that a lease of these tests holds."""
 
@@ -128,15 +126,6 @@ def test_of_two_that_take_over_at_once_one_does(place, short, elsewhere, monkeyp
         both["one"].acquire()
     assert found == {"two": True}
     assert held(place)["run_id"] == "two"
-
-
-def test_a_killed_run_of_this_machine_is_known_to_be_gone(tmp_path):
-    command = "import os, signal, sys; from draft_model.training.lease import Lease; "
-    command += "Lease(sys.argv[1], 'killed').acquire(); os.kill(os.getpid(), signal.SIGKILL)"
-    assert subprocess.run([sys.executable, "-c", command, str(tmp_path)], env=ENVIRONMENT).returncode == -9
-    begun = time.monotonic()
-    with hold(str(tmp_path), "next", outermost=True):
-        assert time.monotonic() - begun < lease.SECONDS / lease.RENEWALS
 
 
 @pytest.mark.parametrize("request_", ["create", "replace"])
@@ -252,15 +241,11 @@ def test_a_run_without_resume_begins_anew_and_its_attempts_go_on_from_its_own(tr
     assert f"resumed from {place}/epoch_2 at step 6" in caplog.text
 
 
-def train_with_a_short_lease(config):
-    lease.SECONDS = SHORT
-    return train_all([config], [0])
-
-
-def test_a_killed_runs_lease_runs_out_and_the_next_run_goes_on(train, plain, tmp_path):
+def test_a_killed_run_of_this_machine_is_known_to_be_gone_and_the_next_run_goes_on(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=time.monotonic, sleep=None))  # it waits for nothing
     place, log = str(tmp_path / "shared"), tmp_path / "log"
     config = replace(train.config(checkpoint_path=place, num_epochs=8, eval_interval=8), run_id="killed")
-    process = start(train_with_a_short_lease, config.to_json(), log=log)
+    process = start(train_all, [config.to_json()], [0], log=log)
     while not (log.exists() and "checkpoint epoch_1: " in log.read_text()):
         assert process.is_alive(), log.read_text()
         time.sleep(0.005)
@@ -272,14 +257,15 @@ def test_a_killed_runs_lease_runs_out_and_the_next_run_goes_on(train, plain, tmp
     assert held(place) is None
 
 
+def give_to_another(place):
+    (place / "lease.json").write_text(json.dumps({"run_id": "other", "processes": [{"name": "there:1"}]}))
+
+
 def test_a_run_whose_lease_went_to_another_stops_and_writes_nothing_more(train, tmp_path):
     place = tmp_path / "shared"
 
-    def take_over():
-        (place / "lease.json").write_text(json.dumps({"run_id": "other", "processes": [{"name": "there:1"}]}))
-
     lost = pytest.raises(DraftModelError, match="belongs to run other")
-    with when_logged("checkpoint epoch_1: ", take_over), lost as caught:
+    with when_logged("checkpoint epoch_1: ", partial(give_to_another, place)), lost as caught:
         train(checkpoint_path=str(place))
     assert json.loads((place / "checkpoints.json").read_text()) == ["epoch_1"]
     assert held(str(place))["run_id"] == "other"
@@ -294,8 +280,7 @@ def test_a_holder_that_paused_within_an_upload_publishes_nothing(train, tmp_path
     def overtaken(folder, path, record):
         put(folder, path, record)
         if folder.uri.endswith(late):
-            write = {"run_id": "other", "processes": [{"name": "there:1"}]}
-            (place / "lease.json").write_text(json.dumps(write))
+            give_to_another(place)
 
     monkeypatch.setattr(LocalFolder, "put", overtaken)
     with pytest.raises(DraftModelError, match="belongs to run other"):

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from draft_model import storage
 from draft_model.dataset.tokens import Split
 from draft_model.errors import DraftModelError
 from draft_model.training.order import plan_steps
-from training.case import QUICK
+from training.case import QUICK, with_weight
 
 
 @pytest.fixture
@@ -24,19 +23,8 @@ def poisoned(inputs, tmp_path):
     users = Counter(token for row in split for token in {int(token) for token in row.input_ids})
     token = next(token for token, count in users.items() if count == 1 and token not in known)
     (index,) = (i for i, row in enumerate(split) if token in row.input_ids)
-    manifest = storage.read_manifest(inputs.model)
-    folder = storage.fetch(inputs.model, tmp_path / "unused")
-    poisoned = tmp_path / "poisoned"
-    poisoned.mkdir()
-    for path in folder.iterdir():
-        if path.is_file() and path.name != storage.MANIFEST:
-            (poisoned / path.name).write_bytes(path.read_bytes())
-    (weights,) = poisoned.glob("*.safetensors")
-    tensors = load_file(weights)
-    tensors["model.embed_tokens.weight"][token] = 3e38  # finite, but its gradient is not
-    save_file(tensors, weights, metadata={"format": "pt"})
-    storage.publish(poisoned, str(poisoned), stage=manifest.stage, properties=manifest.properties)
-    return str(poisoned), split, index
+    # Finite, but its gradient is not.
+    return with_weight(inputs.model, tmp_path / "poisoned", "model.embed_tokens.weight", token, 3e38), split, index
 
 
 def test_a_step_without_a_finite_loss_is_skipped_and_counted(train, poisoned, caplog):
@@ -45,6 +33,7 @@ def test_a_step_without_a_finite_loss_is_skipped_and_counted(train, poisoned, ca
     plan = list(islice(plan_steps(split.lengths, QUICK["draft_global_batch_size"], 0), 13))
     bad = [number for number, step in enumerate(plan, 1) if index in step.conversations]
     assert bad
+    assert [split.line(index) for index in range(len(split))] == list(range(1, len(split) + 1))
     assert [record["step"] for record in trained.record["skipped"]] == bad
     for record in trained.record["skipped"]:
         assert split.line(index) in record["lines"]
@@ -70,8 +59,3 @@ def test_losses_that_are_no_numbers_again_and_again_end_the_training(train, inpu
     assert told.startswith(f"training: steps {first} to {first + 4} had no finite loss and gradient")
     assert f"lines {lines}" in told
     assert "lower learning_rate" in told
-
-
-def test_a_conversation_knows_its_line(inputs):
-    split = Split(Path(inputs.dataset) / "train")
-    assert [split.line(index) for index in range(len(split))] == list(range(1, len(split) + 1))

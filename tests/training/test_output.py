@@ -13,7 +13,7 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from storage.relay import Relay
 
 from draft_model import storage
@@ -25,7 +25,7 @@ from draft_model.training import output as outputs
 from draft_model.training.job import read_resumed
 from draft_model.training.output import Output
 from draft_model.training.prepare import fetch_inputs
-from training.case import when_logged
+from training.case import changed, when_logged, with_weight
 from training.processes import start, train_killed_in
 
 
@@ -68,11 +68,9 @@ def test_the_best_on_the_validation_split_stays_and_becomes_final_and_the_last_s
 
 
 def test_the_best_needs_a_validation_split(train, inputs, tmp_path):
-    manifest = storage.read_manifest(inputs.dataset)
-    folder = shutil.copytree(inputs.dataset, tmp_path / "unvalidated", ignore=shutil.ignore_patterns("validation"))
-    storage.publish(folder, str(folder), stage=manifest.stage, properties=manifest.properties)
+    dataset = changed(inputs.dataset, tmp_path / "copy", lambda to: shutil.rmtree(to / "validation"))
     with pytest.raises(DraftModelError, match=r"final_checkpoint: given 'best'.*use 'last'"):
-        train(dataset=str(folder), final_checkpoint="best")
+        train(dataset=dataset, final_checkpoint="best")
 
 
 def test_a_damaged_newest_is_not_all_that_is_left(train, plain, tmp_path):
@@ -207,7 +205,8 @@ def test_checkpoints_are_found_without_their_index(train, plain, tmp_path, caplo
 
 def test_an_index_cannot_name_other_folders(tmp_path):
     (tmp_path / "checkpoints.json").write_text(json.dumps(["epoch_1", "../other", "/etc", "epoch_1/x", 7]))
-    assert Output(str(tmp_path), tmp_path).names() == ["epoch_1"]
+    output = Output(str(tmp_path), tmp_path, newest=1, best=True)
+    assert (output.names(), output.best()) == (["epoch_1"], None)
 
 
 def test_a_full_disk_is_a_sentence_and_what_a_killed_attempt_left_is_swept(train, monkeypatch, tmp_path):
@@ -227,15 +226,9 @@ def test_a_full_disk_is_a_sentence_and_what_a_killed_attempt_left_is_swept(train
 
 
 def test_a_target_of_nan_is_refused_before_the_first_step(train, inputs, tmp_path):
-    manifest = storage.read_manifest(inputs.model)
-    folder = shutil.copytree(inputs.model, tmp_path / "nan")
-    (weights,) = folder.glob("*.safetensors")
-    tensors = load_file(weights)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, weights, metadata={"format": "pt"})
-    storage.publish(folder, str(folder), stage=manifest.stage, properties=manifest.properties)
+    model = with_weight(inputs.model, tmp_path / "nan", "model.layers.1.mlp.up_proj.weight", 3, float("nan"))
     with pytest.raises(DraftModelError, match=r"its weight model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
-        train(model=str(folder))
+        train(model=model)
 
 
 def test_the_first_process_of_a_machine_verifies_the_inputs_and_the_others_trust_it(train, inputs, monkeypatch):
@@ -289,8 +282,3 @@ def test_a_start_that_another_machine_caused_looks_for_checkpoints_again(train, 
     job.run(config)
     assert "inputs.json" in known[0]
     assert "resumed.json" not in known[0]
-
-
-def test_the_best_of_none_is_none(tmp_path):
-    (tmp_path / "checkpoints.json").write_text(json.dumps(["epoch_1"]))
-    assert Output(str(tmp_path), tmp_path, newest=1, best=True).best() is None

@@ -97,14 +97,15 @@ def test_activations_are_about_those_that_autograd_keeps(changes, tokens, steps)
     assert 0.75 * expected < kept < 1.35 * expected + weights
 
 
+def planned(name, gpus=1, cluster=CLUSTER, work=WORK, **parameters):
+    """The plan for a target of docs/targets."""
+    config = plan.read_config(str(DOCS / f"targets/{name}.json"))
+    p = Parameters(number_of_gpu_to_use_draft_model_training=gpus, **parameters)
+    return plan.make_plan(config, plan.draft_of(config, p), p, cluster, work)
+
+
 def test_a_target_in_parts_needs_less_of_each_gpu_and_the_rest_stays():
-    config = plan.read_config(str(DOCS / "targets/llama-3.3-70b.json"))
-    draft = draft_config_for(config)
-    made = {
-        tp: plan.make_plan(config, draft, Parameters(tp_size=tp, number_of_gpu_to_use_draft_model_training=8),
-                           CLUSTER, WORK)
-        for tp in (4, 8)
-    }  # fmt: skip
+    made = {tp: planned("llama-3.3-70b", 8, tp_size=tp) for tp in (4, 8)}
     assert made[4].memory["target, layers / tp_size"] == 2 * made[8].memory["target, layers / tp_size"]
     assert made[4].memory["target, embedding and head"] == made[8].memory["target, embedding and head"]
     assert made[8].fits
@@ -112,32 +113,22 @@ def test_a_target_in_parts_needs_less_of_each_gpu_and_the_rest_stays():
 
 
 def test_copies_that_do_not_fit_are_spread_at_the_price_of_the_network():
-    config = plan.read_config(str(DOCS / "targets/llama-3.3-70b.json"))
-    draft = draft_config_for(config)
-    p = Parameters(number_of_gpu_to_use_draft_model_training=8, draft_global_batch_size=32, training_batch_size=2)
-    spread, alone = (
-        plan.make_plan(config, draft, p.model_copy(update={"number_of_gpu_to_use_draft_model_training": gpus}),
-                       CLUSTER, WORK)
-        for gpus in (8, 1)
-    )  # fmt: skip
+    sizes = {"draft_global_batch_size": 32, "training_batch_size": 2}
+    spread, alone = (planned("llama-3.3-70b", gpus, **sizes) for gpus in (8, 1))
     assert (spread.fits, alone.fits) == (True, False)
     layers = alone.memory["target, layers / tp_size"]
     assert spread.memory["target, layers / (tp_size x dp_size)"] == layers / 8
     assert spread.memory["target, gathered"] == pytest.approx(2 * layers / 80)
     assert spread.gathered == pytest.approx(2 * layers * 7 / 8)  # 32 conversations: two passes of each GPU
     assert (spread.tensor_parallel, alone.gathered) == (0, 0)
-    assert any("FSDP" in value for _, value in plan.rows_of(spread, p, CLUSTER))
+    assert any("FSDP" in value for _, value in plan.rows_of(spread, Parameters(**sizes), CLUSTER))
 
 
 def test_twice_the_gpus_are_twice_as_fast_on_paper_and_nothing_is_sent_by_one():
-    config = plan.read_config(str(DOCS / "targets/llama-3.1-8b.json"))
-    draft = draft_config_for(config)
-    one, two = (
-        plan.make_plan(config, draft, Parameters(number_of_gpu_to_use_draft_model_training=n), CLUSTER, WORK)
-        for n in (1, 2)
-    )
+    one, two = (planned("llama-3.1-8b", gpus) for gpus in (1, 2))
     assert one.seconds_per_million == pytest.approx(2 * two.seconds_per_million)
     assert one.reduction == 0
+    draft = draft_config_for(plan.read_config(str(DOCS / "targets/llama-3.1-8b.json")))
     assert two.reduction == pytest.approx(4 * drafts.family("eagle3").costs(draft, 7).parameters)
 
 
@@ -155,12 +146,9 @@ def of_memory(made, *names):
 def row_of(name, *layout):
     """A line of the table in docs/scaling.md."""
     gpus, tp, at_once, micro, batch = layout
-    p = Parameters(
-        number_of_gpu_to_use_draft_model_training=gpus, tp_size=tp, draft_micro_batch_size=micro,
-        training_batch_size=at_once, draft_global_batch_size=batch,
-    )  # fmt: skip
-    config = plan.read_config(str(DOCS / f"targets/{name}.json"))
-    made = plan.make_plan(config, plan.draft_of(config, p), p, CLUSTER, WORK)
+    made = planned(
+        name, gpus, tp_size=tp, draft_micro_batch_size=micro, training_batch_size=at_once, draft_global_batch_size=batch
+    )
     target = of_memory(made, "target, layers", "target, gathered", "target, embedding")
     draft, total = of_memory(made, "draft, weights"), sum(made.memory.values())
     words = plan.bytes_in_words
@@ -232,14 +220,14 @@ def test_it_says_whether_the_evaluations_gpus_hold_the_target(gpus, expected):
 
 
 def test_a_conversation_of_32_k_tokens_fits_80_gb_since_gate_and_up_are_computed_again():
-    config = plan.read_config(str(DOCS / "targets/llama-3.1-8b.json"))
-    draft = draft_config_for(config)
-    p = Parameters(max_length=32768, training_batch_size=1)
-    made = plan.make_plan(config, draft, p, plan.Cluster(80e9, 989e12, 0.5, 50e9), plan.Workload(32768, 1.0))
+    made, roomy = (
+        planned("llama-3.1-8b", cluster=replace(CLUSTER, memory=memory), work=plan.Workload(32768, 1.0),
+                max_length=32768, training_batch_size=1)
+        for memory in (80e9, 160e9)
+    )  # fmt: skip
     assert made.fits
-    both = p.ttt_length * 2 * draft.intermediate_size * 2 * p.max_length
+    both = 7 * 2 * 14336 * 2 * 32768  # steps, gate and up, width, bytes, tokens
     assert both > 80e9 / 8
-    roomy = plan.make_plan(config, draft, p, plan.Cluster(160e9, 989e12, 0.5, 50e9), plan.Workload(32768, 1.0))
     name = "draft, activations of a micro-batch"
     assert roomy.memory[name] - made.memory[name] == pytest.approx(both)
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -44,16 +43,6 @@ def position(checkpoint):
 def cut(path, size=-10):
     """Damages a file: its last bytes are lost."""
     path.write_bytes(path.read_bytes()[:size])
-
-
-@pytest.fixture
-def two_epochs(plain, tmp_path):
-    """A copy of the undisturbed training's output as it was after two epochs."""
-    output = shutil.copytree(plain.output, tmp_path / "two_epochs")
-    for name in ("epoch_3", "epoch_4", "final"):
-        shutil.rmtree(output / name)
-    (output / "checkpoints.json").write_text('["epoch_1", "epoch_2"]')
-    return output
 
 
 @pytest.mark.parametrize("step", [1, 5, 12])
@@ -139,15 +128,12 @@ def test_nothing_to_resume_from_is_told(train, two_epochs):
         train(str(two_epochs), resume="true")
 
 
-def test_an_empty_output_goes_on_from_the_checkpoint_that_is_named(train, two_epochs, plain):
-    resumed = train(resume="true", resume_from_checkpoint=str(two_epochs / "epoch_2"))
+def test_an_empty_output_goes_on_from_the_checkpoint_that_is_named(train, two_epochs, plain, caplog):
+    resumed = train(resume="true", resume_from_checkpoint=str(two_epochs / "epoch_1"))
     assert resumed.losses == plain.losses
-    assert resumed.checkpoints == ["epoch_3", "epoch_4"]
-
-
-def test_the_outputs_own_checkpoint_comes_before_the_one_that_is_named(train, two_epochs, plain, caplog):
-    elsewhere = str(Path(plain.output) / "epoch_1")
-    train(str(two_epochs), resume="true", resume_from_checkpoint=elsewhere)
+    assert resumed.checkpoints == ["epoch_2", "epoch_3", "epoch_4"]
+    assert "at step 3 of 13" in caplog.text
+    train(str(two_epochs), resume="true", resume_from_checkpoint=f"{plain.output}/epoch_1")  # its own comes before it
     assert "at step 6 of 13" in caplog.text
 
 
@@ -156,40 +142,27 @@ def test_a_draft_without_training_state_cannot_be_resumed(train, plain):
         train(resume="true", resume_from_checkpoint=plain.result.final)
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"seed": 3}, "resume: seed is 3 now and was 0"),
-        ({"draft_global_batch_size": 8}, "resume: draft_global_batch_size is 8 now and was 4"),
-    ],
-)
-def test_a_position_that_would_mean_something_else_is_refused(train, two_epochs, settings, named):
-    with pytest.raises(DraftModelError, match=named) as caught:
-        train(str(two_epochs), resume="true", **settings)
-    assert "resume=false with resume_from_checkpoint" in str(caught.value)
+def test_a_position_that_would_mean_something_else_is_refused_and_all_that_differs_is_named(train, inputs, two_epochs):
+    with pytest.raises(DraftModelError) as caught:
+        train(str(two_epochs), resume="true", dataset=inputs.other, seed=3, draft_global_batch_size=8)
+    seed, batch, dataset = caught.value.problems
+    assert seed.startswith("resume: seed is 3 now and was 0")
+    assert batch.startswith("resume: draft_global_batch_size is 8 now and was 4")
+    assert dataset.startswith("resume: the data set is ")
+    assert "resume=false with resume_from_checkpoint" in seed
     assert json.loads((two_epochs / "checkpoints.json").read_text()) == ["epoch_1", "epoch_2"]
 
 
-def test_all_that_differs_is_named_at_once(train, inputs, two_epochs):
-    with pytest.raises(DraftModelError) as caught:
-        train(str(two_epochs), resume="true", dataset=inputs.other, seed=3)
-    assert [problem.split(" is ")[0] for problem in caught.value.problems] == ["resume: seed", "resume: the data set"]
-
-
-def test_a_fresh_training_forgets_the_checkpoints_of_the_one_before(train, plain, tmp_path):
-    output = str(shutil.copytree(plain.output, tmp_path / "used"))
-    fresh = train(output, num_epochs=1, seed=5)
-    assert fresh.checkpoints == ["epoch_1"]
-    assert not storage.exists(f"{output}/epoch_4")
-    assert list(fresh.losses) == [1, 2, 3]
-    resumed = train(output, num_epochs=2, seed=5, resume="true")
-    assert list(resumed.losses) == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_fresh_training_that_dies_early_leaves_nothing_of_the_one_before(train, plain, tmp_path):
+def test_a_fresh_training_forgets_the_checkpoints_of_the_one_before_even_if_it_dies_early(train, plain, tmp_path):
     output = str(shutil.copytree(plain.output, tmp_path / "used"))
     with when_logged("step 1, ", crash), pytest.raises(Crash):
         train(output)
     with pytest.raises(DraftModelError, match="no whole checkpoint"):
         train(output, resume="true")
     assert not storage.exists(f"{output}/final")
+    fresh = train(output, num_epochs=1, seed=5)
+    assert fresh.checkpoints == ["epoch_1"]
+    assert not storage.exists(f"{output}/epoch_4")
+    assert list(fresh.losses) == [1, 2, 3]
+    resumed = train(output, num_epochs=2, seed=5, resume="true")
+    assert list(resumed.losses) == [1, 2, 3, 4, 5, 6]

@@ -15,7 +15,6 @@ from safetensors import safe_open
 from draft_model import storage
 from draft_model.dataset import Split, load_vocabulary
 from draft_model.errors import DraftModelError
-from draft_model.training import TrainConfig
 from draft_model.training.optimizer import learning_rate
 from draft_model.training.order import plan_steps
 from training.case import DRAFT_VOCABULARY, QUICK, build_dataset
@@ -240,8 +239,3 @@ def test_model_data_set_and_output_may_lie_in_object_storage(train, inputs, obje
     assert storage.fetch(resumed.result.final, tmp_path / "final").joinpath("model.safetensors").is_file()
     # A longer schedule than at first gives other rates, so only what was trained before must agree.
     assert all(resumed.losses[step] == trained.losses[step] for step in trained.losses)
-
-
-def test_a_configuration_survives_the_way_to_another_process(train):
-    config = train.config(seed=7, resume="true")
-    assert TrainConfig.from_json(config.to_json()) == config

@@ -11,12 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from draft_model import storage
 from draft_model.dataset import load_vocabulary
 from draft_model.errors import DraftModelError
 from draft_model.training.checkpoint import read_checkpoint
 from draft_model.training.optimizer import learning_rate
-from training.case import QUICK
+from training.case import QUICK, changed
 
 
 @pytest.fixture
@@ -213,16 +212,10 @@ def test_a_draft_of_other_maths_is_refused_by_name(train, served, tmp_path):
         train(resume_from_checkpoint=str(folder))
 
 
-def test_the_checkpoints_vocabulary_wins_when_resuming_too(train, plain, inputs, tmp_path):
+def test_the_checkpoints_vocabulary_wins_when_resuming_too(train, plain, inputs, tmp_path, two_epochs):
     """The data set is the same but for its vocabulary file, which an overwriting trainer would believe."""
-    manifest = storage.read_manifest(inputs.dataset)
-    changed = shutil.copytree(inputs.dataset, tmp_path / "changed")
-    shutil.copyfile(Path(inputs.other) / "vocabulary.safetensors", changed / "vocabulary.safetensors")
-    storage.publish(changed, str(changed), stage=manifest.stage, properties=manifest.properties)
-    output = shutil.copytree(plain.output, tmp_path / "two_epochs")
-    for name in ("epoch_3", "epoch_4", "final"):
-        shutil.rmtree(output / name)
-    (output / "checkpoints.json").write_text('["epoch_1", "epoch_2"]')
-    resumed = train(str(output), dataset=str(changed), resume="true")
+    name = "vocabulary.safetensors"
+    other = changed(inputs.dataset, tmp_path / "changed", lambda to: shutil.copy(f"{inputs.other}/{name}", to / name))
+    resumed = train(str(two_epochs), dataset=other, resume="true")
     assert resumed.losses == plain.losses
     assert resumed.read("final/model.safetensors") == plain.read("final/model.safetensors")

@@ -26,10 +26,13 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import reduce
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from draft_model.errors import DraftModelError
 from draft_model.processes import ROOT, end_with_parent
+
+if TYPE_CHECKING:
+    from typing import Self  # not in every engine's Python
 
 PYTHON = "DRAFT_MODEL_ENGINE_PYTHON"  # environment variable: the Python that has the engine; not set: this one
 TIME_LIMIT = 2 * 3600  # seconds that one process may take
@@ -202,12 +205,14 @@ class Process:
     `engine` is a module of this package that reads the job and answers; after time_limit seconds it is ended.
     """
 
+    enlarge, lower = "number_of_gpu_to_use_evaluation", "evaluation_max_new_tokens and evaluation_batch_sizes"
+    """Parameters to change where memory does not suffice."""
+
     def __init__(
         self, engine: str, job: Any, time_limit: float = TIME_LIMIT, environment: Mapping[str, str] | None = None
     ) -> None:
-        self.name, self._evaluates = "regenerate_answers: vllm", isinstance(job, Job)
-        if self._evaluates:
-            self.name = f"evaluation_engine: {engine} {'with the draft' if job.draft else 'with the target alone'}"
+        draft = getattr(job, "draft", "")
+        self.name = f"evaluation_engine: {engine} with the {'draft' if draft else 'target alone'}"
         self._log: deque[str] = deque(maxlen=400)
         self._late, self._limit = False, time_limit
         # This package alone: what is installed beside it is not for the engine, which may be another Python's.
@@ -227,7 +232,7 @@ class Process:
             thread.start()
         self.send(asdict(job))
 
-    def __enter__(self) -> Process:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -257,14 +262,13 @@ class Process:
                 f"{self.name} took longer than {self._limit / 60:.0f} minutes; lower evaluation_conversations or "
                 "evaluation_max_new_tokens"
             )
-        raise DraftModelError(f"{self.name} {explain(code, ''.join(self._log), evaluates=self._evaluates)}")
+        raise DraftModelError(f"{self.name} {explain(code, ''.join(self._log), self.enlarge, self.lower)}")
 
     def measure(self) -> Measured:
         """Decodes all prompts of the job."""
         values = self.ask("measure")
-        counts, sampled = values["counts"], values["sampled"]
-        sampled = Counts(**sampled) if sampled else None
-        return Measured(**{**values, "counts": [Counts(**its) for its in counts], "sampled": sampled})
+        sampled = values["sampled"] and Counts(**values["sampled"])
+        return Measured(**{**values, "counts": [Counts(**its) for its in values["counts"]], "sampled": sampled})
 
     def send(self, value: Any) -> None:
         """Sends a JSON value."""
@@ -306,21 +310,15 @@ _ERROR = re.compile(
 _CONSEQUENCE = re.compile(r"initialization failed|EngineDeadError|See (?:root cause above|stack trace)")
 
 
-def explain(code: int, log: str, *, evaluates: bool = True) -> str:
-    """Why a process ended with an exit status (negative: a signal) and these last lines of its log, as half a sentence.
-
-    `evaluates`: whether the parameters to change are the evaluation's, or a regeneration's.
-    """
+def explain(code: int, log: str, enlarge: str, lower: str) -> str:
+    """Why a process ended with an exit status (negative: a signal) and these last lines of its log; half a sentence."""
     log = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", log)
     causes = [
         f"{kind.rpartition('.')[2]}: {text}" for kind, text in _ERROR.findall(log) if not _CONSEQUENCE.search(text)
     ]
     if _MEMORY.search(log) or code == -signal.SIGKILL:
         reason = next((cause for cause in reversed(causes) if _MEMORY.search(cause)), f"exit status {code}")
-        gpus, lower = "number_of_gpu_to_use_evaluation", "evaluation_max_new_tokens and evaluation_batch_sizes"
-        if not evaluates:
-            gpus, lower = "tp_size", "max_length"
-        return f"ran out of memory ({reason}); use larger GPUs or a higher {gpus}, or lower {lower}"
+        return f"ran out of memory ({reason}); use larger GPUs or a higher {enlarge}, or lower {lower}"
     if causes:
         return f"failed: {causes[-1]}"
     if code < 0:
@@ -328,12 +326,17 @@ def explain(code: int, log: str, *, evaluates: bool = True) -> str:
     return f"failed with exit status {code}: {(log.strip().splitlines() or ['it wrote no log'])[-1]}"
 
 
-def end_all_with_parent() -> Callable[..., None]:
-    """Ends an engine's process with the one that started it; returns what ends it, and all that the engine started."""
-    end: Callable[..., None] = lambda *_: os.killpg(0, signal.SIGKILL)  # noqa: E731  # or it keeps the GPU's memory
-    signal.signal(signal.SIGTERM, end)
-    end_with_parent()
-    return end
+def begin() -> TextIO:
+    """Begins an engine's process, which ends with the one that started it; returns where its answers go."""
+    signal.signal(signal.SIGTERM, _end_all)
+    end_with_parent()  # the end of the input is not seen while the engine loads
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the engine prints is its log
+    return answers
+
+
+def _end_all(*_: object) -> None:
+    os.killpg(0, signal.SIGKILL)  # what the engine started too, or it keeps the GPU's memory
 
 
 class Engine(ABC):
@@ -375,12 +378,10 @@ def serve(load: Callable[[Any], Any], job: type = Job) -> None:
 
     `load` makes the engine of a job.
     """
-    end = end_all_with_parent()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the engine prints is its log
+    answers = begin()
     engine = load(job(**json.loads(sys.stdin.readline())))
     for line in sys.stdin:
         method, *arguments = json.loads(line)
         answer = getattr(engine, method)(*arguments)
         print(json.dumps(asdict(answer) if is_dataclass(answer) else answer), file=answers, flush=True)  # type: ignore[arg-type]
-    end()
+    _end_all()

@@ -6,10 +6,10 @@ A conversation's next prompt goes in as soon as its answer is there; nothing wai
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 from dataclasses import asdict, dataclass
+from itertools import chain
 from queue import SimpleQueue
 
 from draft_model import engine as engines
@@ -56,19 +56,21 @@ class Answer:
     finish: str  # stop, or length where it was cut
 
 
-class VllmGenerator:
-    """A process that generates; `close` ends it. `devices` is its CUDA_VISIBLE_DEVICES; None leaves it."""
+class VllmGenerator(engines.Process):
+    """A process that generates. `devices` is its CUDA_VISIBLE_DEVICES; None leaves it."""
 
     in_flight = 1280  # conversations at once: more than the 1,024 that vLLM batches by default on the largest GPUs
     continuous = True
+    enlarge, lower = "tp_size", "max_length"
 
     def __init__(self, settings: Settings, devices: str | None = None) -> None:
         environment = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
-        self._process = engines.Process("generate", settings, threading.TIMEOUT_MAX, environment)
+        super().__init__("generate", settings, threading.TIMEOUT_MAX, environment)
+        self.name = "regenerate_answers: vllm"
 
     def submit(self, request: Request) -> None:
         """Sends a prompt; its answer comes in any order."""
-        self._process.send(asdict(request))
+        self.send(asdict(request))
 
     def next(self) -> Answer:
         """Waits for the next answer.
@@ -76,27 +78,20 @@ class VllmGenerator:
         Raises:
             DraftModelError: when the process has failed; says why.
         """
-        return Answer(**self._process.receive())
-
-    def close(self) -> None:
-        """Ends the process and what it has started."""
-        self._process.__exit__()
+        return Answer(**self.receive())
 
 
 def main() -> None:
     """Generates until the standard input ends, which it does with the process that started this one."""
     from draft_model.engine.vllm import set_variables
 
-    engines.end_all_with_parent()  # the end of the input is not seen while it loads
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints is its log
+    answers = engines.begin()
     settings = json.loads(sys.stdin.readline())
-    requests: SimpleQueue[str | None] = SimpleQueue()
+    requests: SimpleQueue[str] = SimpleQueue()
 
     def receive() -> None:
-        for line in sys.stdin:
+        for line in chain(sys.stdin, [""]):
             requests.put(line)
-        requests.put(None)
 
     threading.Thread(target=receive, daemon=True).start()
     set_variables(settings["gpus"])
@@ -112,8 +107,7 @@ def main() -> None:
     while True:
         busy = engine.has_unfinished_requests()
         while not busy or not requests.empty():
-            line = requests.get()
-            if line is None:
+            if not (line := requests.get()):
                 return
             request = Request(**json.loads(line))
             params = SamplingParams(
@@ -130,8 +124,7 @@ def main() -> None:
                 if output.finish_reason == "stop" and tokens and tokens[-1] in settings["end_tokens"]:
                     tokens.pop()
                 answer = Answer(int(done.request_id), tokens, output.finish_reason or "length")
-                answers.write(json.dumps(asdict(answer)) + "\n")
-                answers.flush()
+                print(json.dumps(asdict(answer)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The evaluation stage: how many tokens the draft saves, and that it changes none."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from draft_model.parameters import Parameters
@@ -23,11 +23,7 @@ class EvaluateResult:
     """What an evaluation leaves."""
 
     final: str  # URI of the draft, with report.html, evaluation.json and README.md beside it
-    measured: bool = False  # whether there were prompts to measure on
-    acceptance_length: float = 0.0  # tokens per forward pass of the target, with the trained draft
-    untrained_acceptance_length: float = 0.0  # with the same draft before training
-    acceptance_by_position: Sequence[float] = ()  # share of rounds that kept the k-th proposal, [K]
-    compared_tokens: int = 0  # tokens that were found equal to the target's own
+    metrics: Mapping[str, float] = field(default_factory=dict)  # as the step shows them; none without a prompt
 
 
 def run(config: EvaluateConfig) -> EvaluateResult:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draft_model.drafts import family_of
+from draft_model.entrypoint import printable
 from draft_model.markdown import render
 
 if TYPE_CHECKING:
@@ -80,16 +81,10 @@ def write_card(path: Path, training: Json, evaluation: Json | None, dataset: Jso
     ModelCard(f"---\n{header.to_yaml()}\n---\n{body}").save(path)
 
 
-def markup(text: object) -> str:
-    """Text that rich prints as it is: its markup escaped, control characters replaced."""
-    from rich.markup import escape
-
-    return escape("".join(c if c.isprintable() or c == " " else "\N{REPLACEMENT CHARACTER}" for c in str(text)))
-
-
-def print_summary(final: Path, folder: Path) -> None:
+def print_summary(final: Path) -> None:
     """Prints what a local run reached, and what to type next; `final` is the folder of the draft."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(emoji=False)
@@ -125,12 +120,11 @@ def print_summary(final: Path, folder: Path) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, markup(value))
+        table.add_row(name, escape(printable(value)))
     console.print(table)
     hub_id, revision = hub_source(training)
     target = hub_id or source
-    proposals = best_proposals(training, evaluation)
-    commands = serve_commands(target, revision, str(final), proposals, family)
+    commands = serve_commands(target, revision, str(final), best_proposals(training, evaluation), family)
     steps = {"open the report": str(final / "report.html")}
     steps |= {f"serve it in {engine}": command for engine, command in commands.items()}
     if (tracking := os.environ.get("MLFLOW_TRACKING_URI", "")).startswith("sqlite:"):
@@ -142,4 +136,4 @@ def print_summary(final: Path, folder: Path) -> None:
     steps["run on a cluster"] = "upload kfp_pipeline/compiled/pipeline_draft_model.yaml in the KFP UI"
     console.print("\n[bold]Next[/bold]")
     for what, command in steps.items():
-        console.print(f"  {what:<19} {markup(command)}", soft_wrap=True, highlight=False)
+        console.print(f"  {what:<19} {escape(printable(command))}", soft_wrap=True, highlight=False)

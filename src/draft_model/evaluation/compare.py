@@ -12,7 +12,6 @@ from draft_model import storage
 from draft_model.drafts.base import check_proposals
 from draft_model.engine import compare_replies
 from draft_model.errors import DraftModelError
-from draft_model.evaluation.card import markup
 from draft_model.evaluation.measure import Candidate, category_table, measure, open_case
 from draft_model.model_import.sources import resolve
 from draft_model.model_import.stage import prepare
@@ -68,8 +67,8 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
 
 
 def table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """The comparison as rows, the head first; the head is rich's markup."""
-    rows = [["", *(markup(record["draft"]) for record in records)]]
+    """The comparison as rows, the head first."""
+    rows = [["", *(record["draft"] for record in records)]]
     rows.append(["acceptance length", *(f"{record['acceptance_length']:.3f}" for record in records)])
     for name, key in (("cumulative", "acceptance_by_position"), ("conditional", "conditional_acceptance_by_position")):
         for index in range(len(records[0][key])):

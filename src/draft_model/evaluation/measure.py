@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from draft_model.errors import DraftModelError
 from draft_model.evaluation import greedy
 from draft_model.evaluation.prompts import Prompts, choose_prompts
 from draft_model.parameters import Parameters
+from draft_model.ranks import hardware
 from draft_model.target.model import Target, load_target
 from draft_model.workers import Workers
 
@@ -50,12 +50,6 @@ class Case:
     engine: str  # vllm, sglang, or transformers: our own decoder
     gpus: int  # over which an engine splits the target; 0: on a CPU
     work: Path
-
-    @property
-    def batch_sizes(self) -> list[int]:
-        """Requests at once at which an engine is timed."""
-        sizes = [int(size) for size in self.parameters.evaluation_batch_sizes.split(",") if size]
-        return sizes if self.gpus else [size for size in sizes if size <= CPU_BATCH_SIZE]
 
     @property
     def target_bytes(self) -> int:
@@ -145,7 +139,9 @@ def measure(case: Case, candidates: Sequence[Candidate]) -> Results:
 
 def _in_engine(case: Case, candidates: Sequence[Candidate]) -> Results:
     """One engine process per draft and number of proposals, beside one of the target alone where memory holds both."""
-    usual, sizes, problems = case.parameters.num_speculative_tokens, case.batch_sizes, list[str]()
+    usual, problems = case.parameters.num_speculative_tokens, list[str]()
+    sizes = [int(size) for size in case.parameters.evaluation_batch_sizes.split(",") if size]
+    sizes = [size for size in sizes if case.gpus or size <= CPU_BATCH_SIZE]
     both = bool(sizes) and _holds_two_targets(case)
 
     def process(candidate: Candidate | None, proposals: int) -> Process:
@@ -255,15 +251,12 @@ def _by_our_decoder(case: Case, candidates: Sequence[Candidate]) -> Results:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     layers = [candidate.draft.config.aux_layers for candidate in candidates]
     target = load_target(case.model, layers[0], torch.float32, device)
-    hardware = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
     proposals = case.parameters.num_speculative_tokens
-    alone = greedy.run(job_of(case, None, proposals), target, None, "target alone", hardware)
+    alone = greedy.run(job_of(case, None, proposals), target, None, "target alone", hardware(device))
     drafts = [
         greedy.run(
             job_of(case, candidate, proposals), Target(target.model, its), candidate.draft.to(device),
-            f"with {candidate.name}", hardware,
+            f"with {candidate.name}", hardware(device),
         )
         for candidate, its in zip(candidates, layers, strict=True)
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -44,31 +44,23 @@ class Prompts:
 
 
 class Benchmark(NamedTuple):
-    """A published benchmark: its data set, what a row asks, and a row's category."""
+    """A published benchmark: its data set; what a row asks and the row's category, as formats of its columns."""
 
     hub_id: str
     config: str
     split: str
-    text: Callable[[Mapping[str, Any]], str]
-    category: Callable[[Mapping[str, Any]], str]
+    text: str
+    category: str
 
 
-def _plain(hub_id: str, config: str, split: str, name: str, form: str) -> Benchmark:
-    return Benchmark(hub_id, config, split, lambda row: form.format_map(row).strip(), lambda _: name)
-
-
+_CODE = "Complete this Python function:\n\n```python\n{prompt}```"
 BENCHMARKS = {
-    "mt-bench": Benchmark(
-        "HuggingFaceH4/mt_bench_prompts", "", "train",
-        lambda row: row["prompt"][0], lambda row: f"mt-bench {row['category']}",
-    ),
-    "gsm8k": _plain("openai/gsm8k", "main", "test", "gsm8k", "{question}"),
-    "humaneval": _plain(
-        "openai/openai_humaneval", "", "test", "humaneval", "Complete this Python function:\n\n```python\n{prompt}```"
-    ),
-    "alpaca": _plain("tatsu-lab/alpaca", "", "train", "alpaca", "{instruction}\n\n{input}"),
-    "cnn-dm": _plain("abisee/cnn_dailymail", "3.0.0", "test", "cnn-dm", "Summarize this article:\n\n{article}"),
-}  # fmt: skip
+    "mt-bench": Benchmark("HuggingFaceH4/mt_bench_prompts", "", "train", "{prompt[0]}", "mt-bench {category}"),
+    "gsm8k": Benchmark("openai/gsm8k", "main", "test", "{question}", "gsm8k"),
+    "humaneval": Benchmark("openai/openai_humaneval", "", "test", _CODE, "humaneval"),
+    "alpaca": Benchmark("tatsu-lab/alpaca", "", "train", "{instruction}\n\n{input}", "alpaca"),
+    "cnn-dm": Benchmark("abisee/cnn_dailymail", "3.0.0", "test", "Summarize this article:\n\n{article}", "cnn-dm"),
+}
 
 
 def choose_prompts(
@@ -122,24 +114,15 @@ def encode(rows: Sequence[tuple[Row, str]], source: str, tokenizer: Any, templat
     return found
 
 
-def check_template(p: Parameters, tokenizer: Any) -> None:
-    """Writes the prompts of files as the evaluation will, so that one that the template refuses is found before."""
+def check(p: Parameters, tokenizer: Any = None) -> None:
+    """Reads as many prompts of files as the evaluation will, before anything runs; benchmarks are left to `ask_hub`.
+
+    With the target's tokenizer it writes them too, so that one that the chat template refuses is found.
+    """
     if p.evaluation_prompts and not _named(p.evaluation_prompts):
-        rows = list(_of_files(p.evaluation_prompts, p.evaluation_conversations))
-        encode(rows, p.evaluation_prompts, tokenizer, p.chat_template)
-
-
-def check(given: str, limit: int) -> None:
-    """Reads as many prompts of files as the evaluation will, before anything runs; benchmarks are left to `ask_hub`."""
-    if not given or _named(given):
-        return
-    try:
-        _of_files(given, limit)
-    except DraftModelError as error:
-        benchmarks = ", or name benchmarks: " + ", ".join(BENCHMARKS)
-        raise DraftModelError(
-            [problem + (benchmarks if "there is no" in problem else "") for problem in error.problems]
-        ) from error
+        rows = _of_files(p.evaluation_prompts, p.evaluation_conversations)
+        if tokenizer is not None:
+            encode(rows, p.evaluation_prompts, tokenizer, p.chat_template)
 
 
 def to_fetch(given: str) -> list[str]:
@@ -196,7 +179,9 @@ def _of_files(given: str, limit: int) -> list[tuple[Row, str]]:
     try:
         rows = read_conversations(given, limit)
     except DraftModelError as error:
-        raise DraftModelError([f"evaluation_prompts: {problem}" for problem in error.problems]) from error
+        others = ", or name benchmarks: " + ", ".join(BENCHMARKS)
+        problems = [problem + (others if "there is no" in problem else "") for problem in error.problems]
+        raise DraftModelError([f"evaluation_prompts: {problem}" for problem in problems]) from error
     if not rows:
         raise DraftModelError(f"evaluation_prompts: there is no line in {given}; allowed: {_ALLOWED}")
     return [(row, str(row.columns.get("category") or "prompts")) for row in rows]
@@ -216,4 +201,6 @@ def _of_benchmark(benchmark: Benchmark, limit: int) -> list[tuple[Row, str]]:
             "reachable and set HF_HOME to that cache"
         ) from error
     chosen = rows.select(range(min(limit or len(rows), len(rows))))
-    return [(Row([{"role": "user", "content": benchmark.text(row)}]), benchmark.category(row)) for row in chosen]
+    texts = [benchmark.text.format_map(row).strip() for row in chosen]
+    categories = [benchmark.category.format_map(row) for row in chosen]
+    return [(Row([{"role": "user", "content": text}]), it) for text, it in zip(texts, categories, strict=True)]

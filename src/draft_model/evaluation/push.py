@@ -37,8 +37,6 @@ def push(draft: str, repository: str, work: Path, *, private: bool) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
-    check_name(repository)
-    files_of(draft)
     source, staged = storage.fetch(draft, work / "draft").resolve(), work / "staged"
     shutil.copytree(source, staged, ignore=shutil.ignore_patterns(_STAYS, storage.MANIFEST), dirs_exist_ok=True)
     card = staged / "README.md"

@@ -121,14 +121,14 @@ def _run(config: EvaluateConfig, tracker: Tracker) -> EvaluateResult:
             "feature layers counted otherwise, rotary settings, order of the norms, chat template; compare config.json "
             f"of {config.final} with what the engine's log says of the draft"
         )
-    return EvaluateResult(
-        config.final,
-        measured=True,
-        acceptance_length=evaluation["trained"]["acceptance_length"],
-        untrained_acceptance_length=(evaluation["untrained"] or {}).get("acceptance_length", 0.0),
-        acceptance_by_position=evaluation["trained"]["acceptance_by_position"],
-        compared_tokens=evaluation["lossless"]["compared_tokens"],
-    )
+    shares = enumerate(evaluation["trained"]["acceptance_by_position"], start=1)
+    metrics = {
+        "acceptance_length": evaluation["trained"]["acceptance_length"],
+        "compared_tokens": evaluation["lossless"]["compared_tokens"],
+        "untrained_acceptance_length": (evaluation["untrained"] or {}).get("acceptance_length", 0.0),
+        **{f"acceptance_at_position_{k}": share for k, share in shares},
+    }
+    return EvaluateResult(config.final, metrics)
 
 
 def _hashes(config: EvaluateConfig) -> list[dict[str, str]]:

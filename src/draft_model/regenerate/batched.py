@@ -48,10 +48,6 @@ class BatchedGenerator:
             self._waiting = []
         return self._answers.popleft()
 
-    def close(self) -> None:
-        """Frees the target."""
-        del self._model
-
     def _generate(self, batch: list[Request]) -> list[Answer]:
         ends, longest = self._settings.end_tokens, max(request.max_new_tokens for request in batch)
         prompts = [request.prompt for request in batch]

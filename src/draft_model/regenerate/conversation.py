@@ -1,7 +1,7 @@
 """One conversation: its assistant turns are replaced in order by what the target says, given its own earlier answers.
 
-A conversation is a Python generator: it yields a prompt and receives the answer, so any number of them can be under way
-with one engine. Answers are kept as they were generated. Only gpt-oss's channels are taken apart, for no chat template
+Where a conversation stands follows from its line and the answers so far, so any number of them can be under way with
+one engine. Answers are kept as they were generated. Only gpt-oss's channels are taken apart, for no chat template
 writes them as text.
 """
 
@@ -10,18 +10,17 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, Union
 
 from draft_model.dataset.encode import load_tokenizer
 from draft_model.dataset.reader import Message, Rejected, Row, parse
 from draft_model.dataset.render import Renderer
 from draft_model.dataset.templates import TEMPLATES, as_json
 from draft_model.engine.generate import Answer, Request
-from draft_model.workers import Workers
 
 if TYPE_CHECKING:
     from draft_model.engine.generate import VllmGenerator
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
 
     Engine = VllmGenerator | BatchedGenerator
 Key = TypeVar("Key")
-Chat = Generator[tuple[list[int], int], Answer, "Outcome"]  # yields a prompt and how many tokens its answer may have
+Reached = Union[tuple[list[int], int], "Outcome"]
+"""Where a conversation stands: the next prompt and how many tokens its answer may have, or what became of it."""
 
 TOO_LONG = "prompt too long"
 OTHER_CALLS = "tool results do not fit the answer"
@@ -80,21 +80,8 @@ class Writer:
         self._tokenizer = load_tokenizer(settings.model)
         self._renderers = [Renderer(self._tokenizer, self._template, tools=tools) for tools in (False, True)]
 
-    def converse(self, line: bytes, suffix: str, number: str) -> Chat:
-        """Regenerates a line of the input; a suffix is added to its id, `number` is the id of a line that has none."""
-        turns: list[Turn] = []
-        try:
-            row = parse(line)
-            if row.text:
-                raise Rejected("rendered text", "`text` is one piece; give `conversations` or `messages`")
-            return (yield from self._regenerate(row, suffix, number, turns))
-        except RecursionError:
-            return Outcome(reason="wrong shape", detail="the line is nested too deeply", faulty=True)
-        except Rejected as refusal:
-            faulty = not turns and not refusal.reason.startswith(_ANSWER)
-            return Outcome(reason=refusal.reason, detail=refusal.detail, faulty=faulty)
-
-    def _regenerate(self, row: Row, suffix: str, number: str, turns: list[Turn]) -> Chat:
+    def regenerate(self, row: Row, suffix: str, number: str, answers: Sequence[Answer], turns: list[Turn]) -> Reached:
+        """Where a row stands with these answers; adds the turns that they made, and raises what leaves it without."""
         renderer = self._renderers[bool(row.tools)]
         messages: list[Message] = []
         cut, ignored, end = list[bool](), list[bool](), Rejected("", "")
@@ -116,7 +103,9 @@ class Writer:
                 room = self._settings.context - len(prompt)
                 if room < 1:
                     raise Rejected(TOO_LONG, f"{here}: {len(prompt)} tokens before it; {self._settings.context} fit")
-                answer = yield prompt, min(room, self._settings.max_new_tokens)
+                if len(turns) == len(answers):
+                    return prompt, min(room, self._settings.max_new_tokens)
+                answer = answers[len(turns)]
                 said: str = self._tokenizer.decode(
                     answer.tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
                 )
@@ -166,60 +155,58 @@ class Writer:
         return message
 
 
-def converse_in(workers: Workers, settings: WriterSettings, line: bytes, suffix: str, number: str) -> Chat:
-    """`Writer.converse` in a limited process, since the chat template is a stranger's; each call replays it."""
-    answers: list[Answer] = []
-    while not isinstance(reached := workers.call(_reach, settings, line, suffix, number, answers), Outcome):
-        answers.append((yield reached))
-    return reached
-
-
 _writer = lru_cache(maxsize=1)(Writer)  # one a process
 
 
-def _reach(
-    settings: WriterSettings, line: bytes, suffix: str, number: str, answers: list[Answer]
-) -> tuple[list[int], int] | Outcome:
-    """The prompt, and how many tokens its answer may have, that a conversation reaches by these answers; or its end."""
-    chat = _writer(settings).converse(line, suffix, number)
-    try:
-        reached = next(chat)
-        for answer in answers:
-            reached = chat.send(answer)
-    except StopIteration as end:
-        return cast(Outcome, end.value)
-    return reached
+def converse(settings: WriterSettings, line: bytes, suffix: str, number: str, answers: Sequence[Answer]) -> Reached:
+    """Where a line of the input stands with these answers; for a limited process: the chat template is a stranger's.
 
-
-def drive(engine: Engine, chats: Iterator[tuple[Key, Chat]], seed: Any, most: int) -> Iterator[tuple[Key, Outcome]]:
-    """Has an engine answer conversations that have not begun; yields each with its key when it has ended.
-
-    The engine gets `most` at once, or its `in_flight` if that is less, so that engines share them. `seed` makes the
-    seed of an answer's sampling from a key and the answer's number.
+    A suffix is added to the line's id; `number` is the id of a line that has none.
     """
-    active: dict[int, tuple[Key, Chat, int]] = {}
+    turns: list[Turn] = []
+    try:
+        row = parse(line)
+        if row.text:
+            raise Rejected("rendered text", "`text` is one piece; give `conversations` or `messages`")
+        return _writer(settings).regenerate(row, suffix, number, answers, turns)
+    except RecursionError:
+        return Outcome(reason="wrong shape", detail="the line is nested too deeply", faulty=True)
+    except Rejected as refusal:
+        faulty = not turns and not refusal.reason.startswith(_ANSWER)
+        return Outcome(reason=refusal.reason, detail=refusal.detail, faulty=faulty)
+
+
+def drive(
+    engine: Engine, keys: Iterator[Key], reach: Callable[[Key, list[Answer]], Reached], seed: Callable[[Key, int], int],
+    most: int,
+) -> Iterator[tuple[Key, Outcome]]:  # fmt: skip
+    """Has an engine answer conversations; yields each one's key with what became of it.
+
+    `reach` says where a conversation stands with the answers so far; `seed` makes the seed of an answer's sampling from
+    a key and the answer's number. The engine gets `most` at once, or its `in_flight` if that is less, so that engines
+    share them.
+    """
+    active: dict[int, tuple[Key, list[Answer]]] = {}
     numbers = itertools.count()
 
-    def advance(key: Key, chat: Chat, turn: int, answer: Answer | None) -> Iterable[tuple[Key, Outcome]]:
-        try:
-            prompt, room = next(chat) if answer is None else chat.send(answer)
-        except StopIteration as end:
-            return [(key, end.value)]
-        number = next(numbers)
-        active[number] = (key, chat, turn + 1)
-        engine.submit(Request(number, prompt, room, seed(key, turn)))
+    def advance(key: Key, answers: list[Answer]) -> Iterable[tuple[Key, Outcome]]:
+        if isinstance(reached := reach(key, answers), Outcome):
+            return [(key, reached)]
+        active[number := next(numbers)] = key, answers
+        engine.submit(Request(number, *reached, seed(key, len(answers))))
         return []
 
     while True:
         if engine.continuous or not active:
-            started = list(itertools.islice(chats, min(most, engine.in_flight) - len(active)))
-            for key, chat in started:
-                yield from advance(key, chat, 0, None)
+            started = list(itertools.islice(keys, min(most, engine.in_flight) - len(active)))
+            for key in started:
+                yield from advance(key, [])
             if not active and not started:
                 return
         if active:
             answer = engine.next()
-            yield from advance(*active.pop(answer.id), answer)
+            key, answers = active.pop(answer.id)
+            yield from advance(key, [*answers, answer])
 
 
 def _of_channels(said: str) -> Message:

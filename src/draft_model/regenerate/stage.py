@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,11 @@ from draft_model.dataset.files import File, identify, read_errors, read_line
 from draft_model.dataset.render import check_fit
 from draft_model.dataset.report import REJECTED, REPORT, REPORT_PAGE, write_report
 from draft_model.dataset.templates import TEMPLATES
-from draft_model.engine.generate import Sampling, Settings, VllmGenerator
+from draft_model.engine.generate import Answer, Sampling, Settings, VllmGenerator
 from draft_model.errors import DraftModelError
 from draft_model.parameters import Parameters
 from draft_model.processes import place_in_job
-from draft_model.regenerate.conversation import Chat, Outcome, WriterSettings, converse_in, drive
+from draft_model.regenerate.conversation import Outcome, Reached, WriterSettings, converse, drive
 from draft_model.regenerate.report import Tally, make_report
 from draft_model.storage.transfer import in_parallel
 from draft_model.tracking import tracked
@@ -107,6 +107,9 @@ class _Shard:
     name: str  # of its files, without their endings
     lines: list[tuple[str, int, bytes]]  # file, line number in it, line
     outcomes: dict[tuple[int, int], Outcome] = field(default_factory=dict)  # by line and sample
+
+
+_Key = tuple[_Shard, int, int]  # a conversation: shard, line of it, sample
 
 
 @tracked("regenerate", "conversations")
@@ -244,13 +247,14 @@ def _make_shards(
 
     with ExitStack() as stack:
         started = itertools.islice(_start_engines(Settings(model, context, inputs.sampling, ends, 0), p), len(own))
-        opened = [stack.enter_context(closing(engine)) for engine in started]
+        opened = [stack.enter_context(each) if isinstance(each, VllmGenerator) else each for each in started]
         every = 1 if os.isatty(2) else 15
         bar = stack.enter_context(tqdm(desc="regenerate", total=total, unit=" conversations", mininterval=every))
         pool = stack.enter_context(ThreadPoolExecutor(len(opened)))
 
         def work(engine: Engine) -> None:
-            for shard in _answer(engine, take(), partial(converse_in, workers, writer), p, -(-total // len(opened))):
+            call = partial(workers.call, converse, writer)
+            for shard in _answer(engine, take(), call, p, -(-total // len(opened))):
                 _upload(shard, inputs.output, scratch)
                 bar.update(len(shard.outcomes))
 
@@ -300,25 +304,26 @@ def _gpus() -> list[str]:
 
 
 def _answer(
-    engine: Engine, shards: Iterator[_Shard], converse: Callable[..., Chat], p: Parameters, most: int
+    engine: Engine, shards: Iterator[_Shard], call: Callable[..., Reached], p: Parameters, most: int
 ) -> Iterator[_Shard]:
     """Yields shards as they are done; an engine that batches continuously has several under way."""
     samples = p.regenerate_samples_per_prompt
 
-    def chats(shard: _Shard) -> Iterator[tuple[tuple[_Shard, int, int], Chat]]:
-        for index, (_, _, line) in enumerate(shard.lines):
-            number = f"{shard.split}-{shard.number * SHARD_LINES + index}"
-            for sample in range(samples):
-                suffix = f"-{sample}" if samples > 1 else ""
-                yield (shard, index, sample), converse(line, suffix, number)
+    def keys(shard: _Shard) -> Iterator[_Key]:
+        return itertools.product([shard], range(len(shard.lines)), range(samples))
 
-    def seed(key: tuple[_Shard, int, int], turn: int) -> int:
+    def reach(key: _Key, answers: list[Answer]) -> Reached:
+        shard, index, sample = key
+        number = f"{shard.split}-{shard.number * SHARD_LINES + index}"
+        return call(shard.lines[index][2], f"-{sample}" if samples > 1 else "", number, answers)
+
+    def seed(key: _Key, turn: int) -> int:
         shard, index, sample = key
         return int(storage.content_key(p.seed, shard.split, shard.number, index, sample, turn)[:12], 16)
 
-    streams = [itertools.chain.from_iterable(map(chats, shards))] if engine.continuous else map(chats, shards)
+    streams = [itertools.chain.from_iterable(map(keys, shards))] if engine.continuous else map(keys, shards)
     for stream in streams:
-        for (shard, index, sample), outcome in drive(engine, stream, seed, most):
+        for (shard, index, sample), outcome in drive(engine, stream, reach, seed, most):
             shard.outcomes[index, sample] = outcome
             if len(shard.outcomes) == samples * len(shard.lines):
                 yield shard

@@ -83,17 +83,21 @@ def list_checkpoints(uri: str) -> list[str]:
         listed = json.loads(data) if data is not None else None
         if isinstance(listed, list):
             return [name for name in listed if isinstance(name, str) and _NAME.fullmatch(name)]
-    steps = {}
-    for name in {name.partition("/")[0] for name in storage.list_files(uri) if name.endswith(storage.MANIFEST)}:
-        try:
-            if _NAME.fullmatch(name):
-                steps[name] = int(storage.read_manifest(storage.join(uri, name), stage=STAGE).properties["step"])
-        except StoreUnavailable:
-            raise
-        except DraftModelError:  # half-written or damaged
-            continue
+    folders = {name.partition("/")[0] for name in storage.list_files(uri) if name.endswith(storage.MANIFEST)}
+    found = {name: properties_of(storage.join(uri, name)) for name in folders if _NAME.fullmatch(name)}
+    steps = {name: its["step"] for name, its in found.items() if its}
     names = sorted(steps, key=steps.__getitem__)
     if names or data is not None:
-        state, found = "is missing" if data is None else "is damaged", ", ".join(names) or "none"
-        logger.warning("%s %s; whole checkpoints there: %s", storage.join(uri, INDEX), state, found)
+        state, whole = "is missing" if data is None else "is damaged", ", ".join(names) or "none"
+        logger.warning("%s %s; whole checkpoints there: %s", storage.join(uri, INDEX), state, whole)
     return names
+
+
+def properties_of(uri: str) -> dict[str, Any] | None:
+    """What the manifest of a checkpoint says; None of one that is half-written or damaged."""
+    try:
+        return dict(storage.read_manifest(uri, stage=STAGE).properties)
+    except StoreUnavailable:
+        raise
+    except DraftModelError:
+        return None

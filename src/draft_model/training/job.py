@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import logging
 import os
-import platform
 import shutil
 import signal
 import sys
@@ -30,7 +29,7 @@ from draft_model.drafts.files import save_draft
 from draft_model.errors import DraftModelError
 from draft_model.model_import import is_weight
 from draft_model.processes import catch_sigterm
-from draft_model.ranks import PeerLost, Ranks, start_ranks
+from draft_model.ranks import PeerLost, Ranks, hardware, start_ranks
 from draft_model.scratch import working_in
 from draft_model.tracking import Tracker, track
 from draft_model.training.checkpoint import RECORD, STATE, Loaded, load_checkpoint, read_checkpoint, write_checkpoint
@@ -38,7 +37,7 @@ from draft_model.training.config import TrainConfig, TrainResult
 from draft_model.training.lease import Lease, hold, own_run_id
 from draft_model.training.output import CHECKPOINTS_AT_ONCE, Output
 from draft_model.training.plan import STATE_BYTES, context_problem
-from draft_model.training.prepare import fetch_inputs, forget, once_on_machine, prepare
+from draft_model.training.prepare import fetch_inputs, once_on_machine, prepare
 from draft_model.training.trainer import Interrupted, Training, train
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ def run(config: TrainConfig) -> TrainResult:
         shutil.rmtree(work, ignore_errors=True)  # what a killed attempt left
         work.mkdir(parents=True)
         inputs = fetch_inputs(config)
-        tracking = track(STAGE, p.mlflow_tracking_uri) if ranks.first else nullcontext(Tracker(None))
+        tracking = track(STAGE, p.mlflow_tracking_uri) if ranks.first else nullcontext(Tracker())
         keep = (p.keep_checkpoints, p.final_checkpoint == "best")
         with tracking as tracker, Output(config.checkpoints, work, config.output, leases, *keep) as output:
             resumed, go_on = read_resumed(config, output)
@@ -84,9 +83,8 @@ def run(config: TrainConfig) -> TrainResult:
                     f"the output need {needed / 1e9:.2f} GB: free some, or run in another folder"
                 )
             ranks.barrier()  # all have read what there was before any of it goes
-            forget(
-                config.work, RESUMED
-            )  # another node's failure restarts this one with the count of restarts as it was
+            # Another node's failure restarts this one with the count of restarts as it was.
+            (config.work / f"{RESUMED}.json").unlink(missing_ok=True)
             if ranks.first:
                 output.tidy() if go_on else output.clear()
             announce(training)
@@ -130,16 +128,11 @@ def run(config: TrainConfig) -> TrainResult:
 @contextmanager
 def _leases(config: TrainConfig, ranks: Ranks) -> Iterator[list[Lease]]:
     """The leases on the folders that a training writes to, in the process that writes."""
-    run_id = config.run_id or own_run_id()
-    folders = {config.output: "output"}
-    if config.parameters.checkpoint_path:
-        folders[config.checkpoints] = "checkpoint_path"
+    run_id, own = config.run_id or own_run_id(), config.parameters.checkpoint_path
+    folders = {"output": config.output if own != config.output else "", "checkpoint_path": own}
     with ExitStack() as stack:
-        held = [
-            stack.enter_context(hold(uri, run_id, outermost=False, parameter=parameter))
-            for uri, parameter in folders.items()
-            if ranks.first
-        ]
+        leases = (hold(uri, run_id, outermost=False, parameter=name) for name, uri in folders.items() if ranks.first)
+        held = [stack.enter_context(lease) for lease in leases]
         ranks.barrier()  # no process reads what is there while another run may change it
         yield [lease for lease in held if lease]
 
@@ -149,31 +142,26 @@ def read_resumed(config: TrainConfig, output: Output) -> tuple[Loaded | None, bo
 
     It is fetched and verified once on each machine; another torchrun with the same work folder has a copy of its own.
     """
+    p, work = config.parameters, config.work / f"{RESUMED}_{os.getppid()}"
     mine: list[Loaded | None] = []
 
     def fetch() -> dict[str, Any]:
-        loaded, go_on = _checkpoint(config, output, config.work / f"resumed_{os.getppid()}")
+        any_run = p.resume == "true" or config.again
+        loaded = output.newest(work, "" if any_run else config.run_id) if any_run or config.run_id else None
+        go_on = loaded is not None or p.resume == "true"
+        if loaded is None and p.resume_from_checkpoint:
+            loaded = read_checkpoint(p.resume_from_checkpoint, work)
+        if loaded is None and go_on:
+            raise DraftModelError(
+                f"resume: given 'true', but there is no whole checkpoint under {config.checkpoints}, and "
+                "resume_from_checkpoint is not given: name one there, or use resume=false"
+            )
         mine.append(loaded)
         return {"uri": loaded and loaded.uri, "folder": loaded and str(loaded.folder), "go_on": go_on}
 
     known = once_on_machine(config.work, RESUMED, fetch)
     loaded = mine[0] if mine else known["uri"] and load_checkpoint(known["uri"], Path(known["folder"]))
     return loaded, known["go_on"]
-
-
-def _checkpoint(config: TrainConfig, output: Output, work: Path) -> tuple[Loaded | None, bool]:
-    p = config.parameters
-    any_run = p.resume == "true" or config.again
-    if (any_run or config.run_id) and (newest := output.newest(work, "" if any_run else config.run_id)):
-        return newest, True
-    if p.resume_from_checkpoint:
-        return read_checkpoint(p.resume_from_checkpoint, work), p.resume == "true"
-    if p.resume == "true":
-        raise DraftModelError(
-            f"resume: given 'true', but there is no whole checkpoint under {config.checkpoints}, and "
-            "resume_from_checkpoint is not given: name one there, or use resume=false"
-        )
-    return None, False
 
 
 def _publish_final(output: Output, training: Training, complete: Callable[[Path, int], None], work: Path) -> int:
@@ -209,7 +197,7 @@ def announce(training: Training) -> None:
     logger.info(
         "%d process(es) on %s: tensor parallel %d, data parallel %d; %d conversations per step = %d processes x "
         "micro-batch %d x accumulation %d, about %d tokens",
-        world, hardware(training.ranks), p.tp_size, training.ranks.dp, p.draft_global_batch_size, world,
+        world, hardware(training.ranks.device), p.tp_size, training.ranks.dp, p.draft_global_batch_size, world,
         p.draft_micro_batch_size, p.accumulation_steps, tokens,
     )  # fmt: skip
     logger.info(
@@ -226,13 +214,6 @@ def announce(training: Training) -> None:
 def parameters_of(training: Training) -> int:
     """Parameters that are trained."""
     return sum(parameter.numel() for parameter in training.draft.parameters())
-
-
-def hardware(ranks: Ranks) -> str:
-    """What a process computes on."""
-    if ranks.device.type == "cuda":
-        return torch.cuda.get_device_name(ranks.device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def record(training: Training, source: Mapping[str, Any], dataset: Path, step: int) -> dict[str, Any]:
@@ -262,7 +243,7 @@ def record(training: Training, source: Mapping[str, Any], dataset: Path, step: i
         "validation": history.validation,
         "skipped": history.skipped,
         "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in _PACKAGES}},
-        "hardware": hardware(training.ranks),
+        "hardware": hardware(training.ranks.device),
     }
 
 

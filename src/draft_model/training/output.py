@@ -25,7 +25,7 @@ from typing import Any
 from draft_model import storage
 from draft_model.errors import DraftModelError, StoreUnavailable
 from draft_model.training.checkpoint import Loaded, read_checkpoint
-from draft_model.training.config import INDEX, STAGE, list_checkpoints
+from draft_model.training.config import INDEX, STAGE, list_checkpoints, properties_of
 from draft_model.training.lease import Lease
 
 logger = logging.getLogger(__name__)
@@ -88,14 +88,9 @@ class Output:
 
     def _whole(self, name: str) -> dict[str, Any] | None:
         """What the manifest of a checkpoint says; None of one that is half-written or damaged."""
-        if name not in self._properties:
-            try:
-                self._properties[name] = dict(storage.read_manifest(self._at(name), stage=STAGE).properties)
-            except StoreUnavailable:
-                raise
-            except DraftModelError:
-                return None
-        return self._properties[name]
+        if name not in self._properties and (found := properties_of(self._at(name))):
+            self._properties[name] = found
+        return self._properties.get(name)
 
     def clear(self) -> None:
         """Forgets the checkpoints of an earlier training, so that none of them is taken for one of this."""

@@ -124,7 +124,7 @@ def sizes_of(config: Mapping[str, Any]) -> TargetSizes:
 def make_plan(config: Mapping[str, Any], shape: Shape, p: Parameters, cluster: Cluster, workload: Workload) -> Plan:
     """Works a training out, from the target's config.json, the draft's shape and the run's parameters."""
     target, costs = sizes_of(config), drafts.family(shape.family).costs(shape, p.ttt_length)
-    world, tp, width = p.world_size, p.tp_size, _width(p)
+    world, tp, width = p.world_size, p.tp_size, _WIDTHS[p.compute_dtype]
     dp = world // tp
     beside = _beside(target, shape, costs, p, workload.supervised, cluster.memory)
     layers = width * target.layers / tp
@@ -159,15 +159,14 @@ def make_plan(config: Mapping[str, Any], shape: Shape, p: Parameters, cluster: C
     )
 
 
-def _width(p: Parameters) -> int:  # bytes of a number
-    return 2 if p.compute_dtype == "bfloat16" else 4
+_WIDTHS = {"bfloat16": 2, "float32": 4}  # bytes of a number by compute_dtype
 
 
 def _beside(
     target: TargetSizes, shape: Shape, costs: Costs, p: Parameters, supervised: float, memory: float
 ) -> dict[str, float]:  # fmt: skip
     """Bytes besides the target's weights, of a GPU that has `memory`."""
-    width, micro = _width(p), p.draft_micro_batch_size
+    width, micro = _WIDTHS[p.compute_dtype], p.draft_micro_batch_size
     states = (len(shape.aux_layers) + 1) * shape.hidden_size
     # Nothing is kept for a backward pass: residual stream, features, and one layer's largest tensors.
     per_token = 8 * target.hidden + (3 * target.intermediate + 2 * (target.queries + target.keys)) // p.tp_size

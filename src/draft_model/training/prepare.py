@@ -47,9 +47,14 @@ def fetch_inputs(config: TrainConfig) -> Inputs:
     """Fetches model and data set, verified once on each machine."""
 
     def fetch() -> dict[str, Any]:
-        model, source = _fetch(config.model, config.work / "model", "import")
-        dataset, properties = _fetch(config.dataset, config.work / "dataset", "dataset")
-        return {"model": model, "dataset": dataset, "source": source, "fingerprint": properties["fingerprint"]}
+        source = storage.read_manifest(config.model, stage="import").properties
+        properties = storage.read_manifest(config.dataset, stage="dataset").properties
+        return {
+            "model": str(storage.fetch(config.model, config.work / "model")),
+            "dataset": str(storage.fetch(config.dataset, config.work / "dataset")),
+            "source": dict(source),
+            "fingerprint": properties["fingerprint"],
+        }
 
     known = once_on_machine(config.work, "inputs", fetch)
     return Inputs(Path(known["model"]), Path(known["dataset"]), known["source"], known["fingerprint"])
@@ -71,16 +76,6 @@ def once_on_machine(work: Path, name: str, fetch: Callable[[], dict[str, Any]]) 
             known = {**fetch(), "start": start}
             marker.write_text(json.dumps(known), encoding="utf-8")
     return known
-
-
-def forget(work: Path, name: str) -> None:
-    """Has the next start call `fetch` again; only when all processes have been told."""
-    (work / f"{name}.json").unlink(missing_ok=True)
-
-
-def _fetch(uri: str, into: Path, stage: str) -> tuple[str, dict[str, Any]]:
-    properties = storage.read_manifest(uri, stage=stage).properties
-    return str(storage.fetch(uri, into)), dict(properties)
 
 
 def prepare(config: TrainConfig, ranks: Ranks, inputs: Inputs, resumed: Loaded | None, go_on: bool) -> Training:

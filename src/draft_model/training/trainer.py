@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
@@ -63,7 +63,7 @@ class Training:
     dataset: str  # fingerprint of the data set
     done: int = 0  # optimizer steps done
     history: History = field(default_factory=History)  # measured so far
-    tracker: Tracker = field(default_factory=lambda: Tracker(None))  # is told what is measured
+    tracker: Tracker = field(default_factory=Tracker)  # is told what is measured
 
     def position(self, epoch: int) -> Position:
         """Where a checkpoint of this moment stands."""
@@ -190,21 +190,15 @@ def train(training: Training, save: Callable[[str, int, list[Tensor]], None], st
         )
 
 
-@contextmanager
-def _target_thread(training: Training) -> Iterator[ThreadPoolExecutor | None]:
+def _target_thread(training: Training) -> AbstractContextManager[ThreadPoolExecutor | None]:
     """On CPUs a thread for the target's passes, which fills the cores where an operation of the draft leaves them idle.
 
     Numbers do not change: an operation has as many threads as without it, and the passes keep their order.
     """
     alone = training.ranks.tp == 1 and not training.target.spread  # else its passes talk to other processes
     if training.ranks.device.type == "cuda" or not alone or torch.get_num_threads() == 1:
-        yield None
-        return
-    thread = ThreadPoolExecutor(1)
-    try:
-        yield thread
-    finally:
-        thread.shutdown(cancel_futures=True)
+        return nullcontext()
+    return ThreadPoolExecutor(1)
 
 
 def random_state() -> Tensor:
