@@ -224,7 +224,7 @@ def test_a_draft_of_another_target_is_refused(trained, exported, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(exported / "specforge", other)
     (other / "config.json").write_text(json.dumps({**config(other), "vocab_size": 7, "draft_vocab_size": 7}))
-    with pytest.raises(DraftModelError, match=r"other: `vocab_size` is 7; the target has"):
+    with pytest.raises(DraftModelError, match=r"other: `vocab_size` is 7; allowed: 337, the target"):
         compared(trained, tmp_path / "w", str(other))
 
 
