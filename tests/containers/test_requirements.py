@@ -75,6 +75,8 @@ EVALUATION = {"datasets", "matplotlib", "torch", "vllm"} | GPU
 """What the evaluation and the import use, of which the preflight asks only whether their inputs can be read."""
 JOB = {"mlflow-skinny", "torch"}
 """What the job uses, which the coordinator only follows: tracking, torchrun."""
+PAGES = {"jinja2"}
+"""Of the other stages' reports; these write Markdown alone."""
 
 
 @pytest.mark.parametrize(
@@ -83,9 +85,9 @@ JOB = {"mlflow-skinny", "torch"}
         ("dataset", "draft_model.steps", "preflight", EVALUATION),
         ("importer", "draft_model.steps", "_run_import", GPU),
         ("dataset", "draft_model.steps", "_run_dataset", set()),
-        ("coordinator", "draft_model.steps", "train_draft_model", JOB),
+        ("coordinator", "draft_model.steps", "train_draft_model", JOB | PAGES),
         ("trainer", "draft_model.steps", "_run_evaluate", GPU | {"vllm"}),
-        ("coordinator", "draft_model.steps", "clean_up", JOB),
+        ("coordinator", "draft_model.steps", "clean_up", JOB | PAGES),
         ("trainer", "draft_model.training.__main__", "", GPU),
         ("dataset", "kfp_pipeline.recurring", "", EVALUATION),
     ],
