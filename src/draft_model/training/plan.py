@@ -287,5 +287,8 @@ def advice(p: Parameters) -> str:
     wanted = {"draft_optimizer": "muon", "ttt_length": p.num_speculative_tokens}
     unused = drafts.family(p.draft_architecture).unused
     changes = [f"{name}={value}" for name, value in wanted.items() if getattr(p, name) != value and name not in unused]
-    shorter = "1 or 2 conversations per step and learning_rate 0.001 below a million tokens"
-    return ", ".join([*changes, shorter, "momentum=0.5 in trainings of some hundred steps"])
+    shorter = (
+        "below a million tokens 1 or 2 conversations per step, learning_rate 0.001, and more conversations rather than "
+        "long ones (max_length=192)"
+    )
+    return ", ".join([*changes, "momentum=0.5 in trainings of some hundred steps", shorter])
