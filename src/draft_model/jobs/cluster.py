@@ -50,18 +50,19 @@ def patiently(
     clock: Callable[[], float] = time.monotonic,
 ) -> Answer:  # fmt: skip
     """Asks an object store or an API server again while it is away, and for so many seconds while it forbids."""
-    started, told = clock(), False
+    started, refused, told = clock(), math.inf, False
     while True:
         try:
             answer = ask()
         except (StoreUnavailable, Unavailable, Forbidden) as error:
-            away = clock() - started
-            if isinstance(error, Forbidden) and away > forbidden:
+            now = clock()
+            refused = min(refused, now) if isinstance(error, Forbidden) else math.inf
+            if now - refused > forbidden:
                 raise
-            if away > seconds:
+            if now - started > seconds:
                 raise DraftModelError(f"no answer for {seconds / 60:.0f} minutes: {error}") from error
             if not told:
-                logger.warning("%s: asking again; a job goes on without it", error)
+                logger.warning("%s: asking again", error)
             told = True
             time.sleep(AGAIN_SECONDS)
         else:

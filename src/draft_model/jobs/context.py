@@ -66,9 +66,12 @@ def nodes_of(p: Parameters, *, jobs: bool) -> dict[Stage, Compute]:
 def check_cluster(parameters: Parameters, nodes: Mapping[Stage, Compute]) -> tuple[list[str], list[str]]:
     """What keeps a run's jobs from running on the cluster, and what is worth knowing; creates nothing."""
     from draft_model.jobs.backends import check
+    from draft_model.jobs.cluster import Unavailable
 
     try:
         return check(connect(), parameters.training_backend, nodes)
+    except Unavailable as error:
+        return [f"training_backend: {error}: start the run again later"], []
     except DraftModelError as error:
         return [Problem.of("training_backend", problem) for problem in error.problems], []
 

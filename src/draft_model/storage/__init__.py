@@ -224,7 +224,8 @@ def fetch(uri: str, into: Path, *, only: Callable[[str], bool] | None = None) ->
             source.get(sizes, local, accept)
             return into
     if problems := [*filter(None, found)]:
-        raise DraftModelError(problems)
+        more = [f"{uri}: {len(problems) - 20} more files are damaged or missing"] if len(problems) > 20 else []
+        raise DraftModelError(problems[:20] + more)
     return source.path
 
 

@@ -26,7 +26,7 @@ PATIENCE = ContextVar("PATIENCE", default=600.0)
 _DENIED = "permission denied; give this user access or choose another folder"
 _NO_FOLDER = "a folder is needed where there is a file; remove the file or choose another folder"
 _SENTENCES = {
-    errno.ENOENT: "it was removed while it was used: does another run use it",
+    errno.ENOENT: "it was removed while it was used; does another run use it?",
     errno.ENOSPC: "the disk is full (or has no inodes left); free some space or choose another folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another folder",
     errno.EROFS: "the file system is read-only; choose another folder",
@@ -114,7 +114,7 @@ def local_errors(where: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _SENTENCES:
+        if error.errno not in _SENTENCES or (error.errno == errno.ENOENT and not error.filename):  # no folder for these
             raise
         file = f" (at {error.filename})" if error.filename else ""
         raise DraftModelError(f"{where}: {_SENTENCES[error.errno]}{file}") from error

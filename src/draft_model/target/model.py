@@ -136,9 +136,9 @@ def load_target(folder: Path, aux_layers: tuple[int, ...], dtype: torch.dtype, d
 def _keep_freed_memory() -> None:
     """Has glibc keep what is freed: pages that go back to the system cost every pass of a CPU 5 % when they return."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((_M_TRIM_THRESHOLD, 2**31 - 1), (_M_MMAP_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1)):
-            mallopt(option, value)
+    if mallopt is not None and any(mallopt(_M_MMAP_THRESHOLD, size) for size in (2**31 - 1, 32 << 20)):  # old: 32 MiB
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_ARENA_MAX, 1)
 
 
 def load_model(folder: Path, dtype: torch.dtype, auto_class: Any = None, **settings: Any) -> Any:

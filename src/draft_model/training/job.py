@@ -140,9 +140,9 @@ def _leases(config: TrainConfig, ranks: Ranks) -> Iterator[list[Lease]]:
 def read_resumed(config: TrainConfig, output: Output) -> tuple[Loaded | None, bool]:
     """The checkpoint that the parameters mean, and whether to go on from it or to start from its weights.
 
-    It is fetched and verified once on each machine; another torchrun with the same work folder has a copy of its own.
+    It is fetched and verified once on each machine.
     """
-    p, work = config.parameters, config.work / f"{RESUMED}_{os.getppid()}"
+    p, work = config.parameters, config.work / RESUMED
     mine: list[Loaded | None] = []
 
     def fetch() -> dict[str, Any]:

@@ -288,7 +288,7 @@ def advice(p: Parameters) -> str:
     unused = drafts.family(p.draft_architecture).unused
     changes = [f"{name}={value}" for name, value in wanted.items() if getattr(p, name) != value and name not in unused]
     shorter = (
-        "below a million tokens 1 or 2 conversations per step, learning_rate 0.001, and more conversations rather than "
-        "long ones (max_length=192)"
+        "below a million tokens 1 or 2 conversations per step and learning_rate 0.001; where the time ends before the "
+        "conversations do, their first tokens alone (max_length=192)"
     )
     return ", ".join([*changes, "momentum=0.5 in trainings of some hundred steps", shorter])
