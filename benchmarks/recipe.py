@@ -115,7 +115,6 @@ VARIANTS: dict[str, Recipe] = {
     "muon-2e-2-m0.5-unroll-5": replace(LIGHT, steps=5),
     "muon-2e-2-m0.5-length-256": replace(LIGHT, length=256),
     "muon-2e-2-m0.5-length-192": replace(LIGHT, length=192),
-    "muon-2e-2-m0.5-length-128": replace(LIGHT, length=128),
     "muon-2e-2-wsd": replace(MUON, decay="wsd"),
     "muon-2e-2-floor-0.1": replace(MUON, floor=0.1),
     "muon-2e-2-floor-0.3": replace(MUON, floor=0.3),
