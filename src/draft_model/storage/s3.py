@@ -138,7 +138,7 @@ class Store:
     def request(self, uri: str, work: Callable[[S3Client], Result]) -> Result:
         """Calls `work`, and again while the store is away or too busy; with AWS_MAX_ATTEMPTS=1 only once.
 
-        Raises DraftModelError about the URI where the store refuses (its answer is the cause), StoreUnavailable while away.
+        Raises DraftModelError about the URI where the store refuses (its answer: the cause), StoreUnavailable if away.
         """
         began, pause = time.monotonic(), _PAUSES[0]
         while True:
